@@ -1,0 +1,50 @@
+# What CI runs and what a developer runs are the same targets. `make check` is all of them.
+
+BIN := .venv/bin
+CODE := agnews_dist tests
+# One thread per process: the multi-process tests start several processes on the same cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: check lint format format-check types imports test unit ranks runs lock wheel clean
+
+check: lint format-check types imports test
+
+lint:
+	$(BIN)/ruff check $(CODE)
+
+format:
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+format-check:
+	$(BIN)/ruff format --check $(CODE)
+
+types:
+	$(BIN)/basedpyright
+
+imports:
+	$(BIN)/lint-imports
+
+# All tests; then by what they cost: one process, processes that talk to each other, whole stories.
+test:
+	$(BIN)/python -m pytest tests
+
+unit:
+	$(BIN)/python -m pytest tests/unit
+
+ranks:
+	$(BIN)/python -m pytest tests/ranks
+
+runs:
+	$(BIN)/python -m pytest tests/run
+
+# Keeps the versions that are locked as far as pyproject.toml allows; `make lock UPGRADE=--upgrade` takes the newest.
+lock:
+	$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.10 --all-extras --no-annotate \
+	    --custom-compile-command "make lock" $(UPGRADE) --output-file requirements.lock
+
+wheel:
+	$(BIN)/python -m hatchling build -t wheel
+
+clean:
+	rm -rf build dist .pytest_cache .hypothesis .ruff_cache .import_linter_cache

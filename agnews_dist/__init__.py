@@ -1,0 +1,30 @@
+"""Distributed fine-tuning of a partially frozen GPT-2 into a classifier of AG News.
+
+The package is one journey, and each module is one station of it:
+
+    text -> tokens -> plan -> batch -> frozen prefix -> trainable suffix -> loss -> evaluation -> report
+
+    text            data/corpus.py    rows from the hub, parquet, csv, jsonl or data/synthetic.py
+                    data/checks.py    bad rows become errors that name file and row, before any work
+    tokens          data/tokens.py    one flat token array per split, cached under a content fingerprint
+    plan            data/batching.py  pure numpy: an epoch's global batches and each rank's share of them
+    batch           data/loader.py    a rank's share as padded arrays on the device (legend: batch.py)
+    frozen prefix   model/prefix.py   everything below the freeze boundary: no autograd, eval mode
+    suffix          model/suffix.py   the trainable blocks, the final norm, `out_head`, last real token
+                    model/gpt2.py     where both come from: load, add [PAD], freeze, split
+                    model/embedded.py tokenizer and model made on the spot: no file, no network
+    loss            step.py           sum of losses over the global count, voted on, clipped, applied
+                    optim.py          AdamW groups; the learning rate as a function of the step
+    evaluation      scoring.py        fixed micro-batches dealt to ranks, every example exactly once
+                    metrics.py        confusion matrix -> accuracy, macro F1, loss
+    report          events.py         everything a run says; report/ turns it into console, log, card
+                    model/export.py   a directory that Hugging Face loads
+
+The ground under it: errors.py (what a user can mend), config.py and cli.py (what a user can set), world.py
+(which rank am I), collectives.py (the only door to torch.distributed), engine.py (the only door to
+accelerate). The stories, each a straight line: train.py, evaluate.py, predict.py, prepare.py.
+
+Importing this package loads nothing heavy; `import agnews_dist` takes milliseconds.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,75 @@
+"""Where the time goes: seconds per stage of a run, and the frozen prefix timed without stopping a GPU."""
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from agnews_dist.engine import Engine
+
+STAGES = ("total", "setup", "tokenize", "prefix", "train", "eval")
+
+
+class Clock:
+    """Wall seconds by stage; `prefix` is a part of `train`, everything is a part of `total`."""
+
+    def __init__(self, start: float) -> None:
+        """`start`: `time.perf_counter()` at the beginning of the process's work."""
+        self._start = start
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def stage(self, name: str) -> Generator[None, None, None]:
+        """Add the time inside to a stage."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - begin
+
+    def end_of_setup(self) -> None:
+        """Everything so far that was not tokenising was setup: imports, loading, the process group."""
+        self.seconds["setup"] = time.perf_counter() - self._start - self.seconds["tokenize"]
+
+    def stop(self) -> dict[str, float]:
+        """The seconds of every stage, `total` included, rounded to milliseconds."""
+        self.seconds["total"] = time.perf_counter() - self._start
+        return {name: round(value, 3) for name, value in self.seconds.items()}
+
+
+class TimedPrefix:
+    """The frozen prefix as a function tokens_BT -> hidden_BTD that knows how long it ran.
+
+    On CUDA the time is read from events after the step has synchronised anyway, so measuring does not slow the run.
+    """
+
+    def __init__(self, prefix: Callable[[Tensor], Tensor], engine: Engine) -> None:
+        self._prefix, self._engine = prefix, engine
+        self._seconds = 0.0
+        self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        if tokens_BT.is_cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            hidden_BTD = self._run(tokens_BT)
+            end.record()
+            self._pending.append((begin, end))
+        else:
+            start = time.perf_counter()
+            hidden_BTD = self._run(tokens_BT)
+            self._seconds += time.perf_counter() - start
+        return hidden_BTD
+
+    def _run(self, tokens_BT: Tensor) -> Tensor:
+        with self._engine.autocast():
+            return self._prefix(tokens_BT)
+
+    def seconds(self) -> float:
+        """Total so far; call when the device has caught up (after a step)."""
+        for begin, end in self._pending:
+            self._seconds += begin.elapsed_time(end) / 1000
+        self._pending.clear()
+        return self._seconds

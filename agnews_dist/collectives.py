@@ -1,0 +1,71 @@
+"""The only door to torch.distributed: sums, gathers and votes. With one rank each is the identity.
+
+The process group itself is made by engine.py (accelerate does it) and closed here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from agnews_dist.errors import SharedError, UserError
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """True once there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
+    """Element-wise sum over ranks, in float64."""
+    if not is_distributed():
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def all_gather(value: T) -> list[T]:
+    """Every rank's value (any picklable object), in rank order, on every rank."""
+    if not is_distributed():
+        return [value]
+    gathered: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered  # pyright: ignore[reportReturnType]  # every slot was filled
+
+
+def attempt(work: Callable[[], T]) -> T | UserError:
+    """Run `work`; an error is returned, so that it can be voted on instead of leaving the other ranks waiting."""
+    try:
+        return work()
+    except UserError as error:
+        return error
+    except OSError as error:
+        # A full disk or a vanished mount is the user's to mend, and often one rank's alone.
+        return UserError(
+            f"{error.filename or 'a file'} failed with {error.strerror or error}: what the run needs or leaves there is lost. "
+            "Check the disk's space and permissions."
+        )
+
+
+def agree(outcome: T | UserError) -> T:
+    """Vote on what `attempt` returned.
+
+    Raises:
+        SharedError: on all ranks, if any rank failed, with the message of the lowest such rank.
+    """
+    failure = (str(outcome), outcome.exit_code) if isinstance(outcome, UserError) else None
+    for rank, failed in enumerate(all_gather(failure)):
+        if failed is not None:
+            raise SharedError(failed[0], rank, failed[1])
+    assert not isinstance(outcome, UserError)
+    return outcome
+
+
+def close() -> None:
+    """Leave the process group, so that a normal end prints no warning about leaked resources."""
+    if is_distributed():
+        dist.destroy_process_group()

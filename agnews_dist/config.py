@@ -1,0 +1,186 @@
+"""Everything a user can set: frozen dataclasses, one section per stage of the journey.
+
+The docstring under a field is its help text. Nothing changes a config after `cli.load` built it; library functions take
+plain arguments, the stories unpack the sections.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = "fancyzhx/ag_news"
+    """Hub id, directory or file (parquet, csv, jsonl with 'text' and 'label'; or the original csv: class, title,
+    description), or 'synthetic': an embedded generator that needs no network."""
+    revision: str | None = None
+    """Commit or tag of the data set on the hub; null: the newest."""
+    max_length: int = 256
+    """Tokens per text, the rest is cut off and counted. AG News: mean 52, longest about 323."""
+    pad_token: Literal["new", "eos"] = "new"
+    """'new' adds [PAD] as one frozen embedding row; 'eos' reuses <|endoftext|>. Logits do not depend on it."""
+    validation_fraction: float = 0.05
+    """Share of the training rows held out (stratified by label) when the source has no validation split."""
+    limit_train: int | None = None
+    """Use only this many training rows (a seeded, stratified choice); null: all."""
+    limit_validation: int | None = None
+    """Use only this many validation rows; null: all."""
+    limit_test: int | None = None
+    """Use only this many test rows; null: all."""
+    seed: int = 0
+    """Seed of the synthetic text, the held-out part and the limits. Apart from run.seed, so that runs with different seeds
+    are compared on the same examples."""
+    cache_dir: str | None = None
+    """Directory of the tokenised data, shared by the ranks of a node; null: $XDG_CACHE_HOME/agnews_dist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which GPT-2, and how much of it trains."""
+
+    name: str = "gpt2"
+    """Hub id, directory (a GPT2Model, GPT2LMHeadModel or GPT2ForSequenceClassification checkpoint, or a run's directory),
+    or 'embedded': a small tokenizer and model made on the spot."""
+    revision: str | None = None
+    """Commit or tag of the model on the hub; null: the newest."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """'random' takes only the shape and draws the weights from run.seed (for tests and baselines)."""
+    trainable_blocks: int | Literal["all"] = 1
+    """Train the last k blocks with the final norm and out_head; 0: norm and head only. Embeddings stay frozen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How examples are grouped."""
+
+    global_batch_size: int = 32
+    """Examples per optimiser step over all ranks; the same examples for every number of ranks."""
+    max_tokens_per_rank: int = 16384
+    """Padded tokens a rank computes at once; a larger share is split into micro-batches (gradient accumulation)."""
+    bucket_window: int = 64
+    """Global batches within which examples are sorted by length: 1 is random batches, larger means less padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate. Measured best of 3e-4, 1e-3, 3e-3 with 32 examples per step."""
+    epochs: int = 3
+    """Passes over the training rows."""
+    weight_decay: float = 0.01
+    """Decoupled decay per step and unit of learning rate, on matrices only (not on biases and norms)."""
+    warmup_ratio: float = 0.0
+    """Share of the steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Decay from the peak to 0 after the warm-up."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this value; 0: do not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What the ranks run on."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """'auto' takes CUDA where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """'auto' is bf16 on CUDA, fp32 on CPU. bf16: autocast with fp32 master weights for what trains, bf16 storage for what
+    is frozen."""
+    allow_tf32: bool = True
+    """TF32 matrix products on CUDA for what is fp32 there."""
+    timeout_seconds: int = 600
+    """How long a rank waits in a collective before the job fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: where it writes, and how loud it is."""
+
+    dir: str = "runs"
+    """Directory of all runs."""
+    name: str | None = None
+    """Directory of this run inside run.dir; null: made from the model's name and the time."""
+    seed: int = 0
+    """Seed of weights, batch order and dropout."""
+    overwrite: bool = False
+    """Replace an existing run of this name."""
+    debug: bool = False
+    """Deterministic algorithms, anomaly detection, every step printed, and first a check that one batch can be overfitted."""
+    profile: bool = False
+    """Write a torch.profiler trace of a few steps on rank 0 and print the top operators (--profile is short for it)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All sections."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def contradictions(config: Config) -> list[str]:
+    """What each field's type cannot say: values out of range and fields that exclude each other, one message each."""
+    data, model, batch, optim, engine = config.data, config.model, config.batch, config.optim, config.engine
+    found: list[str] = []
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            found.append(message)
+
+    for key, value, least in (
+        ("data.max_length", data.max_length, 1),
+        ("data.limit_train", data.limit_train, 1),
+        ("data.limit_validation", data.limit_validation, 1),
+        ("data.limit_test", data.limit_test, 1),
+        ("batch.global_batch_size", batch.global_batch_size, 1),
+        ("batch.bucket_window", batch.bucket_window, 1),
+        ("optim.epochs", optim.epochs, 1),
+        ("engine.timeout_seconds", engine.timeout_seconds, 1),
+        ("run.seed", config.run.seed, 0),
+        ("data.seed", data.seed, 0),
+    ):
+        require(
+            value is None or value >= least,
+            f"{key} {value}: a count below {least} has no meaning. Set it to {least} or more.",
+        )
+    require(
+        0 < data.validation_fraction < 1,
+        f"data.validation_fraction {data.validation_fraction}: model selection needs a part of the rows and training the "
+        "rest. Set it between 0 and 1, 0.05 for example.",
+    )
+    require(
+        model.trainable_blocks == "all" or model.trainable_blocks >= 0,
+        f"model.trainable_blocks {model.trainable_blocks}: fewer than no blocks cannot train. Set 0 (final norm and head "
+        "only), a count, or all.",
+    )
+    require(
+        batch.max_tokens_per_rank >= data.max_length,
+        f"batch.max_tokens_per_rank {batch.max_tokens_per_rank} is below data.max_length {data.max_length}: a text of full "
+        "length would fit into no micro-batch. Raise the first or lower the second.",
+    )
+    for key, rate in (
+        ("optim.lr", optim.lr),
+        ("optim.weight_decay", optim.weight_decay),
+        ("optim.max_grad_norm", optim.max_grad_norm),
+    ):
+        require(
+            0 <= rate < float("inf"),
+            f"{key} {rate}: the update would point uphill or be undefined. Set a finite number of at least 0.",
+        )
+    require(
+        0 <= optim.warmup_ratio <= 1,
+        f"optim.warmup_ratio {optim.warmup_ratio}: it is a share of the steps. Set it between 0 and 1.",
+    )
+    require(
+        data.source != "" and model.name != "",
+        "data.source or model.name is empty: there is nothing to load. Give a hub id, a path, or synthetic / embedded.",
+    )
+    return found

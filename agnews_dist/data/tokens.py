@@ -1,0 +1,202 @@
+"""Text to tokens, once per (corpus, tokenizer, maximum length): built by one process, memory-mapped by all.
+
+No collective is involved: the processes meet at a file lock, so this works before any process group exists, ahead of the job on
+a login node, and on a file system that nodes share.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from filelock import FileLock
+from transformers import PreTrainedTokenizerFast
+
+from agnews_dist.data.checks import check_corpus
+from agnews_dist.data.rows import Corpus, Split
+from agnews_dist.data.token_files import FORMAT, DamagedCache, Stored, TokenSplit, publish, read_stored, write_stored
+from agnews_dist.errors import DataError
+from agnews_dist.events import Emit, Progress, Warned
+
+__all__ = ["TokenSplit", "TokenStore", "encode", "open_or_build"]
+
+_CHUNK_TEXTS = 1_000
+_HEAD_START_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """The tokens of a corpus, opened from the cache."""
+
+    path: Path
+    """The cache's directory."""
+    splits: Mapping[str, TokenSplit]
+    class_names: tuple[str, ...]
+    fingerprint: str
+    """sha256 over corpus, tokenizer, maximum length and format: the key of the cache."""
+    warnings: tuple[str, ...]
+    """What was said about the data when it was tokenised, and is said again at every opening."""
+    was_cached: bool
+    """False in the one process that built it."""
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    max_length: int,
+    *,
+    name: Callable[[int], str] = lambda i: f"text {i + 1}",
+) -> tuple[list[list[int]], int]:
+    """(token ids of each text, at most `max_length`; number of texts that were longer).
+
+    `<|endoftext|>` or `[PAD]` written in a text become ordinary tokens, never the special ones. `name` says how an error calls
+    text i.
+
+    Raises:
+        DataError: a text has no token.
+    """
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        # Cut below, so that it is counted.
+        truncation=False,
+        padding=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    ids = cast(list[list[int]], encoded["input_ids"])
+    for i, tokens in enumerate(ids):
+        if not tokens:
+            raise DataError(
+                f"{name(i)} has no token ({texts[i][:40]!r}): there is nothing to classify. Remove it, or use a tokenizer that "
+                "knows its characters."
+            )
+    num_truncated = sum(len(tokens) > max_length for tokens in ids)
+    return [tokens[:max_length] for tokens in ids] if num_truncated else ids, num_truncated
+
+
+def open_or_build(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_length: int,
+    cache_dir: Path | None,
+    emit: Emit,
+    builds_first: bool = True,
+) -> TokenStore:
+    """The tokens of `corpus`, from `cache_dir` (None: $XDG_CACHE_HOME or ~/.cache, /agnews_dist) or made now.
+
+    Any number of processes may call this at once: one builds, the others wait at a lock and open what it published. A process
+    with `builds_first=False` lets another go first for some seconds, so that the one with the console shows the progress.
+
+    Raises:
+        DataError: the cache directory cannot be written, or a text is empty, blank or without a token.
+    """
+    root = _default_cache_dir() if cache_dir is None else cache_dir
+    key = _key(corpus, tokenizer, max_length)
+    directory = root / key
+    if not builds_first:
+        deadline = time.monotonic() + _HEAD_START_SECONDS
+        while not directory.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    was_cached = True
+    try:
+        with ExitStack() as stack:
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(root / f"{key}.lock"))
+            except OSError as unwritable:
+                # Somebody else's cache may be readable and nothing more: good enough, if it is whole.
+                try:
+                    stored = read_stored(directory, key)
+                except (FileNotFoundError, DamagedCache):
+                    raise unwritable from None
+            else:
+                try:
+                    stored = read_stored(directory, key)
+                except (FileNotFoundError, DamagedCache) as fault:
+                    if isinstance(fault, DamagedCache):
+                        emit(Warned(message=f"token cache {directory} is damaged ({fault}): it is built again."))
+                    was_cached = False
+                    publish(
+                        directory, lambda place: write_stored(place, _build(corpus, tokenizer, max_length, emit), key)
+                    )
+                    stored = read_stored(directory, key)
+    except (OSError, DamagedCache) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"token cache {root} cannot be written ({reason}): the ranks would have no common tokens. Set --data.cache_dir to "
+            "a directory with space that this user may write, or prepare the cache there with 'python -m agnews_dist.prepare'."
+        ) from error
+    for message in stored.warnings:
+        emit(Warned(message=message))
+    return TokenStore(directory, stored.splits, stored.class_names, key, stored.warnings, was_cached)
+
+
+def _default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agnews_dist"
+
+
+def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int) -> str:
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # State of the last call, and special tokens, which `encode` never produces: both pad options share their tokens.
+    content["padding"] = content["truncation"] = None
+    content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+    parts = [FORMAT, corpus.fingerprint, content, max_length]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _build(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int, emit: Emit) -> Stored:
+    """Check and tokenise every split.
+
+    Raises:
+        DataError: a text is empty, blank or without a token.
+    """
+    warnings = check_corpus(corpus)
+    total, before = sum(map(len, corpus.splits.values())), 0
+    splits: dict[str, TokenSplit] = {}
+    for split in corpus.splits.values():
+        splits[split.name] = _tokenised(split, tokenizer, max_length, emit, before=before, total=total)
+        before += len(split)
+    cut = {split.name: split.num_truncated for split in splits.values() if split.num_truncated}
+    if cut:
+        num_cut = sum(cut.values())
+        counts = ", ".join(f"{name} {count:,}" for name, count in cut.items())
+        warnings.append(
+            f"{num_cut:,} of {total:,} texts ({num_cut / total:.1%}; {counts}) are longer than {max_length} tokens and were "
+            "cut off there: the model does not see the rest. Raise --data.max_length to keep it."
+        )
+    return Stored(splits, corpus.class_names, tuple(warnings))
+
+
+def _tokenised(
+    split: Split, tokenizer: PreTrainedTokenizerFast, max_length: int, emit: Emit, *, before: int, total: int
+) -> TokenSplit:
+    """One split's tokens in memory; `before` of the `total` texts are done already."""
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
+    chunks: list[np.ndarray[Any, Any]] = []
+    lengths: list[int] = []
+    num_truncated = 0
+    for begin in range(0, len(split), _CHUNK_TEXTS):
+        emit(Progress(task="tokenize", done=before + begin, total=total))
+        ids, num_cut = encode(
+            tokenizer,
+            split.texts[begin : begin + _CHUNK_TEXTS],
+            max_length,
+            name=lambda i, begin=begin: split.origin.name(begin + i),
+        )
+        num_truncated += num_cut
+        lengths.extend(map(len, ids))
+        chunks.append(np.fromiter(chain.from_iterable(ids), dtype=dtype))
+    emit(Progress(task="tokenize", done=before + len(split), total=total))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return TokenSplit(split.name, np.concatenate(chunks), offsets, split.labels, num_truncated)

@@ -1,0 +1,83 @@
+"""Score any split of any source with any saved classifier, on any number of ranks. `python -m agnews_dist.evaluate`.
+
+--model.name    a run's directory, an exported directory, or a hub id of a GPT2ForSequenceClassification
+--data.source   as in training; a single file is scored whole
+--split         train, validation or test, as training would see them
+--output        directory for result.json and predictions-<split>.jsonl
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from agnews_dist import cli
+from agnews_dist.story import tell
+from agnews_dist.world import World
+
+OPTIONS = (
+    cli.Option(
+        "--split", choices=("train", "validation", "test"), help="Split to score; default: test, or a file whole."
+    ),
+    cli.Option("--output", help="Directory for result.json and predictions-<split>.jsonl; default: none are written."),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the story; returns the exit code."""
+    return tell("evaluate", argv, run, OPTIONS)
+
+
+def run(world: World, loaded: cli.Loaded) -> None:
+    """Score one split and show, or write, the result."""
+    start = time.perf_counter()
+    # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
+    from agnews_dist import collectives
+    from agnews_dist.clock import Clock
+    from agnews_dist.data.loader import TokenTable
+    from agnews_dist.engine import Engine
+    from agnews_dist.outcome import write_scores
+    from agnews_dist.report.console import Console
+    from agnews_dist.report.sinks import Sinks
+    from agnews_dist.scoring import score_split
+    from agnews_dist.sources import Scored, load_scored
+
+    config, options = loaded.config, loaded.options
+    clock = Clock(start)
+    with Sinks() as emit:
+
+        def prepare() -> Scored:
+            if world.is_main:
+                emit.add(Console())
+            return load_scored(
+                config.data,
+                config.model,
+                split=options["split"],
+                max_length=config.data.max_length if "data.max_length" in loaded.explicit else None,
+                emit=emit,
+                clock=clock,
+                world=world,
+            )
+
+        outcome = collectives.attempt(prepare)
+        engine = Engine(
+            world,
+            device=config.engine.device,
+            precision=config.engine.precision,
+            allow_tf32=config.engine.allow_tf32,
+            timeout_seconds=config.engine.timeout_seconds,
+        )
+        sources = collectives.agree(outcome)
+        sources.classifier.prefix.to(engine.device, engine.frozen_dtype)
+        sources.classifier.suffix.to(engine.device)
+        table = TokenTable(sources.tokens, pad_id=sources.pad_id, device=engine.device)
+        clock.end_of_setup()
+        with clock.stage("eval"):
+            scored = score_split(sources.classifier, table, engine, num_classes=len(sources.class_names))
+        emit(scored.event(sources.tokens.name, 0, sources.class_names))
+        if options["output"] is not None:
+            write_scores(Path(options["output"]), engine, sources, scored, clock=clock, emit=emit)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

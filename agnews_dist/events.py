@@ -1,0 +1,113 @@
+"""Everything a run ever says, as plain records.
+
+The stories emit events; the sinks in report/ consume them (console, run log). Nothing flows back: a sink cannot change a run.
+Ranks other than 0 emit into `silent`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Union
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warned:
+    """Something the user should know that does not stop the job."""
+
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Long work that is not a training step: `done` of `total` units of `task` (total 0: unknown)."""
+
+    task: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted:
+    """The header: what runs where. Values are ready to print."""
+
+    facts: Mapping[str, str]
+    """Label -> value: ranks, device, precision, model, data ..., in the order to show."""
+    parameters: Mapping[str, tuple[int, int]]
+    """Part of the model -> (trainable, frozen) parameter counts, bottom to top."""
+    num_steps: int = 0
+    """Optimiser steps of the whole run; 0 when nothing trains."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone:
+    """One optimiser step, the same numbers on every rank."""
+
+    step: int
+    """Steps done so far, from 1."""
+    epoch: int
+    """Epoch this step belongs to, from 1."""
+    loss: float
+    """Mean loss over the global batch, before the update (nats)."""
+    lr: float
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    num_examples: int
+    """Examples of the global batch."""
+    num_tokens: int
+    """Real tokens of the global batch."""
+    seconds: float
+    """Wall time of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDone:
+    """One split scored over all ranks. `confusion[i][j]`: examples of true class i predicted as j."""
+
+    split: str
+    epoch: int
+    """Epoch after which it was scored; 0 outside training."""
+    num_examples: int
+    num_correct: int
+    accuracy: float
+    macro_f1: float
+    loss: float
+    confusion: tuple[tuple[int, ...], ...]
+    class_names: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profiled:
+    """The profiler's trace was written."""
+
+    path: str
+    top_operators: str
+    """A ready table of the most expensive operators."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverfitChecked:
+    """Debug mode: one batch was trained alone until it was learnt (or not)."""
+
+    num_examples: int
+    num_steps: int
+    first_loss: float
+    last_loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDone:
+    """The final panel."""
+
+    facts: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Label -> value: accuracies, best epoch, seconds."""
+    paths: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What was written -> where."""
+
+
+Event = Union[Warned, Progress, RunStarted, StepDone, EvalDone, Profiled, OverfitChecked, RunDone]
+Emit = Callable[[Event], None]
+
+
+def silent(_: Event) -> None:
+    """The sink of every rank but 0."""

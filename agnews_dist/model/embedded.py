@@ -1,0 +1,60 @@
+"""Tokenizer and model shape made on the spot from the synthetic text: no file, no network, the same everywhere."""
+
+from functools import cache
+from typing import cast
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, PreTrainedTokenizerFast
+
+from agnews_dist.data.synthetic import generate
+
+END_OF_TEXT = "<|endoftext|>"
+EMBEDDED_SEED = 20_260
+"""Of the weights and of the text the tokenizer learns from; apart from every seed a user sets."""
+_NUM_TEXTS = 4_000
+_VOCABULARY_SIZE = 2_000
+_NUM_POSITIONS = 512
+
+
+@cache
+def _trained_json() -> str:
+    """A byte-level BPE like GPT-2's, trained on the synthetic text, as tokenizer.json."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY_SIZE,
+        special_tokens=[END_OF_TEXT],
+        # All 256 bytes, so that any text has tokens, whatever the training text lacked.
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((text for text, _ in generate(_NUM_TEXTS, EMBEDDED_SEED, "train")), trainer)
+    return bpe.to_str()
+
+
+def embedded_tokenizer() -> PreTrainedTokenizerFast:
+    """A new copy of the embedded tokenizer: about 2,000 entries, `<|endoftext|>` at both ends, no pad token."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained_json()),
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        model_max_length=_NUM_POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def embedded_config() -> GPT2Config:
+    """GPT-2 with 4 blocks of width 128 and the vocabulary of `embedded_tokenizer`."""
+    tokenizer = embedded_tokenizer()
+    end_of_text = cast(int, tokenizer.eos_token_id)
+    return GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=_NUM_POSITIONS,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+    )

@@ -1,0 +1,185 @@
+"""The end product: a directory that Hugging Face loads as a classifier, and the way back from such a directory.
+
+Hugging Face's head has no bias, ours has one; it folds into the final norm's bias: with W the head's weight, c its bias
+and b the norm's bias, `W (b + b') = W b + c` for the minimum-norm solution b' of `W b' = c`, computed in fp64.
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
+
+from agnews_dist.errors import ModelError
+from agnews_dist.model.gpt2 import Classifier, load_backbone, split
+from agnews_dist.model.hub import quietly
+from agnews_dist.model.tokenizer import read_tokenizer
+
+FOLDING_TOLERANCE = 1e-5
+"""Largest error of a logit through the folded bias, relative to the largest bias where that is above 1."""
+
+
+def fold_bias(weight_CD: Tensor, bias_C: Tensor, norm_bias_D: Tensor) -> Tensor:
+    """The final norm's bias that makes a head without bias give the same probabilities, in fp32.
+
+    The logits are the same too, unless W has too low a rank (more classes than width, for example): then mean(c), which
+    changes no probability, is left out.
+
+    Raises:
+        ModelError: even so the bias is not in the range of W.
+    """
+    weight, bias, norm_bias = (t.detach().cpu().double() for t in (weight_CD, bias_C, norm_bias_D))
+    tolerance = FOLDING_TOLERANCE * max(1.0, bias.abs().max().item())
+    residual = float("inf")
+    for target_C in (bias, bias - bias.mean()):
+        shift_D = torch.linalg.lstsq(weight, target_C[:, None], driver="gelsd").solution[:, 0]
+        folded_D = (norm_bias + shift_D).float()
+        # Measured with the rounding to fp32, which a nearly singular W amplifies.
+        residual = (weight @ (folded_D.double() - norm_bias) - target_C).abs().max().item()
+        if residual <= tolerance:
+            return folded_D
+    raise ModelError(
+        f"out_head's bias does not fold into the final norm (residual {residual:.2g} with {len(bias)} classes and "
+        f"width {weight.shape[1]}): Hugging Face's head has no bias, so the exported model would predict something else. "
+        "Use a model wider than the number of classes, or train with another seed."
+    )
+
+
+def export_model(
+    directory: Path,
+    classifier: Classifier,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    class_names: Sequence[str],
+    max_length: int,
+    card: str,
+) -> None:
+    """Write what `AutoModelForSequenceClassification` and `pipeline("text-classification")` load; `card` is its README.md.
+
+    fp32; frozen tensors are bit-equal to the source. The directory appears whole or not at all, replacing an older one.
+
+    Raises:
+        ModelError: the head's bias does not fold, or the directory cannot be written.
+    """
+    state = _huggingface_state(classifier)
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}.new")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        _write_model(staging, classifier, state, tokenizer, class_names)
+        _write_tokenizer(staging, tokenizer, max_length)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        _publish(staging, directory)
+    except OSError as error:
+        raise ModelError(
+            f"the model cannot be written to {directory} ({error.strerror or error}): the run's result would be lost. "
+            "Free some space or choose a writable --run.dir."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_classifier(
+    name: str, *, revision: str | None = None, trainable_blocks: int = 1
+) -> tuple[Classifier, PreTrainedTokenizerFast, tuple[str, ...], int]:
+    """An exported model or any GPT2ForSequenceClassification: classifier in eval mode, tokenizer, class names, max_length.
+
+    `name`: directory, run directory (its `model/`) or hub id. `trainable_blocks`: where to split; under bf16 what is
+    above keeps fp32 weights, so split where training did to score as training did.
+
+    Raises:
+        ModelError: as `load_backbone`; or no score head (a language model's would be random), or a single class.
+    """
+    tokenizer = read_tokenizer(name, revision=revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    backbone = load_backbone(name, revision=revision, init="pretrained", seed=0, tokenizer=tokenizer)
+    if backbone.head_CD is None or not backbone.class_names:
+        raise ModelError(
+            f"model {name!r} has no classification head: its predictions would be random. Set --model.name to a run's "
+            "directory or its model/, or to a GPT2ForSequenceClassification checkpoint."
+        )
+    if len(backbone.class_names) < 2:
+        raise ModelError(
+            f"model {name!r} has a single class: it is a regression, not a classifier. "
+            "Set --model.name to a model with two classes or more."
+        )
+    classifier = split(
+        backbone,
+        trainable_blocks=min(trainable_blocks, len(backbone.model.h)),
+        num_classes=len(backbone.class_names),
+        seed=0,
+    )
+    max_length = min(tokenizer.model_max_length, classifier.config.n_positions)
+    return classifier, tokenizer, backbone.class_names, max_length
+
+
+def _huggingface_state(classifier: Classifier) -> dict[str, Tensor]:
+    """All weights by Hugging Face's names, fp32 on the CPU, the head's bias folded away."""
+    state = dict(classifier.frozen_state)
+    trained = {name: weight.detach().float().cpu() for name, weight in classifier.suffix.named_parameters()}
+    weight_CD, bias_C = trained.pop("out_head.weight"), trained.pop("out_head.bias")
+    trained["ln_f.bias"] = fold_bias(weight_CD, bias_C, trained["ln_f.bias"])
+    return state | {f"transformer.{name}": weight for name, weight in trained.items()} | {"score.weight": weight_CD}
+
+
+def _write_model(
+    directory: Path,
+    classifier: Classifier,
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    class_names: Sequence[str],
+) -> None:
+    config = copy.deepcopy(classifier.config)
+    config.id2label = dict(enumerate(class_names))
+    config.label2id = {name: i for i, name in enumerate(class_names)}
+    config.pad_token_id = cast("int | None", tokenizer.pad_token_id)
+    config.problem_type = "single_label_classification"
+    config.dtype = "float32"
+    with quietly(), torch.random.fork_rng(devices=[]):
+        # Built without memory of its own; strict: a name we forgot would be a random tensor in the export.
+        with torch.device("meta"):
+            model = GPT2ForSequenceClassification(config)
+        model.load_state_dict({name: weight.contiguous() for name, weight in state.items()}, strict=True, assign=True)
+        model.save_pretrained(directory)
+
+
+def _write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    # What the last call truncated and padded to would be saved as part of the tokenizer.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.model_max_length = max_length
+    with quietly():
+        tokenizer.save_pretrained(directory)
+    # transformers reads split_special_tokens from this file but does not write it; the other two describe this machine.
+    path = directory / "tokenizer_config.json"
+    settings = cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
+    settings |= {"split_special_tokens": True, "padding_side": "right", "truncation_side": "right"}
+    settings = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _publish(staging: Path, directory: Path) -> None:
+    """Everything on disk first, then one rename."""
+    # safetensors makes its files private to the user; a published model is as readable as what we wrote ourselves.
+    mode = (staging / "README.md").stat().st_mode
+    for path in staging.iterdir():
+        path.chmod(mode)
+    for path in (*staging.iterdir(), staging):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    retired = directory.with_name(f".{directory.name}.{os.getpid()}.old")
+    if directory.exists():
+        directory.rename(retired)
+    staging.rename(directory)
+    shutil.rmtree(retired, ignore_errors=True)

@@ -1,0 +1,240 @@
+"""From numbers to a finished run: header, running totals, the best epoch, and the files of the run's directory."""
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from agnews_dist import cli, collectives
+from agnews_dist.clock import Clock
+from agnews_dist.config import Config
+from agnews_dist.data.batching import Efficiency, Share, efficiency
+from agnews_dist.engine import Engine
+from agnews_dist.events import Emit, RunDone, RunStarted
+from agnews_dist.model.export import export_model
+from agnews_dist.model.gpt2 import parameter_table
+from agnews_dist.report.card import model_card
+from agnews_dist.report.predictions import write_predictions
+from agnews_dist.report.result import Result, Seconds, versions, write_json
+from agnews_dist.scoring import ScoredSplit
+from agnews_dist.sources import Scored, Sources
+
+
+def header(
+    config: Config,
+    engine: Engine,
+    sources: Sources,
+    parameters: Mapping[str, tuple[int, int]],
+    *,
+    num_steps: int,
+    directory: Path,
+) -> RunStarted:
+    """What runs where, for the first panel."""
+    rows = ", ".join(f"{len(split):,} {name}" for name, split in sources.store.splits.items())
+    facts = {
+        "run": str(directory),
+        "ranks": f"{engine.world.num_ranks} ({engine.world.ranks_per_node} per node)",
+        "device": engine.description,
+        "precision": engine.precision,
+        "model": f"{config.model.name} ({config.model.init}), trainable blocks: {config.model.trainable_blocks}",
+        "data": f"{config.data.source}: {rows}",
+        "tokens": f"{'cached' if sources.store.was_cached else 'made now'}, at most {config.data.max_length} per text",
+        "batch": f"{config.batch.global_batch_size} examples per step over all ranks",
+        "optimizer": f"AdamW, lr {config.optim.lr:g} ({config.optim.schedule}), {config.optim.epochs} epochs",
+        "seed": str(config.run.seed),
+    }
+    return RunStarted(facts=facts, parameters=parameters, num_steps=num_steps)
+
+
+class RunningTotals:
+    """Tokens and seconds of the steps so far; the same on every rank but for the seconds."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.num_tokens = 0
+        self._costs: list[tuple[int, int, int]] = []
+
+    def add(self, share: Share, seconds: float) -> None:
+        """Take in one step."""
+        self.seconds += seconds
+        self.num_tokens += share.num_real_tokens
+        self._costs.append((share.num_real_tokens, share.num_padded_tokens, share.critical_tokens))
+
+    def efficiency(self, num_ranks: int) -> Efficiency:
+        """Over all steps."""
+        return efficiency(self._costs, num_ranks)
+
+
+class BestEpoch:
+    """Keeps the suffix of the epoch with the highest validation accuracy; ties go to the lower loss."""
+
+    def __init__(self, suffix: nn.Module) -> None:
+        self._suffix = suffix
+        self._state: dict[str, Tensor] = {}
+        self.epoch = 0
+        self._scored: ScoredSplit | None = None
+
+    @property
+    def scored(self) -> ScoredSplit:
+        """The validation split as the best epoch scored it."""
+        assert self._scored is not None
+        return self._scored
+
+    def offer(self, epoch: int, scored: ScoredSplit) -> None:
+        """Keep a copy (in host memory) if this epoch is better; every rank decides alike, from the same integers."""
+        new, old = scored.scores, self._scored.scores if self._scored else None
+        if old is None or (new.num_correct, -new.loss) > (old.num_correct, -old.loss):
+            self.epoch, self._scored = epoch, scored
+            self._state = {name: value.detach().cpu().clone() for name, value in self._suffix.state_dict().items()}
+
+    def restore(self) -> None:
+        """Put the best epoch's weights back."""
+        self._suffix.load_state_dict(self._state)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process ever held: on the GPU what torch allocated, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Only Unix has it, and only a run on the CPU needs it.
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def fingerprint_of(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(value.detach().cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def write_split(directory: Path, name: str, split: ScoredSplit) -> Path:
+    """Write the predictions of one split, in file order; returns the file."""
+    path = directory / f"predictions-{name}.jsonl"
+    write_predictions(path, np.arange(len(split.labels_N)), split.labels_N, split.predictions_N, split.probabilities_NC)
+    return path
+
+
+def settings(config: Config) -> dict[str, object]:
+    """Dotted key -> value of all that shaped the weights; where it ran and where it wrote is left out."""
+    sections = {"data": config.data, "model": config.model, "batch": config.batch, "optim": config.optim}
+    named = {f"{section}.{key}": value for section, part in sections.items() for key, value in asdict(part).items()}
+    named["engine.precision"], named["run.seed"] = config.engine.precision, config.run.seed
+    del named["data.cache_dir"]
+    return named
+
+
+def finish(
+    config: Config,
+    engine: Engine,
+    sources: Sources,
+    scored: Mapping[str, ScoredSplit],
+    *,
+    directory: Path,
+    best_epoch: int,
+    num_steps: int,
+    totals: RunningTotals,
+    clock: Clock,
+    emit: Emit,
+) -> None:
+    """Write model, predictions and result.json on rank 0; a failure there is raised on all ranks."""
+    world = engine.world
+    peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
+    figures = totals.efficiency(world.num_ranks)
+    scores = {name: split.scores for name, split in scored.items()}
+
+    def write() -> None:
+        prints = {
+            "config": hashlib.sha256(cli.dump(config).encode()).hexdigest(),
+            "tokens": sources.store.fingerprint,
+            "frozen_weights": fingerprint_of(sources.classifier.frozen_state),
+        }
+        card = model_card(
+            name=directory.name,
+            base_model=config.model.name,
+            dataset=config.data.source,
+            class_names=sources.store.class_names,
+            max_length=config.data.max_length,
+            splits=scores,
+            parameters=parameter_table(sources.classifier),
+            settings=settings(config),
+            versions=versions(),
+            fingerprints=prints,
+        )
+        export_model(
+            directory / "model",
+            sources.classifier,
+            sources.tokenizer,
+            class_names=sources.store.class_names,
+            max_length=config.data.max_length,
+            card=card,
+        )
+        paths = {"model": str(directory / "model"), "result": str(directory / "result.json")}
+        paths |= {f"{name} predictions": str(write_split(directory, name, split)) for name, split in scored.items()}
+        seconds = clock.stop()
+        result = Result(
+            splits=scores,
+            num_steps=num_steps,
+            num_ranks=world.num_ranks,
+            global_batch_size=config.batch.global_batch_size,
+            padding_efficiency=figures.padding,
+            critical_path_efficiency=figures.critical_path,
+            rank_balance=figures.rank_balance,
+            seconds=Seconds(**seconds),
+            tokens_per_second=totals.num_tokens / totals.seconds,
+            peak_memory_bytes=peak,
+            versions=versions(),
+            fingerprints=prints,
+        )
+        write_json(directory / "result.json", result.to_dict())
+        facts = {
+            f"{name} accuracy": f"{split.accuracy:.4f} ({split.num_correct}/{split.num_examples})"
+            for name, split in scores.items()
+        }
+        facts["best epoch"] = f"{best_epoch} of {config.optim.epochs}"
+        facts["time"] = f"{seconds['total']:.1f} s, {totals.num_tokens / totals.seconds:,.0f} tokens/s in training"
+        emit(RunDone(facts=facts, paths=paths))
+
+    collectives.agree(collectives.attempt(write) if world.is_main else None)
+
+
+def write_scores(
+    directory: Path, engine: Engine, sources: Scored, scored: ScoredSplit, *, clock: Clock, emit: Emit
+) -> None:
+    """What `evaluate` leaves: result.json and predictions of one split, on rank 0; a failure is raised on all ranks."""
+    peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
+    name = sources.tokens.name
+
+    def write() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = write_split(directory, name, scored)
+        result = Result(
+            splits={name: scored.scores},
+            num_steps=0,
+            num_ranks=engine.world.num_ranks,
+            global_batch_size=0,
+            padding_efficiency=None,
+            critical_path_efficiency=None,
+            rank_balance=None,
+            seconds=Seconds(**clock.stop()),
+            tokens_per_second=None,
+            peak_memory_bytes=peak,
+            versions=versions(),
+            fingerprints={
+                "tokens": sources.fingerprint,
+                "frozen_weights": fingerprint_of(sources.classifier.frozen_state),
+            },
+        )
+        write_json(directory / "result.json", result.to_dict())
+        emit(RunDone(paths={"result": str(directory / "result.json"), "predictions": str(path)}))
+
+    collectives.agree(collectives.attempt(write) if engine.world.is_main else None)

@@ -1,0 +1,50 @@
+"""Tokenise ahead of the job: on a login node with a network, for compute nodes without. `python -m agnews_dist.prepare`.
+
+Takes the same configuration as the training it prepares. Model and data end up in the caches of their libraries (HF_HOME), the
+tokens in data.cache_dir; the training job finds them there.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+
+from agnews_dist import cli
+from agnews_dist.story import tell
+from agnews_dist.world import World
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the story; returns the exit code."""
+    return tell("prepare", argv, run)
+
+
+def run(world: World, loaded: cli.Loaded) -> None:
+    """Load the model once, so that its files are cached, and open or build the token cache."""
+    start = time.perf_counter()
+    # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
+    from agnews_dist.clock import Clock
+    from agnews_dist.events import RunDone
+    from agnews_dist.report.console import Console
+    from agnews_dist.report.sinks import Sinks
+    from agnews_dist.sources import load_sources
+
+    config = loaded.config
+    with Sinks() as emit:
+        if world.is_main:
+            emit.add(Console())
+        sources = load_sources(
+            config.data, config.model, seed=config.run.seed, emit=emit, clock=Clock(start), world=world
+        )
+        store = sources.store
+        facts = {
+            name: f"{len(split):,} texts, {int(split.lengths.sum()):,} tokens, longest {int(split.lengths.max())}, "
+            f"{split.num_truncated:,} cut off at {config.data.max_length}"
+            for name, split in store.splits.items()
+        }
+        facts["tokens"] = "were there already" if store.was_cached else "made now"
+        facts["time"] = f"{time.perf_counter() - start:.1f} s"
+        emit(RunDone(facts=facts, paths={"token cache": str(store.path)}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""What a run starts from: classifier, tokenizer and tokenised data, loaded before the ranks meet."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from agnews_dist.clock import Clock
+from agnews_dist.config import DataConfig, ModelConfig
+from agnews_dist.data.checks import fingerprint
+from agnews_dist.data.corpus import Corpus, load_corpus
+from agnews_dist.data.tokens import TokenSplit, TokenStore, open_or_build
+from agnews_dist.errors import DataError
+from agnews_dist.events import Emit, Warned
+from agnews_dist.model.export import load_classifier
+from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, split
+from agnews_dist.model.tokenizer import load_tokenizer
+from agnews_dist.world import World
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Equal on every rank."""
+
+    classifier: Classifier
+    tokenizer: PreTrainedTokenizerFast
+    store: TokenStore
+
+    @property
+    def pad_id(self) -> int:
+        """What fills a batch behind a text's last token."""
+        return _pad_id(self.tokenizer)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    pad_id = tokenizer.pad_token_id
+    assert isinstance(pad_id, int)
+    return pad_id
+
+
+def load_text(data: DataConfig, *, hold_out: bool = True) -> Corpus:
+    """The rows that `data` names.
+
+    Raises:
+        DataError: they cannot be had, or are not what they should be.
+    """
+    return load_corpus(
+        data.source,
+        revision=data.revision,
+        validation_fraction=data.validation_fraction,
+        limits={"train": data.limit_train, "validation": data.limit_validation, "test": data.limit_test},
+        seed=data.seed,
+        hold_out=hold_out,
+    )
+
+
+def open_tokens(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, data: DataConfig, *, max_length: int, emit: Emit, world: World
+) -> TokenStore:
+    """The tokens of `corpus`, from the cache or made now by one process per node while the others wait at a file lock."""
+    cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else None
+    return open_or_build(
+        corpus, tokenizer, max_length=max_length, cache_dir=cache_dir, emit=emit, builds_first=world.local_rank == 0
+    )
+
+
+def load_sources(data: DataConfig, model: ModelConfig, *, seed: int, emit: Emit, clock: Clock, world: World) -> Sources:
+    """Model first: it is quick to fail, and tokenising may take minutes.
+
+    Raises:
+        UserError: any fault of the model's or the data's files.
+    """
+    tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
+    backbone = load_backbone(model.name, revision=model.revision, init=model.init, seed=seed, tokenizer=tokenizer)
+    check_max_length(data.max_length, backbone.model.config.n_positions)
+    corpus = load_text(data)
+    classifier = split(
+        backbone, trainable_blocks=model.trainable_blocks, num_classes=len(corpus.class_names), seed=seed
+    )
+    with clock.stage("tokenize"):
+        store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world)
+    return Sources(classifier, tokenizer, store)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A saved classifier and the split it is to score; equal on every rank."""
+
+    classifier: Classifier
+    tokenizer: PreTrainedTokenizerFast
+    class_names: tuple[str, ...]
+    tokens: TokenSplit
+    fingerprint: str
+    """Of the tokens."""
+
+    @property
+    def pad_id(self) -> int:
+        """What fills a batch behind a text's last token."""
+        return _pad_id(self.tokenizer)
+
+
+def load_scored(
+    data: DataConfig,
+    model: ModelConfig,
+    *,
+    split: str | None,
+    max_length: int | None,
+    emit: Emit,
+    clock: Clock,
+    world: World,
+) -> Scored:
+    """A classifier and one tokenised split. `split` None: test, or the whole of a single file.
+
+    `max_length` None takes the length the model was trained with; another one is obeyed, with a warning.
+
+    Raises:
+        UserError: no classifier, no such split, classes that do not fit, or any fault of the files.
+    """
+    classifier, tokenizer, class_names, trained_length = load_classifier(model.name, revision=model.revision)
+    if max_length is not None and max_length != trained_length:
+        check_max_length(max_length, classifier.config.n_positions)
+        emit(
+            Warned(
+                message=f"data.max_length {max_length}: the model was saved with {trained_length}, scores may differ"
+            )
+        )
+    corpus = load_text(data, hold_out=split is not None)
+    name = split or _only_split(data.source, corpus)
+    if name not in corpus.splits:
+        raise DataError(
+            f"{data.source} has no {name} split (only {', '.join(corpus.splits)}): there is nothing to score. Choose one with "
+            "--split, or give a single file as --data.source."
+        )
+    if len(corpus.class_names) != len(class_names):
+        raise DataError(
+            f"{data.source} has {len(corpus.class_names)} classes, the model {len(class_names)}: their labels do not mean the "
+            "same. Score it on data with the classes " + ", ".join(class_names) + "."
+        )
+    wanted = {name: corpus.splits[name]}
+    corpus = Corpus(wanted, corpus.class_names, fingerprint(wanted, corpus.class_names))
+    with clock.stage("tokenize"):
+        length = max_length or trained_length
+        store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world)
+    return Scored(classifier, tokenizer, class_names, store.splits[name], store.fingerprint)
+
+
+def _only_split(source: str, corpus: Corpus) -> str:
+    """What to score when nothing was said: a single file whole, else the test split."""
+    return next(iter(corpus.splits)) if Path(source).expanduser().is_file() else "test"

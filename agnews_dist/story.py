@@ -1,0 +1,66 @@
+"""What every story has around it: find the world, load the config, report errors by rank, leave cleanly."""
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+
+from agnews_dist.cli import Loaded, Option, load
+from agnews_dist.errors import SharedError, UserError
+from agnews_dist.world import World, detect_world
+
+
+def tell(
+    story: str,
+    argv: Sequence[str] | None,
+    body: Callable[[World, Loaded], None],
+    options: Sequence[Option] = (),
+) -> int:
+    """Run `body` and return the process's exit code.
+
+    A user error is printed without traceback. An error raised by all ranks together is printed once, by rank 0, and names the
+    rank that saw it; one raised before the ranks can talk is printed by the first rank of each node; any other is printed by
+    the rank that has it.
+    """
+    world = World()
+    can_talk = False
+    try:
+        world = detect_world(os.environ)
+        # --help and --print_config print and end the process: once is enough.
+        with nullcontext() if world.is_main else redirect_stdout(io.StringIO()):
+            loaded = load(story, sys.argv[1:] if argv is None else argv, options)
+        can_talk = True
+        body(world, loaded)
+    except UserError as error:
+        if isinstance(error, SharedError):
+            speaks, rank = world.is_main, error.rank
+            _leave()
+        else:
+            speaks, rank = can_talk or world.local_rank == 0, world.rank
+        if speaks:
+            label = f"[rank {rank}/{world.num_ranks}] " if world.num_ranks > 1 else ""
+            print(f"{label}error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if world.is_main:
+            print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    except Exception:
+        # A bug of ours: the whole traceback, every line marked with the rank, since ranks share one stderr. The process group
+        # is left as it is: the other ranks may be inside a collective, and closing it here could wait for them.
+        for line in traceback.format_exc().splitlines():
+            print(f"{world.label} {line}", file=sys.stderr)
+        sys.stderr.flush()
+        return 1
+    _leave()
+    return 0
+
+
+def _leave() -> None:
+    """Close the process group where there can be one: only a process that loaded torch has it."""
+    if "torch" in sys.modules:
+        from agnews_dist import collectives
+
+        collectives.close()

@@ -1,0 +1,159 @@
+"""The main story: text in, a classifier that Hugging Face loads out. `torchrun --nproc_per_node=8 -m agnews_dist.train`.
+
+prepare   claim the run's directory, load model and tokenizer, open or build the token cache (no collective yet)
+meet      the process group; whatever failed on any rank so far is raised on all
+train     epochs of global batches; after each, the validation split is scored and the best suffix kept
+finish    restore the best epoch, score the test split once, export, write result.json
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from agnews_dist import cli
+from agnews_dist.story import tell
+from agnews_dist.world import World
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the story; returns the exit code (0, 1 for a failed run, 2 for wrong settings)."""
+    return tell("train", argv, run)
+
+
+def run(world: World, loaded: cli.Loaded) -> None:
+    """Train, evaluate and export one classifier."""
+    start = time.perf_counter()
+    # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
+    import torch
+
+    from agnews_dist import collectives, debug
+    from agnews_dist.clock import Clock, TimedPrefix
+    from agnews_dist.data.loader import TokenTable, TrainLoader
+    from agnews_dist.engine import Engine
+    from agnews_dist.events import StepDone
+    from agnews_dist.model.gpt2 import parameter_table
+    from agnews_dist.optim import build_optimizer, learning_rate, set_lr
+    from agnews_dist.outcome import BestEpoch, RunningTotals, finish, header
+    from agnews_dist.profiling import profiling
+    from agnews_dist.report.console import Console
+    from agnews_dist.report.runlog import RunLog
+    from agnews_dist.report.sinks import Sinks
+    from agnews_dist.rundir import claim, run_name
+    from agnews_dist.scoring import score_split
+    from agnews_dist.sources import Sources, load_sources
+    from agnews_dist.step import train_step
+
+    config = loaded.config
+    clock = Clock(start)
+    directory = Path(config.run.dir) / run_name(config.run.name, config.model.name, datetime.now())
+    if config.run.debug:
+        debug.be_deterministic()
+
+    with Sinks() as emit:
+
+        def prepare() -> Sources:
+            if world.is_main:
+                emit.add(Console(every_step=config.run.debug))
+                claim(
+                    Path(config.run.dir), directory.name, overwrite=config.run.overwrite, config_yaml=cli.dump(config)
+                )
+                emit.add(RunLog(directory / "events.jsonl"))
+            return load_sources(config.data, config.model, seed=config.run.seed, emit=emit, clock=clock, world=world)
+
+        outcome = collectives.attempt(prepare)
+        engine = Engine(
+            world,
+            device=config.engine.device,
+            precision=config.engine.precision,
+            allow_tf32=config.engine.allow_tf32,
+            timeout_seconds=config.engine.timeout_seconds,
+        )
+        sources = collectives.agree(outcome)
+        classifier, num_classes = sources.classifier, len(sources.store.class_names)
+        classifier.prefix.to(engine.device, engine.frozen_dtype)
+        classifier.suffix.to(engine.device)
+        tables = {
+            name: TokenTable(split, pad_id=sources.pad_id, device=engine.device) for name, split in sources.store.splits.items()
+        }
+        if config.run.debug:
+            emit(debug.overfit_one_batch(classifier, tables["train"], engine, lr=config.optim.lr))
+        # Every rank draws its own dropout masks; the shared draws (weights, plan) have generators of their own.
+        torch.manual_seed(config.run.seed * world.num_ranks + world.rank)
+        wrapped = engine.prepare(classifier.suffix)
+        optimizer = build_optimizer(wrapped, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+        loader = TrainLoader(
+            tables["train"],
+            world,
+            global_batch_size=config.batch.global_batch_size,
+            max_tokens_per_rank=config.batch.max_tokens_per_rank,
+            bucket_window=config.batch.bucket_window,
+            seed=config.run.seed,
+        )
+        num_steps = loader.num_steps_per_epoch * config.optim.epochs
+        emit(header(config, engine, sources, parameter_table(classifier), num_steps=num_steps, directory=directory))
+
+        embed = TimedPrefix(classifier.prefix, engine)
+        best, totals, step = BestEpoch(classifier.suffix), RunningTotals(), 0
+        clock.end_of_setup()
+        with profiling(config.run.profile and world.is_main, directory, num_steps=num_steps, emit=emit) as profiler:
+            for epoch in range(config.optim.epochs):
+                classifier.suffix.train()
+                for batches in loader.steps(epoch):
+                    begin = time.perf_counter()
+                    lr = learning_rate(
+                        step,
+                        num_steps=num_steps,
+                        peak=config.optim.lr,
+                        warmup_ratio=config.optim.warmup_ratio,
+                        schedule=config.optim.schedule,
+                    )
+                    set_lr(optimizer, lr)
+                    result = train_step(
+                        engine, embed, wrapped, optimizer, batches, max_grad_norm=config.optim.max_grad_norm
+                    )
+                    step += 1
+                    seconds = time.perf_counter() - begin
+                    totals.add(batches.share, seconds)
+                    emit(
+                        StepDone(
+                            step=step,
+                            epoch=epoch + 1,
+                            loss=result.loss,
+                            lr=lr,
+                            grad_norm=result.grad_norm,
+                            num_examples=batches.num_examples,
+                            num_tokens=batches.share.num_real_tokens,
+                            seconds=seconds,
+                        )
+                    )
+                    profiler.step()
+                with clock.stage("eval"):
+                    validation = score_split(classifier, tables["validation"], engine, num_classes=num_classes)
+                emit(validation.event("validation", epoch + 1, sources.store.class_names))
+                best.offer(epoch + 1, validation)
+        clock.seconds["train"], clock.seconds["prefix"] = totals.seconds, embed.seconds()
+
+        best.restore()
+        scored = {"validation": best.scored}
+        if "test" in tables:
+            with clock.stage("eval"):
+                scored["test"] = score_split(classifier, tables["test"], engine, num_classes=num_classes)
+            emit(scored["test"].event("test", best.epoch, sources.store.class_names))
+        finish(
+            config,
+            engine,
+            sources,
+            scored,
+            directory=directory,
+            best_epoch=best.epoch,
+            num_steps=step,
+            totals=totals,
+            clock=clock,
+            emit=emit,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Real multi-process runs for tests: torchrun on this machine, output kept, a hang ended with a clear failure."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a child: one thread per rank (results are compared bit for bit), no launcher's leftovers."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    }
+    paths = [str(REPOSITORY), str(REPOSITORY / "tests"), *filter(None, [kept.get("PYTHONPATH")])]
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths), **extra}
+
+
+def python(*arguments: str, check: bool = True, timeout: float = 240, stdin: str | None = None, **extra: str):
+    """Run python with `arguments`; `extra` are environment variables."""
+    return _run([sys.executable, *arguments], check=check, timeout=timeout, stdin=stdin, extra=extra)
+
+
+def torchrun(num_ranks: int, *arguments: str, check: bool = True, timeout: float = 240, **extra: str):
+    """Run `torchrun --nproc_per_node=num_ranks` with `arguments` (a script, or `-m module`, and its arguments)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    return _run([*command, *arguments], check=check, timeout=timeout, stdin=None, extra=extra)
+
+
+def _run(command: list[str], *, check: bool, timeout: float, stdin: str | None, extra: dict[str, str]):
+    done = subprocess.run(
+        command,
+        env=environment(**extra),
+        cwd=REPOSITORY,
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if check and done.returncode != 0:
+        raise AssertionError(
+            f"{' '.join(command)} ended with {done.returncode}\n--- stdout\n{done.stdout[-6000:]}"
+            f"\n--- stderr\n{done.stderr[-9000:]}"
+        )
+    return done

@@ -1,0 +1,85 @@
+"""Run under torchrun by test_gradients.py: gradients of one global batch for several numbers of micro-batches."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from toy import toy_classifier, toy_split
+
+from agnews_dist import collectives
+from agnews_dist.data.loader import StepBatches, TokenTable, TrainLoader
+from agnews_dist.engine import Engine
+from agnews_dist.step import NonFiniteError, accumulate_gradients, summed_loss, train_step
+from agnews_dist.world import detect_world
+
+
+def mean_of_means(engine: Engine, embed, wrapped: torch.nn.Module, batches: StepBatches) -> None:
+    """What people write: each rank's own mean, averaged by DDP. The negative control."""
+    (batch,) = batches.micro_batches
+    loss = summed_loss(wrapped(embed(batch.tokens_BT), batch.lengths_B), batch)
+    (loss / batch.weights_B.sum()).backward()
+
+
+def main() -> None:
+    output, lengths = Path(sys.argv[1]), [int(length) for length in sys.argv[2].split(",")]
+    world = detect_world(os.environ)
+    engine = Engine(world, device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
+    classifier = toy_classifier()
+    prefix, suffix = classifier.prefix.double(), classifier.suffix.double().eval()
+    wrapped = engine.prepare(suffix)
+
+    def one_step(max_tokens: int, lengths: list[int] = lengths) -> StepBatches:
+        """All examples as one global batch."""
+        table = TokenTable(toy_split(lengths), pad_id=0, device=engine.device)
+        loader = TrainLoader(
+            table, world, global_batch_size=len(lengths), max_tokens_per_rank=max_tokens, bucket_window=1, seed=0
+        )
+        (batches,) = loader.steps(0)
+        return batches
+
+    def save(name: str) -> None:
+        gradients = {key: value.grad.clone() for key, value in suffix.named_parameters()}
+        save_file(gradients, output / f"{name}-rank{world.rank}of{world.num_ranks}.safetensors")
+        suffix.zero_grad()
+
+    limits = (one_step(limit) for limit in range(len(lengths) * max(lengths), max(lengths) - 1, -5))
+    by_accumulation = {len(batches.micro_batches): batches for batches in limits}
+    for accumulation in (1, 2, 4):
+        accumulate_gradients(engine, prefix, wrapped, by_accumulation[accumulation])
+        save(f"accumulation{accumulation}")
+    # One example for all ranks: the others compute a filler row that must not count.
+    accumulate_gradients(engine, prefix, wrapped, one_step(100_000, lengths[:1]))
+    save("one_example")
+    mean_of_means(engine, prefix, wrapped, one_step(100_000))
+    save("mean_of_means")
+
+    # Clipping acts on the global gradient: the norm before it and the update after it must not know the ranks either.
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
+    before = {key: value.detach().clone() for key, value in suffix.named_parameters()}
+    result = train_step(engine, prefix, wrapped, optimizer, one_step(100_000), max_grad_norm=0.1)
+    update = {key: before[key] - value.detach() for key, value in suffix.named_parameters()}
+    save_file(
+        {**update, "loss": torch.tensor(result.loss, dtype=torch.float64), "grad_norm": torch.tensor(result.grad_norm, dtype=torch.float64)},
+        output / f"clipped-rank{world.rank}of{world.num_ranks}.safetensors",
+    )
+
+    # One rank alone sees NaN: nobody may update, everybody must say so.
+    def poisoned(tokens_BT: torch.Tensor) -> torch.Tensor:
+        hidden_BTD = prefix(tokens_BT)
+        return hidden_BTD * float("nan") if world.rank == world.num_ranks - 1 else hidden_BTD
+
+    before = {key: value.detach().clone() for key, value in suffix.named_parameters()}
+    said = ""
+    try:
+        train_step(engine, poisoned, wrapped, optimizer, one_step(100_000), max_grad_norm=1.0)
+    except NonFiniteError as error:
+        said = str(error)
+    assert f"non-finite loss on rank(s) {world.num_ranks - 1}:" in said, said
+    assert all(torch.equal(before[key], value) for key, value in suffix.named_parameters())
+    collectives.close()
+
+
+if __name__ == "__main__":
+    main()

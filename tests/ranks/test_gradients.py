@@ -1,0 +1,68 @@
+"""The gradient of a global batch is the same on 1, 2 and 3 ranks with 1, 2 and 4 micro-batches: Hugging Face's, to 1e-12."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from launching import REPOSITORY, torchrun
+from safetensors.torch import load_file
+from toy import reference_gradients
+
+# Very unequal shares: a few long texts and many short ones, so that ranks hold different numbers of examples.
+LENGTHS = [30, 30, 28, 28, 27, 26, 25, 25, 24, 20, 20, 18, 17, 16, 12, 9, 8, 7, 7, 5, 5, 4, 3, 3, 2, 1, 1, 1, 1, 1]
+ACCUMULATIONS = (1, 2, 4)
+
+
+def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    assert len(found) >= 14
+    difference = sum(float((found[name] - expected[name]).square().sum()) for name in expected)
+    return (difference / sum(float(value.square().sum()) for value in expected.values())) ** 0.5
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def saved(request, tmp_path_factory) -> tuple[int, Path]:
+    directory = tmp_path_factory.mktemp(f"ranks{request.param}")
+    worker = REPOSITORY / "tests" / "ranks" / "gradient_worker.py"
+    torchrun(request.param, str(worker), str(directory), ",".join(map(str, LENGTHS)))
+    return request.param, directory
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, torch.Tensor]:
+    return reference_gradients(LENGTHS)
+
+
+def test_gradient_of_the_global_batch(saved, reference):
+    num_ranks, directory = saved
+    files = sorted(directory.glob("accumulation*.safetensors"))
+    assert len(files) == num_ranks * len(ACCUMULATIONS)
+    for file in files:
+        assert relative_error(load_file(file), reference) < 1e-12, file.name
+
+
+def test_ranks_without_an_example_add_nothing(saved):
+    num_ranks, directory = saved
+    expected = reference_gradients(LENGTHS[:1])
+    for rank in range(num_ranks):
+        found = load_file(directory / f"one_example-rank{rank}of{num_ranks}.safetensors")
+        assert relative_error(found, expected) < 1e-12
+
+
+def test_mean_of_means_is_told_apart(saved, reference):
+    """The negative control: with several ranks the usual loss has another gradient, and this test would see it."""
+    num_ranks, directory = saved
+    error = relative_error(load_file(directory / f"mean_of_means-rank0of{num_ranks}.safetensors"), reference)
+    assert error < 1e-12 if num_ranks == 1 else error > 1e-2
+
+
+def test_clipped_update_is_the_reference_gradient_scaled_to_the_norm(saved, reference):
+    num_ranks, directory = saved
+    norm = float(torch.stack([value.square().sum() for value in reference.values()]).sum().sqrt())
+    for rank in range(num_ranks):
+        update = load_file(directory / f"clipped-rank{rank}of{num_ranks}.safetensors")
+        update.pop("loss")
+        assert float(update.pop("grad_norm")) == pytest.approx(norm, rel=1e-10)
+        assert norm > 0.1
+        expected = {name: value * (0.1 / (norm + 1e-6)) for name, value in reference.items()}
+        assert relative_error(update, expected) < 1e-9

@@ -1,0 +1,81 @@
+"""A small fp64 GPT-2 with random weights and ragged random examples, equal in every process that builds it."""
+
+import numpy as np
+import torch
+from agnews_dist.data.tokens import TokenSplit
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
+
+from agnews_dist.model.gpt2 import Backbone, Classifier, split
+
+VOCABULARY, CLASSES = 97, 4
+
+
+def toy_model(dropout: float = 0.0) -> GPT2Model:
+    torch.manual_seed(11)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        n_embd=24,
+        n_layer=3,
+        n_head=3,
+        attn_pdrop=dropout,
+        embd_pdrop=dropout,
+        resid_pdrop=dropout,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return GPT2Model(config).eval()
+
+
+def toy_classifier(trainable_blocks: int = 1, dropout: float = 0.0) -> Classifier:
+    classifier = split(
+        Backbone(toy_model(dropout), None, None), trainable_blocks=trainable_blocks, num_classes=CLASSES, seed=5
+    )
+    torch.nn.init.normal_(classifier.suffix.out_head.bias, generator=torch.Generator().manual_seed(3))
+    return classifier
+
+
+def toy_split(lengths: list[int]) -> TokenSplit:
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(0, VOCABULARY - 1, sum(lengths)).astype(np.uint16)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    labels = rng.integers(0, CLASSES, len(lengths)).astype(np.int64)
+    return TokenSplit(name="toy", tokens=tokens, offsets=offsets, labels=labels, num_truncated=0)
+
+
+def _reference(lengths: list[int], trainable_blocks: int, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.Tensor]:
+    """Hugging Face's own classifier with our weights, in eval mode, and its logits_BC with its attention mask."""
+    classifier, rows = toy_classifier(trainable_blocks), toy_split(lengths)
+    config = GPT2Config(**classifier.config.to_dict() | {"num_labels": CLASSES, "pad_token_id": VOCABULARY - 1})
+    model = GPT2ForSequenceClassification(config)
+    model.transformer.load_state_dict(toy_model().state_dict())
+    # Hugging Face's head has no bias; a module in its place that has one makes the same function.
+    model.score = torch.nn.Linear(config.n_embd, CLASSES)
+    model.score.load_state_dict(classifier.suffix.out_head.state_dict())
+    model.to(dtype).eval()
+    ids = torch.full((len(lengths), max(lengths)), VOCABULARY - 1)
+    mask = torch.zeros_like(ids)
+    for row, (begin, length) in enumerate(zip(rows.offsets[:-1], lengths, strict=True)):
+        ids[row, :length] = torch.from_numpy(rows.tokens[begin : begin + length].astype(np.int64))
+        mask[row, :length] = 1
+    return model, model(input_ids=ids, attention_mask=mask).logits
+
+
+def toy_reference_logits(lengths: list[int]) -> torch.Tensor:
+    """logits_BC of Hugging Face's module, fp32."""
+    return _reference(lengths, 1, torch.float32)[1].detach()
+
+
+def reference_gradients(lengths: list[int], trainable_blocks: int = 1) -> dict[str, torch.Tensor]:
+    """Of Hugging Face's module, one process, mean cross-entropy over the whole batch, fp64; names as in our suffix."""
+    model, logits_BC = _reference(lengths, trainable_blocks, torch.float64)
+    torch.nn.functional.cross_entropy(logits_BC, torch.from_numpy(toy_split(lengths).labels)).backward()
+    ours = toy_classifier(trainable_blocks).suffix.state_dict()
+    gradients: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        short = name.removeprefix("transformer.").replace("score.", "out_head.")
+        if short in ours:
+            assert parameter.grad is not None
+            gradients[short] = parameter.grad
+    return gradients

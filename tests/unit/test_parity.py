@@ -1,0 +1,256 @@
+"""Our classifier against Hugging Face's GPT2ForSequenceClassification with its attention mask, in fp32.
+
+Gradients are compared in eval mode (dropout off): with dropout on, the two draw their masks in another order and for other
+blocks (ours only in what trains), so nothing could be equal.
+"""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GPT2Config, GPT2ForSequenceClassification
+
+from agnews_dist.model.gpt2 import Backbone, Classifier, load_backbone, split
+from agnews_dist.model.tokenizer import load_tokenizer
+
+RELATIVE = 1e-5
+NUM_CLASSES = 4
+END_OF_TEXT = 50256
+
+
+def random_reference(*, attention: str = "sdpa", **changes: object) -> GPT2ForSequenceClassification:
+    """A small GPT-2 whose norms and biases are random too, so that none of them could be left out unnoticed."""
+    shape: dict[str, object] = {
+        "vocab_size": 97,
+        "n_positions": 32,
+        "n_embd": 24,
+        "n_layer": 4,
+        "n_head": 3,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "num_labels": NUM_CLASSES,
+        "attn_implementation": attention,
+    }
+    model = GPT2ForSequenceClassification(GPT2Config(**(shape | changes)))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+    return model.eval()
+
+
+def ours_like(reference: GPT2ForSequenceClassification, trainable_blocks: int | str) -> Classifier:
+    """The classifier with the reference's weights, through the production split; its own copy of everything."""
+    backbone = Backbone(copy.deepcopy(reference.transformer), reference.score.weight.detach().clone(), None)
+    return split(backbone, trainable_blocks=trainable_blocks, num_classes=NUM_CLASSES, seed=0)  # type: ignore[arg-type]
+
+
+def ragged_batch(lengths: list[int], *, low: int, high: int, pad_id: int, extra: int = 0) -> tuple[Tensor, Tensor]:
+    """Random right-padded tokens_BT with ids in [low, high), and lengths_B; `extra` columns of padding beyond the longest."""
+    generator = torch.Generator().manual_seed(7)
+    tokens_BT = torch.randint(low, high, (len(lengths), max(lengths) + extra), generator=generator)
+    lengths_B = torch.tensor(lengths)
+    tokens_BT[torch.arange(tokens_BT.shape[1]) >= lengths_B[:, None]] = pad_id
+    return tokens_BT, lengths_B
+
+
+def mask_of(tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    return (torch.arange(tokens_BT.shape[1]) < lengths_B[:, None]).long()
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
+    assert actual.shape == expected.shape, what
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error <= RELATIVE, f"{what}: relative error {error:.2e}"
+
+
+def huggingface_name(name: str) -> str:
+    return "score.weight" if name == "out_head.weight" else f"transformer.{name}"
+
+
+def check_parity(
+    reference: GPT2ForSequenceClassification, classifier: Classifier, batch: tuple[Tensor, Tensor]
+) -> None:
+    """Logits, loss and every gradient of the trainable part."""
+    tokens_BT, lengths_B = batch
+    labels_B = torch.arange(len(lengths_B)) % NUM_CLASSES
+    reference.zero_grad()
+    expected = reference(input_ids=tokens_BT, attention_mask=mask_of(tokens_BT, lengths_B), labels=labels_B)
+    expected.loss.backward()
+
+    logits_BC = classifier.logits(tokens_BT, lengths_B)
+    loss = functional.cross_entropy(logits_BC, labels_B)
+    loss.backward()
+
+    assert_close(logits_BC.detach(), expected.logits.detach(), "logits")
+    assert_close(loss.detach(), expected.loss.detach(), "loss")
+    gradients = dict(reference.named_parameters())
+    trainable = dict(classifier.suffix.named_parameters())
+    assert len(trainable) == 12 * len(classifier.suffix.h) + 4
+    for name, weight in trainable.items():
+        assert weight.grad is not None, name
+        if name == "out_head.bias":  # Hugging Face's head has none: from its logits by hand
+            onehot_BC = functional.one_hot(labels_B, NUM_CLASSES)
+            gradient = (expected.logits.detach().softmax(-1) - onehot_BC).mean(dim=0)
+        else:
+            gradient = gradients[huggingface_name(name)].grad
+            assert gradient is not None
+        assert gradient.abs().max() > 1e-6, name
+        assert_close(weight.grad, gradient, name)
+    assert all(weight.grad is None and not weight.requires_grad for weight in classifier.prefix.parameters())
+
+
+@pytest.mark.parametrize("trainable_blocks", [0, 1, 2, "all"])
+@pytest.mark.parametrize("pad_id", [0, 96], ids=["pad is end-of-text", "pad is a new last row"])
+def test_random_gpt2_equals_huggingface(trainable_blocks: int | str, pad_id: int) -> None:
+    reference = random_reference(pad_token_id=pad_id)
+    batch = ragged_batch(list(range(1, 18)), low=1, high=96, pad_id=pad_id)
+    check_parity(reference, ours_like(reference, trainable_blocks), batch)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"reorder_and_upcast_attn": True},
+        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+        {"scale_attn_weights": False},
+        {"n_inner": 40},
+        {"activation_function": "relu"},
+        {"layer_norm_epsilon": 0.1},
+    ],
+    ids=str,
+)
+def test_every_shape_of_gpt2_equals_huggingface(change: dict[str, object]) -> None:
+    """The reference computes attention step by step ('eager'), where Hugging Face honours all of these."""
+    reference = random_reference(attention="eager", pad_token_id=0, **change)
+    batch = ragged_batch([3, 1, 17, 9], low=1, high=97, pad_id=0)
+    check_parity(reference, ours_like(reference, 2), batch)
+
+    ordinary = random_reference(attention="eager", pad_token_id=0)
+    if "n_inner" not in change and set(change) != {"reorder_and_upcast_attn"}:  # of other shape; same function in fp32
+        same_weights = ours_like(ordinary, 2)
+        difference = (same_weights.logits(*batch) - ours_like(reference, 2).logits(*batch)).abs().max()
+        assert difference > 1e-3, "the option made no difference, so the test could not see it ignored"
+
+
+TEXTS = [
+    "Oil prices rise",
+    "A",
+    "The United Nations said on Friday that talks between both countries would be held again before the end of the month.",
+    "Red Sox win the World Series for the first time since 1918, ending 86 years of waiting \N{BASEBALL}",
+    "Intel Corp. (INTC) cuts its forecast; shares fall 5% in after-hours trading",
+]
+
+
+@pytest.mark.parametrize("pad_token", ["new", "eos"])
+def test_trained_gpt2_equals_huggingface(shared, pad_token: str) -> None:
+    checkpoint = shared / "checkpoints" / "gpt2-mini"
+    tokenizer = load_tokenizer(str(checkpoint), revision=None, pad_token=pad_token)  # type: ignore[arg-type]
+    reference = GPT2ForSequenceClassification.from_pretrained(checkpoint, num_labels=NUM_CLASSES, dtype=torch.float32)
+    if pad_token == "new":
+        reference.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    reference.config.pad_token_id = tokenizer.pad_token_id
+    reference.eval()
+
+    encoded = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    lengths_B = encoded["attention_mask"].sum(dim=1)
+    assert lengths_B.min() == 1
+    assert lengths_B.max() > 20
+    for trainable_blocks in (0, 1, 2, "all"):
+        backbone = load_backbone(str(checkpoint), revision=None, init="pretrained", seed=0, tokenizer=tokenizer)
+        classifier = split(backbone, trainable_blocks=trainable_blocks, num_classes=NUM_CLASSES, seed=5)
+        with torch.no_grad():
+            reference.score.weight.copy_(classifier.suffix.out_head.weight)
+        check_parity(reference, classifier, (encoded["input_ids"], lengths_B))
+
+
+@pytest.mark.parametrize("trainable_blocks", [0, 1, "all"])
+def test_logits_depend_on_the_example_alone(trainable_blocks: int | str) -> None:
+    """Not on batch mates, amount of padding or pad id, even where the text itself contains the pad id."""
+    classifier = ours_like(random_reference(), trainable_blocks)
+    lengths = [1, 4, 11, 16, 7]
+    tokens_BT, lengths_B = ragged_batch(lengths, low=1, high=97, pad_id=0)
+    tokens_BT[1, 3] = tokens_BT[2, 5] = 0  # the pad id as last and as inner token of a text
+    with torch.no_grad():
+        together_BC = classifier.logits(tokens_BT, lengths_B)
+        for row, length in enumerate(lengths):
+            alone_C = classifier.logits(tokens_BT[row : row + 1, :length], lengths_B[row : row + 1])[0]
+            assert_close(together_BC[row], alone_C, f"row {row} with batch mates")
+        for pad_id in (0, 50, 96):
+            is_padding_BT = torch.arange(tokens_BT.shape[1] + 9) >= lengths_B[:, None]
+            longer_BT = functional.pad(tokens_BT, (0, 9)).masked_fill(is_padding_BT, pad_id)
+            assert_close(classifier.logits(longer_BT, lengths_B), together_BC, f"pad id {pad_id}, 9 more columns")
+
+
+def test_pooling_by_id_would_be_wrong() -> None:
+    """The negative control: a text ending in the pad id makes Hugging Face look at an earlier token, and only then."""
+    reference = random_reference(pad_token_id=0)
+    classifier = ours_like(reference, 1)
+    tokens_BT, lengths_B = ragged_batch([6, 9, 12], low=1, high=97, pad_id=0)
+    tokens_BT[1, 8] = 0  # ends in the pad id
+    tokens_BT[2, 4] = 0  # has it in the middle
+    with torch.no_grad():
+        by_id_BC = reference(input_ids=tokens_BT, attention_mask=mask_of(tokens_BT, lengths_B)).logits
+        by_length_BC = classifier.logits(tokens_BT, lengths_B)
+        reference.config.pad_token_id = 96  # an id that is nowhere in row 1, and row 1 without padding: by length
+        right_C = reference(input_ids=tokens_BT[1:2, :9]).logits[0]
+    assert_close(by_length_BC[0], by_id_BC[0], "no pad id in the text")
+    assert_close(by_length_BC[2], by_id_BC[2], "pad id in the middle")
+    assert (by_length_BC[1] - by_id_BC[1]).abs().max() > 0.05
+    assert_close(by_length_BC[1], right_C, "the true last token")
+
+
+def test_dropout_is_active_in_the_suffix_only() -> None:
+    classifier = ours_like(random_reference(resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5), 2)
+    tokens_BT, lengths_B = ragged_batch([5, 8], low=1, high=97, pad_id=0)
+    whole = nn.ModuleList([classifier.prefix, classifier.suffix]).train()
+    assert whole.training
+    assert classifier.suffix.training
+    assert not any(module.training for module in classifier.prefix.modules())
+    assert sum(isinstance(module, nn.Dropout) for module in classifier.prefix.modules()) == 6
+    hidden_BTD = classifier.prefix(tokens_BT)
+    assert torch.equal(hidden_BTD, classifier.prefix(tokens_BT))
+    assert not torch.allclose(classifier.suffix(hidden_BTD, lengths_B), classifier.suffix(hidden_BTD, lengths_B))
+    classifier.suffix.eval()
+    assert torch.equal(classifier.suffix(hidden_BTD, lengths_B), classifier.suffix(hidden_BTD, lengths_B))
+
+
+def test_hidden_states_enter_autograd_as_a_constant() -> None:
+    """Not inference tensors: autograd refuses to save those for the backward pass of the suffix."""
+    classifier = ours_like(random_reference(), 1)
+    tokens_BT, lengths_B = ragged_batch([5, 8], low=1, high=97, pad_id=0)
+    hidden_BTD = classifier.prefix(tokens_BT)
+    assert not hidden_BTD.requires_grad
+    assert not hidden_BTD.is_inference()
+    classifier.suffix(hidden_BTD, lengths_B).sum().backward()
+    assert classifier.suffix.h["3"].ln_1.weight.grad is not None
+
+
+def test_low_precision_prefix_leaves_residual_stream_and_logits_in_fp32() -> None:
+    """bf16 features and bf16 autocast, as on a GPU: within bf16's rounding of fp32, and the logits themselves not rounded."""
+    classifier = ours_like(random_reference(), 1)
+    tokens_BT, lengths_B = ragged_batch([5, 8, 3, 9], low=1, high=97, pad_id=0)
+    exact_BC = classifier.logits(tokens_BT, lengths_B).detach()
+    classifier.prefix.to(torch.bfloat16)
+    hidden_BTD = classifier.prefix(tokens_BT)
+    assert hidden_BTD.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_BC = classifier.suffix(hidden_BTD, lengths_B)
+    assert logits_BC.dtype == torch.float32
+    assert not torch.equal(logits_BC, logits_BC.bfloat16().float())
+    assert (logits_BC - exact_BC).abs().max() < 0.05 * exact_BC.abs().max()
+    frozen = classifier.frozen_state["transformer.h.0.mlp.c_fc.weight"]
+    assert frozen.dtype == torch.float32
+    assert not torch.equal(frozen, frozen.bfloat16().float()), "the fp32 original is kept, not the rounded copy"
+
+
+def test_the_reference_configs_are_what_they_say(shared) -> None:
+    """Guards the fixtures: gpt2-mini has dropout (so eval mode matters) and no pad token (so both options do something)."""
+    config = json.loads((shared / "checkpoints" / "gpt2-mini" / "config.json").read_text())
+    assert config["resid_pdrop"] == 0.1
+    assert config["pad_token_id"] is None
+    assert config["eos_token_id"] == END_OF_TEXT

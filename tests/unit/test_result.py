@@ -1,0 +1,159 @@
+"""result.json and predictions: strict JSON, whole or not at all, the keys the design promises."""
+
+import json
+import math
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agnews_dist.errors import UserError
+from agnews_dist.metrics import summarize
+from agnews_dist.report.files import write_text
+from agnews_dist.report.predictions import write_predictions
+from agnews_dist.report.result import Result, Seconds, versions, write_json
+
+
+def strict(text: str) -> object:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def a_result() -> Result:
+    return Result(
+        splits={"test": summarize(np.array([[3, 1], [0, 4]]), 4.0)},
+        num_steps=10,
+        num_ranks=2,
+        global_batch_size=32,
+        padding_efficiency=0.97,
+        critical_path_efficiency=None,
+        rank_balance=1.0,
+        seconds=Seconds(total=6.0, setup=1.0, tokenize=1.0, prefix=1.0, train=2.0, eval=1.0),
+        tokens_per_second=1234.5,
+        peak_memory_bytes=1 << 30,
+        versions={"torch": "2.13.0"},
+        fingerprints={"config": "abc"},
+    )
+
+
+def test_result_has_the_promised_keys(tmp_path: Path) -> None:
+    write_json(tmp_path / "result.json", a_result().to_dict())
+    found = strict((tmp_path / "result.json").read_text())
+    assert isinstance(found, dict)
+    assert list(found) == [
+        "splits", "num_steps", "num_ranks", "global_batch_size", "padding_efficiency", "critical_path_efficiency",
+        "rank_balance", "seconds", "tokens_per_second", "peak_memory_bytes", "versions", "fingerprints",
+    ]  # fmt: skip
+    assert found["splits"] == {
+        "test": {
+            "num_examples": 8,
+            "num_correct": 7,
+            "accuracy": 0.875,
+            "macro_f1": pytest.approx((6 / 7 + 8 / 9) / 2, abs=1e-12),
+            "loss": 0.5,
+            "confusion": [[3, 1], [0, 4]],
+        }
+    }
+    assert found["seconds"] == {"total": 6, "setup": 1, "tokenize": 1, "prefix": 1, "train": 2, "eval": 1}
+    assert found["critical_path_efficiency"] is None
+
+
+def test_write_json_is_strict_and_takes_numpy(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": math.nan, "b": (np.float32("inf"), np.int64(3), np.bool_(True)), "c": Path("d"), "é": 0.1})
+    assert strict(path.read_text()) == {"a": None, "b": [None, 3, True], "c": "d", "é": 0.1}
+    with pytest.raises(TypeError, match="set has no JSON form"):
+        write_json(path, {"a": {1}})
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, ["old"])
+
+    def pieces():
+        yield "new, " * 100_000
+        raise RuntimeError("stopped half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        write_text(path, pieces())
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_reader_of_the_old_file_never_sees_half_of_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, ["old"])
+    with path.open() as reader:
+        write_text(path, ["new, and longer"])
+        # The new file took the name; the one that was open is untouched.
+        assert reader.read() == "old"
+    assert path.read_text() == "new, and longer"
+
+
+def test_a_directory_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(UserError, match=r"cannot write .*file/result.json .*choose another with --run.dir"):
+        write_json(tmp_path / "file" / "result.json", {})
+    with pytest.raises(UserError, match="No such file or directory"):
+        write_json(tmp_path / "missing" / "result.json", {})
+
+
+def test_versions_are_those_installed() -> None:
+    found = versions()
+    assert set(found) == {"python", "agnews_dist", "torch", "transformers", "datasets", "accelerate", "numpy"}
+    assert found["python"] == platform.python_version()
+    assert found["numpy"] == np.__version__
+    assert found["torch"] == metadata.version("torch")
+
+
+def test_predictions_come_back_exactly(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(50, 4)) * 20
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    ids, labels, predictions = np.arange(50) * 2, rng.integers(0, 4, 50), probabilities.argmax(1)
+    path = tmp_path / "predictions-test.jsonl"
+    write_predictions(path, ids, labels, predictions, probabilities)
+    rows = [strict(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 50
+    assert all(isinstance(row, dict) and list(row) == ["id", "label", "prediction", "probabilities"] for row in rows)
+    assert [row["id"] for row in rows] == ids.tolist()
+    assert [row["label"] for row in rows] == labels.tolist()
+    assert [row["prediction"] for row in rows] == predictions.tolist()
+    np.testing.assert_array_equal(
+        np.array([row["probabilities"] for row in rows], np.float32), probabilities.astype(np.float32)
+    )
+
+
+def test_predictions_without_labels_and_with_nan(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    write_predictions(path, np.array([0]), None, np.array([1]), np.array([[np.nan, 1.0]]))
+    assert strict(path.read_text()) == {"id": 0, "label": None, "prediction": 1, "probabilities": [None, 1.0]}
+    write_predictions(path, np.empty(0, int), None, np.empty(0, int), np.empty((0, 4)))
+    assert path.read_text() == ""
+
+
+def test_rows_out_of_order_or_uneven_are_refused(tmp_path: Path) -> None:
+    path, three = tmp_path / "p.jsonl", np.zeros((3, 2))
+    with pytest.raises(ValueError, match="do not ascend"):
+        write_predictions(path, np.array([0, 2, 1]), None, np.zeros(3, int), three)
+    with pytest.raises(ValueError, match="do not ascend"):
+        write_predictions(path, np.array([0, 1, 1]), None, np.zeros(3, int), three)
+    with pytest.raises(ValueError, match=r"lengths \[3, 3, 3, 2\]"):
+        write_predictions(path, np.arange(3), np.zeros(2, int), np.zeros(3, int), three)
+    assert not path.exists()
+
+
+def test_a_whole_training_split_is_written_in_seconds(tmp_path: Path) -> None:
+    num_examples = 120_000
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(4), num_examples)
+    start = time.perf_counter()
+    classes = probabilities.argmax(1)
+    write_predictions(tmp_path / "p.jsonl", np.arange(num_examples), classes, classes, probabilities)
+    # About 1 s on one slow core; the bound only has to catch a change of the order of magnitude.
+    assert time.perf_counter() - start < 15
+    assert (tmp_path / "p.jsonl").read_bytes().count(b"\n") == num_examples
