@@ -21,7 +21,9 @@ class NoProfiler:
 
 
 @contextmanager
-def profiling(wanted: bool, directory: Path, *, num_steps: int, emit: Emit) -> Generator[profile | NoProfiler, None, None]:
+def profiling(
+    wanted: bool, directory: Path, *, num_steps: int, emit: Emit
+) -> Generator[profile | NoProfiler, None, None]:
     """Around the training loop, which calls `step()` after every step; writes `<directory>/profile/trace.json`.
 
     `num_steps` is that of the whole run; a run too short for the usual window is recorded from its first step.

@@ -75,7 +75,8 @@ def run(world: World, loaded: cli.Loaded) -> None:
         classifier.prefix.to(engine.device, engine.frozen_dtype)
         classifier.suffix.to(engine.device)
         tables = {
-            name: TokenTable(split, pad_id=sources.pad_id, device=engine.device) for name, split in sources.store.splits.items()
+            name: TokenTable(split, pad_id=sources.pad_id, device=engine.device)
+            for name, split in sources.store.splits.items()
         }
         if config.run.debug:
             emit(debug.overfit_one_batch(classifier, tables["train"], engine, lr=config.optim.lr))

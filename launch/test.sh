@@ -1,9 +1,17 @@
 #!/usr/bin/env bash
 # Everything that is checked: lint, format, types, import layers, all tests. Needs Python 3.10+ and a C++ compiler.
 #
-#   bash launch/test.sh
+#   bash launch/test.sh                     everything, as CI does
+#   bash launch/test.sh tests/unit -k plan  the checks, and these tests only
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/env.sh
-make check
+# One thread per process: the multi-process tests start several processes on the same cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+bin=.venv/bin
+$bin/ruff check agnews_dist tests
+$bin/ruff format --check agnews_dist tests
+$bin/basedpyright
+$bin/lint-imports
+$bin/python -m pytest "${@:-tests}"

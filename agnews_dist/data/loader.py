@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from agnews_dist.data.tokens import TokenSplit
 from torch import Tensor
 
 from agnews_dist.batch import Batch
 from agnews_dist.data.batching import Ints, Share, num_steps_per_epoch, plan_epoch, share
+from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.world import World
 
 

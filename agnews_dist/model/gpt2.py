@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model, PreTrainedTokenizerFast
 
 from agnews_dist.errors import ModelError
-from agnews_dist.model.embedded import EMBEDDED_SEED, embedded_config
+from agnews_dist.model.embedded import EMBEDDED_SEED, embedded_config, spread_embeddings
 from agnews_dist.model.hub import EMBEDDED, Location, locate, quietly, reading
 from agnews_dist.model.prefix import Prefix
 from agnews_dist.model.suffix import Suffix
@@ -76,6 +76,7 @@ def load_backbone(
     head_CD, class_names = None, None
     if name == EMBEDDED:
         model = _draw(embedded_config(), EMBEDDED_SEED if init == "pretrained" else seed, name)
+        spread_embeddings(model)
     else:
         location = locate(name, revision)
         if init == "random":

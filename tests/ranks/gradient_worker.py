@@ -44,7 +44,8 @@ def main() -> None:
         save_file(gradients, output / f"{name}-rank{world.rank}of{world.num_ranks}.safetensors")
         suffix.zero_grad()
 
-    limits = (one_step(limit) for limit in range(len(lengths) * max(lengths), max(lengths) - 1, -5))
+    most, least = len(lengths) * max(lengths), max(lengths)
+    limits = (one_step(limit) for limit in range(most, least - 1, -5))
     by_accumulation = {len(batches.micro_batches): batches for batches in limits}
     for accumulation in (1, 2, 4):
         accumulate_gradients(engine, prefix, wrapped, by_accumulation[accumulation])
@@ -61,7 +62,11 @@ def main() -> None:
     result = train_step(engine, prefix, wrapped, optimizer, one_step(100_000), max_grad_norm=0.1)
     update = {key: before[key] - value.detach() for key, value in suffix.named_parameters()}
     save_file(
-        {**update, "loss": torch.tensor(result.loss, dtype=torch.float64), "grad_norm": torch.tensor(result.grad_norm, dtype=torch.float64)},
+        {
+            **update,
+            "loss": torch.tensor(result.loss, dtype=torch.float64),
+            "grad_norm": torch.tensor(result.grad_norm, dtype=torch.float64),
+        },
         output / f"clipped-rank{world.rank}of{world.num_ranks}.safetensors",
     )
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-from agnews_dist.data.tokens import TokenSplit
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
 
+from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.model.gpt2 import Backbone, Classifier, split
 
 VOCABULARY, CLASSES = 97, 4

@@ -89,9 +89,7 @@ def test_random_bits_are_the_ones_numpy_guarantees():
     assert batches(plan) == [[4, 3, 2, 1], [11, 10, 7, 5], [9, 8, 6, 0]]
 
 
-@pytest.mark.parametrize(
-    ("size", "num_ranks", "least"), [(256, 8, 0.975), (64, 2, 0.97), (32, 2, 0.95), (32, 1, 0.97)]
-)
+@pytest.mark.parametrize(("size", "num_ranks", "least"), [(256, 8, 0.975), (64, 2, 0.97), (32, 2, 0.95), (32, 1, 0.97)])
 def test_little_padding_on_the_critical_path(size, num_ranks, least):
     lengths = ag_news_like(60_000)
     plan = make_plan(lengths, size)

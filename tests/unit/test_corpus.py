@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
+from launching import environment, python
 
 from agnews_dist.data.corpus import Corpus, check_corpus, load_corpus
+from agnews_dist.data.hub import read_hub
 from agnews_dist.data.splits import choose
 from agnews_dist.data.synthetic import CLASS_NAMES, generate
 from agnews_dist.errors import DataError
@@ -125,13 +127,17 @@ def test_other_names_of_splits_and_folders(tmp_path):
 
 def test_the_original_csv_as_kaggle_has_it_with_a_header(tmp_path):
     path = tmp_path / "train.csv"
-    path.write_text('\ufeffClass Index,Title,Description\r\n3,"Wall St.","Short-sellers, again"\r\n4,Mars,"rover\r\nlands"\r\n')
+    path.write_text(
+        '\ufeffClass Index,Title,Description\r\n3,"Wall St.","Short-sellers, again"\r\n4,Mars,"rover\r\nlands"\r\n'
+    )
     corpus = load(path, hold_out=False)
     assert rows_of(corpus, "train") == [("Wall St. Short-sellers, again", 2), ("Mars rover\r\nlands", 3)]
 
 
 def test_labels_as_digits_and_names_of_a_class_label_feature(tmp_path):
-    names = load(write(tmp_path / "names.csv", [("a", "Sci/Tech"), ("b", "2"), ("c", "World"), ("d", "+1")]), hold_out=False)
+    names = load(
+        write(tmp_path / "names.csv", [("a", "Sci/Tech"), ("b", "2"), ("c", "World"), ("d", "+1")]), hold_out=False
+    )
     assert names.splits["train"].labels.tolist() == [3, 2, 0, 1]
     features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good", "ugly"])})
     rows = Dataset.from_dict({"text": ["a", "b"], "label": [2, 0]}, features=features)
@@ -256,12 +262,34 @@ def test_a_path_that_does_not_exist_is_no_hub_id(tmp_path):
 
 def test_the_hub_out_of_reach_fails_quickly_with_both_ways_out():
     begin = time.perf_counter()
-    with pytest.raises(DataError, match=r"'fancyzhx/ag_news' cannot be loaded from the hub \(ConnectionError.*OfflineMode") as e:
+    with pytest.raises(
+        DataError, match=r"'fancyzhx/ag_news' cannot be loaded from the hub \(ConnectionError.*OfflineMode"
+    ) as e:
         load("fancyzhx/ag_news")
     assert time.perf_counter() - begin < 10
     assert "set --data.source to a local directory or file" in str(e.value)
     assert "python -m agnews_dist.prepare" in str(e.value)
     assert "HF_HOME" in str(e.value)
+
+
+def test_what_datasets_loads_by_itself_becomes_splits_with_names(tmp_path, monkeypatch):
+    # The same call and the same DatasetDict as for a hub id, without the network.
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    for split, rows in (("train", ODD[:2]), ("dev", ODD[2:3]), ("test", ODD[4:6])):
+        columns = {"text": [text for text, _ in rows], "label": [label % 2 for _, label in rows]}
+        (tmp_path / "set").mkdir(exist_ok=True)
+        Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "set" / f"{split}.parquet"))
+    splits = read_hub(str(tmp_path / "set"), None)
+    assert list(splits) == ["train", "validation", "test"]
+    assert splits["test"].texts == [text for text, _ in ODD[4:6]]
+    assert splits["test"].labels == [0, 1]
+    assert splits["train"].class_names == ("bad", "good")
+    assert splits["train"].origin.name(1) == f"{tmp_path / 'set'} split train row 2"
+    (tmp_path / "odd").mkdir()
+    pq.write_table(pa.table({"texts": ["a"], "label": [0]}), tmp_path / "odd" / "train.parquet")
+    with pytest.raises(DataError, match=r"odd split train has no column 'text' \(found: 'texts', 'label'\): .* Rename"):
+        read_hub(str(tmp_path / "odd"), None)
 
 
 BAD_LABELS = [(4, "4"), (-1, "-1"), ("Sport", "'Sport'"), (None, "null"), (1.5, "1.5"), ("", "null"), ("1.0", "'1.0'")]
@@ -277,7 +305,9 @@ def test_bad_labels_name_file_and_row(tmp_path, name, label, shown):
         rows, shown = [("c", 0.5), ("b", 1.5), ("c", 1.5)], r"0.5, rows.parquet row 2: 1.5, rows.parquet row 3: 1.5"
     elif name == "rows.csv" and isinstance(label, int | float):
         shown = f"'{label}'"
-    with pytest.raises(DataError, match=rf"label is no class in \d rows? \(rows.\w+ row \d: {shown}\): .* 0 to 3") as error:
+    with pytest.raises(
+        DataError, match=rf"label is no class in \d rows? \(rows.\w+ row \d: {shown}\): .* 0 to 3"
+    ) as error:
         load(write(tmp_path / name, rows))
     assert "Correct these rows" in str(error.value)
     assert ("Did you mean 'Sports'?" in str(error.value)) == (label == "Sport")
@@ -300,7 +330,9 @@ def test_many_bad_rows_are_counted_and_five_are_listed(tmp_path):
 
 @pytest.mark.parametrize(("text", "shown"), [(5, "5"), (None, "null"), (["a"], r"\['a'\]")])
 def test_text_that_is_no_string(tmp_path, text, shown):
-    with pytest.raises(DataError, match=rf"text is no string in 1 row \(r.jsonl row 2: {shown}\): .* Fill in or remove"):
+    with pytest.raises(
+        DataError, match=rf"text is no string in 1 row \(r.jsonl row 2: {shown}\): .* Fill in or remove"
+    ):
         load(write(tmp_path / "r.jsonl", [("a", 0), (text, 1)]))
 
 
@@ -312,7 +344,9 @@ def test_a_missing_column_names_those_found_and_the_nearest(tmp_path, name):
         "r.parquet": lambda: pq.write_table(pa.table({"texts": ["a"], "label": [0]}), path),
         "r.jsonl": lambda: path.write_text('{"texts": "a", "label": 0}\n'),
     }[name]()
-    with pytest.raises(DataError, match=r"has no column 'text' \(found: 'texts', 'label'\): .*Did you mean 'texts'\? Rename"):
+    with pytest.raises(
+        DataError, match=r"has no column 'text' \(found: 'texts', 'label'\): .*Did you mean 'texts'\? Rename"
+    ):
         load(path)
 
 
@@ -327,9 +361,13 @@ def test_an_empty_file(tmp_path, name, content):
 def test_files_without_rows(tmp_path):
     (tmp_path / "header.csv").write_text("text,label\n")
     (tmp_path / "list.json").write_text("[]")
-    pq.write_table(pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}), tmp_path / "e.parquet")
+    pq.write_table(
+        pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}), tmp_path / "e.parquet"
+    )
     for name in ("header.csv", "list.json", "e.parquet"):
-        with pytest.raises(DataError, match=rf"split 'train' \({name}\) has no rows: .* Check how the file was written"):
+        with pytest.raises(
+            DataError, match=rf"split 'train' \({name}\) has no rows: .* Check how the file was written"
+        ):
             load(tmp_path / name)
 
 
@@ -376,7 +414,9 @@ def test_directories_that_do_not_say_what_to_read(tmp_path):
     assert list(load(tmp_path, hold_out=False).splits) == ["test"]
     write(tmp_path / "train.csv", ODD)
     write(tmp_path / "train.jsonl", ODD)
-    with pytest.raises(DataError, match=r"files of several formats \(train.csv, train.jsonl\): .* Leave only one format"):
+    with pytest.raises(
+        DataError, match=r"files of several formats \(train.csv, train.jsonl\): .* Leave only one format"
+    ):
         load(tmp_path)
 
 
@@ -389,7 +429,7 @@ def test_splits_that_mean_different_classes(tmp_path):
         load(tmp_path)
     write(tmp_path / "mixed" / "train-0.original.csv", [("a b", 0)])
     write(tmp_path / "mixed" / "train-1.csv", [("c d", 0)])
-    with pytest.raises(DataError, match="train-1.csv and train-0.original.csv name or number .* Write both"):
+    with pytest.raises(DataError, match=r"train-1.csv and train-0.original.csv name or number .* Write both"):
         load(tmp_path / "mixed")
 
 
@@ -399,7 +439,9 @@ def test_splits_that_mean_different_classes(tmp_path):
 def test_empty_and_blank_texts(tmp_path):
     rows = [("a", 0), ("", 1), ("b", 2), (" \t\n", 3), ("\u3000", 1)]
     corpus = load(write(tmp_path / "r.jsonl", rows), hold_out=False)
-    with pytest.raises(DataError, match=r"white space in 3 rows \(r.jsonl row 2, r.jsonl row 4, r.jsonl row 5\): .* Remove"):
+    with pytest.raises(
+        DataError, match=r"white space in 3 rows \(r.jsonl row 2, r.jsonl row 4, r.jsonl row 5\): .* Remove"
+    ):
         check_corpus(corpus)
 
 
@@ -414,15 +456,18 @@ def test_a_leak_between_splits_is_a_warning_with_count_and_rows(tmp_path):
         "2 rows of validation with a text that is also in train (validation.jsonl row 2 = train.jsonl row 11, validation.jsonl "
         "row 3 = train.jsonl row 12): "
     )
-    assert warnings[1].startswith("8 rows of test with a text that is also in train (test.csv row 1 = train.jsonl row 31, ")
+    assert warnings[1].startswith(
+        "8 rows of test with a text that is also in train (test.csv row 1 = train.jsonl row 31, "
+    )
     assert "test.csv row 5 = train.jsonl row 35 and 3 more): " in warnings[1]
     assert "Remove them from train" in warnings[1]
 
 
 def test_loading_needs_neither_torch_nor_datasets_before_it_reads():
-    code = "import sys, agnews_dist.data.corpus; print([m for m in ('torch', 'datasets', 'pandas') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert out.stdout.strip() == "[]"
+    code = (
+        "import sys, agnews_dist.data.corpus; print([m for m in ('torch', 'datasets', 'pandas') if m in sys.modules])"
+    )
+    assert python("-c", code).stdout.strip() == "[]"
 
 
 def test_two_processes_load_the_same_at_once(tmp_path):
@@ -433,7 +478,8 @@ def test_two_processes_load_the_same_at_once(tmp_path):
         "print(c.fingerprint)"
     )
     processes = [
-        subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True, env=environment())
+        for _ in range(2)
     ]
     prints = Counter(process.communicate(timeout=120)[0].strip() for process in processes)
     assert prints == {load(path, fraction=0.1).fingerprint: 2}

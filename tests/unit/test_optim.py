@@ -1,5 +1,6 @@
 """The learning rate as a function of the step, and which parameters decay."""
 
+import itertools
 import math
 
 import pytest
@@ -11,12 +12,10 @@ from agnews_dist.optim import build_optimizer, learning_rate, set_lr
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_warms_up_to_the_peak_and_decays_to_just_above_zero(schedule):
-    rates = [
-        learning_rate(step, num_steps=100, peak=2.0, warmup_ratio=0.1, schedule=schedule) for step in range(100)
-    ]
+    rates = [learning_rate(step, num_steps=100, peak=2.0, warmup_ratio=0.1, schedule=schedule) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10] == 2.0
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert 0 < rates[-1] < 0.05
     middle = 55
     expected = 2.0 * (1 - 45 / 90) if schedule == "linear" else 2.0 * 0.5 * (1 + math.cos(math.pi * 45 / 90))
