@@ -4,8 +4,8 @@ The package is one journey, and each module is one station of it:
 
     text -> tokens -> plan -> batch -> frozen prefix -> trainable suffix -> loss -> evaluation -> report
 
-    text            data/corpus.py    rows from the hub, parquet, csv, jsonl or data/synthetic.py
-                    data/checks.py    bad rows become errors that name file and row, before any work
+    text            data/corpus.py    rows of the hub (hub.py), local files (files.py, formats.py) or synthetic.py
+                    data/checks.py    bad rows become errors that name file and row; splits.py holds out and limits
     tokens          data/tokens.py    one flat token array per split, cached under a content fingerprint
     plan            data/batching.py  pure numpy: an epoch's global batches and each rank's share of them
     batch           data/loader.py    a rank's share as padded arrays on the device (legend: batch.py)
@@ -19,12 +19,14 @@ The package is one journey, and each module is one station of it:
                     metrics.py        confusion matrix -> accuracy, macro F1, loss
     report          events.py         everything a run says; report/ turns it into console, log, card
                     model/export.py   a directory that Hugging Face loads
+                    outcome.py        header, totals, best epoch, the files of the run's directory (rundir.py)
 
-The ground under it: errors.py (what a user can mend), config.py and cli.py (what a user can set), world.py
-(which rank am I), collectives.py (the only door to torch.distributed), engine.py (the only door to
-accelerate). The stories, each a straight line: train.py, evaluate.py, predict.py, prepare.py.
+The ground under it: errors.py (what a user can mend), config.py, settings.py, config_file.py and cli.py (what a user can
+set), world.py (which rank am I), batch.py (shape letters), collectives.py (the only door to torch.distributed), engine.py
+(the only door to accelerate), clock.py, profiling.py, debug.py. The stories, each a straight line inside story.py's frame:
+train.py, evaluate.py, predict.py, prepare.py; sources.py loads what they start from.
 
-Importing this package loads nothing heavy; `import agnews_dist` takes milliseconds.
+Importing this package loads nothing heavy.
 """
 
 __version__ = "0.1.0"

@@ -91,12 +91,15 @@ def load(story: str, argv: Sequence[str], options: Sequence[Option] = ()) -> Loa
     known |= {option.name: (option.value_type, option.default) for option in options if not option.nargs}
     values: dict[str, Any] = {name: default for name, (_, default) in known.items()}
     values |= {option.name: tuple(arguments.positionals) for option in options if option.nargs}
+    unreadable: set[str] = set()
     for item in given:
         type_, default = known[item.name]
         try:
             values[item.name] = parse_value(type_, item)
         except WrongTypeError as error:
-            problems.add(f"{item.place}: {error} Correct it; the default is {write_value(default)}.")
+            line = f"{item.place}: {error} Correct it; the default is {write_value(default)}."
+            problems.add(line, value_lost=False)
+            unreadable.add(item.name)
     config = Config(
         **{
             section: cls(**{s.name: values[key] for key, s in settings.items() if s.section == section})
@@ -104,7 +107,9 @@ def load(story: str, argv: Sequence[str], options: Sequence[Option] = ()) -> Loa
         }
     )
     if not problems.value_lost:
-        problems.lines.extend(contradictions(config))
+        # Where a value could not be read its default stands in, and what is said of that would be said of nothing.
+        found = contradictions(config)
+        problems.lines.extend(line for line in found if not any(key in line for key in unreadable))
     if problems.lines:
         raise ConfigError("\n".join(problems.lines))
     if "--print_config" in arguments.switches:

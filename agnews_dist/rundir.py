@@ -1,9 +1,9 @@
 """The run's directory: named, checked and claimed before any work, so that no result is lost or overwritten by accident."""
 
 import shutil
-import tempfile
 from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 
 from agnews_dist.errors import UserError
 
@@ -27,33 +27,66 @@ def run_name(name: str | None, model_name: str, now: datetime) -> str:
     return name
 
 
-def claim(runs: Path, name: str, *, overwrite: bool, config_yaml: str) -> Path:
-    """Create `runs/name` with the resolved config in it.
+class Claim:
+    """`runs/name` taken for a run that has not begun: use as a context, and `keep()` once nothing can be refused any more.
 
-    Raises:
-        UserError: it exists and `overwrite` is not set, it is no run's directory, or it cannot be written.
+    Leaving the context without `keep()` puts everything back as it was, so that a run refused for a bad row neither blocks its
+    own name nor costs the results it was to replace.
     """
-    directory = runs / name
-    try:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            if not overwrite:
-                raise UserError(
-                    f"{directory} exists: its results would be lost. Choose another --run.name, or pass --run.overwrite true."
-                )
-            if not (directory / MARK).is_file():
-                raise UserError(
-                    f"{directory} holds no {MARK}: it is not a run's directory, so run.overwrite does not delete it. Choose "
-                    "another --run.name, or remove it yourself."
-                )
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        # Permission bits do not tell (root, read-only mounts, quotas): only a write does.
-        with tempfile.TemporaryFile(dir=directory) as probe:
-            probe.write(b"0")
-        (directory / MARK).write_text(config_yaml, encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{directory} cannot be written ({error.strerror or error}): the run would have nowhere to leave its results. "
-            "Set --run.dir to a writable directory."
-        ) from error
-    return directory
+
+    def __init__(self, runs: Path, name: str, *, overwrite: bool, config_yaml: str) -> None:
+        """Nothing is touched before `take()`."""
+        self.directory = runs / name
+        self._replaced = runs / f".{name}.replaced"
+        self._overwrite, self._config_yaml = overwrite, config_yaml
+        self._is_taken = False
+
+    def take(self) -> None:
+        """Create the directory with the resolved config in it; an older run in its place is set aside.
+
+        Raises:
+            UserError: it exists and `overwrite` is not set, it is no run's directory, or it cannot be written.
+        """
+        directory = self.directory
+        try:
+            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+                self._check_replaceable()
+                shutil.rmtree(self._replaced, ignore_errors=True)
+                directory.rename(self._replaced)
+            directory.mkdir(parents=True, exist_ok=True)
+            self._is_taken = True
+            # Permission bits do not tell (root, read-only mounts, quotas): only a write does.
+            (directory / MARK).write_text(self._config_yaml, encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"{directory} cannot be written ({error.strerror or error}): the run would have nowhere to leave its results. "
+                "Set --run.dir to a writable directory."
+            ) from error
+
+    def _check_replaceable(self) -> None:
+        if not self._overwrite:
+            raise UserError(
+                f"{self.directory} exists: its results would be lost. Choose another --run.name, or pass --run.overwrite."
+            )
+        if not (self.directory / MARK).is_file():
+            raise UserError(
+                f"{self.directory} holds no {MARK}: it is not a run's directory, so run.overwrite does not delete it. Choose "
+                "another --run.name, or remove it yourself."
+            )
+
+    def keep(self) -> None:
+        """The run begins: what it replaces is deleted."""
+        if self._is_taken:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self._is_taken = False
+
+    def __enter__(self) -> "Claim":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_taken:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            if self._replaced.exists():
+                self._replaced.rename(self.directory)

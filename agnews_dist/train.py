@@ -40,25 +40,25 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.report.console import Console
     from agnews_dist.report.runlog import RunLog
     from agnews_dist.report.sinks import Sinks
-    from agnews_dist.rundir import claim, run_name
+    from agnews_dist.rundir import Claim, run_name
     from agnews_dist.scoring import score_split
     from agnews_dist.sources import Sources, load_sources
     from agnews_dist.step import train_step
 
     config = loaded.config
     clock = Clock(start)
-    directory = Path(config.run.dir) / run_name(config.run.name, config.model.name, datetime.now())
+    name = run_name(config.run.name, config.model.name, datetime.now())
+    claim = Claim(Path(config.run.dir), name, overwrite=config.run.overwrite, config_yaml=cli.dump(config))
+    directory = claim.directory
     if config.run.debug:
         debug.be_deterministic()
 
-    with Sinks() as emit:
+    with claim, Sinks() as emit:
 
         def prepare() -> Sources:
             if world.is_main:
                 emit.add(Console(every_step=config.run.debug))
-                claim(
-                    Path(config.run.dir), directory.name, overwrite=config.run.overwrite, config_yaml=cli.dump(config)
-                )
+                claim.take()
                 emit.add(RunLog(directory / "events.jsonl"))
             return load_sources(config.data, config.model, seed=config.run.seed, emit=emit, clock=clock, world=world)
 
@@ -71,6 +71,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
             timeout_seconds=config.engine.timeout_seconds,
         )
         sources = collectives.agree(outcome)
+        claim.keep()
         classifier, num_classes = sources.classifier, len(sources.store.class_names)
         classifier.prefix.to(engine.device, engine.frozen_dtype)
         classifier.suffix.to(engine.device)

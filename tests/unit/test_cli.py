@@ -273,6 +273,10 @@ def test_contradictions_come_with_unknown_names_but_not_after_lost_values() -> N
     # With max_length unread, comparing max_tokens_per_rank to its default would accuse the wrong setting.
     [only] = errors_of(["--batch.max_tokens_per_rank", "128", "--data.max_length", "64k"])
     assert "--data.max_length '64k'" in only
+    # What has nothing to do with the unread value is said all the same: all errors at once.
+    unread, negative = errors_of(["--optim.epochs", "2.5", "--model.trainable_blocks", "-1"])
+    assert "--optim.epochs '2.5'" in unread
+    assert negative.startswith("model.trainable_blocks -1: ")
 
 
 def test_story_options() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from agnews_dist.errors import UserError
-from agnews_dist.rundir import claim, run_name
+from agnews_dist.rundir import Claim, run_name
 
 
 def test_name_is_made_from_model_and_time():
@@ -21,29 +21,54 @@ def test_names_that_leave_the_directory_are_refused(name):
         run_name(name, "gpt2", datetime(2026, 1, 1))
 
 
+def take(runs: Path, name: str, *, overwrite: bool = False, keep: bool = True) -> Path:
+    with Claim(runs, name, overwrite=overwrite, config_yaml="run: {}\n") as claim:
+        claim.take()
+        assert (claim.directory / "config.yaml").read_text() == "run: {}\n"
+        if keep:
+            claim.keep()
+    return claim.directory
+
+
 def test_claims_and_refuses_an_existing_run(tmp_path):
-    directory = claim(tmp_path / "runs", "a", overwrite=False, config_yaml="run: {}\n")
-    assert (directory / "config.yaml").read_text() == "run: {}\n"
+    directory = take(tmp_path / "runs", "a")
     (directory / "result.json").write_text("{}")
     with pytest.raises(UserError, match=r"/a exists: its results would be lost.*--run.overwrite"):
-        claim(tmp_path / "runs", "a", overwrite=False, config_yaml="")
+        take(tmp_path / "runs", "a")
     assert (directory / "result.json").exists()
-    claim(tmp_path / "runs", "a", overwrite=True, config_yaml="new\n")
-    assert sorted(path.name for path in directory.iterdir()) == ["config.yaml"]
+    take(tmp_path / "runs", "a", overwrite=True)
+    assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["a", "config.yaml"]
+
+
+def test_a_run_that_never_began_leaves_everything_as_it_was(tmp_path):
+    directory = take(tmp_path / "runs", "a", keep=False)
+    assert not directory.exists()
+    take(tmp_path / "runs", "a")
+    (directory / "result.json").write_text("{}")
+    take(tmp_path / "runs", "a", overwrite=True, keep=False)
+    assert (directory / "result.json").exists()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
+
+
+def test_a_claim_never_taken_touches_nothing(tmp_path):
+    directory = take(tmp_path / "runs", "a")
+    with Claim(tmp_path / "runs", "a", overwrite=True, config_yaml=""):
+        pass
+    assert (directory / "config.yaml").exists()
 
 
 def test_overwrite_deletes_only_what_a_run_wrote(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"holds no config.yaml.*remove it yourself"):
-        claim(tmp_path, "thesis", overwrite=True, config_yaml="")
+        take(tmp_path, "thesis", overwrite=True)
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
 
 
 def test_unwritable_place_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written.*Set --run.dir to a writable directory"):
-        claim(tmp_path / "file", "a", overwrite=False, config_yaml="")
-    # A read-only file system that even root cannot write to.
+        take(tmp_path / "file", "a")
+    # A file system that even root cannot write to.
     with pytest.raises(UserError, match=r"cannot be written.*Set --run.dir"):
-        claim(Path("/proc/nowhere"), "a", overwrite=False, config_yaml="")
+        take(Path("/proc/nowhere"), "a")
