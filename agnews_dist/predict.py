@@ -70,8 +70,12 @@ def run(world: World, loaded: cli.Loaded) -> None:
     # Imported here, not above: a missing file or an empty line must not wait seconds for torch.
     from agnews_dist.engine import Engine
     from agnews_dist.model.export import load_classifier
+    from agnews_dist.model.gpt2 import check_max_length
 
     classifier, tokenizer, class_names, max_length = load_classifier(config.model.name, revision=config.model.revision)
+    if "data.max_length" in loaded.explicit:
+        max_length = config.data.max_length
+        check_max_length(max_length, classifier.config.n_positions)
     engine = Engine(
         world,
         device=config.engine.device,
@@ -152,36 +156,28 @@ def classify(
         DataError: a text without a single token.
     """
     import numpy as np
-    import torch
 
-    from agnews_dist.data.batching import plan_evaluation
-    from agnews_dist.scoring import EVALUATION_TOKENS, log_softmax_NC
+    from agnews_dist.data.loader import TokenTable
+    from agnews_dist.data.tokens import TokenSplit, encode
+    from agnews_dist.metrics import in_file_order
+    from agnews_dist.scoring import log_softmax_NC, rank_logits
 
-    pad_id, num_cut = tokenizer.pad_token_id, 0
+    num_cut, num_classes = 0, classifier.suffix.out_head.out_features
     for begin in range(0, len(rows), TEXTS_PER_CHUNK):
         chunk = rows[begin : begin + TEXTS_PER_CHUNK]
-        whole = cast("list[list[int]]", tokenizer([row.text for row in chunk], verbose=False)["input_ids"])
-        tokens = [ids[:max_length] for ids in whole]
-        num_cut += sum(len(ids) > max_length for ids in whole)
-        lengths_N = np.array([len(ids) for ids in tokens], dtype=np.int64)
-        if not lengths_N.all():
-            raise DataError(
-                f"{chunk[int(lengths_N.argmin())].place} has no token: there is nothing to classify it by. Remove it."
-            )
-        logits: list[NDArray[np.float32] | None] = [None] * len(chunk)
-        for ids_B in plan_evaluation(lengths_N, max_tokens=EVALUATION_TOKENS):
-            lengths_B = lengths_N[ids_B]
-            tokens_BT = np.full((len(ids_B), int(lengths_B.max())), pad_id, dtype=np.int64)
-            for row, i in enumerate(ids_B):
-                tokens_BT[row, : lengths_N[i]] = tokens[i]
-            with torch.no_grad(), engine.autocast():
-                logits_BC = classifier.logits(
-                    torch.from_numpy(tokens_BT).to(engine.device), torch.from_numpy(lengths_B).to(engine.device)
-                )
-            for i, logits_C in zip(ids_B, logits_BC.float().cpu().numpy(), strict=True):
-                logits[int(i)] = logits_C
-        probabilities_NC = np.exp(log_softmax_NC(np.stack(cast("list[NDArray[np.float32]]", logits))))
-        yield from zip(chunk, probabilities_NC, strict=True)
+        places = [row.place for row in chunk]
+        ids, num_truncated = encode(tokenizer, [row.text for row in chunk], max_length, name=places.__getitem__)
+        num_cut += num_truncated
+        split = TokenSplit(
+            name="texts",
+            tokens=np.concatenate(ids).astype(np.int32),
+            offsets=np.cumsum([0, *map(len, ids)], dtype=np.int64),
+            labels=np.zeros(len(ids), np.int64),
+            num_truncated=num_truncated,
+        )
+        table = TokenTable(split, pad_id=cast(int, tokenizer.pad_token_id), device=engine.device)
+        ids_N, logits_NC = rank_logits(classifier, table, engine, num_classes=num_classes)
+        yield from zip(chunk, np.exp(log_softmax_NC(logits_NC[in_file_order(ids_N, len(chunk))])), strict=True)
     if num_cut:
         print(
             f"warning: {num_cut} of {len(rows)} texts are longer than {max_length} tokens: the rest of them was not read. "

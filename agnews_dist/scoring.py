@@ -57,27 +57,31 @@ def log_softmax_NC(logits_NC: NDArray[np.float32]) -> NDArray[np.float64]:
     return wide_NC - np.log(np.exp(wide_NC).sum(axis=1, keepdims=True))
 
 
-def score_split(classifier: Classifier, table: TokenTable, engine: Engine, *, num_classes: int) -> ScoredSplit:
-    """Logits of every example, gathered once; counts are integers, the loss is a float64 sum in file order."""
-    start = time.perf_counter()
-    world = engine.world
+def rank_logits(
+    classifier: Classifier, table: TokenTable, engine: Engine, *, num_classes: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """This rank's part of a split: (ids, logits_NC), in the order computed, without dropout."""
     ids: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
-    labels: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     logits: list[NDArray[np.float32]] = [np.empty((0, num_classes), np.float32)]
     was_training = classifier.suffix.training
     classifier.suffix.eval()
+    plan = plan_evaluation(table.lengths_N, max_tokens=EVALUATION_TOKENS)
     with torch.no_grad(), engine.autocast():
-        for ids_B in plan_evaluation(table.lengths_N, max_tokens=EVALUATION_TOKENS)[world.rank :: world.num_ranks]:
+        for ids_B in plan[engine.world.rank :: engine.world.num_ranks]:
             batch = table.batch(ids_B)
-            logits_BC = classifier.suffix(classifier.prefix(batch.tokens_BT), batch.lengths_B)
             ids.append(ids_B)
-            labels.append(batch.labels_B.cpu().numpy())
-            logits.append(logits_BC.float().cpu().numpy())
+            logits.append(classifier.logits(batch.tokens_BT, batch.lengths_B).float().cpu().numpy())
     classifier.suffix.train(was_training)
-    local = (np.concatenate(ids), np.concatenate(labels), np.concatenate(logits))
-    ids_N, labels_N, logits_NC = (np.concatenate(parts) for parts in zip(*collectives.all_gather(local), strict=True))
-    order_N = in_file_order(ids_N, len(table))
-    labels_N, log_probabilities_NC = labels_N[order_N], log_softmax_NC(logits_NC[order_N])
+    return np.concatenate(ids), np.concatenate(logits)
+
+
+def score_split(classifier: Classifier, table: TokenTable, engine: Engine, *, num_classes: int) -> ScoredSplit:
+    """Logits of every example, gathered once; counts are integers, the loss is a float64 sum in file order."""
+    start = time.perf_counter()
+    local = rank_logits(classifier, table, engine, num_classes=num_classes)
+    ids_N, logits_NC = (np.concatenate(parts) for parts in zip(*collectives.all_gather(local), strict=True))
+    log_probabilities_NC = log_softmax_NC(logits_NC[in_file_order(ids_N, len(table))])
+    labels_N = table.labels_N
     predictions_N = log_probabilities_NC.argmax(axis=1)
     losses_N = -log_probabilities_NC[np.arange(len(labels_N)), labels_N]
     scores = summarize(confusion_matrix(labels_N, predictions_N, num_classes), float(losses_N.sum()))

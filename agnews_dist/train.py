@@ -75,16 +75,13 @@ def run(world: World, loaded: cli.Loaded) -> None:
         classifier, num_classes = sources.classifier, len(sources.store.class_names)
         classifier.prefix.to(engine.device, engine.frozen_dtype)
         classifier.suffix.to(engine.device)
+        if not world.is_main:
+            # Only rank 0 exports; on a GPU node the other ranks would each keep a second copy of the model in host memory.
+            classifier.frozen_state.clear()
         tables = {
             name: TokenTable(split, pad_id=sources.pad_id, device=engine.device)
             for name, split in sources.store.splits.items()
         }
-        if config.run.debug:
-            emit(debug.overfit_one_batch(classifier, tables["train"], engine, lr=config.optim.lr))
-        # Every rank draws its own dropout masks; the shared draws (weights, plan) have generators of their own.
-        torch.manual_seed(config.run.seed * world.num_ranks + world.rank)
-        wrapped = engine.prepare(classifier.suffix)
-        optimizer = build_optimizer(wrapped, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
         loader = TrainLoader(
             tables["train"],
             world,
@@ -95,6 +92,12 @@ def run(world: World, loaded: cli.Loaded) -> None:
         )
         num_steps = loader.num_steps_per_epoch * config.optim.epochs
         emit(header(config, engine, sources, parameter_table(classifier), num_steps=num_steps, directory=directory))
+        if config.run.debug:
+            emit(debug.overfit_one_batch(classifier, tables["train"], engine, lr=config.optim.lr))
+        # Every rank draws its own dropout masks; the shared draws (weights, plan) have generators of their own.
+        torch.manual_seed(config.run.seed * world.num_ranks + world.rank)
+        wrapped = engine.prepare(classifier.suffix)
+        optimizer = build_optimizer(wrapped, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
 
         embed = TimedPrefix(classifier.prefix, engine)
         best, totals, step = BestEpoch(classifier.suffix), RunningTotals(), 0

@@ -18,11 +18,12 @@ class TokenTable:
 
     def __init__(self, split: TokenSplit, *, pad_id: int, device: torch.device) -> None:
         self.lengths_N: Ints = split.lengths
+        self.labels_N: Ints = np.array(split.labels, dtype=np.int64)
         self._pad_id = pad_id
         # torch cannot index with uint16; int32 halves what int64 would take.
         self._tokens = torch.from_numpy(np.asarray(split.tokens).astype(np.int32)).to(device)
         self._offsets = torch.from_numpy(np.array(split.offsets, dtype=np.int64)).to(device)
-        self._labels = torch.from_numpy(np.array(split.labels, dtype=np.int64)).to(device)
+        self._labels = torch.from_numpy(self.labels_N).to(device)
 
     def __len__(self) -> int:
         return len(self.lengths_N)
