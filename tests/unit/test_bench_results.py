@@ -1,0 +1,32 @@
+"""RESULTS.md stands on raw logs: every figure of its table can be computed from the log that its row links."""
+
+import json
+import re
+import statistics
+
+from launching import REPOSITORY
+
+BENCH = REPOSITORY / "tests" / "bench"
+NAMES = {"ours, pretrained": "ours", "Hugging Face Trainer 5.23.0": "hf_trainer", "ours, `model.init: random`": "random"}
+
+
+def test_every_linked_log_exists():
+    text = (BENCH / "RESULTS.md").read_text(encoding="utf-8")
+    links = set(re.findall(r"\]\((logs/[^)]+)\)", text))
+    assert links
+    assert links == {f"logs/{path.name}" for path in (BENCH / "logs").iterdir()}
+
+
+def test_accuracy_table_is_what_the_log_says_and_what_the_readme_shows():
+    log = (BENCH / "logs" / "2026-11-22-accuracy-cpu2.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in log.splitlines()]
+    assert len(rows) == 9
+    results = (BENCH / "RESULTS.md").read_text(encoding="utf-8")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for shown, what in NAMES.items():
+        best = [row["best_accuracy"] for row in rows if row["what"] == what]
+        last = [row["accuracy"] for row in rows if row["what"] == what]
+        assert len(best) == 3
+        mean = f"{statistics.mean(best):.4f} +- {statistics.stdev(best) / 3**0.5:.4f}"
+        assert f"| {shown} | 0, 1, 2 | {mean} | {statistics.mean(last):.4f} |" in results
+        assert f"| {shown} | {mean} |" in readme
