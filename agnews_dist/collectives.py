@@ -3,7 +3,8 @@
 The process group itself is made by engine.py (accelerate does it) and closed here.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -65,7 +66,32 @@ def agree(outcome: T | UserError) -> T:
     return outcome
 
 
+def check_equal(fingerprints: Mapping[str, str]) -> None:
+    """Make sure that every rank starts from the same things.
+
+    Raises:
+        SharedError: on all ranks, naming what differs and the first rank that has another one than rank 0.
+    """
+    gathered = all_gather(dict(fingerprints))
+    for rank, theirs in enumerate(gathered):
+        differing = [name for name, value in gathered[0].items() if theirs.get(name) != value]
+        if differing:
+            raise SharedError(
+                f"rank {rank} has another {' and '.join(differing)} than rank 0: the ranks would train different models, and "
+                "no figure would show it. Give every rank the same configuration, data and model files.",
+                rank,
+            )
+
+
+# Long enough for a thread that waits for the interpreter lock; a rank that never leaves costs the whole job.
+SETTLING_SECONDS = 0.1
+
+
 def close() -> None:
     """Leave the process group, so that a normal end prints no warning about leaked resources."""
     if is_distributed():
+        # gloo's thread drops the tensors of the last collective only after it has woken us, and needs the interpreter lock for
+        # that; DDP's reducer, when it outlives the group, joins that thread while holding the lock (pytorch#56297). Without a
+        # pause that releases it the two wait for ever: torch 2.13, one of three runs that ended right after a collective.
+        time.sleep(SETTLING_SECONDS)
         dist.destroy_process_group()

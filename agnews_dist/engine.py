@@ -27,17 +27,15 @@ class Engine:
                 not the launcher's.
         """
         self.world = world
-        use_cuda = _choose_cuda(world, device)
+        use_cuda = chooses_cuda(world, device)
         self.precision = ("bf16" if use_cuda else "fp32") if precision == "auto" else precision
         if use_cuda and self.precision == "bf16" and not torch.cuda.is_bf16_supported():
             raise UserError(
                 f"engine.precision bf16, but {torch.cuda.get_device_name()} has no bf16: every product would be emulated. "
                 "Set --engine.precision fp32."
             )
-        # The suffix has no buffers, and the ranks' gradients may live in the reducer's buckets.
-        handlers: list[KwargsHandler] = [
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ]
+        # Gradients may live in the reducer's buckets: nobody keeps a view of them from step to step.
+        handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
         if world.num_ranks > 1:
             # Without a launcher accelerate takes a named backend for a sign that there is a process group.
             timeout = timedelta(seconds=timeout_seconds)
@@ -62,8 +60,8 @@ class Engine:
     def description(self) -> str:
         """The device for the header: name of the GPU, or threads of the CPU."""
         if self.device.type == "cuda":
-            return f"{torch.cuda.get_device_name(self.device)} (nccl)"
-        return f"CPU, {torch.get_num_threads()} thread(s) per rank (gloo)"
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU, {torch.get_num_threads()} thread(s) per rank"
 
     @property
     def frozen_dtype(self) -> torch.dtype:
@@ -89,7 +87,12 @@ class Engine:
         self._accelerator.backward(loss)
 
 
-def _choose_cuda(world: World, device: str) -> bool:
+def chooses_cuda(world: World, device: str) -> bool:
+    """Whether this rank runs on a GPU; the stories ask before they load anything.
+
+    Raises:
+        UserError: CUDA asked for but absent, or more ranks than GPUs on this node.
+    """
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError(

@@ -9,6 +9,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from agnews_dist import cli
@@ -35,20 +36,24 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist import collectives
     from agnews_dist.clock import Clock
     from agnews_dist.data.loader import TokenTable
-    from agnews_dist.engine import Engine
-    from agnews_dist.outcome import write_scores
+    from agnews_dist.engine import Engine, chooses_cuda
+    from agnews_dist.outcome import fingerprint_of, write_scores
     from agnews_dist.report.console import Console
     from agnews_dist.report.sinks import Sinks
+    from agnews_dist.rundir import open_output
     from agnews_dist.scoring import score_split
     from agnews_dist.sources import Scored, load_scored
 
     config, options = loaded.config, loaded.options
+    chooses_cuda(world, config.engine.device)
     clock = Clock(start)
     with Sinks() as emit:
 
         def prepare() -> Scored:
             if world.is_main:
                 emit.add(Console())
+                if options["output"] is not None:
+                    open_output(Path(options["output"]))
             return load_scored(
                 config.data,
                 config.model,
@@ -60,14 +65,10 @@ def run(world: World, loaded: cli.Loaded) -> None:
             )
 
         outcome = collectives.attempt(prepare)
-        engine = Engine(
-            world,
-            device=config.engine.device,
-            precision=config.engine.precision,
-            allow_tf32=config.engine.allow_tf32,
-            timeout_seconds=config.engine.timeout_seconds,
-        )
+        engine = Engine(world, **asdict(config.engine))
         sources = collectives.agree(outcome)
+        prints = {"tokens": sources.fingerprint, "frozen_weights": fingerprint_of(sources.classifier.frozen_state)}
+        collectives.check_equal(prints)
         sources.classifier.prefix.to(engine.device, engine.frozen_dtype)
         sources.classifier.suffix.to(engine.device)
         table = TokenTable(sources.tokens, pad_id=sources.pad_id, device=engine.device)
@@ -76,7 +77,9 @@ def run(world: World, loaded: cli.Loaded) -> None:
             scored = score_split(sources.classifier, table, engine, num_classes=len(sources.class_names))
         emit(scored.event(sources.tokens.name, 0, sources.class_names))
         if options["output"] is not None:
-            write_scores(Path(options["output"]), engine, sources, scored, clock=clock, emit=emit)
+            write_scores(
+                Path(options["output"]), engine, sources.tokens.name, scored, prints=prints, clock=clock, emit=emit
+            )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """From numbers to a finished run: header, running totals, the best epoch, and the files of the run's directory."""
 
 import hashlib
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agnews_dist import cli, collectives
+from agnews_dist import collectives
 from agnews_dist.clock import Clock
 from agnews_dist.config import Config
 from agnews_dist.data.batching import Efficiency, Share, efficiency
@@ -22,7 +23,7 @@ from agnews_dist.report.card import model_card
 from agnews_dist.report.predictions import write_predictions
 from agnews_dist.report.result import Result, Seconds, versions, write_json
 from agnews_dist.scoring import ScoredSplit
-from agnews_dist.sources import Scored, Sources
+from agnews_dist.sources import Sources
 
 
 def header(
@@ -117,6 +118,19 @@ def fingerprint_of(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def fingerprints(config: Config, sources: Sources) -> dict[str, str]:
+    """sha256 of what the weights depend on: settings, tokens, frozen weights.
+
+    Places (directories, ids) are left out of the settings: what they hold is in the other two.
+    """
+    named = {key: value for key, value in settings(config).items() if key not in ("data.source", "model.name")}
+    return {
+        "config": hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest(),
+        "tokens": sources.store.fingerprint,
+        "frozen_weights": fingerprint_of(sources.classifier.frozen_state),
+    }
+
+
 def write_split(directory: Path, name: str, split: ScoredSplit) -> Path:
     """Write the predictions of one split, in file order; returns the file."""
     path = directory / f"predictions-{name}.jsonl"
@@ -143,6 +157,7 @@ def finish(
     best_epoch: int,
     num_steps: int,
     totals: RunningTotals,
+    prints: Mapping[str, str],
     clock: Clock,
     emit: Emit,
 ) -> None:
@@ -153,11 +168,6 @@ def finish(
     scores = {name: split.scores for name, split in scored.items()}
 
     def write() -> None:
-        prints = {
-            "config": hashlib.sha256(cli.dump(config).encode()).hexdigest(),
-            "tokens": sources.store.fingerprint,
-            "frozen_weights": fingerprint_of(sources.classifier.frozen_state),
-        }
         card = model_card(
             name=directory.name,
             base_model=config.model.name,
@@ -208,11 +218,17 @@ def finish(
 
 
 def write_scores(
-    directory: Path, engine: Engine, sources: Scored, scored: ScoredSplit, *, clock: Clock, emit: Emit
+    directory: Path,
+    engine: Engine,
+    name: str,
+    scored: ScoredSplit,
+    *,
+    prints: Mapping[str, str],
+    clock: Clock,
+    emit: Emit,
 ) -> None:
-    """What `evaluate` leaves: result.json and predictions of one split, on rank 0; a failure is raised on all ranks."""
+    """What `evaluate` leaves: result.json and predictions of the split `name`, on rank 0; a failure is raised on all ranks."""
     peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
-    name = sources.tokens.name
 
     def write() -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -229,10 +245,7 @@ def write_scores(
             tokens_per_second=None,
             peak_memory_bytes=peak,
             versions=versions(),
-            fingerprints={
-                "tokens": sources.fingerprint,
-                "frozen_weights": fingerprint_of(sources.classifier.frozen_state),
-            },
+            fingerprints=prints,
         )
         write_json(directory / "result.json", result.to_dict())
         emit(RunDone(paths={"result": str(directory / "result.json"), "predictions": str(path)}))

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -76,13 +76,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     if "data.max_length" in loaded.explicit:
         max_length = config.data.max_length
         check_max_length(max_length, classifier.config.n_positions)
-    engine = Engine(
-        world,
-        device=config.engine.device,
-        precision=config.engine.precision,
-        allow_tf32=config.engine.allow_tf32,
-        timeout_seconds=config.engine.timeout_seconds,
-    )
+    engine = Engine(world, **asdict(config.engine))
     classifier.prefix.to(engine.device, engine.frozen_dtype)
     classifier.suffix.to(engine.device)
     answers = classify(rows, classifier, tokenizer, engine, max_length=max_length)

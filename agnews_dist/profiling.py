@@ -40,10 +40,11 @@ def profiling(
         table = recorded.key_averages().table(sort_by=sort_by, row_limit=12, max_name_column_width=48)
         emit(Profiled(path=str(path), top_operators=table))
 
-    wait, warm_up = (WAIT, WARM_UP) if num_steps >= WAIT + WARM_UP + ACTIVE else (0, 0)
+    wait = WAIT if num_steps >= WAIT + WARM_UP + ACTIVE else 0
+    warm_up = min(WARM_UP, num_steps - 1)
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    window = schedule(wait=wait, warmup=warm_up, active=min(ACTIVE, num_steps), repeat=1)
+    window = schedule(wait=wait, warmup=warm_up, active=min(ACTIVE, num_steps - wait - warm_up), repeat=1)
     with profile(activities=activities, schedule=window, on_trace_ready=write, record_shapes=True) as recorder:
         yield recorder

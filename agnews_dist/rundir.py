@@ -1,6 +1,7 @@
 """The run's directory: named, checked and claimed before any work, so that no result is lost or overwritten by accident."""
 
 import shutil
+import tempfile
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -90,3 +91,26 @@ class Claim:
             shutil.rmtree(self.directory, ignore_errors=True)
             if self._replaced.exists():
                 self._replaced.rename(self.directory)
+
+
+def open_output(directory: Path) -> None:
+    """Make sure that `evaluate` can leave its scores in `directory`, before they are computed.
+
+    Raises:
+        UserError: it cannot be written, or is a training run's, whose result.json would be replaced.
+    """
+    if (directory / MARK).is_file():
+        raise UserError(
+            f"{directory} is a run's directory: the scores would replace the result.json of its training. Set --output to "
+            "another directory."
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Permission bits do not tell: only a write does.
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        raise UserError(
+            f"{directory} cannot be written ({error.strerror or error}): the scores would be lost. Set --output to a writable "
+            "directory."
+        ) from error

@@ -128,8 +128,8 @@ def load_scored(
     name = split or _only_split(data.source, corpus)
     if name not in corpus.splits:
         raise DataError(
-            f"{data.source} has no {name} split (only {', '.join(corpus.splits)}): there is nothing to score. Choose one with "
-            "--split, or give a single file as --data.source."
+            f"{data.source} has no {name} split (only {', '.join(corpus.splits)}): there is nothing to score. Choose one of "
+            "these with --split; a single file is scored whole without it."
         )
     if len(corpus.class_names) != len(class_names):
         raise DataError(

@@ -41,21 +41,26 @@ def tell(
             speaks, rank = can_talk or world.local_rank == 0, world.rank
         if speaks:
             label = f"[rank {rank}/{world.num_ranks}] " if world.num_ranks > 1 else ""
-            print(f"{label}error: {error}", file=sys.stderr, flush=True)
+            _say(f"{label}error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         if world.is_main:
-            print("interrupted", file=sys.stderr, flush=True)
+            _say("interrupted")
         return 130
     except Exception:
         # A bug of ours: the whole traceback, every line marked with the rank, since ranks share one stderr. The process group
         # is left as it is: the other ranks may be inside a collective, and closing it here could wait for them.
-        for line in traceback.format_exc().splitlines():
-            print(f"{world.label} {line}", file=sys.stderr)
-        sys.stderr.flush()
+        _say("\n".join(f"{world.label} {line}" for line in traceback.format_exc().splitlines()))
         return 1
     _leave()
     return 0
+
+
+def _say(text: str) -> None:
+    """On standard error in a single write: the ranks share it, and torchrun's are unbuffered, so that `print` would let another
+    rank speak between a line and its end."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _leave() -> None:

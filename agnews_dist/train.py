@@ -9,6 +9,7 @@ finish    restore the best epoch, score the test split once, export, write resul
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -31,11 +32,11 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist import collectives, debug
     from agnews_dist.clock import Clock, TimedPrefix
     from agnews_dist.data.loader import TokenTable, TrainLoader
-    from agnews_dist.engine import Engine
+    from agnews_dist.engine import Engine, chooses_cuda
     from agnews_dist.events import StepDone
     from agnews_dist.model.gpt2 import parameter_table
     from agnews_dist.optim import build_optimizer, learning_rate, set_lr
-    from agnews_dist.outcome import BestEpoch, RunningTotals, finish, header
+    from agnews_dist.outcome import BestEpoch, RunningTotals, fingerprints, finish, header
     from agnews_dist.profiling import profiling
     from agnews_dist.report.console import Console
     from agnews_dist.report.runlog import RunLog
@@ -46,6 +47,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.step import train_step
 
     config = loaded.config
+    chooses_cuda(world, config.engine.device)
     clock = Clock(start)
     name = run_name(config.run.name, config.model.name, datetime.now())
     claim = Claim(Path(config.run.dir), name, overwrite=config.run.overwrite, config_yaml=cli.dump(config))
@@ -63,14 +65,10 @@ def run(world: World, loaded: cli.Loaded) -> None:
             return load_sources(config.data, config.model, seed=config.run.seed, emit=emit, clock=clock, world=world)
 
         outcome = collectives.attempt(prepare)
-        engine = Engine(
-            world,
-            device=config.engine.device,
-            precision=config.engine.precision,
-            allow_tf32=config.engine.allow_tf32,
-            timeout_seconds=config.engine.timeout_seconds,
-        )
+        engine = Engine(world, **asdict(config.engine))
         sources = collectives.agree(outcome)
+        prints = fingerprints(config, sources)
+        collectives.check_equal(prints)
         claim.keep()
         classifier, num_classes = sources.classifier, len(sources.store.class_names)
         classifier.prefix.to(engine.device, engine.frozen_dtype)
@@ -155,6 +153,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
             best_epoch=best.epoch,
             num_steps=step,
             totals=totals,
+            prints=prints,
             clock=clock,
             emit=emit,
         )

@@ -4,6 +4,7 @@ Starting a test of the model costs seconds of imports and milliseconds of work; 
 module imports nothing of the repository, lest the child hold the original's modules instead of the copy's.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -37,15 +38,19 @@ def run(root: Path, test: str, environ: dict[str, str], *, timeout: float) -> tu
     process = _SERVER.Process(target=_child, args=(root, test, environ, log))
     process.start()
     process.join(timeout)
-    if process.is_alive():
-        assert process.pid is not None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.join()
+    for ending in (signal.SIGTERM, signal.SIGKILL):
+        if process.is_alive():
+            assert process.pid is not None
+            # The first lets torchrun end its workers, which are in sessions of their own.
+            os.killpg(process.pid, ending)
+            process.join(20)
     return process.exitcode, log.read_text(encoding="utf-8", errors="replace")
 
 
 def _child(root: Path, test: str, environ: dict[str, str], log: Path) -> None:
     os.setsid()
+    # pytest collects garbage several times at its end: not among the objects of libraries, which cost half a second each time.
+    gc.freeze()
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -57,4 +62,5 @@ def _child(root: Path, test: str, environ: dict[str, str], log: Path) -> None:
     assert package.__file__ == str(root / "agnews_dist" / "__init__.py"), "the test would run on another package"
     # The libraries above are loaded already, so pytest cannot look into the asserts of those that have a plugin for it.
     quiet = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
-    sys.exit(int(pytest.main(["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-W", quiet, test])))
+    options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-W", quiet, f"--basetemp={root / 'tmp'}"]
+    sys.exit(int(pytest.main([*options, test])))

@@ -7,7 +7,11 @@ import statistics
 from launching import REPOSITORY
 
 BENCH = REPOSITORY / "tests" / "bench"
-NAMES = {"ours, pretrained": "ours", "Hugging Face Trainer 5.23.0": "hf_trainer", "ours, `model.init: random`": "random"}
+NAMES = {
+    "ours, pretrained": "ours",
+    "Hugging Face Trainer 5.23.0": "hf_trainer",
+    "ours, `model.init: random`": "random",
+}
 
 
 def test_every_linked_log_exists():

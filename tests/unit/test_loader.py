@@ -1,4 +1,4 @@
-"""A rank's view of the plan: right-padded tokens, filler rows that weigh nothing, the same number of micro-batches everywhere."""
+"""A rank's view of the plan: right-padded tokens, filler rows of weight 0, as many micro-batches on one rank as on another."""
 
 import numpy as np
 import pytest

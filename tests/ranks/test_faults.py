@@ -1,0 +1,144 @@
+"""What goes wrong on one rank or on all ends the whole job, soon and with one clear message; what is only odd trains."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from launching import REPOSITORY, torchrun
+from launching import python as start
+from safetensors.torch import load_file
+
+from agnews_dist.report.runlog import read_run_log
+
+# Far below engine.timeout_seconds (600): a rank left waiting in a collective would be seen.
+SOON = 150
+ODD_RANK = str(REPOSITORY / "tests" / "ranks" / "odd_rank.py")
+SMALL = [
+    *("--model.name", "embedded", "--data.limit_train", "60", "--data.limit_validation", "9", "--data.limit_test", "9"),
+    *("--batch.global_batch_size", "10", "--run.name", "mine"),
+]
+CPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def train(directory: Path, *launched: str, source: str = "synthetic") -> subprocess.CompletedProcess[str]:
+    places = ["--run.dir", str(directory), "--data.cache_dir", str(directory / "cache"), "--data.source", source]
+    return torchrun(2, *launched, *SMALL, *places, check=False, timeout=SOON, **CPU)
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines that tell a user's error; the job must have failed."""
+    assert done.returncode != 0
+    return [line for line in done.stderr.splitlines() if "error: " in line and line.startswith(("error", "[rank"))]
+
+
+def marked(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("[rank ")]
+
+
+def steps_of(run: Path) -> list[int]:
+    return [event["step"] for event in read_run_log(run / "events.jsonl") if event["event"] == "StepDone"]
+
+
+def test_a_bad_row_is_said_once_by_rank_0(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": f"News number {i}.", "label": i % 4} for i in range(20)]
+    rows[16]["label"] = 4
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = train(tmp_path / "runs", "-m", "agnews_dist.train", source=str(file))
+    (line,) = errors(done)
+    assert line.startswith("[rank 0/2] error: label is no class in 1 row (rows.jsonl row 17: 4)")
+    assert "Correct these rows." in line
+    assert marked(done) == [line], "no traceback of ours"
+    assert 'File "' + str(REPOSITORY / "agnews_dist") not in done.stderr
+    assert not (tmp_path / "runs" / "mine").exists(), "a run that never began leaves nothing"
+
+
+def test_a_fault_that_one_rank_sees_stops_all(tmp_path):
+    done = train(tmp_path, ODD_RANK, "1", "--data.source=/nowhere/rows.csv", "train")
+    (line,) = errors(done)
+    assert line.startswith("[rank 1/2] error: data.source '/nowhere/rows.csv' does not exist")
+    assert "Check the path" in line
+    assert marked(done) == [line]
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_rank_that_starts_from_other_data_is_found_before_it_trains(tmp_path):
+    done = train(tmp_path, ODD_RANK, "1", "--data.seed=5", "train")
+    (line,) = errors(done)
+    assert line.startswith("[rank 1/2] error: rank 1 has another config and tokens than rank 0")
+    assert "Give every rank the same configuration" in line
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_bug_on_one_rank_stops_all_and_every_line_says_whose_it_is(tmp_path):
+    done = train(tmp_path, ODD_RANK, "1", "crash", "train")
+    assert done.returncode != 0
+    lines = done.stderr.splitlines()
+    begin = lines.index("[rank 1/2] Traceback (most recent call last):")
+    end = lines.index("[rank 1/2] ZeroDivisionError: a bug on one rank")
+    assert end > begin + 4
+    # The other rank may die of the lost connection and say so, but never without its name.
+    ours = [line for line in lines if str(REPOSITORY / "agnews_dist" / "train.py") in line]
+    assert ours
+    assert all(line.startswith(("[rank 0/2] ", "[rank 1/2] ")) for line in ours)
+    assert errors(done) == [], "a bug is no user's error"
+    left = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert left == {"config.yaml", "events.jsonl"}, "no result of half a run"
+    assert steps_of(tmp_path / "mine") == [1, 2]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(tmp_path):
+    done = train(tmp_path, ODD_RANK, "1", "nan", "train")
+    (line,) = errors(done)
+    assert line.startswith("[rank 1/2] error: non-finite loss on rank(s) 1: ")
+    assert "Lower optim.lr" in line
+    assert marked(done) == [line]
+    assert not (tmp_path / "mine" / "result.json").exists()
+    assert steps_of(tmp_path / "mine") == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedProcess[str], int]:
+    """(run, cache, training, when the cache was written): two training rows on three ranks, in bf16, with the profiler on."""
+    directory = tmp_path_factory.mktemp("few")
+    words = ["--model.name", "embedded", "--data.source", "synthetic", "--data.cache_dir", str(directory / "cache")]
+    words += ["--data.limit_train", "2", "--data.limit_validation", "2", "--data.limit_test", "1"]
+    prepared = start("-m", "agnews_dist.prepare", *words, **CPU)
+    assert re.search(r"tokens +made now", prepared.stdout)
+    assert re.search(r"train +2 texts", prepared.stdout)
+    (cache,) = (path for path in (directory / "cache").iterdir() if path.is_dir())
+    written = (cache / "meta.json").stat().st_mtime_ns
+    words += ["--optim.epochs", "3", "--engine.precision", "bf16", "--profile"]
+    done = torchrun(3, "-m", "agnews_dist.train", *words, "--run.dir", str(directory), "--run.name", "few", **CPU)
+    return directory / "few", cache, done, written
+
+
+def test_fewer_examples_than_ranks_train_and_are_scored(few):
+    directory, _, _, _ = few
+    result = json.loads((directory / "result.json").read_text())
+    assert (result["num_ranks"], result["num_steps"]) == (3, 3)
+    assert {name: split["num_examples"] for name, split in result["splits"].items()} == {"validation": 2, "test": 1}
+    steps = [event for event in read_run_log(directory / "events.jsonl") if event["event"] == "StepDone"]
+    assert [event["num_examples"] for event in steps] == [2, 2, 2]
+    # The mean over two examples, whatever the third rank computed for its filler row: about ln 4 at the start.
+    assert steps[0]["loss"] == pytest.approx(1.386, abs=0.3)
+    assert (directory / "model" / "model.safetensors").is_file()
+
+
+def test_what_was_prepared_is_found_by_the_training(few):
+    _, cache, done, written = few
+    assert re.search(r"tokens +cached", done.stdout)
+    assert (cache / "meta.json").stat().st_mtime_ns == written
+
+
+def test_bf16_and_the_profiler_on_a_cpu(few):
+    directory, _, done, _ = few
+    assert re.search(r"precision +bf16", done.stdout)
+    exported = load_file(directory / "model" / "model.safetensors")
+    assert {str(weight.dtype) for weight in exported.values()} == {"torch.float32"}
+    assert "Self CPU" in done.stdout
+    events = json.loads((directory / "profile" / "trace.json").read_text())["traceEvents"]
+    assert any("bfloat16" in str(event.get("args", {}).get("Input type", "")).lower() for event in events)
+    assert any(str(event.get("name")).startswith("ProfilerStep") for event in events)

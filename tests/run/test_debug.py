@@ -1,0 +1,78 @@
+"""`--debug`: one command, small, loud and the same every time; it stops where a batch cannot be learnt by heart."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from launching import python
+
+from agnews_dist.report.runlog import read_run_log
+
+
+def debug(directory: Path) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "agnews_dist.train", "--debug", "--run.dir", str(directory)]
+    # A minute is promised; a machine that is busy with other tests may take longer.
+    return python(*command, timeout=180, XDG_CACHE_HOME=str(directory), CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory) -> list[tuple[Path, subprocess.CompletedProcess[str]]]:
+    directories = [tmp_path_factory.mktemp("debug") for _ in range(2)]
+    return [(directory / "debug", debug(directory)) for directory in directories]
+
+
+def test_says_the_overfit_check_and_every_step(twice):
+    directory, done = twice[0]
+    assert done.stderr == ""
+    (check,) = (line for line in done.stdout.splitlines() if "overfit check" in line)
+    assert "8 examples" in check
+    assert "accuracy 1.000" in check
+    (checked,) = (event for event in read_run_log(directory / "events.jsonl") if event["event"] == "OverfitChecked")
+    assert 0 < checked["num_steps"] < 100
+    assert checked["last_loss"] < 0.1 < 1.0 < checked["first_loss"]
+    steps = [event for event in read_run_log(directory / "events.jsonl") if event["event"] == "StepDone"]
+    assert len(steps) >= 8
+    printed = re.findall(rf" step +(\d+)/{len(steps)} .* loss ([\d.]+) ", done.stdout)
+    assert [(int(number), float(loss)) for number, loss in printed] == [
+        (step["step"], pytest.approx(step["loss"], abs=1e-4)) for step in steps
+    ]
+    assert done.stdout.index("overfit check") < done.stdout.index(printed[0][1])
+
+
+def test_is_the_same_every_time(twice):
+    results = [json.loads((directory / "result.json").read_text()) for directory, _ in twice]
+    assert results[0]["splits"] == results[1]["splits"]
+    assert set(results[0]["splits"]) == {"validation", "test"}
+    told = [[plain(event) for event in read_run_log(directory / "events.jsonl")] for directory, _ in twice]
+    assert len(told[0]) > 10
+    assert told[0] == told[1]
+    for name in ("predictions-test.jsonl", "model/model.safetensors"):
+        first, second = ((directory / name).read_bytes() for directory, _ in twice)
+        assert first == second, name
+
+
+def plain(event: dict[str, object]) -> dict[str, object]:
+    """Without what no two runs share: the time, and where they write."""
+    return {key: value for key, value in event.items() if key not in ("time", "seconds", "facts", "paths")}
+
+
+def test_a_batch_that_cannot_be_learnt_stops_the_run(tmp_path):
+    words = ["--debug", "--optim.lr", "0", "--run.dir", str(tmp_path)]
+    # The switches are asked for in the process whose debug mode set them.
+    code = f"""if True:
+        import torch
+        from agnews_dist.train import main
+        code = main({words})
+        print(torch.are_deterministic_algorithms_enabled(), torch.is_anomaly_enabled())
+        raise SystemExit(code)
+    """
+    done = python("-c", code, check=False, XDG_CACHE_HOME=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "True True"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: 8 examples could not be learnt in 100 steps (accuracy 0.")
+    assert "Check optim.lr (0.0), the labels, and model.trainable_blocks." in line
+    assert re.search(r" step +1/", done.stdout) is None
+    assert not (tmp_path / "debug" / "result.json").exists()

@@ -1,0 +1,368 @@
+"""Bad input and edges through the real door: each a clear error without traceback, or a success."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launching import REPOSITORY, environment, python
+
+from agnews_dist.report.runlog import read_run_log
+
+HERE = Path(__file__).parent
+TINY = [
+    *("--data.limit_train", "12", "--data.limit_validation", "4", "--data.limit_test", "4"),
+    *("--optim.epochs", "1", "--batch.global_batch_size", "6"),
+]
+CLASS_NAMES = ["World", "Sports", "Business", "Sci/Tech"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left behind it."""
+
+    code: int
+    out: str
+    err: str
+
+
+Tell = Callable[..., Done]
+
+
+@pytest.fixture(scope="module")
+def tell(tmp_path_factory) -> Iterator[Tell]:
+    """Runs a command in one long-lived process without a GPU, so that the imports are paid once."""
+    environ = environment(XDG_CACHE_HOME=str(tmp_path_factory.mktemp("cache")), CUDA_VISIBLE_DEVICES="")
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "storyteller.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environ,
+        cwd=REPOSITORY,
+        encoding="utf-8",
+    )
+
+    def run(*words: object) -> Done:
+        process.stdin.write(json.dumps([str(word) for word in words]) + "\n")
+        process.stdin.flush()
+        return Done(*json.loads(process.stdout.readline()))
+
+    with process:
+        yield run
+        process.stdin.close()
+
+
+def train(tell: Tell, runs: Path, *words: object) -> Done:
+    """Words given later win."""
+    return tell("train", "--model.name", "embedded", "--data.source", "synthetic", *TINY, "--run.dir", runs, *words)
+
+
+def refused(done: Done, *parts: str) -> None:
+    """It ended with 1, one line, and all `parts` in it."""
+    assert done.code == 1, done
+    (line,) = done.err.splitlines()
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+    assert "Traceback" not in done.out
+
+
+def succeeded(done: Done) -> None:
+    assert done.code == 0, done.err
+    assert done.err == ""
+
+
+def write_rows(path: Path, rows: list[tuple[str, object]]) -> Path:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    return path
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# Texts that have broken tokenizers, csv readers and classifiers that pool by id.
+ODD_TEXTS = [
+    "Ends like this <|endoftext|>",
+    "<|endoftext|>",
+    "<|endoftext|><|endoftext|> [PAD] in front",
+    "Goal 🏖️👩‍👩‍👧‍👦 in the 90th minute",
+    "🏖",
+    "a NUL \0 byte and \x07 a bell",
+    "\0",
+    'line\nbreak,\r\n"quotes" and \ttabs',
+    "x",
+    "right to left: שלום, and combining: é",
+    "shares " * 10_000,
+    "byte order mark \ufeff inside, \u2028 too",
+]
+
+
+@pytest.fixture(scope="module")
+def odd(tell, tmp_path_factory) -> tuple[Path, Path, Done]:
+    """(source, run, training): every split is full of odd texts; only norm and head train."""
+    directory = tmp_path_factory.mktemp("odd")
+    for repeated, split in enumerate(("train", "validation", "test"), start=1):
+        write_rows(
+            directory / "data" / f"{split}.jsonl", [(text * repeated, i % 4) for i, text in enumerate(ODD_TEXTS)]
+        )
+    words = ["--data.source", directory / "data", "--run.name", "odd", "--model.trainable_blocks", "0"]
+    words += ["--data.limit_validation", "12", "--data.limit_test", "12"]
+    return directory / "data", directory / "odd", train(tell, directory, *words)
+
+
+def test_odd_texts_train_and_long_ones_are_counted(odd):
+    _, run, done = odd
+    succeeded(done)
+    assert len(ODD_TEXTS) == 12
+    result = json.loads((run / "result.json").read_text())
+    assert {name: split["num_examples"] for name, split in result["splits"].items()} == {"validation": 12, "test": 12}
+    (warning,) = (event["message"] for event in read_run_log(run / "events.jsonl") if event["event"] == "Warned")
+    assert "3 of 36 texts" in warning
+    assert "longer than 256 tokens" in warning
+
+
+def test_odd_texts_get_the_same_answer_from_every_story_and_from_hugging_face(tell, odd, tmp_path):
+    from transformers import pipeline
+
+    source, run, _ = odd
+    texts = [text * 3 for text in ODD_TEXTS]
+    classify = pipeline("text-classification", model=str(run / "model"), top_k=None)
+    expected = [
+        {entry["label"]: pytest.approx(entry["score"], abs=1e-5) for entry in scores}
+        for scores in classify(texts, truncation=True)
+    ]
+    assert [sorted(scores) for scores in expected] == [sorted(CLASS_NAMES)] * 12
+    trained = lines(run / "predictions-test.jsonl")
+    assert [row["label"] for row in trained] == [i % 4 for i in range(12)]
+
+    succeeded(tell("evaluate", "--model.name", run, "--data.source", source, "--output", tmp_path / "scores"))
+    scored = lines(tmp_path / "scores" / "predictions-test.jsonl")
+    # A single file is scored whole.
+    single = tell(
+        "evaluate", "--model.name", run, "--data.source", source / "test.jsonl", "--output", tmp_path / "file"
+    )
+    succeeded(single)
+    (path,) = (tmp_path / "file").glob("predictions-*.jsonl")
+    for rows in (trained, scored, lines(path)):
+        assert [dict(zip(CLASS_NAMES, row["probabilities"], strict=True)) for row in rows] == expected
+
+    predicted = tell("predict", "--model.name", run, "--file", source / "test.jsonl", "--format", "jsonl")
+    assert predicted.code == 0
+    assert "1 of 12 texts are longer than 256 tokens" in predicted.err
+    rows = [json.loads(line) for line in predicted.out.splitlines()]
+    assert [row["text"] for row in rows] == texts
+    assert [row["probabilities"] for row in rows] == expected
+
+
+GOOD = [(f"News number {i}.", i % 4) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("rows.jsonl", b"", ["rows.jsonl is empty", "Check how it was written"]),
+        ("rows.csv", b"text,label\nalone,1\n", ["train has 1 row (rows.csv row 1)", "Add rows"]),
+        ("rows.jsonl", [*GOOD, ("Too high.", 4)], ["rows.jsonl row 9: 4", "classes are 0 to 3", "Correct these rows."]),
+        ("rows.jsonl", [("Too low.", -1), *GOOD], ["rows.jsonl row 1: -1", "Correct these rows."]),
+        ("rows.jsonl", [*GOOD, ("A name.", "Sport")], ["rows.jsonl row 9: 'Sport'", "Did you mean 'Sports'?"]),
+        ("rows.csv", b"text,lable\na,1\nb,2\n", ["no column 'label' (found: 'text', 'lable')", "Rename the column"]),
+        ("rows.csv", b"text,label\ncaf\xe9,1\n", ["rows.csv line 2 has the byte 0xe9", "Save the file as UTF-8"]),
+        ("rows.jsonl", [*GOOD, ("", 1)], ["text is empty or only white space in 1 row (rows.jsonl row 9)", "Remove"]),
+        ("rows.jsonl", [*GOOD, (" \n\t\u2003", 1)], ["text is empty or only white space in 1 row (rows.jsonl row 9)"]),
+    ],
+)
+def test_bad_files_are_refused_and_leave_no_run(tell, tmp_path, name, content, parts):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        write_rows(path, content)
+    refused(train(tell, tmp_path / "runs", "--data.source", path), *parts)
+    assert list((tmp_path / "runs").glob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (lambda model: (model / "model.safetensors").unlink(), ["has no weights", "Copy the whole model directory"]),
+        (
+            lambda model: (model / "config.json").write_text('{"model_type": "bert"}'),
+            ["is a 'bert' model", "Choose a GPT-2"],
+        ),
+        (
+            lambda model: (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000]),
+            ["weights in", "cannot be read", "Copy or download the directory again"],
+        ),
+    ],
+    ids=["no weights", "another architecture", "truncated safetensors"],
+)
+def test_damaged_models_are_refused(tell, odd, tmp_path, damage, parts):
+    _, run, _ = odd
+    model = tmp_path / "model"
+    shutil.copytree(run / "model", model)
+    damage(model)
+    refused(train(tell, tmp_path / "runs", "--model.name", model), *parts)
+    refused(tell("evaluate", "--model.name", model, "--data.source", "synthetic"), *parts)
+    assert list((tmp_path / "runs").glob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "parts"),
+    [
+        (["--data.max_length", "513"], 1, ["data.max_length 513 is above the model's 512 positions", "at most 512"]),
+        (["--model.trainable_blocks", "99"], 1, ["trainable_blocks 99", "has 4 blocks", "between 0 and 4, or to all"]),
+        (["--model.trainable_blocks", "-1"], 2, ["model.trainable_blocks -1", "Set 0 "]),
+        (["--engine.device", "cuda"], 1, ["sees no CUDA device", "--engine.device auto", "nvidia-smi"]),
+        # Not even root can write there.
+        (["--run.dir", "/proc/nowhere"], 1, ["/proc/nowhere/", "cannot be written", "Set --run.dir to a writable"]),
+    ],
+)
+def test_settings_that_cannot_be_met(tell, tmp_path, words, code, parts):
+    done = train(tell, tmp_path, *words)
+    assert done.code == code
+    (line,) = done.err.splitlines()
+    assert line.startswith("error: ")
+    assert [part in line for part in parts] == [True] * len(parts), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def trained_parts(run: Path) -> dict[str, bool]:
+    """Part of the model -> whether anything in it trains, as the header says."""
+    (started,) = (event for event in read_run_log(run / "events.jsonl") if event["event"] == "RunStarted")
+    return {part: trainable > 0 for part, (trainable, _) in started["parameters"].items()}
+
+
+def test_no_and_all_blocks_train(tell, odd, tmp_path):
+    from safetensors.torch import load_file
+
+    _, none, _ = odd
+    words = ["--run.name", "all", "--model.trainable_blocks", "all", "--data.max_length", "512"]
+    succeeded(train(tell, tmp_path, *words))
+    assert trained_parts(none) == {"embeddings": False, "h.0-3": False, "ln_f": True, "out_head": True}
+    assert trained_parts(tmp_path / "all") == {"embeddings": False, "h.0-3": True, "ln_f": True, "out_head": True}
+    # The embedded model's blocks are the same at the start of every run; only where they train do they differ.
+    frozen, trained = (load_file(run / "model" / "model.safetensors") for run in (none, tmp_path / "all"))
+    assert len(frozen) > 50
+    same = {name for name in frozen if frozen[name].equal(trained[name])}
+    assert {name for name in frozen if name.startswith(("transformer.wte", "transformer.wpe"))} <= same
+    matrices = {name for name in frozen if ".h." in name and name.endswith("weight") and "ln_" not in name}
+    assert len(matrices) == 4 * 4
+    assert not matrices & same
+
+
+def test_a_run_is_replaced_only_when_asked_and_only_once_the_new_one_begins(tell, tmp_path):
+    words = ["--run.name", "mine"]
+    succeeded(train(tell, tmp_path, *words))
+    result = (tmp_path / "mine" / "result.json").read_bytes()
+    refused(train(tell, tmp_path, *words), "/mine exists: its results would be lost", "--run.overwrite")
+    refused(
+        train(tell, tmp_path, *words, "--run.overwrite", "--data.source", "/nowhere.csv"),
+        "'/nowhere.csv' does not exist",
+    )
+    assert (tmp_path / "mine" / "result.json").read_bytes() == result
+    done = train(tell, tmp_path, *words, "--run.overwrite", "--optim.lr", "1e30")
+    refused(done, "error: non-finite loss on rank(s) 0", "Lower optim.lr")
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"config.yaml", "events.jsonl"}, "no result claimed"
+    succeeded(train(tell, tmp_path, *words, "--run.overwrite", "--run.seed", "1"))
+    assert (tmp_path / "mine" / "result.json").read_bytes() != result
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_evaluate_reads_the_original_csv(tell, odd, tmp_path):
+    _, run, _ = odd
+    original = '"3","Wall St. Bears","Claw Back, into ""the"" Black"\n"4","Space","rocks"\n"1","A","b"\n'
+    (tmp_path / "test.csv").write_text(original)
+    output = tmp_path / "scores"
+    succeeded(tell("evaluate", "--model.name", run, "--data.source", tmp_path / "test.csv", "--output", output))
+    (path,) = output.glob("predictions-*.jsonl")
+    assert [row["label"] for row in lines(path)] == [2, 3, 0]
+    (split,) = json.loads((output / "result.json").read_text())["splits"].values()
+    confusion = np.array(split["confusion"])
+    assert confusion.sum(axis=1).tolist() == [1, 0, 1, 1]
+    texts = ['Wall St. Bears Claw Back, into "the" Black', "Space rocks", "A b"]
+    predicted = tell("predict", "--model.name", run, "--format", "jsonl", *texts)
+    expected = [json.loads(line)["probabilities"].values() for line in predicted.out.splitlines()]
+    assert [row["probabilities"] for row in lines(path)] == [pytest.approx(list(row), abs=1e-6) for row in expected]
+
+
+def test_evaluate_refuses_what_it_cannot_score_or_keep(tell, odd, tmp_path):
+    source, run, _ = odd
+    data, scored = ["--data.source", source], ["evaluate", "--model.name", run]
+    refused(
+        tell("evaluate", "--model.name", "embedded", *data), "'embedded' has no classification head", "run's directory"
+    )
+    headless = tmp_path / "headless"
+    shutil.copytree(run / "model", headless)
+    config = json.loads((headless / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
+    (headless / "config.json").write_text(json.dumps(config))
+    refused(tell("evaluate", "--model.name", headless, *data), "has no classification head", "Set --model.name")
+
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    rows = Dataset.from_dict(
+        {"text": ["a", "b", "c"], "label": [0, 1, 2]},
+        features=Features({"text": Value("string"), "label": ClassLabel(names=["bad", "fair", "good"])}),
+    )
+    rows.to_parquet(tmp_path / "test.parquet")
+    refused(
+        tell(*scored, "--data.source", tmp_path / "test.parquet"),
+        "has 3 classes, the model 4",
+        "Score it on data with the classes World, Sports, Business, Sci/Tech.",
+    )
+    refused(tell(*scored, "--data.source", source / "test.jsonl", "--split", "test"), "has no test split", "--split")
+
+    done = tell(*scored, *data, "--output", "/proc/nowhere")
+    refused(done, "/proc/nowhere cannot be written", "Set --output to a writable directory")
+    assert done.out == "", "noticed before anything is scored"
+    before = (run / "result.json").read_bytes()
+    refused(tell(*scored, *data, "--output", run), "is a run's directory", "Set --output to another directory")
+    assert (run / "result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("environ", "parts"),
+    [
+        ({"RANK": "0"}, ["RANK set but WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE missing", "Start with torchrun"]),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+            ["RANK=2 of WORLD_SIZE=2", "do not match", "Start the job with torchrun"],
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+            ["WORLD_SIZE=1", "LOCAL_WORLD_SIZE=2 do not match", "torchrun"],
+        ),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, ["srun started 4 tasks without torchrun", "srun --ntasks-per-node=1 torchrun"]),
+    ],
+)
+def test_a_launchers_variables_that_do_not_match(tmp_path, environ, parts):
+    done = python("-m", "agnews_dist.train", "--run.dir", str(tmp_path), check=False, timeout=60, **environ)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert [part in line for part in parts] == [True] * len(parts), line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--print_config"], ["--optim.lrr", "1", "--run.sed=2"]])
+@pytest.mark.parametrize("story", ["train", "evaluate", "predict", "prepare"])
+def test_what_needs_no_model_loads_no_torch(story, words):
+    done = python("-X", "importtime", "-m", f"agnews_dist.{story}", *words, check=False, timeout=60)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert "agnews_dist.config" in imported
+    assert not imported & {"torch", "transformers", "datasets", "accelerate", "numpy"}
+    if words[0].startswith("--optim"):
+        assert done.returncode == 2
+        assert len(said) == 2, "all errors at once"
+        assert "Did you mean '--optim.lr'?" in said[0]
+        assert "Did you mean '--run.seed'?" in said[1]
+    else:
+        assert (done.returncode, said) == (0, [])
+        assert "lr" in done.stdout
