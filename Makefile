@@ -5,7 +5,7 @@ CODE := agnews_dist tests
 # One thread per process: the multi-process tests start several processes on the same cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: check lint format format-check types imports test unit ranks runs lock wheel clean
+.PHONY: check lint format format-check types imports test unit ranks runs mutants lock wheel clean
 
 check:
 	bash launch/test.sh
@@ -38,6 +38,10 @@ ranks:
 
 runs:
 	$(BIN)/python -m pytest tests/run
+
+# The package broken on purpose, once per contract: each break must turn its test red.
+mutants:
+	$(BIN)/python -m pytest tests/mutants
 
 # Keeps the versions that are locked as far as pyproject.toml allows; `make lock UPGRADE=--upgrade` takes the newest.
 lock:

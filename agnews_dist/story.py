@@ -33,15 +33,14 @@ def tell(
             loaded = load(story, sys.argv[1:] if argv is None else argv, options)
         can_talk = True
         body(world, loaded)
+        exit_code = 0
+    except SharedError as error:
+        if world.is_main:
+            _say(f"{_label(error.rank, world)}error: {error}")
+        exit_code = error.exit_code
     except UserError as error:
-        if isinstance(error, SharedError):
-            speaks, rank = world.is_main, error.rank
-            _leave()
-        else:
-            speaks, rank = can_talk or world.local_rank == 0, world.rank
-        if speaks:
-            label = f"[rank {rank}/{world.num_ranks}] " if world.num_ranks > 1 else ""
-            _say(f"{label}error: {error}")
+        if can_talk or world.local_rank == 0:
+            _say(f"{_label(world.rank, world)}error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         if world.is_main:
@@ -52,8 +51,17 @@ def tell(
         # is left as it is: the other ranks may be inside a collective, and closing it here could wait for them.
         _say("\n".join(f"{world.label} {line}" for line in traceback.format_exc().splitlines()))
         return 1
-    _leave()
-    return 0
+    # After the except clauses, when no traceback keeps the wrapped model alive: it must be gone before its process group is.
+    # Only a process that loaded torch can have one.
+    if "torch" in sys.modules:
+        from agnews_dist import collectives
+
+        collectives.close()
+    return exit_code
+
+
+def _label(rank: int, world: World) -> str:
+    return f"[rank {rank}/{world.num_ranks}] " if world.num_ranks > 1 else ""
 
 
 def _say(text: str) -> None:
@@ -61,11 +69,3 @@ def _say(text: str) -> None:
     rank speak between a line and its end."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
-
-
-def _leave() -> None:
-    """Close the process group where there can be one: only a process that loaded torch has it."""
-    if "torch" in sys.modules:
-        from agnews_dist import collectives
-
-        collectives.close()

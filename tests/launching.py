@@ -33,20 +33,30 @@ def torchrun(num_ranks: int, *arguments: str, check: bool = True, timeout: float
 
 
 def _run(command: list[str], *, check: bool, timeout: float, stdin: str | None, extra: dict[str, str]):
-    done = subprocess.run(
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(
         command,
         env=environment(**extra),
         cwd=REPOSITORY,
-        input=stdin,
-        stdin=subprocess.DEVNULL if stdin is None else None,
-        capture_output=True,
+        stdin=subprocess.DEVNULL if stdin is None else pipe,
+        stdout=pipe,
+        stderr=pipe,
         text=True,
-        timeout=timeout,
-        check=False,
     )
-    if check and done.returncode != 0:
-        raise AssertionError(
-            f"{' '.join(command)} ended with {done.returncode}\n--- stdout\n{done.stdout[-6000:]}"
-            f"\n--- stderr\n{done.stderr[-9000:]}"
-        )
-    return done
+    try:
+        out, err = child.communicate(stdin, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        # Not kill() at once: torchrun passes TERM on to its workers, which would otherwise live on.
+        child.terminate()
+        try:
+            out, err = child.communicate(timeout=45)
+        finally:
+            child.kill()
+        raise AssertionError(f"no end after {timeout} s: {_told(command, out, err)}") from None
+    if check and child.returncode != 0:
+        raise AssertionError(f"exit code {child.returncode}: {_told(command, out, err)}")
+    return subprocess.CompletedProcess(command, child.returncode, out, err)
+
+
+def _told(command: list[str], out: str, err: str) -> str:
+    return f"{' '.join(command)}\n--- stdout\n{out[-6000:]}\n--- stderr\n{err[-9000:]}"

@@ -83,8 +83,9 @@ def main() -> None:
         said = str(error)
     assert f"non-finite loss on rank(s) {world.num_ranks - 1}:" in said, said
     assert all(torch.equal(before[key], value) for key, value in suffix.named_parameters())
-    collectives.close()
 
 
 if __name__ == "__main__":
     main()
+    # Not inside: the DDP module must be gone before its process group is (see collectives.close).
+    collectives.close()
