@@ -68,7 +68,7 @@ class TimedPrefix:
             return self._prefix(tokens_BT)
 
     def seconds(self) -> float:
-        """Total so far; call when the device has caught up (after a step)."""
+        """Total so far; call between steps, when the device has caught up (training does after every epoch)."""
         for begin, end in self._pending:
             self._seconds += begin.elapsed_time(end) / 1000
         self._pending.clear()

@@ -88,8 +88,8 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """'auto' takes CUDA where there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """'auto' is bf16 on CUDA, fp32 on CPU. bf16: autocast with fp32 master weights for what trains, bf16 storage for what
-    is frozen."""
+    """'auto' is bf16 on GPUs that have it, else fp32. bf16: autocast with fp32 master weights for what trains, bf16 storage
+    for what is frozen."""
     allow_tf32: bool = True
     """TF32 matrix products on CUDA for what is fp32 there."""
     timeout_seconds: int = 600

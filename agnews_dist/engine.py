@@ -28,8 +28,9 @@ class Engine:
         """
         self.world = world
         use_cuda = chooses_cuda(world, device)
-        self.precision = ("bf16" if use_cuda else "fp32") if precision == "auto" else precision
-        if use_cuda and self.precision == "bf16" and not torch.cuda.is_bf16_supported():
+        has_bf16 = use_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.precision = ("bf16" if has_bf16 else "fp32") if precision == "auto" else precision
+        if use_cuda and self.precision == "bf16" and not has_bf16:
             raise UserError(
                 f"engine.precision bf16, but {torch.cuda.get_device_name()} has no bf16: every product would be emulated. "
                 "Set --engine.precision fp32."
@@ -83,8 +84,11 @@ class Engine:
         return self._accelerator.autocast()
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of an already normalised loss."""
-        self._accelerator.backward(loss)
+        """Accumulate gradients of an already normalised loss.
+
+        Not accelerate's `backward`: it divides by ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which wins over the argument 1.
+        """
+        loss.backward()
 
 
 def chooses_cuda(world: World, device: str) -> bool:

@@ -2,7 +2,8 @@
 
 --model.name    a run's directory, an exported directory, or a hub id of a GPT2ForSequenceClassification
 --data.source   as in training; a single file is scored whole
---split         train, validation or test, as training would see them
+--split         train, validation or test; a validation part held out of train is training's own if the data settings are,
+                which --config runs/NAME/config.yaml brings along
 --output        directory for result.json and predictions-<split>.jsonl
 """
 
@@ -37,6 +38,8 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.clock import Clock
     from agnews_dist.data.loader import TokenTable
     from agnews_dist.engine import Engine, chooses_cuda
+    from agnews_dist.events import RunStarted
+    from agnews_dist.model.gpt2 import parameter_table
     from agnews_dist.outcome import fingerprint_of, write_scores
     from agnews_dist.report.console import Console
     from agnews_dist.report.sinks import Sinks
@@ -53,7 +56,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
             if world.is_main:
                 emit.add(Console())
                 if options["output"] is not None:
-                    open_output(Path(options["output"]))
+                    open_output(Path(options["output"]), overwrite=config.run.overwrite)
             return load_scored(
                 config.data,
                 config.model,
@@ -72,9 +75,16 @@ def run(world: World, loaded: cli.Loaded) -> None:
         sources.classifier.prefix.to(engine.device, engine.frozen_dtype)
         sources.classifier.suffix.to(engine.device)
         table = TokenTable(sources.tokens, pad_id=sources.pad_id, device=engine.device)
+        facts = {
+            "model": config.model.name,
+            "data": f"{config.data.source}: {len(table):,} rows of {table.name}",
+            "ranks": f"{world.num_ranks} ({world.ranks_per_node} per node)",
+            "device": f"{engine.description}, {engine.precision}",
+        }
+        emit(RunStarted(facts=facts, parameters=parameter_table(sources.classifier)))
         clock.end_of_setup()
         with clock.stage("eval"):
-            scored = score_split(sources.classifier, table, engine, num_classes=len(sources.class_names))
+            scored = score_split(sources.classifier, table, engine, num_classes=len(sources.class_names), emit=emit)
         emit(scored.event(sources.tokens.name, 0, sources.class_names))
         if options["output"] is not None:
             write_scores(

@@ -1,7 +1,7 @@
 """Everything a run ever says, as plain records.
 
 The stories emit events; the sinks in report/ consume them (console, run log). Nothing flows back: a sink cannot change a run.
-Ranks other than 0 emit into `silent`.
+Ranks other than 0 emit to no sink.
 """
 
 from collections.abc import Callable, Mapping
@@ -110,4 +110,4 @@ Emit = Callable[[Event], None]
 
 
 def silent(_: Event) -> None:
-    """The sink of every rank but 0."""
+    """Where nobody listens."""

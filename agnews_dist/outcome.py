@@ -142,7 +142,8 @@ def settings(config: Config) -> dict[str, object]:
     """Dotted key -> value of all that shaped the weights; where it ran and where it wrote is left out."""
     sections = {"data": config.data, "model": config.model, "batch": config.batch, "optim": config.optim}
     named = {f"{section}.{key}": value for section, part in sections.items() for key, value in asdict(part).items()}
-    named["engine.precision"], named["run.seed"] = config.engine.precision, config.run.seed
+    named |= {"engine.precision": config.engine.precision, "engine.allow_tf32": config.engine.allow_tf32}
+    named["run.seed"] = config.run.seed
     del named["data.cache_dir"]
     return named
 

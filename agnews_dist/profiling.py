@@ -22,7 +22,7 @@ class NoProfiler:
 
 @contextmanager
 def profiling(
-    wanted: bool, directory: Path, *, num_steps: int, emit: Emit
+    wanted: bool, directory: Path, *, device: torch.device, num_steps: int, emit: Emit
 ) -> Generator[profile | NoProfiler, None, None]:
     """Around the training loop, which calls `step()` after every step; writes `<directory>/profile/trace.json`.
 
@@ -36,14 +36,14 @@ def profiling(
         path = directory / "profile" / "trace.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         recorded.export_chrome_trace(str(path))
-        sort_by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        sort_by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
         table = recorded.key_averages().table(sort_by=sort_by, row_limit=12, max_name_column_width=48)
         emit(Profiled(path=str(path), top_operators=table))
 
     wait = WAIT if num_steps >= WAIT + WARM_UP + ACTIVE else 0
     warm_up = min(WARM_UP, num_steps - 1)
     activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     window = schedule(wait=wait, warmup=warm_up, active=min(ACTIVE, num_steps - wait - warm_up), repeat=1)
     with profile(activities=activities, schedule=window, on_trace_ready=write, record_shapes=True) as recorder:

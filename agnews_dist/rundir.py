@@ -29,39 +29,42 @@ def run_name(name: str | None, model_name: str, now: datetime) -> str:
 
 
 class Claim:
-    """`runs/name` taken for a run that has not begun: use as a context, and `keep()` once nothing can be refused any more.
+    """The name of a run that has not begun: use as a context, and `keep()` once nothing can be refused any more.
 
-    Leaving the context without `keep()` puts everything back as it was, so that a run refused for a bad row neither blocks its
-    own name nor costs the results it was to replace.
+    Until then everything is written to a hidden directory beside it, so that a run refused for a bad row, or killed while it
+    starts, neither blocks its own name nor costs the results it was to replace.
     """
 
     def __init__(self, runs: Path, name: str, *, overwrite: bool, config_yaml: str) -> None:
         """Nothing is touched before `take()`."""
         self.directory = runs / name
+        self.staging = runs / f".{name}.starting"
+        """Where the run writes until `keep()` renames it; files opened there stay open."""
         self._replaced = runs / f".{name}.replaced"
         self._overwrite, self._config_yaml = overwrite, config_yaml
         self._is_taken = False
 
     def take(self) -> None:
-        """Create the directory with the resolved config in it; an older run in its place is set aside.
+        """Create the hidden directory with the resolved config in it.
 
         Raises:
-            UserError: it exists and `overwrite` is not set, it is no run's directory, or it cannot be written.
+            UserError: the run exists and `overwrite` is not set, its place holds no run, or nothing can be written there.
         """
-        directory = self.directory
         try:
-            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            if self._replaced.exists() and not self.directory.exists():
+                # A start was killed in the middle of `keep()`.
+                self._replaced.rename(self.directory)
+            if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
                 self._check_replaceable()
-                shutil.rmtree(self._replaced, ignore_errors=True)
-                directory.rename(self._replaced)
-            directory.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.staging, ignore_errors=True)
+            self.staging.mkdir(parents=True)
             self._is_taken = True
             # Permission bits do not tell (root, read-only mounts, quotas): only a write does.
-            (directory / MARK).write_text(self._config_yaml, encoding="utf-8")
+            (self.staging / MARK).write_text(self._config_yaml, encoding="utf-8")
         except OSError as error:
             raise UserError(
-                f"{directory} cannot be written ({error.strerror or error}): the run would have nowhere to leave its results. "
-                "Set --run.dir to a writable directory."
+                f"{self.directory} cannot be written ({error.strerror or error}): the run would have nowhere to leave its "
+                "results. Set --run.dir to a writable directory."
             ) from error
 
     def _check_replaceable(self) -> None:
@@ -76,8 +79,12 @@ class Claim:
             )
 
     def keep(self) -> None:
-        """The run begins: what it replaces is deleted."""
+        """The run begins: its directory gets its name, and what it replaces is deleted."""
         if self._is_taken:
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            if self.directory.exists():
+                self.directory.rename(self._replaced)
+            self.staging.rename(self.directory)
             shutil.rmtree(self._replaced, ignore_errors=True)
             self._is_taken = False
 
@@ -88,21 +95,24 @@ class Claim:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._is_taken:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            if self._replaced.exists():
-                self._replaced.rename(self.directory)
+            shutil.rmtree(self.staging, ignore_errors=True)
 
 
-def open_output(directory: Path) -> None:
+def open_output(directory: Path, *, overwrite: bool) -> None:
     """Make sure that `evaluate` can leave its scores in `directory`, before they are computed.
 
     Raises:
-        UserError: it cannot be written, or is a training run's, whose result.json would be replaced.
+        UserError: it cannot be written, is a training run's, or holds other scores and `overwrite` is not set.
     """
     if (directory / MARK).is_file():
         raise UserError(
             f"{directory} is a run's directory: the scores would replace the result.json of its training. Set --output to "
             "another directory."
+        )
+    if (directory / "result.json").exists() and not overwrite:
+        raise UserError(
+            f"{directory} holds a result.json: other scores would be replaced. Set --output to another directory, or pass "
+            "--run.overwrite."
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)

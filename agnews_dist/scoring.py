@@ -15,7 +15,7 @@ from agnews_dist import collectives
 from agnews_dist.data.batching import plan_evaluation
 from agnews_dist.data.loader import TokenTable
 from agnews_dist.engine import Engine
-from agnews_dist.events import EvalDone
+from agnews_dist.events import Emit, EvalDone, Progress, silent
 from agnews_dist.metrics import Scores, confusion_matrix, in_file_order, summarize
 from agnews_dist.model.gpt2 import Classifier
 
@@ -58,27 +58,30 @@ def log_softmax_NC(logits_NC: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def rank_logits(
-    classifier: Classifier, table: TokenTable, engine: Engine, *, num_classes: int
+    classifier: Classifier, table: TokenTable, engine: Engine, *, num_classes: int, emit: Emit = silent
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """This rank's part of a split: (ids, logits_NC), in the order computed, without dropout."""
+    """This rank's part of a split: (ids, logits_NC), in the order computed, without dropout; `emit` hears of the progress."""
     ids: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     logits: list[NDArray[np.float32]] = [np.empty((0, num_classes), np.float32)]
     was_training = classifier.suffix.training
     classifier.suffix.eval()
-    plan = plan_evaluation(table.lengths_N, max_tokens=EVALUATION_TOKENS)
+    plan = plan_evaluation(table.lengths_N, max_tokens=EVALUATION_TOKENS)[engine.world.rank :: engine.world.num_ranks]
     with torch.no_grad(), engine.autocast():
-        for ids_B in plan[engine.world.rank :: engine.world.num_ranks]:
+        for num_done, ids_B in enumerate(plan, start=1):
             batch = table.batch(ids_B)
             ids.append(ids_B)
             logits.append(classifier.logits(batch.tokens_BT, batch.lengths_B).float().cpu().numpy())
+            emit(Progress(task=f"score {table.name}", done=num_done, total=len(plan)))
     classifier.suffix.train(was_training)
     return np.concatenate(ids), np.concatenate(logits)
 
 
-def score_split(classifier: Classifier, table: TokenTable, engine: Engine, *, num_classes: int) -> ScoredSplit:
+def score_split(
+    classifier: Classifier, table: TokenTable, engine: Engine, *, num_classes: int, emit: Emit = silent
+) -> ScoredSplit:
     """Logits of every example, gathered once; counts are integers, the loss is a float64 sum in file order."""
     start = time.perf_counter()
-    local = rank_logits(classifier, table, engine, num_classes=num_classes)
+    local = rank_logits(classifier, table, engine, num_classes=num_classes, emit=emit)
     ids_N, logits_NC = (np.concatenate(parts) for parts in zip(*collectives.all_gather(local), strict=True))
     log_probabilities_NC = log_softmax_NC(logits_NC[in_file_order(ids_N, len(table))])
     labels_N = table.labels_N

@@ -11,7 +11,7 @@ from agnews_dist.data.checks import fingerprint
 from agnews_dist.data.corpus import Corpus, load_corpus
 from agnews_dist.data.tokens import TokenSplit, TokenStore, open_or_build
 from agnews_dist.errors import DataError
-from agnews_dist.events import Emit, Warned
+from agnews_dist.events import Emit, Progress, Warned
 from agnews_dist.model.export import load_classifier
 from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, split
 from agnews_dist.model.tokenizer import load_tokenizer
@@ -70,9 +70,11 @@ def load_sources(data: DataConfig, model: ModelConfig, *, seed: int, emit: Emit,
     Raises:
         UserError: any fault of the model's or the data's files.
     """
+    emit(Progress(task=f"load {model.name}", done=0, total=0))
     tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
     backbone = load_backbone(model.name, revision=model.revision, init=model.init, seed=seed, tokenizer=tokenizer)
     check_max_length(data.max_length, backbone.model.config.n_positions)
+    emit(Progress(task=f"load {data.source}", done=0, total=0))
     corpus = load_text(data)
     classifier = split(
         backbone, trainable_blocks=model.trainable_blocks, num_classes=len(corpus.class_names), seed=seed
@@ -124,17 +126,20 @@ def load_scored(
                 message=f"data.max_length {max_length}: the model was saved with {trained_length}, scores may differ"
             )
         )
-    corpus = load_text(data, hold_out=split is not None)
+    corpus = load_text(data, hold_out=False)
+    if split in ("train", "validation") and "validation" not in corpus.splits:
+        corpus = load_text(data)
     name = split or _only_split(data.source, corpus)
     if name not in corpus.splits:
         raise DataError(
             f"{data.source} has no {name} split (only {', '.join(corpus.splits)}): there is nothing to score. Choose one of "
             "these with --split; a single file is scored whole without it."
         )
-    if len(corpus.class_names) != len(class_names):
+    has_names = class_names != tuple(f"LABEL_{i}" for i in range(len(class_names)))
+    if len(corpus.class_names) != len(class_names) or (has_names and corpus.class_names != class_names):
         raise DataError(
-            f"{data.source} has {len(corpus.class_names)} classes, the model {len(class_names)}: their labels do not mean the "
-            "same. Score it on data with the classes " + ", ".join(class_names) + "."
+            f"{data.source} has the classes {', '.join(corpus.class_names)}, the model {', '.join(class_names)}: a label would "
+            "not mean the same class. Score the model on data with its own classes, in its own order."
         )
     wanted = {name: corpus.splits[name]}
     corpus = Corpus(wanted, corpus.class_names, fingerprint(wanted, corpus.class_names))

@@ -95,8 +95,8 @@ def _vote(engine: Engine, loss_sum: float, norm: float) -> float:
     if ranks or bad_norms:
         what = f"non-finite loss on rank(s) {', '.join(map(str, ranks))}" if ranks else f"gradient norm {norm}"
         raise NonFiniteError(
-            f"{what}: the update would destroy the weights, so no rank made it. Lower optim.lr, set optim.max_grad_norm, or "
-            "try --engine.precision fp32.",
+            f"{what}: the update would destroy the weights, so no rank made it. Lower optim.lr or "
+            "optim.max_grad_norm; if engine.precision is bf16, try fp32.",
             rank=ranks[0] if ranks else 0,
         )
     return total

@@ -21,17 +21,17 @@ def tell(
     """Run `body` and return the process's exit code.
 
     A user error is printed without traceback. An error raised by all ranks together is printed once, by rank 0, and names the
-    rank that saw it; one raised before the ranks can talk is printed by the first rank of each node; any other is printed by
-    the rank that has it.
+    rank that saw it; one in the arguments or the launcher's variables, the same for all, by the first rank of each node; any
+    other by the rank that has it.
     """
     world = World()
-    can_talk = False
+    is_loaded = False
     try:
         world = detect_world(os.environ)
         # --help and --print_config print and end the process: once is enough.
         with nullcontext() if world.is_main else redirect_stdout(io.StringIO()):
             loaded = load(story, sys.argv[1:] if argv is None else argv, options)
-        can_talk = True
+        is_loaded = True
         body(world, loaded)
         exit_code = 0
     except SharedError as error:
@@ -39,7 +39,7 @@ def tell(
             _say(f"{_label(error.rank, world)}error: {error}")
         exit_code = error.exit_code
     except UserError as error:
-        if can_talk or world.local_rank == 0:
+        if is_loaded or world.local_rank == 0:
             _say(f"{_label(world.rank, world)}error: {error}")
         return error.exit_code
     except KeyboardInterrupt:

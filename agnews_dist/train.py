@@ -61,7 +61,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
             if world.is_main:
                 emit.add(Console(every_step=config.run.debug))
                 claim.take()
-                emit.add(RunLog(directory / "events.jsonl"))
+                emit.add(RunLog(claim.staging / "events.jsonl"))
             return load_sources(config.data, config.model, seed=config.run.seed, emit=emit, clock=clock, world=world)
 
         outcome = collectives.attempt(prepare)
@@ -100,7 +100,9 @@ def run(world: World, loaded: cli.Loaded) -> None:
         embed = TimedPrefix(classifier.prefix, engine)
         best, totals, step = BestEpoch(classifier.suffix), RunningTotals(), 0
         clock.end_of_setup()
-        with profiling(config.run.profile and world.is_main, directory, num_steps=num_steps, emit=emit) as profiler:
+        with profiling(
+            config.run.profile and world.is_main, directory, device=engine.device, num_steps=num_steps, emit=emit
+        ) as profiler:
             for epoch in range(config.optim.epochs):
                 classifier.suffix.train()
                 for batches in loader.steps(epoch):
@@ -136,7 +138,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
                     validation = score_split(classifier, tables["validation"], engine, num_classes=num_classes)
                 emit(validation.event("validation", epoch + 1, sources.store.class_names))
                 best.offer(epoch + 1, validation)
-        clock.seconds["train"], clock.seconds["prefix"] = totals.seconds, embed.seconds()
+                clock.seconds["train"], clock.seconds["prefix"] = totals.seconds, embed.seconds()
 
         best.restore()
         scored = {"validation": best.scored}

@@ -17,6 +17,7 @@ class TokenTable:
     """A split's tokens on the device: all of AG News is some 24 MB, so batches are gathered there, without workers."""
 
     def __init__(self, split: TokenSplit, *, pad_id: int, device: torch.device) -> None:
+        self.name = split.name
         self.lengths_N: Ints = split.lengths
         self.labels_N: Ints = np.array(split.labels, dtype=np.int64)
         self._pad_id = pad_id

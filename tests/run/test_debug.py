@@ -12,7 +12,7 @@ from agnews_dist.report.runlog import read_run_log
 
 
 def debug(directory: Path) -> subprocess.CompletedProcess[str]:
-    command = ["-m", "agnews_dist.train", "--debug", "--run.dir", str(directory)]
+    command = ["-m", "agnews_dist.train", "--debug", "--run.dir", str(directory), "--run.name", "debug"]
     # A minute is promised; a machine that is busy with other tests may take longer.
     return python(*command, timeout=180, XDG_CACHE_HOME=str(directory), CUDA_VISIBLE_DEVICES="")
 
@@ -59,7 +59,7 @@ def plain(event: dict[str, object]) -> dict[str, object]:
 
 
 def test_a_batch_that_cannot_be_learnt_stops_the_run(tmp_path):
-    words = ["--debug", "--optim.lr", "0", "--run.dir", str(tmp_path)]
+    words = ["--debug", "--optim.lr", "0", "--run.dir", str(tmp_path), "--run.name", "debug"]
     # The switches are asked for in the process whose debug mode set them.
     code = f"""if True:
         import torch

@@ -313,9 +313,29 @@ def test_evaluate_refuses_what_it_cannot_score_or_keep(tell, odd, tmp_path):
     rows.to_parquet(tmp_path / "test.parquet")
     refused(
         tell(*scored, "--data.source", tmp_path / "test.parquet"),
-        "has 3 classes, the model 4",
-        "Score it on data with the classes World, Sports, Business, Sci/Tech.",
+        "has the classes bad, fair, good, the model World, Sports, Business, Sci/Tech",
+        "with its own classes, in its own order",
     )
+    # As many classes in another order: every label would mean another class, and no count would show it.
+    turned = Dataset.from_dict(
+        {"text": ["a", "b"], "label": [0, 1]},
+        features=Features(
+            {"text": Value("string"), "label": ClassLabel(names=["Business", "Sci/Tech", "Sports", "World"])}
+        ),
+    )
+    turned.to_parquet(tmp_path / "turned.parquet")
+    refused(
+        tell(*scored, "--data.source", tmp_path / "turned.parquet"), "the classes Business, Sci/Tech, Sports, World"
+    )
+
+    # A directory with nothing but a test split is enough for scoring it.
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(source / "test.jsonl", alone / "test.jsonl")
+    output = tmp_path / "scores"
+    assert tell(*scored, "--data.source", alone, "--split", "test", "--output", output).code == 0
+    again = tell(*scored, "--data.source", alone, "--split", "test", "--output", output)
+    refused(again, "scores holds a result.json: other scores would be replaced", "--run.overwrite")
     refused(tell(*scored, "--data.source", source / "test.jsonl", "--split", "test"), "has no test split", "--split")
 
     done = tell(*scored, *data, "--output", "/proc/nowhere")

@@ -24,9 +24,10 @@ def test_names_that_leave_the_directory_are_refused(name):
 def take(runs: Path, name: str, *, overwrite: bool = False, keep: bool = True) -> Path:
     with Claim(runs, name, overwrite=overwrite, config_yaml="run: {}\n") as claim:
         claim.take()
-        assert (claim.directory / "config.yaml").read_text() == "run: {}\n"
+        assert (claim.staging / "config.yaml").read_text() == "run: {}\n"
         if keep:
             claim.keep()
+            assert (claim.directory / "config.yaml").read_text() == "run: {}\n"
     return claim.directory
 
 
@@ -48,6 +49,22 @@ def test_a_run_that_never_began_leaves_everything_as_it_was(tmp_path):
     take(tmp_path / "runs", "a", overwrite=True, keep=False)
     assert (directory / "result.json").exists()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_start_that_was_killed_costs_nothing(tmp_path, overwrite):
+    """No context is left in order: what a SIGKILL leaves behind, before and in the middle of keep()."""
+    Claim(tmp_path, "new", overwrite=overwrite, config_yaml="").take()
+    take(tmp_path, "new", overwrite=overwrite)
+    (tmp_path / "new" / "result.json").write_text("{}")
+    Claim(tmp_path, "new", overwrite=True, config_yaml="").take()
+    assert (tmp_path / "new" / "result.json").exists()
+    (tmp_path / "new").rename(tmp_path / ".new.replaced")
+    with pytest.raises(UserError, match="exists: its results would be lost"):
+        take(tmp_path, "new")
+    assert (tmp_path / "new" / "result.json").exists()
+    take(tmp_path, "new", overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "config.yaml"]
 
 
 def test_a_claim_never_taken_touches_nothing(tmp_path):
