@@ -68,7 +68,7 @@ class OptimConfig:
     """AdamW and its schedule."""
 
     lr: float = 1e-3
-    """Peak learning rate. Measured best of 3e-4, 1e-3, 3e-3 with 32 examples per step."""
+    """Peak learning rate. Best of 3e-4, 1e-3, 3e-3 on a 6-block GPT-2 (tests/bench/RESULTS.md); not measured on larger ones."""
     epochs: int = 3
     """Passes over the training rows."""
     weight_decay: float = 0.01

@@ -34,3 +34,18 @@ def test_accuracy_table_is_what_the_log_says_and_what_the_readme_shows():
         mean = f"{statistics.mean(best):.4f} +- {statistics.stdev(best) / 3**0.5:.4f}"
         assert f"| {shown} | 0, 1, 2 | {mean} | {statistics.mean(last):.4f} |" in results
         assert f"| {shown} | {mean} |" in readme
+
+
+def test_settings_table_is_what_the_logs_say():
+    rows = [
+        json.loads(line)
+        for name in ("2026-11-22-accuracy-cpu2.jsonl", "2026-11-22-settings-cpu2.jsonl")
+        for line in (BENCH / "logs" / name).read_text(encoding="utf-8").splitlines()
+    ]
+    results = (BENCH / "RESULTS.md").read_text(encoding="utf-8")
+    shown = {"lr 1e-3, batch 32 (default)": {}, "lr 3e-3": {"optim.lr": "3e-3"}, "lr 3e-4": {"optim.lr": "3e-4"}}
+    shown["batch 64"] = {"batch.global_batch_size": "64"}
+    for setting, varied in shown.items():
+        best = [row["best_accuracy"] for row in rows if row["what"] == "ours" and row.get("varied", {}) == varied][:2]
+        assert len(best) == 2
+        assert f"| {setting} | {best[0]:.3f}, {best[1]:.3f} | {statistics.mean(best):.3f} |" in results
