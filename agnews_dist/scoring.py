@@ -66,12 +66,14 @@ def rank_logits(
     was_training = classifier.suffix.training
     classifier.suffix.eval()
     plan = plan_evaluation(table.lengths_N, max_tokens=EVALUATION_TOKENS)[engine.world.rank :: engine.world.num_ranks]
+    num_done, num_rows = 0, sum(map(len, plan))
     with torch.no_grad(), engine.autocast():
-        for num_done, ids_B in enumerate(plan, start=1):
+        for ids_B in plan:
             batch = table.batch(ids_B)
             ids.append(ids_B)
             logits.append(classifier.logits(batch.tokens_BT, batch.lengths_B).float().cpu().numpy())
-            emit(Progress(task=f"score {table.name}", done=num_done, total=len(plan)))
+            num_done += len(ids_B)
+            emit(Progress(task=f"score {table.name}", done=num_done, total=num_rows))
     classifier.suffix.train(was_training)
     return np.concatenate(ids), np.concatenate(logits)
 
