@@ -7,7 +7,9 @@ The package is one journey, and each module is one station of it:
     text            data/corpus.py    rows of the hub (hub.py), local files (files.py, formats.py) or synthetic.py
                     data/checks.py    bad rows become errors that name file and row; splits.py holds out and limits
     tokens          data/tokens.py    one flat token array per split, cached under a content fingerprint
-    plan            data/batching.py  pure numpy: an epoch's global batches and each rank's share of them
+    plan            data/batching.py  pure numpy: which examples form each global batch of an epoch
+                    data/sharing.py   how the ranks split one; position.py: where in a plan a run stands
+                    data/forecast.py  what a plan will cost; sampler.py: the plan for anybody's DataLoader
     batch           data/loader.py    a rank's share as padded arrays on the device (legend: batch.py)
     frozen prefix   model/prefix.py   everything below the freeze boundary: no autograd, eval mode
     suffix          model/suffix.py   the trainable blocks, the final norm, `out_head`, last real token
@@ -23,8 +25,8 @@ The package is one journey, and each module is one station of it:
 
 The ground under it: errors.py (what a user can mend), config.py, settings.py, config_file.py and cli.py (what a user can
 set), world.py (which rank am I), batch.py (shape letters), collectives.py (the only door to torch.distributed), engine.py
-(the only door to accelerate), clock.py, profiling.py, debug.py. The stories, each a straight line inside story.py's frame:
-train.py, evaluate.py, predict.py, prepare.py; sources.py loads what they start from.
+(the only door to accelerate), clock.py, profiling.py, debug.py, rehearsal.py. The stories, each a straight line inside
+story.py's frame: train.py, evaluate.py, predict.py, prepare.py, plan.py; sources.py loads what they start from.
 
 Importing this package loads nothing heavy.
 """

@@ -11,6 +11,7 @@ STORIES = {
     "train": "fine-tune, evaluate, and write a model that Hugging Face loads",
     "evaluate": "score a split of any source with a saved model",
     "predict": "classify texts from arguments, a file or standard input",
+    "plan": "show the batches before any job: steps, padding, balance of the ranks, text lengths",
     "prepare": "load and tokenise the data ahead of the job, where there is a network",
 }
 

@@ -35,7 +35,8 @@ BOOL_WORDS = ("true", "false", "yes", "no", "on", "off")
 
 @dataclass(frozen=True)
 class Option:
-    """A story's own argument: a flag (`--split`) or, with `nargs="*"`, all positional arguments (`text`)."""
+    """A story's own argument: a flag (`--split`, or the bare `--json` of a bool) or, with `nargs="*"`, all positional
+    arguments (`text`)."""
 
     name: str
     help: str
@@ -50,6 +51,13 @@ class Option:
     def key(self) -> str:
         """The name in `Loaded.options`: `split`."""
         return self.name.lstrip("-")
+
+    @property
+    def usage(self) -> str:
+        """How it is written: `--split SPLIT`, `--json`, `TEXT ...`."""
+        if self.nargs:
+            return f"{self.name.upper()} ..."
+        return self.name if self.type is bool else f"{self.name} {self.key.upper()}"
 
     @property
     def value_type(self) -> Any:
@@ -147,6 +155,7 @@ def _scan(argv: Sequence[str], options: Sequence[Option], problems: Problems) ->
     takes_positionals = any(option.nargs for option in options)
     story_flags = {option.name for option in options if not option.nargs}
     bools = {f"--{key}" for key, setting in all_settings().items() if setting.type is bool}
+    bools |= {option.name for option in options if option.type is bool}
     valid = [*(f"--{key}" for key in all_settings()), "--config", *story_flags, *SWITCHES]
     while rest:
         argument = rest.pop(0)
@@ -200,7 +209,7 @@ def _print_help(story: str, options: Sequence[Option]) -> None:
     from jsonargparse import SUPPRESS, ArgumentParser
 
     usage = [f"python -m agnews_dist.{story}", "[--config FILE.yaml ...]", "[--section.field VALUE ...]"]
-    usage += [f"[{o.name.upper()} ...]" if o.nargs else f"[{o.name} {o.key.upper()}]" for o in options]
+    usage += [f"[{option.usage}]" for option in options]
     parser = ArgumentParser(usage=" ".join(usage), add_help=False, default_env=False)
     general = parser.add_argument_group("general")
     for option in options:

@@ -57,10 +57,16 @@ class BatchConfig:
 
     global_batch_size: int = 32
     """Examples per optimiser step over all ranks; the same examples for every number of ranks."""
+    global_token_budget: int | None = None
+    """Replaces global_batch_size: at most so many real tokens per optimiser step, whatever the number of examples."""
     max_tokens_per_rank: int = 16384
     """Padded tokens a rank computes at once; a larger share is split into micro-batches (gradient accumulation)."""
-    bucket_window: int = 64
-    """Global batches within which examples are sorted by length: 1 is random batches, larger means less padding."""
+    bucket_window: int | Literal["epoch"] = 64
+    """Global batches within which examples are sorted by length: 1 is random batches, larger means less padding, 'epoch'
+    sorts all."""
+    longest_first: bool = False
+    """Before training, run the largest step of the first epoch forward and backward and forget it: what does not fit into
+    memory shows at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +147,7 @@ def contradictions(config: Config) -> list[str]:
         ("data.limit_validation", data.limit_validation, 1),
         ("data.limit_test", data.limit_test, 1),
         ("batch.global_batch_size", batch.global_batch_size, 1),
-        ("batch.bucket_window", batch.bucket_window, 1),
+        ("batch.bucket_window", batch.bucket_window if batch.bucket_window != "epoch" else None, 1),
         ("optim.epochs", optim.epochs, 1),
         ("engine.timeout_seconds", engine.timeout_seconds, 1),
         ("run.seed", config.run.seed, 0),
@@ -165,6 +171,11 @@ def contradictions(config: Config) -> list[str]:
         batch.max_tokens_per_rank >= data.max_length,
         f"batch.max_tokens_per_rank {batch.max_tokens_per_rank} is below data.max_length {data.max_length}: a text of full "
         "length would fit into no micro-batch. Raise the first or lower the second.",
+    )
+    require(
+        batch.global_token_budget is None or batch.global_token_budget >= data.max_length,
+        f"batch.global_token_budget {batch.global_token_budget} is below data.max_length {data.max_length}: a text of full "
+        "length would fit into no global batch. Raise the first or lower the second.",
     )
     for key, rate in (
         ("optim.lr", optim.lr),

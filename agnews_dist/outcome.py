@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from agnews_dist import collectives
 from agnews_dist.clock import Clock
-from agnews_dist.config import Config
-from agnews_dist.data.batching import Efficiency, Share, efficiency
+from agnews_dist.config import BatchConfig, Config
+from agnews_dist.data.sharing import Efficiency, Share, Tally
 from agnews_dist.engine import Engine
 from agnews_dist.events import Emit, RunDone, RunStarted
 from agnews_dist.model.export import export_model
@@ -33,6 +33,7 @@ def header(
     parameters: Mapping[str, tuple[int, int]],
     *,
     num_steps: int,
+    expected: Efficiency,
     directory: Path,
 ) -> RunStarted:
     """What runs where, for the first panel."""
@@ -45,11 +46,19 @@ def header(
         "model": f"{config.model.name} ({config.model.init}), trainable blocks: {config.model.trainable_blocks}",
         "data": f"{config.data.source}: {rows}",
         "tokens": f"{'cached' if sources.store.was_cached else 'made now'}, at most {config.data.max_length} per text",
-        "batch": f"{config.batch.global_batch_size} examples per step over all ranks",
+        "batch": batch_text(config.batch),
+        "plan": f"{num_steps:,} steps, {expected.critical_path:.1%} of what the ranks compute or wait for is real tokens",
         "optimizer": f"AdamW, lr {config.optim.lr:g} ({config.optim.schedule}), {config.optim.epochs} epochs",
         "seed": str(config.run.seed),
     }
     return RunStarted(facts=facts, parameters=parameters, num_steps=num_steps)
+
+
+def batch_text(batch: BatchConfig) -> str:
+    """What one optimiser step takes in."""
+    if batch.global_token_budget is None:
+        return f"{batch.global_batch_size:,} examples per step over all ranks"
+    return f"at most {batch.global_token_budget:,} tokens per step over all ranks"
 
 
 class RunningTotals:
@@ -57,18 +66,12 @@ class RunningTotals:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.num_tokens = 0
-        self._costs: list[tuple[int, int, int]] = []
+        self.tally = Tally()
 
     def add(self, share: Share, seconds: float) -> None:
         """Take in one step."""
         self.seconds += seconds
-        self.num_tokens += share.num_real_tokens
-        self._costs.append((share.num_real_tokens, share.num_padded_tokens, share.critical_tokens))
-
-    def efficiency(self, num_ranks: int) -> Efficiency:
-        """Over all steps."""
-        return efficiency(self._costs, num_ranks)
+        self.tally.add(share)
 
 
 class BestEpoch:
@@ -165,7 +168,7 @@ def finish(
     """Write model, predictions and result.json on rank 0; a failure there is raised on all ranks."""
     world = engine.world
     peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
-    figures = totals.efficiency(world.num_ranks)
+    figures, num_tokens = totals.tally.efficiency, totals.tally.real
     scores = {name: split.scores for name, split in scored.items()}
 
     def write() -> None:
@@ -196,12 +199,13 @@ def finish(
             splits=scores,
             num_steps=num_steps,
             num_ranks=world.num_ranks,
-            global_batch_size=config.batch.global_batch_size,
+            global_batch_size=config.batch.global_batch_size if config.batch.global_token_budget is None else None,
+            global_token_budget=config.batch.global_token_budget,
             padding_efficiency=figures.padding,
             critical_path_efficiency=figures.critical_path,
             rank_balance=figures.rank_balance,
             seconds=Seconds(**seconds),
-            tokens_per_second=totals.num_tokens / totals.seconds,
+            tokens_per_second=num_tokens / totals.seconds,
             peak_memory_bytes=peak,
             versions=versions(),
             fingerprints=prints,
@@ -212,7 +216,7 @@ def finish(
             for name, split in scores.items()
         }
         facts["best epoch"] = f"{best_epoch} of {config.optim.epochs}"
-        facts["time"] = f"{seconds['total']:.1f} s, {totals.num_tokens / totals.seconds:,.0f} tokens/s in training"
+        facts["time"] = f"{seconds['total']:.1f} s, {num_tokens / totals.seconds:,.0f} tokens/s in training"
         emit(RunDone(facts=facts, paths=paths))
 
     collectives.agree(collectives.attempt(write) if world.is_main else None)
@@ -238,7 +242,8 @@ def write_scores(
             splits={name: scored.scores},
             num_steps=0,
             num_ranks=engine.world.num_ranks,
-            global_batch_size=0,
+            global_batch_size=None,
+            global_token_budget=None,
             padding_efficiency=None,
             critical_path_efficiency=None,
             rank_balance=None,

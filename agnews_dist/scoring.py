@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from agnews_dist import collectives
-from agnews_dist.data.batching import plan_evaluation
 from agnews_dist.data.loader import TokenTable
+from agnews_dist.data.sharing import plan_evaluation
 from agnews_dist.engine import Engine
 from agnews_dist.events import Emit, EvalDone, Progress, silent
 from agnews_dist.metrics import Scores, confusion_matrix, in_file_order, summarize

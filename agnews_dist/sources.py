@@ -6,7 +6,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.clock import Clock
-from agnews_dist.config import DataConfig, ModelConfig
+from agnews_dist.config import BatchConfig, DataConfig, ModelConfig
+from agnews_dist.data.batching import PlanSettings
 from agnews_dist.data.checks import fingerprint
 from agnews_dist.data.corpus import Corpus, load_corpus
 from agnews_dist.data.tokens import TokenSplit, TokenStore, open_or_build
@@ -36,6 +37,16 @@ def _pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)
     return pad_id
+
+
+def plan_settings(batch: BatchConfig, seed: int) -> PlanSettings:
+    """What decides the global batches."""
+    return PlanSettings(
+        global_batch_size=batch.global_batch_size,
+        global_token_budget=batch.global_token_budget,
+        bucket_window=batch.bucket_window,
+        seed=seed,
+    )
 
 
 def load_text(data: DataConfig, *, hold_out: bool = True) -> Corpus:

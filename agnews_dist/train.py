@@ -31,19 +31,22 @@ def run(world: World, loaded: cli.Loaded) -> None:
 
     from agnews_dist import collectives, debug
     from agnews_dist.clock import Clock, TimedPrefix
+    from agnews_dist.data.forecast import idle_warning
     from agnews_dist.data.loader import TokenTable, TrainLoader
+    from agnews_dist.data.sharing import quadratic_weight
     from agnews_dist.engine import Engine, chooses_cuda
-    from agnews_dist.events import StepDone
+    from agnews_dist.events import StepDone, Warned
     from agnews_dist.model.gpt2 import parameter_table
     from agnews_dist.optim import build_optimizer, learning_rate, set_lr
     from agnews_dist.outcome import BestEpoch, RunningTotals, fingerprints, finish, header
     from agnews_dist.profiling import profiling
+    from agnews_dist.rehearsal import rehearse
     from agnews_dist.report.console import Console
     from agnews_dist.report.runlog import RunLog
     from agnews_dist.report.sinks import Sinks
     from agnews_dist.rundir import Claim, run_name
     from agnews_dist.scoring import score_split
-    from agnews_dist.sources import Sources, load_sources
+    from agnews_dist.sources import Sources, load_sources, plan_settings
     from agnews_dist.step import train_step
 
     config = loaded.config
@@ -80,18 +83,24 @@ def run(world: World, loaded: cli.Loaded) -> None:
             name: TokenTable(split, pad_id=sources.pad_id, device=engine.device)
             for name, split in sources.store.splits.items()
         }
+        settings = plan_settings(config.batch, config.run.seed)
         loader = TrainLoader(
             tables["train"],
             world,
-            global_batch_size=config.batch.global_batch_size,
+            settings,
             max_tokens_per_rank=config.batch.max_tokens_per_rank,
-            bucket_window=config.batch.bucket_window,
-            seed=config.run.seed,
+            quadratic=quadratic_weight(classifier.config.n_embd),
+            max_length=config.data.max_length,
         )
-        num_steps = loader.num_steps_per_epoch * config.optim.epochs
-        emit(header(config, engine, sources, parameter_table(classifier), num_steps=num_steps, directory=directory))
+        num_steps, expected = loader.num_steps(config.optim.epochs), loader.expected_efficiency()
+        parameters = parameter_table(classifier)
+        emit(header(config, engine, sources, parameters, num_steps=num_steps, expected=expected, directory=directory))
+        if warning := idle_warning(settings, num_ranks=world.num_ranks, rank_balance=expected.rank_balance):
+            emit(Warned(message=warning))
         if config.run.debug:
             emit(debug.overfit_one_batch(classifier, tables["train"], engine, lr=config.optim.lr))
+        if config.batch.longest_first:
+            rehearse(classifier, loader.largest_step(0), engine, emit)
         # Every rank draws its own dropout masks; the shared draws (weights, plan) have generators of their own.
         torch.manual_seed(config.run.seed * world.num_ranks + world.rank)
         wrapped = engine.prepare(classifier.suffix)

@@ -1,15 +1,22 @@
-"""The plan: which examples form each global batch of an epoch, and which rank computes which part. Pure numpy.
+"""The plan: which examples form each global batch of an epoch. Pure numpy; sharing.py says which rank computes what.
 
-An epoch is a function of `(lengths, global_batch_size, bucket_window, seed, epoch)` alone. Ranks, micro-batches and restarts
-never change what is in global batch k; they only change how it is split. Every example comes exactly once per epoch, and every
-rank runs the same number of micro-batches at every step, so no collective is ever left alone.
+An epoch is a function of the lengths, `PlanSettings` and the epoch's number alone: ranks, micro-batches, workers and restarts
+never change what is in global batch k. Every example comes exactly once.
 
-A global batch is split into contiguous slices of its length-sorted rows with unequal counts and equal padded cost
-(rows x longest row), because the step is as slow as its slowest rank.
+How an epoch is made: the examples are shuffled; the shuffled order is cut into windows of about `bucket_window` global batches;
+each window, a random sample of the epoch, is sorted by length, cut into global batches, and these are shuffled. Windows depend
+on nothing before them, so any step can be reached at once, and only one window is ever held.
+
+Beyond some 100 million lengths, set `block_size`: blocks of neighbouring examples are shuffled instead of single ones, and then
+the examples inside each window. Memory no longer grows with the number of examples (but for 8 bytes per block), and lengths are
+read block by block. The windows should hold many blocks, or neighbours in the file stay together in a batch.
 """
 
-from collections.abc import Iterator, Sequence
+import bisect
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,171 +24,255 @@ from numpy.typing import NDArray
 from agnews_dist.errors import UserError
 
 Ints = NDArray[np.int64]
+_CHUNK = 1 << 20
+"""Lengths looked at together when all have to be."""
 
 
-@dataclass(frozen=True)
+class Lengths(Protocol):
+    """Tokens per example: a numpy array, memory-mapped or not, or whatever can be indexed like one."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def __getitem__(self, index: Any, /) -> Any:
+        """Lengths of a slice or of an integer array of examples."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What decides the global batches, apart from the lengths and the epoch.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    global_batch_size: int = 32
+    """Examples per global batch; one batch of the epoch holds the remainder."""
+    global_token_budget: int | None = None
+    """At most so many real tokens per global batch, whatever the number of examples; replaces global_batch_size."""
+    bucket_window: int | Literal["epoch"] = 64
+    """Global batches within which examples are sorted by length, about: 1 is random batches. 'epoch' sorts all; then the
+    rarest lengths, the longest above all, can meet the same batch mates in every epoch."""
+    seed: int = 0
+    block_size: int = 1
+    """Neighbouring examples that are shuffled together; above 1 for data sets beyond memory."""
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("global_batch_size", self.global_batch_size),
+            ("global_token_budget", self.global_token_budget),
+            ("bucket_window", self.bucket_window),
+            ("block_size", self.block_size),
+        ):
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"{name} {value}: no batch can be made of it. Set it to 1 or more.")
+        if isinstance(self.bucket_window, str) and self.bucket_window != "epoch":
+            raise UserError(
+                f"bucket_window {self.bucket_window!r}: it says how far sorting reaches. Set a number of batches, or 'epoch'."
+            )
+        if self.seed < 0:
+            raise UserError(f"seed {self.seed}: the random stream takes none below 0. Set it to 0 or more.")
+
+
+def plan(lengths: Lengths, settings: PlanSettings, *, epoch: int, max_length: int | None = None) -> "Plan":
+    """The epoch's global batches; epochs count from 0. `max_length`: what the model can take, if it is to be checked.
+
+    Raises:
+        UserError: a length below 1 or above `max_length`; a token budget below the longest text. Lengths in memory are
+            checked here, those behind a `block_size` above 1 when their window is planned.
+    """
+    if epoch < 0:
+        raise UserError(f"epoch {epoch}: there is no plan for it. Count epochs from 0.")
+    return Plan(lengths, settings, epoch, max_length)
+
+
 class Plan:
-    """An epoch: `order_N` holds every example once; global batch k is `order_N[starts[k]:starts[k + 1]]`, longest first."""
+    """The global batches of one epoch, made window by window as they are asked for."""
 
-    order_N: Ints
-    starts: Ints
+    def __init__(self, lengths: Lengths, settings: PlanSettings, epoch: int, max_length: int | None) -> None:
+        self._lengths, self._settings, self._epoch, self._max_length = lengths, settings, epoch, max_length
+        self._last: tuple[int, list[Ints]] = (-1, [])
+        self.num_examples = len(lengths)
+        if settings.block_size == 1:
+            for begin in range(0, self.num_examples, _CHUNK):
+                self._check(np.asarray(lengths[begin : begin + _CHUNK]), begin)
 
     @property
     def num_steps(self) -> int:
-        return len(self.starts) - 1
+        """Global batches of the epoch. With a token budget it is known after planning every window once."""
+        return int(self._first_step_W[-1])
 
     def global_batch(self, step: int) -> Ints:
-        """Example ids of one global batch, longest first."""
-        return self.order_N[self.starts[step] : self.starts[step + 1]]
+        """Ids of the examples of one global batch, longest first, without a look at any other window's lengths."""
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of an epoch of {self.num_steps}")
+        window = int(np.searchsorted(self._first_step_W, step, side="right")) - 1
+        if self._last[0] != window:
+            self._last = (window, self._window(window))
+        return self._last[1][step - int(self._first_step_W[window])]
 
+    def global_batches(self, start: int = 0) -> Iterator[Ints]:
+        """All global batches from step `start` on."""
+        return (self.global_batch(step) for step in range(start, self.num_steps))
 
-def num_steps_per_epoch(num_examples: int, global_batch_size: int) -> int:
-    """Global batches per epoch; the last one to be cut may be smaller, none is dropped."""
-    return -(-num_examples // global_batch_size)
+    @cached_property
+    def _first_step_W(self) -> Ints:
+        """First step of every window, and the number of steps: shape (windows + 1,)."""
+        size, reach = self._settings.global_batch_size, self._settings.bucket_window
+        if self._settings.global_token_budget is not None:
+            counts = [len(self._window(window)) for window in range(len(self._begin_W) - 1)]
+            return np.cumsum([0, *counts], dtype=np.int64)
+        num_steps = -(-self.num_examples // size)
+        num_windows = 1 if reach == "epoch" else max(1, round(num_steps / reach))
+        # Windows of equal size, rather than full ones and a rest that would be nearly random batches.
+        return np.arange(num_windows + 1, dtype=np.int64) * num_steps // num_windows
 
+    @cached_property
+    def _begin_W(self) -> Ints:
+        """Where every window begins in the shuffled order, and the number of examples: shape (windows + 1,)."""
+        budget, reach = self._settings.global_token_budget, self._settings.bucket_window
+        if budget is None:
+            return np.minimum(self._first_step_W * self._settings.global_batch_size, self.num_examples)
+        num_tokens = longest = 0
+        for begin in range(0, self.num_examples, _CHUNK):
+            chunk = np.asarray(self._lengths[begin : begin + _CHUNK])
+            num_tokens, longest = num_tokens + int(chunk.sum(dtype=np.int64)), max(longest, int(chunk.max()))
+        if longest > budget:
+            raise UserError(
+                f"global_token_budget {budget} is below the longest text ({longest} tokens): that text fits into no batch. "
+                "Raise the budget, or truncate the texts (data.max_length)."
+            )
+        # A window that is a text's length short of `reach` budgets never exceeds them, wherever its last text ends.
+        span = num_tokens + 1 if reach == "epoch" else max(1, reach * budget - longest, reach * budget // 2)
+        num_windows = max(1, -(-num_tokens // span))
+        targets = np.arange(1, num_windows) * num_tokens // num_windows
+        bounds, seen = [np.zeros(1, np.int64)], 0
+        for begin in range(0, self.num_examples, _CHUNK):
+            end = min(begin + _CHUNK, self.num_examples)
+            sums = seen + np.cumsum(self._lengths[self._shuffled(begin, end)], dtype=np.int64)
+            first, last = np.searchsorted(targets, (seen, int(sums[-1])), side="left")
+            bounds.append(begin + np.searchsorted(sums, targets[first:last], side="right"))
+            seen = int(sums[-1])
+        return np.concatenate([*bounds, [self.num_examples]]).astype(np.int64)
 
-def plan_epoch(lengths_N: Ints, *, global_batch_size: int, bucket_window: int, seed: int, epoch: int) -> Plan:
-    """Shuffle, sort by length inside windows of `bucket_window` global batches, cut, shuffle the batches.
+    @cached_property
+    def _block_order(self) -> Ints:
+        """Blocks in shuffled order; the last, shorter one keeps its place at the end, `_shift` moves its content about."""
+        num_full = self.num_examples // self._settings.block_size
+        order = shuffle(num_full, _bits(self._settings.seed, self._epoch))
+        return order if self.num_examples % self._settings.block_size == 0 else np.append(order, num_full)
 
-    Random bits come straight from the bit generator, whose stream numpy guarantees, not from `Generator.permutation`, which
-    may change between versions.
+    @cached_property
+    def _shift(self) -> int:
+        """By how many examples the blocks' borders are displaced in this epoch."""
+        return int(_bits(self._settings.seed, self._epoch).random_raw() % max(1, self.num_examples))
 
-    Raises:
-        UserError: a length below 1.
-    """
-    num_examples = len(lengths_N)
-    if num_examples and int(lengths_N.min()) < 1:
-        bad = int(np.flatnonzero(lengths_N < 1)[0])
+    def _shuffled(self, begin: int, end: int) -> Ints:
+        """Ids at the places `begin` to `end` of the shuffled order."""
+        size = self._settings.block_size
+        if size == 1:
+            return self._block_order[begin:end]
+        place = np.arange(begin, end)
+        return (self._block_order[place // size] * size + place % size + self._shift) % self.num_examples
+
+    def _window(self, window: int) -> list[Ints]:
+        """The global batches of one window, in the order of their steps."""
+        bits = _bits(self._settings.seed, self._epoch, window)
+        ids = self._shuffled(int(self._begin_W[window]), int(self._begin_W[window + 1]))
+        lengths_N = np.asarray(self._lengths[ids])
+        if self._settings.block_size > 1:
+            self._check(lengths_N, ids)
+            mixed = shuffle(len(ids), bits)
+            ids, lengths_N = ids[mixed], lengths_N[mixed]
+        longest_first = _descending(lengths_N)
+        ids, lengths_N = ids[longest_first], lengths_N[longest_first]
+        if self._settings.global_token_budget is None:
+            bounds = _cut_by_examples(len(ids), self._settings.global_batch_size, bits)
+        else:
+            bounds = _cut_by_tokens(lengths_N, self._settings.global_token_budget)
+        return [ids[bounds[i] : bounds[i + 1]] for i in shuffle(len(bounds) - 1, bits)]
+
+    def _check(self, lengths_N: NDArray[Any], ids: Ints | int) -> None:
+        """`ids`: which examples these are, or the first of a run."""
+        limit = self._max_length
+        if not len(lengths_N) or (lengths_N.min() >= 1 and (limit is None or lengths_N.max() <= limit)):
+            return
+        is_bad = (lengths_N < 1) | (lengths_N > (limit if limit is not None else lengths_N.max()))
+        row = int(np.flatnonzero(is_bad)[0])
+        example = ids + row if isinstance(ids, int) else int(ids[row])
+        tokens = int(lengths_N[row])
+        if tokens < 1:
+            raise UserError(
+                f"example {example} has {tokens} tokens: an example without a token has no last token to classify from. "
+                "Remove the row or rebuild the token cache."
+            )
         raise UserError(
-            f"example {bad} has {int(lengths_N[bad])} tokens: an example without a token has no last token to classify "
-            "from. Remove the row or rebuild the token cache."
+            f"example {example} has {tokens} tokens, more than the maximum of {limit}: the model has no position for the "
+            "rest. Truncate it, or raise the maximum if the model allows."
         )
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
-    order_N = np.argsort(bits.random_raw(num_examples), kind="stable").astype(np.int64)
-
-    pieces: list[Ints] = []
-    window = bucket_window * global_batch_size
-    for begin in range(0, num_examples, window):
-        rows = order_N[begin : begin + window]
-        # Stable on shuffled rows: examples of equal length meet different batch mates in every epoch.
-        rows = rows[np.argsort(-lengths_N[rows], kind="stable")]
-        pieces.extend(_cut(rows, global_batch_size, bits))
-    batch_order = np.argsort(bits.random_raw(len(pieces)), kind="stable") if pieces else []
-    batches = [pieces[i] for i in batch_order]
-    starts = np.cumsum([0, *(len(batch) for batch in batches)], dtype=np.int64)
-    return Plan(np.concatenate(batches) if batches else order_N, starts)
 
 
-def _cut(rows: Ints, size: int, bits: np.random.PCG64) -> Iterator[Ints]:
-    """Cut into batches of `size`; a smaller batch, if any, takes a random place, lest it always hold the extreme lengths."""
-    remainder = len(rows) % size
-    short_at = int(bits.random_raw() % (len(rows) // size + 1)) if remainder else -1
-    begin = index = 0
-    while begin < len(rows):
-        end = begin + (remainder if index == short_at else size)
-        yield rows[begin:end]
-        begin, index = end, index + 1
+def _bits(seed: int, *key: int) -> np.random.PCG64:
+    """An independent stream of random bits per key. Of numpy's generators only these streams never change between versions."""
+    return np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key))
 
 
-@dataclass(frozen=True)
-class Share:
-    """One global batch dealt out: `slices[m][r]` is the (begin, end) of rank r's rows in micro-batch m, maybe empty."""
+def shuffle(count: int, bits: np.random.PCG64) -> Ints:
+    """A random permutation of 0 .. count - 1, of shape (count,).
 
-    slices: tuple[tuple[tuple[int, int], ...], ...]
-    num_real_tokens: int
-    num_padded_tokens: int
-    """Tokens computed over all ranks, padding and filler rows included."""
-    critical_tokens: int
-    """Sum over micro-batches of the largest padded share: what the step waits for."""
-
-
-def share(lengths_B: Ints, *, num_ranks: int, max_tokens_per_rank: int) -> Share:
-    """Deal one global batch (`lengths_B`, longest first) to the ranks in as few micro-batches as the token limit allows.
-
-    Raises:
-        UserError: the longest example exceeds `max_tokens_per_rank`.
+    Random keys are sorted. Each carries its index in its low bits, so no two are equal and every sorting algorithm, on every
+    machine, gives the same order.
     """
-    longest = int(lengths_B[0]) if len(lengths_B) else 0
-    if longest > max_tokens_per_rank:
-        raise UserError(
-            f"batch.max_tokens_per_rank {max_tokens_per_rank} is below the longest text ({longest} tokens): it fits into no "
-            "micro-batch. Raise it, or lower data.max_length."
-        )
-    num_real = int(lengths_B.sum())
-    num_micro = max(1, -(-num_real // (num_ranks * max_tokens_per_rank)))
-    while True:
-        cap = _smallest_cap(lengths_B, num_micro * num_ranks)
-        if cap <= max_tokens_per_rank:
-            break
-        num_micro += 1
-    bounds = _fill(lengths_B, num_micro * num_ranks, cap)
-    slices: list[tuple[tuple[int, int], ...]] = []
-    padded = critical = 0
-    for micro in range(num_micro):
-        # Neighbouring slices go to different ranks of the same micro-batch: similar lengths at the same moment.
-        cut = bounds[micro * num_ranks : (micro + 1) * num_ranks + 1]
-        row = tuple((cut[r], cut[r + 1]) for r in range(num_ranks))
-        costs = [max(1, (end - begin) * int(lengths_B[begin]) if end > begin else 1) for begin, end in row]
-        slices.append(row)
-        padded += sum(costs)
-        critical += max(costs)
-    return Share(tuple(slices), num_real, padded, critical)
+    index_bits = np.uint64(max(1, count - 1).bit_length())
+    keys = bits.random_raw(count)
+    keys >>= index_bits
+    keys <<= index_bits
+    keys |= np.arange(count, dtype=np.uint64)
+    keys.sort()
+    keys &= (np.uint64(1) << index_bits) - np.uint64(1)
+    return keys.view(np.int64)
 
 
-def _fill(lengths_B: Ints, num_slices: int, cap: int) -> list[int]:
-    """Greedy bounds of `num_slices` contiguous slices of padded cost at most `cap`; the last bound tells how far it came."""
-    bounds = [0]
-    for _ in range(num_slices):
-        begin = bounds[-1]
-        rows = cap // int(lengths_B[begin]) if begin < len(lengths_B) else 0
-        bounds.append(min(begin + rows, len(lengths_B)))
-    return bounds
+def _descending(lengths_N: NDArray[Any]) -> Ints:
+    """Stable order by falling length: equal lengths stay shuffled. Two bytes are enough for most lengths, and sort fastest."""
+    longest = int(lengths_N.max()) if len(lengths_N) else 0
+    kind = np.uint16 if longest < 1 << 16 else np.int64
+    return np.argsort((longest - lengths_N).astype(kind), kind="stable")
 
 
-def _smallest_cap(lengths_B: Ints, num_slices: int) -> int:
-    """The smallest padded cost that lets `num_slices` contiguous slices hold every row (binary search)."""
-    if not len(lengths_B):
-        return 0
-    low, high = int(lengths_B[0]), int(lengths_B[0]) * -(-len(lengths_B) // num_slices)
+def _cut_by_examples(count: int, size: int, bits: np.random.PCG64) -> Ints:
+    """Bounds of batches of `size`; a smaller one, if any, takes a random place, lest it always hold the extreme lengths."""
+    num_full, remainder = divmod(count, size)
+    sizes = np.full(num_full + (remainder > 0), size)
+    if remainder:
+        sizes[bits.random_raw() % len(sizes)] = remainder
+    return np.cumsum([0, *sizes], dtype=np.int64)
+
+
+def _cut_by_tokens(lengths_N: NDArray[Any], budget: int) -> Ints:
+    """Bounds of as few batches as the budget allows, of as equal numbers of tokens as these can have: every batch is one
+    update, so a small rest would weigh as much as a full one."""
+    if not len(lengths_N):
+        return np.zeros(1, np.int64)
+    sums = np.cumsum(lengths_N, dtype=np.int64).tolist()
+    bounds = _fill(sums, budget)
+    low, high = max(int(lengths_N[0]), -(-sums[-1] // (len(bounds) - 1))), budget
     while low < high:
         middle = (low + high) // 2
-        if _fill(lengths_B, num_slices, middle)[-1] == len(lengths_B):
-            high = middle
+        tried = _fill(sums, middle)
+        if len(tried) <= len(bounds):
+            bounds, high = tried, middle
         else:
             low = middle + 1
-    return low
+    return np.array(bounds, dtype=np.int64)
 
 
-@dataclass(frozen=True)
-class Efficiency:
-    """How much of the computed tokens is real, over the steps seen. `critical_path = padding x balance`."""
-
-    padding: float
-    """Real tokens / tokens computed over all ranks."""
-    critical_path: float
-    """Real tokens / (ranks x tokens of the slowest rank at each micro-batch)."""
-    rank_balance: float
-    """Mean padded share / largest padded share."""
-
-
-def efficiency(shares: Sequence[tuple[int, int, int]], num_ranks: int) -> Efficiency:
-    """From one `(num_real_tokens, num_padded_tokens, critical_tokens)` per step; 1.0 each when there is no step."""
-    real, padded, critical = (sum(column) for column in zip(*shares, strict=True)) if shares else (1, 1, 1)
-    slowest = critical * num_ranks if shares else 1
-    return Efficiency(real / padded, real / slowest, padded / slowest)
-
-
-def plan_evaluation(lengths_N: Ints, *, max_tokens: int) -> list[Ints]:
-    """Fixed micro-batches for scoring: longest first, at most `max_tokens` padded tokens each (one row at the least).
-
-    They depend on the lengths alone, and micro-batch i belongs to rank `i % num_ranks`, so every example is computed in the
-    same matrix products on any number of ranks.
-    """
-    order_N = np.argsort(-lengths_N, kind="stable").astype(np.int64)
-    batches: list[Ints] = []
-    begin = 0
-    while begin < len(order_N):
-        rows = max(1, max_tokens // int(lengths_N[order_N[begin]]))
-        batches.append(order_N[begin : begin + rows])
-        begin += rows
-    return batches
+def _fill(sums: list[int], cap: int) -> list[int]:
+    """Bounds of batches that each take what fits below `cap`; `sums` are the running sums of the lengths."""
+    bounds = [0]
+    while bounds[-1] < len(sums):
+        before = sums[bounds[-1] - 1] if bounds[-1] else 0
+        bounds.append(bisect.bisect_right(sums, before + cap))
+    return bounds

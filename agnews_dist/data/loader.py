@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from agnews_dist.batch import Batch
-from agnews_dist.data.batching import Ints, Share, num_steps_per_epoch, plan_epoch, share
+from agnews_dist.data.batching import Ints, Plan, PlanSettings, plan
+from agnews_dist.data.sharing import Efficiency, Share, efficiency, share
 from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.world import World
 
@@ -61,37 +63,53 @@ class StepBatches:
 
 
 class TrainLoader:
-    """The training split dealt to this rank, one epoch at a time."""
+    """The training split dealt to this rank, one epoch at a time; epochs and steps count from 0."""
 
     def __init__(
         self,
         table: TokenTable,
         world: World,
+        settings: PlanSettings,
         *,
-        global_batch_size: int,
         max_tokens_per_rank: int,
-        bucket_window: int,
-        seed: int,
+        quadratic: float,
+        max_length: int | None = None,
     ) -> None:
-        self._table, self._world = table, world
-        self._global_batch_size, self._bucket_window, self._seed = global_batch_size, bucket_window, seed
-        self._max_tokens_per_rank = max_tokens_per_rank
-        self.num_steps_per_epoch = num_steps_per_epoch(len(table), global_batch_size)
+        """`max_tokens_per_rank`, `quadratic`: see `share`; `max_length`: see `plan`."""
+        self._table, self._world, self._settings = table, world, settings
+        self._max_tokens_per_rank, self._quadratic, self._max_length = max_tokens_per_rank, quadratic, max_length
 
-    def steps(self, epoch: int) -> Iterator[StepBatches]:
-        """The epoch's steps in order; epochs count from 0."""
-        lengths_N = self._table.lengths_N
-        plan = plan_epoch(
-            lengths_N,
-            global_batch_size=self._global_batch_size,
-            bucket_window=self._bucket_window,
-            seed=self._seed,
-            epoch=epoch,
+    def num_steps(self, num_epochs: int) -> int:
+        """Steps of so many epochs; with a token budget epochs may differ in theirs."""
+        return sum(self._plan(epoch).num_steps for epoch in range(num_epochs))
+
+    def steps(self, epoch: int, start: int = 0) -> Iterator[StepBatches]:
+        """The epoch's steps in order, from `start` on; nothing before it is looked at."""
+        for ids in self._plan(epoch).global_batches(start):
+            yield self._deal(ids)
+
+    def expected_efficiency(self, max_steps: int = 1000) -> Efficiency:
+        """Of the first epoch, or of its first steps where it has more: they come in random order and stand for all."""
+        return efficiency(self._share(ids) for ids in islice(self._plan(0).global_batches(), max_steps))
+
+    def largest_step(self, epoch: int) -> StepBatches:
+        """The step with the largest micro-batch of the epoch: what needs the most memory."""
+        batches = list(self._plan(epoch).global_batches())
+        largest = max(range(len(batches)), key=lambda step: int(self._share(batches[step]).tokens_MR.max()))
+        return self._deal(batches[largest])
+
+    def _plan(self, epoch: int) -> Plan:
+        return plan(self._table.lengths_N, self._settings, epoch=epoch, max_length=self._max_length)
+
+    def _share(self, ids: Ints) -> Share:
+        return share(
+            self._table.lengths_N[ids],
+            num_ranks=self._world.num_ranks,
+            max_tokens_per_rank=self._max_tokens_per_rank,
+            quadratic=self._quadratic,
         )
-        for step in range(plan.num_steps):
-            ids = plan.global_batch(step)
-            dealt = share(
-                lengths_N[ids], num_ranks=self._world.num_ranks, max_tokens_per_rank=self._max_tokens_per_rank
-            )
-            mine = (row[self._world.rank] for row in dealt.slices)
-            yield StepBatches(tuple(self._table.batch(ids[begin:end]) for begin, end in mine), len(ids), dealt)
+
+    def _deal(self, ids: Ints) -> StepBatches:
+        dealt = self._share(ids)
+        mine = dealt.slices(self._world.rank)
+        return StepBatches(tuple(self._table.batch(ids[rows]) for rows in mine), len(ids), dealt)

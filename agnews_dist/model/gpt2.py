@@ -74,17 +74,30 @@ def load_backbone(
             ones; not GPT-2; a vocabulary that does not fit the tokenizer.
     """
     head_CD, class_names = None, None
+    shape = load_shape(name, revision=revision, init=init, tokenizer=tokenizer)
     if name == EMBEDDED:
-        model = _draw(embedded_config(), EMBEDDED_SEED if init == "pretrained" else seed, name)
+        model = _draw(shape, EMBEDDED_SEED if init == "pretrained" else seed, name)
         spread_embeddings(model)
+    elif init == "random":
+        model = _draw(shape, seed, name)
     else:
-        location = locate(name, revision)
-        if init == "random":
-            model = _draw(_read_shape(location, tokenizer), seed, name)
-        else:
-            model, head_CD, class_names = _read_weights(location)
+        model, head_CD, class_names = _read_weights(locate(name, revision), shape)
     _fit_vocabulary(model, tokenizer, name)
     return Backbone(model, head_CD, class_names)
+
+
+def load_shape(
+    name: str, *, revision: str | None, init: Literal["pretrained", "random"], tokenizer: PreTrainedTokenizerFast
+) -> GPT2Config:
+    """The config of the model that `load_backbone` would give, without its weights.
+
+    Raises:
+        ModelError: hub out of reach; no such directory; no config, or not GPT-2's.
+    """
+    if name == EMBEDDED:
+        return embedded_config()
+    location = locate(name, revision)
+    return _read_shape(location, tokenizer) if init == "random" else _read_config(location)
 
 
 def split(backbone: Backbone, *, trainable_blocks: int | Literal["all"], num_classes: int, seed: int) -> Classifier:
@@ -206,9 +219,8 @@ def _read_shape(location: Location, tokenizer: PreTrainedTokenizerFast) -> GPT2C
     return GPT2Config(vocab_size=num_rows, bos_token_id=end_of_text, eos_token_id=end_of_text)
 
 
-def _read_weights(location: Location) -> tuple[GPT2Model, Tensor | None, tuple[str, ...] | None]:
+def _read_weights(location: Location, config: GPT2Config) -> tuple[GPT2Model, Tensor | None, tuple[str, ...] | None]:
     """The pretrained model in fp32, and the head and class names where the checkpoint is a classifier."""
-    config = _read_config(location)
     if not location.has(*WEIGHT_FILES):
         raise ModelError(
             f"{location.directory} has no weights (none of {', '.join(WEIGHT_FILES[:3])}): only random ones would be "

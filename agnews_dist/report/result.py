@@ -37,11 +37,13 @@ class Result:
     """Split -> scores of the model that was exported."""
     num_steps: int
     num_ranks: int
-    global_batch_size: int
+    global_batch_size: int | None
+    """Examples per optimiser step; None where a token budget decided."""
+    global_token_budget: int | None
     padding_efficiency: float | None
     """Real tokens / tokens computed over all ranks, padding included, in the whole training."""
     critical_path_efficiency: float | None
-    """Real tokens / (ranks x tokens of the slowest rank at each micro-batch): the share of the waiting that was work."""
+    """Real tokens / (ranks x tokens of the slowest rank at each step): the share of the waiting that was work."""
     rank_balance: float | None
     """Mean padded share / largest padded share; 1 where no rank waits for another."""
     seconds: Seconds

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from toy import toy_classifier, toy_split
 
 from agnews_dist import collectives
+from agnews_dist.data.batching import PlanSettings
 from agnews_dist.data.loader import StepBatches, TokenTable, TrainLoader
 from agnews_dist.engine import Engine
 from agnews_dist.step import NonFiniteError, accumulate_gradients, summed_loss, train_step
@@ -33,9 +34,8 @@ def main() -> None:
     def one_step(max_tokens: int, lengths: list[int] = lengths) -> StepBatches:
         """All examples as one global batch."""
         table = TokenTable(toy_split(lengths), pad_id=0, device=engine.device)
-        loader = TrainLoader(
-            table, world, global_batch_size=len(lengths), max_tokens_per_rank=max_tokens, bucket_window=1, seed=0
-        )
+        settings = PlanSettings(global_batch_size=len(lengths))
+        loader = TrainLoader(table, world, settings, max_tokens_per_rank=max_tokens, quadratic=0.0)
         (batches,) = loader.steps(0)
         return batches
 

@@ -110,7 +110,8 @@ def few(tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedProcess[str],
     assert re.search(r"train +2 texts", prepared.stdout)
     (cache,) = (path for path in (directory / "cache").iterdir() if path.is_dir())
     written = (cache / "meta.json").stat().st_mtime_ns
-    words += ["--optim.epochs", "3", "--engine.precision", "bf16", "--profile"]
+    words += ["--optim.epochs", "3", "--engine.precision", "bf16", "--profile", "--batch.longest_first"]
+    words += ["--batch.global_batch_size", "2"]
     done = torchrun(3, "-m", "agnews_dist.train", *words, "--run.dir", str(directory), "--run.name", "few", **CPU)
     return directory / "few", cache, done, written
 
@@ -125,6 +126,21 @@ def test_fewer_examples_than_ranks_train_and_are_scored(few):
     # The mean over two examples, whatever the third rank computed for its filler row: about ln 4 at the start.
     assert steps[0]["loss"] == pytest.approx(1.386, abs=0.3)
     assert (directory / "model" / "model.safetensors").is_file()
+
+
+def test_the_largest_step_is_rehearsed_when_asked_for(few):
+    _, _, done, _ = few
+    assert "largest step, as a rehearsal: 1 done" in done.stdout
+
+
+def test_a_batch_too_small_for_the_ranks_is_warned_of(few):
+    directory, _, _, _ = few
+    warnings = [event["message"] for event in read_run_log(directory / "events.jsonl") if event["event"] == "Warned"]
+    (message,) = [warning for warning in warnings if "global_batch_size" in warning]
+    assert (
+        "batch.global_batch_size 2 on 3 ranks: 1 of 3 ranks compute a filler row at every step, 33% of the" in message
+    )
+    assert "Raise batch.global_batch_size to 3 or more" in message
 
 
 def test_what_was_prepared_is_found_by_the_training(few):

@@ -44,8 +44,10 @@ def toy_split(lengths: list[int]) -> TokenSplit:
     return TokenSplit(name="toy", tokens=tokens, offsets=offsets, labels=labels, num_truncated=0)
 
 
-def _reference(lengths: list[int], trainable_blocks: int, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.Tensor]:
-    """Hugging Face's own classifier with our weights, in eval mode, and its logits_BC with its attention mask."""
+def toy_reference_model(
+    lengths: list[int], trainable_blocks: int = 1, dtype: torch.dtype = torch.float32
+) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
+    """Hugging Face's own classifier with our weights, in eval mode, what we train trainable; tokens_NT and mask_NT for it."""
     classifier, rows = toy_classifier(trainable_blocks), toy_split(lengths)
     config = GPT2Config(**classifier.config.to_dict() | {"num_labels": CLASSES, "pad_token_id": VOCABULARY - 1})
     model = GPT2ForSequenceClassification(config)
@@ -54,28 +56,31 @@ def _reference(lengths: list[int], trainable_blocks: int, dtype: torch.dtype) ->
     model.score = torch.nn.Linear(config.n_embd, CLASSES)
     model.score.load_state_dict(classifier.suffix.out_head.state_dict())
     model.to(dtype).eval()
+    ours = classifier.suffix.state_dict()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(our_name(name) in ours)
     ids = torch.full((len(lengths), max(lengths)), VOCABULARY - 1)
     mask = torch.zeros_like(ids)
     for row, (begin, length) in enumerate(zip(rows.offsets[:-1], lengths, strict=True)):
         ids[row, :length] = torch.from_numpy(rows.tokens[begin : begin + length].astype(np.int64))
         mask[row, :length] = 1
-    return model, model(input_ids=ids, attention_mask=mask).logits
+    return model, ids, mask
+
+
+def our_name(name: str) -> str:
+    """Hugging Face's name of a parameter to the suffix's."""
+    return name.removeprefix("transformer.").replace("score.", "out_head.")
 
 
 def toy_reference_logits(lengths: list[int]) -> torch.Tensor:
     """logits_BC of Hugging Face's module, fp32."""
-    return _reference(lengths, 1, torch.float32)[1].detach()
+    model, tokens_NT, mask_NT = toy_reference_model(lengths)
+    return model(input_ids=tokens_NT, attention_mask=mask_NT).logits.detach()
 
 
 def reference_gradients(lengths: list[int], trainable_blocks: int = 1) -> dict[str, torch.Tensor]:
     """Of Hugging Face's module, one process, mean cross-entropy over the whole batch, fp64; names as in our suffix."""
-    model, logits_BC = _reference(lengths, trainable_blocks, torch.float64)
+    model, tokens_NT, mask_NT = toy_reference_model(lengths, trainable_blocks, torch.float64)
+    logits_BC = model(input_ids=tokens_NT, attention_mask=mask_NT).logits
     torch.nn.functional.cross_entropy(logits_BC, torch.from_numpy(toy_split(lengths).labels)).backward()
-    ours = toy_classifier(trainable_blocks).suffix.state_dict()
-    gradients: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        short = name.removeprefix("transformer.").replace("score.", "out_head.")
-        if short in ours:
-            assert parameter.grad is not None
-            gradients[short] = parameter.grad
-    return gradients
+    return {our_name(name): value.grad for name, value in model.named_parameters() if value.requires_grad}

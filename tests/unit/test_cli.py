@@ -296,6 +296,27 @@ def test_story_options() -> None:
     assert "takes a whole number. Correct it; the default is 1." in top_line
 
 
+def test_a_bool_option_of_a_story_stands_alone() -> None:
+    options = [
+        Option("--json", "Machine-readable.", type=bool, default=False),
+        Option("--ranks", "How many.", type=int),
+    ]
+    assert load("plan", [], options).options == {"json": False, "ranks": None}
+    assert load("plan", ["--json", "--ranks", "8"], options).options == {"json": True, "ranks": 8}
+    assert load("plan", ["--ranks=8", "--json"], options).options == {"json": True, "ranks": 8}
+    assert load("plan", ["--json", "false"], options).options["json"] is False
+    [line] = errors_of(["--json", "yaml"], options)
+    assert "--json 'yaml': it takes true or false. Correct it; the default is false." in line
+
+
+def test_usage_shows_how_options_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    options = [Option("text", "", nargs="*"), Option("--json", "", type=bool, default=False), Option("--ranks", "")]
+    with pytest.raises(SystemExit):
+        load("plan", ["--help"], options)
+    usage = " ".join(capsys.readouterr().out.split("\n\n")[0].split())
+    assert usage.endswith("[--section.field VALUE ...] [TEXT ...] [--json] [--ranks RANKS]")
+
+
 def test_help_shows_every_field_with_default_and_text(capsys: pytest.CaptureFixture[str]) -> None:
     options = [Option("text", "Texts to classify, 100% yours.", nargs="*"), Option("--file", "One per line.")]
     with pytest.raises(SystemExit) as stopped:
@@ -353,6 +374,8 @@ def test_any_config_survives_dump_and_load(tmp_path_factory: pytest.TempPathFact
     for key, setting in all_settings().items():
         sections.setdefault(setting.section, {})[setting.name] = data.draw(values_of(setting.type), label=key)
     sections["batch"]["max_tokens_per_rank"] += sections["data"]["max_length"]
+    if sections["batch"]["global_token_budget"] is not None:
+        sections["batch"]["global_token_budget"] += sections["data"]["max_length"]
     sections["data"]["source"] += "x"
     sections["model"]["name"] += "x"
     config = Config(
@@ -422,7 +445,7 @@ def test_gpt2_ddp_is_the_defaults_and_debug_is_small() -> None:
 def test_main_lists_stories_and_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main_story([]) == 2
     listed = capsys.readouterr().err
-    assert len(STORIES) >= 4
+    assert len(STORIES) >= 5
     for story in STORIES:
         assert f"  {story} " in listed
     assert main_story(["trian"]) == 2

@@ -38,13 +38,13 @@ def test_the_public_names_are_there() -> None:
             "cache_dir",
         ],
         "model": ["name", "revision", "init", "trainable_blocks"],
-        "batch": ["global_batch_size", "max_tokens_per_rank", "bucket_window"],
+        "batch": ["global_batch_size", "global_token_budget", "max_tokens_per_rank", "bucket_window"],
         "optim": ["lr", "epochs", "weight_decay", "warmup_ratio", "schedule", "max_grad_norm"],
         "engine": ["precision", "allow_tf32", "timeout_seconds"],
         "run": ["dir", "name", "seed", "overwrite"],
     }
     names = {f"{section}.{field}" for section, fields in public.items() for field in fields}
-    assert len(names) == 28
+    assert len(names) == 29
     assert names <= set(all_settings())
 
 
@@ -115,6 +115,10 @@ def test_fields_that_exclude_each_other() -> None:
     assert line.startswith("batch.max_tokens_per_rank 255 is below data.max_length 256: ")
     assert "Raise the first or lower the second." in line
     assert contradictions(changed(batch__max_tokens_per_rank=256)) == []
+    [line] = contradictions(changed(batch__global_token_budget=255))
+    assert line.startswith("batch.global_token_budget 255 is below data.max_length 256: ")
+    assert "Raise the first or lower the second." in line
+    assert contradictions(changed(batch__global_token_budget=256, batch__bucket_window="epoch")) == []
 
 
 @pytest.mark.parametrize("field", ["data__source", "model__name"])

@@ -1,13 +1,16 @@
 """A rank's view of the plan: right-padded tokens, filler rows of weight 0, as many micro-batches on one rank as on another."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from toy import toy_split
 
-from agnews_dist.data.batching import plan_epoch
-from agnews_dist.data.loader import StepBatches, TokenTable, TrainLoader
+from agnews_dist.data.batching import PlanSettings, plan
+from agnews_dist.data.loader import TokenTable, TrainLoader
 from agnews_dist.data.tokens import TokenSplit
+from agnews_dist.errors import UserError
 from agnews_dist.world import World
 
 PAD = 7
@@ -43,31 +46,67 @@ def test_no_ids_give_one_valid_row_that_weighs_nothing(table):
     assert (batch.weights_B.tolist(), batch.ids_B.tolist()) == ([0], [-1])
 
 
+def loaders(lengths: list[int], num_ranks: int, settings: PlanSettings, **limits) -> list[TrainLoader]:
+    table = TokenTable(toy_split(lengths), pad_id=0, device=torch.device("cpu"))
+    limits = {"max_tokens_per_rank": 40, "quadratic": 0.0} | limits
+    return [TrainLoader(table, World(rank=rank, num_ranks=num_ranks), settings, **limits) for rank in range(num_ranks)]
+
+
+def random_lengths(num_examples: int) -> list[int]:
+    return np.random.default_rng(0).integers(1, 30, num_examples).tolist()
+
+
+SETTINGS = PlanSettings(global_batch_size=12, bucket_window=2, seed=4)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, global_token_budget=70)], ids=["examples", "tokens"])
 @pytest.mark.parametrize(("num_examples", "num_ranks"), [(37, 1), (37, 3), (37, 16), (3, 5)])
-def test_ranks_take_the_same_number_of_micro_batches_and_together_each_example_once(num_examples, num_ranks):
-    lengths = [int(length) for length in np.random.default_rng(0).integers(1, 30, num_examples)]
-    rows = TokenTable(toy_split(lengths), pad_id=0, device=torch.device("cpu"))
-    plan = plan_epoch(np.array(lengths), global_batch_size=12, bucket_window=2, seed=4, epoch=1)
-    assert plan.num_steps == -(-num_examples // 12)
-    by_rank: list[list[StepBatches]] = []
-    for rank in range(num_ranks):
-        loader = TrainLoader(
-            rows,
-            World(rank=rank, num_ranks=num_ranks),
-            global_batch_size=12,
-            max_tokens_per_rank=40,
-            bucket_window=2,
-            seed=4,
-        )
-        by_rank.append(list(loader.steps(1)))
-        assert len(by_rank[-1]) == loader.num_steps_per_epoch == plan.num_steps
+def test_ranks_take_the_same_number_of_micro_batches_and_together_each_example_once(num_examples, num_ranks, settings):
+    lengths = random_lengths(num_examples)
+    epoch = plan(np.array(lengths), settings, epoch=1)
+    by_rank = [list(loader.steps(1)) for loader in loaders(lengths, num_ranks, settings)]
+    assert {len(steps) for steps in by_rank} == {epoch.num_steps}
     num_fillers = 0
     for step, of_ranks in enumerate(zip(*by_rank, strict=True)):
         assert len({len(batches.micro_batches) for batches in of_ranks}) == 1
-        assert {batches.num_examples for batches in of_ranks} == {len(plan.global_batch(step))}
+        assert {batches.num_examples for batches in of_ranks} == {len(epoch.global_batch(step))}
         micro_batches = [batch for batches in of_ranks for batch in batches.micro_batches]
         counted = [row for batch in micro_batches for row in batch.ids_B[batch.weights_B > 0].tolist()]
-        assert sorted(counted) == sorted(plan.global_batch(step).tolist())
+        assert sorted(counted) == sorted(epoch.global_batch(step).tolist())
         num_fillers += sum(batch.weights_B.tolist() == [0] for batch in micro_batches)
         assert sum(float(batch.weights_B.sum()) for batch in micro_batches) == len(counted)
     assert (num_fillers > 0) == (num_ranks > 1), "the cases are with and without ranks that have nothing to do"
+
+
+def test_every_epoch_is_counted_with_its_own_number_of_steps():
+    settings = replace(SETTINGS, global_token_budget=31, bucket_window=3)
+    (loader,) = loaders(random_lengths(300), 1, settings)
+    per_epoch = [len(list(loader.steps(epoch))) for epoch in range(6)]
+    assert len(set(per_epoch)) > 1, "the case is one where they differ"
+    assert loader.num_steps(6) == sum(per_epoch)
+    assert loader.num_steps(1) == per_epoch[0]
+
+
+@pytest.mark.parametrize("start", [0, 1, 13, 24, 25])
+def test_starting_in_mid_epoch_gives_the_rest_of_it(start):
+    for loader in loaders(random_lengths(295), 3, SETTINGS):
+        whole = [[batch.ids_B.tolist() for batch in batches.micro_batches] for batches in loader.steps(2)]
+        rest = [[batch.ids_B.tolist() for batch in batches.micro_batches] for batches in loader.steps(2, start)]
+        assert len(whole) == 25
+        assert rest == whole[start:]
+
+
+def test_the_largest_step_holds_the_largest_micro_batch_of_all_ranks():
+    of_ranks = loaders(random_lengths(300), 2, SETTINGS, max_tokens_per_rank=60)
+    sizes = [
+        batch.tokens_BT.numel() for loader in of_ranks for batches in loader.steps(0) for batch in batches.micro_batches
+    ]
+    found = [batch.tokens_BT.numel() for loader in of_ranks for batch in loader.largest_step(0).micro_batches]
+    assert max(found) == max(sizes)
+    assert min(sizes) < max(sizes)
+
+
+def test_the_loader_refuses_what_the_model_cannot_take():
+    (loader,) = loaders([3, 31, 2], 1, SETTINGS, max_length=30)
+    with pytest.raises(UserError, match=r"example 1 has 31 tokens, more than the maximum of 30.*Truncate it"):
+        loader.num_steps(1)

@@ -30,6 +30,7 @@ def a_result() -> Result:
         num_steps=10,
         num_ranks=2,
         global_batch_size=32,
+        global_token_budget=None,
         padding_efficiency=0.97,
         critical_path_efficiency=None,
         rank_balance=1.0,
@@ -46,8 +47,9 @@ def test_result_has_the_promised_keys(tmp_path: Path) -> None:
     found = strict((tmp_path / "result.json").read_text())
     assert isinstance(found, dict)
     assert list(found) == [
-        "splits", "num_steps", "num_ranks", "global_batch_size", "padding_efficiency", "critical_path_efficiency",
-        "rank_balance", "seconds", "tokens_per_second", "peak_memory_bytes", "versions", "fingerprints",
+        "splits", "num_steps", "num_ranks", "global_batch_size", "global_token_budget", "padding_efficiency",
+        "critical_path_efficiency", "rank_balance", "seconds", "tokens_per_second", "peak_memory_bytes", "versions",
+        "fingerprints",
     ]  # fmt: skip
     assert found["splits"] == {
         "test": {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from toy import reference_gradients, toy_classifier, toy_split
 
+from agnews_dist.data.batching import PlanSettings
 from agnews_dist.data.loader import StepBatches, TokenTable, TrainLoader
 from agnews_dist.engine import Engine
 from agnews_dist.step import NonFiniteError, train_step
@@ -31,9 +32,8 @@ def reference() -> dict[str, torch.Tensor]:
 def one_step(max_tokens: int) -> StepBatches:
     """All examples as one global batch."""
     table = TokenTable(toy_split(LENGTHS), pad_id=0, device=torch.device("cpu"))
-    loader = TrainLoader(
-        table, World(), global_batch_size=len(LENGTHS), max_tokens_per_rank=max_tokens, bucket_window=1, seed=0
-    )
+    settings = PlanSettings(global_batch_size=len(LENGTHS))
+    loader = TrainLoader(table, World(), settings, max_tokens_per_rank=max_tokens, quadratic=0.0)
     (batches,) = loader.steps(0)
     return batches
 

@@ -1,0 +1,89 @@
+"""The batches before any job: steps, padding, balance, text lengths. `python -m agnews_dist.plan --config FILE --ranks 8`.
+
+Takes the same configuration as the training it foretells; needs the text and the model's config and tokenizer, not its weights.
+
+--ranks    ranks of that training; default: those of this launch
+--json     one JSON object on standard output, everything else on standard error
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from agnews_dist import cli
+from agnews_dist.errors import ConfigError
+from agnews_dist.story import tell
+from agnews_dist.world import World
+
+OPTIONS = (
+    cli.Option("--ranks", type=int | None, help="Ranks of the training; default: those of this launch."),
+    cli.Option("--json", type=bool, default=False, help="Print one JSON object instead of the picture for people."),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the story; returns the exit code."""
+    return tell("plan", argv, run, OPTIONS)
+
+
+def run(world: World, loaded: cli.Loaded) -> None:
+    """Open or build the token cache, plan the training and show what comes of it, on rank 0 alone."""
+    config, as_json = loaded.config, loaded.options["json"]
+    num_ranks = world.num_ranks if loaded.options["ranks"] is None else loaded.options["ranks"]
+    if num_ranks < 1:
+        raise ConfigError(f"--ranks {num_ranks}: a training has at least one rank. Set it to 1 or more.")
+    if not world.is_main:
+        return
+    # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
+    from rich.console import Console as Output
+
+    from agnews_dist.data.forecast import forecast, idle_warning
+    from agnews_dist.data.sharing import quadratic_weight
+    from agnews_dist.events import Progress, Warned
+    from agnews_dist.model.gpt2 import check_max_length, load_shape
+    from agnews_dist.model.tokenizer import load_tokenizer
+    from agnews_dist.report.console import Console
+    from agnews_dist.report.plan_view import show_plan
+    from agnews_dist.sources import load_text, open_tokens, plan_settings
+
+    data, model, batch = config.data, config.model, config.batch
+    settings = plan_settings(batch, config.run.seed)
+    # FORCE_COLOR, set for other tools, must not put cursor movements into a log file.
+    stream = sys.stderr if as_json else sys.stdout
+    out = Output(file=stream, force_terminal=stream.isatty())
+    with Console(out) as emit:
+        emit(Progress(task=f"load {data.source}", done=0, total=0))
+        tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
+        shape = load_shape(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
+        check_max_length(data.max_length, shape.n_positions)
+        corpus = load_text(data)
+        store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world)
+        split = store.splits["train"]
+        foretold = forecast(
+            split.lengths,
+            settings,
+            num_epochs=config.optim.epochs,
+            num_ranks=num_ranks,
+            max_tokens_per_rank=batch.max_tokens_per_rank,
+            quadratic=quadratic_weight(shape.n_embd),
+            max_length=data.max_length,
+        )
+        emit.close()
+        if as_json:
+            told = {**foretold.to_dict(), "num_truncated": split.num_truncated, "max_length": data.max_length}
+            print(json.dumps(told, indent=2, allow_nan=False))
+        else:
+            show_plan(
+                foretold,
+                title=f"{model.name} on {data.source}, ranks: {num_ranks}, epochs: {config.optim.epochs}",
+                num_truncated=split.num_truncated,
+                max_length=data.max_length,
+                out=out,
+            )
+        warning = idle_warning(settings, num_ranks=num_ranks, rank_balance=foretold.efficiency.rank_balance)
+        if warning:
+            emit(Warned(message=warning))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

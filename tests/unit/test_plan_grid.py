@@ -1,0 +1,79 @@
+"""The plan over a grid of topologies: thousands of them, without a process.
+
+Each is checked in the arithmetic of whole arrays, where test_batching.py and test_sharing.py look at every row.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from agnews_dist.data.batching import Ints, PlanSettings, plan
+from agnews_dist.data.sharing import Share, share
+
+NUM_EXAMPLES = (0, 1, 2, 3, 5, 7, 8, 13, 31, 64, 97, 251)
+NO_EXAMPLES = np.empty(0, np.int64)
+RANKS = (1, 2, 3, 5, 8, 64)
+ACCUMULATION = (1, 2, 5)
+LIMITS = (None, 400)
+BUDGETS = (
+    *(PlanSettings(global_batch_size=size) for size in (1, 7, 32)),
+    *(PlanSettings(global_token_budget=budget, bucket_window=3) for budget in (300, 2000)),
+)
+
+
+def lengths_of(num: int) -> Ints:
+    return np.random.default_rng(num).integers(1, 301, num)
+
+
+def check_topology(
+    lengths_N: Ints, batches: list[Ints], shares: list[Share], num_ranks: int, accumulation: int
+) -> None:
+    assert len(shares) == len(batches), "every rank takes every step"
+    for ids_B, found in zip(batches, shares, strict=True):
+        lengths_B, rows_S = lengths_N[ids_B], np.diff(found.bounds_S)
+        # Slices that follow each other from the first row to the last hold every row once.
+        assert found.bounds_S[0] == 0
+        assert found.bounds_S[-1] == len(ids_B)
+        assert rows_S.min() >= 0
+        assert found.tokens_MR.shape == (len(rows_S) // num_ranks, num_ranks)
+        assert found.num_micro_batches >= accumulation
+        first_S = np.minimum(found.bounds_S[:-1], len(ids_B) - 1)
+        assert (found.tokens_MR.ravel() == np.maximum(1, rows_S * lengths_B[first_S])).all()
+        assert found.num_real_tokens == lengths_B.sum()
+
+
+def check_grid(change) -> int:
+    """`change` harms the shares of a topology, or not. Returns how many topologies were checked."""
+    num_checked = 0
+    for num, budget in itertools.product(NUM_EXAMPLES, BUDGETS):
+        lengths_N = lengths_of(num)
+        batches = list(plan(lengths_N, budget, epoch=0).global_batches())
+        assert (np.sort(np.concatenate([NO_EXAMPLES, *batches])) == np.arange(num)).all()
+        for num_ranks, accumulation, limit in itertools.product(RANKS, ACCUMULATION, LIMITS):
+            shares = [
+                share(lengths_N[ids], num_ranks=num_ranks, accumulation=accumulation, max_tokens_per_rank=limit)
+                for ids in batches
+            ]
+            assert limit is None or all(found.tokens_MR.max() <= limit for found in shares)
+            check_topology(lengths_N, batches, change(shares), num_ranks, accumulation)
+            num_checked += 1
+    return num_checked
+
+
+def test_thousands_of_topologies_compute_every_example_once():
+    assert check_grid(lambda shares: shares) == 12 * 5 * 6 * 3 * 2 == 2160
+
+
+def without_the_last_row(shares: list[Share]) -> list[Share]:
+    return [Share(np.minimum(s.bounds_S, s.bounds_S[-1] - 1), s.tokens_MR, s.num_real_tokens) for s in shares]
+
+
+def without_a_step(shares: list[Share]) -> list[Share]:
+    return shares[:-1]
+
+
+@pytest.mark.parametrize("harm", [without_the_last_row, without_a_step], ids=lambda f: f.__name__)
+def test_a_lost_row_or_step_does_not_pass(harm):
+    with pytest.raises(AssertionError):
+        check_grid(harm)

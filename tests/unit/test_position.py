@@ -1,0 +1,142 @@
+"""Positions: one pair of whole numbers, good on any number of ranks, refused by name under a plan with other batches."""
+
+import json
+import re
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agnews_dist.data.batching import Ints, Lengths, PlanSettings, plan
+from agnews_dist.data.position import ALGORITHM, fingerprint, load_position, save_position
+from agnews_dist.errors import UserError
+
+LENGTHS = np.arange(200) * 7 % 53 + 1
+CHOSEN = PlanSettings(global_batch_size=8, bucket_window=5, seed=3)
+CHANGED: dict[str, Any] = {
+    "global_batch_size": 9,
+    "global_token_budget": 60,
+    "bucket_window": "epoch",
+    "seed": 4,
+    "block_size": 2,
+}
+
+
+def batches(lengths: Lengths, chosen: PlanSettings) -> list[list[int]]:
+    return [ids.tolist() for ids in plan(lengths, chosen, epoch=1).global_batches()]
+
+
+def changed_length() -> Ints:
+    lengths = LENGTHS.copy()
+    lengths[150] += 20
+    return lengths
+
+
+def test_a_position_survives_json_and_is_two_whole_numbers():
+    saved = json.loads(json.dumps(save_position(2, 17, fingerprint(LENGTHS, CHOSEN))))
+    assert load_position(saved, fingerprint(LENGTHS, CHOSEN)) == (2, 17)
+    assert list(saved) == ["epoch", "step", "plan"]
+    # Nothing in it knows of ranks, micro-batches or workers.
+    assert set(saved["plan"]) == {
+        "algorithm",
+        *(field.name for field in fields(PlanSettings)),
+        "num_examples",
+        "lengths_sha256",
+    }
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(PlanSettings)])
+def test_every_setting_decides_the_batches_and_is_in_the_fingerprint(name):
+    other = replace(CHOSEN, **{name: CHANGED[name]})
+    assert batches(LENGTHS, other) != batches(LENGTHS, CHOSEN)
+    saved = save_position(0, 3, fingerprint(LENGTHS, CHOSEN))
+    was, is_now = getattr(CHOSEN, name), CHANGED[name]
+    with pytest.raises(UserError) as refused:
+        load_position(saved, fingerprint(LENGTHS, other))
+    message = str(refused.value)
+    assert f"{name} was {was}, is {is_now}" in message
+    assert message.startswith("the saved position (epoch 0, step 3) belongs to another plan (")
+    assert message.endswith("some twice and some never. Restore these settings and data, or start anew.")
+    # Only what differs is named; under a token budget the batch size it replaces is absent.
+    assert message.count(" was ") == (2 if name == "global_token_budget" else 1)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "named"),
+    [
+        (changed_length(), ["lengths_sha256"]),
+        (LENGTHS[::-1], ["lengths_sha256"]),
+        (LENGTHS[:-1], ["num_examples", "lengths_sha256"]),
+    ],
+)
+def test_other_data_is_refused(lengths, named):
+    assert batches(lengths, CHOSEN) != batches(LENGTHS, CHOSEN)
+    saved = save_position(0, 3, fingerprint(LENGTHS, CHOSEN))
+    with pytest.raises(UserError, match=r"belongs to another plan.*or start anew") as refused:
+        load_position(saved, fingerprint(lengths, CHOSEN))
+    assert re.findall(r"(\w+) was ", str(refused.value)) == named
+
+
+def test_all_that_differs_is_named_at_once():
+    saved = save_position(1, 5, fingerprint(LENGTHS, CHOSEN))
+    now = fingerprint(LENGTHS[:40], PlanSettings(global_batch_size=16, bucket_window="epoch", seed=3))
+    with pytest.raises(UserError) as refused:
+        load_position(saved, now)
+    for part in ("global_batch_size was 8, is 16", "bucket_window was 5, is epoch", "num_examples was 200, is 40"):
+        assert part in str(refused.value)
+
+
+def test_a_batch_size_that_a_token_budget_replaces_does_not_matter():
+    first, second = (PlanSettings(global_batch_size=size, global_token_budget=90, seed=3) for size in (8, 9))
+    assert batches(LENGTHS, first) == batches(LENGTHS, second)
+    saved = save_position(0, 2, fingerprint(LENGTHS, first))
+    assert load_position(saved, fingerprint(LENGTHS, second)) == (0, 2)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.uint64, ">i8"])
+def test_how_lengths_are_stored_does_not_matter(kind):
+    assert fingerprint(LENGTHS.astype(kind), CHOSEN) == fingerprint(LENGTHS, CHOSEN)
+
+
+def test_lengths_beyond_one_look_are_all_in_the_fingerprint():
+    lengths = np.full((1 << 20) + 5, 9, dtype=np.uint8)
+    before = fingerprint(lengths, CHOSEN)
+    lengths[-1] += 1
+    assert fingerprint(lengths, CHOSEN) != before
+
+
+def test_a_position_of_another_algorithm_is_refused():
+    now = fingerprint(LENGTHS, CHOSEN)
+    saved = save_position(0, 3, {**now, "algorithm": 0, "retired_setting": 5})
+    with pytest.raises(
+        UserError, match=rf"algorithm was 0, is {ALGORITHM}; retired_setting was 5, is absent\): .*or start anew"
+    ):
+        load_position(saved, now)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        {"epoch": -1},
+        {"step": -1},
+        {"step": 2.0},
+        {"step": True},
+        {"epoch": "0"},
+        {"epoch": None},
+        {"plan": None},
+        {"plan": "abc"},
+    ],
+    ids=str,
+)
+def test_what_is_no_position_is_refused(harm):
+    now = fingerprint(LENGTHS, CHOSEN)
+    with pytest.raises(
+        UserError, match=r"^the saved position \{.*\} is none: it needs epoch and step .*Give one that save_position"
+    ):
+        load_position({**save_position(0, 3, now), **harm}, now)
+
+
+def test_an_empty_file_is_no_position():
+    with pytest.raises(UserError, match=r"^the saved position \{\} is none"):
+        load_position({}, fingerprint(LENGTHS, CHOSEN))

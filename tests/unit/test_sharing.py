@@ -1,0 +1,392 @@
+"""Shares: every row once, equal numbers of micro-batches, the cheapest largest slice there is, little padding on real data.
+
+Every property is a checker that takes a function like `share`, so that a broken one can be shown to fail the same assertions.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from agnews_dist.data.batching import Ints, PlanSettings, plan
+from agnews_dist.data.sharing import Efficiency, Share, efficiency, plan_evaluation, quadratic_weight, share
+from agnews_dist.errors import UserError
+
+Dealer = Callable[..., Share]
+
+NONE = np.empty(0, np.int64)
+LENGTHS = st.lists(st.integers(1, 300), max_size=120).map(lambda values: np.array(sorted(values)[::-1], dtype=np.int64))
+GPT2_SMALL = quadratic_weight(768)
+
+
+def dealt(lengths_B: Ints, bounds_S: Any, num_ranks: int, *, filler: int = 1) -> Share:
+    """A share with these bounds, its tokens counted one slice at a time."""
+    bounds = np.array(bounds_S)
+    tokens = [
+        (end - begin) * int(lengths_B[begin]) if end > begin else filler
+        for begin, end in itertools.pairwise(bounds.tolist())
+    ]
+    return Share(bounds, np.array(tokens).reshape(-1, num_ranks), int(lengths_B.sum()))
+
+
+def equal_counts(
+    lengths_B: Ints,
+    *,
+    num_ranks: int,
+    accumulation: int = 1,
+    max_tokens_per_rank: int | None = None,
+    quadratic: float = 0,
+) -> Share:
+    """What samplers do that deal a batch out by counting."""
+    num_micro = accumulation
+    while True:
+        slices = num_micro * num_ranks
+        found = dealt(lengths_B, np.arange(slices + 1) * len(lengths_B) // slices, num_ranks)
+        if max_tokens_per_rank is None or found.tokens_MR.max() <= max_tokens_per_rank:
+            return found
+        num_micro += 1
+
+
+# Every row once, every token counted
+
+
+def check_share(
+    dealer: Dealer,
+    lengths_B: Ints,
+    *,
+    num_ranks: int,
+    accumulation: int = 1,
+    limit: int | None = None,
+    quadratic: float = 0,
+) -> None:
+    found = dealer(
+        lengths_B, num_ranks=num_ranks, accumulation=accumulation, max_tokens_per_rank=limit, quadratic=quadratic
+    )
+    slices_RM = [found.slices(rank) for rank in range(num_ranks)]
+    assert {len(slices) for slices in slices_RM} == {found.num_micro_batches}, "as many micro-batches on every rank"
+    # Computed as a rank would: rows padded to the longest of the slice, one filler row of one token where there is none.
+    tokens_RM = [
+        [max(1, len(lengths_B[rows]) * max(lengths_B[rows], default=0)) for rows in slices] for slices in slices_RM
+    ]
+    assert found.tokens_MR.T.tolist() == tokens_RM
+    rows = [row for slices in slices_RM for part in slices for row in range(len(lengths_B))[part]]
+    assert sorted(rows) == list(range(len(lengths_B))), "every row once"
+    assert found.num_real_tokens == lengths_B.sum()
+    assert found.num_padded_tokens == sum(map(sum, tokens_RM))
+    assert found.critical_tokens == max(map(sum, tokens_RM))
+    assert found.num_micro_batches >= accumulation
+    if limit is None:
+        assert found.num_micro_batches == accumulation
+    else:
+        assert max(map(max, tokens_RM)) <= limit
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    LENGTHS,
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.none() | st.integers(300, 3000),
+    st.sampled_from([0, GPT2_SMALL, 0.1]),
+)
+def test_every_row_once_and_every_rank_the_same_number_of_micro_batches(
+    lengths_B, ranks, accumulation, limit, quadratic
+):
+    check_share(share, lengths_B, num_ranks=ranks, accumulation=accumulation, limit=limit, quadratic=quadratic)
+
+
+@pytest.mark.parametrize("num", [0, 1, 2, 3, 7, 8, 9])
+def test_fewer_rows_than_ranks_leave_some_without_any(num):
+    lengths_B = np.arange(num, 0, -1) + 5
+    check_share(share, lengths_B, num_ranks=8, accumulation=2)
+    found = share(lengths_B, num_ranks=8)
+    assert sum(rows == slice(num, num) for rank in range(8) for rows in found.slices(rank)) == max(0, 8 - num)
+
+
+def test_many_short_rows_beside_a_long_one_stay_within_the_limit():
+    """At a quadratic cost one row of 1,024 tokens is worth 122 rows of 10, which are more tokens."""
+    lengths_B = np.array([1024] + [10] * 500)
+    check_share(share, lengths_B, num_ranks=1, limit=1024, quadratic=GPT2_SMALL)
+
+
+def test_how_lengths_are_stored_does_not_matter():
+    lengths_B = np.sort(np.random.default_rng(0).integers(1, 250, 300))[::-1]
+    expected = share(lengths_B, num_ranks=7, accumulation=2, max_tokens_per_rank=900, quadratic=0.01)
+    for kind in (np.uint8, np.uint16, np.int32, np.uint64):
+        found = share(lengths_B.astype(kind), num_ranks=7, accumulation=2, max_tokens_per_rank=900, quadratic=0.01)
+        assert found.bounds_S.tolist() == expected.bounds_S.tolist()
+        assert found.tokens_MR.tolist() == expected.tokens_MR.tolist()
+        assert found.num_real_tokens == expected.num_real_tokens
+
+
+def losing_the_last(lengths_B: Ints, **options: Any) -> Share:
+    found = share(lengths_B, **options)
+    return Share(np.minimum(found.bounds_S, len(lengths_B) - 1), found.tokens_MR, found.num_real_tokens)
+
+
+def fillers_for_free(lengths_B: Ints, *, num_ranks: int, **options: Any) -> Share:
+    return dealt(lengths_B, share(lengths_B, num_ranks=num_ranks, **options).bounds_S, num_ranks, filler=0)
+
+
+def one_micro_batch(lengths_B: Ints, *, num_ranks: int, **options: Any) -> Share:
+    return share(lengths_B, num_ranks=num_ranks)
+
+
+def without_a_limit(lengths_B: Ints, *, num_ranks: int, accumulation: int, **options: Any) -> Share:
+    return share(lengths_B, num_ranks=num_ranks, accumulation=accumulation)
+
+
+class Skipping(Share):
+    def slices(self, rank: int) -> list[slice]:
+        return [rows for rows in super().slices(rank) if rows.start < rows.stop]
+
+
+def skipping_empty_slices(lengths_B: Ints, **options: Any) -> Share:
+    return Skipping(**vars(share(lengths_B, **options)))
+
+
+BROKEN = [losing_the_last, fillers_for_free, one_micro_batch, without_a_limit, skipping_empty_slices]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda f: f.__name__)
+def test_broken_shares_do_not_pass(broken):
+    lengths_B = np.array([9, 8, 8, 7, 5])
+    arguments = {"num_ranks": 1, "limit": 20} if broken is without_a_limit else {"num_ranks": 3, "accumulation": 2}
+    check_share(share, lengths_B, **arguments)
+    with pytest.raises(AssertionError):
+        check_share(broken, lengths_B, **arguments)
+
+
+# The same global batch whatever the ranks
+
+
+def check_topologies(dealer: Dealer) -> None:
+    """The rows of all ranks and micro-batches are the global batch, whatever the topology."""
+    lengths_N = np.random.default_rng(0).integers(8, 300, 1000)
+    made, num_checked = plan(lengths_N, PlanSettings(global_batch_size=64), epoch=0), 0
+    for step, ids_B in enumerate(made.global_batches()):
+        for ranks, accumulation in itertools.product((1, 2, 3, 5, 8, 64, 100), (1, 3)):
+            found = dealer(lengths_N[ids_B], num_ranks=ranks, accumulation=accumulation, max_tokens_per_rank=4000)
+            computed = [ids_B[rows].tolist() for rank in range(ranks) for rows in found.slices(rank)]
+            assert sorted(itertools.chain(*computed)) == sorted(ids_B.tolist()), f"step {step} on {ranks} ranks"
+            num_checked += 1
+    assert num_checked == made.num_steps * 14 == 16 * 14
+
+
+def test_all_ranks_together_compute_the_global_batch():
+    check_topologies(share)
+
+
+def test_equal_slices_without_the_rest_do_not_pass_for_the_global_batch():
+    def without_rest(lengths_B: Ints, *, num_ranks: int, accumulation: int, **options: Any) -> Share:
+        each = len(lengths_B) // (num_ranks * accumulation)
+        return dealt(lengths_B, np.arange(num_ranks * accumulation + 1) * each, num_ranks)
+
+    with pytest.raises(AssertionError, match="step 0 on"):
+        check_topologies(without_rest)
+
+
+# The best split
+
+
+def row_costs(lengths_B: Ints, quadratic: float) -> Ints:
+    """In whole sixteenths of a token."""
+    return np.array(
+        [round(16 * (length + quadratic * length * length)) for length in lengths_B.tolist()], dtype=np.int64
+    )
+
+
+def largest_cost(found: Share, lengths_B: Ints, quadratic: float) -> int:
+    costs_B = row_costs(lengths_B, quadratic)
+    return max(
+        (end - begin) * max(costs_B[begin:end], default=0) for begin, end in itertools.pairwise(found.bounds_S.tolist())
+    )
+
+
+def smallest_largest_cost(lengths_B: Ints, num_groups: int, quadratic: float, limit: int | None) -> int | None:
+    """Over every way to put the rows into groups, contiguous or not; None if no way keeps every group within the limit."""
+    group_PB = np.array(list(itertools.product(range(num_groups), repeat=len(lengths_B))))
+    is_in_PGB = group_PB[:, None, :] == np.arange(num_groups)[:, None]
+    rows_PG = is_in_PGB.sum(axis=2)
+    cost_PG = rows_PG * (is_in_PGB * row_costs(lengths_B, quadratic)).max(axis=2)
+    tokens_PG = rows_PG * (is_in_PGB * lengths_B).max(axis=2)
+    allowed = np.full(len(group_PB), True) if limit is None else tokens_PG.max(axis=1) <= limit
+    return int(cost_PG[allowed].max(axis=1).min()) if allowed.any() else None
+
+
+def check_best(dealer: Dealer, lengths_B: Ints, num_ranks: int, quadratic: float, limit: int | None) -> None:
+    found = dealer(lengths_B, num_ranks=num_ranks, max_tokens_per_rank=limit, quadratic=quadratic)
+    num_groups = found.num_micro_batches * num_ranks
+    if num_groups > 3:
+        return
+    assert largest_cost(found, lengths_B, quadratic) == smallest_largest_cost(lengths_B, num_groups, quadratic, limit)
+    for fewer in range(1, found.num_micro_batches):
+        assert smallest_largest_cost(lengths_B, fewer * num_ranks, quadratic, limit) is None, "fewer would have done"
+
+
+SMALL = st.lists(st.integers(1, 60), min_size=1, max_size=7).map(lambda values: np.array(sorted(values)[::-1]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(SMALL, st.integers(1, 3), st.sampled_from([0.0, GPT2_SMALL, 0.02, 1.0]), st.none() | st.integers(60, 200))
+def test_no_split_at_all_has_a_cheaper_largest_share(lengths_B, num_ranks, quadratic, limit):
+    check_best(share, lengths_B, num_ranks, quadratic, limit)
+
+
+def counting_tokens(lengths_B: Ints, **options: Any) -> Share:
+    return share(lengths_B, **{**options, "quadratic": 0.0})
+
+
+def by_turns(lengths_B: Ints, *, num_ranks: int, **options: Any) -> Share:
+    """A micro-batch more than needed."""
+    return share(lengths_B, num_ranks=num_ranks, accumulation=2)
+
+
+@pytest.mark.parametrize(
+    ("broken", "lengths", "num_ranks", "quadratic", "limit"),
+    [
+        (equal_counts, [50, 9, 8, 7], 2, 0.0, None),
+        (counting_tokens, [60, 30, 30, 10, 10], 2, 1.0, None),
+        (by_turns, [5, 5, 5], 1, 0.0, 30),
+    ],
+)
+def test_worse_splits_do_not_pass_for_the_best(broken, lengths, num_ranks, quadratic, limit):
+    check_best(share, np.array(lengths), num_ranks, quadratic, limit)
+    with pytest.raises(AssertionError):
+        check_best(broken, np.array(lengths), num_ranks, quadratic, limit)
+
+
+def test_long_texts_are_balanced_better_by_their_quadratic_cost():
+    """8 ranks, texts of up to 8,192 tokens, GPT-2 small's width: the slowest rank's cost, summed over 50 batches."""
+    rng, slowest = np.random.default_rng(0), {0.0: 0, GPT2_SMALL: 0}
+    for _ in range(50):
+        lengths_B = np.sort(np.clip(rng.lognormal(6.5, 1.2, 64), 16, 8192).astype(np.int64))[::-1]
+        for quadratic in slowest:
+            slowest[quadratic] += largest_cost(
+                share(lengths_B, num_ranks=8, quadratic=quadratic), lengths_B, GPT2_SMALL
+            )
+    assert slowest[GPT2_SMALL] < 0.9 * slowest[0.0]
+
+
+def test_the_quadratic_weight_is_that_of_gpt2_small():
+    """By its floating-point operations: 12 d^2 weights, 2 each per token; scores and their weighted sum, 2 T d each."""
+    tokens, width = 1024, 768
+    assert 2 * 2 * tokens * width / (2 * 12 * width**2) == pytest.approx(tokens * quadratic_weight(width))
+
+
+# Padding on real lengths
+
+
+@pytest.fixture(scope="module")
+def ag_news(shared) -> Ints:
+    """As many lengths as AG News has, drawn from those of the shared rows."""
+    texts = pq.read_table(shared / "data/ag_news/train-00000-of-00001.parquet")["text"].to_pylist()
+    tokenizer = Tokenizer.from_file(str(shared / "tokenizers/gpt2/tokenizer.json"))
+    lengths = [min(256, len(encoding)) for encoding in tokenizer.encode_batch_fast(texts)]
+    return np.random.default_rng(0).choice(np.array(lengths, dtype=np.int64), 120_000)
+
+
+def critical_path(lengths_N: Ints, batches: list[Ints], num_ranks: int, dealer: Dealer = share) -> float:
+    """Recomputed from the slices, as the issue defines it."""
+    real = slowest = 0
+    for ids in batches:
+        lengths_B = lengths_N[ids]
+        found = dealer(lengths_B, num_ranks=num_ranks)
+        tokens = [
+            sum(max(1, len(lengths_B[rows]) * lengths_B[rows].max(initial=0)) for rows in found.slices(rank))
+            for rank in range(num_ranks)
+        ]
+        real, slowest = real + int(lengths_B.sum()), slowest + max(tokens)
+    return real / (num_ranks * slowest)
+
+
+@pytest.mark.parametrize(("size", "num_ranks", "least"), [(256, 8, 0.985), (4096, 64, 0.98), (64, 2, 0.975)])
+def test_little_padding_on_the_critical_path_of_real_lengths(ag_news, size, num_ranks, least):
+    batches = list(plan(ag_news, PlanSettings(global_batch_size=size), epoch=0).global_batches())
+    found = critical_path(ag_news, batches, num_ranks)
+    assert found >= least
+    figures = efficiency(share(ag_news[ids], num_ranks=num_ranks) for ids in batches)
+    assert figures.critical_path == pytest.approx(found)
+    assert figures.critical_path == pytest.approx(figures.padding * figures.rank_balance)
+    # Negative controls: batches without bucketing, and ranks with equal numbers of rows.
+    at_random = plan(ag_news, PlanSettings(global_batch_size=size, bucket_window=1), epoch=0).global_batches()
+    assert critical_path(ag_news, list(at_random), num_ranks) < least
+    assert critical_path(ag_news, batches, num_ranks, equal_counts) < least
+
+
+def test_efficiency_by_hand():
+    # Ranks of 2 x 9 and 3 x 6 tokens, then of 1 x 4 and a filler row: 18 + 18 + 4 + 1 computed, 2 x (18 + 4) waited for.
+    shares = [share(np.array([9, 8, 6, 5, 4]), num_ranks=2), share(np.array([4]), num_ranks=2)]
+    assert efficiency(shares) == Efficiency(padding=36 / 41, critical_path=36 / 44, rank_balance=41 / 44)
+    assert efficiency([]) == Efficiency(1.0, 1.0, 1.0)
+
+
+# Bad input
+
+
+def test_a_limit_below_the_longest_text_is_refused():
+    with pytest.raises(
+        UserError, match=r"^max_tokens_per_rank 8 is below the longest text \(9 tokens\): .*Raise it .*, or truncate"
+    ):
+        share(np.array([9, 1]), num_ranks=1, max_tokens_per_rank=8)
+    assert share(np.array([9, 1]), num_ranks=1, max_tokens_per_rank=9).num_micro_batches == 2
+
+
+@pytest.mark.parametrize(("num_ranks", "accumulation"), [(0, 1), (1, 0), (-2, 3)])
+def test_a_share_for_nobody_is_refused(num_ranks, accumulation):
+    with pytest.raises(
+        UserError, match=rf"^num_ranks {num_ranks}, accumulation {accumulation}: .*Set both to 1 or more"
+    ):
+        share(np.array([9, 1]), num_ranks=num_ranks, accumulation=accumulation)
+
+
+@pytest.mark.parametrize("lengths", [[9, 3, 4], [4, 0], [-1]])
+def test_lengths_that_do_not_fall_or_are_empty_are_refused(lengths):
+    with pytest.raises(
+        UserError, match=rf"^lengths of {min(lengths)} to {max(lengths)} tokens that do not fall.*Sort them"
+    ):
+        share(np.array(lengths), num_ranks=2)
+
+
+# Evaluation
+
+
+def check_evaluation(planner: Callable[..., list[Ints]], lengths_N: Ints, max_tokens: int) -> None:
+    found = planner(lengths_N, max_tokens=max_tokens)
+    assert sorted(itertools.chain(*(ids.tolist() for ids in found))) == list(range(len(lengths_N)))
+    order_N = np.concatenate([NONE, *found])
+    assert (np.diff(lengths_N[order_N]) <= 0).all()
+    for ids, following in itertools.zip_longest(found, found[1:]):
+        assert len(ids) == 1 or len(ids) * lengths_N[ids[0]] <= max_tokens
+        # Full: one row more would not have fitted.
+        assert following is None or (len(ids) + 1) * lengths_N[ids[0]] > max_tokens
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 300), max_size=200).map(lambda values: np.array(values, dtype=np.int64)),
+    st.integers(100, 2000),
+)
+def test_evaluation_covers_every_example_once_in_full_batches_within_the_limit(lengths_N, max_tokens):
+    check_evaluation(plan_evaluation, lengths_N, max_tokens)
+    stored = [ids.tolist() for ids in plan_evaluation(lengths_N.astype(np.uint16), max_tokens=max_tokens)]
+    assert stored == [ids.tolist() for ids in plan_evaluation(lengths_N, max_tokens=max_tokens)]
+
+
+@pytest.mark.parametrize("max_tokens_taken", [50, 400])
+def test_other_evaluation_batches_do_not_pass(max_tokens_taken):
+    lengths_N = np.arange(1, 41)
+    with pytest.raises(AssertionError):
+        check_evaluation(
+            lambda lengths, max_tokens: plan_evaluation(lengths, max_tokens=max_tokens_taken), lengths_N, 200
+        )
+    with pytest.raises(AssertionError):
+        check_evaluation(
+            lambda lengths, max_tokens: plan_evaluation(lengths, max_tokens=max_tokens)[:-1], lengths_N, 200
+        )
