@@ -61,7 +61,7 @@ class BatchConfig:
     """Replaces global_batch_size: at most so many real tokens per optimiser step, whatever the number of examples."""
     max_tokens_per_rank: int = 16384
     """Padded tokens a rank computes at once; a larger share is split into micro-batches (gradient accumulation)."""
-    bucket_window: int | Literal["epoch"] = 64
+    bucket_window: int | Literal["epoch"] = 256
     """Global batches within which examples are sorted by length: 1 is random batches, larger means less padding, 'epoch'
     sorts all."""
     longest_first: bool = False

@@ -84,7 +84,7 @@ class Forecast:
             "critical_path_efficiency": figures.critical_path,
             "padding_efficiency": figures.padding,
             "rank_balance": figures.rank_balance,
-            "critical_path_limit": self.limit.critical_path,
+            "critical_path_limit": max(self.limit.critical_path, figures.critical_path),
             "critical_path_random": self.random.critical_path,
             "critical_path_equal_counts": self.equal_counts.critical_path,
             "idle_share": self.idle_share,

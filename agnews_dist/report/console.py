@@ -12,6 +12,11 @@ from agnews_dist.report.plain import PlainLines
 from agnews_dist.report.terminal import TerminalDisplay
 
 
+def draws(out: rich.console.Console) -> bool:
+    """Whether it is a terminal that can move the cursor and has the characters to draw with."""
+    return out.is_terminal and not out.is_dumb_terminal and out.encoding.startswith("utf")
+
+
 class Console:
     """Sink that shows events to a person; a context manager, so that an exception finds the terminal in order.
 
@@ -31,7 +36,7 @@ class Console:
         if out is None:
             # FORCE_COLOR, set for other tools, must not put cursor movements into a log file.
             out = rich.console.Console(file=sys.stdout, force_terminal=sys.stdout.isatty())
-        if out.is_terminal and not out.is_dumb_terminal and out.encoding.startswith("utf"):
+        if draws(out):
             self._sink = TerminalDisplay(out, every_step=every_step, clock=clock)
         else:
             self._sink = PlainLines(

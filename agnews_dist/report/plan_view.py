@@ -7,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agnews_dist.data.forecast import Bin, Forecast, Spread
+from agnews_dist.report.console import draws
 from agnews_dist.report.wording import share, visible
 
 _LEAST_BAR = 4
@@ -15,7 +16,6 @@ _LEAST_BAR = 4
 
 def show_plan(plan: Forecast, *, title: str, num_truncated: int, max_length: int, out: rich.console.Console) -> None:
     """Print it to `out`, as wide as that is; plain ASCII where that is no terminal, or one without Unicode."""
-    draws = out.is_terminal and not out.is_dumb_terminal and out.encoding.startswith("utf")
     facts = _facts(plan, num_truncated=num_truncated, max_length=max_length)
     for part in (
         Text(visible(title, out.encoding), style="bold", overflow="fold"),
@@ -23,7 +23,7 @@ def show_plan(plan: Forecast, *, title: str, num_truncated: int, max_length: int
         Text(),
         _comparison(plan),
         Text(),
-        _bars(plan.histogram, width=out.width, draws=draws),
+        _bars(plan.histogram, width=out.width, in_blocks=draws(out)),
     ):
         out.print(part, highlight=False)
 
@@ -80,7 +80,7 @@ def _comparison(plan: Forecast) -> Table:
     return table
 
 
-def _bars(bins: Sequence[Bin], *, width: int, draws: bool) -> Table:
+def _bars(bins: Sequence[Bin], *, width: int, in_blocks: bool) -> Table:
     labels = [(f"{each.first:,}-{each.last:,}", f"{each.num_texts:,}") for each in bins]
     room = width - sum(max(map(len, column)) + 2 for column in zip(("tokens", "texts"), *labels, strict=True))
     most = max((each.num_texts for each in bins), default=0)
@@ -91,18 +91,18 @@ def _bars(bins: Sequence[Bin], *, width: int, draws: bool) -> Table:
     if has_bars:
         table.add_column(no_wrap=True, style="cyan")
     for each, (span, count) in zip(bins, labels, strict=True):
-        bars = [Text(bar(each.num_texts / most * room, draws=draws))] if has_bars else []
+        bars = [Text(bar(each.num_texts / most * room, in_blocks=in_blocks))] if has_bars else []
         table.add_row(Text(span), Text(count), *bars)
     return table
 
 
-def bar(length: float, *, draws: bool) -> str:
+def bar(length: float, *, in_blocks: bool) -> str:
     """A bar of `length` columns, in eighths where those can be drawn; the least one shows for anything above 0.
 
-    >>> bar(2.5, draws=True), bar(2.5, draws=False), bar(0.01, draws=False), bar(0.0, draws=False)
+    >>> bar(2.5, in_blocks=True), bar(2.5, in_blocks=False), bar(0.01, in_blocks=False), bar(0.0, in_blocks=False)
     ('\u2588\u2588\u258c', '##', '#', '')
     """
-    if not draws:
+    if not in_blocks:
         return "#" * (max(1, round(length)) if length else 0)
     eighths = max(1, round(length * 8)) if length else 0
     return "\u2588" * (eighths // 8) + "\u258f\u258e\u258d\u258c\u258b\u258a\u2589"[eighths % 8 - 1 : eighths % 8]

@@ -111,24 +111,31 @@ def test_broken_planners_do_not_pass_for_exact(broken):
 # The token budget
 
 
+def even_part(count: int) -> int:
+    """The power of two between a 32nd and a 16th of `count`, or 1."""
+    return max(1, 2 ** (int(np.log2(count)) - 4))
+
+
 def fewest(lengths: Ints, cap: int) -> int:
-    """Batches of at most `cap` tokens, each filled from the longest remaining text on."""
-    count, room = 0, 0
-    for length in sorted(lengths.tolist(), reverse=True):
-        if length > room:
-            count, room = count + 1, cap
-        room -= length
+    """Batches of at most `cap` tokens, each filled from the longest remaining text on; all but the last are divisible."""
+    left, count = sorted(lengths.tolist()), 0
+    while left:
+        taken, room = 0, cap
+        while taken < len(left) and left[-1 - taken] <= room:
+            taken, room = taken + 1, room - left[-1 - taken]
+        if taken < len(left):
+            taken -= taken % even_part(taken)
+        left, count = left[: len(left) - taken], count + 1
     return count
 
 
 def check_few_and_even(planner: Planner, lengths: Ints, budget: int) -> None:
-    tokens = [
-        int(lengths[ids].sum())
-        for ids in planner(lengths, PlanSettings(global_token_budget=budget, bucket_window="epoch"))
-    ]
+    batches = planner(lengths, PlanSettings(global_token_budget=budget, bucket_window="epoch"))
+    tokens = [int(lengths[ids].sum()) for ids in batches]
     assert len(tokens) == fewest(lengths, budget)
-    # One token less in the largest would take another batch.
-    assert not tokens or max(tokens) == lengths.max() or fewest(lengths, max(tokens) - 1) > len(tokens)
+    # One token less in the largest would take another batch. (Where numbers are rounded, it can be the other way round.)
+    if tokens and max(map(len, batches)) < 32:
+        assert max(tokens) == lengths.max() or fewest(lengths, max(tokens) - 1) > len(tokens)
 
 
 @settings(max_examples=100, deadline=None)
@@ -166,7 +173,24 @@ def test_uneven_and_many_batches_do_not_pass_for_few_and_even(broken):
 def test_windows_cost_a_token_budget_few_batches(window):
     lengths = ag_news_like(20_000)
     found = ours(lengths, PlanSettings(global_token_budget=4096, bucket_window=window))
-    assert len(found) <= 1.02 * -(-lengths.sum() // 4096)
+    assert len(found) <= 1.06 * -(-lengths.sum() // 4096)
+
+
+def check_divisible(planner: Planner, window: int | str, num_windows: int) -> None:
+    lengths = ag_news_like(20_000)
+    found = planner(lengths, PlanSettings(global_token_budget=13_000, bucket_window=window))
+    assert min(map(len, found)) >= 32
+    assert sum(len(ids) % even_part(len(ids)) > 0 for ids in found) <= num_windows
+
+
+@pytest.mark.parametrize(("window", "num_windows"), [("epoch", 1), (20, 5)])
+def test_batches_of_a_token_budget_divide_among_the_ranks_but_for_one_of_a_window(window, num_windows):
+    check_divisible(ours, window, num_windows)
+
+
+def test_batches_filled_to_the_brim_do_not_pass_for_divisible():
+    with pytest.raises(AssertionError):
+        check_divisible(filling_up, "epoch", 1)
 
 
 # The same batches wherever they are asked for

@@ -167,7 +167,9 @@ def test_sorting_the_whole_epoch_repeats_only_batches_of_rare_lengths():
 
 
 def test_seeds_differ():
-    check_epochs_differ(lambda lengths, _, seed: ours(lengths, PlanSettings(seed=seed), 0), PlanSettings())
+    check_epochs_differ(
+        lambda lengths, _, seed: ours(lengths, PlanSettings(bucket_window=10, seed=seed), 0), PlanSettings()
+    )
 
 
 def same_windows(lengths: Ints, chosen: PlanSettings, epoch: int) -> list[Ints]:
@@ -275,7 +277,8 @@ def test_bucketing_and_file_order_are_seen_in_the_label_mix():
 def check_no_nearly_random_batches(planner: Planner, num_steps: int) -> None:
     """Lengths from 1 to 10,000: in a window of 64 batches each spans some 160. A window of few batches shows as a wide one."""
     lengths = np.random.default_rng(0).integers(1, 10_001, 8 * num_steps)
-    widths = [int(np.ptp(lengths[ids])) for ids in planner(lengths, PlanSettings(global_batch_size=8), 0)]
+    chosen = PlanSettings(global_batch_size=8, bucket_window=64)
+    widths = [int(np.ptp(lengths[ids])) for ids in planner(lengths, chosen, 0)]
     assert len(widths) == num_steps
     assert max(widths) < 1000
 

@@ -57,7 +57,7 @@ def test_it_says_what_the_plan_says(plan: Forecast, terminal: bool) -> None:
         "gpt2 on caf\xe9 [red]rows[/red]",
         "1,000 texts, 100,500 tokens per epoch (mean 100.5, longest 199)",
         "25 texts (2.50%), at 1,999 tokens",
-        "48 texts over all ranks, sorted within 64 batches",
+        "48 texts over all ranks, sorted within 256 batches",
         "21 per epoch, 63 in all",
         "47.6 (40-48) texts",
         "micro-batches per step: 2; steps without a text: 12.5%",
@@ -143,9 +143,9 @@ def test_narrow_terminals_and_no_texts_are_no_error(plan: Forecast, width: int, 
 
 
 def test_a_bar_is_drawn_in_eighths() -> None:
-    assert bar(2.5, draws=True) == "\u2588\u2588\u258c"
-    assert bar(3.0, draws=True) == "\u2588" * 3
-    assert bar(0.01, draws=True) == "\u258f"
-    assert [len(bar(eighths / 8, draws=True)) for eighths in range(1, 17)] == [1] * 8 + [2] * 8
-    assert bar(2.6, draws=False) == "###"
-    assert bar(0.0, draws=True) == bar(0.0, draws=False) == ""
+    assert bar(2.5, in_blocks=True) == "\u2588\u2588\u258c"
+    assert bar(3.0, in_blocks=True) == "\u2588" * 3
+    assert bar(0.01, in_blocks=True) == "\u258f"
+    assert [len(bar(eighths / 8, in_blocks=True)) for eighths in range(1, 17)] == [1] * 8 + [2] * 8
+    assert bar(2.6, in_blocks=False) == "###"
+    assert bar(0.0, in_blocks=True) == bar(0.0, in_blocks=False) == ""

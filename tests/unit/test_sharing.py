@@ -317,7 +317,7 @@ def test_little_padding_on_the_critical_path_of_real_lengths(ag_news, size, num_
     # Negative controls: batches without bucketing, and ranks with equal numbers of rows.
     at_random = plan(ag_news, PlanSettings(global_batch_size=size, bucket_window=1), epoch=0).global_batches()
     assert critical_path(ag_news, list(at_random), num_ranks) < least
-    assert critical_path(ag_news, batches, num_ranks, equal_counts) < least
+    assert critical_path(ag_news, batches, num_ranks, equal_counts) < found - 0.001
 
 
 def test_efficiency_by_hand():
