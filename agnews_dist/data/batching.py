@@ -177,8 +177,10 @@ class Plan:
         size = self._settings.block_size
         if size == 1:
             return self._block_order[begin:end]
-        place = np.arange(begin, end)
-        return (self._block_order[place // size] * size + place % size + self._shift) % self.num_examples
+        first, last = begin // size, -(-end // size)
+        places = self._block_order[first:last, None] * size + np.arange(size)
+        ids = places.reshape(-1)[begin - first * size : end - first * size] + self._shift
+        return np.where(ids < self.num_examples, ids, ids - self.num_examples)
 
     def _window(self, window: int) -> list[Ints]:
         """The global batches of one window, in the order of their steps."""
