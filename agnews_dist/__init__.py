@@ -7,7 +7,7 @@ The package is one journey, and each module is one station of it:
     text            data/corpus.py    rows of the hub (hub.py), local files (files.py, formats.py) or synthetic.py
                     data/checks.py    bad rows become errors that name file and row; splits.py holds out and limits
     tokens          data/tokens.py    one flat token array per split, cached under a content fingerprint
-    plan            data/batching.py  pure numpy: which examples form each global batch of an epoch
+    plan            data/batching.py  pure numpy: which examples form each global batch of an epoch (of plan_settings.py)
                     data/sharing.py   how the ranks split one; position.py: where in a plan a run stands
                     data/forecast.py  what a plan will cost; sampler.py: the plan for anybody's DataLoader
     batch           data/loader.py    a rank's share as padded arrays on the device (legend: batch.py)

@@ -1,8 +1,10 @@
 """A batch on one rank, and the legend of the shape letters used in names all over the package.
 
-    B  examples in the local micro-batch      T  padded tokens per example
-    D  model width                            C  classes
-    N  examples in a split
+    B  examples in a batch (tensors: in the local micro-batch; plan: in the global batch)
+    T  padded tokens per example              D  model width
+    N  examples in a split                    C  classes
+    K  steps        W  windows of the plan    E  epochs
+    S  slices       M  micro-batches          R  ranks
 
 `tokens_BT` is a tensor of shape (B, T). `local_` means this rank's share, `global_` the sum over ranks.
 """

@@ -158,6 +158,10 @@ def contradictions(config: Config) -> list[str]:
             f"{key} {value}: a count below {least} has no meaning. Set it to {least} or more.",
         )
     require(
+        config.run.seed < 2**32,
+        f"run.seed {config.run.seed}: torch's generators take no larger seeds on many ranks. Set it below 4294967296 (2^32).",
+    )
+    require(
         0 < data.validation_fraction < 1,
         f"data.validation_fraction {data.validation_fraction}: model selection needs a part of the rows and training the "
         "rest. Set it between 0 and 1, 0.05 for example.",

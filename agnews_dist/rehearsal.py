@@ -21,17 +21,30 @@ def rehearse(classifier: Classifier, batches: StepBatches, engine: Engine, emit:
     Raises:
         SharedError: on all ranks, if any rank ran out of memory.
     """
-    emit(Progress(task="largest step, as a rehearsal", done=0, total=1))
-    collectives.agree(collectives.attempt(lambda: _rehearse(classifier, batches, engine)))
-    emit(Progress(task="largest step, as a rehearsal", done=1, total=1))
+    rows, tokens = max((batch.tokens_BT.shape for batch in batches.micro_batches), key=lambda shape: shape.numel())
+    task = f"rehearse the largest step ({rows} x {tokens} tokens)"
+
+    def attempted() -> None:
+        try:
+            _forward_and_backward(classifier, batches, engine)
+        except RuntimeError as error:
+            # CUDA has an error class of its own, the CPU's allocator and cuBLAS have not.
+            words = ("allocate memory", "ALLOC_FAILED")
+            if not isinstance(error, torch.OutOfMemoryError) and not any(word in str(error) for word in words):
+                raise
+            raise UserError(
+                f"the largest step needs more memory than there is ({rows} x {tokens} tokens at once): the run would break off "
+                "at its longest texts. Lower batch.max_tokens_per_rank, data.max_length or model.trainable_blocks."
+            ) from error
+
+    emit(Progress(task=task, done=0, total=1))
+    collectives.agree(collectives.attempt(attempted))
+    emit(Progress(task=task, done=1, total=1))
 
 
-def _rehearse(classifier: Classifier, batches: StepBatches, engine: Engine) -> None:
+def _forward_and_backward(classifier: Classifier, batches: StepBatches, engine: Engine) -> None:
     suffix, device = classifier.suffix, engine.device
     was_training = suffix.training
-    rows, tokens = max(
-        (tuple(batch.tokens_BT.shape) for batch in batches.micro_batches), key=lambda shape: shape[0] * shape[1]
-    )
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             suffix.train()
@@ -41,14 +54,6 @@ def _rehearse(classifier: Classifier, batches: StepBatches, engine: Engine) -> N
                     loss = summed_loss(suffix(classifier.prefix(batch.tokens_BT), batch.lengths_B), batch)
                 loss.backward()
             del moments
-    except RuntimeError as error:
-        # CUDA has an error class of its own, the CPU's allocator has not.
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise UserError(
-            f"the largest step needs more memory than there is ({rows} x {tokens} tokens at once): the run would break off "
-            "at its longest texts. Lower batch.max_tokens_per_rank, data.max_length or model.trainable_blocks."
-        ) from error
     finally:
         suffix.zero_grad(set_to_none=True)
         suffix.train(was_training)

@@ -5,87 +5,42 @@ never change what is in global batch k. Every example comes exactly once.
 
 How an epoch is made: the examples are shuffled; the shuffled order is cut into windows of about `bucket_window` global batches;
 each window, a random sample of the epoch, is sorted by length, cut into global batches, and these are shuffled. Windows depend
-on nothing before them, so any step can be reached at once, and only one window is ever held.
+on nothing before them, so any step can be reached at once, and only one window is ever held. (With a token budget the number of
+a window's batches is known only when it was planned, so there the first step looks at all lengths once.)
 
 Beyond some 100 million lengths, set `block_size`: blocks of neighbouring examples are shuffled instead of single ones, and then
 the examples inside each window. Memory no longer grows with the number of examples (but for 8 bytes per block), and lengths are
-read block by block. The windows should hold many blocks, or neighbours in the file stay together in a batch.
+read block by block. A window must hold several blocks, or neighbours in the file would stay together in a batch.
 """
 
 import bisect
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agnews_dist.data.plan_settings import Lengths, PlanSettings, as_lengths, check_whole, chunks
 from agnews_dist.errors import UserError
 
 Ints = NDArray[np.int64]
 _CHUNK = 1 << 20
-"""Lengths looked at together when all have to be."""
-
-
-class Lengths(Protocol):
-    """Tokens per example: a numpy array, memory-mapped or not, or whatever can be indexed like one."""
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        ...
-
-    def __getitem__(self, index: Any, /) -> Any:
-        """Lengths of a slice or of an integer array of examples."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanSettings:
-    """What decides the global batches, apart from the lengths and the epoch.
-
-    Raises:
-        UserError: a value out of range.
-    """
-
-    global_batch_size: int = 32
-    """Examples per global batch; one batch of the epoch holds the remainder."""
-    global_token_budget: int | None = None
-    """At most so many real tokens per global batch, whatever the number of examples; replaces global_batch_size."""
-    bucket_window: int | Literal["epoch"] = 256
-    """Global batches within which examples are sorted by length, about: 1 is random batches. 'epoch' sorts all; then the
-    rarest lengths, the longest above all, can meet the same batch mates in every epoch."""
-    seed: int = 0
-    block_size: int = 1
-    """Neighbouring examples that are shuffled together; above 1 for data sets beyond memory."""
-
-    def __post_init__(self) -> None:
-        for name, value in (
-            ("global_batch_size", self.global_batch_size),
-            ("global_token_budget", self.global_token_budget),
-            ("bucket_window", self.bucket_window),
-            ("block_size", self.block_size),
-        ):
-            if isinstance(value, int) and value < 1:
-                raise UserError(f"{name} {value}: no batch can be made of it. Set it to 1 or more.")
-        if isinstance(self.bucket_window, str) and self.bucket_window != "epoch":
-            raise UserError(
-                f"bucket_window {self.bucket_window!r}: it says how far sorting reaches. Set a number of batches, or 'epoch'."
-            )
-        if self.seed < 0:
-            raise UserError(f"seed {self.seed}: the random stream takes none below 0. Set it to 0 or more.")
+"""Examples looked at together when all have to be."""
+_BLOCKS_PER_WINDOW = 4
 
 
 def plan(lengths: Lengths, settings: PlanSettings, *, epoch: int, max_length: int | None = None) -> "Plan":
     """The epoch's global batches; epochs count from 0. `max_length`: what the model can take, if it is to be checked.
 
     Raises:
-        UserError: a length below 1 or above `max_length`; a token budget below the longest text. Lengths in memory are
-            checked here, those behind a `block_size` above 1 when their window is planned.
+        UserError: lengths that are not one whole number each, or below 1, or above `max_length`; windows of too few blocks;
+            when the first step is asked for, a token budget below the longest text. Lengths behind a `block_size` above 1
+            are checked when their window is planned.
     """
     if epoch < 0:
         raise UserError(f"epoch {epoch}: there is no plan for it. Count epochs from 0.")
-    return Plan(lengths, settings, epoch, max_length)
+    return Plan(as_lengths(lengths), settings, epoch, max_length)
 
 
 class Plan:
@@ -95,9 +50,12 @@ class Plan:
         self._lengths, self._settings, self._epoch, self._max_length = lengths, settings, epoch, max_length
         self._last: tuple[int, list[Ints]] = (-1, [])
         self.num_examples = len(lengths)
+        self._block_size = min(settings.block_size, max(1, self.num_examples))
         if settings.block_size == 1:
-            for begin in range(0, self.num_examples, _CHUNK):
-                self._check(np.asarray(lengths[begin : begin + _CHUNK]), begin)
+            for begin, chunk in chunks(lengths):
+                self._check(chunk, begin)
+        elif settings.global_token_budget is None:
+            self._check_blocks(len(self._first_step_W) - 1)
 
     @property
     def num_steps(self) -> int:
@@ -105,7 +63,7 @@ class Plan:
         return int(self._first_step_W[-1])
 
     def global_batch(self, step: int) -> Ints:
-        """Ids of the examples of one global batch, longest first, without a look at any other window's lengths."""
+        """Ids of the examples of one global batch, longest first. Of a fixed size, no other window's lengths are looked at."""
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of an epoch of {self.num_steps}")
         window = int(np.searchsorted(self._first_step_W, step, side="right")) - 1
@@ -134,10 +92,17 @@ class Plan:
         """Where every window begins in the shuffled order, and the number of examples: shape (windows + 1,)."""
         budget, reach = self._settings.global_token_budget, self._settings.bucket_window
         if budget is None:
-            return np.minimum(self._first_step_W * self._settings.global_batch_size, self.num_examples)
+            # One batch is smaller, in a random window: all windows behind it begin so much earlier.
+            num_windows, missing = (
+                len(self._first_step_W) - 1,
+                self.num_steps * self._settings.global_batch_size - self.num_examples,
+            )
+            is_behind_W = (
+                np.arange(num_windows + 1) > _bits(self._settings.seed, self._epoch).random_raw() % num_windows
+            )
+            return self._first_step_W * self._settings.global_batch_size - missing * is_behind_W
         num_tokens = longest = 0
-        for begin in range(0, self.num_examples, _CHUNK):
-            chunk = np.asarray(self._lengths[begin : begin + _CHUNK])
+        for _, chunk in chunks(self._lengths):
             num_tokens, longest = num_tokens + int(chunk.sum(dtype=np.int64)), max(longest, int(chunk.max()))
         if longest > budget:
             raise UserError(
@@ -150,6 +115,7 @@ class Plan:
             # and rounding (see `_fill`) leaves a thirty-second of the budgets unused.
             span = max(1, reach * budget * 31 // 32 - longest, reach * budget // 2)
         num_windows = max(1, -(-num_tokens // span))
+        self._check_blocks(num_windows)
         targets = np.arange(1, num_windows) * num_tokens // num_windows
         bounds, seen = [np.zeros(1, np.int64)], 0
         for begin in range(0, self.num_examples, _CHUNK):
@@ -163,9 +129,9 @@ class Plan:
     @cached_property
     def _block_order(self) -> Ints:
         """Blocks in shuffled order; the last, shorter one keeps its place at the end, `_shift` moves its content about."""
-        num_full = self.num_examples // self._settings.block_size
+        num_full, rest = divmod(self.num_examples, self._block_size)
         order = shuffle(num_full, _bits(self._settings.seed, self._epoch))
-        return order if self.num_examples % self._settings.block_size == 0 else np.append(order, num_full)
+        return np.append(order, num_full) if rest else order
 
     @cached_property
     def _shift(self) -> int:
@@ -174,8 +140,8 @@ class Plan:
 
     def _shuffled(self, begin: int, end: int) -> Ints:
         """Ids at the places `begin` to `end` of the shuffled order."""
-        size = self._settings.block_size
-        if size == 1:
+        size = self._block_size
+        if self._settings.block_size == 1:
             return self._block_order[begin:end]
         first, last = begin // size, -(-end // size)
         places = self._block_order[first:last, None] * size + np.arange(size)
@@ -199,8 +165,20 @@ class Plan:
             bounds = _cut_by_tokens(lengths_N, self._settings.global_token_budget)
         return [ids[bounds[i] : bounds[i + 1]] for i in shuffle(len(bounds) - 1, bits)]
 
+    def _check_blocks(self, num_windows: int) -> None:
+        if (
+            self._settings.block_size > 1
+            and num_windows > 1
+            and self.num_examples < num_windows * _BLOCKS_PER_WINDOW * self._block_size
+        ):
+            raise UserError(
+                f"block_size {self._settings.block_size}, and {self.num_examples // num_windows} examples in a window: batches "
+                "would be made of neighbours in the file, often of one class. Lower block_size, or raise bucket_window."
+            )
+
     def _check(self, lengths_N: NDArray[Any], ids: Ints | int) -> None:
         """`ids`: which examples these are, or the first of a run."""
+        check_whole(lengths_N)
         limit = self._max_length
         if not len(lengths_N) or (lengths_N.min() >= 1 and (limit is None or lengths_N.max() <= limit)):
             return

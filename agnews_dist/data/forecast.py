@@ -19,7 +19,7 @@ from agnews_dist.data.sharing import Efficiency, Share, Tally, efficiency, share
 MAX_STEPS = 12_000
 """Steps dealt out at most: three epochs of AG News in batches of 32, in a second."""
 MAX_STEPS_COMPARED = 1_000
-"""The same for the plans compared with: enough for three decimals."""
+"""The same for the plans compared with: a sample, good for two decimals."""
 NUM_BINS = 8
 """Of equal width; one more takes the longest hundredth of the texts."""
 WAITING_WORTH_A_WARNING = 0.05
@@ -68,7 +68,7 @@ class Forecast:
     """Real ones."""
     micro_batches_per_step: Spread
     limit: Efficiency
-    """With bucket_window 'epoch': what longer windows could still gain. (No other split of these batches could gain anything.)
+    """With bucket_window 'epoch': what longer windows could still gain, since no split of a batch has a cheaper largest slice.
     It can be the lower one where a batch does not divide among the ranks: equal rows are then the hardest to deal out."""
     random: Efficiency
     """With bucket_window 1: random batches, split as ours are."""
@@ -84,7 +84,7 @@ class Forecast:
             "critical_path_efficiency": figures.critical_path,
             "padding_efficiency": figures.padding,
             "rank_balance": figures.rank_balance,
-            "critical_path_limit": max(self.limit.critical_path, figures.critical_path),
+            "critical_path_limit": self.limit.critical_path,
             "critical_path_random": self.random.critical_path,
             "critical_path_equal_counts": self.equal_counts.critical_path,
             "idle_share": self.idle_share,

@@ -84,7 +84,7 @@ class TrainLoader:
         return sum(self._plan(epoch).num_steps for epoch in range(num_epochs))
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[StepBatches]:
-        """The epoch's steps in order, from `start` on; nothing before it is looked at."""
+        """The epoch's steps in order, from `start` on; no batch before it is made."""
         for ids in self._plan(epoch).global_batches(start):
             yield self._deal(ids)
 

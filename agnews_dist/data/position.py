@@ -9,22 +9,19 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
-from agnews_dist.data.batching import Lengths, PlanSettings
+from agnews_dist.data.plan_settings import Lengths, PlanSettings, as_lengths, chunks
 from agnews_dist.errors import UserError
 
 ALGORITHM = 1
 """Part of the fingerprint: raise it when equal settings give other global batches."""
-_CHUNK = 1 << 20
 
 
 def fingerprint(lengths: Lengths, settings: PlanSettings) -> dict[str, int | str | None]:
-    """Everything that decides which examples are in global batch k of an epoch; JSON-ready, equal iff the plans are equal."""
+    """Everything that decides which examples are in global batch k of an epoch; JSON-ready. Equal ones mean equal plans."""
     digest = hashlib.sha256()
-    for begin in range(0, len(lengths), _CHUNK):
+    for _, chunk in chunks(as_lengths(lengths)):
         # As int64, so that the storage type does not matter.
-        digest.update(np.asarray(lengths[begin : begin + _CHUNK]).astype("<i8").tobytes())
+        digest.update(chunk.astype("<i8").tobytes())
     named = asdict(settings)
     if settings.global_token_budget is not None:
         del named["global_batch_size"]

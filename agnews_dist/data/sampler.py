@@ -8,13 +8,11 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from agnews_dist.data.batching import Lengths, Plan, PlanSettings, plan
+from agnews_dist.data.batching import Plan, plan
+from agnews_dist.data.plan_settings import Lengths, PlanSettings, chunks
 from agnews_dist.data.position import fingerprint, load_position, save_position
 from agnews_dist.data.sharing import share
 from agnews_dist.errors import UserError
-
-_CHUNK = 1 << 20
-"""Lengths looked at together when all have to be."""
 
 
 class MicroBatch(NamedTuple):
@@ -133,10 +131,11 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
             quadratic=quadratic,
         )
         self._micro_batches_per_step = accumulation if max_tokens_per_rank is None else None
-        if max_tokens_per_rank is not None:
-            # Not at the step that has the longest example, hours from now.
-            self._share(np.array([self._longest()]))
         self._move(0, 0)
+        if max_tokens_per_rank is not None and len(self._lengths):
+            # Not at the step that has the longest example, hours from now.
+            longest = max(int(chunk.max()) for _, chunk in chunks(self._lengths))
+            self._share(np.array([longest]))
 
     @property
     def epoch(self) -> int:
@@ -225,10 +224,6 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:
         return fingerprint(self._lengths, self._settings)
-
-    def _longest(self) -> int:
-        chunks = (self._lengths[begin : begin + _CHUNK] for begin in range(0, len(self._lengths), _CHUNK))
-        return max((int(np.asarray(chunk).max()) for chunk in chunks), default=0)
 
 
 def _check_step(step: int, num_steps: int) -> None:

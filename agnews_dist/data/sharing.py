@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agnews_dist.data.batching import Ints
+from agnews_dist.data.plan_settings import check_whole
 from agnews_dist.errors import UserError
 
 _NO_CAP = 1 << 62
@@ -26,7 +27,9 @@ class Share:
     """One global batch dealt out."""
 
     bounds_S: Ints
-    """Slice s = micro x ranks + rank is the rows `bounds_S[s]` to `bounds_S[s + 1]` of the batch, maybe none."""
+    """Slice s is the rows `bounds_S[s]` to `bounds_S[s + 1]` of the batch, maybe none; one for every micro-batch and rank."""
+    slice_MR: Ints
+    """Which slice a rank computes in a micro-batch: shape (micro-batches, ranks)."""
     tokens_MR: Ints
     """Padded tokens computed per micro-batch and rank, filler rows included: shape (micro-batches, ranks)."""
     num_real_tokens: int
@@ -48,9 +51,8 @@ class Share:
 
     def slices(self, rank: int) -> list[slice]:
         """Rows of the global batch that `rank` computes, one slice per micro-batch, empty where it has nothing to do."""
-        first = self.bounds_S[:-1].reshape(self.tokens_MR.shape)[:, rank]
-        last = self.bounds_S[1:].reshape(self.tokens_MR.shape)[:, rank]
-        return [slice(int(begin), int(end)) for begin, end in zip(first, last, strict=True)]
+        mine = self.slice_MR[:, rank]
+        return [slice(int(self.bounds_S[i]), int(self.bounds_S[i + 1])) for i in mine]
 
 
 def quadratic_weight(hidden_dim: int) -> float:
@@ -80,9 +82,15 @@ def share(
         quadratic: a row of T tokens costs T + quadratic x T^2 (see `quadratic_weight`); 0 counts tokens.
 
     Raises:
-        UserError: the longest row exceeds `max_tokens_per_rank`; lengths that do not fall or are below 1; no rank or no
-            micro-batch.
+        UserError: the longest row exceeds `max_tokens_per_rank`; lengths that are no whole numbers, do not fall or are below
+            1; no rank or no micro-batch; a weight that is none.
     """
+    check_whole(lengths_B)
+    if not 0 <= quadratic <= 1:
+        raise UserError(
+            f"quadratic {quadratic}: it weighs a token's look at another against all else done for it, a small fraction. Take "
+            "it from quadratic_weight(hidden_dim), or 0."
+        )
     if num_ranks < 1 or accumulation < 1:
         raise UserError(
             f"num_ranks {num_ranks}, accumulation {accumulation}: nobody would compute the batch. Set both to 1 or more."
@@ -94,20 +102,23 @@ def share(
         )
     longest, num_real = int(lengths_B[0]) if len(lengths_B) else 0, int(lengths_B.sum(dtype=np.int64))
     limit = max_tokens_per_rank
-    if limit is not None and longest > limit:
+    if limit is not None and (longest > limit or limit < 1):
         raise UserError(
             f"max_tokens_per_rank {limit} is below the longest text ({longest} tokens): it fits into no micro-batch. Raise it "
             "(batch.max_tokens_per_rank), or truncate the texts (data.max_length)."
         )
     runs = _runs(lengths_B, quadratic, limit)
-    num_micro = accumulation if limit is None else max(accumulation, -(-num_real // (num_ranks * limit)))
-    while not _fits(runs, _NO_CAP, num_micro * num_ranks):
-        num_micro += 1
+    num_micro = max(accumulation, -(-_num_slices(runs, _NO_CAP) // num_ranks))
     bounds_S = _bounds(runs, num_micro * num_ranks)
     rows_S = np.diff(bounds_S)
     longest_S = lengths_B[np.minimum(bounds_S[:-1], len(lengths_B) - 1)] if len(lengths_B) else np.zeros_like(rows_S)
-    tokens_S = np.maximum(rows_S * longest_S, 1)
-    return Share(bounds_S, tokens_S.reshape(num_micro, num_ranks), num_real)
+    tokens_S = np.maximum(rows_S * longest_S.astype(np.int64), 1)
+    slice_MR = np.arange(len(tokens_S)).reshape(num_micro, num_ranks)
+    # What a rank computes in all its micro-batches counts: whoever got the most in one gets the least in the next.
+    turning_MR = np.argsort(-tokens_S, kind="stable").reshape(num_micro, num_ranks)
+    turning_MR[1::2] = turning_MR[1::2, ::-1]
+    slice_MR = min(slice_MR, turning_MR, key=lambda dealt_MR: int(tokens_S[dealt_MR].sum(axis=0).max()))
+    return Share(bounds_S, slice_MR, tokens_S[slice_MR], num_real)
 
 
 class _Run(NamedTuple):
@@ -136,17 +147,15 @@ def _runs(lengths_B: NDArray[Any], quadratic: float, limit: int | None) -> list[
     return [_Run(*each) for each in zip(ends.tolist(), costs.tolist(), most.tolist(), strict=True)]
 
 
-def _fits(runs: list[_Run], cap: int, num_slices: int) -> bool:
-    """Whether slices filled one after the other up to `cap` are enough for all rows."""
+def _num_slices(runs: list[_Run], cap: int) -> int:
+    """How many slices, filled one after the other up to `cap`, hold all rows."""
     begin = used = 0
     for run in runs:
         if begin < run.end:
             rows = run.rows(cap)
             count = -(-(run.end - begin) // rows)
             begin, used = begin + count * rows, used + count
-            if used > num_slices:
-                return False
-    return True
+    return used
 
 
 def _bounds(runs: list[_Run], num_slices: int) -> Ints:
@@ -170,11 +179,11 @@ def _smallest_cap(runs: list[_Run], num_slices: int) -> int:
     total = sum((run.end - begin) * run.cost for begin, run in zip(begins, runs, strict=False))
     low = max(runs[0].cost, -(-total // num_slices))
     high = max(low, runs[0].cost * -(-runs[-1].end // num_slices))
-    while not _fits(runs, high, num_slices):  # equal slices may be against the limit on tokens
+    while _num_slices(runs, high) > num_slices:  # equal slices may be against the limit on tokens
         high *= 2
     while low < high:
         middle = (low + high) // 2
-        if _fits(runs, middle, num_slices):
+        if _num_slices(runs, middle) <= num_slices:
             high = middle
         else:
             low = middle + 1

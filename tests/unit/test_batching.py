@@ -7,15 +7,18 @@ import itertools
 import json
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import numpy as np
+import pandas
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import python
 
+from agnews_dist.config import BatchConfig
 from agnews_dist.data.batching import Ints, Lengths, PlanSettings, plan
 from agnews_dist.data.position import ALGORITHM
 from agnews_dist.data.sharing import share
@@ -36,6 +39,17 @@ SETTINGS = st.builds(
 
 def ours(lengths: Lengths, chosen: PlanSettings, epoch: int = 0) -> list[Ints]:
     return list(plan(lengths, chosen, epoch=epoch).global_batches())
+
+
+def fitting(lengths: Lengths, chosen: PlanSettings) -> PlanSettings:
+    """With the whole epoch as one window where the blocks are too large for several."""
+    try:
+        ours(lengths, chosen)
+    except UserError as error:
+        if not str(error).startswith("block_size"):
+            raise
+        return replace(chosen, bucket_window="epoch")
+    return chosen
 
 
 def ag_news_like(num: int) -> Ints:
@@ -62,7 +76,7 @@ def check_exactly_once(planner: Planner, lengths: Ints, chosen: PlanSettings) ->
 @settings(max_examples=200, deadline=None)
 @given(LENGTHS, SETTINGS, st.integers(0, 3))
 def test_every_example_exactly_once_in_batches_as_asked_for(lengths, chosen, epoch):
-    check_exactly_once(lambda *arguments: ours(*arguments, epoch=epoch), lengths, chosen)
+    check_exactly_once(lambda *arguments: ours(*arguments, epoch=epoch), lengths, fitting(lengths, chosen))
 
 
 @pytest.mark.parametrize("num", [0, 1, 2, 3, 5, 7, 31, 32, 33, 97, 251, 1009])
@@ -70,7 +84,8 @@ def test_every_example_exactly_once_whatever_the_number(num):
     lengths = ag_news_like(num)
     kinds = [PlanSettings(global_batch_size=32), PlanSettings(global_token_budget=323)]
     for kind, window, block_size in itertools.product(kinds, (1, 7, 64, "epoch"), (1, 3, 2000)):
-        check_exactly_once(ours, lengths, replace(kind, bucket_window=window, block_size=block_size))
+        chosen = replace(kind, bucket_window=window, block_size=block_size)
+        check_exactly_once(ours, lengths, fitting(lengths, chosen))
 
 
 def test_one_token_per_example_and_per_batch():
@@ -215,6 +230,7 @@ def check_any_step_at_once(start: Callable[[], PlanLike]) -> None:
 @settings(max_examples=40, deadline=None)
 @given(LENGTHS, SETTINGS, st.integers(0, 3))
 def test_a_restart_at_any_step_gives_the_same_batches(lengths, chosen, epoch):
+    chosen = fitting(lengths, chosen)
     check_any_step_at_once(lambda: plan(lengths, chosen, epoch=epoch))
     whole = plan(lengths, chosen, epoch=epoch)
     start = whole.num_steps // 2
@@ -240,7 +256,7 @@ def test_a_stream_of_batches_does_not_pass_for_a_plan():
 
 KINDS = [
     PlanSettings(global_batch_size=4, bucket_window=2, seed=7),
-    PlanSettings(global_batch_size=4, bucket_window=2, seed=7, block_size=3),
+    PlanSettings(global_batch_size=4, bucket_window=3, seed=7, block_size=2),
     PlanSettings(global_token_budget=60, bucket_window=2, seed=7),
 ]
 
@@ -278,7 +294,7 @@ def test_another_process_plans_the_same():
 
 FROZEN = [
     [[14, 12, 2, 1], [19, 18, 16, 15], [22, 20, 17, 13], [10, 9, 8, 4], [5, 3, 0], [21, 11, 7, 6]],
-    [[11, 10, 6, 5], [4, 3, 2, 1], [12, 9, 8, 7], [16, 15, 14, 13], [18, 17, 0], [22, 21, 20, 19]],
+    [[19, 18, 16, 15], [14, 7, 6, 3], [2, 1, 0], [22, 21, 20, 17], [13, 12, 11, 10], [9, 8, 5, 4]],
     [[15, 14, 12, 2, 1], [18, 16], [20, 19], [17, 13, 10, 8, 4], [22, 21], [11, 9, 7, 6, 5, 3, 0]],
 ]
 
@@ -383,20 +399,64 @@ def test_a_budget_below_the_longest_text_is_refused():
 
 
 @pytest.mark.parametrize("name", ["global_batch_size", "global_token_budget", "bucket_window", "block_size"])
-def test_settings_below_one_are_refused(name):
-    for value in (0, -4):
-        with pytest.raises(UserError, match=rf"^{name} {value}: no batch can be made of it\. Set it to 1 or more"):
-            PlanSettings(**{name: value})
+@pytest.mark.parametrize("value", [0, -4, np.int64(0), 2.5, True, "all"])
+def test_settings_that_are_no_count_are_refused(name, value):
+    with pytest.raises(UserError) as caught:
+        PlanSettings(**{name: value})
+    assert str(caught.value).startswith(
+        f"{name} {value!r}: no plan can be made of it. Set a whole number of at least 1"
+    )
 
 
 def test_a_negative_seed_is_refused():
-    with pytest.raises(UserError, match=r"^seed -1: .*Set it to 0 or more"):
+    with pytest.raises(UserError, match=r"^seed -1: .*Set a whole number of at least 0"):
         PlanSettings(seed=-1)
 
 
-def test_a_window_that_is_no_number_is_refused():
-    with pytest.raises(UserError, match=r"^bucket_window 'all': .*Set a number of batches, or 'epoch'"):
-        PlanSettings(bucket_window="all")
+def test_numbers_of_numpy_become_plain_ones():
+    chosen = PlanSettings(global_batch_size=np.int64(8), seed=np.uint8(3))
+    assert json.dumps(asdict(chosen)) == json.dumps(asdict(PlanSettings(global_batch_size=8, seed=3)))
+
+
+def test_the_defaults_are_those_of_the_configuration():
+    chosen, config = PlanSettings(), BatchConfig()
+    for name in ("global_batch_size", "global_token_budget", "bucket_window"):
+        assert getattr(chosen, name) == getattr(config, name)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [np.arange(1, 5).reshape(4, 1), np.array([3.0, 2.0]), np.array([np.nan]), [2.5, 1.0], np.array(["a"])],
+    ids=["column", "floats", "nan", "list of floats", "text"],
+)
+def test_what_is_not_one_whole_number_per_example_is_refused(lengths):
+    with pytest.raises(UserError, match=r"^lengths of .*lost or counted wrong\. Give one whole number of tokens"):
+        ours(lengths, PlanSettings())
+
+
+@pytest.mark.parametrize("made", [list, torch.tensor, pandas.Series], ids=["list", "tensor", "series"])
+def test_what_an_array_can_be_made_of_is_taken(made):
+    lengths = ag_news_like(100)
+    found, expected = ours(made(lengths.tolist()), PlanSettings()), ours(lengths, PlanSettings())
+    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in expected]
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"global_batch_size": 32}, {"global_token_budget": 2000}], ids=["examples", "tokens"]
+)
+def test_blocks_too_large_for_the_windows_are_refused(chosen):
+    """A file sorted by class would otherwise give batches of one class each."""
+    lengths = ag_news_like(5000)
+    with pytest.raises(
+        UserError, match=r"^block_size 512, and \d+ examples in a window: .*neighbours.*raise bucket_window"
+    ):
+        ours(lengths, PlanSettings(**chosen, bucket_window=16, block_size=512))
+    check_exactly_once(ours, lengths, PlanSettings(**chosen, bucket_window=16, block_size=64))
+    check_exactly_once(ours, lengths, PlanSettings(**chosen, bucket_window="epoch", block_size=512))
+
+
+def test_a_block_larger_than_the_data_costs_nothing():
+    check_exactly_once(ours, ag_news_like(5), PlanSettings(block_size=10**12))
 
 
 def test_a_negative_epoch_is_refused():

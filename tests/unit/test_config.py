@@ -81,6 +81,7 @@ def test_nothing_can_be_changed_and_nothing_is_positional() -> None:
         ("optim__epochs", 0, "Set it to 1 or more."),
         ("engine__timeout_seconds", 0, "Set it to 1 or more."),
         ("run__seed", -1, "Set it to 0 or more."),
+        ("run__seed", 2**32, "Set it below 4294967296"),
         ("data__validation_fraction", 0.0, "Set it between 0 and 1"),
         ("data__validation_fraction", 1.0, "Set it between 0 and 1"),
         ("model__trainable_blocks", -1, "Set 0 (final norm and head only), a count, or all."),

@@ -1,5 +1,7 @@
 """The largest step is run once before training and leaves no trace; what does not fit is said before any work is lost."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,42 @@ def test_it_runs_every_micro_batch_of_the_step_forward_and_backward(engine):
     assert len(batches.micro_batches) > 1
     assert forward == [batch.tokens_BT.tolist() for batch in batches.micro_batches]
     assert backward == [len(batch.labels_B) for batch in batches.micro_batches]
+
+
+def test_it_takes_room_for_the_moments_of_every_parameter(engine, monkeypatch):
+    """Held while the backward pass needs the most."""
+    classifier, held, at_backward, make = toy_classifier(), [], [], torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda like: held.append(weakref.ref(tensor := make(like))) or tensor)
+
+    def during_backward(module, grad_in, grad_out):
+        at_backward.append(sum(ref().numel() for ref in held if ref() is not None))
+
+    classifier.suffix.out_head.register_full_backward_hook(during_backward)
+    rehearse(classifier, make_loader(engine).largest_step(0), engine)
+    assert at_backward[0] == 2 * sum(parameter.numel() for parameter in classifier.suffix.parameters())
+    assert all(ref() is None for ref in held)
+
+
+IN_BF16 = """
+from test_rehearsal import make_loader
+import torch
+from toy import toy_classifier
+from agnews_dist.engine import Engine
+from agnews_dist.rehearsal import rehearse
+from agnews_dist.world import World
+
+engine = Engine(World(), device="cpu", precision="bf16", allow_tf32=False, timeout_seconds=60)
+classifier, kinds = toy_classifier(), set()
+block = next(iter(classifier.suffix.h.values()))
+block.mlp.c_fc.register_forward_hook(lambda module, args, output: kinds.add(output.dtype))
+rehearse(classifier, make_loader(engine).largest_step(0), engine)
+print(kinds)
+"""
+
+
+def test_it_computes_in_the_precision_of_training():
+    # A process of its own: accelerate keeps one precision per process.
+    assert python("-c", IN_BF16, PYTHONPATH="tests/unit:tests:tests/ranks:.").stdout == "{torch.bfloat16}\n"
 
 
 OUT_OF_MEMORY = """

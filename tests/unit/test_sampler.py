@@ -283,3 +283,8 @@ def test_the_documented_example_is_true():
     done = doctest.testmod(sampler_module)
     assert done.attempted >= 2
     assert done.failed == 0
+
+
+def test_no_examples_make_no_batches():
+    sampler = LengthBucketedBatchSampler([], num_ranks=2, rank=0, settings=PlanSettings(), max_tokens_per_rank=100)
+    assert (len(sampler), list(sampler)) == (0, [])

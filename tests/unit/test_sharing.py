@@ -5,6 +5,7 @@ Every property is a checker that takes a function like `share`, so that a broken
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ def dealt(lengths_B: Ints, bounds_S: Any, num_ranks: int, *, filler: int = 1) ->
         (end - begin) * int(lengths_B[begin]) if end > begin else filler
         for begin, end in itertools.pairwise(bounds.tolist())
     ]
-    return Share(bounds, np.array(tokens).reshape(-1, num_ranks), int(lengths_B.sum()))
+    slice_MR = np.arange(len(tokens)).reshape(-1, num_ranks)
+    return Share(bounds, slice_MR, np.array(tokens)[slice_MR], int(lengths_B.sum()))
 
 
 def equal_counts(
@@ -127,7 +129,7 @@ def test_how_lengths_are_stored_does_not_matter():
 
 def losing_the_last(lengths_B: Ints, **options: Any) -> Share:
     found = share(lengths_B, **options)
-    return Share(np.minimum(found.bounds_S, len(lengths_B) - 1), found.tokens_MR, found.num_real_tokens)
+    return replace(found, bounds_S=np.minimum(found.bounds_S, len(lengths_B) - 1))
 
 
 def fillers_for_free(lengths_B: Ints, *, num_ranks: int, **options: Any) -> Share:
@@ -320,6 +322,26 @@ def test_little_padding_on_the_critical_path_of_real_lengths(ag_news, size, num_
     assert critical_path(ag_news, batches, num_ranks, equal_counts) < found - 0.001
 
 
+def test_micro_batches_turn_about_so_that_ranks_do_equal_work_over_the_step():
+    # Slices of 24, 17, 3 x 8 and 1 tokens: in this order rank 0 would compute 24 + 24.
+    found = share(np.array([24, 17, 8, 5, 4, 1]), num_ranks=2, accumulation=2)
+    assert sorted(found.tokens_MR.sum(axis=0).tolist()) == [24 + 1, 24 + 17]
+    assert found.critical_tokens == 41
+
+
+@pytest.mark.parametrize(("num_ranks", "accumulation"), [(8, 2), (8, 4), (3, 2)])
+def test_dealing_in_order_is_no_better(ag_news, num_ranks, accumulation):
+    batches = list(plan(ag_news[:20_000], PlanSettings(global_batch_size=64), epoch=0).global_batches())
+    in_order = critical = 0
+    for ids in batches:
+        found = share(ag_news[ids], num_ranks=num_ranks, accumulation=accumulation)
+        tokens_S = np.empty(found.tokens_MR.size, np.int64)
+        tokens_S[found.slice_MR] = found.tokens_MR
+        in_order += int(tokens_S.reshape(found.tokens_MR.shape).sum(axis=0).max())
+        critical += found.critical_tokens
+    assert critical < in_order
+
+
 def test_efficiency_by_hand():
     # Ranks of 2 x 9 and 3 x 6 tokens, then of 1 x 4 and a filler row: 18 + 18 + 4 + 1 computed, 2 x (18 + 4) waited for.
     shares = [share(np.array([9, 8, 6, 5, 4]), num_ranks=2), share(np.array([4]), num_ranks=2)]
@@ -390,3 +412,19 @@ def test_other_evaluation_batches_do_not_pass(max_tokens_taken):
         check_evaluation(
             lambda lengths, max_tokens: plan_evaluation(lengths, max_tokens=max_tokens)[:-1], lengths_N, 200
         )
+
+
+@pytest.mark.parametrize("quadratic", [-0.1, np.nan, np.inf, 1e15])
+def test_a_weight_that_is_no_small_fraction_is_refused(quadratic):
+    with pytest.raises(UserError, match=r"^quadratic .*Take it from quadratic_weight\(hidden_dim\), or 0\."):
+        share(np.array([9, 1]), num_ranks=1, quadratic=quadratic)
+
+
+def test_a_limit_of_nothing_is_refused_even_for_no_rows():
+    with pytest.raises(UserError, match=r"^max_tokens_per_rank 0 is below the longest text \(0 tokens\)"):
+        share(NONE, num_ranks=1, max_tokens_per_rank=0)
+
+
+def test_lengths_that_are_no_whole_numbers_are_refused():
+    with pytest.raises(UserError, match=r"^lengths of 1 dimension\(s\) and type float64: .*Give one whole number"):
+        share(np.array([3.5, 2.5]), num_ranks=1)
