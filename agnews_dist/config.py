@@ -159,7 +159,8 @@ def contradictions(config: Config) -> list[str]:
         )
     require(
         config.run.seed < 2**32,
-        f"run.seed {config.run.seed}: torch's generators take no larger seeds on many ranks. Set it below 4294967296 (2^32).",
+        f"run.seed {config.run.seed} is above 4294967295: times the number of ranks it could exceed what torch's generators "
+        "take. Set a smaller one.",
     )
     require(
         0 < data.validation_fraction < 1,

@@ -80,7 +80,8 @@ def run(world: World, loaded: cli.Loaded) -> None:
                 max_length=data.max_length,
                 out=out,
             )
-        warning = idle_warning(settings, num_ranks=num_ranks, rank_balance=foretold.efficiency.rank_balance)
+        balance = foretold.efficiency.rank_balance
+        warning = idle_warning(settings, num_examples=len(split), num_ranks=num_ranks, rank_balance=balance)
         if warning:
             emit(Warned(message=warning))
 

@@ -95,7 +95,13 @@ def run(world: World, loaded: cli.Loaded) -> None:
         num_steps, expected = loader.num_steps(config.optim.epochs), loader.expected_efficiency()
         parameters = parameter_table(classifier)
         emit(header(config, engine, sources, parameters, num_steps=num_steps, expected=expected, directory=directory))
-        if warning := idle_warning(settings, num_ranks=world.num_ranks, rank_balance=expected.rank_balance):
+        warning = idle_warning(
+            settings,
+            num_examples=len(tables["train"]),
+            num_ranks=world.num_ranks,
+            rank_balance=expected.rank_balance,
+        )
+        if warning:
             emit(Warned(message=warning))
         if config.run.debug:
             emit(debug.overfit_one_batch(classifier, tables["train"], engine, lr=config.optim.lr))

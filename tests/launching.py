@@ -1,6 +1,7 @@
 """Real multi-process runs for tests: torchrun on this machine, output kept, a hang ended with a clear failure."""
 
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,29 @@ def torchrun(num_ranks: int, *arguments: str, check: bool = True, timeout: float
     """Run `torchrun --nproc_per_node=num_ranks` with `arguments` (a script, or `-m module`, and its arguments)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     return _run([*command, *arguments], check=check, timeout=timeout, stdin=None, extra=extra)
+
+
+def in_a_terminal(*arguments: str, timeout: float = 60, **extra: str) -> str:
+    """What python with `arguments` writes to a real terminal, escape sequences included; it must end with 0."""
+    ours, theirs = pty.openpty()
+    env = environment(TERM="xterm-256color", LC_ALL="C.UTF-8", **extra)
+    env.pop("NO_COLOR", None)
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=env, cwd=REPOSITORY
+    )
+    os.close(theirs)
+    raw = b""
+    while True:
+        try:
+            chunk = os.read(ours, 65536)
+        except OSError:  # how Linux reports the other end closed
+            break
+        if not chunk:
+            break
+        raw += chunk
+    os.close(ours)
+    assert process.wait(timeout=timeout) == 0, raw
+    return raw.decode()
 
 
 def _run(command: list[str], *, check: bool, timeout: float, stdin: str | None, extra: dict[str, str]):

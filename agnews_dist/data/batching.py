@@ -93,14 +93,10 @@ class Plan:
         budget, reach = self._settings.global_token_budget, self._settings.bucket_window
         if budget is None:
             # One batch is smaller, in a random window: all windows behind it begin so much earlier.
-            num_windows, missing = (
-                len(self._first_step_W) - 1,
-                self.num_steps * self._settings.global_batch_size - self.num_examples,
-            )
-            is_behind_W = (
-                np.arange(num_windows + 1) > _bits(self._settings.seed, self._epoch).random_raw() % num_windows
-            )
-            return self._first_step_W * self._settings.global_batch_size - missing * is_behind_W
+            size, num_windows = self._settings.global_batch_size, len(self._first_step_W) - 1
+            short_window = _bits(self._settings.seed, self._epoch).random_raw() % num_windows
+            missing_W = (np.arange(num_windows + 1) > short_window) * (self.num_steps * size - self.num_examples)
+            return self._first_step_W * size - missing_W
         num_tokens = longest = 0
         for _, chunk in chunks(self._lengths):
             num_tokens, longest = num_tokens + int(chunk.sum(dtype=np.int64)), max(longest, int(chunk.max()))

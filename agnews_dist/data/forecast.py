@@ -174,12 +174,21 @@ def forecast(
     )
 
 
-def idle_warning(settings: PlanSettings, *, num_ranks: int, rank_balance: float | None = None) -> str | None:
+def idle_warning(
+    settings: PlanSettings, *, num_examples: int, num_ranks: int, rank_balance: float | None = None
+) -> str | None:
     """Which part of the machine waits for the rest because the batches are too small for it; None where it is little.
 
-    A batch size tells by itself; of a token budget it must be measured: `rank_balance`, as in `Forecast.efficiency`.
+    `num_examples`: of an epoch; they can be fewer than a batch is to have. A batch size tells by itself; of a token budget it
+    must be measured: `rank_balance`, as in `Forecast.efficiency`.
     """
     size, budget = settings.global_batch_size, settings.global_token_budget
+    if num_examples < num_ranks and (budget is not None or num_examples < size):
+        idle = num_ranks - num_examples
+        return (
+            f"{num_examples} training texts on {num_ranks} ranks: {idle} of {num_ranks} ranks compute a filler row at every "
+            f"step, {idle / num_ranks:.0%} of the machine waits. Use no more than {num_examples} of the ranks."
+        )
     if budget is not None:
         if rank_balance is None or 1 - rank_balance < WAITING_WORTH_A_WARNING:
             return None

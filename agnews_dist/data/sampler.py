@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from agnews_dist.data.batching import Plan, plan
-from agnews_dist.data.plan_settings import Lengths, PlanSettings, chunks
+from agnews_dist.data.plan_settings import Lengths, PlanSettings, as_lengths, chunks
 from agnews_dist.data.position import fingerprint, load_position, save_position
 from agnews_dist.data.sharing import share
 from agnews_dist.errors import UserError
@@ -111,17 +111,13 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
             quadratic: see `share`.
 
         Raises:
-            UserError: a rank that is none, no micro-batch, a length below 1, or `max_tokens_per_rank` below the longest.
+            UserError: a rank that is none, and what `plan` and `share` refuse.
         """
         if not 0 <= rank < num_ranks:
             raise UserError(
                 f"rank {rank} of {num_ranks}: it would get no share, or another's. Set rank from 0 to num_ranks - 1."
             )
-        if accumulation < 1:
-            raise UserError(f"accumulation {accumulation}: a step needs a micro-batch. Set it to 1 or more.")
-        self._lengths: Lengths = (
-            np.asarray(lengths, dtype=np.int64) if isinstance(lengths, Sequence | Tensor) else lengths
-        )
+        self._lengths = as_lengths(lengths)
         self._rank, self._settings = rank, settings
         self._share = partial(
             share,
@@ -132,10 +128,9 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
         )
         self._micro_batches_per_step = accumulation if max_tokens_per_rank is None else None
         self._move(0, 0)
-        if max_tokens_per_rank is not None and len(self._lengths):
-            # Not at the step that has the longest example, hours from now.
-            longest = max(int(chunk.max()) for _, chunk in chunks(self._lengths))
-            self._share(np.array([longest]))
+        # What `share` refuses is refused here, not at the step that has the longest example, hours from now.
+        longest = max((int(chunk.max()) for _, chunk in chunks(self._lengths)), default=1) if max_tokens_per_rank else 1
+        self._share(np.array([longest]))
 
     @property
     def epoch(self) -> int:

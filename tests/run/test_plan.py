@@ -1,15 +1,11 @@
 """The plan through the real door: what it foretells is what a training on two ranks reports, and bad input is named."""
 
 import json
-import os
-import pty
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import REPOSITORY, environment, python, torchrun
+from launching import in_a_terminal, python, torchrun
 
 from agnews_dist.__main__ import main
 
@@ -93,30 +89,8 @@ def test_standard_output_holds_the_object_alone_also_when_there_is_much_to_say(c
 def test_a_person_reads_one_screen(caches: str) -> None:
     """On a real terminal of 80 columns."""
     words = ["--data.limit_train", "100", "--ranks", "6", "--batch.global_batch_size", "9"]
-    ours, theirs = pty.openpty()
-    environ = environment(XDG_CACHE_HOME=caches, TERM="xterm-256color", LC_ALL="C.UTF-8", COLUMNS="80")
-    environ.pop("NO_COLOR", None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "agnews_dist.plan", *TINY, *words],
-        stdin=subprocess.DEVNULL,
-        stdout=theirs,
-        stderr=theirs,
-        env=environ,
-        cwd=REPOSITORY,
-    )
-    os.close(theirs)
-    raw = b""
-    while True:
-        try:
-            chunk = os.read(ours, 65536)
-        except OSError:  # how Linux reports the other end closed
-            break
-        if not chunk:
-            break
-        raw += chunk
-    os.close(ours)
-    assert process.wait(timeout=60) == 0, raw
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw.decode())
+    written = in_a_terminal("-m", "agnews_dist.plan", *TINY, *words, XDG_CACHE_HOME=caches, COLUMNS="80")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
     assert "embedded on synthetic, ranks: 6, epochs: 3" in text
     assert "100 texts" in text
     assert re.search(r"this plan +[01]\.\d{3}", text)

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import rich.console
+from launching import in_a_terminal
 
 from agnews_dist.events import (
     EvalDone,
@@ -334,25 +334,7 @@ print("after")
 
 
 def test_an_exception_leaves_a_real_terminal_in_order() -> None:
-    ours, theirs = pty.openpty()
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
-    env.pop("NO_COLOR", None)
-    process = subprocess.Popen(
-        [sys.executable, "-c", IN_A_TERMINAL], stdin=theirs, stdout=theirs, stderr=theirs, env=env
-    )
-    os.close(theirs)
-    raw = b""
-    while True:
-        try:
-            chunk = os.read(ours, 65536)
-        except OSError:  # how Linux reports the other end closed
-            break
-        if not chunk:
-            break
-        raw += chunk
-    os.close(ours)
-    assert process.wait(timeout=60) == 0, raw
-    text = raw.decode()
+    text = in_a_terminal("-c", IN_A_TERMINAL)
     assert "step 3/5" in text or "step 1/5" in text
     # The cursor is on, also between two redraws; the display's lines are erased before what follows.
     hidden, visible = text.rfind("\x1b[?25l"), text.rfind("\x1b[?25h")

@@ -210,17 +210,17 @@ def test_the_dictionary_is_strict_json(settings: PlanSettings, decides: tuple[st
 
 
 def test_a_batch_smaller_than_the_ranks_says_what_it_costs() -> None:
-    assert idle_warning(PlanSettings(global_batch_size=4), num_ranks=8) == (
+    assert idle_warning(PlanSettings(global_batch_size=4), num_examples=10_000, num_ranks=8) == (
         "batch.global_batch_size 4 on 8 ranks: 4 of 8 ranks compute a filler row at every step, 50% of the machine waits. "
         "Raise batch.global_batch_size to 8 or more, or use no more than 4 of the ranks."
     )
-    almost = idle_warning(PlanSettings(global_batch_size=63), num_ranks=64)
+    almost = idle_warning(PlanSettings(global_batch_size=63), num_examples=10_000, num_ranks=64)
     assert almost is not None
     assert "1 of 64 ranks compute a filler row at every step, 2% of the machine waits" in almost
 
 
 def test_a_batch_that_does_not_divide_among_the_ranks_says_so_where_it_matters() -> None:
-    warning = idle_warning(PlanSettings(global_batch_size=10), num_ranks=8)
+    warning = idle_warning(PlanSettings(global_batch_size=10), num_examples=10_000, num_ranks=8)
     assert warning is not None
     assert warning.startswith("batch.global_batch_size 10 on 8 ranks: ")
     assert "ranks with 2 rows hold up those with fewer, and up to 38% of the machine waits" in warning
@@ -233,16 +233,33 @@ def test_a_batch_that_does_not_divide_among_the_ranks_says_so_where_it_matters()
 def test_a_token_budget_is_judged_by_what_was_measured() -> None:
     settings = PlanSettings(global_token_budget=201)
     balance = foretold(texts(331), settings, ranks=8).efficiency.rank_balance
-    warning = idle_warning(settings, num_ranks=8, rank_balance=balance)
+    warning = idle_warning(settings, num_examples=10_000, num_ranks=8, rank_balance=balance)
     assert warning is not None
     assert warning.startswith("batch.global_token_budget 201 on 8 ranks: ")
     assert f", {1 - balance:.0%} of the machine waits. Raise batch.global_token_budget, or use fewer ranks." in warning
     assert balance < 0.8
     # The batch size, which a budget replaces, is not held against it.
-    assert idle_warning(PlanSettings(global_token_budget=99, global_batch_size=1), num_ranks=8) is None
+    assert (
+        idle_warning(PlanSettings(global_token_budget=99, global_batch_size=1), num_examples=10_000, num_ranks=8)
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    "settings", [PlanSettings(), PlanSettings(global_token_budget=9000)], ids=["examples", "tokens"]
+)
+def test_fewer_texts_than_ranks_are_a_warning_however_large_a_batch_may_be(settings: PlanSettings) -> None:
+    assert idle_warning(settings, num_examples=6, num_ranks=8, rank_balance=0.7) == (
+        "6 training texts on 8 ranks: 2 of 8 ranks compute a filler row at every step, 25% of the machine waits. "
+        "Use no more than 6 of the ranks."
+    )
+    assert foretold(texts(6), settings, ranks=8, tokens=9000).idle_share == 0.25
 
 
 @pytest.mark.parametrize(("size", "ranks"), [(1, 1), (8, 8), (32, 8), (256, 8), (250, 8), (4096, 64)])
 def test_batches_that_fit_are_no_warning(size: int, ranks: int) -> None:
-    assert idle_warning(PlanSettings(global_batch_size=size), num_ranks=ranks) is None
-    assert idle_warning(PlanSettings(global_token_budget=size), num_ranks=ranks, rank_balance=0.97) is None
+    assert idle_warning(PlanSettings(global_batch_size=size), num_examples=10_000, num_ranks=ranks) is None
+    assert (
+        idle_warning(PlanSettings(global_token_budget=size), num_examples=10_000, num_ranks=ranks, rank_balance=0.97)
+        is None
+    )

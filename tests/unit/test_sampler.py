@@ -7,6 +7,7 @@ import pickle
 from itertools import islice
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -244,7 +245,7 @@ def test_a_step_beyond_the_epoch_is_refused():
     [
         (LENGTHS, {"rank": 3}, "rank 3 of 3: .* Set rank from 0 to num_ranks - 1"),
         (LENGTHS, {"rank": -1}, "rank -1 of 3: .* Set rank"),
-        (LENGTHS, {"accumulation": 0}, "accumulation 0: .* Set it to 1 or more"),
+        (LENGTHS, {"accumulation": 0}, "accumulation 0: .* Set both to 1 or more"),
         (LENGTHS, {"max_tokens_per_rank": 50}, r"50 is below the longest text \(89 tokens\): .* Raise it"),
         ([5, 0, 3], {}, "example 1 has 0 tokens: .* Remove the row"),
     ],
@@ -288,3 +289,26 @@ def test_the_documented_example_is_true():
 def test_no_examples_make_no_batches():
     sampler = LengthBucketedBatchSampler([], num_ranks=2, rank=0, settings=PlanSettings(), max_tokens_per_rank=100)
     assert (len(sampler), list(sampler)) == (0, [])
+
+
+@pytest.mark.parametrize("lengths", [[2.5, 1.0], torch.tensor([2.5, 1.0])], ids=["list", "tensor"])
+def test_lengths_that_are_no_whole_numbers_are_refused(lengths):
+    with pytest.raises(UserError, match=r"^lengths of 1 dimension\(s\) and type float.*Give one whole number"):
+        LengthBucketedBatchSampler(lengths, num_ranks=1, rank=0, settings=PlanSettings())
+
+
+def test_a_series_is_read_by_position_whatever_its_labels():
+    """A data frame that was filtered keeps the labels of its rows."""
+    rows = pandas.Series([9, 1, 5, 3, 7, 2])
+    settings = PlanSettings(global_batch_size=2, bucket_window="epoch")
+    found, expected = (
+        list(LengthBucketedBatchSampler(lengths, num_ranks=1, rank=0, settings=settings))
+        for lengths in (rows[rows > 2], [9, 5, 3, 7])
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize("wrong", [{"quadratic": -1.0}, {"max_tokens_per_rank": 0}], ids=str)
+def test_what_share_refuses_is_refused_at_once(wrong):
+    with pytest.raises(UserError, match=rf"^{next(iter(wrong))} "):
+        LengthBucketedBatchSampler([3, 2], num_ranks=1, rank=0, settings=PlanSettings(), **wrong)

@@ -5,6 +5,7 @@ work 64 times it goes through the same code once, and compare.py checks that ran
 imported where they are used, so that a process that measures one sampler holds only what that sampler needs.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ Batches = list[Sequence[int] | NDArray[np.int64]]
 SEED = 0
 
 
-class Sampler:
+class Sampler(ABC):
     """One sampler, made for `lengths_N`, a global batch of `global_batch` examples and `num_ranks` ranks."""
 
     def __init__(self, lengths_N: NDArray[np.int64], global_batch: int, num_ranks: int, **options: Any) -> None:
@@ -31,8 +32,9 @@ class Sampler:
         """Bring the lengths into the form the sampler asks for; not counted as planning."""
         self.lengths = self.lengths_N.tolist()
 
+    @abstractmethod
     def rank(self, rank: int, epoch: int) -> Batches:
-        raise NotImplementedError
+        """What one rank computes in one epoch."""
 
     def all_ranks(self, epoch: int) -> list[Batches]:
         return [self.rank(rank, epoch) for rank in range(self.num_ranks)]
