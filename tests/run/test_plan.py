@@ -73,6 +73,16 @@ def test_a_training_on_two_ranks_reports_the_same_figures(batches, tmp_path: Pat
     assert other["critical_path_efficiency"] != found["critical_path_efficiency"]
 
 
+def test_attention_counts_in_the_balance_of_long_texts(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--data.limit_train", "300", "--batch.bucket_window", "1", "--ranks", "3"]
+    found, _ = planned(capsys, *words)
+    monkeypatch.setattr("agnews_dist.data.sharing.quadratic_weight", lambda hidden_dim: 0.0)
+    in_tokens, _ = planned(capsys, *words)
+    # By tokens alone the slowest rank has fewer of them, as the efficiency counts; by cost it has not.
+    assert found["critical_path_efficiency"] < in_tokens["critical_path_efficiency"]
+    assert found["num_tokens"] == in_tokens["num_tokens"]
+
+
 def test_standard_output_holds_the_object_alone_also_when_there_is_much_to_say(caches: str) -> None:
     """In a process of its own: what libraries print past sys.stdout is seen, too."""
     words = ["--data.limit_train", "100", "--data.max_length", "20", "--batch.global_batch_size", "4", "--ranks", "8"]

@@ -106,6 +106,13 @@ def test_the_largest_step_holds_the_largest_micro_batch_of_all_ranks():
     assert min(sizes) < max(sizes)
 
 
+def test_the_largest_step_is_that_of_the_largest_micro_batch_not_of_the_most_tokens():
+    # 31 + 30 tokens exceed the limit and come one after the other, 29 + 29 at once.
+    settings = PlanSettings(global_batch_size=2, bucket_window="epoch")
+    (loader,) = loaders([31, 29, 30, 29], 1, settings, max_tokens_per_rank=60)
+    assert [tuple(batch.tokens_BT.shape) for batch in loader.largest_step(0).micro_batches] == [(2, 29)]
+
+
 def test_the_loader_refuses_what_the_model_cannot_take():
     (loader,) = loaders([3, 31, 2], 1, SETTINGS, max_length=30)
     with pytest.raises(UserError, match=r"example 1 has 31 tokens, more than the maximum of 30.*Truncate it"):
