@@ -6,13 +6,19 @@ The package is one journey, and each module is one station of it:
 
     text            data/corpus.py    rows of the hub (hub.py), local files (files.py, formats.py) or synthetic.py
                     data/checks.py    bad rows become errors that name file and row; splits.py holds out and limits
-    tokens          data/tokens.py    one flat token array per split, cached under a content fingerprint
+    tokens          data/tokens.py    one flat token array per split, cached under a content fingerprint (token_files.py,
+                                      token_shelf.py)
     plan            data/batching.py  pure numpy: which examples form each global batch of an epoch (of plan_settings.py)
                     data/sharing.py   how the ranks split one; position.py: where in a plan a run stands
                     data/forecast.py  what a plan will cost; sampler.py: the plan for anybody's DataLoader
     batch           data/loader.py    a rank's share as padded arrays on the device (legend: batch.py)
-    frozen prefix   model/prefix.py   everything below the freeze boundary: no autograd, eval mode
-    suffix          model/suffix.py   the trainable blocks, the final norm, `out_head`, last real token
+    frozen prefix   model/prefix.py   everything below the freeze boundary: no autograd, eval mode; packed.py runs its blocks
+                                      without padding, side_by_side.py several calls at once, in the order of data/calls.py
+                    features/         its output, kept between epochs and runs: cache.py decides with choice.py and room.py,
+                                      compute.py fills memory or files.py, keys.py names what is on disk, shelf.py limits it,
+                                      source.py hands out a batch's features
+    suffix          model/suffix.py   the trainable blocks, the final norm, `out_head`; last_token.py: the last block for the
+                                      last real token only
                     model/gpt2.py     where both come from: load, add [PAD], freeze, split
                     model/embedded.py tokenizer and model made on the spot: no file, no network
     loss            step.py           sum of losses over the global count, voted on, clipped, applied
@@ -26,7 +32,7 @@ The package is one journey, and each module is one station of it:
 The ground under it: errors.py (what a user can mend), config.py, settings.py, config_file.py and cli.py (what a user can
 set), world.py (which rank am I), batch.py (shape letters), collectives.py (the only door to torch.distributed), engine.py
 (the only door to accelerate), clock.py, profiling.py, debug.py, rehearsal.py. The stories, each a straight line inside
-story.py's frame: train.py, evaluate.py, predict.py, prepare.py, plan.py; sources.py loads what they start from.
+story.py's frame: train.py, evaluate.py, predict.py, prepare.py, plan.py, cache.py; sources.py loads what they start from.
 
 Importing this package loads nothing heavy.
 """

@@ -13,6 +13,7 @@ STORIES = {
     "predict": "classify texts from arguments, a file or standard input",
     "plan": "show the batches before any job: steps, padding, balance of the ranks, text lengths",
     "prepare": "load and tokenise the data ahead of the job, where there is a network",
+    "cache": "list or clear the tokens and features kept on disk",
 }
 
 

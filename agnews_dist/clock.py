@@ -1,13 +1,14 @@
-"""Where the time goes: seconds per stage of a run, and the frozen prefix timed without stopping a GPU."""
+"""Where the time goes: seconds per stage of a run, and the features timed without stopping a GPU."""
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
+from agnews_dist.batch import Batch
 from agnews_dist.engine import Engine
+from agnews_dist.model.prefix import Features, FeatureSource
 
 STAGES = ("total", "setup", "tokenize", "prefix", "train", "eval")
 
@@ -39,33 +40,33 @@ class Clock:
         return {name: round(value, 3) for name, value in self.seconds.items()}
 
 
-class TimedPrefix:
-    """The frozen prefix as a function tokens_BT -> hidden_BTD that knows how long it ran.
+class TimedFeatures:
+    """Where features come from, as a function that knows how long it ran: the frozen part, or a copy of what it made before.
 
     On CUDA the time is read from events after the step has synchronised anyway, so measuring does not slow the run.
     """
 
-    def __init__(self, prefix: Callable[[Tensor], Tensor], engine: Engine) -> None:
-        self._prefix, self._engine = prefix, engine
+    def __init__(self, source: FeatureSource, engine: Engine) -> None:
+        self._source, self._engine = source, engine
         self._seconds = 0.0
         self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def __call__(self, tokens_BT: Tensor) -> Tensor:
-        if tokens_BT.is_cuda:
+    def __call__(self, batch: Batch) -> Features:
+        if batch.tokens_BT.is_cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            hidden_BTD = self._run(tokens_BT)
+            features = self._run(batch)
             end.record()
             self._pending.append((begin, end))
         else:
             start = time.perf_counter()
-            hidden_BTD = self._run(tokens_BT)
+            features = self._run(batch)
             self._seconds += time.perf_counter() - start
-        return hidden_BTD
+        return features
 
-    def _run(self, tokens_BT: Tensor) -> Tensor:
+    def _run(self, batch: Batch) -> Features:
         with self._engine.autocast():
-            return self._prefix(tokens_BT)
+            return self._source(batch)
 
     def seconds(self) -> float:
         """Total so far; call between steps, when the device has caught up (training does after every epoch)."""

@@ -98,6 +98,17 @@ class EngineConfig:
     for what is frozen."""
     allow_tf32: bool = True
     """TF32 matrix products on CUDA for what is fp32 there."""
+    fast_path: bool = True
+    """The frozen part without padding and without autograd, the last block for the last token only. false: Hugging Face's own
+    forward in both parts, the reference, several times slower."""
+    feature_cache: Literal["auto", "device", "host", "disk", "off"] = "auto"
+    """Where the frozen part's output is kept between epochs: 'device' divides it over the ranks' memory, 'host' shares it among
+    the ranks of a node, 'disk' keeps it in data.cache_dir for later runs too, 'off' computes it at every use. 'auto' takes what
+    a former run left on disk, else the first place where it fits, and says why."""
+    feature_cache_gigabytes: float = 100.0
+    """What all feature caches on disk may take together; those longest unused go first."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """torch.compile for the frozen part's dense work; 'auto': where there is so much of it that compiling pays."""
     timeout_seconds: int = 600
     """How long a rank waits in a collective before the job fails."""
 
@@ -181,6 +192,15 @@ def contradictions(config: Config) -> list[str]:
         batch.global_token_budget is None or batch.global_token_budget >= data.max_length,
         f"batch.global_token_budget {batch.global_token_budget} is below data.max_length {data.max_length}: a text of full "
         "length would fit into no global batch. Raise the first or lower the second.",
+    )
+    require(
+        engine.fast_path or engine.feature_cache in ("auto", "off"),
+        f"engine.feature_cache {engine.feature_cache} with engine.fast_path false: the plain path is the reference and "
+        "computes everything at every step. Leave feature_cache at auto, or the fast path on.",
+    )
+    require(
+        0 <= engine.feature_cache_gigabytes < float("inf"),
+        f"engine.feature_cache_gigabytes {engine.feature_cache_gigabytes}: it is a size. Set 0 (nothing on disk) or more.",
     )
     for key, rate in (
         ("optim.lr", optim.lr),

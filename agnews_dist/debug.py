@@ -36,13 +36,13 @@ def overfit_one_batch(classifier: Classifier, table: TokenTable, engine: Engine,
     suffix = copy.deepcopy(classifier.suffix).to(engine.device).eval()
     batch = table.batch(torch.arange(min(OVERFIT_EXAMPLES, len(table))).numpy())
     optimizer = build_optimizer(suffix, lr=lr, weight_decay=0.0)
-    hidden_BTD = classifier.prefix(batch.tokens_BT)
+    features = classifier.prefix.features(batch.tokens_BT, batch.lengths_B)
     num_examples = len(batch.labels_B)
     losses: list[float] = []
     accuracy = 0.0
     for _ in range(OVERFIT_STEPS):
         with engine.autocast():
-            logits_BC = suffix(hidden_BTD, batch.lengths_B)
+            logits_BC = suffix(*features)
         loss = summed_loss(logits_BC, batch) / num_examples
         losses.append(loss.item())
         accuracy = (logits_BC.argmax(dim=1) == batch.labels_B).double().mean().item()

@@ -10,7 +10,6 @@
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from agnews_dist import cli
@@ -37,7 +36,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist import collectives
     from agnews_dist.clock import Clock
     from agnews_dist.data.loader import TokenTable
-    from agnews_dist.engine import Engine, chooses_cuda
+    from agnews_dist.engine import chooses_cuda
     from agnews_dist.events import RunStarted
     from agnews_dist.model.gpt2 import parameter_table
     from agnews_dist.outcome import fingerprint_of, write_scores
@@ -45,7 +44,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.report.sinks import Sinks
     from agnews_dist.rundir import open_output
     from agnews_dist.scoring import score_split
-    from agnews_dist.sources import Scored, load_scored
+    from agnews_dist.sources import Scored, load_scored, place, start_engine
 
     config, options = loaded.config, loaded.options
     chooses_cuda(world, config.engine.device)
@@ -68,12 +67,11 @@ def run(world: World, loaded: cli.Loaded) -> None:
             )
 
         outcome = collectives.attempt(prepare)
-        engine = Engine(world, **asdict(config.engine))
+        engine = start_engine(config.engine, world)
         sources = collectives.agree(outcome)
         prints = {"tokens": sources.fingerprint, "frozen_weights": fingerprint_of(sources.classifier.frozen_state)}
         collectives.check_equal(prints)
-        sources.classifier.prefix.to(engine.device, engine.frozen_dtype)
-        sources.classifier.suffix.to(engine.device)
+        place(sources.classifier, engine, fast_path=config.engine.fast_path)
         table = TokenTable(sources.tokens, pad_id=sources.pad_id, device=engine.device)
         facts = {
             "model": config.model.name,

@@ -23,6 +23,8 @@ class Progress:
     task: str
     done: int
     total: int
+    unit: str = ""
+    """What is counted, "tokens" for example; with it, rate and time left are shown, judged from the first report on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from agnews_dist.config import BatchConfig, Config
 from agnews_dist.data.sharing import Efficiency, Share, Tally
 from agnews_dist.engine import Engine
 from agnews_dist.events import Emit, RunDone, RunStarted
+from agnews_dist.features.cache import FeatureCache
 from agnews_dist.model.export import export_model
 from agnews_dist.model.gpt2 import parameter_table
 from agnews_dist.report.card import model_card
@@ -30,6 +31,7 @@ def header(
     config: Config,
     engine: Engine,
     sources: Sources,
+    features: FeatureCache,
     parameters: Mapping[str, tuple[int, int]],
     *,
     num_steps: int,
@@ -46,6 +48,7 @@ def header(
         "model": f"{config.model.name} ({config.model.init}), trainable blocks: {config.model.trainable_blocks}",
         "data": f"{config.data.source}: {rows}",
         "tokens": f"{'cached' if sources.store.was_cached else 'made now'}, at most {config.data.max_length} per text",
+        "features": f"{features.choice.place}: {features.choice.why}",
         "batch": batch_text(config.batch),
         "plan": f"{num_steps:,} steps, {expected.critical_path:.1%} of what the ranks compute or wait for is real tokens",
         "optimizer": f"AdamW, lr {config.optim.lr:g} ({config.optim.schedule}), {config.optim.epochs} epochs",
@@ -64,8 +67,9 @@ def batch_text(batch: BatchConfig) -> str:
 class RunningTotals:
     """Tokens and seconds of the steps so far; the same on every rank but for the seconds."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    def __init__(self, seconds: float = 0.0) -> None:
+        """`seconds`: what the features took before the first step; tokens per second are those of all that training needed."""
+        self.seconds = seconds
         self.tally = Tally()
 
     def add(self, share: Share, seconds: float) -> None:

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -68,17 +68,16 @@ def run(world: World, loaded: cli.Loaded) -> None:
     rows = read_rows(options["text"], options["file"])
 
     # Imported here, not above: a missing file or an empty line must not wait seconds for torch.
-    from agnews_dist.engine import Engine
     from agnews_dist.model.export import load_classifier
     from agnews_dist.model.gpt2 import check_max_length
+    from agnews_dist.sources import place, start_engine
 
     classifier, tokenizer, class_names, max_length = load_classifier(config.model.name, revision=config.model.revision)
     if "data.max_length" in loaded.explicit:
         max_length = config.data.max_length
         check_max_length(max_length, classifier.config.n_positions)
-    engine = Engine(world, **asdict(config.engine))
-    classifier.prefix.to(engine.device, engine.frozen_dtype)
-    classifier.suffix.to(engine.device)
+    engine = start_engine(config.engine, world)
+    place(classifier, engine, fast_path=config.engine.fast_path)
     answers = classify(rows, classifier, tokenizer, engine, max_length=max_length)
     as_table = options["format"] == "table" or (options["format"] is None and sys.stdout.isatty())
     try:

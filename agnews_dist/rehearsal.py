@@ -51,7 +51,7 @@ def _forward_and_backward(classifier: Classifier, batches: StepBatches, engine: 
             moments = [torch.zeros_like(parameter) for parameter in suffix.parameters() for _ in range(2)]
             for batch in batches.micro_batches:
                 with engine.autocast():
-                    loss = summed_loss(suffix(classifier.prefix(batch.tokens_BT), batch.lengths_B), batch)
+                    loss = summed_loss(classifier.logits(batch.tokens_BT, batch.lengths_B), batch)
                 loss.backward()
             del moments
     finally:

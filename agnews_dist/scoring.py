@@ -12,12 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from agnews_dist import collectives
+from agnews_dist.data.batching import Ints
 from agnews_dist.data.loader import TokenTable
 from agnews_dist.data.sharing import plan_evaluation
 from agnews_dist.engine import Engine
 from agnews_dist.events import Emit, EvalDone, Progress, silent
 from agnews_dist.metrics import Scores, confusion_matrix, in_file_order, summarize
 from agnews_dist.model.gpt2 import Classifier
+from agnews_dist.model.prefix import FeatureSource, computed
 
 # Padded tokens per scoring call. A constant: a knob would let the hardware decide the last bits of a result.
 EVALUATION_TOKENS = 8192
@@ -57,21 +59,36 @@ def log_softmax_NC(logits_NC: NDArray[np.float32]) -> NDArray[np.float64]:
     return wide_NC - np.log(np.exp(wide_NC).sum(axis=1, keepdims=True))
 
 
+def scoring_batches(table: TokenTable) -> list[Ints]:
+    """The micro-batches in which a split is scored, rank r those from r on in steps of the number of ranks."""
+    return plan_evaluation(table.lengths_N, max_tokens=EVALUATION_TOKENS)
+
+
 def rank_logits(
-    classifier: Classifier, table: TokenTable, engine: Engine, *, num_classes: int, emit: Emit = silent
+    classifier: Classifier,
+    table: TokenTable,
+    engine: Engine,
+    *,
+    num_classes: int,
+    features: FeatureSource | None = None,
+    emit: Emit = silent,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """This rank's part of a split: (ids, logits_NC), in the order computed, without dropout; `emit` hears of the progress."""
+    """This rank's part of a split: (ids, logits_NC), in the order computed, without dropout; `emit` hears of the progress.
+
+    `features` of a batch come from the classifier's prefix if not from elsewhere.
+    """
+    features = features or computed(classifier.prefix)
     ids: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     logits: list[NDArray[np.float32]] = [np.empty((0, num_classes), np.float32)]
     was_training = classifier.suffix.training
     classifier.suffix.eval()
-    plan = plan_evaluation(table.lengths_N, max_tokens=EVALUATION_TOKENS)[engine.world.rank :: engine.world.num_ranks]
+    plan = scoring_batches(table)[engine.world.rank :: engine.world.num_ranks]
     num_done, num_rows = 0, sum(map(len, plan))
     with torch.no_grad(), engine.autocast():
         for ids_B in plan:
             batch = table.batch(ids_B)
             ids.append(ids_B)
-            logits.append(classifier.logits(batch.tokens_BT, batch.lengths_B).float().cpu().numpy())
+            logits.append(classifier.suffix(*features(batch)).float().cpu().numpy())
             num_done += len(ids_B)
             emit(Progress(task=f"score {table.name}", done=num_done, total=num_rows))
     classifier.suffix.train(was_training)
@@ -79,11 +96,20 @@ def rank_logits(
 
 
 def score_split(
-    classifier: Classifier, table: TokenTable, engine: Engine, *, num_classes: int, emit: Emit = silent
+    classifier: Classifier,
+    table: TokenTable,
+    engine: Engine,
+    *,
+    num_classes: int,
+    features: FeatureSource | None = None,
+    emit: Emit = silent,
 ) -> ScoredSplit:
-    """Logits of every example, gathered once; counts are integers, the loss is a float64 sum in file order."""
+    """Logits of every example, gathered once; counts are integers, the loss is a float64 sum in file order.
+
+    `features`: see `rank_logits`.
+    """
     start = time.perf_counter()
-    local = rank_logits(classifier, table, engine, num_classes=num_classes, emit=emit)
+    local = rank_logits(classifier, table, engine, num_classes=num_classes, features=features, emit=emit)
     ids_N, logits_NC = (np.concatenate(parts) for parts in zip(*collectives.all_gather(local), strict=True))
     log_probabilities_NC = log_softmax_NC(logits_NC[in_file_order(ids_N, len(table))])
     labels_N = table.labels_N

@@ -1,18 +1,22 @@
 """What a run starts from: classifier, tokenizer and tokenised data, loaded before the ranks meet."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.clock import Clock
-from agnews_dist.config import BatchConfig, DataConfig, ModelConfig
+from agnews_dist.config import BatchConfig, Config, DataConfig, EngineConfig, ModelConfig
 from agnews_dist.data.batching import PlanSettings
 from agnews_dist.data.checks import fingerprint
 from agnews_dist.data.corpus import Corpus, load_corpus
-from agnews_dist.data.tokens import TokenSplit, TokenStore, open_or_build
+from agnews_dist.data.loader import TokenTable
+from agnews_dist.data.tokens import TokenSplit, TokenStore, cache_root, open_or_build
+from agnews_dist.engine import Engine
 from agnews_dist.errors import DataError
 from agnews_dist.events import Emit, Progress, Warned
+from agnews_dist.features.cache import FeatureCache
 from agnews_dist.model.export import load_classifier
 from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, split
 from agnews_dist.model.tokenizer import load_tokenizer
@@ -49,6 +53,47 @@ def plan_settings(batch: BatchConfig, seed: int) -> PlanSettings:
     )
 
 
+def start_engine(engine: EngineConfig, world: World) -> Engine:
+    """Device, precision and process group.
+
+    Raises:
+        UserError: see `Engine`.
+    """
+    return Engine(
+        world,
+        device=engine.device,
+        precision=engine.precision,
+        allow_tf32=engine.allow_tf32,
+        timeout_seconds=engine.timeout_seconds,
+    )
+
+
+def place(classifier: Classifier, engine: Engine, *, fast_path: bool) -> None:
+    """Put both halves where they compute: the frozen one in its own type, what trains in fp32."""
+    classifier.use_fast_path(fast_path)
+    classifier.prefix.to(engine.device, engine.frozen_dtype)
+    classifier.suffix.to(engine.device)
+
+
+def open_features(
+    config: Config, sources: Sources, tables: Mapping[str, TokenTable], engine: Engine, frozen_weights: str
+) -> FeatureCache:
+    """Where the frozen part's output is kept; decided, not yet computed. Collective. `frozen_weights`: their fingerprint."""
+    num_tokens = sum(int(table.lengths_N.sum()) for table in tables.values())
+    sources.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=config.engine.compile)
+    return FeatureCache(
+        sources.classifier,
+        tables,
+        engine,
+        wanted=config.engine.feature_cache,
+        num_epochs=config.optim.epochs,
+        directory=cache_root(config.data.cache_dir) / "features",
+        limit_bytes=int(config.engine.feature_cache_gigabytes * 1e9),
+        frozen_weights=frozen_weights,
+        model_name=config.model.name,
+    )
+
+
 def load_text(data: DataConfig, *, hold_out: bool = True) -> Corpus:
     """The rows that `data` names.
 
@@ -69,9 +114,13 @@ def open_tokens(
     corpus: Corpus, tokenizer: PreTrainedTokenizerFast, data: DataConfig, *, max_length: int, emit: Emit, world: World
 ) -> TokenStore:
     """The tokens of `corpus`, from the cache or made now by one process per node while the others wait at a file lock."""
-    cache_dir = Path(data.cache_dir).expanduser() if data.cache_dir else None
     return open_or_build(
-        corpus, tokenizer, max_length=max_length, cache_dir=cache_dir, emit=emit, builds_first=world.local_rank == 0
+        corpus,
+        tokenizer,
+        max_length=max_length,
+        cache_dir=cache_root(data.cache_dir),
+        emit=emit,
+        builds_first=world.local_rank == 0,
     )
 
 

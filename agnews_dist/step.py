@@ -1,7 +1,6 @@
 """One optimiser step: losses summed over micro-batches and ranks, divided once by the global count, voted on, applied."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from agnews_dist.batch import Batch
 from agnews_dist.data.loader import StepBatches
 from agnews_dist.engine import Engine
 from agnews_dist.errors import SharedError
+from agnews_dist.model.prefix import FeatureSource
 
 
 class NonFiniteError(SharedError):
@@ -36,9 +36,7 @@ def summed_loss(logits_BC: Tensor, batch: Batch) -> Tensor:
     return (losses_B * batch.weights_B.to(losses_B.dtype)).sum()
 
 
-def accumulate_gradients(
-    engine: Engine, embed: Callable[[Tensor], Tensor], wrapped: nn.Module, batches: StepBatches
-) -> float:
+def accumulate_gradients(engine: Engine, embed: FeatureSource, wrapped: nn.Module, batches: StepBatches) -> float:
     """Leave the gradient of the global mean loss in the parameters of `wrapped`; return this rank's sum of losses.
 
     DDP averages gradients over ranks, so the local sum is scaled by `num_ranks / num_examples`: the average of these is the
@@ -48,9 +46,9 @@ def accumulate_gradients(
     loss_sum = 0.0
     last = len(batches.micro_batches) - 1
     for index, batch in enumerate(batches.micro_batches):
-        hidden_BTD = embed(batch.tokens_BT)
+        features = embed(batch)
         with engine.accumulating(wrapped, is_last=index == last):
-            loss = summed_loss(wrapped(hidden_BTD, batch.lengths_B), batch)
+            loss = summed_loss(wrapped(*features), batch)
             engine.backward(loss * (engine.world.num_ranks / batches.num_examples))
         loss_sum += loss.detach().double().item()
     return loss_sum
@@ -58,7 +56,7 @@ def accumulate_gradients(
 
 def train_step(
     engine: Engine,
-    embed: Callable[[Tensor], Tensor],
+    embed: FeatureSource,
     wrapped: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: StepBatches,
@@ -67,7 +65,7 @@ def train_step(
 ) -> StepResult:
     """Gradients of one global batch, clipped by global norm (0: not clipped), then one update on all ranks or on none.
 
-    `embed` maps tokens_BT to hidden_BTD at the freeze boundary without autograd.
+    `embed` gives the features of a micro-batch at the freeze boundary, without autograd.
 
     Raises:
         NonFiniteError: on all ranks, if any rank saw a non-finite loss or gradient; parameters and moments are untouched.

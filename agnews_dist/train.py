@@ -9,7 +9,6 @@ finish    restore the best epoch, score the test split once, export, write resul
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -30,11 +29,11 @@ def run(world: World, loaded: cli.Loaded) -> None:
     import torch
 
     from agnews_dist import collectives, debug
-    from agnews_dist.clock import Clock, TimedPrefix
+    from agnews_dist.clock import Clock, TimedFeatures
     from agnews_dist.data.forecast import idle_warning
     from agnews_dist.data.loader import TokenTable, TrainLoader
     from agnews_dist.data.sharing import quadratic_weight
-    from agnews_dist.engine import Engine, chooses_cuda
+    from agnews_dist.engine import chooses_cuda
     from agnews_dist.events import StepDone, Warned
     from agnews_dist.model.gpt2 import parameter_table
     from agnews_dist.optim import build_optimizer, learning_rate, set_lr
@@ -46,7 +45,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.report.sinks import Sinks
     from agnews_dist.rundir import Claim, run_name
     from agnews_dist.scoring import score_split
-    from agnews_dist.sources import Sources, load_sources, plan_settings
+    from agnews_dist.sources import Sources, load_sources, open_features, place, plan_settings, start_engine
     from agnews_dist.step import train_step
 
     config = loaded.config
@@ -68,14 +67,13 @@ def run(world: World, loaded: cli.Loaded) -> None:
             return load_sources(config.data, config.model, seed=config.run.seed, emit=emit, clock=clock, world=world)
 
         outcome = collectives.attempt(prepare)
-        engine = Engine(world, **asdict(config.engine))
+        engine = start_engine(config.engine, world)
         sources = collectives.agree(outcome)
         prints = fingerprints(config, sources)
         collectives.check_equal(prints)
         claim.keep()
         classifier, num_classes = sources.classifier, len(sources.store.class_names)
-        classifier.prefix.to(engine.device, engine.frozen_dtype)
-        classifier.suffix.to(engine.device)
+        place(classifier, engine, fast_path=config.engine.fast_path)
         if not world.is_main:
             # Only rank 0 exports; on a GPU node the other ranks would each keep a second copy of the model in host memory.
             classifier.frozen_state.clear()
@@ -92,9 +90,22 @@ def run(world: World, loaded: cli.Loaded) -> None:
             quadratic=quadratic_weight(classifier.config.n_embd),
             max_length=config.data.max_length,
         )
+        features = open_features(config, sources, tables, engine, prints["frozen_weights"])
+        loader.owner_N = features.owner_N
         num_steps, expected = loader.num_steps(config.optim.epochs), loader.expected_efficiency()
         parameters = parameter_table(classifier)
-        emit(header(config, engine, sources, parameters, num_steps=num_steps, expected=expected, directory=directory))
+        emit(
+            header(
+                config,
+                engine,
+                sources,
+                features,
+                parameters,
+                num_steps=num_steps,
+                expected=expected,
+                directory=directory,
+            )
+        )
         warning = idle_warning(
             settings,
             num_examples=len(tables["train"]),
@@ -112,9 +123,12 @@ def run(world: World, loaded: cli.Loaded) -> None:
         wrapped = engine.prepare(classifier.suffix)
         optimizer = build_optimizer(wrapped, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
 
-        embed = TimedPrefix(classifier.prefix, engine)
-        best, totals, step = BestEpoch(classifier.suffix), RunningTotals(), 0
         clock.end_of_setup()
+        with clock.stage("prefix"):
+            features.build(emit)
+        built_seconds, loader.owner_N = clock.seconds["prefix"], features.owner_N
+        embed = TimedFeatures(features.source("train"), engine)
+        best, totals, step = BestEpoch(classifier.suffix), RunningTotals(built_seconds), 0
         with profiling(
             config.run.profile and world.is_main, directory, device=engine.device, num_steps=num_steps, emit=emit
         ) as profiler:
@@ -150,16 +164,24 @@ def run(world: World, loaded: cli.Loaded) -> None:
                     )
                     profiler.step()
                 with clock.stage("eval"):
-                    validation = score_split(classifier, tables["validation"], engine, num_classes=num_classes)
+                    validation = score_split(
+                        classifier,
+                        tables["validation"],
+                        engine,
+                        num_classes=num_classes,
+                        features=features.source("validation"),
+                    )
                 emit(validation.event("validation", epoch + 1, sources.store.class_names))
                 best.offer(epoch + 1, validation)
-                clock.seconds["train"], clock.seconds["prefix"] = totals.seconds, embed.seconds()
+                clock.seconds["train"], clock.seconds["prefix"] = totals.seconds, built_seconds + embed.seconds()
 
         best.restore()
         scored = {"validation": best.scored}
         if "test" in tables:
             with clock.stage("eval"):
-                scored["test"] = score_split(classifier, tables["test"], engine, num_classes=num_classes)
+                scored["test"] = score_split(
+                    classifier, tables["test"], engine, num_classes=num_classes, features=features.source("test")
+                )
             emit(scored["test"].event("test", best.epoch, sources.store.class_names))
         finish(
             config,

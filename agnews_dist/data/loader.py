@@ -1,5 +1,6 @@
 """A rank's view of the plan: token arrays on the device, cut into padded micro-batches without a loop over examples."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from agnews_dist.batch import Batch
 from agnews_dist.data.batching import Ints, Plan, PlanSettings, plan
-from agnews_dist.data.sharing import Efficiency, Share, efficiency, share
+from agnews_dist.data.sharing import Efficiency, Share, efficiency, share, share_by_owner
 from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.world import World
 
@@ -22,6 +23,7 @@ class TokenTable:
         self.name = split.name
         self.lengths_N: Ints = split.lengths
         self.labels_N: Ints = np.array(split.labels, dtype=np.int64)
+        self._begin_N: Ints = np.array(split.offsets[:-1], dtype=np.int64)
         self._pad_id = pad_id
         # torch cannot index with uint16; int32 halves what int64 would take.
         self._tokens = torch.from_numpy(np.asarray(split.tokens).astype(np.int32)).to(device)
@@ -30,6 +32,13 @@ class TokenTable:
 
     def __len__(self) -> int:
         return len(self.lengths_N)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the tokens and where each text begins."""
+        digest = hashlib.sha256(self._tokens.cpu().numpy().tobytes())
+        digest.update(self._begin_N.tobytes())
+        return digest.hexdigest()
 
     def batch(self, ids_B: Ints) -> Batch:
         """The examples `ids_B`, right-padded to the longest; for no ids, one valid filler row of weight 0.
@@ -49,6 +58,13 @@ class TokenTable:
         index_BT: Tensor = torch.where(is_real_BT, begin_B[:, None] + column_T, 0)
         tokens_BT = torch.where(is_real_BT, self._tokens[index_BT].long(), self._pad_id)
         return Batch(tokens_BT, lengths_B, self._labels[ids], torch.ones(len(ids_B), device=device), ids)
+
+    def pack(self, ids_B: Ints) -> tuple[Tensor, list[int]]:
+        """The examples `ids_B` end to end without padding: tokens_P on the device, and their lengths."""
+        lengths_B = self.lengths_N[ids_B]
+        first_B = self._begin_N[ids_B] - (np.cumsum(lengths_B) - lengths_B)
+        index_P = np.repeat(first_B, lengths_B) + np.arange(int(lengths_B.sum()))
+        return self._tokens[torch.from_numpy(index_P).to(self._tokens.device)].long(), lengths_B.tolist()
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,8 @@ class TrainLoader:
         max_length: int | None = None,
     ) -> None:
         """`max_tokens_per_rank`, `quadratic`: see `share`; `max_length`: see `plan`."""
+        self.owner_N: Ints | None = None
+        """The rank that holds each text's features, where each rank holds a part; None: shares of equal cost."""
         self._table, self._world, self._settings = table, world, settings
         self._max_tokens_per_rank, self._quadratic, self._max_length = max_tokens_per_rank, quadratic, max_length
 
@@ -102,14 +120,20 @@ class TrainLoader:
         return plan(self._table.lengths_N, self._settings, epoch=epoch, max_length=self._max_length)
 
     def _share(self, ids: Ints) -> Share:
-        return share(
-            self._table.lengths_N[ids],
-            num_ranks=self._world.num_ranks,
-            max_tokens_per_rank=self._max_tokens_per_rank,
-            quadratic=self._quadratic,
+        return self._dealt(ids)[1]
+
+    def _dealt(self, ids: Ints) -> tuple[Ints, Share]:
+        """The ids in the order of the share's slices, and the share."""
+        lengths_B, num_ranks = self._table.lengths_N[ids], self._world.num_ranks
+        limit, quadratic = self._max_tokens_per_rank, self._quadratic
+        if self.owner_N is None:
+            return ids, share(lengths_B, num_ranks=num_ranks, max_tokens_per_rank=limit, quadratic=quadratic)
+        order_B, dealt = share_by_owner(
+            lengths_B, self.owner_N[ids], num_ranks=num_ranks, max_tokens_per_rank=limit, quadratic=quadratic
         )
+        return ids[order_B], dealt
 
     def _deal(self, ids: Ints) -> StepBatches:
-        dealt = self._share(ids)
+        ids, dealt = self._dealt(ids)
         mine = dealt.slices(self._world.rank)
         return StepBatches(tuple(self._table.batch(ids[rows]) for rows in mine), len(ids), dealt)

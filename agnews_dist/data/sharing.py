@@ -121,6 +121,30 @@ def share(
     return Share(bounds_S, slice_MR, tokens_S[slice_MR], num_real)
 
 
+def share_by_owner(
+    lengths_B: Ints, owner_B: Ints, *, num_ranks: int, max_tokens_per_rank: int, quadratic: float = 0.0
+) -> tuple[Ints, Share]:
+    """Deal one global batch (`lengths_B`, longest first) to the ranks that hold its rows, however unequal that is.
+
+    Returns (order_B, share): the share's slices are rows of the batch in that order. See `share` for the arguments and errors.
+    """
+    order_B = np.argsort(owner_B, kind="stable")
+    begins = np.searchsorted(owner_B[order_B], np.arange(num_ranks + 1))
+    rows = np.split(order_B, begins[1:-1])
+
+    def cut(num_micro: int) -> list[Share]:
+        options: dict[str, Any] = {"max_tokens_per_rank": max_tokens_per_rank, "quadratic": quadratic}
+        return [share(lengths_B[mine], num_ranks=1, accumulation=num_micro, **options) for mine in rows]
+
+    num_micro = max(each.num_micro_batches for each in cut(1))
+    shares = cut(num_micro)
+    bounds = [begin + each.bounds_S[:-1] for begin, each in zip(begins[:-1], shares, strict=True)]
+    slice_MR = np.stack([rank * num_micro + each.slice_MR[:, 0] for rank, each in enumerate(shares)], axis=1)
+    tokens_MR = np.concatenate([each.tokens_MR for each in shares], axis=1)
+    num_real = sum(each.num_real_tokens for each in shares)
+    return order_B, Share(np.concatenate([*bounds, begins[-1:]]), slice_MR, tokens_MR, num_real)
+
+
 class _Run(NamedTuple):
     """Rows of equal length; a global batch has few runs, so that splitting it costs little."""
 

@@ -8,6 +8,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,13 @@ _ARRAYS = ("tokens", "offsets", "labels")
 
 class DamagedCache(Exception):  # noqa: N818 (not a user's error: the cache is rebuilt)
     """The directory is not what was published; the message says why."""
+
+
+def cache_root(cache_dir: Path | str | None) -> Path:
+    """The directory of all caches: `cache_dir`, or $XDG_CACHE_HOME or ~/.cache, /agnews_dist."""
+    if cache_dir:
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agnews_dist"
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
     The caller holds the lock and found nothing of use at `directory`: what is there, and what killed builders left, goes.
     """
     for leftover in directory.parent.glob(f"{directory.name}.building-*"):
-        if _is_abandoned(leftover):
+        if is_abandoned(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
     # Not tempfile: its directories are for one user only, and a cache may be shared.
     building = directory.with_name(f"{directory.name}.building-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
@@ -89,7 +97,7 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def _is_abandoned(building: Path) -> bool:
+def is_abandoned(building: Path) -> bool:
     """Whether the builder that its name tells is dead; of another machine's, where locks may not reach, only age tells."""
     node, pid, _ = building.name.split(".building-")[1].rsplit("-", 2)
     if node != platform.node():
@@ -164,12 +172,23 @@ def read_stored(directory: Path, key: str) -> Stored:
             )
             for name, facts in content["splits"].items()
         }
+        with suppress(OSError):
+            os.utime(directory)  # the last use, for listings
         return Stored(splits, tuple(content["class_names"]), tuple(content["warnings"]))
     except FileNotFoundError as error:
         raise DamagedCache(f"{Path(error.filename).name} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         # Of the shapes that foreign or half-written files can have, JSON that is no object of ours is one.
         raise DamagedCache(f"{_META} or an array cannot be read: {type(error).__name__}: {error}") from error
+
+
+def describe(directory: Path) -> Mapping[str, Any]:
+    """What `meta.json` says, unverified, for a listing; empty where it cannot be read."""
+    try:
+        content = json.loads((directory / _META).read_bytes())["content"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return cast("dict[str, Any]", content) if isinstance(content, dict) else {}
 
 
 def _sha256(path: Path) -> str:

@@ -6,7 +6,6 @@ a login node, and on a file system that nodes share.
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,11 +20,20 @@ from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.data.checks import check_corpus
 from agnews_dist.data.rows import Corpus, Split
-from agnews_dist.data.token_files import FORMAT, DamagedCache, Stored, TokenSplit, publish, read_stored, write_stored
+from agnews_dist.data.token_files import (
+    FORMAT,
+    DamagedCache,
+    Stored,
+    TokenSplit,
+    cache_root,
+    publish,
+    read_stored,
+    write_stored,
+)
 from agnews_dist.errors import DataError
 from agnews_dist.events import Emit, Progress, Warned
 
-__all__ = ["TokenSplit", "TokenStore", "encode", "open_or_build"]
+__all__ = ["TokenSplit", "TokenStore", "cache_root", "encode", "open_or_build"]
 
 _CHUNK_TEXTS = 1_000
 _HEAD_START_SECONDS = 10.0
@@ -101,7 +109,7 @@ def open_or_build(
     Raises:
         DataError: the cache directory cannot be written, or a text is empty, blank or without a token.
     """
-    root = _default_cache_dir() if cache_dir is None else cache_dir
+    root = cache_root(cache_dir)
     key = _key(corpus, tokenizer, max_length)
     directory = root / key
     if not builds_first:
@@ -140,10 +148,6 @@ def open_or_build(
     for message in stored.warnings:
         emit(Warned(message=message))
     return TokenStore(directory, stored.splits, stored.class_names, key, stored.warnings, was_cached)
-
-
-def _default_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agnews_dist"
 
 
 def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int) -> str:

@@ -53,7 +53,11 @@ class Classifier:
 
     def logits(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Right-padded tokens_BT with lengths_B (>= 1) to logits_BC."""
-        return cast(Tensor, self.suffix(self.prefix(tokens_BT), lengths_B))
+        return cast(Tensor, self.suffix(*self.prefix.features(tokens_BT, lengths_B)))
+
+    def use_fast_path(self, fast_path: bool) -> None:
+        """False: Hugging Face's own forward in both halves, the reference. Set it before any features are made."""
+        self.prefix.fast_path = self.suffix.fast_path = fast_path
 
 
 def load_backbone(
@@ -129,7 +133,12 @@ def split(backbone: Backbone, *, trainable_blocks: int | Literal["all"], num_cla
             out_head.weight.normal_(0.0, config.initializer_range, generator=generator)
     blocks = dict(enumerate(model.h))
     boundary = num_blocks - num_trainable
-    prefix = Prefix(model.wte, model.wpe, {i: block for i, block in blocks.items() if i < boundary})
+    prefix = Prefix(
+        model.wte,
+        model.wpe,
+        {i: block for i, block in blocks.items() if i < boundary},
+        last_token_only=num_trainable == 0,
+    )
     suffix = Suffix({i: block for i, block in blocks.items() if i >= boundary}, model.ln_f, out_head).eval()
     # Moving a module replaces its parameters' data; these references keep the fp32 originals without a copy.
     frozen_state = {f"transformer.{name}": weight.detach() for name, weight in prefix.named_parameters()}

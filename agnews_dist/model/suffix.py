@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from agnews_dist.model.last_token import last_rows, last_token_block
 from agnews_dist.model.prefix import run_block
 
 
@@ -22,15 +23,19 @@ class Suffix(nn.Module):
         self.h = nn.ModuleDict({str(number): block for number, block in blocks.items()})
         self.ln_f = ln_f
         self.out_head = out_head
+        self.fast_path = True
+        """Whether the last block is computed for the last token only; the others always run in full."""
         self.requires_grad_(True)
 
     def forward(self, hidden_BTD: Tensor, lengths_B: Tensor) -> Tensor:
-        """Hidden states of right-padded examples and their lengths (>= 1) to logits_BC, in the dtype of the weights."""
+        """`Features` of texts to logits_BC, in the dtype of the weights."""
         # The residual stream in the weights' precision, even if the frozen part computed in bf16.
         hidden_BTD = hidden_BTD.to(self.ln_f.weight.dtype)
-        for block in self.h.values():
+        blocks = list(self.h.values())
+        last = blocks.pop() if blocks and self.fast_path else None
+        for block in blocks:
             hidden_BTD = run_block(block, hidden_BTD)
-        last_BD = hidden_BTD[torch.arange(len(lengths_B), device=lengths_B.device), lengths_B - 1]
+        last_BD = last_rows(hidden_BTD, lengths_B) if last is None else last_token_block(last, hidden_BTD, lengths_B)
         # One row per example costs nothing, and logits rounded to bf16 would cost accuracy in the loss.
         with torch.autocast(last_BD.device.type, enabled=False):
             logits_BC: Tensor = self.out_head(self.ln_f(last_BD.to(self.ln_f.weight.dtype)))

@@ -1,14 +1,16 @@
-"""Step events -> the few numbers worth watching: a steady loss, tokens per second, time left."""
+"""Events of steps and of long work -> the few numbers worth watching: a steady loss, a rate, time left."""
 
 import time
 from collections import deque
 from collections.abc import Callable
 
-from agnews_dist.events import StepDone
+from agnews_dist.events import Progress, StepDone
 from agnews_dist.report.wording import duration
 
 WINDOW = 20
 """Steps over which loss and tokens/s are averaged: one step's loss jumps too much to be read."""
+SECONDS_WORTH_A_RATE = 0.1
+"""Over less time a rate is chance."""
 
 
 class Pace:
@@ -79,3 +81,70 @@ class Pace:
     def eta_words(self) -> str | None:
         """`ETA 0:42`, or None where it is not known or over."""
         return None if self.eta is None or self.is_complete else f"ETA {duration(self.eta)}"
+
+
+class TaskPace:
+    """Running figures of one long task. The work of its first report was found done: only what follows makes the rate."""
+
+    def __init__(self, first: Progress, clock: Callable[[], float] = time.monotonic) -> None:
+        self.last = first
+        self._clock = clock
+        self._started = clock()
+        self._base = (self._started, first.done)
+
+    def add(self, event: Progress) -> None:
+        """Take in one report."""
+        self.last = event
+        now = self._clock()
+        if now - self._started < SECONDS_WORTH_A_RATE:
+            # What was found done may also come piece by piece, in no time: taken as work, it would promise an early end.
+            self._base = (now, event.done)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all is done; never, where the total is unknown."""
+        return 0 < self.last.total <= self.last.done
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the first report."""
+        return self._clock() - self._started
+
+    @property
+    def rate(self) -> float | None:
+        """Units per second; None: not known yet."""
+        base_time, base_done = self._base
+        seconds, done = self._clock() - base_time, self.last.done - base_done
+        return done / seconds if done > 0 and seconds >= SECONDS_WORTH_A_RATE else None
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds until all is done; None: not known yet."""
+        rate = self.rate
+        return (self.last.total - self.last.done) / rate if rate and self.last.total > 0 else None
+
+    def count_words(self) -> str:
+        """`1,000/6,000 tokens`."""
+        total = f"/{self.last.total:,}" if self.last.total > 0 else ""
+        unit = f" {self.last.unit}" if self.last.unit else ""
+        return f"{self.last.done:,}{total}{unit}"
+
+    def rate_words(self) -> str | None:
+        """`12,345 tokens/s`, or None where it is not known or the task has no unit."""
+        rate = self.rate
+        return None if rate is None or not self.last.unit else f"{rate:,.0f} {self.last.unit}/s"
+
+    def eta_words(self) -> str | None:
+        """`ETA 0:42`, or None where it is not known, where all is done, or the task has no unit."""
+        eta = self.eta
+        return None if eta is None or self.is_complete or not self.last.unit else f"ETA {duration(eta)}"
+
+    def line(self) -> str:
+        """`tokenize: 1,000/6,000 (17%) after 10.0 s` of a task under way, `tokenize: 6,000 done in 1:00` of an ended one."""
+        last = self.last
+        if self.is_complete:
+            state = f"{last.done:,}{f' {last.unit}' if last.unit else ''} done in {duration(self.elapsed)}"
+        else:
+            percent = f" ({last.done / last.total:.0%})" if last.total > 0 else ""
+            state = f"{self.count_words()}{percent} after {duration(self.elapsed)}"
+        return ", ".join(filter(None, [f"{last.task}: {state}", self.rate_words(), self.eta_words()]))

@@ -20,13 +20,13 @@ from agnews_dist.events import (
     Warned,
 )
 from agnews_dist.metrics import per_class
-from agnews_dist.report.pace import Pace
+from agnews_dist.report.pace import Pace, TaskPace
 from agnews_dist.report.wording import duration, share, visible, when
 
 
 @dataclass
 class _Task:
-    started: float
+    pace: TaskPace
     next_line: float
     """Seconds after the start at which the next line is due; doubles, so that an hour's work takes ten lines."""
 
@@ -116,16 +116,14 @@ class PlainLines:
             self._say("  ".join(word for word in words if word))
 
     def _progress(self, event: Progress) -> None:
-        now = self._clock()
-        task = self._tasks.setdefault(event.task, _Task(started=now, next_line=self._interval))
-        elapsed = now - task.started
-        if 0 < event.total <= event.done:
+        task = self._tasks.setdefault(event.task, _Task(TaskPace(event, self._clock), next_line=self._interval))
+        task.pace.add(event)
+        if task.pace.is_complete:
             del self._tasks[event.task]
-            self._say(f"{event.task}: {event.done:,} done in {duration(elapsed)}")
-        elif elapsed >= task.next_line:
-            task.next_line = 2 * elapsed
-            share_done = f"/{event.total:,} ({event.done / event.total:.0%})" if event.total > 0 else ""
-            self._say(f"{event.task}: {event.done:,}{share_done} after {duration(elapsed)}")
+            self._say(task.pace.line())
+        elif task.pace.elapsed >= task.next_line:
+            task.next_line = 2 * task.pace.elapsed
+            self._say(task.pace.line())
 
     def _evaluation(self, event: EvalDone) -> None:
         classes = ", ".join(

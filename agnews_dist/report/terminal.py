@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import rich.console
@@ -27,19 +26,12 @@ from agnews_dist.events import (
     Warned,
 )
 from agnews_dist.metrics import per_class
-from agnews_dist.report.pace import Pace
+from agnews_dist.report.pace import Pace, TaskPace
 from agnews_dist.report.wording import duration, share, visible, when
 
 SECONDS_BETWEEN_REFRESHES = 0.1
 SECONDS_WORTH_A_LINE = 2.0
 """Finished work that took less leaves no line."""
-
-
-@dataclass
-class _Task:
-    started: float
-    done: int
-    total: int
 
 
 class TerminalDisplay:
@@ -56,7 +48,7 @@ class TerminalDisplay:
         self._clock = clock
         self._pace = Pace(0, clock)
         self._training = False
-        self._tasks: dict[str, _Task] = {}
+        self._tasks: dict[str, TaskPace] = {}
         self._live: Live | None = None
         self._refreshed = 0.0
 
@@ -179,19 +171,18 @@ class TerminalDisplay:
         self._refresh(now=self._pace.is_complete)
 
     def _progress(self, event: Progress) -> None:
-        task = self._tasks.setdefault(event.task, _Task(self._clock(), 0, 0))
-        task.done, task.total = event.done, event.total
-        if not 0 < event.total <= event.done:
+        task = self._tasks.setdefault(event.task, TaskPace(event, self._clock))
+        task.add(event)
+        if not task.is_complete:
             self._refresh()
             return
         del self._tasks[event.task]
-        seconds = self._clock() - task.started
         if not self._tasks and not self._training:
             self.close()
         else:
             self._refresh(now=True)
-        if seconds >= SECONDS_WORTH_A_LINE:
-            self._print(self._text(f"{event.task}: {event.done:,} done in {duration(seconds)}", "dim"))
+        if task.elapsed >= SECONDS_WORTH_A_LINE:
+            self._print(self._text(task.line(), "dim"))
 
     def _refresh(self, *, now: bool = False) -> None:
         """Redraw the live display, at most ten times per second unless `now`."""
@@ -223,14 +214,14 @@ class TerminalDisplay:
             )
             lines.append(Text("  ".join(self._pace.words()), style="dim", overflow="fold"))
         for name, task in self._tasks.items():
-            elapsed = self._clock() - task.started
-            counted = f"{task.done:,}/{task.total:,}" if task.total > 0 else f"{task.done:,}"
-            eta = (
-                f"ETA {duration(elapsed / task.done * (task.total - task.done))}"
-                if task.done and task.total > 0
-                else None
-            )
-            lines.append(self._bar(f"{name} {counted}", task.done, task.total, eta))
+            done, total = task.last.done, task.last.total
+            if task.last.unit:
+                lines.append(self._bar(name, done, total, task.eta_words()))
+                figures = "  ".join(filter(None, [task.count_words(), task.rate_words()]))
+                lines.append(self._text(figures, "dim"))
+            else:
+                eta = f"ETA {duration(task.elapsed / done * (total - done))}" if done and total > 0 else None
+                lines.append(self._bar(f"{name} {task.count_words()}", done, total, eta))
         return Group(*lines)
 
     def _bar(self, label: str, done: int, total: int, eta: str | None) -> Table:

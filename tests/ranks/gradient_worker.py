@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 from toy import toy_classifier, toy_split
 
 from agnews_dist import collectives
+from agnews_dist.batch import Batch
 from agnews_dist.data.batching import PlanSettings
 from agnews_dist.data.loader import StepBatches, TokenTable, TrainLoader
 from agnews_dist.engine import Engine
+from agnews_dist.model.prefix import Features, computed
 from agnews_dist.step import NonFiniteError, accumulate_gradients, summed_loss, train_step
 from agnews_dist.world import detect_world
 
@@ -19,7 +21,7 @@ from agnews_dist.world import detect_world
 def mean_of_means(engine: Engine, embed, wrapped: torch.nn.Module, batches: StepBatches) -> None:
     """What people write: each rank's own mean, averaged by DDP. The negative control."""
     (batch,) = batches.micro_batches
-    loss = summed_loss(wrapped(embed(batch.tokens_BT), batch.lengths_B), batch)
+    loss = summed_loss(wrapped(*embed(batch)), batch)
     (loss / batch.weights_B.sum()).backward()
 
 
@@ -29,7 +31,7 @@ def main() -> None:
     engine = Engine(world, device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
     classifier = toy_classifier()
     prefix, suffix = classifier.prefix.double(), classifier.suffix.double().eval()
-    wrapped = engine.prepare(suffix)
+    wrapped, embed = engine.prepare(suffix), computed(prefix)
 
     def one_step(max_tokens: int, lengths: list[int] = lengths) -> StepBatches:
         """All examples as one global batch."""
@@ -48,18 +50,18 @@ def main() -> None:
     limits = (one_step(limit) for limit in range(most, least - 1, -5))
     by_accumulation = {len(batches.micro_batches): batches for batches in limits}
     for accumulation in (1, 2, 4):
-        accumulate_gradients(engine, prefix, wrapped, by_accumulation[accumulation])
+        accumulate_gradients(engine, embed, wrapped, by_accumulation[accumulation])
         save(f"accumulation{accumulation}")
     # One example for all ranks: the others compute a filler row that must not count.
-    accumulate_gradients(engine, prefix, wrapped, one_step(100_000, lengths[:1]))
+    accumulate_gradients(engine, embed, wrapped, one_step(100_000, lengths[:1]))
     save("one_example")
-    mean_of_means(engine, prefix, wrapped, one_step(100_000))
+    mean_of_means(engine, embed, wrapped, one_step(100_000))
     save("mean_of_means")
 
     # Clipping acts on the global gradient: the norm before it and the update after it must not know the ranks either.
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
     before = {key: value.detach().clone() for key, value in suffix.named_parameters()}
-    result = train_step(engine, prefix, wrapped, optimizer, one_step(100_000), max_grad_norm=0.1)
+    result = train_step(engine, embed, wrapped, optimizer, one_step(100_000), max_grad_norm=0.1)
     update = {key: before[key] - value.detach() for key, value in suffix.named_parameters()}
     save_file(
         {
@@ -71,9 +73,10 @@ def main() -> None:
     )
 
     # One rank alone sees NaN: nobody may update, everybody must say so.
-    def poisoned(tokens_BT: torch.Tensor) -> torch.Tensor:
-        hidden_BTD = prefix(tokens_BT)
-        return hidden_BTD * float("nan") if world.rank == world.num_ranks - 1 else hidden_BTD
+    def poisoned(batch: Batch) -> Features:
+        hidden_BTD, lengths_B = embed(batch)
+        is_poisoned = world.rank == world.num_ranks - 1
+        return Features(hidden_BTD * float("nan") if is_poisoned else hidden_BTD, lengths_B)
 
     before = {key: value.detach().clone() for key, value in suffix.named_parameters()}
     said = ""

@@ -13,6 +13,7 @@ from agnews_dist import collectives
 from agnews_dist.data.batching import PlanSettings
 from agnews_dist.data.loader import TokenTable, TrainLoader
 from agnews_dist.engine import Engine
+from agnews_dist.model.prefix import computed
 from agnews_dist.step import train_step
 from agnews_dist.world import detect_world
 
@@ -27,7 +28,7 @@ def train(engine: Engine, lengths: list[int], case: dict, output: Path) -> None:
     seen, losses = [], []
     for epoch in range(case["epochs"]):
         for batches in loader.steps(epoch):
-            result = train_step(engine, classifier.prefix, wrapped, optimizer, batches, max_grad_norm=1.0)
+            result = train_step(engine, computed(classifier.prefix), wrapped, optimizer, batches, max_grad_norm=1.0)
             mine = [batch.ids_B[batch.weights_B > 0].tolist() for batch in batches.micro_batches]
             seen.append(collectives.all_gather(mine))
             losses.append(result.loss)

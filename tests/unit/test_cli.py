@@ -378,6 +378,8 @@ def test_any_config_survives_dump_and_load(tmp_path_factory: pytest.TempPathFact
         sections["batch"]["global_token_budget"] += sections["data"]["max_length"]
     sections["data"]["source"] += "x"
     sections["model"]["name"] += "x"
+    if not sections["engine"]["fast_path"]:
+        sections["engine"]["feature_cache"] = "off"
     config = Config(
         data=DataConfig(**sections["data"]),
         model=ModelConfig(**sections["model"]),

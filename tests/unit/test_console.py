@@ -25,7 +25,7 @@ from agnews_dist.events import (
     Warned,
 )
 from agnews_dist.report.console import Console
-from agnews_dist.report.pace import Pace
+from agnews_dist.report.pace import Pace, TaskPace
 from agnews_dist.report.plain import PlainLines
 from agnews_dist.report.terminal import TerminalDisplay
 
@@ -274,6 +274,107 @@ def test_terminal_progress_has_a_bar_and_only_long_work_leaves_a_line() -> None:
         assert "short: 100 done" not in ANSI.sub("", out.getvalue())
 
 
+def prefix(done: int, total: int = 6_200_000, unit: str = "tokens") -> Progress:
+    return Progress(task="frozen prefix", done=done, total=total, unit=unit)
+
+
+@pytest.mark.parametrize("unit", ["tokens", ""])
+def test_plain_progress_in_a_unit_has_rate_and_time_left(unit: str) -> None:
+    clock = Clock()
+    out = io.StringIO()
+    sink = PlainLines(out, seconds_between_lines=30.0, clock=clock)
+    for done in range(0, 6_200_001, 40_000):
+        sink(prefix(done, unit=unit))
+        clock.now += 1.0
+    lines = [line[9:] for line in out.getvalue().splitlines()]
+    if unit:
+        assert lines == [
+            "frozen prefix: 1,200,000/6,200,000 tokens (19%) after 30.0 s, 40,000 tokens/s, ETA 2:05",
+            "frozen prefix: 2,400,000/6,200,000 tokens (39%) after 1:00, 40,000 tokens/s, ETA 1:35",
+            "frozen prefix: 4,800,000/6,200,000 tokens (77%) after 2:00, 40,000 tokens/s, ETA 35.0 s",
+            "frozen prefix: 6,200,000 tokens done in 2:35, 40,000 tokens/s",
+        ]
+    else:
+        assert lines == [
+            "frozen prefix: 1,200,000/6,200,000 (19%) after 30.0 s",
+            "frozen prefix: 2,400,000/6,200,000 (39%) after 1:00",
+            "frozen prefix: 4,800,000/6,200,000 (77%) after 2:00",
+            "frozen prefix: 6,200,000 done in 2:35",
+        ]
+
+
+def test_terminal_progress_in_a_unit_has_rate_and_time_left() -> None:
+    clock = Clock()
+    out = io.StringIO()
+    inner = rich.console.Console(file=out, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"})
+    with Console(inner, clock=clock) as console:
+        console(prefix(0))
+        assert not re.search(r"ETA|/s", out.getvalue())
+        clock.now += 30.0
+        console(prefix(1_200_000))
+        text = ANSI.sub("", out.getvalue())
+        assert re.search(r"frozen prefix +[^\w]+ +19% +ETA 2:05 *\s+1,200,000/6,200,000 tokens  40,000 tokens/s", text)
+        clock.now += 125.0
+        console(prefix(6_200_000))
+        assert "frozen prefix: 6,200,000 tokens done in 2:35, 40,000 tokens/s" in ANSI.sub("", out.getvalue())
+        console(Progress(task="rows", done=1, total=0, unit="rows"))
+        clock.now += 2.0
+        console(Progress(task="rows", done=4_001, total=0, unit="rows"))
+        assert re.search(r"rows *\s+4,001 rows  2,000 rows/s", ANSI.sub("", out.getvalue()))
+
+
+def test_the_rate_counts_from_what_the_first_report_found_done() -> None:
+    clock = Clock()
+    pace = TaskPace(prefix(5_000_000), clock)
+    pace.add(prefix(5_000_000))
+    clock.now += 10.0
+    pace.add(prefix(5_400_000))
+    assert (pace.rate, pace.eta) == (40_000.0, 20.0)
+    clock.now += 20.0
+    pace.add(prefix(6_200_000))
+    assert pace.line() == "frozen prefix: 6,200,000 tokens done in 30.0 s, 40,000 tokens/s"
+
+
+def test_reports_of_one_instant_are_no_rate() -> None:
+    clock = Clock()
+    pace = TaskPace(prefix(0), clock)
+    for done in (0, 1_000_000, 5_000_000):
+        pace.add(prefix(done))
+        assert (pace.rate, pace.eta) == (None, None)
+        clock.now += 0.01
+    # Seconds pass before the next work is done: nothing is known yet, and what came at once promises nothing.
+    clock.now += 9.99
+    assert (pace.rate, pace.eta) == (None, None)
+    pace.add(prefix(5_400_000))
+    assert pace.rate == pytest.approx(40_000, rel=0.01)
+    assert pace.eta == pytest.approx(20, rel=0.01)
+    clock.now += 20.0
+    # The last reports too may come at one instant.
+    for done in (6_000_000, 6_200_000):
+        pace.add(prefix(done))
+    assert pace.rate == pytest.approx(40_000, rel=0.01)
+
+
+def test_a_rate_takes_a_tenth_of_a_second() -> None:
+    clock = Clock()
+    pace = TaskPace(prefix(0), clock)
+    found: list[float | None] = []
+    # Binary fractions. At 1/16 s the rate's start is still moved; what comes 1/16 s later is too near to it.
+    for done in (0, 10, 20, 30, 40):
+        pace.add(prefix(done))
+        found.append(pace.rate)
+        clock.now += 1 / 16
+    assert found == [None, None, None, 160.0, 160.0]
+
+
+def test_work_that_was_all_done_already_has_no_rate(terminal: bool) -> None:
+    text = shown(prefix(6_200_000), prefix(0), prefix(6_200_000), terminal=terminal)
+    assert "frozen prefix" in text
+    assert not re.search(r"/s|ETA", text)
+    if not terminal:
+        assert text.count("frozen prefix: 6,200,000 tokens done in 0.0 s\n") == 2
+
+
 def test_terminal_redraws_at_most_ten_times_per_second() -> None:
     clock = Clock()
     out = io.StringIO()
@@ -289,8 +390,8 @@ def test_terminal_redraws_at_most_ten_times_per_second() -> None:
 
 @pytest.mark.parametrize("width", [1, 10, 24, 40])
 def test_narrow_terminals_are_no_error(terminal: bool, width: int) -> None:
-    events = [STARTED, Progress(task="t", done=1, total=3), step(1), step(2), EVALUATED, *OTHERS, DONE]
-    assert shown(*events, terminal=terminal, width=width)
+    progress = [Progress(task="t", done=1, total=3), prefix(0), prefix(1)]
+    assert shown(STARTED, *progress, step(1), step(2), EVALUATED, *OTHERS, DONE, terminal=terminal, width=width)
 
 
 def test_every_kind_of_event_is_handled_also_with_nothing_in_it(terminal: bool) -> None:
@@ -331,6 +432,30 @@ except KeyboardInterrupt:
 assert sys.stdout is sys.__stdout__ and sys.stderr is sys.__stderr__
 print("after")
 """
+
+
+WORKS_IN_A_TERMINAL = """
+import time
+from agnews_dist.report.console import Console
+from agnews_dist.events import Progress
+with Console() as console:
+    for done in range(0, 4_000, 400):
+        console(Progress(task="frozen prefix", done=done, total=4_000, unit="tokens"))
+        time.sleep(0.22)
+    console(Progress(task="frozen prefix", done=4_000, total=4_000, unit="tokens"))
+"""
+
+
+def test_a_real_terminal_shows_rate_and_time_left_and_keeps_one_line() -> None:
+    text = in_a_terminal("-c", WORKS_IN_A_TERMINAL)
+    rates = [int(found.replace(",", "")) for found in re.findall(r"tokens.{2}([\d,]+) tokens/s", ANSI.sub("", text))]
+    # 400 tokens per 0.22 s is 1,818 per second; a busy machine sleeps longer, never shorter.
+    assert len(rates) >= 5
+    assert all(0 < rate <= 1_819 for rate in rates)
+    assert re.search(r"% +ETA \d", ANSI.sub("", text))
+    last = text[text.rfind("\x1b[2K") :]
+    assert re.search(r"frozen prefix: 4,000 tokens done in [\d.:]+( s)?, [\d,]+ tokens/s", ANSI.sub("", last))
+    assert "ETA" not in last
 
 
 def test_an_exception_leaves_a_real_terminal_in_order() -> None:

@@ -11,6 +11,7 @@ from toy import toy_classifier, toy_split
 from agnews_dist.data.batching import PlanSettings
 from agnews_dist.data.loader import TokenTable, TrainLoader
 from agnews_dist.engine import Engine
+from agnews_dist.model.prefix import computed
 from agnews_dist.rehearsal import rehearse
 from agnews_dist.step import train_step
 from agnews_dist.world import World
@@ -39,7 +40,7 @@ def trained(engine: Engine, *, rehearsed: bool) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.SGD(classifier.suffix.parameters(), lr=0.1)
     classifier.suffix.train()
     for batches in loader.steps(0):
-        train_step(engine, classifier.prefix, classifier.suffix, optimizer, batches, max_grad_norm=0.0)
+        train_step(engine, computed(classifier.prefix), classifier.suffix, optimizer, batches, max_grad_norm=0.0)
     return {name: value.detach() for name, value in classifier.suffix.named_parameters()}
 
 
@@ -52,13 +53,13 @@ def test_it_changes_nothing(engine):
 def test_it_runs_every_micro_batch_of_the_step_forward_and_backward(engine):
     classifier, batches = toy_classifier(), make_loader(engine).largest_step(0)
     forward, backward = [], []
-    classifier.prefix.register_forward_hook(lambda module, args, output: forward.append(args[0].tolist()))
+    classifier.suffix.register_forward_hook(lambda module, args, output: forward.append(args[1].tolist()))
     classifier.suffix.out_head.register_full_backward_hook(
         lambda module, grad_in, grad_out: backward.append(len(grad_out[0]))
     )
     rehearse(classifier, batches, engine)
     assert len(batches.micro_batches) > 1
-    assert forward == [batch.tokens_BT.tolist() for batch in batches.micro_batches]
+    assert forward == [batch.lengths_B.tolist() for batch in batches.micro_batches]
     assert backward == [len(batch.labels_B) for batch in batches.micro_batches]
 
 
@@ -116,7 +117,7 @@ settings = PlanSettings(global_batch_size=20_000)
 batches = TrainLoader(table, World(), settings, max_tokens_per_rank=10**6, quadratic=0.0).largest_step(0)
 classifier = toy_classifier()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20, resource.RLIM_INFINITY))
 try:
     rehearse(classifier, batches, engine)
 except UserError as error:

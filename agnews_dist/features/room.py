@@ -1,0 +1,71 @@
+"""How much memory and disk there is for features: on this rank's device, on its node, below a directory."""
+
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where the ranks of a node share memory; a file system in memory on Linux, absent elsewhere."""
+_CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+
+_OWN_GROUP = Path("/proc/self/cgroup")
+
+
+def free_host_bytes() -> int:
+    """Memory this node could still give: what the system has, or what the job's control group (Slurm, container) leaves."""
+    return min([psutil.virtual_memory().available, *_cgroup_rooms()])
+
+
+def free_shared_bytes() -> int:
+    """The part of it that ranks of a node can share; 0 where there is no shared-memory file system."""
+    return min(free_disk_bytes(SHARED_MEMORY), free_host_bytes()) if SHARED_MEMORY.is_dir() else 0
+
+
+def free_device_bytes(device: torch.device, ranks_per_node: int) -> int:
+    """Free memory of this rank's GPU; without one, this rank's part of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_host_bytes() // ranks_per_node
+
+
+def free_disk_bytes(directory: Path) -> int:
+    """Free space where `directory` is or would be made; 0 if that cannot be told."""
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    try:
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return 0
+
+
+def _cgroup_rooms() -> list[int]:
+    """What is left below each memory limit that holds for this process: its own control group's and those above it."""
+    rooms: list[int] = []
+    for root, limit_name, used_name in _CGROUPS:
+        for group in _own_groups(root):
+            try:
+                limit, used = ((group / name).read_text().strip() for name in (limit_name, used_name))
+            except OSError:
+                continue
+            if limit.isdigit() and used.isdigit():
+                rooms.append(max(0, int(limit) - int(used)))
+    return rooms
+
+
+def _own_groups(root: Path) -> list[Path]:
+    """The directories of this process's control group and its parents below `root`, as far as /proc tells."""
+    try:
+        lines = _OWN_GROUP.read_text().splitlines()
+    except OSError:
+        return []
+    paths = [line.split(":", 2)[2].strip("/") for line in lines if line.split(":", 2)[1] in ("", "memory")]
+    groups = [root]
+    for path in paths:
+        parts = path.split("/")
+        groups += [root.joinpath(*parts[: i + 1]) for i in range(len(parts))]
+    return list(dict.fromkeys(groups))

@@ -1,0 +1,36 @@
+"""A batch's features gathered from where they are kept."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agnews_dist.batch import Batch
+from agnews_dist.data.calls import Layout
+from agnews_dist.model.prefix import Features
+
+
+class KeptFeatures:
+    """Features gathered from rows that were computed before, on the device, in host memory or memory-mapped."""
+
+    def __init__(self, rows: Tensor, layout: Layout) -> None:
+        """`rows`: shape (layout.num_rows, D)."""
+        self._rows = rows
+        self._begin_N = torch.from_numpy(layout.begin_N).to(rows.device)
+        self._rows_N = torch.from_numpy(np.array(layout.rows_N)).to(rows.device)
+
+    def __call__(self, batch: Batch) -> Features:
+        """The features of `batch.ids_B`; a filler row gets the first text's, whose weight is 0."""
+        device = self._rows.device
+        ids_B = batch.ids_B.to(device)
+        # A rank that holds nothing still takes part, with a row that no text stands behind.
+        if not len(self._rows):
+            hidden_BTD = self._rows.new_zeros(len(ids_B), 1, self._rows.shape[1])
+            return Features(hidden_BTD.to(batch.ids_B.device), torch.ones_like(batch.ids_B))
+        is_filler_B = ids_B < 0
+        begin_B = self._begin_N[ids_B].masked_fill(is_filler_B, 0)
+        lengths_B = self._rows_N[ids_B].masked_fill(is_filler_B, 1)
+        assert int(begin_B.min()) >= 0, "a text whose features another rank holds"
+        column_T = torch.arange(int(lengths_B.max()), device=device)
+        index_BT = torch.where(column_T < lengths_B[:, None], begin_B[:, None] + column_T, 0)
+        hidden_BTD = self._rows[index_BT]
+        return Features(hidden_BTD.to(batch.ids_B.device), lengths_B.to(batch.ids_B.device))

@@ -1,0 +1,55 @@
+"""A GPT-2 block for the last real token only: what a classifier reads of its last block, at a fraction of the cost.
+
+With one query per text the key and value projections commute out of the sums over tokens. Per head, with the block's
+normalised input h_t and attention weights a_t,
+
+    score_t = q . (h_t W_k + b_k) = (q W_k^T) . h_t + a term equal for all t, which the softmax does not feel
+    out     = sum_t a_t (h_t W_v + b_v) = (sum_t a_t h_t) W_v + (sum_t a_t) b_v
+
+so a token costs 2 d multiply-adds per head instead of 12 d^2, and W_k, W_v meet one row per text. The norm's gain and shift
+move out in the same way (h_t = gain n_t + shift). sum_t a_t is 1 but for dropout.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from agnews_dist.model.packed import fused_activation, score_factor
+
+
+def last_token_block(block: Any, hidden_BTD: Tensor, lengths_B: Tensor) -> Tensor:
+    """What Hugging Face's block gives at the last real token (`lengths_B` >= 1) of right-padded hidden_BTD: last_BD.
+
+    Same parameters, gradients, and dropout at the same places (attention weights, attention's and the MLP's output). The
+    gradient of the key's bias is exactly zero, as it is in exact arithmetic. What lies in the padding must be finite and then
+    does not matter.
+    """
+    norm, attention, mlp = block.ln_1, block.attn, block.mlp
+    num_texts, num_tokens, width = hidden_BTD.shape
+    heads = (-1, attention.num_heads, attention.head_dim)
+    last_BD = last_rows(hidden_BTD, lengths_B)
+    query_w, key_w, value_w = attention.c_attn.weight.split(width, dim=1)
+    query_b, _, value_b = attention.c_attn.bias.split(width)
+
+    normed_BTD = functional.layer_norm(hidden_BTD, (width,), eps=norm.eps)
+    query_BHE = functional.linear(norm(last_BD), query_w.t(), query_b).view(heads)
+    probe_BHD = torch.einsum("bhe,dhe->bhd", query_BHE, key_w.view(heads)) * norm.weight
+    scores_BHT = torch.matmul(probe_BHD.to(normed_BTD.dtype), normed_BTD.transpose(1, 2)) * score_factor(attention)
+    is_padding_BT = torch.arange(num_tokens, device=lengths_B.device) >= lengths_B[:, None]
+    weights_BHT = scores_BHT.masked_fill(is_padding_BT[:, None], -math.inf).softmax(dim=-1)
+    weights_BHT = attention.attn_dropout(weights_BHT)
+
+    sum_BH1 = weights_BHT.sum(dim=-1, keepdim=True)
+    mean_BHD = torch.matmul(weights_BHT, normed_BTD) * norm.weight + sum_BH1 * norm.bias
+    out_BHE = torch.einsum("bhd,dhe->bhe", mean_BHD, value_w.view(heads)) + sum_BH1 * value_b.view(heads)
+    last_BD = last_BD + attention.resid_dropout(attention.c_proj(out_BHE.reshape(num_texts, width)))
+    inner = fused_activation(mlp.act)(mlp.c_fc(block.ln_2(last_BD)))
+    return last_BD + mlp.dropout(mlp.c_proj(inner))
+
+
+def last_rows(hidden_BTD: Tensor, lengths_B: Tensor) -> Tensor:
+    """The row of the last real token of every text: last_BD."""
+    return hidden_BTD[torch.arange(len(lengths_B), device=lengths_B.device), lengths_B - 1]

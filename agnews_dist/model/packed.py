@@ -1,0 +1,145 @@
+"""GPT-2's blocks over packed texts, without autograd: tokens of all texts end to end, no padding, no mask, no dropout.
+
+Works on the parameters of Hugging Face's blocks. Called by prefix.py; the plain counterpart is Hugging Face's own forward.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.activations import NewGELUActivation
+
+Attend = Callable[[Tensor, int, float], Tensor]
+"""(qkv_P, number of heads, factor of the scores) -> attended_PD."""
+
+
+def packed_attention(lengths_B: Sequence[int], device: torch.device, dtype: torch.dtype) -> Attend:
+    """Causal attention within each text of a pack: one variable-length kernel on CUDA, else one call per run of equal lengths.
+
+    Made once per pack and used by all its blocks.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _varlen() is not None:
+        ends = torch.tensor([0, *lengths_B]).cumsum(0).to(device=device, dtype=torch.int32)
+        return lambda qkv_P, num_heads, factor: _by_kernel(qkv_P, ends, max(lengths_B), num_heads, factor)
+    runs = [(sum(1 for _ in run), length) for length, run in groupby(lengths_B)]
+    return lambda qkv_P, num_heads, factor: _by_runs(qkv_P, runs, num_heads, factor)
+
+
+def _by_runs(qkv_P: Tensor, runs: list[tuple[int, int]], num_heads: int, factor: float) -> Tensor:
+    """`runs`: (texts, tokens per text) of neighbours that are equally long, so that they need no padding."""
+    num_tokens, width = qkv_P.shape[0], qkv_P.shape[1] // 3
+    attended_PD = qkv_P.new_empty(num_tokens, width)
+    begin = 0
+    for num_texts, length in runs:
+        rows = slice(begin, begin := begin + num_texts * length)
+        heads = qkv_P[rows].view(num_texts, length, 3, num_heads, width // num_heads)
+        query, key, value = (part.transpose(1, 2) for part in heads.unbind(2))
+        attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=factor)
+        attended_PD[rows].view(num_texts, length, num_heads, -1).copy_(attended.transpose(1, 2))
+    return attended_PD
+
+
+def _by_kernel(qkv_P: Tensor, ends: Tensor, longest: int, num_heads: int, factor: float) -> Tensor:
+    """`ends`: int32 positions where the texts begin, and the end of the last one."""
+    varlen, options = cast("tuple[Callable[..., Tensor], dict[str, Any]]", _varlen())
+    head_dim = qkv_P.shape[1] // 3 // num_heads
+    query, key, value = qkv_P.view(-1, 3, num_heads, head_dim).unbind(1)
+    # The kernel's own factor is head_dim^-0.5; not every release lets it be set.
+    if factor != head_dim**-0.5:
+        query = query * (factor * head_dim**0.5)
+    return varlen(query, key, value, ends, ends, longest, longest, **options).reshape(len(qkv_P), -1)
+
+
+@cache
+def _varlen() -> tuple[Callable[..., Tensor], dict[str, Any]] | None:
+    """torch's variable-length attention and how this release wants to be told that it is causal; None: it has none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "num_splits" in known:
+        # Otherwise the order of a text's sums depends on the longest of its pack.
+        options["num_splits"] = 1
+    return cast("Callable[..., Tensor]", varlen_attn), options
+
+
+def packed_block(block: Any, hidden_PD: Tensor, attend: Attend, *, compiled: bool = False) -> Tensor:
+    """One of Hugging Face's GPT-2 blocks in eval mode; `hidden_PD` may be overwritten."""
+    before, after = _compiled_halves() if compiled else (_before_attention, _after_attention)
+    attention, mlp = block.attn, block.mlp
+    qkv_P = before(hidden_PD, block.ln_1.weight, block.ln_1.bias, block.ln_1.eps, *_affine(attention.c_attn))
+    attended_PD = attend(qkv_P, attention.num_heads, score_factor(attention))
+    return after(
+        hidden_PD,
+        attended_PD,
+        *_affine(attention.c_proj),
+        block.ln_2.weight,
+        block.ln_2.bias,
+        block.ln_2.eps,
+        *_affine(mlp.c_fc),
+        fused_activation(mlp.act),
+        *_affine(mlp.c_proj),
+    )
+
+
+def _affine(layer: Any) -> tuple[Tensor, Tensor]:
+    """Bias and weight (inputs x outputs) of a Conv1D of Hugging Face's."""
+    return layer.bias, layer.weight
+
+
+def _before_attention(
+    hidden_PD: Tensor, gain_D: Tensor, shift_D: Tensor, eps: float, bias: Tensor, weight: Tensor
+) -> Tensor:
+    normed_PD = functional.layer_norm(hidden_PD, gain_D.shape, gain_D, shift_D, eps)
+    return torch.addmm(bias, normed_PD, weight)
+
+
+def _after_attention(
+    hidden_PD: Tensor,
+    attended_PD: Tensor,
+    out_bias: Tensor,
+    out_weight: Tensor,
+    gain_D: Tensor,
+    shift_D: Tensor,
+    eps: float,
+    up_bias: Tensor,
+    up_weight: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    down_bias: Tensor,
+    down_weight: Tensor,
+) -> Tensor:
+    hidden_PD = hidden_PD.add_(torch.addmm(out_bias, attended_PD, out_weight))
+    normed_PD = functional.layer_norm(hidden_PD, gain_D.shape, gain_D, shift_D, eps)
+    inner_P = activation(torch.addmm(up_bias, normed_PD, up_weight))
+    return hidden_PD.add_(torch.addmm(down_bias, inner_P, down_weight))
+
+
+@cache
+def _compiled_halves() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The dense work around attention, compiled once for all blocks (weights are inputs) and all numbers of tokens."""
+    compiled = (torch.compile(half, dynamic=True, fullgraph=True) for half in (_before_attention, _after_attention))
+    before, after = cast("tuple[Callable[..., Tensor], Callable[..., Tensor]]", tuple(compiled))
+    return before, after
+
+
+def score_factor(attention: Any) -> float:
+    """What the products of query and key are multiplied by."""
+    # The module's own `scaling` is missing from transformers 5.0.
+    factor = attention.head_dim**-0.5 if attention.scale_attn_weights else 1.0
+    return factor / (attention.layer_idx + 1) if attention.scale_attn_by_inverse_layer_idx else factor
+
+
+def fused_activation(activation: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The block's activation; Hugging Face's step-by-step `gelu_new` as the same function in one kernel."""
+    return _gelu_tanh if isinstance(activation, NewGELUActivation) else cast("Callable[[Tensor], Tensor]", activation)
+
+
+def _gelu_tanh(inner: Tensor) -> Tensor:
+    return functional.gelu(inner, approximate="tanh")
