@@ -18,6 +18,7 @@ from agnews_dist.data.sharing import Efficiency, Share, Tally
 from agnews_dist.engine import Engine
 from agnews_dist.events import Emit, RunDone, RunStarted
 from agnews_dist.features.cache import FeatureCache
+from agnews_dist.features.choice import gigabytes
 from agnews_dist.model.export import export_model
 from agnews_dist.model.gpt2 import parameter_table
 from agnews_dist.report.card import model_card
@@ -159,6 +160,7 @@ def finish(
     config: Config,
     engine: Engine,
     sources: Sources,
+    features: FeatureCache,
     scored: Mapping[str, ScoredSplit],
     *,
     directory: Path,
@@ -211,6 +213,8 @@ def finish(
             seconds=Seconds(**seconds),
             tokens_per_second=num_tokens / totals.seconds,
             peak_memory_bytes=peak,
+            feature_cache=features.choice.place,
+            feature_cache_bytes=features.num_bytes,
             versions=versions(),
             fingerprints=prints,
         )
@@ -219,6 +223,8 @@ def finish(
             f"{name} accuracy": f"{split.accuracy:.4f} ({split.num_correct}/{split.num_examples})"
             for name, split in scores.items()
         }
+        if features.num_bytes:
+            facts["features"] = f"{gigabytes(features.num_bytes)} kept in {features.choice.place}"
         facts["best epoch"] = f"{best_epoch} of {config.optim.epochs}"
         facts["time"] = f"{seconds['total']:.1f} s, {num_tokens / totals.seconds:,.0f} tokens/s in training"
         emit(RunDone(facts=facts, paths=paths))
@@ -254,6 +260,8 @@ def write_scores(
             seconds=Seconds(**clock.stop()),
             tokens_per_second=None,
             peak_memory_bytes=peak,
+            feature_cache=None,
+            feature_cache_bytes=None,
             versions=versions(),
             fingerprints=prints,
         )

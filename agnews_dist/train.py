@@ -187,6 +187,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
             config,
             engine,
             sources,
+            features,
             scored,
             directory=directory,
             best_epoch=best.epoch,

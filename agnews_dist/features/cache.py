@@ -60,6 +60,8 @@ class FeatureCache:
         self._kept: dict[str, KeptFeatures] = {}
         self._files: dict[str, FeatureFile] = {}
         self._failed: set[Place] = set()
+        self._splits: dict[tuple[str, bool], SplitFeatures] = {}
+        self._keys: dict[str, str] = {}
         self.choice = self._choose()
 
     @property
@@ -70,6 +72,12 @@ class FeatureCache:
     @property
     def _is_divided(self) -> bool:
         return self.choice.place == "device" and self._world.num_ranks > 1
+
+    @property
+    def num_bytes(self) -> int:
+        """What the kept splits take, over all ranks; 0 if none is kept."""
+        place = self.choice.place
+        return 0 if place == "off" else sum(self._split(name).num_bytes for name in self._names(place))
 
     def source(self, split: str) -> FeatureSource:
         """Where the features of a split's batches come from."""
@@ -178,7 +186,6 @@ class FeatureCache:
             former = None if self._is_divided or place == "disk" else self._file(name)
             found = self._files[name].found if name in self._files else ()
             meter = Meter(split, emit, found)
-
             rows_of = partial(_read_or_compute, split, former)
 
             if name in self._files:
@@ -203,6 +210,11 @@ class FeatureCache:
 
     def _split(self, name: str, *, divided: bool = False) -> SplitFeatures:
         """A split laid out; `divided`: this rank's part of it alone."""
+        if (name, divided) not in self._splits:
+            self._splits[name, divided] = self._lay_out(name, divided=divided)
+        return self._splits[name, divided]
+
+    def _lay_out(self, name: str, *, divided: bool) -> SplitFeatures:
         table, prefix, world = self._tables[name], self._classifier.prefix, self._world
         if name == "train":
             order = longest_first(table.lengths_N)
@@ -222,25 +234,34 @@ class FeatureCache:
         )
         return SplitFeatures(prefix, table, layout)
 
+    def _key(self, name: str) -> str:
+        if name not in self._keys:
+            split = self._split(name)
+            self._keys[name] = features_key(
+                frozen_weights=self._frozen_weights,
+                config=self._classifier.config,
+                num_blocks=len(self._classifier.prefix.h),
+                table=self._tables[name],
+                layout=split.layout,
+                dtype=split.dtype,
+            )
+        return self._keys[name]
+
     def _file(self, name: str, directory: Path | None = None) -> FeatureFile:
         """The file of a split's features below `directory` (default: the caches on disk)."""
-        split = self._split(name)
-        key = features_key(
-            frozen_weights=self._frozen_weights,
-            config=self._classifier.config,
-            num_blocks=len(self._classifier.prefix.h),
-            table=self._tables[name],
-            layout=split.layout,
-            dtype=split.dtype,
-        )
-        about = {"model": self._model_name, "split": name, "texts": len(self._tables[name]), "tokens": split.num_tokens}
+        split, key = self._split(name), self._key(name)
         return FeatureFile(
             (directory or self._directory) / key,
             key=key,
             bounds_S=split.layout.bounds_S.tolist(),
             width=split.width,
             dtype=split.dtype,
-            about=about,
+            about={
+                "model": self._model_name,
+                "split": name,
+                "texts": len(self._tables[name]),
+                "tokens": split.num_tokens,
+            },
         )
 
 

@@ -51,6 +51,10 @@ class Result:
     """Real tokens per second of training, over all ranks."""
     peak_memory_bytes: int | None
     """The largest over the ranks."""
+    feature_cache: str | None
+    """Where the frozen part's output was kept: device, host, disk, or off."""
+    feature_cache_bytes: int | None
+    """What that took, over all ranks."""
     versions: Mapping[str, str]
     fingerprints: Mapping[str, str]
     """What the result depends on (config, tokens, backbone ...) -> its hash."""

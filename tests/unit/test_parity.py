@@ -1,80 +1,45 @@
-"""Our classifier against Hugging Face's GPT2ForSequenceClassification with its attention mask, in fp32.
+"""Our classifier, by both of its paths, against Hugging Face's GPT2ForSequenceClassification with its attention mask, in fp32.
 
 Gradients are compared in eval mode (dropout off): with dropout on, the two draw their masks in another order and for other
 blocks (ours only in what trains), so nothing could be equal.
 """
 
-import copy
 import json
+from collections import Counter
 
 import pytest
 import torch
+from random_gpt2 import NUM_CLASSES, RELATIVE, assert_close, mask_of, ours_like, ragged_batch, random_reference
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers import GPT2ForSequenceClassification
 
-from agnews_dist.model.gpt2 import Backbone, Classifier, load_backbone, split
+from agnews_dist.model.gpt2 import Classifier, load_backbone, split
 from agnews_dist.model.tokenizer import load_tokenizer
 
-RELATIVE = 1e-5
-NUM_CLASSES = 4
 END_OF_TEXT = 50256
-
-
-def random_reference(*, attention: str = "sdpa", **changes: object) -> GPT2ForSequenceClassification:
-    """A small GPT-2 whose norms and biases are random too, so that none of them could be left out unnoticed."""
-    shape: dict[str, object] = {
-        "vocab_size": 97,
-        "n_positions": 32,
-        "n_embd": 24,
-        "n_layer": 4,
-        "n_head": 3,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "num_labels": NUM_CLASSES,
-        "attn_implementation": attention,
-    }
-    model = GPT2ForSequenceClassification(GPT2Config(**(shape | changes)))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
-    return model.eval()
-
-
-def ours_like(reference: GPT2ForSequenceClassification, trainable_blocks: int | str) -> Classifier:
-    """The classifier with the reference's weights, through the production split; its own copy of everything."""
-    backbone = Backbone(copy.deepcopy(reference.transformer), reference.score.weight.detach().clone(), None)
-    return split(backbone, trainable_blocks=trainable_blocks, num_classes=NUM_CLASSES, seed=0)  # type: ignore[arg-type]
-
-
-def ragged_batch(lengths: list[int], *, low: int, high: int, pad_id: int, extra: int = 0) -> tuple[Tensor, Tensor]:
-    """Random right-padded tokens_BT with ids in [low, high), and lengths_B; `extra` columns of padding beyond the longest."""
-    generator = torch.Generator().manual_seed(7)
-    tokens_BT = torch.randint(low, high, (len(lengths), max(lengths) + extra), generator=generator)
-    lengths_B = torch.tensor(lengths)
-    tokens_BT[torch.arange(tokens_BT.shape[1]) >= lengths_B[:, None]] = pad_id
-    return tokens_BT, lengths_B
-
-
-def mask_of(tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-    return (torch.arange(tokens_BT.shape[1]) < lengths_B[:, None]).long()
-
-
-def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
-    assert actual.shape == expected.shape, what
-    error = (actual - expected).abs().max() / expected.abs().max()
-    assert error <= RELATIVE, f"{what}: relative error {error:.2e}"
+BOTH_PATHS = pytest.mark.parametrize("fast_path", [True, False], ids=["fast", "plain"])
 
 
 def huggingface_name(name: str) -> str:
     return "score.weight" if name == "out_head.weight" else f"transformer.{name}"
 
 
+def count_forwards(classifier: Classifier) -> Counter[str]:
+    """How often Hugging Face's own forward of each block runs from now on, kept up to date."""
+    counts: Counter[str] = Counter()
+    for half in (classifier.prefix, classifier.suffix):
+        for number, block in half.h.items():
+            block.register_forward_hook(lambda *_, number=number: counts.update([number]))
+    return counts
+
+
 def check_parity(
-    reference: GPT2ForSequenceClassification, classifier: Classifier, batch: tuple[Tensor, Tensor]
+    reference: GPT2ForSequenceClassification, classifier: Classifier, batch: tuple[Tensor, Tensor], *, fast_path: bool
 ) -> None:
-    """Logits, loss and every gradient of the trainable part."""
+    """Logits, loss and every gradient of the trainable part, by the path that was asked for and no other."""
+    classifier.use_fast_path(fast_path)
+    forwards = count_forwards(classifier)
     tokens_BT, lengths_B = batch
     labels_B = torch.arange(len(lengths_B)) % NUM_CLASSES
     reference.zero_grad()
@@ -85,6 +50,8 @@ def check_parity(
     loss = functional.cross_entropy(logits_BC, labels_B)
     loss.backward()
 
+    frozen, trained = list(classifier.prefix.h), list(classifier.suffix.h)
+    assert forwards == Counter(trained[:-1] if fast_path else frozen + trained)
     assert_close(logits_BC.detach(), expected.logits.detach(), "logits")
     assert_close(loss.detach(), expected.loss.detach(), "loss")
     gradients = dict(reference.named_parameters())
@@ -103,14 +70,22 @@ def check_parity(
     assert all(weight.grad is None and not weight.requires_grad for weight in classifier.prefix.parameters())
 
 
+@BOTH_PATHS
 @pytest.mark.parametrize("trainable_blocks", [0, 1, 2, "all"])
 @pytest.mark.parametrize("pad_id", [0, 96], ids=["pad is end-of-text", "pad is a new last row"])
-def test_random_gpt2_equals_huggingface(trainable_blocks: int | str, pad_id: int) -> None:
+def test_random_gpt2_equals_huggingface(trainable_blocks: int | str, pad_id: int, fast_path: bool) -> None:
     reference = random_reference(pad_token_id=pad_id)
     batch = ragged_batch(list(range(1, 18)), low=1, high=96, pad_id=pad_id)
-    check_parity(reference, ours_like(reference, trainable_blocks), batch)
+    check_parity(reference, ours_like(reference, trainable_blocks), batch, fast_path=fast_path)
 
 
+SAME_FUNCTION: list[dict[str, object]] = [
+    {"reorder_and_upcast_attn": True},
+    {"activation_function": "gelu_pytorch_tanh"},
+]
+
+
+@BOTH_PATHS
 @pytest.mark.parametrize(
     "change",
     [
@@ -118,23 +93,37 @@ def test_random_gpt2_equals_huggingface(trainable_blocks: int | str, pad_id: int
         {"reorder_and_upcast_attn": True},
         {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
         {"scale_attn_weights": False},
+        {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
         {"n_inner": 40},
+        {"n_head": 1},
+        {"n_head": 24},
         {"activation_function": "relu"},
+        {"activation_function": "gelu"},
+        {"activation_function": "gelu_pytorch_tanh"},
+        {"activation_function": "quick_gelu"},
+        {"activation_function": "silu"},
         {"layer_norm_epsilon": 0.1},
     ],
     ids=str,
 )
-def test_every_shape_of_gpt2_equals_huggingface(change: dict[str, object]) -> None:
+def test_every_shape_of_gpt2_equals_huggingface(change: dict[str, object], fast_path: bool) -> None:
     """The reference computes attention step by step ('eager'), where Hugging Face honours all of these."""
     reference = random_reference(attention="eager", pad_token_id=0, **change)
     batch = ragged_batch([3, 1, 17, 9], low=1, high=97, pad_id=0)
-    check_parity(reference, ours_like(reference, 2), batch)
+    # With and without a block on top: the prefix's last block has a code path of its own where nothing is.
+    for trainable_blocks in (0, 2):
+        check_parity(reference, ours_like(reference, trainable_blocks), batch, fast_path=fast_path)
 
     ordinary = random_reference(attention="eager", pad_token_id=0)
-    if "n_inner" not in change and set(change) != {"reorder_and_upcast_attn"}:  # of other shape; same function in fp32
-        same_weights = ours_like(ordinary, 2)
-        difference = (same_weights.logits(*batch) - ours_like(reference, 2).logits(*batch)).abs().max()
-        assert difference > 1e-3, "the option made no difference, so the test could not see it ignored"
+    # Of other shape, or the same function in fp32.
+    if not (set(change) & {"n_inner"} or change in SAME_FUNCTION):
+        same_weights = ours_like(ordinary, 2, fast_path=fast_path)
+        changed = ours_like(reference, 2, fast_path=fast_path)
+        logits_BC = changed.logits(*batch)
+        difference = (same_weights.logits(*batch) - logits_BC).abs().max()
+        assert difference > 5 * RELATIVE * logits_BC.abs().max(), (
+            "the option made no difference, so the test could not see it ignored"
+        )
 
 
 TEXTS = [
@@ -146,8 +135,9 @@ TEXTS = [
 ]
 
 
+@BOTH_PATHS
 @pytest.mark.parametrize("pad_token", ["new", "eos"])
-def test_trained_gpt2_equals_huggingface(shared, pad_token: str) -> None:
+def test_trained_gpt2_equals_huggingface(shared, pad_token: str, fast_path: bool) -> None:
     checkpoint = shared / "checkpoints" / "gpt2-mini"
     tokenizer = load_tokenizer(str(checkpoint), revision=None, pad_token=pad_token)  # type: ignore[arg-type]
     reference = GPT2ForSequenceClassification.from_pretrained(checkpoint, num_labels=NUM_CLASSES, dtype=torch.float32)
@@ -165,13 +155,14 @@ def test_trained_gpt2_equals_huggingface(shared, pad_token: str) -> None:
         classifier = split(backbone, trainable_blocks=trainable_blocks, num_classes=NUM_CLASSES, seed=5)
         with torch.no_grad():
             reference.score.weight.copy_(classifier.suffix.out_head.weight)
-        check_parity(reference, classifier, (encoded["input_ids"], lengths_B))
+        check_parity(reference, classifier, (encoded["input_ids"], lengths_B), fast_path=fast_path)
 
 
+@BOTH_PATHS
 @pytest.mark.parametrize("trainable_blocks", [0, 1, "all"])
-def test_logits_depend_on_the_example_alone(trainable_blocks: int | str) -> None:
+def test_logits_depend_on_the_example_alone(trainable_blocks: int | str, fast_path: bool) -> None:
     """Not on batch mates, amount of padding or pad id, even where the text itself contains the pad id."""
-    classifier = ours_like(random_reference(), trainable_blocks)
+    classifier = ours_like(random_reference(), trainable_blocks, fast_path=fast_path)
     lengths = [1, 4, 11, 16, 7]
     tokens_BT, lengths_B = ragged_batch(lengths, low=1, high=97, pad_id=0)
     tokens_BT[1, 3] = tokens_BT[2, 5] = 0  # the pad id as last and as inner token of a text
@@ -204,42 +195,47 @@ def test_pooling_by_id_would_be_wrong() -> None:
     assert_close(by_length_BC[1], right_C, "the true last token")
 
 
-def test_dropout_is_active_in_the_suffix_only() -> None:
-    classifier = ours_like(random_reference(resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5), 2)
+@BOTH_PATHS
+def test_dropout_is_active_in_the_suffix_only(fast_path: bool) -> None:
+    reference = random_reference(resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5)
+    classifier = ours_like(reference, 2, fast_path=fast_path)
     tokens_BT, lengths_B = ragged_batch([5, 8], low=1, high=97, pad_id=0)
     whole = nn.ModuleList([classifier.prefix, classifier.suffix]).train()
     assert whole.training
     assert classifier.suffix.training
     assert not any(module.training for module in classifier.prefix.modules())
     assert sum(isinstance(module, nn.Dropout) for module in classifier.prefix.modules()) == 6
-    hidden_BTD = classifier.prefix(tokens_BT)
-    assert torch.equal(hidden_BTD, classifier.prefix(tokens_BT))
+    hidden_BTD = classifier.prefix.features(tokens_BT, lengths_B).hidden_BTD
+    assert torch.equal(hidden_BTD, classifier.prefix.features(tokens_BT, lengths_B).hidden_BTD)
     assert not torch.allclose(classifier.suffix(hidden_BTD, lengths_B), classifier.suffix(hidden_BTD, lengths_B))
     classifier.suffix.eval()
     assert torch.equal(classifier.suffix(hidden_BTD, lengths_B), classifier.suffix(hidden_BTD, lengths_B))
 
 
-def test_hidden_states_enter_autograd_as_a_constant() -> None:
+@BOTH_PATHS
+def test_hidden_states_enter_autograd_as_a_constant(fast_path: bool) -> None:
     """Not inference tensors: autograd refuses to save those for the backward pass of the suffix."""
-    classifier = ours_like(random_reference(), 1)
+    classifier = ours_like(random_reference(), 1, fast_path=fast_path)
     tokens_BT, lengths_B = ragged_batch([5, 8], low=1, high=97, pad_id=0)
-    hidden_BTD = classifier.prefix(tokens_BT)
+    hidden_BTD = classifier.prefix.features(tokens_BT, lengths_B).hidden_BTD
     assert not hidden_BTD.requires_grad
     assert not hidden_BTD.is_inference()
     classifier.suffix(hidden_BTD, lengths_B).sum().backward()
     assert classifier.suffix.h["3"].ln_1.weight.grad is not None
 
 
-def test_low_precision_prefix_leaves_residual_stream_and_logits_in_fp32() -> None:
+@BOTH_PATHS
+@pytest.mark.parametrize("trainable_blocks", [0, 1])
+def test_low_precision_prefix_leaves_residual_stream_and_logits_in_fp32(trainable_blocks: int, fast_path: bool) -> None:
     """bf16 features and bf16 autocast, as on a GPU: within bf16's rounding of fp32, and the logits themselves not rounded."""
-    classifier = ours_like(random_reference(), 1)
+    classifier = ours_like(random_reference(), trainable_blocks, fast_path=fast_path)
     tokens_BT, lengths_B = ragged_batch([5, 8, 3, 9], low=1, high=97, pad_id=0)
     exact_BC = classifier.logits(tokens_BT, lengths_B).detach()
     classifier.prefix.to(torch.bfloat16)
-    hidden_BTD = classifier.prefix(tokens_BT)
-    assert hidden_BTD.dtype == torch.bfloat16
+    features = classifier.prefix.features(tokens_BT, lengths_B)
+    assert features.hidden_BTD.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
-        logits_BC = classifier.suffix(hidden_BTD, lengths_B)
+        logits_BC = classifier.suffix(*features)
     assert logits_BC.dtype == torch.float32
     assert not torch.equal(logits_BC, logits_BC.bfloat16().float())
     assert (logits_BC - exact_BC).abs().max() < 0.05 * exact_BC.abs().max()

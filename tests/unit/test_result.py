@@ -37,6 +37,8 @@ def a_result() -> Result:
         seconds=Seconds(total=6.0, setup=1.0, tokenize=1.0, prefix=1.0, train=2.0, eval=1.0),
         tokens_per_second=1234.5,
         peak_memory_bytes=1 << 30,
+        feature_cache="host",
+        feature_cache_bytes=9_600_000_000,
         versions={"torch": "2.13.0"},
         fingerprints={"config": "abc"},
     )
@@ -48,7 +50,8 @@ def test_result_has_the_promised_keys(tmp_path: Path) -> None:
     assert isinstance(found, dict)
     assert list(found) == [
         "splits", "num_steps", "num_ranks", "global_batch_size", "global_token_budget", "padding_efficiency",
-        "critical_path_efficiency", "rank_balance", "seconds", "tokens_per_second", "peak_memory_bytes", "versions",
+        "critical_path_efficiency", "rank_balance", "seconds", "tokens_per_second", "peak_memory_bytes",
+        "feature_cache", "feature_cache_bytes", "versions",
         "fingerprints",
     ]  # fmt: skip
     assert found["splits"] == {
