@@ -95,6 +95,8 @@ class FeatureCache:
                 break
             place = self.choice.place
             self._failed.add(place)
+            for file in self._files.values():
+                file.close()
             self._kept, self._files = {}, {}
             self.choice = self._choose()
             emit(
