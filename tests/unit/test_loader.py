@@ -8,7 +8,9 @@ import torch
 from toy import toy_split
 
 from agnews_dist.data.batching import PlanSettings, plan
+from agnews_dist.data.calls import round_robin
 from agnews_dist.data.loader import TokenTable, TrainLoader
+from agnews_dist.data.sharing import efficiency
 from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.errors import UserError
 from agnews_dist.world import World
@@ -76,6 +78,42 @@ def test_ranks_take_the_same_number_of_micro_batches_and_together_each_example_o
         num_fillers += sum(batch.weights_B.tolist() == [0] for batch in micro_batches)
         assert sum(float(batch.weights_B.sum()) for batch in micro_batches) == len(counted)
     assert (num_fillers > 0) == (num_ranks > 1), "the cases are with and without ranks that have nothing to do"
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, global_token_budget=70)], ids=["examples", "tokens"])
+@pytest.mark.parametrize(("num_examples", "num_ranks"), [(37, 1), (37, 3), (37, 16), (3, 5)])
+def test_ranks_that_hold_a_part_of_the_texts_take_their_own_of_the_same_global_batches(
+    num_examples, num_ranks, settings
+):
+    lengths = random_lengths(num_examples)
+    epoch = plan(np.array(lengths), settings, epoch=1)
+    of_ranks = loaders(lengths, num_ranks, settings)
+    owner_N = round_robin(np.array(lengths), num_ranks)
+    for loader in of_ranks:
+        loader.owner_N = owner_N
+    by_rank = [list(loader.steps(1)) for loader in of_ranks]
+    assert {len(steps) for steps in by_rank} == {epoch.num_steps}
+    for step, dealt in enumerate(zip(*by_rank, strict=True)):
+        assert len({len(batches.micro_batches) for batches in dealt}) == 1
+        for rank, batches in enumerate(dealt):
+            ids = [row for batch in batches.micro_batches for row in batch.ids_B[batch.weights_B > 0].tolist()]
+            assert sorted(ids) == sorted(row for row in epoch.global_batch(step).tolist() if owner_N[row] == rank)
+            assert batches.num_examples == len(epoch.global_batch(step))
+            tokens = [batch.tokens_BT.numel() for batch in batches.micro_batches]
+            assert batches.share.tokens_MR[:, rank].tolist() == tokens
+            assert max(tokens) <= 40
+
+
+def test_who_holds_what_shows_in_the_forecast_and_in_the_largest_step():
+    """Unequal shares: what the header promises is what will be run."""
+    lengths = random_lengths(300)
+    (evenly, other) = loaders(lengths, 2, SETTINGS, max_tokens_per_rank=1000)
+    expected = evenly.expected_efficiency()
+    other.owner_N = np.zeros(300, np.int64)
+    found = other.expected_efficiency()
+    assert found == efficiency(batches.share for batches in other.steps(0))
+    assert found.rank_balance < 0.55 < 0.9 < expected.rank_balance
+    assert other.largest_step(0).share.tokens_MR.max() > 1.5 * evenly.largest_step(0).share.tokens_MR.max()
 
 
 def test_every_epoch_is_counted_with_its_own_number_of_steps():

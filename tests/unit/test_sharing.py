@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from agnews_dist.data.batching import Ints, PlanSettings, plan
-from agnews_dist.data.sharing import Efficiency, Share, efficiency, plan_evaluation, quadratic_weight, share
+from agnews_dist.data.calls import round_robin
+from agnews_dist.data.sharing import (
+    Efficiency,
+    Share,
+    efficiency,
+    plan_evaluation,
+    quadratic_weight,
+    share,
+    share_by_owner,
+)
 from agnews_dist.errors import UserError
 
 Dealer = Callable[..., Share]
@@ -347,6 +356,102 @@ def test_efficiency_by_hand():
     shares = [share(np.array([9, 8, 6, 5, 4]), num_ranks=2), share(np.array([4]), num_ranks=2)]
     assert efficiency(shares) == Efficiency(padding=36 / 41, critical_path=36 / 44, rank_balance=41 / 44)
     assert efficiency([]) == Efficiency(1.0, 1.0, 1.0)
+
+
+# Shares of ranks that each hold a part of the rows
+
+
+def check_owned(
+    dealer: Callable[..., tuple[Ints, Share]], lengths_B: Ints, owner_B: Ints, num_ranks: int, limit: int
+) -> Share:
+    order_B, found = dealer(lengths_B, owner_B, num_ranks=num_ranks, max_tokens_per_rank=limit, quadratic=GPT2_SMALL)
+    assert sorted(order_B.tolist()) == list(range(len(lengths_B)))
+    slices_RM = [[order_B[rows] for rows in found.slices(rank)] for rank in range(num_ranks)]
+    assert {len(slices) for slices in slices_RM} == {found.num_micro_batches}, "as many micro-batches on every rank"
+    for rank, slices in enumerate(slices_RM):
+        rows = np.concatenate([NONE, *slices])
+        assert sorted(rows.tolist()) == np.flatnonzero(owner_B == rank).tolist(), "every row once, by who holds it"
+        assert all((np.diff(lengths_B[part]) <= 0).all() for part in slices), "longest first"
+    tokens_RM = [[max(1, len(part) * max(lengths_B[part], default=0)) for part in slices] for slices in slices_RM]
+    assert found.tokens_MR.T.tolist() == tokens_RM
+    assert max(map(max, tokens_RM)) <= limit
+    assert (found.num_real_tokens, found.num_padded_tokens) == (lengths_B.sum(), sum(map(sum, tokens_RM)))
+    assert found.critical_tokens == max(map(sum, tokens_RM))
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(LENGTHS, st.integers(1, 6), st.integers(300, 3000), st.randoms(use_true_random=False))
+def test_every_row_is_computed_once_by_the_rank_that_holds_it(lengths_B, num_ranks, limit, random):
+    owner_B = np.array([random.randrange(num_ranks) for _ in lengths_B], np.int64)
+    found = check_owned(share_by_owner, lengths_B, owner_B, num_ranks, limit)
+    alone = [
+        share(lengths_B[owner_B == rank], num_ranks=1, max_tokens_per_rank=limit, quadratic=GPT2_SMALL)
+        for rank in range(num_ranks)
+    ]
+    assert found.num_micro_batches == max(each.num_micro_batches for each in alone), (
+        "no more than the fullest rank needs"
+    )
+
+
+@pytest.mark.parametrize("limit", [30, 45, 1_000])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_owned_rows_of_a_grid(num_ranks, limit):
+    """All rows of one owner, none of some, each of another, evenly: with and without several micro-batches."""
+    for num_rows in (0, 1, 2, 7, 40):
+        lengths_B = np.sort(np.random.default_rng(num_rows).integers(1, 31, num_rows))[::-1]
+        everything = np.arange(num_rows)
+        for owner_B in (
+            np.zeros(num_rows, np.int64),
+            np.full(num_rows, num_ranks - 1),
+            everything % num_ranks,
+            everything * num_ranks // max(num_rows, 1),
+            round_robin(lengths_B, num_ranks),
+        ):
+            check_owned(share_by_owner, lengths_B, owner_B, num_ranks, limit)
+
+
+def by_cost_whoever_holds_it(lengths_B: Ints, owner_B: Ints, **options: Any) -> tuple[Ints, Share]:
+    return np.arange(len(lengths_B)), share(lengths_B, **options)
+
+
+def beyond_the_limit(lengths_B: Ints, owner_B: Ints, *, max_tokens_per_rank: int, **options: Any) -> tuple[Ints, Share]:
+    return share_by_owner(lengths_B, owner_B, max_tokens_per_rank=10**6, **options)
+
+
+def in_the_batchs_order(lengths_B: Ints, owner_B: Ints, **options: Any) -> tuple[Ints, Share]:
+    return np.arange(len(lengths_B)), share_by_owner(lengths_B, owner_B, **options)[1]
+
+
+def losing_a_micro_batch(lengths_B: Ints, owner_B: Ints, **options: Any) -> tuple[Ints, Share]:
+    order_B, found = share_by_owner(lengths_B, owner_B, **options)
+    return order_B, replace(found, slice_MR=found.slice_MR[:-1], tokens_MR=found.tokens_MR[:-1])
+
+
+@pytest.mark.parametrize(
+    "broken", [by_cost_whoever_holds_it, beyond_the_limit, in_the_batchs_order, losing_a_micro_batch]
+)
+def test_shares_that_ignore_the_owner_or_the_limit_do_not_pass(broken):
+    lengths_B, owner_B = np.array([9, 8, 5, 5, 2, 1]), np.array([1, 1, 1, 0, 1, 0])
+    found = check_owned(share_by_owner, lengths_B, owner_B, 2, 12)
+    assert found.num_micro_batches == 3, "the fullest rank has 9, 8 + ... and needs three, the other has fillers"
+    with pytest.raises(AssertionError):
+        check_owned(broken, lengths_B, owner_B, 2, 12)
+
+
+def test_figures_of_owned_rows_by_hand():
+    # Rank 1 holds 9, 8 and 2, rank 0 the 5: 9 x 3 tokens against 5, the slowest rank twice over.
+    order_B, found = share_by_owner(
+        np.array([9, 8, 5, 2]), np.array([1, 1, 0, 1]), num_ranks=2, max_tokens_per_rank=100
+    )
+    assert order_B.tolist() == [2, 0, 1, 3]
+    assert found.tokens_MR.tolist() == [[5, 27]]
+    assert efficiency([found]) == Efficiency(padding=24 / 32, critical_path=24 / 54, rank_balance=32 / 54)
+
+
+def test_an_owners_row_above_the_limit_is_refused():
+    with pytest.raises(UserError, match=r"^max_tokens_per_rank 8 is below the longest text \(9 tokens\): .*Raise it"):
+        share_by_owner(np.array([9, 1]), np.array([1, 0]), num_ranks=2, max_tokens_per_rank=8)
 
 
 # Bad input

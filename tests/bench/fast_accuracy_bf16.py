@@ -1,0 +1,148 @@
+"""Features in bf16 against features in fp32, with the package's own parts: a trained suffix on both, and training on both."""
+
+import copy
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from agnews_dist.batch import Batch
+from agnews_dist.clock import Clock
+from agnews_dist.config import Config, DataConfig, EngineConfig, ModelConfig
+from agnews_dist.data.calls import lay_out
+from agnews_dist.data.loader import TokenTable, TrainLoader
+from agnews_dist.data.sharing import quadratic_weight
+from agnews_dist.engine import Engine
+from agnews_dist.events import silent
+from agnews_dist.features.compute import SplitFeatures
+from agnews_dist.features.source import KeptFeatures
+from agnews_dist.metrics import in_file_order
+from agnews_dist.model.export import load_classifier
+from agnews_dist.model.prefix import Features, FeatureSource
+from agnews_dist.optim import build_optimizer, learning_rate, set_lr
+from agnews_dist.outcome import fingerprint_of
+from agnews_dist.scoring import rank_logits, score_split, scoring_batches
+from agnews_dist.sources import Sources, load_sources, open_features, plan_settings
+from agnews_dist.step import train_step
+from agnews_dist.world import World
+
+Kind = Literal["fp32", "stored", "computed"]
+
+
+class Rows:
+    """The shared rows and their fp32 features, which a former run of `agnews_dist.train` left on disk."""
+
+    def __init__(self, shared: Path, output: Path) -> None:
+        torch.set_num_threads(1)
+        self._config = Config(
+            data=DataConfig(source=str(shared / "data" / "ag_news"), cache_dir=str(output / "cache")),
+            model=ModelConfig(name=str(shared / "checkpoints" / "gpt2-mini")),
+            engine=EngineConfig(feature_cache="disk"),
+        )
+        self._engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=600)
+        sources = self._sources(0)
+        self._prefix = sources.classifier.prefix
+        self._tables = {
+            name: TokenTable(split, pad_id=sources.pad_id, device=self._engine.device)
+            for name, split in sources.store.splits.items()
+        }
+        weights = fingerprint_of(sources.classifier.frozen_state)
+        self._cache = open_features(self._config, sources, self._tables, self._engine, weights)
+        self._cache.build(silent)
+        assert self._cache.choice.place == "disk"
+
+    def compare(self, run: Path, kind: Kind, split: str) -> dict[str, Any]:
+        """A run's trained suffix on features of `kind` and on fp32 ones."""
+        classifier, _, class_names, _ = load_classifier(str(run))
+        table, logits = self._tables[split], []
+        for features in (self.features("fp32", split), self.features(kind, split)):
+            ids_N, logits_NC = rank_logits(
+                classifier, table, self._engine, num_classes=len(class_names), features=features
+            )
+            logits.append(logits_NC[in_file_order(ids_N, len(table))])
+        gaps_NC = abs(logits[1] - logits[0])
+        first_N, second_N = (found.argmax(axis=1) for found in logits)
+        return {
+            "num_rows": len(table),
+            "largest_logit_difference": float(gaps_NC.max()),
+            "mean_logit_difference": float(gaps_NC.mean()),
+            "logit_deviation": float(logits[0].std()),
+            "flipped": int((first_N != second_N).sum()),
+            "accuracy_fp32": float((first_N == table.labels_N).mean()),
+            "accuracy": float((second_N == table.labels_N).mean()),
+        }
+
+    def train(self, kind: Kind, seed: int) -> dict[str, Any]:
+        """The training of `agnews_dist.train` at its defaults, on features of `kind`; scored on the same kind."""
+        start = time.perf_counter()
+        classifier, optim = self._sources(seed).classifier, self._config.optim
+        loader = TrainLoader(
+            self._tables["train"],
+            World(),
+            plan_settings(self._config.batch, seed),
+            max_tokens_per_rank=self._config.batch.max_tokens_per_rank,
+            quadratic=quadratic_weight(classifier.config.n_embd),
+            max_length=self._config.data.max_length,
+        )
+        features = {split: self.features(kind, split) for split in ("train", "validation")}
+        torch.manual_seed(seed)
+        wrapped = self._engine.prepare(classifier.suffix)
+        optimizer = build_optimizer(wrapped, lr=optim.lr, weight_decay=optim.weight_decay)
+        num_steps, step, scores = loader.num_steps(optim.epochs), 0, []
+        for epoch in range(optim.epochs):
+            classifier.suffix.train()
+            for batches in loader.steps(epoch):
+                lr = learning_rate(
+                    step,
+                    num_steps=num_steps,
+                    peak=optim.lr,
+                    warmup_ratio=optim.warmup_ratio,
+                    schedule=optim.schedule,
+                )
+                set_lr(optimizer, lr)
+                train_step(
+                    self._engine, features["train"], wrapped, optimizer, batches, max_grad_norm=optim.max_grad_norm
+                )
+                step += 1
+            scored = score_split(
+                classifier, self._tables["validation"], self._engine, num_classes=4, features=features["validation"]
+            )
+            scores.append(scored.scores)
+        return {
+            "accuracy": [found.accuracy for found in scores],
+            "loss": [round(found.loss, 6) for found in scores],
+            "predictions": "".join(map(str, scored.predictions_N)),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+
+    def features(self, kind: Kind, split: str) -> FeatureSource:
+        """Of a split: as kept, rounded to bf16 (which is what storing them so would do), or computed in bf16."""
+        kept = self._cache.source(split)
+        if kind == "fp32":
+            return kept
+        return self._computed_in_bf16(split) if kind == "computed" else lambda batch: rounded(kept, batch)
+
+    def _computed_in_bf16(self, split: str) -> KeptFeatures:
+        """Weights, activations and rows in bf16, as on a GPU; for a split that is scored."""
+        prefix, table = copy.deepcopy(self._prefix).bfloat16(), self._tables[split]
+        layout = lay_out(
+            table.lengths_N,
+            scoring_batches(table),
+            call_tokens=prefix.call_tokens,
+            row_bytes=prefix.row_bytes,
+        )
+        computing = SplitFeatures(prefix, table, layout)
+        rows = computing.in_memory(torch.device("cpu"), computing.segment, lambda segment: None)
+        return KeptFeatures(rows, layout)
+
+    def _sources(self, seed: int) -> Sources:
+        clock = Clock(time.perf_counter())
+        data, model = self._config.data, self._config.model
+        return load_sources(data, model, seed=seed, emit=silent, clock=clock, world=World())
+
+
+def rounded(kept: FeatureSource, batch: Batch) -> Features:
+    """Features rounded to bf16."""
+    hidden_BTD, lengths_B = kept(batch)
+    return Features(hidden_BTD.bfloat16(), lengths_B)

@@ -1,0 +1,105 @@
+"""Real processes that know nothing of each other build, lose and finish one feature file."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from feature_builder import expected, feature_file
+from launching import REPOSITORY
+
+NUM_SEGMENTS = 40
+
+
+def start(directory: Path, log: Path, *, seconds: float = 0.02, threads: int = 1) -> subprocess.Popen[str]:
+    arguments = [str(directory), str(NUM_SEGMENTS), str(seconds), str(threads), str(log)]
+    return subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "tests" / "ranks" / "feature_builder.py"), *arguments],
+        env=os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests' / 'ranks'}", "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(builder: subprocess.Popen[str]) -> None:
+    _, said = builder.communicate(timeout=60)
+    assert builder.returncode == 0, said
+
+
+def computed(log: Path) -> list[tuple[int, int]]:
+    """(pid, segment) in order."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [(int(pid), int(segment)) for pid, segment in map(str.split, lines)]
+
+
+def wait_for(log: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(computed(log)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def assert_right(directory: Path) -> None:
+    file = feature_file(directory, NUM_SEGMENTS)
+    assert file.is_complete
+    assert torch.equal(file.rows(), expected(NUM_SEGMENTS))
+    assert all(file.read(segment) is not None for segment in range(NUM_SEGMENTS)), "as its checksum says"
+    file.close()
+
+
+@pytest.mark.parametrize(("num_builders", "threads"), [(1, 3), (3, 1), (2, 2)])
+def test_builders_at_once_share_the_work(tmp_path, num_builders, threads):
+    directory, log = tmp_path / ("a" * 64), tmp_path / "log"
+    builders = [start(directory, log, seconds=0.05, threads=threads) for _ in range(num_builders)]
+    for builder in builders:
+        finish(builder)
+    assert_right(directory)
+    found = computed(log)
+    assert Counter(segment for _, segment in found) == Counter(range(NUM_SEGMENTS)), "each segment by one of them"
+    if num_builders > 1:
+        assert len({pid for pid, _ in found}) == num_builders, "nobody was idle"
+
+
+def test_a_killed_builder_loses_no_finished_segment(tmp_path):
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    directory, log = tmp_path / ("a" * 64), tmp_path / "log"
+    num_kills = 5
+    for _ in range(num_kills):
+        builder = start(directory, log)
+        wait_for(log, len(computed(log)) + chance.randint(1, 5))
+        time.sleep(chance.random() * 0.03)
+        builder.send_signal(signal.SIGKILL)
+        builder.communicate()
+    before = computed(log)
+    assert not feature_file(directory, NUM_SEGMENTS).is_complete, "killed before the end"
+    finish(start(directory, log))
+    assert_right(directory)
+    again = Counter(segment for _, segment in computed(log))
+    assert set(again) == set(range(NUM_SEGMENTS))
+    # At most the one that was being written when the kill came.
+    assert sum(again.values()) - NUM_SEGMENTS <= num_kills
+    assert len(before) > num_kills
+
+
+def test_a_killed_builders_segment_is_taken_over_by_a_living_one(tmp_path):
+    directory, log = tmp_path / ("a" * 64), tmp_path / "log"
+    stuck = start(directory, log, seconds=1000)
+    while not (directory / "marks" / "00000").exists():
+        time.sleep(0.01)
+    living = start(directory, log)
+    wait_for(log, NUM_SEGMENTS - 1)
+    time.sleep(0.3)
+    assert living.poll() is None, "it waits for the segment that the other has"
+    assert not feature_file(directory, NUM_SEGMENTS).is_complete
+    stuck.kill()
+    stuck.communicate()
+    finish(living)
+    assert_right(directory)
