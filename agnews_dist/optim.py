@@ -13,8 +13,8 @@ def build_optimizer(module: nn.Module, *, lr: float, weight_decay: float) -> tor
     matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
     vectors = [parameter for parameter in trainable if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    on_cuda = all(parameter.is_cuda for parameter in trainable)
-    return torch.optim.AdamW(groups, lr=lr, fused=on_cuda)
+    # One pass over memory for weights and both moments; with cached features the update is most of a step on a CPU.
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

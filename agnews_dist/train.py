@@ -44,7 +44,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.report.runlog import RunLog
     from agnews_dist.report.sinks import Sinks
     from agnews_dist.rundir import Claim, run_name
-    from agnews_dist.scoring import score_split
+    from agnews_dist.scoring import ScoredSplit, score_split
     from agnews_dist.sources import Sources, load_sources, open_features, place, plan_settings, start_engine
     from agnews_dist.step import train_step
 
@@ -128,6 +128,13 @@ def run(world: World, loaded: cli.Loaded) -> None:
             features.build(emit)
         built_seconds, loader.owner_N = clock.seconds["prefix"], features.owner_N
         embed = TimedFeatures(features.source("train"), engine)
+
+        def score(name: str) -> ScoredSplit:
+            with clock.stage("eval"):
+                return score_split(
+                    classifier, tables[name], engine, num_classes=num_classes, features=features.source(name)
+                )
+
         best, totals, step = BestEpoch(classifier.suffix), RunningTotals(built_seconds), 0
         with profiling(
             config.run.profile and world.is_main, directory, device=engine.device, num_steps=num_steps, emit=emit
@@ -163,14 +170,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
                         )
                     )
                     profiler.step()
-                with clock.stage("eval"):
-                    validation = score_split(
-                        classifier,
-                        tables["validation"],
-                        engine,
-                        num_classes=num_classes,
-                        features=features.source("validation"),
-                    )
+                validation = score("validation")
                 emit(validation.event("validation", epoch + 1, sources.store.class_names))
                 best.offer(epoch + 1, validation)
                 clock.seconds["train"], clock.seconds["prefix"] = totals.seconds, built_seconds + embed.seconds()
@@ -178,10 +178,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
         best.restore()
         scored = {"validation": best.scored}
         if "test" in tables:
-            with clock.stage("eval"):
-                scored["test"] = score_split(
-                    classifier, tables["test"], engine, num_classes=num_classes, features=features.source("test")
-                )
+            scored["test"] = score("test")
             emit(scored["test"].event("test", best.epoch, sources.store.class_names))
         finish(
             config,

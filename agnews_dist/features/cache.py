@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from agnews_dist import collectives
 from agnews_dist.data.batching import Ints
@@ -18,7 +17,7 @@ from agnews_dist.engine import Engine
 from agnews_dist.events import Emit, Warned
 from agnews_dist.features import room
 from agnews_dist.features.choice import Choice, Place, Room, Wanted, choose
-from agnews_dist.features.compute import Meter, SplitFeatures
+from agnews_dist.features.compute import Meter, SplitFeatures, count, read_or_compute
 from agnews_dist.features.files import FeatureFile
 from agnews_dist.features.keys import features_key
 from agnews_dist.features.shelf import make_room, remove
@@ -183,21 +182,30 @@ class FeatureCache:
             OSError: a file cannot be written.
         """
         place, world = self.choice.place, self._world
-        for name in self._names(place):
-            split = self._split(name, divided=self._is_divided)
+        splits = {name: self._split(name, divided=self._is_divided) for name in self._names(place)}
+        found = {name: file.found for name, file in self._files.items()}
+        meter = Meter(
+            emit,
+            sum(split.num_tokens for split in splits.values()),
+            sum(splits[name].segment_tokens(segment) for name, segments in found.items() for segment in segments),
+        )
+        pieces: list[Callable[[], None]] = []
+        for name, split in splits.items():
             former = None if self._is_divided or place == "disk" else self._file(name)
-            found = self._files[name].found if name in self._files else ()
-            meter = Meter(split, emit, found)
-            rows_of = partial(_read_or_compute, split, former)
-
+            rows_of = partial(read_or_compute, split, former)
+            done = partial(count, split, found.get(name, frozenset()), meter)
             if name in self._files:
                 file = self._files[name]
                 file.allocate()
-                work = file.worker(rows_of, rank=world.local_rank, num_ranks=world.ranks_per_node, done=meter.add)
+                work = file.worker(rows_of, rank=world.local_rank, num_ranks=world.ranks_per_node, done=done)
                 side_by_side([work] * torch.get_num_threads(), self._engine.device)
             else:
                 device = self._engine.device if place == "device" else torch.device("cpu")
-                self._kept[name] = KeptFeatures(split.in_memory(device, rows_of, meter.add), split.layout)
+                rows, filling = split.in_memory(device, rows_of, done)
+                self._kept[name] = KeptFeatures(rows, split.layout)
+                pieces += filling
+        # All splits at once: no thread waits for the last segment of one.
+        side_by_side(pieces, self._engine.device)
 
     def _open(self) -> None:
         """Map what all ranks have filled."""
@@ -265,12 +273,6 @@ class FeatureCache:
                 "tokens": split.num_tokens,
             },
         )
-
-
-def _read_or_compute(split: SplitFeatures, former: FeatureFile | None, segment: int) -> Tensor:
-    """A segment's rows, from a file of a former run or try if they are whole there."""
-    found = former.read(segment) if former is not None else None
-    return split.segment(segment) if found is None else found
 
 
 def shared_directory(name: str, *, sweep: bool) -> Path:

@@ -1,7 +1,7 @@
 """The features of one split, computed segment by segment: in this process's memory, or into a file that processes share."""
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 from agnews_dist.data.calls import Layout
 from agnews_dist.data.loader import TokenTable
 from agnews_dist.events import Emit, Progress
+from agnews_dist.features.files import FeatureFile
 from agnews_dist.model.prefix import Prefix
-from agnews_dist.model.side_by_side import side_by_side
 
 
 class SplitFeatures:
@@ -45,8 +45,13 @@ class SplitFeatures:
         """Tokens that go into it."""
         return sum(int(self._table.lengths_N[ids].sum()) for ids in self.layout.calls(number))
 
-    def in_memory(self, device: torch.device, rows_of: Callable[[int], Tensor], done: Callable[[int], None]) -> Tensor:
-        """All rows on `device`; `rows_of` gives a segment's, `done` hears of each segment."""
+    def in_memory(
+        self, device: torch.device, rows_of: Callable[[int], Tensor], done: Callable[[int], None]
+    ) -> tuple[Tensor, list[Callable[[], None]]]:
+        """Room for all rows on `device`, and the pieces of work that fill it, a segment each.
+
+        `rows_of` gives a segment's rows, `done` hears of each segment.
+        """
         rows = torch.empty(self.layout.num_rows, self.width, dtype=self.dtype, device=device)
         bounds_S = self.layout.bounds_S
 
@@ -54,33 +59,32 @@ class SplitFeatures:
             rows[bounds_S[segment] : bounds_S[segment + 1]] = rows_of(segment)
             done(segment)
 
-        side_by_side([partial(fill, segment) for segment in range(self.layout.num_segments)], self.device)
-        return rows
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self._prefix.wte.weight.device
+        return rows, [partial(fill, segment) for segment in range(self.layout.num_segments)]
 
 
 class Meter:
-    """Progress of one split in tokens; segments may end in any thread."""
+    """Progress of the frozen part over all splits, in tokens; segments may end in any thread."""
 
-    def __init__(self, split: SplitFeatures, emit: Emit, found: Collection[int] = ()) -> None:
-        """`found`: segments that were there before; they are no part of the rate."""
-        self._split, self._emit, self._found = split, emit, found
-        self._done = sum(map(split.segment_tokens, found))
+    def __init__(self, emit: Emit, total: int, found: int) -> None:
+        """`found`: tokens of what was there before, which is no part of the rate."""
+        self._emit, self._total, self._done = emit, total, found
         self._lock = threading.Lock()
-        self._show()
+        self.add(0)
 
-    def add(self, segment: int) -> None:
-        """One more segment is there."""
-        if segment in self._found:
-            return
+    def add(self, num_tokens: int) -> None:
+        """So many more are there."""
         with self._lock:
-            self._done += self._split.segment_tokens(segment)
-            self._show()
+            self._done += num_tokens
+            self._emit(Progress(task="frozen part", done=self._done, total=self._total, unit="tokens"))
 
-    def _show(self) -> None:
-        task, total = f"frozen part of {self._split.name}", self._split.num_tokens
-        self._emit(Progress(task=task, done=self._done, total=total, unit="tokens"))
+
+def read_or_compute(split: SplitFeatures, former: FeatureFile | None, segment: int) -> Tensor:
+    """A segment's rows, from a file of a former run or try if they are whole there."""
+    found = former.read(segment) if former is not None else None
+    return split.segment(segment) if found is None else found
+
+
+def count(split: SplitFeatures, found: frozenset[int], meter: Meter, segment: int) -> None:
+    """Tell the meter of a segment that was not there before."""
+    if segment not in found:
+        meter.add(split.segment_tokens(segment))

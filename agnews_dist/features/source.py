@@ -19,6 +19,7 @@ class KeptFeatures:
         begin_N = np.where(layout.begin_N < 0, layout.num_rows, layout.begin_N)
         self._begin_N = torch.from_numpy(begin_N).to(rows.device)
         self._rows_N = torch.from_numpy(np.array(layout.rows_N)).to(rows.device)
+        self._one_row_per_text = bool((layout.rows_N == 1).all())
 
     def __call__(self, batch: Batch) -> Features:
         """The features of `batch.ids_B`; a filler row gets the first text's, whose weight is 0."""
@@ -31,7 +32,9 @@ class KeptFeatures:
         is_filler_B = ids_B < 0
         begin_B = self._begin_N[ids_B].masked_fill(is_filler_B, 0)
         lengths_B = self._rows_N[ids_B].masked_fill(is_filler_B, 1)
-        column_T = torch.arange(int(lengths_B.max()), device=device)
+        # From the shape, not from the lengths: those are on the device, which would have to be waited for.
+        num_columns = 1 if self._one_row_per_text else batch.tokens_BT.shape[1]
+        column_T = torch.arange(num_columns, device=device)
         index_BT = torch.where(column_T < lengths_B[:, None], begin_B[:, None] + column_T, 0)
         hidden_BTD = self._rows[index_BT]
         return Features(hidden_BTD.to(batch.ids_B.device), lengths_B.to(batch.ids_B.device))

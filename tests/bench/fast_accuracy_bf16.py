@@ -20,6 +20,7 @@ from agnews_dist.features.source import KeptFeatures
 from agnews_dist.metrics import in_file_order
 from agnews_dist.model.export import load_classifier
 from agnews_dist.model.prefix import Features, FeatureSource
+from agnews_dist.model.side_by_side import side_by_side
 from agnews_dist.optim import build_optimizer, learning_rate, set_lr
 from agnews_dist.outcome import fingerprint_of
 from agnews_dist.scoring import rank_logits, score_split, scoring_batches
@@ -133,7 +134,8 @@ class Rows:
             row_bytes=prefix.row_bytes,
         )
         computing = SplitFeatures(prefix, table, layout)
-        rows = computing.in_memory(torch.device("cpu"), computing.segment, lambda segment: None)
+        rows, pieces = computing.in_memory(torch.device("cpu"), computing.segment, lambda segment: None)
+        side_by_side(pieces, torch.device("cpu"))
         return KeptFeatures(rows, layout)
 
     def _sources(self, seed: int) -> Sources:

@@ -1,7 +1,7 @@
 """Run by test_feature_builders.py: builds one feature file of known rows, slowly, and says what it computed.
 
-Arguments: directory, number of segments, seconds per segment, threads, log file. Every segment that is computed is a line in the
-log: `<pid> <segment>`.
+Arguments: directory, number of segments, seconds per segment, threads, log file. Every segment that is computed is a line in
+the log: `<pid> <segment>`.
 """
 
 import os

@@ -22,6 +22,7 @@ from agnews_dist.features.source import KeptFeatures
 from agnews_dist.model import prefix as prefix_module
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Prefix, computed
+from agnews_dist.model.side_by_side import side_by_side
 from agnews_dist.scoring import scoring_batches
 from agnews_dist.world import World
 
@@ -54,7 +55,9 @@ def features_of(prefix: Prefix, table: TokenTable, groups: list[Ints]) -> SplitF
 
 
 def kept(split: SplitFeatures) -> KeptFeatures:
-    return KeptFeatures(split.in_memory(CPU, split.segment, lambda _: None), split.layout)
+    rows, pieces = split.in_memory(CPU, split.segment, lambda _: None)
+    side_by_side(pieces, CPU)
+    return KeptFeatures(rows, split.layout)
 
 
 def real(found: Any) -> list[list[list[float]]]:
@@ -242,16 +245,19 @@ def test_a_cache_scores_with_the_bits_of_no_cache(tmp_path, wanted):
         assert real(found) == real(expected)
 
 
-def test_progress_reaches_its_end_in_tokens(tmp_path):
-    events: list[Event] = []
-    open_cache(toy_classifier(), tmp_path, "disk").build(events.append)
-    told = [event for event in events if isinstance(event, Progress)]
-    for name in ("train", "validation", "test"):
-        of_split = [event for event in told if event.task.endswith(name)]
-        done = [event.done for event in of_split]
+def test_progress_reaches_its_end_in_tokens_and_counts_only_what_is_done(tmp_path):
+    num_tokens = 0
+    for is_there in (False, True):
+        events: list[Event] = []
+        cache = open_cache(toy_classifier(), tmp_path, "disk")
+        cache.build(events.append)
+        told = [event for event in events if isinstance(event, Progress)]
+        done = [event.done for event in told]
+        num_tokens = num_tokens or told[0].total
         assert done == sorted(done)
-        assert (done[0], done[-1]) == (0, of_split[0].total)
-        assert {event.unit for event in of_split} == {"tokens"}
+        # What a former run left is no part of the rate.
+        assert (done[0], done[-1]) == (num_tokens if is_there else 0, num_tokens)
+        assert {(event.total, event.unit) for event in told} == {(num_tokens, "tokens")}
 
 
 def test_what_fails_while_it_is_made_goes_and_the_run_goes_on(tmp_path, monkeypatch):

@@ -1,0 +1,114 @@
+"""Run under torchrun by test_feature_training.py: AdamW on features kept in each place; weights, logits and facts saved."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from toy import CLASSES, toy_classifier, toy_split
+
+from agnews_dist import collectives, scoring
+from agnews_dist.data.batching import PlanSettings
+from agnews_dist.data.loader import TokenTable, TrainLoader
+from agnews_dist.engine import Engine
+from agnews_dist.events import Event, Warned
+from agnews_dist.features.cache import FeatureCache
+from agnews_dist.features.compute import SplitFeatures
+from agnews_dist.metrics import in_file_order
+from agnews_dist.model import prefix as prefix_module
+from agnews_dist.optim import build_optimizer
+from agnews_dist.outcome import fingerprint_of
+from agnews_dist.scoring import rank_logits
+from agnews_dist.step import train_step
+from agnews_dist.world import detect_world
+
+
+def count_segments(computed: list[str]) -> None:
+    """Note the name of the split of every segment that this process computes."""
+    segment = SplitFeatures.segment
+
+    def counted(self: SplitFeatures, number: int) -> torch.Tensor:
+        computed.append(self.name)
+        return segment(self, number)
+
+    SplitFeatures.segment = counted
+
+
+def train(engine: Engine, told: dict, case: dict, output: Path, computed: list[str]) -> None:
+    classifier, world = toy_classifier(case["trainable_blocks"]), engine.world
+    classifier.use_fast_path(case["fast_path"])
+    splits = {name: replace(toy_split(told["lengths"][name]), name=name) for name in ("train", "validation", "test")}
+    tables = {name: TokenTable(split, pad_id=0, device=engine.device) for name, split in splits.items()}
+    settings = PlanSettings(**told["settings"])
+    loader = TrainLoader(
+        tables["train"], world, settings, max_tokens_per_rank=told["max_tokens_per_rank"], quadratic=0.1
+    )
+    computed.clear()
+    events: list[Event] = []
+    features = FeatureCache(
+        classifier,
+        tables,
+        engine,
+        wanted=case["wanted"],
+        num_epochs=told["epochs"],
+        directory=output / f"cache-of-{world.num_ranks}",
+        limit_bytes=10**9,
+        frozen_weights=fingerprint_of(classifier.frozen_state),
+        model_name="toy",
+    )
+    features.build(events.append)
+    loader.owner_N = features.owner_N
+    counts = collectives.all_gather({name: computed.count(name) for name in splits})
+
+    scored = {}
+    for name in ("validation", "test"):
+        local = rank_logits(classifier, tables[name], engine, num_classes=CLASSES, features=features.source(name))
+        ids_N, logits_NC = (np.concatenate(parts) for parts in zip(*collectives.all_gather(local), strict=True))
+        scored[name] = torch.from_numpy(logits_NC[in_file_order(ids_N, len(tables[name]))])
+
+    wrapped = engine.prepare(classifier.suffix.eval())
+    optimizer = build_optimizer(wrapped, lr=told["lr"], weight_decay=told["weight_decay"])
+    seen, losses = [], []
+    for epoch in range(told["epochs"]):
+        for batches in loader.steps(epoch):
+            result = train_step(engine, features.source("train"), wrapped, optimizer, batches, max_grad_norm=1.0)
+            mine = [batch.ids_B[batch.weights_B > 0].tolist() for batch in batches.micro_batches]
+            seen.append(collectives.all_gather(mine))
+            losses.append(result.loss)
+    name = f"{case['name']}-rank{world.rank}of{world.num_ranks}"
+    trained = {key: value.detach().clone() for key, value in classifier.suffix.named_parameters()}
+    save_file(
+        {**trained, **{f"logits.{split}": logits for split, logits in scored.items()}}, output / f"{name}.safetensors"
+    )
+    facts = {
+        "place": features.choice.place,
+        "why": features.choice.why,
+        "computed": counts,
+        "warnings": [event.message for event in events if isinstance(event, Warned)],
+        # seen[step][rank][micro-batch]: ids of examples
+        "seen": seen,
+        "losses": losses,
+    }
+    (output / f"{name}.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def main() -> None:
+    output, told = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    # Many calls, segments and scoring batches of so little text.
+    prefix_module.CALL_TOKENS["cpu"] = told["call_tokens"]
+    scoring.EVALUATION_TOKENS = told["evaluation_tokens"]
+    engine = Engine(detect_world(os.environ), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
+    computed: list[str] = []
+    count_segments(computed)
+    for case in told["cases"]:
+        train(engine, told, case, output, computed)
+
+
+if __name__ == "__main__":
+    main()
+    # Not inside: the DDP module must be gone before its process group is (see collectives.close).
+    collectives.close()
