@@ -4,6 +4,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -281,5 +282,6 @@ def shared_directory(name: str, *, sweep: bool) -> Path:
     if sweep:
         for leftover in root.glob("*/*"):
             if leftover.parent.name != name and remove(leftover):
-                shutil.rmtree(leftover.parent, ignore_errors=True)
+                with suppress(OSError):  # not empty yet, or the job is alive
+                    leftover.parent.rmdir()
     return root / name

@@ -40,10 +40,16 @@ def features_key(
         num_blocks,
         table.fingerprint,
         _digest(np.concatenate([layout.begin_N, layout.rows_N, layout.bounds_S, texts_of_calls])),
-        str(dtype),
+        [str(dtype), _rounds_products(dtype)],
         [hashlib.sha256(inspect.getsource(module).encode()).hexdigest() for module in _CODE],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _rounds_products(dtype: torch.dtype) -> bool:
+    """Whether fp32 products are TF32, which has bf16's precision."""
+    on_gpu = dtype == torch.float32 and torch.cuda.is_available()
+    return on_gpu and bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 def _digest(numbers: np.ndarray[tuple[int], np.dtype[np.int64]]) -> str:

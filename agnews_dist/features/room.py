@@ -53,8 +53,19 @@ def _cgroup_rooms() -> list[int]:
             except OSError:
                 continue
             if limit.isdigit() and used.isdigit():
-                rooms.append(max(0, int(limit) - int(used)))
+                rooms.append(max(0, int(limit) - int(used) + _reclaimable(group)))
     return rooms
+
+
+def _reclaimable(group: Path) -> int:
+    """What a group holds of files it has read: counted as used, given back when it is needed."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    values = dict(line.split(maxsplit=1) for line in lines if " " in line)
+    value = values.get("total_inactive_file", values.get("inactive_file", "0"))
+    return int(value) if value.isdigit() else 0
 
 
 def _own_groups(root: Path) -> list[Path]:

@@ -76,8 +76,7 @@ def train(engine: Engine, told: dict, case: dict, output: Path, computed: list[s
     for epoch in range(told["epochs"]):
         for batches in loader.steps(epoch):
             result = train_step(engine, features.source("train"), wrapped, optimizer, batches, max_grad_norm=1.0)
-            mine = [batch.ids_B[batch.weights_B > 0].tolist() for batch in batches.micro_batches]
-            seen.append(collectives.all_gather(mine))
+            seen.append([batch.ids_B[batch.weights_B > 0].tolist() for batch in batches.micro_batches])
             losses.append(result.loss)
     name = f"{case['name']}-rank{world.rank}of{world.num_ranks}"
     trained = {key: value.detach().clone() for key, value in classifier.suffix.named_parameters()}
@@ -89,7 +88,7 @@ def train(engine: Engine, told: dict, case: dict, output: Path, computed: list[s
         "why": features.choice.why,
         "computed": counts,
         "warnings": [event.message for event in events if isinstance(event, Warned)],
-        # seen[step][rank][micro-batch]: ids of examples
+        # seen[step][micro-batch]: ids of this rank's examples
         "seen": seen,
         "losses": losses,
     }
@@ -104,7 +103,7 @@ def main() -> None:
     engine = Engine(detect_world(os.environ), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
     computed: list[str] = []
     count_segments(computed)
-    for case in told["cases"]:
+    for case in told["cases"][str(engine.world.num_ranks)]:
         train(engine, told, case, output, computed)
 
 

@@ -69,6 +69,21 @@ def test_the_last_bit_of_one_frozen_weight_counts(part):
     assert key_of(with_one_bit_more(part)) != EXPECTED
 
 
+def test_products_rounded_to_tf32_count_where_there_are_any(monkeypatch):
+    matmul, bf16 = torch.backends.cuda.matmul, key_of(dtype=torch.bfloat16)
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = True
+        assert key_of() == EXPECTED, "a CPU has none"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert key_of() != EXPECTED
+        assert key_of(dtype=torch.bfloat16) == bf16
+        matmul.allow_tf32 = False
+        assert key_of() == EXPECTED
+    finally:
+        matmul.allow_tf32 = before
+
+
 @pytest.mark.parametrize("blocks", [0, 2, 3])
 def test_the_freeze_boundary_counts(blocks):
     assert key_of(toy_classifier(trainable_blocks=blocks)) != EXPECTED

@@ -50,6 +50,13 @@ def test_a_limit_leaves_what_is_not_used(tree):
     assert room.free_host_bytes() == 3_800_000
 
 
+@pytest.mark.parametrize("name", ["inactive_file", "total_inactive_file"])
+def test_what_was_read_of_files_is_given_back_when_it_is_needed(tree, name):
+    tree.set("job/step", "5000000", "1200000")
+    (tree.root / "job" / "step" / "memory.stat").write_text(f"anon 200000\n{name} 700000\nactive_file 9\n")
+    assert room.free_host_bytes() == 4_500_000
+
+
 def test_the_tightest_of_the_groups_above_holds(tree):
     tree.set("", "max", "3")
     tree.set("job", "4000000", "3500000")
