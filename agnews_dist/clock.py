@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import torch
 
 from agnews_dist.batch import Batch
-from agnews_dist.engine import Engine
 from agnews_dist.model.prefix import Features, FeatureSource
 
 STAGES = ("total", "setup", "tokenize", "prefix", "train", "eval")
@@ -46,8 +45,8 @@ class TimedFeatures:
     On CUDA the time is read from events after the step has synchronised anyway, so measuring does not slow the run.
     """
 
-    def __init__(self, source: FeatureSource, engine: Engine) -> None:
-        self._source, self._engine = source, engine
+    def __init__(self, source: FeatureSource) -> None:
+        self._source = source
         self._seconds = 0.0
         self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -55,18 +54,14 @@ class TimedFeatures:
         if batch.tokens_BT.is_cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            features = self._run(batch)
+            features = self._source(batch)
             end.record()
             self._pending.append((begin, end))
         else:
             start = time.perf_counter()
-            features = self._run(batch)
+            features = self._source(batch)
             self._seconds += time.perf_counter() - start
         return features
-
-    def _run(self, batch: Batch) -> Features:
-        with self._engine.autocast():
-            return self._source(batch)
 
     def seconds(self) -> float:
         """Total so far; call between steps, when the device has caught up (training does after every epoch)."""

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from agnews_dist.errors import SharedError, UserError
 
@@ -27,6 +28,13 @@ def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """Rank 0's tensor, on every rank, in place of what is there."""
+    if is_distributed():
+        dist.broadcast(tensor, src=0)
+    return tensor
 
 
 def all_gather(value: T) -> list[T]:

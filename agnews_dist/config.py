@@ -93,9 +93,23 @@ class EngineConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """'auto' takes CUDA where there is one."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    backend: Literal["ddp", "deepspeed"] = "ddp"
+    """'ddp': every rank holds all that trains. 'deepspeed': ZeRO divides it over the ranks. The results are the same."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """With deepspeed, what is divided: 1 the optimizer's state, 2 gradients too, 3 weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """With deepspeed, kept in host memory: 'optimizer' its state and the update, 'all' (stage 3) the weights that train too."""
+    deepspeed_config: str | None = None
+    """JSON file with DeepSpeed's own settings (bucket sizes, overlap ...), merged with what the settings here decide; a
+    contradiction is an error."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """'bf16' halves what the ranks send each other for the gradients, and rounds it; sums stay fp32 within a rank."""
+    activation_checkpointing: bool = False
+    """Compute the trainable blocks' activations a second time in the backward pass instead of keeping them: less memory, a
+    third more time for those blocks."""
+    precision: Literal["auto", "bf16", "fp32", "fp16"] = "auto"
     """'auto' is bf16 on GPUs that have it, else fp32. bf16: autocast with fp32 master weights for what trains, bf16 storage
-    for what is frozen."""
+    for what is frozen. fp16: the same in half precision with loss scaling, for GPUs without bf16."""
     allow_tf32: bool = True
     """TF32 matrix products on CUDA for what is fp32 there."""
     fast_path: bool = True
@@ -197,6 +211,25 @@ def contradictions(config: Config) -> list[str]:
         engine.fast_path or engine.feature_cache in ("auto", "off"),
         f"engine.feature_cache {engine.feature_cache} with engine.fast_path false: the plain path is the reference and "
         "computes everything at every step. Leave feature_cache at auto, or the fast path on.",
+    )
+    has_zero = engine.backend == "deepspeed"
+    defaults = EngineConfig()
+    for key in ("zero_stage", "offload", "deepspeed_config"):
+        value = getattr(engine, key)
+        require(
+            has_zero or value == getattr(defaults, key),
+            f"engine.{key} {value} with engine.backend ddp: only DeepSpeed knows it, so it would do nothing. Set "
+            "engine.backend deepspeed, or leave it out.",
+        )
+    require(
+        engine.offload != "all" or engine.zero_stage == 3,
+        f"engine.offload all with engine.zero_stage {engine.zero_stage}: only stage 3 can take the weights out of the device. "
+        "Set engine.zero_stage 3, or engine.offload optimizer.",
+    )
+    require(
+        not (has_zero and batch.longest_first),
+        "batch.longest_first with engine.backend deepspeed: the rehearsal would hold undivided what ZeRO divides. Leave it "
+        "out; the memory estimate is checked before anything is loaded.",
     )
     require(
         0 <= engine.feature_cache_gigabytes < float("inf"),

@@ -41,8 +41,7 @@ def overfit_one_batch(classifier: Classifier, table: TokenTable, engine: Engine,
     losses: list[float] = []
     accuracy = 0.0
     for _ in range(OVERFIT_STEPS):
-        with engine.autocast():
-            logits_BC = suffix(*features)
+        logits_BC = suffix(*features)
         loss = summed_loss(logits_BC, batch) / num_examples
         losses.append(loss.item())
         accuracy = (logits_BC.argmax(dim=1) == batch.labels_B).double().mean().item()

@@ -1,56 +1,94 @@
-"""The only door to accelerate: process group, device, precision, DDP and where the gradients meet.
+"""The only door to accelerate: process group, device, precision, and the engine for what trains: DDP or DeepSpeed.
 
 accelerate receives the model and the optimizer, never a data loader: its sharding of variable batches silently counts some
-examples twice and drops others. Its own gradient accumulation stays at 1; `accumulating` sets the boundary.
+examples twice and drops others. Its own gradient accumulation, clipping and autocast stay off.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+import os
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
-from torch import Tensor, nn
+from accelerate.utils import (
+    DDPCommunicationHookType,
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+)
+from torch import nn
 
+from agnews_dist import zero as deepspeed_door
+from agnews_dist.device import DTYPES, choose_precision, chooses_cuda
 from agnews_dist.errors import UserError
 from agnews_dist.world import World
+from agnews_dist.wrapped import Wrapped
+from agnews_dist.zero_settings import Zero, deepspeed_dictionary
+
+FIRST_LOSS_SCALE = 2.0**16
 
 
 class Engine:
     """What this rank runs on. Creating it creates the process group when there is more than one rank."""
 
-    def __init__(self, world: World, *, device: str, precision: str, allow_tf32: bool, timeout_seconds: int) -> None:
-        """`device`: auto | cpu | cuda; `precision`: auto | bf16 | fp32.
+    def __init__(
+        self,
+        world: World,
+        *,
+        device: str,
+        precision: str,
+        allow_tf32: bool,
+        timeout_seconds: int,
+        zero: Zero | None = None,
+        compress_gradients: bool = False,
+    ) -> None:
+        """`device`: auto | cpu | cuda; `precision`: auto | bf16 | fp32 | fp16; `zero`: through DeepSpeed, else DDP.
 
         Raises:
-            UserError: CUDA asked for but absent, more ranks than GPUs, bf16 the GPU lacks, or a process group whose size is
-                not the launcher's.
+            UserError: CUDA asked for but absent, more ranks than GPUs, a precision the device lacks, DeepSpeed asked for but
+                absent, another program's accelerate settings, or a process group whose size is not the launcher's.
         """
-        self.world = world
         use_cuda = chooses_cuda(world, device)
-        has_bf16 = use_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.precision = ("bf16" if has_bf16 else "fp32") if precision == "auto" else precision
-        if use_cuda and self.precision == "bf16" and not has_bf16:
-            raise UserError(
-                f"engine.precision bf16, but {torch.cuda.get_device_name()} has no bf16: every product would be emulated. "
-                "Set --engine.precision fp32."
-            )
+        self.world, self.zero = world, zero
+        self.precision = choose_precision(precision, use_cuda=use_cuda)
+        self._compress_gradients = compress_gradients
+        refuse_foreign_settings(zero)
+        if not use_cuda:
+            # Where it is installed, accelerate and transformers import DeepSpeed, which looks for a GPU and says so.
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        timeout = timedelta(seconds=timeout_seconds)
         # Gradients may live in the reducer's buckets: nobody keeps a view of them from step to step.
-        handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-        if world.num_ranks > 1:
+        self._ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        if compress_gradients:
+            self._ddp.comm_hook = DDPCommunicationHookType.BF16
+        handlers: list[KwargsHandler] = [self._ddp]
+        self._plugin = None
+        if zero is not None:
+            deepspeed_door.make_ready(world, device)
+            # Filled in by `prepare`, when it is known what trains; without these accelerate has values of its own.
+            told = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+            self._plugin = DeepSpeedPlugin(hf_ds_config=told | {"zero_optimization": {"stage": zero.stage}})
+        if world.num_ranks > 1 or zero is not None:
             # Without a launcher accelerate takes a named backend for a sign that there is a process group.
-            timeout = timedelta(seconds=timeout_seconds)
             handlers.append(InitProcessGroupKwargs(backend="nccl" if use_cuda else "gloo", timeout=timeout))
         self._accelerator = Accelerator(
-            cpu=not use_cuda,
-            mixed_precision="bf16" if self.precision == "bf16" else "no",
+            # With `cpu` accelerate would drop DeepSpeed without a word.
+            cpu=zero is None and not use_cuda,
+            mixed_precision="no",
             gradient_accumulation_steps=1,
+            deepspeed_plugin=self._plugin,
             kwargs_handlers=handlers,
         )
         if self._accelerator.num_processes != world.num_ranks:
             raise UserError(
                 f"the process group has {self._accelerator.num_processes} ranks but WORLD_SIZE says {world.num_ranks}: each "
                 "would train alone on a part of the data. Start the job with torchrun and unset ACCELERATE_* variables."
+            )
+        if zero is not None and self._accelerator.distributed_type != DistributedType.DEEPSPEED:
+            raise UserError(
+                f"accelerate runs {self._accelerator.distributed_type} although engine.backend is deepspeed: what trains would "
+                "not be divided, and no figure would show it. Unset ACCELERATE_* variables."
             )
         self.device: torch.device = self._accelerator.device
         if use_cuda:
@@ -66,48 +104,67 @@ class Engine:
 
     @property
     def frozen_dtype(self) -> torch.dtype:
-        """How frozen weights are stored."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        """In which frozen weights are stored and computed."""
+        return DTYPES[self.precision]
 
-    def prepare(self, suffix: nn.Module) -> nn.Module:
-        """Wrap what trains: on the device, under autocast, gradients averaged over the ranks (DDP) when there are several."""
-        wrapped = self._accelerator.prepare_model(suffix)
-        assert isinstance(wrapped, nn.Module)
-        return wrapped
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """In which the products of what trains are computed, if not in the fp32 its weights are stored in."""
+        return None if self.precision == "fp32" else DTYPES[self.precision]
 
-    def accumulating(self, wrapped: nn.Module, *, is_last: bool) -> AbstractContextManager[object]:
-        """Around the forward and backward of one micro-batch: only the last one of a step synchronises gradients."""
-        return nullcontext() if is_last else self._accelerator.no_sync(wrapped)
+    @property
+    def gathers_weights(self) -> bool:
+        """Whether a forward pass of what trains is collective: then every rank must make the same number of them."""
+        return self.zero is not None and self.zero.stage == 3 and self.world.num_ranks > 1
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Mixed precision for code outside the wrapped module: the prefix and scoring."""
-        return self._accelerator.autocast()
+    def prepare(self, suffix: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Wrapped:
+        """Hand over what trains, in fp32, and the optimizer of its parameters; gradients clip to `max_grad_norm` (0: not)."""
+        num_parameters = sum(parameter.numel() for parameter in suffix.parameters())
+        scale = FIRST_LOSS_SCALE if self.precision == "fp16" else None
+        if self.zero is None:
+            self._ddp.bucket_cap_mb = bucket_megabytes(4 * num_parameters)
+            module = self._accelerator.prepare_model(suffix)
+            return Wrapped(self.world, module, suffix, optimizer, max_grad_norm=max_grad_norm, first_loss_scale=scale)
+        assert self._plugin is not None
+        settings = self._plugin.deepspeed_config
+        settings.clear()
+        settings |= deepspeed_dictionary(
+            self.zero,
+            num_ranks=self.world.num_ranks,
+            num_parameters=num_parameters,
+            max_grad_norm=max_grad_norm,
+            compress_gradients=self._compress_gradients,
+            pin_memory=self.device.type == "cuda",
+        )
+        if self.zero.stage == 3:
+            deepspeed_door.fetch_whole_blocks(suffix)
+        module, _ = self._accelerator.prepare(suffix, optimizer)
+        return deepspeed_door.ZeroWrapped(
+            self.world, module, suffix, optimizer, zero=self.zero, max_grad_norm=max_grad_norm, first_loss_scale=scale
+        )
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of an already normalised loss.
 
-        Not accelerate's `backward`: it divides by ACCELERATE_GRADIENT_ACCUMULATION_STEPS, which wins over the argument 1.
-        """
-        loss.backward()
+def bucket_megabytes(num_bytes: int) -> int:
+    """DDP's bucket for `num_bytes` of gradients: an eighth, so that sending overlaps with computing, within bounds."""
+    return min(128, max(4, num_bytes // 8 // 2**20))
 
 
-def chooses_cuda(world: World, device: str) -> bool:
-    """Whether this rank runs on a GPU; the stories ask before they load anything.
+def refuse_foreign_settings(zero: Zero | None) -> None:
+    """accelerate obeys its launcher's variables over its arguments; those that would change what runs are refused.
 
     Raises:
-        UserError: CUDA asked for but absent, or more ranks than GPUs on this node.
+        UserError: `accelerate launch` was told to run another engine than engine.backend.
     """
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise UserError(
-            f"engine.device cuda, but torch {torch.__version__} sees no CUDA device: the job would run on the CPU, many times "
-            "slower. Use --engine.device auto, or install a CUDA build of torch and check nvidia-smi."
-        )
-    if device == "cpu" or not available:
-        return False
-    if world.local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"{world.label} is number {world.local_rank} on this node, which shows {torch.cuda.device_count()} GPU(s): NCCL "
-            "refuses two ranks on one GPU. Lower --nproc_per_node, or use --engine.device cpu."
-        )
-    return True
+    wanted = {
+        "ACCELERATE_USE_DEEPSPEED": zero is not None,
+        "ACCELERATE_USE_FSDP": False,
+        "ACCELERATE_USE_MEGATRON_LM": False,
+    }
+    for name, is_ours in wanted.items():
+        if os.environ.get(name, "false").lower() == "true" and not is_ours:
+            backend = "ddp" if zero is None else "deepspeed"
+            raise UserError(
+                f"{name}=true, but engine.backend is {backend}: accelerate's own configuration would run another engine than "
+                "the one you set. Choose the engine with --engine.backend, and use launch/accelerate.sh or a configuration "
+                "of accelerate without one."
+            )

@@ -36,7 +36,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist import collectives
     from agnews_dist.clock import Clock
     from agnews_dist.data.loader import TokenTable
-    from agnews_dist.engine import chooses_cuda
+    from agnews_dist.device import chooses_cuda
     from agnews_dist.events import RunStarted
     from agnews_dist.model.gpt2 import parameter_table
     from agnews_dist.outcome import fingerprint_of, write_scores
@@ -67,7 +67,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
             )
 
         outcome = collectives.attempt(prepare)
-        engine = start_engine(config.engine, world)
+        engine = start_engine(config.engine, world, trains=False)
         sources = collectives.agree(outcome)
         prints = {"tokens": sources.fingerprint, "frozen_weights": fingerprint_of(sources.classifier.frozen_state)}
         collectives.check_equal(prints)

@@ -50,7 +50,7 @@ class StepDone:
     loss: float
     """Mean loss over the global batch, before the update (nats)."""
     lr: float
-    grad_norm: float
+    grad_norm: float | None
     """Global gradient norm before clipping."""
     num_examples: int
     """Examples of the global batch."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from agnews_dist import collectives
 from agnews_dist.clock import Clock
@@ -20,12 +20,12 @@ from agnews_dist.events import Emit, RunDone, RunStarted
 from agnews_dist.features.cache import FeatureCache
 from agnews_dist.features.choice import gigabytes
 from agnews_dist.model.export import export_model
-from agnews_dist.model.gpt2 import parameter_table
 from agnews_dist.report.card import model_card
 from agnews_dist.report.predictions import write_predictions
 from agnews_dist.report.result import Result, Seconds, versions, write_json
 from agnews_dist.scoring import ScoredSplit
 from agnews_dist.sources import Sources
+from agnews_dist.wrapped import Wrapped
 
 
 def header(
@@ -80,11 +80,12 @@ class RunningTotals:
 
 
 class BestEpoch:
-    """Keeps the suffix of the epoch with the highest validation accuracy; ties go to the lower loss."""
+    """Keeps what trains as it was after the epoch with the highest validation accuracy; ties go to the lower loss."""
 
-    def __init__(self, suffix: nn.Module) -> None:
-        self._suffix = suffix
-        self._state: dict[str, Tensor] = {}
+    def __init__(self, wrapped: Wrapped) -> None:
+        self._wrapped = wrapped
+        self.state: dict[str, Tensor] = {}
+        """Its weights, on rank 0 alone: the others get theirs back from there."""
         self.epoch = 0
         self._scored: ScoredSplit | None = None
 
@@ -95,15 +96,17 @@ class BestEpoch:
         return self._scored
 
     def offer(self, epoch: int, scored: ScoredSplit) -> None:
-        """Keep a copy (in host memory) if this epoch is better; every rank decides alike, from the same integers."""
+        """Keep a copy if this epoch is better; every rank decides alike, from the same integers. Collective."""
         new, old = scored.scores, self._scored.scores if self._scored else None
         if old is None or (new.num_correct, -new.loss) > (old.num_correct, -old.loss):
             self.epoch, self._scored = epoch, scored
-            self._state = {name: value.detach().cpu().clone() for name, value in self._suffix.state_dict().items()}
+            # The older copy first: there is room for one.
+            self.state = {}
+            self.state = self._wrapped.full_state()
 
     def restore(self) -> None:
-        """Put the best epoch's weights back."""
-        self._suffix.load_state_dict(self._state)
+        """Put the best epoch's weights back. Collective."""
+        self._wrapped.load(self.state)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -122,7 +125,7 @@ def fingerprint_of(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(value.detach().cpu().numpy()).data)
+        digest.update(np.ascontiguousarray(value.detach().float().cpu().numpy()).data)
     return digest.hexdigest()
 
 
@@ -164,7 +167,8 @@ def finish(
     scored: Mapping[str, ScoredSplit],
     *,
     directory: Path,
-    best_epoch: int,
+    best: BestEpoch,
+    parameters: Mapping[str, tuple[int, int]],
     num_steps: int,
     totals: RunningTotals,
     prints: Mapping[str, str],
@@ -185,7 +189,7 @@ def finish(
             class_names=sources.store.class_names,
             max_length=config.data.max_length,
             splits=scores,
-            parameters=parameter_table(sources.classifier),
+            parameters=parameters,
             settings=settings(config),
             versions=versions(),
             fingerprints=prints,
@@ -194,6 +198,7 @@ def finish(
             directory / "model",
             sources.classifier,
             sources.tokenizer,
+            trained=best.state,
             class_names=sources.store.class_names,
             max_length=config.data.max_length,
             card=card,
@@ -225,7 +230,7 @@ def finish(
         }
         if features.num_bytes:
             facts["features"] = f"{gigabytes(features.num_bytes)} kept in {features.choice.place}"
-        facts["best epoch"] = f"{best_epoch} of {config.optim.epochs}"
+        facts["best epoch"] = f"{best.epoch} of {config.optim.epochs}"
         facts["time"] = f"{seconds['total']:.1f} s, {num_tokens / totals.seconds:,.0f} tokens/s in training"
         emit(RunDone(facts=facts, paths=paths))
 

@@ -76,7 +76,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     if "data.max_length" in loaded.explicit:
         max_length = config.data.max_length
         check_max_length(max_length, classifier.config.n_positions)
-    engine = start_engine(config.engine, world)
+    engine = start_engine(config.engine, world, trains=False)
     place(classifier, engine, fast_path=config.engine.fast_path)
     answers = classify(rows, classifier, tokenizer, engine, max_length=max_length)
     as_table = options["format"] == "table" or (options["format"] is None and sys.stdout.isatty())

@@ -50,9 +50,7 @@ def _forward_and_backward(classifier: Classifier, batches: StepBatches, engine: 
             suffix.train()
             moments = [torch.zeros_like(parameter) for parameter in suffix.parameters() for _ in range(2)]
             for batch in batches.micro_batches:
-                with engine.autocast():
-                    loss = summed_loss(classifier.logits(batch.tokens_BT, batch.lengths_B), batch)
-                loss.backward()
+                summed_loss(classifier.logits(batch.tokens_BT, batch.lengths_B), batch).backward()
             del moments
     finally:
         suffix.zero_grad(set_to_none=True)

@@ -82,15 +82,19 @@ def rank_logits(
     logits: list[NDArray[np.float32]] = [np.empty((0, num_classes), np.float32)]
     was_training = classifier.suffix.training
     classifier.suffix.eval()
-    plan = scoring_batches(table)[engine.world.rank :: engine.world.num_ranks]
+    batches, num_ranks = scoring_batches(table), engine.world.num_ranks
+    plan = batches[engine.world.rank :: num_ranks]
     num_done, num_rows = 0, sum(map(len, plan))
-    with torch.no_grad(), engine.autocast():
+    with torch.no_grad():
         for ids_B in plan:
             batch = table.batch(ids_B)
             ids.append(ids_B)
             logits.append(classifier.suffix(*features(batch)).float().cpu().numpy())
             num_done += len(ids_B)
             emit(Progress(task=f"score {table.name}", done=num_done, total=num_rows))
+        if engine.gathers_weights and len(plan) < -(-len(batches) // num_ranks):
+            # The other ranks score one batch more, and cannot put the weights together without this one.
+            classifier.suffix(*features(table.batch(batches[0])))
     classifier.suffix.train(was_training)
     return np.concatenate(ids), np.concatenate(logits)
 

@@ -13,7 +13,8 @@ from agnews_dist.data.checks import fingerprint
 from agnews_dist.data.corpus import Corpus, load_corpus
 from agnews_dist.data.loader import TokenTable
 from agnews_dist.data.tokens import TokenSplit, TokenStore, cache_root, open_or_build
-from agnews_dist.engine import Engine
+from agnews_dist.device import choose_precision, chooses_cuda
+from agnews_dist.engine import Engine, refuse_foreign_settings
 from agnews_dist.errors import DataError
 from agnews_dist.events import Emit, Progress, Warned
 from agnews_dist.features.cache import FeatureCache
@@ -21,6 +22,8 @@ from agnews_dist.model.export import load_classifier
 from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, split
 from agnews_dist.model.tokenizer import load_tokenizer
 from agnews_dist.world import World
+from agnews_dist.zero import require_deepspeed
+from agnews_dist.zero_settings import Zero, deepspeed_dictionary, read_settings
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,42 @@ def plan_settings(batch: BatchConfig, seed: int) -> PlanSettings:
     )
 
 
-def start_engine(engine: EngineConfig, world: World) -> Engine:
-    """Device, precision and process group.
+def zero_of(engine: EngineConfig) -> Zero | None:
+    """What DeepSpeed is to divide, with the user's own settings read; None: DDP.
+
+    Raises:
+        ConfigError: the user's DeepSpeed JSON cannot be read.
+    """
+    if engine.backend == "ddp":
+        return None
+    own = read_settings(engine.deepspeed_config) if engine.deepspeed_config is not None else {}
+    return Zero(stage=engine.zero_stage, offload=engine.offload, settings=own)
+
+
+def check_engine(config: Config, world: World) -> None:
+    """All that can be said of the engine before anything is loaded.
+
+    Raises:
+        UserError: no such device or precision, DeepSpeed not installed, or settings of its own that contradict ours.
+    """
+    engine = config.engine
+    choose_precision(engine.precision, use_cuda=chooses_cuda(world, engine.device))
+    zero = zero_of(engine)
+    refuse_foreign_settings(zero)
+    if zero is not None:
+        require_deepspeed()
+        deepspeed_dictionary(
+            zero,
+            num_ranks=world.num_ranks,
+            num_parameters=1,
+            max_grad_norm=config.optim.max_grad_norm,
+            compress_gradients=engine.gradient_compression == "bf16",
+            pin_memory=False,
+        )
+
+
+def start_engine(engine: EngineConfig, world: World, *, trains: bool = True) -> Engine:
+    """Device, precision and process group. What only scores (`trains` false) has nothing for DeepSpeed to divide.
 
     Raises:
         UserError: see `Engine`.
@@ -65,14 +102,20 @@ def start_engine(engine: EngineConfig, world: World) -> Engine:
         precision=engine.precision,
         allow_tf32=engine.allow_tf32,
         timeout_seconds=engine.timeout_seconds,
+        zero=zero_of(engine) if trains else None,
+        compress_gradients=engine.gradient_compression == "bf16",
     )
 
 
-def place(classifier: Classifier, engine: Engine, *, fast_path: bool) -> None:
+def place(classifier: Classifier, engine: Engine, *, fast_path: bool, checkpointing: bool = False) -> None:
     """Put both halves where they compute: the frozen one in its own type, what trains in fp32."""
     classifier.use_fast_path(fast_path)
     classifier.prefix.to(engine.device, engine.frozen_dtype)
-    classifier.suffix.to(engine.device)
+    classifier.suffix.autocast_dtype = engine.autocast_dtype
+    classifier.suffix.checkpointing = checkpointing
+    if engine.zero is None or engine.zero.stage < 3:
+        # Stage 3 takes its part of one weight after the other from the host.
+        classifier.suffix.to(engine.device)
 
 
 def open_features(

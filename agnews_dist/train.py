@@ -33,7 +33,6 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.data.forecast import idle_warning
     from agnews_dist.data.loader import TokenTable, TrainLoader
     from agnews_dist.data.sharing import quadratic_weight
-    from agnews_dist.engine import chooses_cuda
     from agnews_dist.events import StepDone, Warned
     from agnews_dist.model.gpt2 import parameter_table
     from agnews_dist.optim import build_optimizer, learning_rate, set_lr
@@ -45,11 +44,19 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.report.sinks import Sinks
     from agnews_dist.rundir import Claim, run_name
     from agnews_dist.scoring import ScoredSplit, score_split
-    from agnews_dist.sources import Sources, load_sources, open_features, place, plan_settings, start_engine
+    from agnews_dist.sources import (
+        Sources,
+        check_engine,
+        load_sources,
+        open_features,
+        place,
+        plan_settings,
+        start_engine,
+    )
     from agnews_dist.step import train_step
 
     config = loaded.config
-    chooses_cuda(world, config.engine.device)
+    check_engine(config, world)
     clock = Clock(start)
     name = run_name(config.run.name, config.model.name, datetime.now())
     claim = Claim(Path(config.run.dir), name, overwrite=config.run.overwrite, config_yaml=cli.dump(config))
@@ -73,7 +80,12 @@ def run(world: World, loaded: cli.Loaded) -> None:
         collectives.check_equal(prints)
         claim.keep()
         classifier, num_classes = sources.classifier, len(sources.store.class_names)
-        place(classifier, engine, fast_path=config.engine.fast_path)
+        place(
+            classifier,
+            engine,
+            fast_path=config.engine.fast_path,
+            checkpointing=config.engine.activation_checkpointing,
+        )
         if not world.is_main:
             # Only rank 0 exports; on a GPU node the other ranks would each keep a second copy of the model in host memory.
             classifier.frozen_state.clear()
@@ -120,14 +132,14 @@ def run(world: World, loaded: cli.Loaded) -> None:
             rehearse(classifier, loader.largest_step(0), engine, emit)
         # Every rank draws its own dropout masks; the shared draws (weights, plan) have generators of their own.
         torch.manual_seed(config.run.seed * world.num_ranks + world.rank)
-        wrapped = engine.prepare(classifier.suffix)
-        optimizer = build_optimizer(wrapped, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+        optimizer = build_optimizer(classifier.suffix, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
+        wrapped = engine.prepare(classifier.suffix, optimizer, max_grad_norm=config.optim.max_grad_norm)
 
         clock.end_of_setup()
         with clock.stage("prefix"):
             features.build(emit)
         built_seconds, loader.owner_N = clock.seconds["prefix"], features.owner_N
-        embed = TimedFeatures(features.source("train"), engine)
+        embed = TimedFeatures(features.source("train"))
 
         def score(name: str) -> ScoredSplit:
             with clock.stage("eval"):
@@ -135,7 +147,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
                     classifier, tables[name], engine, num_classes=num_classes, features=features.source(name)
                 )
 
-        best, totals, step = BestEpoch(classifier.suffix), RunningTotals(built_seconds), 0
+        best, totals, step = BestEpoch(wrapped), RunningTotals(built_seconds), 0
         with profiling(
             config.run.profile and world.is_main, directory, device=engine.device, num_steps=num_steps, emit=emit
         ) as profiler:
@@ -151,9 +163,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
                         schedule=config.optim.schedule,
                     )
                     set_lr(optimizer, lr)
-                    result = train_step(
-                        engine, embed, wrapped, optimizer, batches, max_grad_norm=config.optim.max_grad_norm
-                    )
+                    result = train_step(engine, embed, wrapped, batches)
                     step += 1
                     seconds = time.perf_counter() - begin
                     totals.add(batches.share, seconds)
@@ -187,7 +197,8 @@ def run(world: World, loaded: cli.Loaded) -> None:
             features,
             scored,
             directory=directory,
-            best_epoch=best.epoch,
+            best=best,
+            parameters=parameters,
             num_steps=step,
             totals=totals,
             prints=prints,

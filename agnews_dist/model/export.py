@@ -8,7 +8,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,18 +58,21 @@ def export_model(
     classifier: Classifier,
     tokenizer: PreTrainedTokenizerFast,
     *,
+    trained: Mapping[str, Tensor] | None = None,
     class_names: Sequence[str],
     max_length: int,
     card: str,
 ) -> None:
     """Write what `AutoModelForSequenceClassification` and `pipeline("text-classification")` load; `card` is its README.md.
 
+    `trained`: the suffix's weights by name where they are not in the classifier, as an engine divides them over ranks.
+
     fp32; frozen tensors are bit-equal to the source. The directory appears whole or not at all, replacing an older one.
 
     Raises:
         ModelError: the head's bias does not fold, or the directory cannot be written.
     """
-    state = _huggingface_state(classifier)
+    state = _huggingface_state(classifier, trained or dict(classifier.suffix.named_parameters()))
     staging = directory.with_name(f".{directory.name}.{os.getpid()}.new")
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -122,13 +125,13 @@ def load_classifier(
     return classifier, tokenizer, backbone.class_names, max_length
 
 
-def _huggingface_state(classifier: Classifier) -> dict[str, Tensor]:
+def _huggingface_state(classifier: Classifier, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All weights by Hugging Face's names, fp32 on the CPU, the head's bias folded away."""
-    state = dict(classifier.frozen_state)
-    trained = {name: weight.detach().float().cpu() for name, weight in classifier.suffix.named_parameters()}
-    weight_CD, bias_C = trained.pop("out_head.weight"), trained.pop("out_head.bias")
-    trained["ln_f.bias"] = fold_bias(weight_CD, bias_C, trained["ln_f.bias"])
-    return state | {f"transformer.{name}": weight for name, weight in trained.items()} | {"score.weight": weight_CD}
+    state = {name: weight.float() for name, weight in classifier.frozen_state.items()}
+    suffix = {name: weight.detach().float().cpu() for name, weight in trained.items()}
+    weight_CD, bias_C = suffix.pop("out_head.weight"), suffix.pop("out_head.bias")
+    suffix["ln_f.bias"] = fold_bias(weight_CD, bias_C, suffix["ln_f.bias"])
+    return state | {f"transformer.{name}": weight for name, weight in suffix.items()} | {"score.weight": weight_CD}
 
 
 def _write_model(

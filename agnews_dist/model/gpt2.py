@@ -32,7 +32,7 @@ _BACKBONE_STREAM, _HEAD_STREAM = 0, 1
 
 @dataclass(frozen=True)
 class Backbone:
-    """A GPT-2 in fp32 on the CPU whose embedding has a row for every token of its tokenizer."""
+    """A GPT-2 on the CPU, as it is stored, whose embedding has a row for every token of its tokenizer."""
 
     model: GPT2Model
     head_CD: Tensor | None
@@ -49,7 +49,8 @@ class Classifier:
     suffix: Suffix
     config: GPT2Config
     frozen_state: dict[str, Tensor]
-    """Hugging Face's name -> the frozen weights in fp32 on the CPU, whatever becomes of the prefix's copies."""
+    """Hugging Face's name -> the frozen weights on the CPU as stored, whatever becomes of the prefix's copies. Of a safetensors
+    file these are its mapped pages, which the ranks of a node share."""
 
     def logits(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Right-padded tokens_BT with lengths_B (>= 1) to logits_BC."""
@@ -139,8 +140,8 @@ def split(backbone: Backbone, *, trainable_blocks: int | Literal["all"], num_cla
         {i: block for i, block in blocks.items() if i < boundary},
         last_token_only=num_trainable == 0,
     )
-    suffix = Suffix({i: block for i, block in blocks.items() if i >= boundary}, model.ln_f, out_head).eval()
-    # Moving a module replaces its parameters' data; these references keep the fp32 originals without a copy.
+    suffix = Suffix({i: block for i, block in blocks.items() if i >= boundary}, model.ln_f, out_head).float().eval()
+    # Moving a module replaces its parameters' data; these references keep the originals without a copy.
     frozen_state = {f"transformer.{name}": weight.detach() for name, weight in prefix.named_parameters()}
     return Classifier(prefix, suffix, config, frozen_state)
 
@@ -244,7 +245,7 @@ def _read_weights(location: Location, config: GPT2Config) -> tuple[GPT2Model, Te
                 location.target,
                 config=config,
                 revision=location.revision or "main",
-                dtype=torch.float32,
+                dtype="auto",  # as stored: pages of the file, no copy; converted is what computes, where it computes
                 attn_implementation="sdpa",
                 ignore_mismatched_sizes=True,  # so that the report names them
                 output_loading_info=True,

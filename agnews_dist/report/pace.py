@@ -68,7 +68,7 @@ class Pace:
             f"epoch {self.last.epoch}",
             f"loss {loss:.4f}" if exact else f"mean loss {loss:.4f}",
             f"lr {self.last.lr:.2e}",
-            f"grad norm {self.last.grad_norm:.3g}",
+            "update left out" if self.last.grad_norm is None else f"grad norm {self.last.grad_norm:.3g}",
             f"{self.tokens_per_second:,.0f} tokens/s",
         ]
 

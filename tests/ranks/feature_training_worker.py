@@ -70,12 +70,13 @@ def train(engine: Engine, told: dict, case: dict, output: Path, computed: list[s
         ids_N, logits_NC = (np.concatenate(parts) for parts in zip(*collectives.all_gather(local), strict=True))
         scored[name] = torch.from_numpy(logits_NC[in_file_order(ids_N, len(tables[name]))])
 
-    wrapped = engine.prepare(classifier.suffix.eval())
-    optimizer = build_optimizer(wrapped, lr=told["lr"], weight_decay=told["weight_decay"])
+    suffix = classifier.suffix.eval()
+    optimizer = build_optimizer(suffix, lr=told["lr"], weight_decay=told["weight_decay"])
+    wrapped = engine.prepare(suffix, optimizer, max_grad_norm=1.0)
     seen, losses = [], []
     for epoch in range(told["epochs"]):
         for batches in loader.steps(epoch):
-            result = train_step(engine, features.source("train"), wrapped, optimizer, batches, max_grad_norm=1.0)
+            result = train_step(engine, features.source("train"), wrapped, batches)
             seen.append([batch.ids_B[batch.weights_B > 0].tolist() for batch in batches.micro_batches])
             losses.append(result.loss)
     name = f"{case['name']}-rank{world.rank}of{world.num_ranks}"

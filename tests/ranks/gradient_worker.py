@@ -16,9 +16,10 @@ from agnews_dist.engine import Engine
 from agnews_dist.model.prefix import Features, computed
 from agnews_dist.step import NonFiniteError, accumulate_gradients, summed_loss, train_step
 from agnews_dist.world import detect_world
+from agnews_dist.wrapped import Wrapped
 
 
-def mean_of_means(engine: Engine, embed, wrapped: torch.nn.Module, batches: StepBatches) -> None:
+def mean_of_means(engine: Engine, embed, wrapped: Wrapped, batches: StepBatches) -> None:
     """What people write: each rank's own mean, averaged by DDP. The negative control."""
     (batch,) = batches.micro_batches
     loss = summed_loss(wrapped(*embed(batch)), batch)
@@ -31,7 +32,8 @@ def main() -> None:
     engine = Engine(world, device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
     classifier = toy_classifier()
     prefix, suffix = classifier.prefix.double(), classifier.suffix.double().eval()
-    wrapped, embed = engine.prepare(suffix), computed(prefix)
+    optimizer, embed = torch.optim.SGD(suffix.parameters(), lr=1.0), computed(prefix)
+    wrapped = engine.prepare(suffix, optimizer, max_grad_norm=0.1)
 
     def one_step(max_tokens: int, lengths: list[int] = lengths) -> StepBatches:
         """All examples as one global batch."""
@@ -59,9 +61,8 @@ def main() -> None:
     save("mean_of_means")
 
     # Clipping acts on the global gradient: the norm before it and the update after it must not know the ranks either.
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
     before = {key: value.detach().clone() for key, value in suffix.named_parameters()}
-    result = train_step(engine, embed, wrapped, optimizer, one_step(100_000), max_grad_norm=0.1)
+    result = train_step(engine, embed, wrapped, one_step(100_000))
     update = {key: before[key] - value.detach() for key, value in suffix.named_parameters()}
     save_file(
         {
@@ -81,7 +82,7 @@ def main() -> None:
     before = {key: value.detach().clone() for key, value in suffix.named_parameters()}
     said = ""
     try:
-        train_step(engine, poisoned, wrapped, optimizer, one_step(100_000), max_grad_norm=1.0)
+        train_step(engine, poisoned, wrapped, one_step(100_000))
     except NonFiniteError as error:
         said = str(error)
     assert f"non-finite loss on rank(s) {world.num_ranks - 1}:" in said, said

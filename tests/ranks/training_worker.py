@@ -23,12 +23,12 @@ def train(engine: Engine, lengths: list[int], case: dict, output: Path) -> None:
     table = TokenTable(toy_split(lengths), pad_id=0, device=engine.device)
     settings = PlanSettings(**case["settings"])
     loader = TrainLoader(table, world, settings, max_tokens_per_rank=case["max_tokens_per_rank"], quadratic=0.1)
-    wrapped = engine.prepare(classifier.suffix.eval())
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=case["lr"])
+    optimizer = torch.optim.SGD(classifier.suffix.eval().parameters(), lr=case["lr"])
+    wrapped = engine.prepare(classifier.suffix, optimizer, max_grad_norm=1.0)
     seen, losses = [], []
     for epoch in range(case["epochs"]):
         for batches in loader.steps(epoch):
-            result = train_step(engine, computed(classifier.prefix), wrapped, optimizer, batches, max_grad_norm=1.0)
+            result = train_step(engine, computed(classifier.prefix), wrapped, batches)
             mine = [batch.ids_B[batch.weights_B > 0].tolist() for batch in batches.micro_batches]
             seen.append(collectives.all_gather(mine))
             losses.append(result.loss)

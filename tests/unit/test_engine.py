@@ -6,8 +6,8 @@ import pytest
 import torch
 from launching import python
 
-from agnews_dist import engine as engine_module
-from agnews_dist.engine import Engine, chooses_cuda
+from agnews_dist.device import chooses_cuda
+from agnews_dist.engine import Engine
 from agnews_dist.errors import UserError
 from agnews_dist.world import World
 
@@ -29,8 +29,8 @@ def test_cuda_that_is_not_there_is_refused():
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
     """Only the answers of the driver are replaced: no machine of the tests has a GPU to count."""
-    monkeypatch.setattr(engine_module.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(engine_module.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert chooses_cuda(World(rank=1, num_ranks=4, local_rank=1, ranks_per_node=4), "auto")
     with pytest.raises(
         UserError, match=r"\[rank 2/4\] is number 2 on this node, which shows 2 GPU.*Lower --nproc_per_node"
@@ -47,7 +47,8 @@ def test_no_variable_of_accelerate_scales_the_gradient():
         from agnews_dist.world import World
         engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
         layer = torch.nn.Linear(1, 1)
-        engine.backward(engine.prepare(layer)(torch.ones(1, 1)).sum())
+        wrapped = engine.prepare(layer, torch.optim.SGD(layer.parameters()), max_grad_norm=0.0)
+        wrapped.backward(wrapped(torch.ones(1, 1)).sum())
         print(layer.weight.grad.item())
     """
     done: subprocess.CompletedProcess[str] = python("-c", code, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")

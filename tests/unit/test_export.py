@@ -79,6 +79,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 def our_logits(classifier: Classifier, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
     encoded = tokenizer(texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+    classifier.prefix.float()  # a checkpoint may be stored in half precision
     with torch.no_grad():
         return classifier.logits(encoded["input_ids"], encoded["attention_mask"].sum(dim=1))
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from agnews_dist.engine import Engine
 from agnews_dist.errors import ModelError
 from agnews_dist.model.gpt2 import (
     Backbone,
@@ -33,6 +34,8 @@ from agnews_dist.model.gpt2 import (
     split,
 )
 from agnews_dist.model.tokenizer import load_tokenizer
+from agnews_dist.sources import place
+from agnews_dist.world import World
 
 NUM_TOKENS = 2000
 CLASS_NAMES = ("World", "Sports", "Business", "Sci/Tech")
@@ -200,16 +203,26 @@ def test_three_kinds_of_checkpoint_give_the_same_backbone(
         assert (backbone.head_CD, backbone.class_names) == (None, None)
 
 
-def test_half_precision_checkpoint_becomes_exact_fp32(shared: Path) -> None:
+def test_half_precision_checkpoint_trains_in_exact_fp32_and_stays_frozen_as_stored(shared: Path) -> None:
     checkpoint = shared / "checkpoints" / "gpt2-mini"
     tokenizer = load_tokenizer(str(checkpoint), revision=None, pad_token="new")
-    model = load(checkpoint, tokenizer).model
+    classifier = split(load(checkpoint, tokenizer), trainable_blocks=2, num_classes=4, seed=0)
     saved = load_file(checkpoint / "model.safetensors")
     assert saved["transformer.h.0.mlp.c_fc.weight"].dtype == torch.bfloat16
-    for name, weight in model.named_parameters():
-        assert weight.dtype == torch.float32
-        assert torch.equal(weight[:50257], saved[f"transformer.{name}"].float()), name
-    assert model.wte.num_embeddings == 50258
+    frozen = classifier.frozen_state
+    trained = {f"transformer.{name}": weight for name, weight in classifier.suffix.named_parameters()}
+    assert {weight.dtype for weight in frozen.values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    assert len(frozen | trained) == len(saved) + 2
+    for name, weight in saved.items():
+        assert torch.equal((frozen | trained)[name][:50257].float(), weight.float()), name
+    assert classifier.prefix.wte.num_embeddings == 50258
+    place(
+        classifier,
+        Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60),
+        fast_path=True,
+    )
+    assert {weight.dtype for weight in classifier.prefix.parameters()} == {torch.float32}
 
 
 def test_end_of_text_as_pad_grows_nothing(checkpoints: dict[str, Path]) -> None:

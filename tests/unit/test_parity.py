@@ -13,8 +13,10 @@ from random_gpt2 import NUM_CLASSES, RELATIVE, assert_close, mask_of, ours_like,
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GPT2ForSequenceClassification
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split
+from agnews_dist.model.suffix import LastBlock
 from agnews_dist.model.tokenizer import load_tokenizer
 
 END_OF_TEXT = 50256
@@ -30,7 +32,9 @@ def count_forwards(classifier: Classifier) -> Counter[str]:
     counts: Counter[str] = Counter()
     for half in (classifier.prefix, classifier.suffix):
         for number, block in half.h.items():
-            block.register_forward_hook(lambda *_, number=number: counts.update([number]))
+            huggingfaces = block.whole if isinstance(block, LastBlock) else block
+            assert isinstance(huggingfaces, GPT2Block)
+            huggingfaces.register_forward_hook(lambda *_, number=number: counts.update([number]))
     return counts
 
 
@@ -153,6 +157,7 @@ def test_trained_gpt2_equals_huggingface(shared, pad_token: str, fast_path: bool
     for trainable_blocks in (0, 1, 2, "all"):
         backbone = load_backbone(str(checkpoint), revision=None, init="pretrained", seed=0, tokenizer=tokenizer)
         classifier = split(backbone, trainable_blocks=trainable_blocks, num_classes=NUM_CLASSES, seed=5)
+        classifier.prefix.float()  # stored in bf16
         with torch.no_grad():
             reference.score.weight.copy_(classifier.suffix.out_head.weight)
         check_parity(reference, classifier, (encoded["input_ids"], lengths_B), fast_path=fast_path)
@@ -234,8 +239,8 @@ def test_low_precision_prefix_leaves_residual_stream_and_logits_in_fp32(trainabl
     classifier.prefix.to(torch.bfloat16)
     features = classifier.prefix.features(tokens_BT, lengths_B)
     assert features.hidden_BTD.dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16):
-        logits_BC = classifier.suffix(*features)
+    classifier.suffix.autocast_dtype = torch.bfloat16
+    logits_BC = classifier.suffix(*features)
     assert logits_BC.dtype == torch.float32
     assert not torch.equal(logits_BC, logits_BC.bfloat16().float())
     assert (logits_BC - exact_BC).abs().max() < 0.05 * exact_BC.abs().max()

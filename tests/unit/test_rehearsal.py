@@ -38,9 +38,9 @@ def trained(engine: Engine, *, rehearsed: bool) -> dict[str, torch.Tensor]:
         assert all(parameter.grad is None for parameter in classifier.suffix.parameters())
         assert not classifier.suffix.training
     optimizer = torch.optim.SGD(classifier.suffix.parameters(), lr=0.1)
-    classifier.suffix.train()
+    wrapped = engine.prepare(classifier.suffix.train(), optimizer, max_grad_norm=0.0)
     for batches in loader.steps(0):
-        train_step(engine, computed(classifier.prefix), classifier.suffix, optimizer, batches, max_grad_norm=0.0)
+        train_step(engine, computed(classifier.prefix), wrapped, batches)
     return {name: value.detach() for name, value in classifier.suffix.named_parameters()}
 
 
@@ -83,10 +83,12 @@ import torch
 from toy import toy_classifier
 from agnews_dist.engine import Engine
 from agnews_dist.rehearsal import rehearse
+from agnews_dist.sources import place
 from agnews_dist.world import World
 
 engine = Engine(World(), device="cpu", precision="bf16", allow_tf32=False, timeout_seconds=60)
 classifier, kinds = toy_classifier(), set()
+place(classifier, engine, fast_path=True)
 block = next(iter(classifier.suffix.h.values()))
 block.mlp.c_fc.register_forward_hook(lambda module, args, output: kinds.add(output.dtype))
 rehearse(classifier, make_loader(engine).largest_step(0), engine)
@@ -95,7 +97,6 @@ print(kinds)
 
 
 def test_it_computes_in_the_precision_of_training():
-    # A process of its own: accelerate keeps one precision per process.
     assert python("-c", IN_BF16, PYTHONPATH="tests/unit:tests:tests/ranks:.").stdout == "{torch.bfloat16}\n"
 
 

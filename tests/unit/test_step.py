@@ -49,7 +49,8 @@ def test_update_is_the_references_whatever_the_micro_batches(engine, reference, 
     prefix, suffix = classifier.prefix.double(), classifier.suffix.double().eval()
     before = {name: value.detach().clone() for name, value in suffix.named_parameters()}
     optimizer = torch.optim.SGD(suffix.parameters(), lr=1.0)
-    result = train_step(engine, computed(prefix), suffix, optimizer, batches, max_grad_norm=max_grad_norm)
+    wrapped = engine.prepare(suffix, optimizer, max_grad_norm=max_grad_norm)
+    result = train_step(engine, computed(prefix), wrapped, batches)
 
     norm = math.sqrt(sum(float(value.square().sum()) for value in reference.values()))
     assert norm > 0.2
@@ -65,7 +66,8 @@ def test_a_non_finite_loss_leaves_parameters_and_moments_alone(engine, bad):
     classifier, batches = toy_classifier(), one_step(10_000)
     suffix = classifier.suffix
     optimizer = torch.optim.AdamW(suffix.parameters())
-    train_step(engine, computed(classifier.prefix), suffix, optimizer, batches, max_grad_norm=1.0)
+    wrapped = engine.prepare(suffix, optimizer, max_grad_norm=1.0)
+    train_step(engine, computed(classifier.prefix), wrapped, batches)
     moments = [state[key] for state in optimizer.state.values() for key in ("step", "exp_avg", "exp_avg_sq")]
     assert len(moments) == 3 * 16
     watched = [*(value.detach() for value in suffix.parameters()), *moments]
@@ -76,5 +78,5 @@ def test_a_non_finite_loss_leaves_parameters_and_moments_alone(engine, bad):
         return Features(hidden_BTD * bad, lengths_B)
 
     with pytest.raises(NonFiniteError, match=r"non-finite loss on rank\(s\) 0: .* no rank made it. Lower optim.lr"):
-        train_step(engine, poisoned, suffix, optimizer, batches, max_grad_norm=1.0)
+        train_step(engine, poisoned, wrapped, batches)
     assert all(torch.equal(value, old) for value, old in zip(watched, before, strict=True))

@@ -1,0 +1,172 @@
+"""The only door to DeepSpeed: ZeRO divides over the ranks what DDP holds on each of them, and gives the same numbers.
+
+The wrapped engine is driven directly, as accelerate's own step leaves no place for a vote. The optimizer is torch's AdamW, the
+weights are fp32 and autocast is the model's own, so that nothing depends on DeepSpeed but where things are.
+"""
+
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agnews_dist.errors import UserError
+from agnews_dist.world import LAUNCHER_VARIABLES, World
+from agnews_dist.wrapped import Wrapped
+from agnews_dist.zero_settings import Zero
+
+
+def require_deepspeed() -> None:
+    """Make sure that it can be imported.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "engine.backend deepspeed, but DeepSpeed is not installed: nothing would divide what trains. Install it with "
+            "pip install 'agnews_dist[deepspeed]', or set --engine.backend ddp."
+        )
+
+
+def make_ready(world: World, device: str) -> None:
+    """What must be in place before accelerate starts DeepSpeed.
+
+    Raises:
+        UserError: it is not installed, or would take a GPU although `device` is cpu.
+    """
+    require_deepspeed()
+    if device == "cpu" and torch.cuda.is_available():
+        raise UserError(
+            "engine.device cpu with engine.backend deepspeed, but there is a GPU: DeepSpeed takes it whatever is asked. "
+            "Hide it with CUDA_VISIBLE_DEVICES='', or use --engine.backend ddp."
+        )
+    # DeepSpeed calls torch's collectives by names that torch 2.13 calls old, twice per step.
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", rf".*{name}. is deprecated", FutureWarning)
+    if world.num_ranks == 1:
+        # DeepSpeed wants a process group even for one process, and a launcher's variables for it.
+        alone = dict(zip(LAUNCHER_VARIABLES, ("0", "1", "0", "1"), strict=True))
+        for name, value in (alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}).items():
+            os.environ.setdefault(name, value)
+    import deepspeed.ops
+
+    # Otherwise every start on a CPU compiles an extension for a minute, and ends where there is no compiler.
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def fetch_whole_blocks(suffix: nn.Module) -> None:
+    """Have stage 3 fetch a block's weights when the block is called: it uses them without calling the layers they belong to."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    kinds = list({type(block) for block in suffix.get_submodule("h").children()})
+    if kinds:
+        set_z3_leaf_modules(suffix, kinds)
+
+
+class ZeroWrapped(Wrapped):
+    """What trains under ZeRO: divided over the ranks are the optimizer's state, from stage 2 gradients, in stage 3 weights."""
+
+    def __init__(
+        self,
+        world: World,
+        module: Any,
+        suffix: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        zero: Zero,
+        max_grad_norm: float,
+        first_loss_scale: float | None,
+    ) -> None:
+        """`module`: DeepSpeed's engine around `suffix`.
+
+        Raises:
+            UserError: DeepSpeed runs with something else than it was told.
+        """
+        super().__init__(world, module, suffix, optimizer, max_grad_norm=max_grad_norm, first_loss_scale=None)
+        self._engine, self._zero = module, zero
+        _check_state(module, optimizer, zero, max_grad_norm)
+        self._scales = first_loss_scale is not None
+        if first_loss_scale is not None:
+            from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+            # What DeepSpeed makes for weights in half precision, here for fp32 weights under fp16 autocast.
+            module.optimizer.loss_scaler = DynamicLossScaler(
+                init_scale=first_loss_scale,
+                scale_window=2000,
+                min_scale=1.0,
+                delayed_shift=1,
+                consecutive_hysteresis=False,
+                raise_error_at_min_scale=False,
+                dtype=torch.float16,
+            )
+
+    def __call__(self, *features: Tensor) -> Tensor:
+        """As `Wrapped`."""
+        if self._zero.stage == 3:
+            # Stage 3 lets go of a block's weights when the gradient of the block's input is there: without such a gradient, at
+            # once, in the middle of the block's backward pass.
+            features = tuple(part.detach().requires_grad_() if part.is_floating_point() else part for part in features)
+        return super().__call__(*features)
+
+    def accumulating(self, *, is_last: bool) -> AbstractContextManager[object]:
+        """Around one micro-batch: the boundary is told to DeepSpeed, whose own count of micro-batches is 1."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of an already normalised loss."""
+        self._engine.backward(loss)
+
+    def update(self) -> float:
+        """As `Wrapped.update`; DeepSpeed itself leaves out an update whose norm is not finite, on all ranks alike."""
+        self._engine.step()
+        optimizer = self._engine.optimizer
+        return math.inf if optimizer.overflow else float(self._engine.get_global_grad_norm())
+
+    @property
+    def loss_scale(self) -> float:
+        """As `Wrapped.loss_scale`."""
+        return float(self._engine.optimizer.loss_scale)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """As `Wrapped.load`, into the parts of the ranks and the optimizer's fp32 copies of them too."""
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, weight in self.suffix.named_parameters():
+            shape = getattr(weight, "ds_shape", weight.shape)
+            value = self._from_main(name, state, shape)
+            with torch.no_grad(), GatheredParameters([weight], modifier_rank=0, enabled=self._zero.stage == 3):
+                weight.copy_(value)
+            safe_set_full_fp32_param(weight, value)
+
+    def _whole(self) -> Iterator[tuple[str, Tensor]]:
+        """One weight after the other, so that a rank never holds more than one of them whole."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        for name, weight in self.suffix.named_parameters():
+            with GatheredParameters([weight], enabled=self._zero.stage == 3):
+                yield name, weight
+
+
+def _check_state(engine: Any, optimizer: torch.optim.Optimizer, zero: Zero, max_grad_norm: float) -> None:
+    """What DeepSpeed was told and what it does have differed before, in silence."""
+    found = {
+        "stage": (int(engine.zero_optimization_stage()), zero.stage),
+        "gradient_clipping": (float(engine.gradient_clipping()), float(max_grad_norm)),
+        "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), 1),
+        "optimizer": (type(engine.optimizer.optimizer), type(optimizer)),
+        "type of the weights": (engine.optimizer.dtype, torch.float32),
+    }
+    wrong = [f"{name} {is_now} instead of {wanted}" for name, (is_now, wanted) in found.items() if is_now != wanted]
+    if wrong:
+        raise UserError(
+            f"DeepSpeed runs with {', '.join(wrong)}: the result would be another one than under DDP. Use the DeepSpeed of "
+            "requirements.lock, and leave these keys out of engine.deepspeed_config."
+        )
