@@ -22,17 +22,21 @@ The package is one journey, and each module is one station of it:
                     model/gpt2.py     where both come from: load, add [PAD], freeze, split
                     model/embedded.py tokenizer and model made on the spot: no file, no network
     loss            step.py           sum of losses over the global count, voted on, clipped, applied
+                    wrapped.py        what trains as its engine runs it, made by engine.py: DDP; zero.py for DeepSpeed (with
+                                      the dictionary of zero_settings.py), sharded.py for FSDP2, each its only door
                     optim.py          AdamW groups; the learning rate as a function of the step
     evaluation      scoring.py        fixed micro-batches dealt to ranks, every example exactly once
                     metrics.py        confusion matrix -> accuracy, macro F1, loss
     report          events.py         everything a run says; report/ turns it into console, log, card
                     model/export.py   a directory that Hugging Face loads
-                    outcome.py        header, totals, best epoch, the files of the run's directory (rundir.py)
+                    opening.py        what a run says before its first step
+                    outcome.py        totals, best epoch, the files of the run's directory (rundir.py)
 
 The ground under it: errors.py (what a user can mend), config.py, settings.py, config_file.py and cli.py (what a user can
-set), world.py (which rank am I), batch.py (shape letters), collectives.py (the only door to torch.distributed), engine.py
-(the only door to accelerate), clock.py, profiling.py, debug.py, rehearsal.py. The stories, each a straight line inside
-story.py's frame: train.py, evaluate.py, predict.py, prepare.py, plan.py, cache.py; sources.py loads what they start from.
+set), world.py (which rank am I), device.py (what it may run on), batch.py (shape letters), collectives.py (sums, gathers,
+votes: the only door to torch.distributed), engine.py (the only door to accelerate), memory.py (what a rank will need),
+clock.py, profiling.py, debug.py, rehearsal.py. The stories, each a straight line inside story.py's frame: train.py,
+evaluate.py, predict.py, prepare.py, plan.py, doctor.py, cache.py; sources.py loads what they start from.
 
 Importing this package loads nothing heavy.
 """

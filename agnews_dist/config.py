@@ -93,8 +93,9 @@ class EngineConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """'auto' takes CUDA where there is one."""
-    backend: Literal["ddp", "deepspeed"] = "ddp"
-    """'ddp': every rank holds all that trains. 'deepspeed': ZeRO divides it over the ranks. The results are the same."""
+    backend: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """'ddp': every rank holds all that trains. 'fsdp': torch divides weights, gradients and the optimizer's state over the
+    ranks. 'deepspeed': ZeRO divides what zero_stage says. The results are the same."""
     zero_stage: Literal[1, 2, 3] = 2
     """With deepspeed, what is divided: 1 the optimizer's state, 2 gradients too, 3 weights too."""
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -212,13 +213,12 @@ def contradictions(config: Config) -> list[str]:
         f"engine.feature_cache {engine.feature_cache} with engine.fast_path false: the plain path is the reference and "
         "computes everything at every step. Leave feature_cache at auto, or the fast path on.",
     )
-    has_zero = engine.backend == "deepspeed"
     defaults = EngineConfig()
     for key in ("zero_stage", "offload", "deepspeed_config"):
         value = getattr(engine, key)
         require(
-            has_zero or value == getattr(defaults, key),
-            f"engine.{key} {value} with engine.backend ddp: only DeepSpeed knows it, so it would do nothing. Set "
+            engine.backend == "deepspeed" or value == getattr(defaults, key),
+            f"engine.{key} {value} with engine.backend {engine.backend}: only DeepSpeed knows it, so it would do nothing. Set "
             "engine.backend deepspeed, or leave it out.",
         )
     require(
@@ -227,9 +227,14 @@ def contradictions(config: Config) -> list[str]:
         "Set engine.zero_stage 3, or engine.offload optimizer.",
     )
     require(
-        not (has_zero and batch.longest_first),
-        "batch.longest_first with engine.backend deepspeed: the rehearsal would hold undivided what ZeRO divides. Leave it "
-        "out; the memory estimate is checked before anything is loaded.",
+        engine.precision != "fp16" or engine.backend != "fsdp",
+        "engine.precision fp16 with engine.backend fsdp: every rank would see overflows in its own part only, and scale its "
+        "losses alone. Set engine.backend deepspeed with zero_stage 3, or engine.precision fp32.",
+    )
+    require(
+        engine.backend == "ddp" or not batch.longest_first,
+        f"batch.longest_first with engine.backend {engine.backend}: the rehearsal would hold undivided what the ranks divide. "
+        "Leave it out; the memory estimate is checked before anything is loaded.",
     )
     require(
         0 <= engine.feature_cache_gigabytes < float("inf"),

@@ -8,7 +8,14 @@ import yaml
 from agnews_dist.errors import did_you_mean
 from agnews_dist.settings import Given, Problems, all_sections, all_settings, one_line, unknown_name
 
-SHIPPED = ("debug.yaml", "gpt2_ddp.yaml", "gpt2_mini_cpu.yaml", "quickstart.yaml")
+SHIPPED = (
+    "debug.yaml",
+    "deepspeed.yaml",
+    "gpt2_ddp.yaml",
+    "gpt2_mini_cpu.yaml",
+    "gpt2_xl_deepspeed.yaml",
+    "quickstart.yaml",
+)
 EXAMPLE = "Write for example 'optim:' and below it '  lr: 0.001'."
 
 

@@ -18,11 +18,12 @@ from accelerate.utils import (
     KwargsHandler,
 )
 from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from agnews_dist import zero as deepspeed_door
 from agnews_dist.device import DTYPES, choose_precision, chooses_cuda
 from agnews_dist.errors import UserError
-from agnews_dist.world import World
+from agnews_dist.world import LAUNCHER_VARIABLES, World
 from agnews_dist.wrapped import Wrapped
 from agnews_dist.zero_settings import Zero, deepspeed_dictionary
 
@@ -41,9 +42,12 @@ class Engine:
         allow_tf32: bool,
         timeout_seconds: int,
         zero: Zero | None = None,
+        fsdp: bool = False,
         compress_gradients: bool = False,
     ) -> None:
-        """`device`: auto | cpu | cuda; `precision`: auto | bf16 | fp32 | fp16; `zero`: through DeepSpeed, else DDP.
+        """`device`: auto | cpu | cuda; `precision`: auto | bf16 | fp32 | fp16.
+
+        `zero`: through DeepSpeed; `fsdp`: through torch's FSDP2; else DDP.
 
         Raises:
             UserError: CUDA asked for but absent, more ranks than GPUs, a precision the device lacks, DeepSpeed asked for but
@@ -51,9 +55,13 @@ class Engine:
         """
         use_cuda = chooses_cuda(world, device)
         self.world, self.zero = world, zero
+        # One rank has nobody to divide with.
+        self._fsdp = fsdp and world.num_ranks > 1
         self.precision = choose_precision(precision, use_cuda=use_cuda)
         self._compress_gradients = compress_gradients
         refuse_foreign_settings(zero)
+        has_group = world.num_ranks > 1 or zero is not None
+        _clear_environment(world if has_group else None)
         if not use_cuda:
             # Where it is installed, accelerate and transformers import DeepSpeed, which looks for a GPU and says so.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -69,7 +77,7 @@ class Engine:
             # Filled in by `prepare`, when it is known what trains; without these accelerate has values of its own.
             told = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
             self._plugin = DeepSpeedPlugin(hf_ds_config=told | {"zero_optimization": {"stage": zero.stage}})
-        if world.num_ranks > 1 or zero is not None:
+        if has_group:
             # Without a launcher accelerate takes a named backend for a sign that there is a process group.
             handlers.append(InitProcessGroupKwargs(backend="nccl" if use_cuda else "gloo", timeout=timeout))
         self._accelerator = Accelerator(
@@ -90,6 +98,9 @@ class Engine:
                 f"accelerate runs {self._accelerator.distributed_type} although engine.backend is deepspeed: what trains would "
                 "not be divided, and no figure would show it. Unset ACCELERATE_* variables."
             )
+        if zero is not None:
+            # Otherwise transformers would divide whatever it loads or builds from now on, the export among it.
+            unset_hf_deepspeed_config()
         self.device: torch.device = self._accelerator.device
         if use_cuda:
             torch.backends.cuda.matmul.allow_tf32 = allow_tf32
@@ -115,12 +126,28 @@ class Engine:
     @property
     def gathers_weights(self) -> bool:
         """Whether a forward pass of what trains is collective: then every rank must make the same number of them."""
-        return self.zero is not None and self.zero.stage == 3 and self.world.num_ranks > 1
+        return self._fsdp or (self.zero is not None and self.zero.stage == 3 and self.world.num_ranks > 1)
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether what trains is taken from the host's memory part by part, never whole onto the device."""
+        return self._fsdp or (self.zero is not None and self.zero.stage == 3)
 
     def prepare(self, suffix: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Wrapped:
         """Hand over what trains, in fp32, and the optimizer of its parameters; gradients clip to `max_grad_norm` (0: not)."""
         num_parameters = sum(parameter.numel() for parameter in suffix.parameters())
         scale = FIRST_LOSS_SCALE if self.precision == "fp16" else None
+        if self._fsdp:
+            from agnews_dist.sharded import ShardedWrapped
+
+            return ShardedWrapped(
+                self.world,
+                suffix,
+                optimizer,
+                self.device,
+                max_grad_norm=max_grad_norm,
+                compress_gradients=self._compress_gradients,
+            )
         if self.zero is None:
             self._ddp.bucket_cap_mb = bucket_megabytes(4 * num_parameters)
             module = self._accelerator.prepare_model(suffix)
@@ -150,10 +177,10 @@ def bucket_megabytes(num_bytes: int) -> int:
 
 
 def refuse_foreign_settings(zero: Zero | None) -> None:
-    """accelerate obeys its launcher's variables over its arguments; those that would change what runs are refused.
+    """What `accelerate launch` was told about the engine must be what engine.backend says; the rest of it does not count.
 
     Raises:
-        UserError: `accelerate launch` was told to run another engine than engine.backend.
+        UserError: it was told to run another engine.
     """
     wanted = {
         "ACCELERATE_USE_DEEPSPEED": zero is not None,
@@ -162,9 +189,23 @@ def refuse_foreign_settings(zero: Zero | None) -> None:
     }
     for name, is_ours in wanted.items():
         if os.environ.get(name, "false").lower() == "true" and not is_ours:
-            backend = "ddp" if zero is None else "deepspeed"
             raise UserError(
-                f"{name}=true, but engine.backend is {backend}: accelerate's own configuration would run another engine than "
-                "the one you set. Choose the engine with --engine.backend, and use launch/accelerate.sh or a configuration "
+                f"{name}=true, but engine.backend names another engine: accelerate's own configuration would run one that you "
+                "did not set. Choose the engine with --engine.backend, and use launch/accelerate.sh or a configuration "
                 "of accelerate without one."
             )
+
+
+def _clear_environment(world: World | None) -> None:
+    """Leave accelerate nothing but its arguments and, where there is to be a process group, a launcher's variables.
+
+    Over its arguments it obeys variables that compile, move to another device, divide gradients or choose an engine.
+    """
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    if world is None:
+        return
+    # DeepSpeed wants them even for one process, and accelerate divides the cores by the last, which not every launcher sets.
+    given = (world.rank, world.num_ranks, world.local_rank, world.ranks_per_node)
+    for name, value in zip(LAUNCHER_VARIABLES, given, strict=True):
+        os.environ.setdefault(name, str(value))

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from agnews_dist import collectives
 from agnews_dist.clock import Clock
-from agnews_dist.config import BatchConfig, Config
-from agnews_dist.data.sharing import Efficiency, Share, Tally
+from agnews_dist.config import Config
+from agnews_dist.data.sharing import Share, Tally
 from agnews_dist.engine import Engine
-from agnews_dist.events import Emit, RunDone, RunStarted
+from agnews_dist.events import Emit, RunDone
 from agnews_dist.features.cache import FeatureCache
 from agnews_dist.features.choice import gigabytes
 from agnews_dist.model.export import export_model
@@ -26,43 +26,6 @@ from agnews_dist.report.result import Result, Seconds, versions, write_json
 from agnews_dist.scoring import ScoredSplit
 from agnews_dist.sources import Sources
 from agnews_dist.wrapped import Wrapped
-
-
-def header(
-    config: Config,
-    engine: Engine,
-    sources: Sources,
-    features: FeatureCache,
-    parameters: Mapping[str, tuple[int, int]],
-    *,
-    num_steps: int,
-    expected: Efficiency,
-    directory: Path,
-) -> RunStarted:
-    """What runs where, for the first panel."""
-    rows = ", ".join(f"{len(split):,} {name}" for name, split in sources.store.splits.items())
-    facts = {
-        "run": str(directory),
-        "ranks": f"{engine.world.num_ranks} ({engine.world.ranks_per_node} per node)",
-        "device": engine.description,
-        "precision": engine.precision,
-        "model": f"{config.model.name} ({config.model.init}), trainable blocks: {config.model.trainable_blocks}",
-        "data": f"{config.data.source}: {rows}",
-        "tokens": f"{'cached' if sources.store.was_cached else 'made now'}, at most {config.data.max_length} per text",
-        "features": f"{features.choice.place}: {features.choice.why}",
-        "batch": batch_text(config.batch),
-        "plan": f"{num_steps:,} steps, {expected.critical_path:.1%} of what the ranks compute or wait for is real tokens",
-        "optimizer": f"AdamW, lr {config.optim.lr:g} ({config.optim.schedule}), {config.optim.epochs} epochs",
-        "seed": str(config.run.seed),
-    }
-    return RunStarted(facts=facts, parameters=parameters, num_steps=num_steps)
-
-
-def batch_text(batch: BatchConfig) -> str:
-    """What one optimiser step takes in."""
-    if batch.global_token_budget is None:
-        return f"{batch.global_batch_size:,} examples per step over all ranks"
-    return f"at most {batch.global_token_budget:,} tokens per step over all ranks"
 
 
 class RunningTotals:

@@ -57,12 +57,12 @@ def plan_settings(batch: BatchConfig, seed: int) -> PlanSettings:
 
 
 def zero_of(engine: EngineConfig) -> Zero | None:
-    """What DeepSpeed is to divide, with the user's own settings read; None: DDP.
+    """How DeepSpeed is to divide what trains, with the user's own settings read; None: another engine.
 
     Raises:
         ConfigError: the user's DeepSpeed JSON cannot be read.
     """
-    if engine.backend == "ddp":
+    if engine.backend != "deepspeed":
         return None
     own = read_settings(engine.deepspeed_config) if engine.deepspeed_config is not None else {}
     return Zero(stage=engine.zero_stage, offload=engine.offload, settings=own)
@@ -103,6 +103,7 @@ def start_engine(engine: EngineConfig, world: World, *, trains: bool = True) -> 
         allow_tf32=engine.allow_tf32,
         timeout_seconds=engine.timeout_seconds,
         zero=zero_of(engine) if trains else None,
+        fsdp=trains and engine.backend == "fsdp",
         compress_gradients=engine.gradient_compression == "bf16",
     )
 
@@ -113,8 +114,7 @@ def place(classifier: Classifier, engine: Engine, *, fast_path: bool, checkpoint
     classifier.prefix.to(engine.device, engine.frozen_dtype)
     classifier.suffix.autocast_dtype = engine.autocast_dtype
     classifier.suffix.checkpointing = checkpointing
-    if engine.zero is None or engine.zero.stage < 3:
-        # Stage 3 takes its part of one weight after the other from the host.
+    if not engine.divides_weights:
         classifier.suffix.to(engine.device)
 
 

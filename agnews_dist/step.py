@@ -72,13 +72,11 @@ def train_step(engine: Engine, embed: FeatureSource, wrapped: Wrapped, batches: 
     if scale > 1:
         # Every fp16 training begins so: the scale is as large as the gradients let it be.
         return StepResult(loss, None)
-    raise NonFiniteError(f"gradient norm {norm}: {_REMEDY}", rank=0)
-
-
-_REMEDY = (
-    "the update would destroy the weights, so no rank made it. Lower optim.lr or optim.max_grad_norm; if engine.precision is "
-    "bf16 or fp16, try fp32."
-)
+    raise NonFiniteError(
+        f"gradient norm {norm}: the update would destroy the weights, so no rank made it. Lower optim.lr or "
+        "optim.max_grad_norm; if engine.precision is bf16 or fp16, try fp32.",
+        rank=0,
+    )
 
 
 def _vote(engine: Engine, loss_sum: float) -> float:
@@ -91,6 +89,9 @@ def _vote(engine: Engine, loss_sum: float) -> float:
     total, *bad_losses = collectives.all_sum([loss_sum if math.isfinite(loss_sum) else 0.0, *flags], engine.device)
     ranks = [rank for rank, flag in enumerate(bad_losses) if flag]
     if ranks:
-        named = ", ".join(map(str, ranks))
-        raise NonFiniteError(f"non-finite loss on rank(s) {named}: {_REMEDY}", rank=ranks[0])
+        raise NonFiniteError(
+            f"non-finite loss on rank(s) {', '.join(map(str, ranks))}: the update would destroy the weights, so no rank made "
+            "it. Lower optim.lr or optim.max_grad_norm; if engine.precision is bf16 or fp16, try fp32.",
+            rank=ranks[0],
+        )
     return total

@@ -30,13 +30,13 @@ def run(world: World, loaded: cli.Loaded) -> None:
 
     from agnews_dist import collectives, debug
     from agnews_dist.clock import Clock, TimedFeatures
-    from agnews_dist.data.forecast import idle_warning
     from agnews_dist.data.loader import TokenTable, TrainLoader
     from agnews_dist.data.sharing import quadratic_weight
-    from agnews_dist.events import StepDone, Warned
+    from agnews_dist.events import StepDone
     from agnews_dist.model.gpt2 import parameter_table
+    from agnews_dist.opening import announce
     from agnews_dist.optim import build_optimizer, learning_rate, set_lr
-    from agnews_dist.outcome import BestEpoch, RunningTotals, fingerprints, finish, header
+    from agnews_dist.outcome import BestEpoch, RunningTotals, fingerprints, finish
     from agnews_dist.profiling import profiling
     from agnews_dist.rehearsal import rehearse
     from agnews_dist.report.console import Console
@@ -104,28 +104,18 @@ def run(world: World, loaded: cli.Loaded) -> None:
         )
         features = open_features(config, sources, tables, engine, prints["frozen_weights"])
         loader.owner_N = features.owner_N
-        num_steps, expected = loader.num_steps(config.optim.epochs), loader.expected_efficiency()
-        parameters = parameter_table(classifier)
-        emit(
-            header(
-                config,
-                engine,
-                sources,
-                features,
-                parameters,
-                num_steps=num_steps,
-                expected=expected,
-                directory=directory,
-            )
+        num_steps, parameters = loader.num_steps(config.optim.epochs), parameter_table(classifier)
+        announce(
+            config,
+            engine,
+            sources,
+            features,
+            parameters,
+            loader,
+            num_steps=num_steps,
+            directory=directory,
+            emit=emit,
         )
-        warning = idle_warning(
-            settings,
-            num_examples=len(tables["train"]),
-            num_ranks=world.num_ranks,
-            rank_balance=expected.rank_balance,
-        )
-        if warning:
-            emit(Warned(message=warning))
         if config.run.debug:
             emit(debug.overfit_one_batch(classifier, tables["train"], engine, lr=config.optim.lr))
         if config.batch.longest_first:

@@ -1,7 +1,8 @@
 """Which rank is this: the launcher's environment, read once at the edge and passed in.
 
-torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; without a launcher there is one rank. Nothing else in the
-package reads these variables.
+torchrun and `accelerate launch` set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, the deepspeed launcher calls the last
+one LOCAL_SIZE; without a launcher there is one rank. Nothing else in the package reads these variables. A process that is one
+of several, but was not told which, is refused: all of them would train, each alone on all the data.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,14 @@ from dataclasses import dataclass
 from agnews_dist.errors import UserError
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+DEEPSPEED_LOCAL_WORLD_SIZE = "LOCAL_SIZE"
+TASK_COUNTS = {
+    "SLURM_STEP_NUM_TASKS": ("srun", "srun --ntasks-per-node=1"),
+    "OMPI_COMM_WORLD_SIZE": ("mpirun", "mpirun --npernode 1"),
+    "PMI_SIZE": ("mpirun", "mpirun -ppn 1"),
+    "MV2_COMM_WORLD_SIZE": ("mpirun", "mpirun -ppn 1"),
+}
+"""How many processes were started by what, and how it starts one per node: it gives them no ranks that torch understands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +45,21 @@ def detect_world(environ: Mapping[str, str]) -> World:
     """Read the launcher's variables.
 
     Raises:
-        UserError: some of torchrun's variables are missing or no numbers; the rank is outside the world; or Slurm started
-            several tasks without torchrun, which would be several independent trainings.
+        UserError: some of the variables are missing, no numbers or at odds; the rank is outside the world; or several
+            processes were started without ranks, which would be several independent trainings.
     """
     given = {name: environ[name] for name in LAUNCHER_VARIABLES if environ.get(name)}
-    if not given:
-        tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
-        if tasks.isdigit() and int(tasks) > 1:
+    # Only with what a launcher sets for every rank: alone, LOCAL_SIZE may be anybody's.
+    if given and environ.get(DEEPSPEED_LOCAL_WORLD_SIZE):
+        of_deepspeed = environ[DEEPSPEED_LOCAL_WORLD_SIZE]
+        of_torchrun = given.setdefault("LOCAL_WORLD_SIZE", of_deepspeed)
+        if of_torchrun != of_deepspeed:
             raise UserError(
-                f"srun started {tasks} tasks without torchrun: each would train alone on all the data. "
-                "Start one task per node with 'srun --ntasks-per-node=1 torchrun ... -m agnews_dist.train'."
+                f"LOCAL_WORLD_SIZE={of_torchrun} but LOCAL_SIZE={of_deepspeed}: torchrun sets the one, the deepspeed launcher "
+                "the other, and one is left from another job. Unset both before you start the launcher."
             )
+    if not given:
+        _refuse_processes_without_ranks(environ)
         return World()
     missing = [name for name in LAUNCHER_VARIABLES if name not in given]
     if missing:
@@ -64,3 +77,20 @@ def detect_world(environ: Mapping[str, str]) -> World:
             "not match: a rank outside the world would hang the others. Start the job with torchrun, which sets all four."
         )
     return World(rank=rank, num_ranks=num_ranks, local_rank=local_rank, ranks_per_node=ranks_per_node)
+
+
+def _refuse_processes_without_ranks(environ: Mapping[str, str]) -> None:
+    for name, (starter, one_per_node) in TASK_COUNTS.items():
+        tasks = environ.get(name, "1")
+        if tasks.isdigit() and int(tasks) > 1:
+            raise UserError(
+                f"{starter} started {tasks} tasks without torchrun: each would train alone on all the data. "
+                f"Start one task per node with '{one_per_node} torchrun ... -m agnews_dist.train'."
+            )
+    # accelerate says where the ranks meet only when asked for several processes, and without GPUs starts one all the same.
+    port = environ.get("MASTER_PORT")
+    if port and environ.get("ACCELERATE_MIXED_PRECISION"):
+        raise UserError(
+            f"accelerate launch was asked for several processes (MASTER_PORT={port}) but started one without a rank: on a "
+            "CPU it does so silently. Use launch/accelerate.sh, or unset MASTER_PORT for a single process."
+        )

@@ -57,7 +57,7 @@ class Wrapped:
         If the norm is not finite, no rank has updated anything.
         """
         self._scaler.unscale_(self._optimizer)
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm or math.inf).item()
+        norm = self._global(nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm or math.inf)).item()
         if math.isfinite(norm):
             self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -83,6 +83,9 @@ class Wrapped:
 
     def _whole(self) -> Iterator[tuple[str, Tensor]]:
         return self.suffix.named_parameters()
+
+    def _global(self, norm: Tensor) -> Tensor:
+        return norm
 
     def _from_main(self, name: str, state: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         value = state[name].to(self._device) if self._world.is_main else torch.empty(shape, device=self._device)

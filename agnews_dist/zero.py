@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from agnews_dist.errors import UserError
-from agnews_dist.world import LAUNCHER_VARIABLES, World
+from agnews_dist.world import World
 from agnews_dist.wrapped import Wrapped
 from agnews_dist.zero_settings import Zero
 
@@ -50,10 +50,9 @@ def make_ready(world: World, device: str) -> None:
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", rf".*{name}. is deprecated", FutureWarning)
     if world.num_ranks == 1:
-        # DeepSpeed wants a process group even for one process, and a launcher's variables for it.
-        alone = dict(zip(LAUNCHER_VARIABLES, ("0", "1", "0", "1"), strict=True))
-        for name, value in (alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}).items():
-            os.environ.setdefault(name, value)
+        # DeepSpeed wants a process group even for one process.
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
     import deepspeed.ops
 
     # Otherwise every start on a CPU compiles an extension for a minute, and ends where there is no compiler.

@@ -90,7 +90,7 @@ def deepspeed_dictionary(
         "zero_allow_untested_optimizer": True,
         # torch's fused AdamW updates on the host too; DeepSpeed's own would be compiled for minutes first.
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": zero.stage, **_offload(zero, pin_memory)},
+        "zero_optimization": {"stage": zero.stage, **_offloaded(zero, {"device": "cpu"})},
     }
     bucket = min(num_parameters, LARGEST_BUCKET)
     proposed: dict[str, Any] = {
@@ -99,6 +99,7 @@ def deepspeed_dictionary(
             "allgather_bucket_size": bucket,
             "stage3_prefetch_bucket_size": bucket,
             "overlap_comm": True,
+            **_offloaded(zero, {"pin_memory": pin_memory}),
         }
     }
     # Found in either: nothing of the user's is lost, and nothing is silently ours.
@@ -115,9 +116,9 @@ def deepspeed_dictionary(
     return _merged(_merged(proposed, own), decided)
 
 
-def _offload(zero: Zero, pin_memory: bool) -> dict[str, Any]:
-    places = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
-    return {name: {"device": "cpu", "pin_memory": pin_memory} for name in places[zero.offload]}
+def _offloaded(zero: Zero, settings: dict[str, Any]) -> dict[str, Any]:
+    names = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
+    return dict.fromkeys(names[zero.offload], settings)
 
 
 def _is_off(section: Any) -> bool:
@@ -127,6 +128,9 @@ def _is_off(section: Any) -> bool:
 
 
 SETTING = {
+    "train_batch_size": "the batches are the plan's: batch.*",
+    "train_micro_batch_size_per_gpu": "the batches are the plan's: batch.*",
+    "gradient_accumulation_steps": "the batches are the plan's: batch.*",
     "gradient_clipping": "optim.max_grad_norm",
     "communication_data_type": "engine.gradient_compression",
     "zero_optimization.stage": "engine.zero_stage",
@@ -146,7 +150,7 @@ def _contradictions(decided: Mapping[str, Any], own: Mapping[str, Any], path: st
         theirs = own.get(name, "auto")
         if isinstance(value, Mapping) and isinstance(theirs, Mapping):
             found += _contradictions(cast(Mapping[str, Any], value), cast(Mapping[str, Any], theirs), f"{key}.")
-        elif theirs not in ("auto", value) and name != "pin_memory":
+        elif theirs not in ("auto", value):
             found.append(f"{key} {theirs} against {value} ({SETTING.get(key, 'fixed')})")
     if path == "zero_optimization.":
         for name in ("offload_optimizer", "offload_param"):

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from agnews_dist.cli import load
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*(REPOSITORY / "launch").glob("*.sh"), REPOSITORY / ".ci" / "run"])
+LAUNCHERS = {"local.sh": "torchrun", "deepspeed.sh": "deepspeed", "accelerate.sh": "accelerate"}
+FOREIGN = ("NPROC", "OMP_NUM_THREADS", "PYTHON", "CUDA_VISIBLE_DEVICES")
 
 
 def start(script: Path, *arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if key not in ("NPROC", "OMP_NUM_THREADS", "PYTHON")}
+    clean = {key: value for key, value in os.environ.items() if key not in FOREIGN}
     command = ["bash", str(script), *arguments]
     return subprocess.run(command, cwd=cwd, env={**clean, **environ}, capture_output=True, text=True, check=False)
 
@@ -31,6 +35,9 @@ def clone(tmp_path: Path) -> Path:
         'case "$1 $2" in\n'
         '"-c import torch"*) echo 3 ;;\n'
         '"-c import os"*) echo 8 ;;\n'
+        '"-c import importlib"*) [ -z "$WITHOUT_DEEPSPEED" ] ;;\n'
+        '"-c import base64"*) echo "world of $3" ;;\n'
+        '"-c import socket"*) echo 4321 ;;\n'
         '*) echo "threads $OMP_NUM_THREADS"; for a in "$@"; do echo "[$a]"; done ;;\n'
         "esac\n",
         encoding="utf-8",
@@ -40,7 +47,8 @@ def clone(tmp_path: Path) -> Path:
 
 
 def test_every_script_is_strict_executable_and_parses() -> None:
-    assert len(SCRIPTS) >= 5
+    assert len(SCRIPTS) >= 7
+    assert set(LAUNCHERS) < {script.name for script in SCRIPTS}
     for script in SCRIPTS:
         text = script.read_text(encoding="utf-8")
         assert text.startswith("#!/usr/bin/env bash\n"), script
@@ -49,33 +57,85 @@ def test_every_script_is_strict_executable_and_parses() -> None:
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0, script
 
 
+def expected_command(clone: Path, script: str, ranks: int, devices: list[str]) -> list[str]:
+    """What `script` runs before the user's arguments."""
+    train = ["-m", "agnews_dist.train"]
+    if script == "local.sh":
+        return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *train]
+    if script == "accelerate.sh":
+        config = ["--config_file", str(clone / "configs" / "accelerate" / "default.yaml")]
+        return ["-m", "accelerate.commands.launch", *config, "--num_processes", str(ranks), *train]
+    launcher = ["-m", "deepspeed.launcher.launch", "--quiet", f"--world_info=world of {ranks}", "--master_port=4321"]
+    program = ["--no_python", "--no_local_rank", "env", *devices, str(clone / ".venv" / "bin" / "python"), *train]
+    return [*launcher, *program, "--config", str(clone / "configs" / "deepspeed.yaml")]
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
 @pytest.mark.parametrize(
     ("environ", "ranks", "threads"),
     [({"NPROC": "4"}, 4, 2), ({}, 3, 2), ({"NPROC": "16"}, 16, 1), ({"NPROC": "2", "OMP_NUM_THREADS": "7"}, 2, 7)],
 )
-def test_local_starts_torchrun(clone: Path, tmp_path: Path, environ: dict[str, str], ranks: int, threads: int) -> None:
-    arguments = ["--config", "my file.yaml", "--run.name", "a 'b' $c", "--run.overwrite"]
-    done = start(clone / "launch" / "local.sh", *arguments, cwd=tmp_path, **environ)
+def test_a_launcher_is_started(
+    clone: Path, tmp_path: Path, script: str, environ: dict[str, str], ranks: int, threads: int
+) -> None:
+    arguments = ["--config", "my file.yaml", "--run.name", "a 'b' $c", "--run.overwrite", ""]
+    done = start(clone / "launch" / script, *arguments, cwd=tmp_path, **environ)
     assert done.returncode == 0, done.stderr
     first, *started = done.stdout.splitlines()
     assert first == f"threads {threads}"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", "agnews_dist.train"]
-    assert started == [f"[{word}]" for word in torchrun + arguments]
+    assert started == [f"[{word}]" for word in expected_command(clone, script, ranks, []) + arguments]
 
 
+@pytest.mark.parametrize("devices", ["", "6,7", "GPU-1f"])
+def test_deepspeed_gives_back_the_devices_that_were_chosen(clone: Path, tmp_path: Path, devices: str) -> None:
+    done = start(clone / "launch" / "deepspeed.sh", cwd=tmp_path, NPROC="2", CUDA_VISIBLE_DEVICES=devices)
+    command = expected_command(clone, "deepspeed.sh", 2, [f"CUDA_VISIBLE_DEVICES={devices}"])
+    assert done.stdout.splitlines()[1:] == [f"[{word}]" for word in command]
+
+
+def test_deepspeed_missing_says_how_to_install_it(clone: Path, tmp_path: Path) -> None:
+    done = start(clone / "launch" / "deepspeed.sh", cwd=tmp_path, NPROC="2", WITHOUT_DEEPSPEED="yes")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"DeepSpeed is not in {clone}/.venv" in done.stderr
+    assert 'pip install "agnews_dist[deepspeed]"' in done.stderr
+    for script in ("local.sh", "accelerate.sh"):
+        assert start(clone / "launch" / script, cwd=tmp_path, NPROC="2", WITHOUT_DEEPSPEED="yes").returncode == 0
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
 @pytest.mark.parametrize("count", ["0", "two", "-1", "1.5"])
-def test_local_refuses_a_bad_count(clone: Path, tmp_path: Path, count: str) -> None:
-    done = start(clone / "launch" / "local.sh", cwd=tmp_path, NPROC=count)
+def test_a_bad_count_is_refused(clone: Path, tmp_path: Path, script: str, count: str) -> None:
+    done = start(clone / "launch" / script, cwd=tmp_path, NPROC=count)
     assert done.returncode == 2
-    assert f"NPROC='{count}' is no count" in done.stderr
+    assert f"NPROC='{count}' is no count: {LAUNCHERS[script]} would not know" in done.stderr
     assert "Give a number such as NPROC=2." in done.stderr
 
 
-def test_local_without_an_environment_says_how_to_make_one(clone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_without_an_environment_it_says_how_to_make_one(clone: Path, tmp_path: Path, script: str) -> None:
     shutil.rmtree(clone / ".venv")
-    done = start(clone / "launch" / "local.sh", cwd=tmp_path)
+    done = start(clone / "launch" / script, cwd=tmp_path)
     assert done.returncode == 1
     assert "Run bash launch/env.sh first." in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "backend"),
+    [
+        ([], "deepspeed"),
+        (["--config", "mine.yaml"], "deepspeed"),
+        (["--config", "ddp.yaml"], "ddp"),
+        (["--engine.backend", "ddp"], "ddp"),
+    ],
+)
+def test_deepspeeds_default_gives_way_to_the_users_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], backend: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("optim: {epochs: 1}", encoding="utf-8")
+    Path("ddp.yaml").write_text("engine: {backend: ddp}", encoding="utf-8")
+    default = str(REPOSITORY / "configs" / "deepspeed.yaml")
+    assert load("train", ["--config", default, *arguments]).config.engine.backend == backend
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""world: torchrun's variables become ranks; anything half set is refused with what to do."""
+"""world: a launcher's variables become ranks; anything half set, or one of several without a rank, is refused."""
 
 import dataclasses
 
@@ -8,13 +8,23 @@ from agnews_dist.errors import UserError
 from agnews_dist.world import World, detect_world
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+# The deepspeed launcher's, for the same rank.
+DEEPSPEED = {
+    **{"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "CROSS_RANK": "1", "CROSS_SIZE": "2"},
+    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+}
+# `accelerate launch --cpu --num_processes 2` sets these for the one process that it starts.
+ACCELERATE_ON_A_CPU = {
+    **{"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"},
+    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
+}
 
 
 def test_without_a_launcher_there_is_one_rank() -> None:
     assert detect_world({}) == World() == World(rank=0, num_ranks=1, local_rank=0, ranks_per_node=1)
     assert World().is_main
-    # Empty is unset; a Slurm step of one task is one rank too.
-    assert detect_world({"RANK": "", "SLURM_STEP_NUM_TASKS": "1"}) == World()
+    # Empty is unset.
+    assert detect_world({"RANK": "", "LOCAL_WORLD_SIZE": ""}) == World()
 
 
 def test_torchruns_variables() -> None:
@@ -53,8 +63,49 @@ def test_a_rank_outside_the_world_is_named(name: str, value: str) -> None:
         detect_world({**TORCHRUN, name: value})
 
 
-def test_srun_without_torchrun_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("name", "starter", "remedy"),
+    [
+        ("SLURM_STEP_NUM_TASKS", "srun", "srun --ntasks-per-node=1 torchrun"),
+        ("OMPI_COMM_WORLD_SIZE", "mpirun", "mpirun --npernode 1 torchrun"),
+        ("PMI_SIZE", "mpirun", "mpirun -ppn 1 torchrun"),
+        ("MV2_COMM_WORLD_SIZE", "mpirun", "mpirun -ppn 1 torchrun"),
+    ],
+)
+def test_several_tasks_without_torchrun_are_refused(name: str, starter: str, remedy: str) -> None:
+    with pytest.raises(UserError, match=rf"{starter} started 4 tasks without torchrun: .* '{remedy} "):
+        detect_world({name: "4"})
+    # One task is one rank; with ranks the count is another program's business.
+    assert detect_world({name: "1"}) == World()
+    assert detect_world({**TORCHRUN, name: "4"}).rank == 5
+
+
+def test_the_deepspeed_launchers_variables() -> None:
+    assert detect_world(DEEPSPEED) == detect_world(TORCHRUN)
+    # Its launcher copies its own environment, in which there may be an equal leftover.
+    assert detect_world({**DEEPSPEED, "LOCAL_WORLD_SIZE": "4"}) == detect_world(TORCHRUN)
+    # Alone the variable says nothing about us.
+    assert detect_world({"LOCAL_SIZE": "4"}) == World()
+
+
+def test_two_launchers_at_odds_are_refused() -> None:
+    with pytest.raises(UserError, match=r"LOCAL_WORLD_SIZE=2 but LOCAL_SIZE=4: .* Unset both before"):
+        detect_world({**DEEPSPEED, "LOCAL_WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_a_missing_variable_of_the_deepspeed_launcher_is_named(name: str) -> None:
+    environ = {key: value for key, value in DEEPSPEED.items() if key != name}
+    with pytest.raises(UserError, match=rf"but {name} missing: .* Start with torchrun, or unset"):
+        detect_world(environ)
+
+
+def test_accelerates_silent_single_process_is_refused() -> None:
     with pytest.raises(
-        UserError, match=r"srun started 4 tasks without torchrun: .* 'srun --ntasks-per-node=1 torchrun"
+        UserError, match=r"asked for several processes \(MASTER_PORT=29500\) .* Use launch/accelerate\.sh, or unset"
     ):
-        detect_world({"SLURM_STEP_NUM_TASKS": "4"})
+        detect_world(ACCELERATE_ON_A_CPU)
+    # With ranks it is a job like any other; asked for one process it sets no port; a port alone is not accelerate's.
+    assert detect_world({**ACCELERATE_ON_A_CPU, **TORCHRUN}) == detect_world(TORCHRUN)
+    for name in ("MASTER_PORT", "ACCELERATE_MIXED_PRECISION"):
+        assert detect_world({key: value for key, value in ACCELERATE_ON_A_CPU.items() if key != name}) == World()

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# DeepSpeed's launcher on this machine; the engine is DeepSpeed (configs/deepspeed.yaml) unless the arguments say otherwise,
+# and all of them reach agnews_dist.train unchanged.
+#
+#   launch/deepspeed.sh --config configs/gpt2_xl_deepspeed.yaml
+#   NPROC=4 launch/deepspeed.sh --engine.zero_stage 3
+#
+# NPROC            ranks; default: one per GPU, or one without GPUs, where torch's threads already use all cores
+# OMP_NUM_THREADS  threads per rank; default: the cores divided among the ranks
+#
+# Paths in the arguments are seen from the directory you are in, and so is runs/.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+python=$root/.venv/bin/python
+if [[ ! -x $python ]]; then
+    echo "error: $root/.venv is not there: nothing is installed yet. Run bash launch/env.sh first." >&2
+    exit 1
+fi
+if ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("deepspeed") is None)'; then
+    echo "error: DeepSpeed is not in $root/.venv: its launcher cannot start. Run" \
+        "$python -m pip install \"agnews_dist[deepspeed]\", or use launch/local.sh." >&2
+    exit 1
+fi
+if [[ -z ${NPROC:-} ]]; then
+    NPROC=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+fi
+if [[ ! $NPROC =~ ^[1-9][0-9]*$ ]]; then
+    echo "error: NPROC='$NPROC' is no count: deepspeed would not know how many ranks to start. Give a number such as NPROC=2." >&2
+    exit 2
+fi
+if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+    cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+    OMP_NUM_THREADS=$((cores / NPROC > 0 ? cores / NPROC : 1))
+fi
+export OMP_NUM_THREADS
+
+# What the command `deepspeed` starts on every node, and not that command: killed, it would leave the ranks running; it exits
+# with 0 when its launcher is killed; and it takes NPROC only with other devices than CUDA_VISIBLE_DEVICES names.
+world=$("$python" -c 'import base64, json, sys; ranks = list(range(int(sys.argv[1])))
+print(base64.urlsafe_b64encode(json.dumps({"localhost": ranks}).encode()).decode())' "$NPROC")
+# A free port: two jobs on one machine would meet at the launcher's default.
+port=$("$python" -c 'import socket; door = socket.create_server(("127.0.0.1", 0)); print(door.getsockname()[1])')
+# The launcher shows the ranks the devices 0 to NPROC - 1; `env` gives them back the ones you chose, or none.
+exec "$python" -m deepspeed.launcher.launch --quiet --world_info="$world" --master_port="$port" --no_python --no_local_rank \
+    env ${CUDA_VISIBLE_DEVICES+"CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"} \
+    "$python" -m agnews_dist.train --config "$root/configs/deepspeed.yaml" "$@"

@@ -1,0 +1,89 @@
+"""Processes of a node that load one checkpoint share its pages: together they hold it once, not once each."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import REPOSITORY, environment
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from agnews_dist.model.tokenizer import load_tokenizer
+
+NUM_PROCESSES = 3
+LOADER = """
+import sys
+import psutil
+import torch
+from agnews_dist.model.gpt2 import load_backbone, split
+from agnews_dist.model.tokenizer import load_tokenizer
+from agnews_dist.outcome import fingerprint_of
+
+def say_and_wait():
+    print(flush=True)
+    sys.stdin.readline()
+    # Of a page that n processes map, each counts one n-th.
+    print(psutil.Process().memory_full_info().pss, flush=True)
+    sys.stdin.readline()
+
+tokenizer = load_tokenizer(sys.argv[1], revision=None, pad_token="new")
+say_and_wait()
+backbone = load_backbone(sys.argv[1], revision=None, init="pretrained", seed=0, tokenizer=tokenizer)
+classifier = split(backbone, trainable_blocks=1, num_classes=4, seed=0)
+if sys.argv[2] == "copied":
+    classifier.prefix._apply(torch.clone)
+fingerprint_of(classifier.frozen_state)  # reads every frozen weight, as a run does
+say_and_wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In fp32, as GPT-2 is on the hub; nearly all of it in blocks."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = load_tokenizer("embedded", revision=None, pad_token="eos")
+    tokenizer.save_pretrained(directory)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=512, n_layer=24, n_head=8, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(directory)
+    return directory
+
+
+def growth(checkpoint: Path, how: str) -> float:
+    """What loading adds to the memory of all processes together, in checkpoints."""
+    size = (checkpoint / "model.safetensors").stat().st_size
+    assert size > 250 * 2**20, "large beside what a process needs anyway"
+    command = [sys.executable, "-c", LOADER, str(checkpoint), how]
+    pipe = subprocess.PIPE
+    processes = [
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment(), cwd=REPOSITORY)
+        for _ in range(NUM_PROCESSES)
+    ]
+
+    def together() -> int:
+        for process in processes:  # all are there
+            assert process.stdout is not None
+            assert process.stdout.readline() == "\n"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        total = sum(int(process.stdout.readline()) for process in processes if process.stdout)
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        return total
+
+    try:
+        before = together()
+        return (together() - before) / size
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells shared pages apart")
+def test_a_checkpoint_is_in_memory_once_per_node(checkpoint: Path) -> None:
+    assert growth(checkpoint, "mapped") < 1.5
+    assert growth(checkpoint, "copied") > 2.5, "the control: with a copy per process this test would see it"
