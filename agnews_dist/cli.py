@@ -29,6 +29,8 @@ SWITCHES = {
     "--debug": "Short for --config configs/debug.yaml: small, loud, deterministic.",
     "--profile": "Short for --run.profile true.",
 }
+DEEPSPEED_ARGUMENT = "--local_rank"
+"""What DeepSpeed's launcher adds to every rank's arguments, with `=` and its number."""
 NULL_WORDS = ("null", "Null", "NULL", "~")
 BOOL_WORDS = ("true", "false", "yes", "no", "on", "off")
 
@@ -167,6 +169,8 @@ def _scan(argv: Sequence[str], options: Sequence[Option], problems: Problems) ->
             break
         if argument == "-" or not argument.startswith("-"):
             found.positionals.append(argument)
+        elif name == DEEPSPEED_ARGUMENT and equals:
+            continue  # LOCAL_RANK says the same
         elif name not in valid:
             problems.add(unknown_name(name, f"unknown option {argument!r}", valid), value_lost=False)
             if not equals and following and not following.startswith("-"):

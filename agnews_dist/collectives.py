@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from agnews_dist.errors import SharedError, UserError
 
@@ -28,6 +29,15 @@ def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def average_in_bf16(
+    group: dist.ProcessGroup,
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]  # DDP insists on this type
+) -> torch.futures.Future[Tensor]:
+    """DDP's communication hook: gradients are rounded to bf16, averaged over the ranks in it, and given back in fp32."""
+    # torch's own, but under its own name DDP takes it on NCCL alone; gloo can do it too.
+    return bf16_compress_hook(group, bucket)
 
 
 def broadcast(tensor: Tensor) -> Tensor:

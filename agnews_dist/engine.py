@@ -10,7 +10,6 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
-    DDPCommunicationHookType,
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     DistributedType,
@@ -18,8 +17,10 @@ from accelerate.utils import (
     KwargsHandler,
 )
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from agnews_dist import collectives
 from agnews_dist import zero as deepspeed_door
 from agnews_dist.device import DTYPES, choose_precision, chooses_cuda
 from agnews_dist.errors import UserError
@@ -68,8 +69,6 @@ class Engine:
         timeout = timedelta(seconds=timeout_seconds)
         # Gradients may live in the reducer's buckets: nobody keeps a view of them from step to step.
         self._ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-        if compress_gradients:
-            self._ddp.comm_hook = DDPCommunicationHookType.BF16
         handlers: list[KwargsHandler] = [self._ddp]
         self._plugin = None
         if zero is not None:
@@ -151,6 +150,8 @@ class Engine:
         if self.zero is None:
             self._ddp.bucket_cap_mb = bucket_megabytes(4 * num_parameters)
             module = self._accelerator.prepare_model(suffix)
+            if self._compress_gradients and isinstance(module, DistributedDataParallel):
+                module.register_comm_hook(None, collectives.average_in_bf16)
             return Wrapped(self.world, module, suffix, optimizer, max_grad_norm=max_grad_norm, first_loss_scale=scale)
         assert self._plugin is not None
         settings = self._plugin.deepspeed_config

@@ -13,6 +13,7 @@ from agnews_dist.metrics import Scores
 from agnews_dist.report.files import plain, write_text
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
+OPTIONAL_PACKAGES = ("deepspeed",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +71,12 @@ class Result:
 def versions() -> dict[str, str]:
     """Version of Python, of this package and of the libraries that decide the numbers."""
     found = {"python": platform.python_version(), "agnews_dist": agnews_dist.__version__}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *OPTIONAL_PACKAGES):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "unknown"
+            if package in PACKAGES:
+                found[package] = "unknown"
     return found
 
 

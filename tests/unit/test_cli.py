@@ -378,8 +378,16 @@ def test_any_config_survives_dump_and_load(tmp_path_factory: pytest.TempPathFact
         sections["batch"]["global_token_budget"] += sections["data"]["max_length"]
     sections["data"]["source"] += "x"
     sections["model"]["name"] += "x"
-    if not sections["engine"]["fast_path"]:
-        sections["engine"]["feature_cache"] = "off"
+    engine = sections["engine"]
+    if not engine["fast_path"]:
+        engine["feature_cache"] = "off"
+    if engine["backend"] != "deepspeed":
+        engine |= {"zero_stage": 2, "offload": "none", "deepspeed_config": None}
+    if engine["offload"] == "all":
+        engine["zero_stage"] = 3
+    if engine["backend"] == "fsdp" and engine["precision"] == "fp16":
+        engine["precision"] = "bf16"
+    sections["batch"]["longest_first"] = sections["batch"]["longest_first"] and engine["backend"] == "ddp"
     config = Config(
         data=DataConfig(**sections["data"]),
         model=ModelConfig(**sections["model"]),
@@ -467,3 +475,9 @@ def test_main_runs_the_story_without_loading_torch_for_help() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "python -m agnews_dist.train" in done.stdout
+
+
+def test_the_argument_that_deepspeeds_launcher_adds_is_no_setting() -> None:
+    loaded = load("train", ["--local_rank=1", "--optim.lr", "1e-5"])
+    assert loaded.config == load("train", ["--optim.lr", "1e-5"]).config
+    assert "--local_rank" in errors_of(["--local_rank", "1"])[0], "a user's own, with a space, is a mistake like any other"

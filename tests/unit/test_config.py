@@ -139,3 +139,36 @@ def test_all_contradictions_at_once() -> None:
     assert (
         len(contradictions(changed(optim__lr=-1.0, optim__epochs=0, run__seed=-1, data__validation_fraction=2.0))) == 4
     )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("zero_stage", 3), ("offload", "optimizer"), ("deepspeed_config", "ds.json")]
+)
+@pytest.mark.parametrize("backend", ["ddp", "fsdp"])
+def test_what_only_deepspeed_knows(backend: str, field: str, value: object) -> None:
+    [line] = contradictions(changed(engine__backend=backend, **{f"engine__{field}": value}))
+    assert line.startswith(f"engine.{field} {value} with engine.backend {backend}: only DeepSpeed knows it")
+    assert "Set engine.backend deepspeed, or leave it out." in line
+    assert contradictions(changed(engine__backend="deepspeed", **{f"engine__{field}": value})) == []
+
+
+def test_weights_are_offloaded_by_stage_3_alone() -> None:
+    config = changed(engine__backend="deepspeed", engine__offload="all")
+    [line] = contradictions(config)
+    assert "engine.offload all with engine.zero_stage 2" in line
+    assert "Set engine.zero_stage 3, or engine.offload optimizer." in line
+    assert contradictions(changed(engine__backend="deepspeed", engine__offload="all", engine__zero_stage=3)) == []
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "deepspeed"])
+def test_the_rehearsal_is_for_ddp(backend: str) -> None:
+    [line] = contradictions(changed(engine__backend=backend, batch__longest_first=True))
+    assert line.startswith(f"batch.longest_first with engine.backend {backend}: ")
+    assert contradictions(changed(batch__longest_first=True)) == []
+
+
+def test_half_precision_is_scaled_on_whole_gradients() -> None:
+    [line] = contradictions(changed(engine__backend="fsdp", engine__precision="fp16"))
+    assert "engine.precision fp16 with engine.backend fsdp" in line
+    assert "Set engine.backend deepspeed with zero_stage 3, or engine.precision fp32." in line
+    assert contradictions(changed(engine__backend="ddp", engine__precision="fp16")) == []
