@@ -98,8 +98,10 @@ class Engine:
                 "not be divided, and no figure would show it. Unset ACCELERATE_* variables."
             )
         if zero is not None:
-            # Otherwise transformers would divide whatever it loads or builds from now on, the export among it.
+            # Otherwise transformers would divide whatever it loads or builds from now on, the export among it, and a child
+            # process or a second engine would be told that it is DeepSpeed's.
             unset_hf_deepspeed_config()
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         self.device: torch.device = self._accelerator.device
         if use_cuda:
             torch.backends.cuda.matmul.allow_tf32 = allow_tf32

@@ -9,6 +9,7 @@ from agnews_dist.data.loader import TrainLoader
 from agnews_dist.engine import Engine
 from agnews_dist.events import Emit, RunStarted, Warned
 from agnews_dist.features.cache import FeatureCache
+from agnews_dist.memory import Estimate, summary
 from agnews_dist.sources import Sources, plan_settings
 
 
@@ -17,6 +18,7 @@ def announce(
     engine: Engine,
     sources: Sources,
     features: FeatureCache,
+    memory: Estimate,
     parameters: Mapping[str, tuple[int, int]],
     loader: TrainLoader,
     *,
@@ -33,6 +35,7 @@ def announce(
         "device": engine.description,
         "precision": engine.precision,
         "engine": engine_text(config.engine),
+        "memory": summary(memory),
         "model": f"{config.model.name} ({config.model.init}), trainable blocks: {config.model.trainable_blocks}",
         "data": f"{config.data.source}: {rows}",
         "tokens": f"{'cached' if sources.store.was_cached else 'made now'}, at most {config.data.max_length} per text",

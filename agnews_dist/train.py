@@ -33,6 +33,8 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.data.loader import TokenTable, TrainLoader
     from agnews_dist.data.sharing import quadratic_weight
     from agnews_dist.events import StepDone
+    from agnews_dist.fitting import check_fits
+    from agnews_dist.memory import Estimate
     from agnews_dist.model.gpt2 import parameter_table
     from agnews_dist.opening import announce
     from agnews_dist.optim import build_optimizer, learning_rate, set_lr
@@ -66,16 +68,19 @@ def run(world: World, loaded: cli.Loaded) -> None:
 
     with claim, Sinks() as emit:
 
-        def prepare() -> Sources:
+        def prepare() -> tuple[Estimate, Sources]:
             if world.is_main:
                 emit.add(Console(every_step=config.run.debug))
                 claim.take()
                 emit.add(RunLog(claim.staging / "events.jsonl"))
-            return load_sources(config.data, config.model, seed=config.run.seed, emit=emit, clock=clock, world=world)
+            memory = check_fits(config, world)
+            return memory, load_sources(
+                config.data, config.model, seed=config.run.seed, emit=emit, clock=clock, world=world
+            )
 
         outcome = collectives.attempt(prepare)
         engine = start_engine(config.engine, world)
-        sources = collectives.agree(outcome)
+        memory, sources = collectives.agree(outcome)
         prints = fingerprints(config, sources)
         collectives.check_equal(prints)
         claim.keep()
@@ -110,6 +115,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
             engine,
             sources,
             features,
+            memory,
             parameters,
             loader,
             num_steps=num_steps,

@@ -58,7 +58,8 @@ class Classifier:
 
     def use_fast_path(self, fast_path: bool) -> None:
         """False: Hugging Face's own forward in both halves, the reference. Set it before any features are made."""
-        self.prefix.fast_path = self.suffix.fast_path = fast_path
+        self.prefix.fast_path = fast_path
+        self.suffix.use_fast_path(fast_path)
 
 
 def load_backbone(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import NewGELUActivation
 
 from agnews_dist.model.last_token import last_rows, last_token_block
 from agnews_dist.model.prefix import run_block
@@ -27,14 +28,24 @@ class Suffix(nn.Module):
         self.h = nn.ModuleDict(modules)
         self.ln_f = ln_f
         self.out_head = out_head
-        self.fast_path = True
-        """Whether the last block is computed for the last token only; the others always run in full."""
+        self._activations = [block.get_submodule("mlp.act") for block in blocks.values()]
+        self.use_fast_path(True)
         self.autocast_dtype: torch.dtype | None = None
         """In which products are computed; None: in that of the weights. Here and not around the call: DeepSpeed switches
         a surrounding autocast off."""
         self.checkpointing = False
         """Whether training computes the blocks' activations again in the backward pass instead of keeping them."""
         self.requires_grad_(True)
+
+    def use_fast_path(self, fast_path: bool) -> None:
+        """Whether the last block is computed for the last token only; the others run in full, here with the fused GELU.
+
+        Hugging Face's step-by-step `gelu_new` would keep six tensors four times as wide as the block for the backward pass.
+        """
+        self.fast_path = fast_path
+        for block, activation in zip(self.h.values(), self._activations, strict=True):
+            is_slow = fast_path and isinstance(activation, NewGELUActivation)
+            block.get_submodule("mlp").act = nn.GELU(approximate="tanh") if is_slow else activation
 
     def forward(self, hidden_BTD: Tensor, lengths_B: Tensor) -> Tensor:
         """`Features` of texts to logits_BC, in the dtype of the weights."""
