@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,14 +136,18 @@ class ZeroWrapped(Wrapped):
     def load(self, state: Mapping[str, Tensor]) -> None:
         """As `Wrapped.load`, into the parts of the ranks and the optimizer's fp32 copies of them too."""
         from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
+        is_divided = self._zero.stage == 3
         for name, weight in self.suffix.named_parameters():
-            shape = getattr(weight, "ds_shape", weight.shape)
-            value = self._from_main(name, state, shape)
-            with torch.no_grad(), GatheredParameters([weight], modifier_rank=0, enabled=self._zero.stage == 3):
+            value = self._from_main(name, state, getattr(weight, "ds_shape", weight.shape))
+            with torch.no_grad(), GatheredParameters([weight], modifier_rank=0, enabled=is_divided):
                 weight.copy_(value)
-            safe_set_full_fp32_param(weight, value)
+            if is_divided:
+                # Not from the whole: on a last rank whose part is shorter that fails.
+                safe_set_local_fp32_param(weight, cast(Any, weight).ds_tensor)
+            else:
+                safe_set_full_fp32_param(weight, value)
 
     def _whole(self) -> Iterator[tuple[str, Tensor]]:
         """One weight after the other, so that a rank never holds more than one of them whole."""

@@ -2,9 +2,10 @@
 
     PYTHONPATH=. python tests/bench/memory.py LOG.jsonl --tokenizer DIR [--only NAME ...]
 
-Every case is a process (or several, under torchrun) of its own with fp32 weights drawn at random, two epochs of two steps of
-synthetic text cut to equal lengths, so that micro-batches are as large as they may be, scoring and the export. Estimate: what the run's header says. Peak: `peak_memory_bytes` of its result.json, the
-largest of all ranks. On a CPU both hold interpreter and libraries. `--tokenizer`: a directory with GPT-2's.
+Every case is a process (or several, under torchrun) of its own with fp32 weights drawn at random: two epochs of two steps of
+synthetic text cut to equal lengths, so that micro-batches are as large as they may be, then scoring and the export. Estimate:
+what the run's header says. Peak: `peak_memory_bytes` of its result.json, the largest of all ranks. On a CPU both hold
+interpreter and libraries. `--tokenizer`: a directory with GPT-2's.
 """
 
 import argparse

@@ -480,4 +480,6 @@ def test_main_runs_the_story_without_loading_torch_for_help() -> None:
 def test_the_argument_that_deepspeeds_launcher_adds_is_no_setting() -> None:
     loaded = load("train", ["--local_rank=1", "--optim.lr", "1e-5"])
     assert loaded.config == load("train", ["--optim.lr", "1e-5"]).config
-    assert "--local_rank" in errors_of(["--local_rank", "1"])[0], "a user's own, with a space, is a mistake like any other"
+    assert "--local_rank" in errors_of(["--local_rank", "1"])[0], (
+        "a user's own, with a space, is a mistake like any other"
+    )

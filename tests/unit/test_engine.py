@@ -71,13 +71,17 @@ def test_precision_of_a_gpu(monkeypatch, has_bf16):
     assert choose_precision("auto", use_cuda=True) == ("bf16" if has_bf16 else "fp32")
     assert choose_precision("fp16", use_cuda=True) == "fp16"
     if not has_bf16:
-        with pytest.raises(UserError, match=r"an old GPU has no bf16: .*emulated. Set --engine.precision fp16 \(with loss"):
+        with pytest.raises(
+            UserError, match=r"an old GPU has no bf16: .*emulated. Set --engine.precision fp16 \(with loss"
+        ):
             choose_precision("bf16", use_cuda=True)
 
 
 def test_deepspeed_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(UserError, match=r"DeepSpeed is not installed: .*pip install 'agnews_dist\[deepspeed\]', or set"):
+    with pytest.raises(
+        UserError, match=r"DeepSpeed is not installed: .*pip install 'agnews_dist\[deepspeed\]', or set"
+    ):
         Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60, zero=Zero(2))
 
 
@@ -117,6 +121,10 @@ print(round(before - layer.weight.item(), 6), os.listdir(os.environ["TORCH_EXTEN
 
 def test_deepspeed_in_one_process_without_launcher_and_compiler(tmp_path):
     """It would otherwise ask for MPI, and compile for a minute; the slope of 1 comes through accelerate's variable too."""
-    variables = {"PATH": "/nowhere", "TORCH_EXTENSIONS_DIR": str(tmp_path), "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    variables = {
+        "PATH": "/nowhere",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+    }
     done: subprocess.CompletedProcess[str] = python("-c", ONE_PROCESS, **variables)
     assert done.stdout.splitlines()[-1] == "1.0 []"

@@ -1,0 +1,247 @@
+"""Run under torchrun by test_engines.py: the same 20 updates under every engine, then what each must hold by itself."""
+
+import json
+import math
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
+from toy import CLASSES, toy_classifier, toy_split
+
+from agnews_dist import collectives
+from agnews_dist.batch import Batch
+from agnews_dist.data.batching import PlanSettings
+from agnews_dist.data.loader import TokenTable, TrainLoader
+from agnews_dist.engine import Engine
+from agnews_dist.model.gpt2 import Classifier
+from agnews_dist.model.prefix import Features, FeatureSource, computed
+from agnews_dist.optim import build_optimizer
+from agnews_dist.scoring import score_split
+from agnews_dist.sources import place
+from agnews_dist.step import NonFiniteError, train_step
+from agnews_dist.world import World, detect_world
+from agnews_dist.wrapped import Wrapped
+from agnews_dist.zero_settings import Zero
+
+# Or stage 3 would leave a toy's weights whole on every rank.
+ALL_OF_IT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+ENGINES: dict[str, dict] = {
+    "ddp": {},
+    "fsdp": {"fsdp": True},
+    "zero1": {"zero": Zero(1)},
+    "zero2": {"zero": Zero(2)},
+    "zero3": {"zero": Zero(3, settings=ALL_OF_IT)},
+    "zero2-offload": {"zero": Zero(2, "optimizer")},
+    "zero3-offload": {"zero": Zero(3, "all", ALL_OF_IT)},
+}
+
+
+def start(world: World, name: str, precision: str = "fp32", **options: bool) -> Engine:
+    AcceleratorState._reset_state(True)  # accelerate knows one engine per process
+    return Engine(
+        world, device="cpu", precision=precision, allow_tf32=False, timeout_seconds=60, **ENGINES[name], **options
+    )
+
+
+def prepare(engine: Engine, told: dict, *, max_grad_norm: float, sgd: bool = False) -> tuple[Classifier, Wrapped]:
+    classifier = toy_classifier(told["trainable_blocks"])
+    place(classifier, engine, fast_path=True)
+    suffix = classifier.suffix.eval()
+    optimizer = (
+        torch.optim.SGD(suffix.parameters(), lr=told["lr"])
+        if sgd
+        else build_optimizer(suffix, lr=told["lr"], weight_decay=told["weight_decay"])
+    )
+    return classifier, engine.prepare(suffix, optimizer, max_grad_norm=max_grad_norm)
+
+
+def make_loader(engine: Engine, told: dict, max_tokens: int) -> TrainLoader:
+    table = TokenTable(toy_split(told["lengths"]), pad_id=0, device=engine.device)
+    settings = PlanSettings(global_batch_size=told["global_batch_size"])
+    return TrainLoader(table, engine.world, settings, max_tokens_per_rank=max_tokens, quadratic=0.0)
+
+
+def facts_of(wrapped: Wrapped, engine: Engine) -> dict:
+    """What the engine really is, not what it was told to be."""
+    module, state = wrapped.module, {}
+    state["kind"] = type(module).__name__
+    if engine.zero is not None:
+        state |= {
+            "stage": int(module.zero_optimization_stage()),
+            "accumulation": module.gradient_accumulation_steps(),
+            "clipping": module.gradient_clipping(),
+            "optimizer": type(module.optimizer.optimizer).__name__,
+        }
+    if state["kind"] == "DistributedDataParallel":
+        state |= {
+            "static_graph": module.static_graph,
+            "find_unused_parameters": module.find_unused_parameters,
+            "bucket_bytes": module.bucket_bytes_cap,
+        }
+    first = next(wrapped.suffix.parameters())
+    local = first.to_local() if hasattr(first, "to_local") else getattr(first, "ds_tensor", first)
+    state["held"] = local.numel() / getattr(first, "ds_numel", first.numel())
+    return state
+
+
+def train(world: World, told: dict, case: dict, output: Path) -> None:
+    """20 updates; weights, losses, norms, evaluation."""
+    told = told | case
+    engine = start(world, case["engine"])
+    classifier, wrapped = prepare(engine, told, max_grad_norm=case["max_grad_norm"], sgd=case["sgd"])
+    loader, embed = make_loader(engine, told, case["max_tokens"]), computed(classifier.prefix)
+    losses, norms, micro, shares, step = [], [], [], [], 0
+    for epoch in range(100):
+        for batches in loader.steps(epoch):
+            if step == told["num_steps"]:
+                break
+            result = train_step(engine, embed, wrapped, batches)
+            losses.append(result.loss)
+            norms.append(result.grad_norm)
+            micro.append(len(batches.micro_batches))
+            mine = sum(int((batch.weights_B > 0).sum()) for batch in batches.micro_batches)
+            shares.append(collectives.all_gather(mine))
+            step += 1
+    table = TokenTable(toy_split(told["evaluation_lengths"]), pad_id=0, device=engine.device)
+    scored = score_split(classifier, table, engine, num_classes=CLASSES)
+    state = wrapped.full_state()
+    assert bool(state) == world.is_main, "whole on rank 0, and there alone"
+    facts = {
+        "losses": losses,
+        "norms": norms,
+        "micro_batches": micro,
+        "shares": shares,
+        "predictions": scored.predictions_N.tolist(),
+        "loss": scored.scores.loss,
+        "confusion": scored.scores.confusion,
+        **facts_of(wrapped, engine),
+    }
+    gathered = collectives.all_gather({key: facts[key] for key in ("losses", "norms", "predictions", "loss")})
+    assert all(theirs == gathered[0] for theirs in gathered), "ranks know the same numbers"
+    if world.is_main:
+        save_file(state, output / f"{case['name']}.safetensors")
+        (output / f"{case['name']}.json").write_text(json.dumps(facts, default=lambda array: array.tolist()))
+
+
+def check_state_comes_back(world: World, told: dict, name: str) -> None:
+    """What was saved comes back on all ranks, in the optimizer's own copies too: the next update starts from it."""
+    engine = start(world, name)
+    classifier, wrapped = prepare(engine, told, max_grad_norm=0.0, sgd=True)
+    loader, embed = make_loader(engine, told, 10_000), computed(classifier.prefix)
+    first, second, *_ = loader.steps(0)
+    before = wrapped.full_state()
+    train_step(engine, embed, wrapped, first)
+    after = wrapped.full_state()
+    train_step(engine, embed, wrapped, second)
+    wrapped.load(before)
+    back = wrapped.full_state()
+    assert all(torch.equal(back[key], value) for key, value in before.items()), name
+    train_step(engine, embed, wrapped, first)
+    again = wrapped.full_state()
+    for key, value in after.items():
+        assert not torch.equal(before[key], value) or key.endswith("c_attn.bias"), key
+        torch.testing.assert_close(again[key], value, rtol=0, atol=1e-6, msg=lambda text: f"{name} {key}: {text}")  # noqa: B023
+
+
+class ScaledBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, factor):
+        ctx.factor = factor
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
+def check_non_finite(world: World, told: dict, name: str) -> None:
+    """A bad loss on the last rank, then a bad gradient on the last rank: all say so, none moves."""
+    engine = start(world, name)
+    classifier, wrapped = prepare(engine, told, max_grad_norm=1.0)
+    (batches, good, *_), embed = make_loader(engine, told, 10_000).steps(0), computed(classifier.prefix)
+    is_last = world.rank == world.num_ranks - 1
+
+    def poisoned(batch: Batch) -> Features:
+        hidden_BTD, lengths_B = embed(batch)
+        return Features(hidden_BTD * math.nan if is_last else hidden_BTD, lengths_B)
+
+    def refused(source: FeatureSource, match: str) -> None:
+        before, said = wrapped.full_state(), ""
+        try:
+            train_step(engine, source, wrapped, batches)
+        except NonFiniteError as error:
+            said = str(error)
+        assert match in said, f"{name}: {said!r}"
+        assert all(torch.equal(before[key], value) for key, value in wrapped.full_state().items()), name
+
+    refused(poisoned, f"non-finite loss on rank(s) {world.num_ranks - 1}:")
+    del wrapped, engine
+    engine = start(world, name)
+    classifier, wrapped = prepare(engine, told, max_grad_norm=1.0)
+    embed, factor = computed(classifier.prefix), [math.inf if is_last else 1.0]
+    classifier.suffix.out_head.register_forward_hook(
+        lambda module, arguments, output: ScaledBackward.apply(output, factor[0])
+    )
+    refused(embed, "gradient norm")
+    # The bad gradient is gone with the update that was not made.
+    factor[0] = 1.0
+    norm = train_step(engine, embed, wrapped, good).grad_norm
+    assert norm is not None
+    assert math.isfinite(norm), name
+
+
+def precisions(world: World, told: dict, output: Path) -> None:
+    """Loss and norm of one epoch's updates in each precision; fp16's check of the device is all that is left out on a CPU."""
+    from agnews_dist import engine as engine_module
+
+    engine_module.choose_precision = lambda precision, *, use_cuda: precision
+    found = {}
+    for precision in ("bf16", "fp16"):
+        for name in ("ddp", "fsdp", "zero2", "zero3"):
+            if (precision, name) == ("fp16", "fsdp"):
+                continue
+            engine = start(world, name, precision)
+            classifier, wrapped = prepare(engine, told, max_grad_norm=1.0)
+            loader, embed = make_loader(engine, told, 10_000), computed(classifier.prefix)
+            results = [train_step(engine, embed, wrapped, batches) for batches in loader.steps(0)]
+            kinds = {str(weight.dtype) for weight in wrapped.suffix.parameters()}
+            found[f"{precision} {name}"] = {
+                "losses": [result.loss for result in results],
+                "norms": [result.grad_norm for result in results],
+                "kinds": sorted(kinds),
+                "scale": wrapped.loss_scale,
+            }
+    for name in ("ddp", "zero2", "fsdp"):
+        engine = start(world, name, compress_gradients=True)
+        classifier, wrapped = prepare(engine, told, max_grad_norm=0.0, sgd=True)
+        (batches, *_), before = make_loader(engine, told, 10_000).steps(0), wrapped.full_state()
+        train_step(engine, computed(classifier.prefix), wrapped, batches)
+        after = wrapped.full_state()
+        if world.is_main:
+            save_file({key: before[key] - after[key] for key in before}, output / f"compressed-{name}.safetensors")
+    if world.is_main:
+        (output / "precisions.json").write_text(json.dumps(found))
+
+
+def main() -> None:
+    # DeepSpeed's, of its own hooks and of names of collectives that torch calls old.
+    warnings.simplefilter("ignore")
+    output, told = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    world = detect_world(os.environ)
+    for case in told["cases"]:
+        train(world, told, case, output)
+    for name in ENGINES:
+        check_state_comes_back(world, told | {"trainable_blocks": 2}, name)
+        check_non_finite(world, told | {"trainable_blocks": 1}, name)
+    precisions(world, told | {"trainable_blocks": 1}, output)
+    assert not any(Path(os.environ["TORCH_EXTENSIONS_DIR"]).iterdir()), "an extension was compiled"
+
+
+if __name__ == "__main__":
+    main()
+    # Not inside: what is wrapped must be gone before its process group is (see collectives.close).
+    collectives.close()
