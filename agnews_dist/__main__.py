@@ -12,6 +12,7 @@ STORIES = {
     "evaluate": "score a split of any source with a saved model",
     "predict": "classify texts from arguments, a file or standard input",
     "plan": "show the batches before any job: steps, padding, balance of the ranks, text lengths",
+    "doctor": "show what is here, what a training will take per rank, and whether it fits",
     "prepare": "load and tokenise the data ahead of the job, where there is a network",
     "cache": "list or clear the tokens and features kept on disk",
 }

@@ -1,5 +1,8 @@
 """Whether a run fits into this machine: its memory estimate against what is free, before anything is loaded."""
 
+import importlib.util
+import shutil
+
 import psutil
 import torch
 from transformers import GPT2Config
@@ -8,9 +11,10 @@ from agnews_dist.config import Config, DataConfig, ModelConfig
 from agnews_dist.device import choose_precision, chooses_cuda
 from agnews_dist.errors import ModelError
 from agnews_dist.features.room import free_device_bytes, free_host_bytes
-from agnews_dist.memory import Estimate, Setup, Shape, estimate, misfit
+from agnews_dist.memory import Diagnosis, Estimate, Setup, Shape, estimate, in_words, misfit
 from agnews_dist.model.gpt2 import load_shape
 from agnews_dist.model.tokenizer import load_tokenizer
+from agnews_dist.report.result import versions
 from agnews_dist.world import World
 
 
@@ -82,3 +86,36 @@ def free_bytes(setup: Setup, world: World) -> tuple[int, int]:
     device = torch.device(setup.device, world.local_rank) if setup.device == "cuda" else torch.device("cpu")
     free = free_device_bytes(device, world.ranks_per_node)
     return free + (setup.runtime_bytes if setup.device == "cpu" else 0), free_host_bytes()
+
+
+def diagnose(config: Config, world: World) -> Diagnosis:
+    """Look at this machine and at the model's config.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    gpt2 = read_shape(config.model, config.data)
+    shape, setup = shape_of(gpt2), setup_of(config, gpt2, world)
+    free_device, free_host = free_bytes(setup, world)
+    use_cuda = setup.device == "cuda"
+    has_compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    facts = {
+        **versions(),
+        "device": torch.cuda.get_device_name() if use_cuda else f"CPU, {torch.get_num_threads()} threads",
+        "GPUs": str(torch.cuda.device_count()),
+        "precision": choose_precision(config.engine.precision, use_cuda=use_cuda),
+        "DeepSpeed": "installed"
+        if importlib.util.find_spec("deepspeed")
+        else "not installed: engine.backend ddp or fsdp",
+        "C++ compiler": has_compiler or "none: engine.compile never (DeepSpeed needs none here)",
+        "free host memory": in_words(free_host),
+    }
+    blocks = f"{setup.trainable_blocks} of {shape.num_blocks} blocks train"
+    return Diagnosis(
+        facts=facts,
+        setting=f"{config.model.name}, {blocks}, engine {setup.backend}, {world.num_ranks} rank(s)",
+        estimate=estimate(shape, setup),
+        free_device=free_device,
+        free_host=free_host,
+        problem=misfit(shape, setup, free_device=free_device, free_host=free_host),
+    )

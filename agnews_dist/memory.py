@@ -7,7 +7,7 @@ Letters: P weights that train, D width, H heads, T tokens of the longest text, n
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 FULL_BLOCK_BYTES = {4: 72, 2: 46}
@@ -160,7 +160,9 @@ def activation_bytes(shape: Shape, setup: Setup) -> int:
     # The backward pass of a block holds what it kept and about as much again as its widest tensors.
     backward = 4 * num_tokens * (4 * width) * 2 if num_full else 0
     inputs = num_full * 4 * width * num_tokens
-    kept = inputs + min(num_full, 1) * block if setup.checkpointing else num_full * block
+    kept = num_full * block
+    if setup.checkpointing:
+        kept = min(kept, inputs + block)
     last = num_tokens * width * LAST_BLOCK_BYTES
     last += num_tokens // MEAN_TOKENS * width * (16 * shape.num_heads + 24)
     call = PACKED_CALL[setup.device] if setup.fast_path else num_tokens
@@ -233,3 +235,27 @@ def misfit(shape: Shape, setup: Setup, *, free_device: int, free_host: int) -> s
     what, free = ("on this rank's device", free_device) if is_device else ("in this node's memory", free_host)
     needs = summary(found) if is_device else f"about {in_words(found.host_bytes)} per rank in host memory"
     return f"the run needs {needs}; {in_words(free)} are free {what}: it would break off in the middle. {remedy}."
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the doctor found."""
+
+    facts: Mapping[str, str]
+    """Versions and machine, for people and for bug reports."""
+    setting: str
+    """Which training the estimate is of."""
+    estimate: Estimate
+    free_device: int
+    """Bytes per rank, here."""
+    free_host: int
+    problem: str | None
+    """Why the run cannot fit, and what would."""
+
+    def to_dict(self) -> Mapping[str, object]:
+        """For JSON."""
+        return asdict(self) | {
+            "device_bytes": self.estimate.device_bytes,
+            "host_bytes": self.estimate.host_bytes,
+            "fits": self.problem is None,
+        }

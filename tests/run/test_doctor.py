@@ -1,0 +1,60 @@
+"""doctor through the real door: what is here, what a run will take, whether it fits; and a run that cannot is refused early."""
+
+import json
+import shutil
+from pathlib import Path
+
+from launching import python
+from transformers import GPT2Config
+
+
+def model(shared: Path, directory: Path, **sizes: int) -> Path:
+    """A tokenizer and a config: all that the doctor reads."""
+    shutil.copytree(shared / "tokenizers" / "gpt2", directory)
+    GPT2Config(**sizes).save_pretrained(directory)
+    return directory
+
+
+def test_a_run_that_fits(shared: Path, tmp_path: Path) -> None:
+    name = str(model(shared, tmp_path / "small"))
+    done = python("-m", "agnews_dist.doctor", "--model.name", name, "--ranks", "2", "--json")
+    found = json.loads(done.stdout)
+    assert found["fits"] is True
+    assert found["problem"] is None
+    frozen = 4 * ((50258 + 1024) * 768 + 11 * 7_087_872)
+    # The two ranks of a node map the same file.
+    assert found["estimate"]["device"]["frozen weights"] == frozen // 2
+    assert found["estimate"]["device"]["optimizer"] == 8 * (7_087_872 + 2 * 768 + 4 * 769)
+    assert found["device_bytes"] == sum(found["estimate"]["device"].values())
+    assert found["facts"]["torch"]
+    shown = python("-m", "agnews_dist.doctor", "--model.name", name).stdout
+    assert "frozen weights" in shown
+    assert "It fits." in shown
+
+
+def test_a_run_that_does_not_fit_is_refused_by_doctor_and_train_before_anything_is_loaded(
+    shared: Path, tmp_path: Path
+) -> None:
+    name = str(model(shared, tmp_path / "huge", n_embd=12800, n_layer=96, n_head=100))
+    for story in ("doctor", "train"):
+        done = python(
+            "-m", f"agnews_dist.{story}", "--model.name", name, "--data.source", "synthetic", check=False, timeout=60
+        )
+        assert done.returncode == 1, story
+        assert "error: the run needs about 7" in done.stderr
+        assert "frozen weights 7" in done.stderr
+        assert "it would break off in the middle. Take a smaller model or more memory" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    for arguments, said in (
+        (["--ranks", "0"], "--ranks 0: a training has at least one rank. Set it to 1 or more."),
+        (["--ranks", "2", "--ranks_per_node", "3"], "--ranks_per_node 3 with --ranks 2: a node cannot have more"),
+    ):
+        done = python("-m", "agnews_dist.doctor", *arguments, check=False)
+        assert done.returncode == 2
+        assert said in done.stderr
+    done = python("-m", "agnews_dist.doctor", "--model.name", str(tmp_path / "nowhere"), check=False)
+    assert done.returncode == 1
+    assert "does not exist: there is nothing to load" in done.stderr
