@@ -41,7 +41,9 @@ def copy(tmp_path) -> Path:
 
 def pytest_on(copy: Path, test: str) -> tuple[int | None, str]:
     paths = os.pathsep.join(map(str, (copy, copy / "tests")))
-    return forked_pytest.run(copy, test, environment(AGNEWS_SHARED=str(SHARED), PYTHONPATH=paths), timeout=120)
+    return forked_pytest.run(
+        copy, test, environment(AGNEWS_SHARED=str(SHARED), AGNEWS_MUTANT="1", PYTHONPATH=paths), timeout=120
+    )
 
 
 def test_an_unharmed_copy_stays_green(copy):

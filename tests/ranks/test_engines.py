@@ -7,6 +7,7 @@ of ranks holds all of it, and what an engine must refuse, bring back and leave a
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ RANKS = (1, 2, 3)
 LENGTHS = [30, 30, 28, 28, 27, 26, 25, 25, 24, 20, 20, 18, 17, 16, 12, 9, 8, 7, 7, 5, 5, 4, 3, 3, 2, 1, 1, 1, 1]
 EVALUATION_LENGTHS = [30, 22, 17, 12, 9, 9, 7, 5, 3, 2, 1]
 NUM_STEPS, LR, WEIGHT_DECAY, BATCH = 20, 1e-3, 0.1, 9
+BROKEN = "AGNEWS_MUTANT" in os.environ
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 # Most tokens of a micro-batch: all in one, or about half of the largest share.
 WHOLE, PARTS = 10_000, 60
@@ -45,7 +47,8 @@ def cases() -> list[dict]:
     for case in made:
         kind = "sgd" if case["sgd"] else "adamw"
         case["name"] = f"{case['engine']}-{case['trainable_blocks']}-{case['max_tokens']}-{kind}"
-    return made
+    # A minute for each contract that is broken on purpose would be too long.
+    return [case for case in made if not BROKEN or case["name"] in (f"zero1-1-{PARTS}-adamw", f"zero3-1-{PARTS}-adamw")]
 
 
 CASES = {case["name"]: case for case in cases()}
@@ -62,6 +65,7 @@ def saved(request, tmp_path_factory) -> tuple[int, Path]:
         "lr": LR,
         "weight_decay": WEIGHT_DECAY,
         "cases": list(CASES.values()),
+        "checked": ["zero3"] if BROKEN else None,
     }
     path = directory / "told.json"
     path.write_text(json.dumps(told))

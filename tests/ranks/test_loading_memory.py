@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from agnews_dist.model.tokenizer import load_tokenizer
 
-NUM_PROCESSES = 3
+NUM_PROCESSES = 2
 LOADER = """
 import sys
 import psutil
@@ -85,5 +85,5 @@ def growth(checkpoint: Path, how: str) -> float:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells shared pages apart")
 def test_a_checkpoint_is_in_memory_once_per_node(checkpoint: Path) -> None:
-    assert growth(checkpoint, "mapped") < 1.5
-    assert growth(checkpoint, "copied") > 2.5, "the control: with a copy per process this test would see it"
+    assert growth(checkpoint, "mapped") < 1.4
+    assert growth(checkpoint, "copied") > 1.8, "the control: with a copy per process this test would see it"
