@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from launching import REPOSITORY
 from transformers import GPT2Config, GPT2Model
 
 from agnews_dist.fitting import shape_of
@@ -162,3 +163,32 @@ def test_words() -> None:
     assert (in_words(3_420_000_000), in_words(41_000_000)) == ("3.4 GB", "41 MB")
     found = Estimate({"gradients": 10**6, "optimizer": 2 * 10**9})
     assert summary(found) == "about 2.0 GB per rank: optimizer 2.0 GB, gradients 1 MB"
+
+
+SIZES = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20), "gpt2-xl": (1600, 48, 25)}
+COLUMNS: tuple[dict[str, object], ...] = (
+    {},
+    {"backend": "fsdp"},
+    *({"backend": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3)),
+    {"backend": "deepspeed", "zero_stage": 3, "offload": "all"},
+)
+
+
+def table() -> list[str]:
+    """The README's rows: GB per rank, 8 GPUs of a node, bf16, default batches; activations recomputed for several blocks."""
+    rows = []
+    for name, (width, blocks, heads) in SIZES.items():
+        shape = Shape(
+            num_blocks=blocks, width=width, inner=4 * width, num_heads=heads, num_rows=50258, num_positions=1024
+        )
+        for trained in (1, blocks // 2, blocks):
+            base = setup(trainable_blocks=trained, num_ranks=8, ranks_per_node=8, max_tokens_per_rank=16384)
+            base = replace(base, max_length=256, half=True, checkpointing=trained > 1)
+            sizes = [estimate(shape, replace(base, **changed)).device_bytes / 1e9 for changed in COLUMNS]  # type: ignore[arg-type]
+            rows.append(f"| {name} | {trained} of {blocks} | " + " | ".join(f"{size:.1f}" for size in sizes) + " |")
+    return rows
+
+
+def test_the_readmes_table_is_the_estimate() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert [row for row in table() if row not in readme] == []
