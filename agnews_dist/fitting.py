@@ -108,6 +108,7 @@ def diagnose(config: Config, world: World) -> Diagnosis:
         if importlib.util.find_spec("deepspeed")
         else "not installed: engine.backend ddp or fsdp",
         "C++ compiler": has_compiler or "none: engine.compile never (DeepSpeed needs none here)",
+        "features": f"{config.engine.feature_cache}: {shape.width * (2 if setup.half else 4):,} bytes per token, if they fit",
         "free host memory": in_words(free_host),
     }
     blocks = f"{setup.trainable_blocks} of {shape.num_blocks} blocks train"

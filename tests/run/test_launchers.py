@@ -141,6 +141,7 @@ JOBS = {
     "accelerate": ("accelerate.sh", (), ("ddp", 2)),
     "deepspeed": ("deepspeed.sh", (), ("deepspeed", 2)),
     "torchrun with ZeRO 3": ("local.sh", ZERO_3, ("deepspeed", 3)),
+    "accelerate with FSDP2": ("accelerate.sh", ("--engine.backend", "fsdp"), ("fsdp", 2)),
 }
 EQUAL = (
     "num_steps",
