@@ -154,7 +154,9 @@ class Engine:
             module = self._accelerator.prepare_model(suffix)
             if self._compress_gradients and isinstance(module, DistributedDataParallel):
                 module.register_comm_hook(None, collectives.average_in_bf16)
-            return Wrapped(self.world, module, suffix, optimizer, max_grad_norm=max_grad_norm, first_loss_scale=scale)
+            return Wrapped(
+                self.world, module, suffix, optimizer, self.device, max_grad_norm=max_grad_norm, first_loss_scale=scale
+            )
         assert self._plugin is not None
         settings = self._plugin.deepspeed_config
         settings.clear()
@@ -170,7 +172,14 @@ class Engine:
             deepspeed_door.fetch_whole_blocks(suffix)
         module, _ = self._accelerator.prepare(suffix, optimizer)
         return deepspeed_door.ZeroWrapped(
-            self.world, module, suffix, optimizer, zero=self.zero, max_grad_norm=max_grad_norm, first_loss_scale=scale
+            self.world,
+            module,
+            suffix,
+            optimizer,
+            self.device,
+            zero=self.zero,
+            max_grad_norm=max_grad_norm,
+            first_loss_scale=scale,
         )
 
 

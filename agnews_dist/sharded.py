@@ -37,7 +37,7 @@ class ShardedWrapped(Wrapped):
         parts = {id(old): new for old, new in zip(whole, suffix.parameters(), strict=True)}
         for group in optimizer.param_groups:
             group["params"] = [parts[id(weight)] for weight in group["params"]]
-        super().__init__(world, suffix, suffix, optimizer, max_grad_norm=max_grad_norm, first_loss_scale=None)
+        super().__init__(world, suffix, suffix, optimizer, device, max_grad_norm=max_grad_norm, first_loss_scale=None)
 
     def accumulating(self, *, is_last: bool) -> AbstractContextManager[object]:
         """As `Wrapped.accumulating`."""

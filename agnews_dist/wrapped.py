@@ -24,6 +24,7 @@ class Wrapped:
         module: nn.Module,
         suffix: nn.Module,
         optimizer: torch.optim.Optimizer,
+        device: torch.device,
         *,
         max_grad_norm: float,
         first_loss_scale: float | None,
@@ -31,7 +32,8 @@ class Wrapped:
         """`module`: `suffix` as it is to be called; `first_loss_scale`: None where gradients cannot underflow."""
         self.module, self.suffix = module, suffix
         self._world, self._optimizer, self._max_grad_norm = world, optimizer, max_grad_norm
-        self._device = next(suffix.parameters()).device
+        # Not asked of the weights: what is offloaded is elsewhere, and ranks talk from their devices.
+        self._device = device
         self._scaler = torch.amp.GradScaler(
             self._device.type, init_scale=first_loss_scale or 1.0, enabled=first_loss_scale is not None
         )

@@ -77,6 +77,7 @@ class ZeroWrapped(Wrapped):
         module: Any,
         suffix: nn.Module,
         optimizer: torch.optim.Optimizer,
+        device: torch.device,
         *,
         zero: Zero,
         max_grad_norm: float,
@@ -87,7 +88,7 @@ class ZeroWrapped(Wrapped):
         Raises:
             UserError: DeepSpeed runs with something else than it was told.
         """
-        super().__init__(world, module, suffix, optimizer, max_grad_norm=max_grad_norm, first_loss_scale=None)
+        super().__init__(world, module, suffix, optimizer, device, max_grad_norm=max_grad_norm, first_loss_scale=None)
         self._engine, self._zero = module, zero
         _check_state(module, optimizer, zero, max_grad_norm)
         self._scales = first_loss_scale is not None

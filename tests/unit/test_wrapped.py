@@ -43,7 +43,9 @@ def wrap(
     optimizer = (
         torch.optim.SGD(suffix.parameters(), lr=1.0) if sgd else build_optimizer(suffix, lr=1e-3, weight_decay=0.1)
     )
-    wrapped = Wrapped(World(), suffix, suffix, optimizer, max_grad_norm=max_grad_norm, first_loss_scale=scale)
+    wrapped = Wrapped(
+        World(), suffix, suffix, optimizer, torch.device("cpu"), max_grad_norm=max_grad_norm, first_loss_scale=scale
+    )
     return wrapped, optimizer
 
 
