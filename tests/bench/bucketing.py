@@ -132,7 +132,7 @@ def freeze(classifier: Classifier, tokens: TokenSplit) -> Frozen:
     for ids_B in plan_evaluation(tokens.lengths, max_tokens=EVALUATION_TOKENS):
         tokens_BT, lengths_B = token_batch(tokens, ids_B)
         index_BT, is_real_BT = padded(torch.from_numpy(tokens.offsets[ids_B]), lengths_B)
-        hidden_BTD = classifier.prefix(tokens_BT)
+        hidden_BTD = classifier.prefix.float()(tokens_BT)  # a checkpoint may be stored in bf16
         normed[index_BT[is_real_BT]] = functional.layer_norm(hidden_BTD, (width,), eps=eps)[is_real_BT]
         last_ND[torch.from_numpy(ids_B)] = hidden_BTD[torch.arange(len(ids_B)), lengths_B - 1]
     labels_N = np.array(tokens.labels, dtype=np.int64)

@@ -43,7 +43,7 @@ class Rows:
         )
         self._engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=600)
         sources = self._sources(0)
-        self._prefix = sources.classifier.prefix
+        self._prefix = sources.classifier.prefix.float()  # a checkpoint may be stored in bf16
         self._tables = {
             name: TokenTable(split, pad_id=sources.pad_id, device=self._engine.device)
             for name, split in sources.store.splits.items()
@@ -88,8 +88,8 @@ class Rows:
         )
         features = {split: self.features(kind, split) for split in ("train", "validation")}
         torch.manual_seed(seed)
-        wrapped = self._engine.prepare(classifier.suffix)
-        optimizer = build_optimizer(wrapped, lr=optim.lr, weight_decay=optim.weight_decay)
+        optimizer = build_optimizer(classifier.suffix, lr=optim.lr, weight_decay=optim.weight_decay)
+        wrapped = self._engine.prepare(classifier.suffix, optimizer, max_grad_norm=optim.max_grad_norm)
         num_steps, step, scores = loader.num_steps(optim.epochs), 0, []
         for epoch in range(optim.epochs):
             classifier.suffix.train()
@@ -102,9 +102,7 @@ class Rows:
                     schedule=optim.schedule,
                 )
                 set_lr(optimizer, lr)
-                train_step(
-                    self._engine, features["train"], wrapped, optimizer, batches, max_grad_norm=optim.max_grad_norm
-                )
+                train_step(self._engine, features["train"], wrapped, batches)
                 step += 1
             scored = score_split(
                 classifier, self._tables["validation"], self._engine, num_classes=4, features=features["validation"]

@@ -5,17 +5,21 @@ import math
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from toy import CLASSES, toy_classifier, toy_split
 
 from agnews_dist import collectives
 from agnews_dist.batch import Batch
 from agnews_dist.data.batching import PlanSettings
-from agnews_dist.data.loader import TokenTable, TrainLoader
+from agnews_dist.data.loader import StepBatches, TokenTable, TrainLoader
 from agnews_dist.engine import Engine
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features, FeatureSource, computed
@@ -65,6 +69,30 @@ def make_loader(engine: Engine, told: dict, max_tokens: int) -> TrainLoader:
     return TrainLoader(table, engine.world, settings, max_tokens_per_rank=max_tokens, quadratic=0.0)
 
 
+def held(tensor: Tensor) -> Tensor:
+    """What this rank has of it, as it stands in memory: of a copy of its own nobody else knows."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
+
+
+def held_moments(wrapped: Wrapped) -> list[Tensor]:
+    states = wrapped._optimizer.state.values()
+    return [held(state[name]) for state in states for name in ("exp_avg", "exp_avg_sq")]
+
+
+def held_of_all(wrapped: Wrapped) -> list[Tensor]:
+    """Weights, moments, numbers of updates and the optimizer's own copies of weights."""
+    of_optimizer = [weight for group in wrapped._optimizer.param_groups for weight in group["params"]]
+    moments = [value for state in wrapped._optimizer.state.values() for value in state.values()]
+    tensors = [*wrapped.suffix.parameters(), *of_optimizer, *moments]
+    return [held(tensor).detach().clone() for tensor in tensors]
+
+
+def mean_of_means(batches: StepBatches, num_ranks: int) -> StepBatches:
+    """The step in which each rank takes the mean over its own share. The negative control."""
+    mine = sum(int((batch.weights_B > 0).sum()) for batch in batches.micro_batches)
+    return replace(batches, num_examples=num_ranks * max(1, mine))
+
+
 def facts_of(wrapped: Wrapped, engine: Engine) -> dict:
     """What the engine really is, not what it was told to be."""
     module, state = wrapped.module, {}
@@ -74,17 +102,22 @@ def facts_of(wrapped: Wrapped, engine: Engine) -> dict:
             "stage": int(module.zero_optimization_stage()),
             "accumulation": module.gradient_accumulation_steps(),
             "clipping": module.gradient_clipping(),
-            "optimizer": type(module.optimizer.optimizer).__name__,
+            "reduced_in": str(module.communication_data_type),
+            "accumulated_in": str(module.get_data_types()[1]),
         }
+        assert module.optimizer.optimizer is wrapped._optimizer
     if state["kind"] == "DistributedDataParallel":
         state |= {
             "static_graph": module.static_graph,
             "find_unused_parameters": module.find_unused_parameters,
             "bucket_bytes": module.bucket_bytes_cap,
         }
-    first = next(wrapped.suffix.parameters())
-    local = first.to_local() if hasattr(first, "to_local") else getattr(first, "ds_tensor", first)
-    state["held"] = local.numel() / getattr(first, "ds_numel", first.numel())
+    state["optimizer"] = type(wrapped._optimizer).__name__
+    weights, moments = list(wrapped.suffix.parameters()), held_moments(wrapped)
+    num_weights = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
+    state["held_weights"] = sum(held(weight).numel() for weight in weights) / num_weights
+    state["held_moments"] = sum(moment.numel() for moment in moments) / (2 * num_weights)
+    state["kinds"] = sorted({str(tensor.dtype) for tensor in (*weights, *moments)})
     return state
 
 
@@ -99,7 +132,8 @@ def train(world: World, told: dict, case: dict, output: Path) -> None:
         for batches in loader.steps(epoch):
             if step == told["num_steps"]:
                 break
-            result = train_step(engine, embed, wrapped, batches)
+            told_batches = mean_of_means(batches, world.num_ranks) if case["mean_of_means"] else batches
+            result = train_step(engine, embed, wrapped, told_batches)
             losses.append(result.loss)
             norms.append(result.grad_norm)
             micro.append(len(batches.micro_batches))
@@ -110,6 +144,8 @@ def train(world: World, told: dict, case: dict, output: Path) -> None:
     scored = score_split(classifier, table, engine, num_classes=CLASSES)
     state = wrapped.full_state()
     assert bool(state) == world.is_main, "whole on rank 0, and there alone"
+    if world.is_main:
+        check_scored_weights(told, state, table, scored.probabilities_NC)
     facts = {
         "losses": losses,
         "norms": norms,
@@ -118,13 +154,27 @@ def train(world: World, told: dict, case: dict, output: Path) -> None:
         "predictions": scored.predictions_N.tolist(),
         "loss": scored.scores.loss,
         "confusion": scored.scores.confusion,
-        **facts_of(wrapped, engine),
+        **(facts_of(wrapped, engine) if not case["sgd"] else {}),
     }
-    gathered = collectives.all_gather({key: facts[key] for key in ("losses", "norms", "predictions", "loss")})
+    if not engine.gathers_weights:
+        copies = collectives.all_gather([held(weight).detach().clone() for weight in wrapped.suffix.parameters()])
+        assert all(all(map(torch.equal, theirs, copies[0])) for theirs in copies), "ranks hold the same weights"
+    # Of a mean of means no rank has the global loss.
+    shared = ("norms", "predictions", "loss", *(() if case["mean_of_means"] else ("losses",)))
+    gathered = collectives.all_gather({key: facts[key] for key in shared})
     assert all(theirs == gathered[0] for theirs in gathered), "ranks know the same numbers"
     if world.is_main:
         save_file(state, output / f"{case['name']}.safetensors")
         (output / f"{case['name']}.json").write_text(json.dumps(facts, default=lambda array: array.tolist()))
+
+
+def check_scored_weights(told: dict, state: dict[str, Tensor], table: TokenTable, expected_NC: np.ndarray) -> None:
+    """What was saved is what was scored: the same probabilities from a model that knows of no engine."""
+    classifier = toy_classifier(told["trainable_blocks"])
+    classifier.suffix.eval().load_state_dict(state)
+    with torch.no_grad():
+        logits_NC = classifier.suffix(*computed(classifier.prefix)(table.batch(np.arange(len(table)))))
+    np.testing.assert_allclose(logits_NC.double().softmax(dim=1).numpy(), expected_NC, rtol=0, atol=1e-6)
 
 
 def check_state_comes_back(world: World, told: dict, name: str) -> None:
@@ -162,7 +212,7 @@ def check_non_finite(world: World, told: dict, name: str) -> None:
     """A bad loss on the last rank, then a bad gradient on the last rank: all say so, none moves."""
     engine = start(world, name)
     classifier, wrapped = prepare(engine, told, max_grad_norm=1.0)
-    (batches, good, *_), embed = make_loader(engine, told, 10_000).steps(0), computed(classifier.prefix)
+    (first, batches, good, *_), embed = make_loader(engine, told, 10_000).steps(0), computed(classifier.prefix)
     is_last = world.rank == world.num_ranks - 1
 
     def poisoned(batch: Batch) -> Features:
@@ -170,14 +220,16 @@ def check_non_finite(world: World, told: dict, name: str) -> None:
         return Features(hidden_BTD * math.nan if is_last else hidden_BTD, lengths_B)
 
     def refused(source: FeatureSource, match: str) -> None:
-        before, said = wrapped.full_state(), ""
+        before, said = held_of_all(wrapped), ""
         try:
             train_step(engine, source, wrapped, batches)
         except NonFiniteError as error:
             said = str(error)
         assert match in said, f"{name}: {said!r}"
-        assert all(torch.equal(before[key], value) for key, value in wrapped.full_state().items()), name
+        assert all(map(torch.equal, before, held_of_all(wrapped))), f"{name}: something moved"
 
+    # Before it there are no moments to move.
+    train_step(engine, embed, wrapped, first)
     refused(poisoned, f"non-finite loss on rank(s) {world.num_ranks - 1}:")
     del wrapped, engine
     engine = start(world, name)
@@ -186,12 +238,16 @@ def check_non_finite(world: World, told: dict, name: str) -> None:
     classifier.suffix.out_head.register_forward_hook(
         lambda module, arguments, output: ScaledBackward.apply(output, factor[0])
     )
+    bad, factor[0] = factor[0], 1.0
+    train_step(engine, embed, wrapped, first)
+    factor[0] = bad
     refused(embed, "gradient norm")
     # The bad gradient is gone with the update that was not made.
-    factor[0] = 1.0
+    factor[0], before = 1.0, held_of_all(wrapped)
     norm = train_step(engine, embed, wrapped, good).grad_norm
     assert norm is not None
     assert math.isfinite(norm), name
+    assert not all(map(torch.equal, before, held_of_all(wrapped))), "the control: an update moves something"
 
 
 def precisions(world: World, told: dict, output: Path) -> None:
@@ -208,21 +264,21 @@ def precisions(world: World, told: dict, output: Path) -> None:
             classifier, wrapped = prepare(engine, told, max_grad_norm=1.0)
             loader, embed = make_loader(engine, told, 10_000), computed(classifier.prefix)
             results = [train_step(engine, embed, wrapped, batches) for batches in loader.steps(0)]
-            kinds = {str(weight.dtype) for weight in wrapped.suffix.parameters()}
-            found[f"{precision} {name}"] = {
+            found[f"{precision} {name}"] = facts_of(wrapped, engine) | {
                 "losses": [result.loss for result in results],
                 "norms": [result.grad_norm for result in results],
-                "kinds": sorted(kinds),
+                "frozen": sorted({str(weight.dtype) for weight in classifier.prefix.parameters()}),
                 "scale": wrapped.loss_scale,
             }
-    for name in ("ddp", "zero2", "fsdp"):
-        engine = start(world, name, compress_gradients=True)
+    for name, compresses in (("ddp", True), ("zero2", True), ("fsdp", True), ("ddp", False)):
+        engine = start(world, name, compress_gradients=compresses)
         classifier, wrapped = prepare(engine, told, max_grad_norm=0.0, sgd=True)
         (batches, *_), before = make_loader(engine, told, 10_000).steps(0), wrapped.full_state()
         train_step(engine, computed(classifier.prefix), wrapped, batches)
         after = wrapped.full_state()
         if world.is_main:
-            save_file({key: before[key] - after[key] for key in before}, output / f"compressed-{name}.safetensors")
+            kind = "compressed" if compresses else "exact"
+            save_file({key: before[key] - after[key] for key in before}, output / f"{kind}-{name}.safetensors")
     if world.is_main:
         (output / "precisions.json").write_text(json.dumps(found))
 
