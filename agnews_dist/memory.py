@@ -25,7 +25,7 @@ MEAN_TOKENS = 50
 PACKED_CALL = {"cpu": 512, "cuda": 65536}
 """Tokens of one call of the frozen part (prefix.py)."""
 TOLERANCE = 0.15
-"""By how much the estimate was ever above the measured peak (tests/bench/RESULTS.md): what is less too large is tried."""
+"""How far estimate and measured peak were apart at most (tests/bench/RESULTS.md): what is too large by less is tried."""
 LARGEST_BUCKET = 2**25
 """Elements that DeepSpeed reduces at once, as zero_settings.py tells it."""
 

@@ -104,7 +104,7 @@ def main() -> None:
         for name in given.only:
             line = json.dumps(measure(name, given.tokenizer))
             print(line, flush=True)
-            log.write(line + "\n")
+            print(line, file=log, flush=True)
 
 
 if __name__ == "__main__":

@@ -74,11 +74,6 @@ def held(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
 
 
-def held_moments(wrapped: Wrapped) -> list[Tensor]:
-    states = wrapped._optimizer.state.values()
-    return [held(state[name]) for state in states for name in ("exp_avg", "exp_avg_sq")]
-
-
 def held_of_all(wrapped: Wrapped) -> list[Tensor]:
     """Weights, moments, numbers of updates and the optimizer's own copies of weights."""
     of_optimizer = [weight for group in wrapped._optimizer.param_groups for weight in group["params"]]
@@ -113,7 +108,8 @@ def facts_of(wrapped: Wrapped, engine: Engine) -> dict:
             "bucket_bytes": module.bucket_bytes_cap,
         }
     state["optimizer"] = type(wrapped._optimizer).__name__
-    weights, moments = list(wrapped.suffix.parameters()), held_moments(wrapped)
+    weights, states = list(wrapped.suffix.parameters()), wrapped._optimizer.state.values()
+    moments = [held(of_weight[name]) for of_weight in states for name in ("exp_avg", "exp_avg_sq")]
     num_weights = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
     state["held_weights"] = sum(held(weight).numel() for weight in weights) / num_weights
     state["held_moments"] = sum(moment.numel() for moment in moments) / (2 * num_weights)
@@ -234,13 +230,12 @@ def check_non_finite(world: World, told: dict, name: str) -> None:
     del wrapped, engine
     engine = start(world, name)
     classifier, wrapped = prepare(engine, told, max_grad_norm=1.0)
-    embed, factor = computed(classifier.prefix), [math.inf if is_last else 1.0]
+    embed, factor = computed(classifier.prefix), [1.0]
     classifier.suffix.out_head.register_forward_hook(
         lambda module, arguments, output: ScaledBackward.apply(output, factor[0])
     )
-    bad, factor[0] = factor[0], 1.0
     train_step(engine, embed, wrapped, first)
-    factor[0] = bad
+    factor[0] = math.inf if is_last else 1.0
     refused(embed, "gradient norm")
     # The bad gradient is gone with the update that was not made.
     factor[0], before = 1.0, held_of_all(wrapped)
@@ -293,7 +288,7 @@ def main() -> None:
     for name in told["checked"] or ENGINES:
         check_state_comes_back(world, told | {"trainable_blocks": 2}, name)
         check_non_finite(world, told | {"trainable_blocks": 1}, name)
-    if told["checked"] is None:
+    if told["precisions"]:
         precisions(world, told | {"trainable_blocks": 1}, output)
     assert not any(Path(os.environ["TORCH_EXTENSIONS_DIR"]).iterdir()), "an extension was compiled"
 
