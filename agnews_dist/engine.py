@@ -102,7 +102,8 @@ class Engine:
             # process or a second engine would be told that it is DeepSpeed's.
             unset_hf_deepspeed_config()
             os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
-        self.device: torch.device = self._accelerator.device
+        # Not accelerate's "cpu:0": moving a weight there would copy it, and every rank would hold the mapped checkpoint itself.
+        self.device: torch.device = self._accelerator.device if use_cuda else torch.device("cpu")
         if use_cuda:
             torch.backends.cuda.matmul.allow_tf32 = allow_tf32
             torch.backends.cudnn.allow_tf32 = allow_tf32

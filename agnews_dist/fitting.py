@@ -1,6 +1,7 @@
 """Whether a run fits into this machine: its memory estimate against what is free, before anything is loaded."""
 
 import importlib.util
+import math
 import shutil
 
 import psutil
@@ -45,6 +46,8 @@ def setup_of(config: Config, gpt2: GPT2Config, world: World) -> Setup:
         offload=engine.offload,
         max_tokens_per_rank=config.batch.max_tokens_per_rank,
         max_length=config.data.max_length,
+        texts_per_rank=texts_per_rank(config, world, use_cuda=use_cuda),
+        num_threads=torch.get_num_threads(),
         device="cuda" if use_cuda else "cpu",
         half=half,
         # What is computed in the very form it is stored in stays the file's pages, which the ranks of a node share.
@@ -54,6 +57,19 @@ def setup_of(config: Config, gpt2: GPT2Config, world: World) -> Setup:
         compress_gradients=engine.gradient_compression == "bf16",
         runtime_bytes=psutil.Process().memory_info().rss,
     )
+
+
+def texts_per_rank(config: Config, world: World, *, use_cuda: bool) -> int | None:
+    """The most texts of a global batch that one rank takes; with a token budget, as if all were of full length."""
+    batch, num_ranks = config.batch, world.num_ranks
+    texts = batch.global_batch_size
+    if batch.global_token_budget is not None:
+        texts = math.ceil(batch.global_token_budget / config.data.max_length)
+    share = math.ceil(texts / num_ranks)
+    if use_cuda and num_ranks > 1:
+        # With features divided over the GPUs a rank takes the texts it holds: its share is left to chance (4 deviations).
+        share = min(texts, share + math.ceil(4 * math.sqrt(share)))
+    return share
 
 
 def read_shape(model: ModelConfig, data: DataConfig) -> GPT2Config:

@@ -28,6 +28,10 @@ TOLERANCE = 0.15
 """How far estimate and measured peak were apart at most (tests/bench/RESULTS.md): what is too large by less is tried."""
 LARGEST_BUCKET = 2**25
 """Elements that DeepSpeed reduces at once, as zero_settings.py tells it."""
+LIVE_WEIGHTS = 10**9
+"""Elements that stage 3 leaves gathered between forward and backward pass (DeepSpeed's stage3_max_live_parameters)."""
+EVALUATION_TOKENS = 8192
+"""Padded tokens of one scoring call (scoring.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,10 @@ class Setup:
     offload: Literal["none", "optimizer", "all"]
     max_tokens_per_rank: int
     max_length: int
+    texts_per_rank: int | None = None
+    """A rank's share of a global batch has no more texts; None: not known."""
+    num_threads: int = 1
+    """On a CPU so many calls of the frozen part run side by side."""
     device: Literal["cpu", "cuda"]
     half: bool
     """bf16 or fp16: what is frozen takes 2 bytes, and so do products of what trains."""
@@ -110,7 +118,8 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
     is_offloaded, weights_offloaded = setup.offload != "none", setup.offload == "all"
     zero = setup.zero_stage if setup.backend == "deepspeed" else 0
     divides_weights = zero == 3 or (setup.backend == "fsdp" and setup.num_ranks > 1)
-    live = min(total, 2 * shape.block) if divides_weights else 0
+    # Stage 3 knows after the first step that the backward pass will want them again, and lets go of none before it.
+    live = min(total, LIVE_WEIGHTS if zero == 3 else 2 * shape.block) if divides_weights else 0
     bucket = 4 * min(total, LARGEST_BUCKET)
 
     weights = {"weights that train": 4 * (part if divides_weights else total) + 4 * live}
@@ -120,14 +129,18 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
     if zero:
         # The part's own fp32 copy, and a flat copy of its gradients during the update.
         optimizer += 8 * part
-        buffers = bucket * (2 if zero < 3 else 1)
+        # Stage 3: its bucket, what is scattered of it, and what is gathered ahead (measured: 3.4 to 4.1 buckets).
+        buffers = bucket * (2 if zero < 3 else 4)
     elif setup.backend == "fsdp" and setup.num_ranks > 1:
         buffers = 2 * 4 * min(total, shape.block)
     elif setup.num_ranks > 1 and setup.compress_gradients:
         buffers = 2 * total
     frozen = (2 if setup.half else 4) * shape.frozen(setup.trainable_blocks)
+    # The embedding grown by [PAD] is a copy of every rank's own.
+    own = 4 * shape.num_rows * shape.width
+    shared = own + (frozen - own) // setup.ranks_per_node
     kept = {
-        "frozen weights": frozen // (setup.ranks_per_node if setup.shares_frozen else 1),
+        "frozen weights": shared if setup.shares_frozen else frozen,
         **weights,
         "gradients": gradients,
         "optimizer": optimizer,
@@ -137,7 +150,8 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
     }
     host = {"best epoch": 4 * total}
     if is_offloaded:
-        host["optimizer"] = kept.pop("optimizer")
+        # The update's gradients are there too, and a second copy of the weights on their way back.
+        host["optimizer"] = kept.pop("optimizer") + 8 * part
     if weights_offloaded:
         host["weights that train"] = 4 * part
         kept["weights that train"] = 4 * live
@@ -152,7 +166,7 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
 def activation_bytes(shape: Shape, setup: Setup) -> int:
     """The larger of what training keeps of one micro-batch and what one call of the frozen part computes with."""
     width, product = shape.width, 2 if setup.half else 4
-    num_tokens = setup.max_tokens_per_rank
+    num_tokens = largest_micro_batch(setup)
     scores = SCORES_BYTES * shape.num_heads * setup.max_length if setup.device == "cpu" else 0
     per_block = FULL_BLOCK_BYTES[product] if setup.fast_path else PLAIN_BLOCK_BYTES[product]
     block = num_tokens * (per_block * width + scores) + (CAST_BYTES * width**2 if setup.half else 0)
@@ -166,9 +180,19 @@ def activation_bytes(shape: Shape, setup: Setup) -> int:
     last = num_tokens * width * LAST_BLOCK_BYTES
     last += num_tokens // MEAN_TOKENS * width * (16 * shape.num_heads + 24)
     call = PACKED_CALL[setup.device] if setup.fast_path else num_tokens
+    call *= setup.num_threads if setup.fast_path and setup.device == "cpu" else 1
     # Residual stream, normalised input, queries, keys and values, attended; then the MLP's inner row.
     frozen = call * (6 * width + shape.inner) * product
-    return max(kept + backward + last, frozen)
+    # Scoring keeps nothing; of a block that runs in full, the rows of its MLP and their activation, and the residual stream.
+    scored = EVALUATION_TOKENS * ((6 * width + 2 * shape.inner) * product if num_full else 4 * width * 4)
+    return max(kept + backward + last, frozen, scored)
+
+
+def largest_micro_batch(setup: Setup) -> int:
+    """Padded tokens: the limit, or fewer where a rank's whole share of the longest texts stays below it."""
+    if setup.texts_per_rank is None:
+        return setup.max_tokens_per_rank
+    return min(setup.max_tokens_per_rank, setup.texts_per_rank * setup.max_length)
 
 
 def candidates(setup: Setup) -> list[tuple[str, Setup]]:

@@ -10,7 +10,8 @@ import torch
 from launching import REPOSITORY
 from transformers import GPT2Config, GPT2Model
 
-from agnews_dist.fitting import shape_of
+from agnews_dist.config import BatchConfig, Config, DataConfig
+from agnews_dist.fitting import shape_of, texts_per_rank
 from agnews_dist.memory import (
     MEAN_TOKENS,
     TOLERANCE,
@@ -26,6 +27,8 @@ from agnews_dist.memory import (
 )
 from agnews_dist.model.gpt2 import Backbone, split
 from agnews_dist.model.prefix import CALL_TOKENS
+from agnews_dist.scoring import EVALUATION_TOKENS
+from agnews_dist.world import World
 from agnews_dist.zero_settings import LARGEST_BUCKET
 
 XL = Shape(num_blocks=48, width=1600, inner=6400, num_heads=25, num_rows=50258, num_positions=1024)
@@ -58,7 +61,7 @@ def test_weights_are_counted_as_the_model_has_them(blocks: int, inner: int | Non
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_activations_are_what_autograd_keeps(blocks: int, half: bool, fast_path: bool) -> None:
     """Counted on Hugging Face's blocks with dropout, on a CPU, where attention keeps its scores."""
-    config, texts, tokens = gpt2(n_embd=256, n_head=4, n_layer=blocks), 120, MEAN_TOKENS
+    config, texts, tokens = gpt2(n_embd=256, n_head=4, n_layer=blocks), 480 if blocks == 1 else 120, MEAN_TOKENS
     suffix = split(Backbone(GPT2Model(config), None, None), trainable_blocks="all", num_classes=4, seed=0).suffix
     suffix.autocast_dtype = torch.bfloat16 if half else None
     suffix.use_fast_path(fast_path)
@@ -94,12 +97,13 @@ def test_what_an_engine_divides() -> None:
             if stage < divided_from:
                 assert found[name] == ddp[name]
             else:
-                assert found[name] < 0.4 * ddp[name]
+                # Stage 3 keeps up to a billion gathered weights until the backward pass: DeepSpeed's default.
+                assert found[name] < (0.9 if name == weights else 0.4) * ddp[name]
     fsdp = estimate(XL, replace(all_blocks, backend="fsdp")).device
     assert sum(fsdp[name] for name in (weights, gradients, optimizer)) < 0.2 * 16 * total
     offloaded = estimate(XL, replace(all_blocks, backend="deepspeed", zero_stage=3, offload="all"))
     assert optimizer not in offloaded.device
-    assert offloaded.host[optimizer] == stages[2][optimizer]
+    assert offloaded.host[optimizer] == stages[2][optimizer] + 8 * -(-total // 8)
     assert offloaded.host["weights that train"] == 4 * -(-total // 8)
     assert offloaded.device_bytes < estimate(XL, replace(all_blocks, backend="deepspeed", zero_stage=3)).device_bytes
 
@@ -114,7 +118,8 @@ def test_on_a_cpu_everything_is_in_one_memory() -> None:
     half = estimate(XL, setup(half=True))
     assert half.device["frozen weights"] == 2 * XL.frozen(1)
     shared = estimate(XL, setup(device="cpu", ranks_per_node=4, shares_frozen=True))
-    assert shared.device["frozen weights"] == XL.frozen(1)
+    embedding = 4 * XL.num_rows * XL.width  # grown by [PAD], so every rank's own
+    assert shared.device["frozen weights"] == embedding + (4 * XL.frozen(1) - embedding) // 4
 
 
 def test_constants_of_other_modules() -> None:
@@ -122,6 +127,19 @@ def test_constants_of_other_modules() -> None:
 
     assert memory.PACKED_CALL == CALL_TOKENS
     assert memory.LARGEST_BUCKET == LARGEST_BUCKET
+    assert memory.EVALUATION_TOKENS == EVALUATION_TOKENS
+
+
+def test_a_share_smaller_than_a_micro_batch_may_be() -> None:
+    """32 texts of 64 tokens on 8 ranks are 4 each, whatever one rank could take at once."""
+    asked = setup(trainable_blocks=4, max_tokens_per_rank=16384, device="cpu")
+    assert activation_bytes(XL, replace(asked, texts_per_rank=64)) < 0.3 * activation_bytes(XL, asked)
+    assert activation_bytes(XL, replace(asked, texts_per_rank=10**6)) == activation_bytes(XL, asked)
+    config = Config(batch=BatchConfig(global_batch_size=33))
+    assert texts_per_rank(config, World(num_ranks=8), use_cuda=False) == 5
+    assert 5 < (texts_per_rank(config, World(num_ranks=8), use_cuda=True) or 0) <= 33
+    budget = Config(batch=BatchConfig(global_token_budget=1000), data=DataConfig(max_length=100))
+    assert texts_per_rank(budget, World(), use_cuda=True) == 10
 
 
 def test_a_run_that_fits_is_let_alone() -> None:
