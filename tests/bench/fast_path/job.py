@@ -26,7 +26,7 @@ SEED = 0
 BATCH, LR, WEIGHT_DECAY, MAX_GRAD_NORM, MAX_LENGTH = 32, 1e-3, 0.01, 1.0, 256
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
 
-LATE = ("torch._dynamo", "transformers.models.gpt2.modeling_gpt2")
+LATE = ("torch._dynamo", "transformers.models.gpt2.modeling_gpt2", "deepspeed")
 
 
 def versions() -> dict[str, str]:
@@ -36,6 +36,11 @@ def versions() -> dict[str, str]:
 
 def import_late_ones(*more: str) -> None:
     """What torch and transformers import only at their first use, and `more`: no part of the job."""
+    import torch
+
+    if not torch.cuda.is_available():
+        # Where it is installed, transformers imports DeepSpeed, which looks for a GPU and says so on standard output.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name in (*LATE, *more):
         # What is not installed (scipy is nobody's requirement here) cannot be imported late either.
         with suppress(ImportError):
