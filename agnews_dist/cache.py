@@ -161,7 +161,7 @@ def show(root: Path, limit_bytes: int, caches: Sequence[Cached], outcomes: Mappi
     """A table on a terminal, a line per cache elsewhere; `outcomes` stand in the place of states."""
     from rich.console import Console as Output
 
-    from agnews_dist.features.choice import gigabytes
+    from agnews_dist.memory import gigabytes
     from agnews_dist.report.console import draws
     from agnews_dist.report.wording import visible
 

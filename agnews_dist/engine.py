@@ -1,4 +1,4 @@
-"""The only door to accelerate: process group, device, precision, and the engine for what trains: DDP or DeepSpeed.
+"""The only door to accelerate: process group, device, precision, and the engine of what trains: DDP, FSDP2, DeepSpeed.
 
 accelerate receives the model and the optimizer, never a data loader: its sharding of variable batches silently counts some
 examples twice and drops others. Its own gradient accumulation, clipping and autocast stay off.

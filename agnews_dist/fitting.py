@@ -12,7 +12,7 @@ from agnews_dist.config import Config, DataConfig, ModelConfig
 from agnews_dist.device import choose_precision, chooses_cuda
 from agnews_dist.errors import ModelError
 from agnews_dist.features.room import free_device_bytes, free_host_bytes
-from agnews_dist.memory import Diagnosis, Estimate, Setup, Shape, estimate, in_words, misfit
+from agnews_dist.memory import Diagnosis, Estimate, Setup, Shape, estimate, gigabytes, misfit
 from agnews_dist.model.gpt2 import load_shape
 from agnews_dist.model.tokenizer import load_tokenizer
 from agnews_dist.report.result import versions
@@ -125,7 +125,7 @@ def diagnose(config: Config, world: World) -> Diagnosis:
         else "not installed: engine.backend ddp or fsdp",
         "C++ compiler": has_compiler or "none: engine.compile never (DeepSpeed needs none here)",
         "features": f"{config.engine.feature_cache}: {shape.width * (2 if setup.half else 4):,} bytes per token, if they fit",
-        "free host memory": in_words(free_host),
+        "free host memory": gigabytes(free_host),
     }
     blocks = f"{setup.trainable_blocks} of {shape.num_blocks} blocks train"
     return Diagnosis(

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+from agnews_dist.zero_settings import LARGEST_BUCKET
+
 FULL_BLOCK_BYTES = {4: 72, 2: 46}
 """Per token and unit of width, kept by a block that computes all tokens, by the bytes of a product (fp32, half precision)."""
 PLAIN_BLOCK_BYTES = {4: 120, 2: 70}
@@ -26,8 +28,6 @@ PACKED_CALL = {"cpu": 512, "cuda": 65536}
 """Tokens of one call of the frozen part (prefix.py)."""
 TOLERANCE = 0.15
 """How far estimate and measured peak were apart at most (tests/bench/RESULTS.md): what is too large by less is tried."""
-LARGEST_BUCKET = 2**25
-"""Elements that DeepSpeed reduces at once, as zero_settings.py tells it."""
 LIVE_WEIGHTS = 10**9
 """Elements that stage 3 leaves gathered between forward and backward pass (DeepSpeed's stage3_max_live_parameters)."""
 EVALUATION_TOKENS = 8192
@@ -197,12 +197,14 @@ def largest_micro_batch(setup: Setup) -> int:
 
 def candidates(setup: Setup) -> list[tuple[str, Setup]]:
     """Other settings that need less, cheapest in time first: the flags to give, and what they make of the setup."""
-    fewer = max(setup.max_length, setup.max_tokens_per_rank // 4)
+    fewer = max(setup.max_length, largest_micro_batch(setup) // 4)
     found = [(f"--batch.max_tokens_per_rank {fewer}", replace(setup, max_tokens_per_rank=fewer))]
     found.append(("--engine.activation_checkpointing true", replace(setup, checkpointing=True)))
     small = replace(setup, max_tokens_per_rank=fewer, checkpointing=True)
     both = f"--batch.max_tokens_per_rank {fewer} --engine.activation_checkpointing true"
     found.append((both, small))
+    if setup.backend == "ddp" and setup.num_ranks > 1:
+        found.append((f"{both} --engine.backend fsdp", replace(small, backend="fsdp")))
     for stage in (2, 3):
         flags = f"--engine.backend deepspeed --engine.zero_stage {stage}"
         divided = replace(small, backend="deepspeed", zero_stage=stage, offload="none")
@@ -219,19 +221,24 @@ def candidates(setup: Setup) -> list[tuple[str, Setup]]:
     return found
 
 
-def in_words(num_bytes: int) -> str:
+def gigabytes(num_bytes: int) -> str:
+    """In words, never rounded to nothing.
+
+    >>> gigabytes(9_600_000_000), gigabytes(41_000_000), gigabytes(900)
+    ('9.6 GB', '41 MB', '1 kB')
     """
-    >>> in_words(3_420_000_000), in_words(41_000_000)
-    ('3.4 GB', '41 MB')
-    """
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if num_bytes >= size:
+            value = num_bytes / size
+            return f"{value:,.1f} {unit}" if unit == "GB" else f"{value:.0f} {unit}"
+    return f"{-(-num_bytes // 1000)} kB"
 
 
 def summary(found: Estimate) -> str:
     """One line for a run's header, the largest parts first."""
     parts = sorted(found.device.items(), key=lambda item: -item[1])
-    named = ", ".join(f"{name} {in_words(num_bytes)}" for name, num_bytes in parts[:4])
-    return f"about {in_words(found.device_bytes)} per rank: {named}"
+    named = ", ".join(f"{name} {gigabytes(num_bytes)}" for name, num_bytes in parts[:4])
+    return f"about {gigabytes(found.device_bytes)} per rank: {named}"
 
 
 def misfit(shape: Shape, setup: Setup, *, free_device: int, free_host: int) -> str | None:
@@ -253,12 +260,12 @@ def misfit(shape: Shape, setup: Setup, *, free_device: int, free_host: int) -> s
         remedy = "Any of these would fit: " + "; ".join(fitting[:3])
     else:
         least = estimate(shape, replace(setup, trainable_blocks=min(1, setup.trainable_blocks))).device_bytes
-        remedy = f"Take a smaller model or more memory: with one trainable block it needs {in_words(least)}"
+        remedy = f"Take a smaller model or more memory: with one trainable block it needs {gigabytes(least)}"
     found = estimate(shape, setup)
     is_device = found.device_bytes * (1 - TOLERANCE) > free_device
     what, free = ("on this rank's device", free_device) if is_device else ("in this node's memory", free_host)
-    needs = summary(found) if is_device else f"about {in_words(found.host_bytes)} per rank in host memory"
-    return f"the run needs {needs}; {in_words(free)} are free {what}: it would break off in the middle. {remedy}."
+    needs = summary(found) if is_device else f"about {gigabytes(found.host_bytes)} per rank in host memory"
+    return f"the run needs {needs}; {gigabytes(free)} are free {what}: it would break off in the middle. {remedy}."
 
 
 @dataclass(frozen=True)

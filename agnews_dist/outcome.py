@@ -18,7 +18,7 @@ from agnews_dist.data.sharing import Share, Tally
 from agnews_dist.engine import Engine
 from agnews_dist.events import Emit, RunDone
 from agnews_dist.features.cache import FeatureCache
-from agnews_dist.features.choice import gigabytes
+from agnews_dist.memory import gigabytes
 from agnews_dist.model.export import export_model
 from agnews_dist.report.card import model_card
 from agnews_dist.report.predictions import write_predictions

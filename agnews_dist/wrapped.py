@@ -1,6 +1,6 @@
 """What trains, as its engine runs it: forward, backward, one update, and the whole weights wherever they are kept.
 
-Made by `Engine.prepare`. DDP holds everything on every rank, ZeRO divides it; both give the same numbers.
+Made by `Engine.prepare`. DDP holds everything on every rank, ZeRO and FSDP2 divide it; all give the same numbers.
 """
 
 import math

@@ -91,7 +91,6 @@ class ZeroWrapped(Wrapped):
         super().__init__(world, module, suffix, optimizer, device, max_grad_norm=max_grad_norm, first_loss_scale=None)
         self._engine, self._zero = module, zero
         _check_state(module, optimizer, zero, max_grad_norm)
-        self._scales = first_loss_scale is not None
         if first_loss_scale is not None:
             from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 

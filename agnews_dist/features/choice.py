@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from agnews_dist.memory import gigabytes
+
 Place = Literal["device", "host", "disk", "off"]
 Wanted = Literal["auto", "device", "host", "disk", "off"]
 MEMORY_SHARE = 0.6
@@ -93,16 +95,3 @@ def _misfit(place: Place, num_bytes: int, room: Room, *, num_ranks: int, ranks_p
     if need <= limit:
         return None
     return f"{gigabytes(need)} exceed what may be taken of the {what} ({gigabytes(int(limit))})"
-
-
-def gigabytes(num_bytes: int) -> str:
-    """In words, never rounded to nothing.
-
-    >>> gigabytes(9_600_000_000), gigabytes(41_000_000), gigabytes(900)
-    ('9.6 GB', '41 MB', '1 kB')
-    """
-    for unit, size in (("GB", 10**9), ("MB", 10**6)):
-        if num_bytes >= size:
-            value = num_bytes / size
-            return f"{value:,.1f} {unit}" if unit == "GB" else f"{value:.0f} {unit}"
-    return f"{-(-num_bytes // 1000)} kB"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from agnews_dist.features.choice import gigabytes
+from agnews_dist.memory import gigabytes
 
 ABOUT = "about.json"
 IN_USE = "in-use"

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from agnews_dist.memory import Diagnosis, in_words
+from agnews_dist.memory import Diagnosis, gigabytes
 
 
 def show_diagnosis(found: Diagnosis) -> None:
@@ -20,10 +20,10 @@ def show_diagnosis(found: Diagnosis) -> None:
     estimate = found.estimate
     for part in dict.fromkeys([*estimate.device, *estimate.host]):
         places = (estimate.device.get(part), estimate.host.get(part))
-        memory.add_row(part, *("" if size is None else in_words(size) for size in places))
+        memory.add_row(part, *("" if size is None else gigabytes(size) for size in places))
     memory.add_section()
-    memory.add_row("all", in_words(estimate.device_bytes), in_words(estimate.host_bytes) if estimate.host else "")
-    memory.add_row("free", in_words(found.free_device), in_words(found.free_host) if estimate.host else "")
+    memory.add_row("all", gigabytes(estimate.device_bytes), gigabytes(estimate.host_bytes) if estimate.host else "")
+    memory.add_row("free", gigabytes(found.free_device), gigabytes(found.free_host) if estimate.host else "")
     out.print(memory)
     if found.problem is None:
         out.print("It fits.")

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
 from toy import CLASSES, toy_classifier, toy_split
 
@@ -53,7 +55,11 @@ def start(world: World, name: str, precision: str = "fp32", **options: bool) -> 
 
 def prepare(engine: Engine, told: dict, *, max_grad_norm: float, sgd: bool = False) -> tuple[Classifier, Wrapped]:
     classifier = toy_classifier(told["trainable_blocks"])
+    before = [weight.data_ptr() for weight in classifier.prefix.parameters()]
     place(classifier, engine, fast_path=True)
+    if engine.precision == "fp32":
+        after = [weight.data_ptr() for weight in classifier.prefix.parameters()]
+        assert after == before, "what is frozen is not copied: it may be pages of a file that the ranks share"
     suffix = classifier.suffix.eval()
     optimizer = (
         torch.optim.SGD(suffix.parameters(), lr=told["lr"])
@@ -278,6 +284,27 @@ def precisions(world: World, told: dict, output: Path) -> None:
         (output / "precisions.json").write_text(json.dumps(found))
 
 
+def check_reductions(world: World, told: dict) -> None:
+    """DDP's ranks talk once per update, not once per micro-batch: the numbers would be the same."""
+    engine, count = start(world, "ddp"), 0
+    classifier, wrapped = prepare(engine, told, max_grad_norm=0.0)
+
+    def counting(group: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        nonlocal count
+        count += 1
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    wrapped.module.register_comm_hook(None, counting)
+    counts = []
+    for max_tokens in (10_000, 60):
+        (batches, *_), count = make_loader(engine, told, max_tokens).steps(0), 0
+        train_step(engine, computed(classifier.prefix), wrapped, batches)
+        counts.append((len(batches.micro_batches), count))
+    (one, buckets), (several, as_often) = counts
+    assert one == 1 < several
+    assert as_often == buckets > 0, counts
+
+
 def main() -> None:
     # DeepSpeed's, of its own hooks and of names of collectives that torch calls old.
     warnings.simplefilter("ignore")
@@ -288,6 +315,8 @@ def main() -> None:
     for name in told["checked"] or ENGINES:
         check_state_comes_back(world, told | {"trainable_blocks": 2}, name)
         check_non_finite(world, told | {"trainable_blocks": 1}, name)
+    if told["reductions"]:
+        check_reductions(world, told | {"trainable_blocks": 1})
     if told["precisions"]:
         precisions(world, told | {"trainable_blocks": 1}, output)
     assert not any(Path(os.environ["TORCH_EXTENSIONS_DIR"]).iterdir()), "an extension was compiled"

@@ -75,6 +75,7 @@ def saved(request, tmp_path_factory) -> tuple[int, Path]:
         "cases": [*CASES.values(), *MEANS_OF_MEANS],
         "checked": ["zero3"] if BROKEN or request.param == 1 else None,
         "precisions": request.param == 2 and not BROKEN,
+        "reductions": request.param == 2,
     }
     path = directory / "told.json"
     path.write_text(json.dumps(told))

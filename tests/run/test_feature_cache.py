@@ -1,6 +1,7 @@
 """The feature cache through the real door: the same results wherever features are kept, and whatever happens to the files."""
 
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -136,9 +137,14 @@ def cache_of(directory: Path) -> Path:
     return directory / "cache" / "features"
 
 
+def present(pattern: str) -> list[Path]:
+    """What matches at this moment; `Path.glob` fails where a job takes a directory away meanwhile."""
+    return [Path(found) for found in glob.glob(pattern)]  # noqa: PTH207
+
+
 def finished(directory: Path) -> dict[Path, int]:
     """The segments that are there, and when each was written."""
-    marks = cache_of(directory).glob("*/marks/*")
+    marks = present(f"{cache_of(directory)}/*/marks/*")
     return {mark.relative_to(directory): mark.stat().st_mtime_ns for mark in marks if mark.stat().st_size}
 
 
@@ -364,10 +370,15 @@ def start(story: list[str]) -> subprocess.Popen:
 
 def until(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.001)
+    try:
+        while not condition():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < end, "it never came to that"
+            time.sleep(0.001)
+    except BaseException:
+        process.terminate()  # torchrun passes it on to its ranks
+        process.communicate()
+        raise
 
 
 def test_two_trainings_at_once_fill_one_empty_cache(tmp_path, runs, words):
@@ -406,7 +417,7 @@ SHARED_MEMORY = Path("/dev/shm") / f"agnews_dist-{os.getuid()}"
 
 def shared_jobs(keys: set[str]) -> set[str]:
     """Jobs of this user whose shared memory holds one of these features."""
-    return {path.parent.name for path in SHARED_MEMORY.glob("*/*") if path.name in keys}
+    return {path.parent.name for path in present(f"{SHARED_MEMORY}/*/*") if path.name in keys}
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from agnews_dist.memory import (
     activation_bytes,
     candidates,
     estimate,
-    in_words,
     misfit,
     summary,
 )
@@ -29,7 +28,6 @@ from agnews_dist.model.gpt2 import Backbone, split
 from agnews_dist.model.prefix import CALL_TOKENS
 from agnews_dist.scoring import EVALUATION_TOKENS
 from agnews_dist.world import World
-from agnews_dist.zero_settings import LARGEST_BUCKET
 
 XL = Shape(num_blocks=48, width=1600, inner=6400, num_heads=25, num_rows=50258, num_positions=1024)
 
@@ -126,7 +124,6 @@ def test_constants_of_other_modules() -> None:
     from agnews_dist import memory
 
     assert memory.PACKED_CALL == CALL_TOKENS
-    assert memory.LARGEST_BUCKET == LARGEST_BUCKET
     assert memory.EVALUATION_TOKENS == EVALUATION_TOKENS
 
 
@@ -178,7 +175,6 @@ def test_host_memory_that_offloading_would_exceed() -> None:
 
 
 def test_words() -> None:
-    assert (in_words(3_420_000_000), in_words(41_000_000)) == ("3.4 GB", "41 MB")
     found = Estimate({"gradients": 10**6, "optimizer": 2 * 10**9})
     assert summary(found) == "about 2.0 GB per rank: optimizer 2.0 GB, gradients 1 MB"
 
