@@ -279,9 +279,10 @@ class FeatureCache:
 def shared_directory(name: str, *, sweep: bool) -> Path:
     """A directory in the memory that the ranks of a node share; `sweep`: remove there what killed jobs of this user left."""
     root = room.SHARED_MEMORY / f"agnews_dist-{os.getuid()}"
-    if sweep:
-        for leftover in root.glob("*/*"):
-            if leftover.parent.name != name and remove(leftover):
-                with suppress(OSError):  # not empty yet, or the job is alive
-                    leftover.parent.rmdir()
+    if sweep and root.is_dir():
+        for job in list(root.iterdir()):
+            # Another job may sweep at the same time, and a living one's directory is not empty.
+            with suppress(OSError):
+                if job.name != name and [leftover for leftover in list(job.iterdir()) if remove(leftover)]:
+                    job.rmdir()
     return root / name

@@ -1,6 +1,7 @@
 """Feature caches together: the listing says what is there, room is made from the longest unused, and nothing in use goes."""
 
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ import pytest
 import torch
 from launching import environment, python
 
+from agnews_dist.features import cache, room
 from agnews_dist.features.files import FeatureFile
 from agnews_dist.features.shelf import Entry, entries, make_room, remove
 
@@ -178,3 +180,21 @@ def test_what_is_gone_is_gone(tmp_path):
 def test_the_shelf_loads_no_torch():
     code = "import sys, agnews_dist.features.shelf\nprint('torch' in sys.modules, 'numpy' in sys.modules)"
     assert python("-c", code).stdout == "False False\n"
+
+
+def test_two_jobs_that_sweep_shared_memory_at_once(tmp_path, monkeypatch):
+    """What one finds, the other may have taken away when it looks inside: that is no failure of this node's memory."""
+    root = tmp_path / f"agnews_dist-{os.getuid()}"
+    for job in ("one", "other"):
+        (root / job / key(1)).mkdir(parents=True)
+
+    def sweeping_beside(leftover: Path) -> bool:
+        for job in ("one", "other"):
+            if job != leftover.parent.name:
+                shutil.rmtree(root / job, ignore_errors=True)
+        return remove(leftover)
+
+    monkeypatch.setattr(room, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(cache, "remove", sweeping_beside)
+    assert cache.shared_directory("mine", sweep=True) == root / "mine"
+    assert not list(root.iterdir())
