@@ -199,7 +199,11 @@ def _scan(argv: Sequence[str], options: Sequence[Option], problems: Problems) ->
                 found.given.append(Given(key, text, f"{name} {text!r}", kind))
     if not takes_positionals:
         for stray in found.positionals:
-            hint = f"Write --{stray}" if stray.partition("=")[0] in all_settings() else "Write --section.field VALUE"
+            hint = "Write --section.field VALUE"
+            if stray.partition("=")[0] in all_settings():
+                hint = f"Write --{stray}"
+            elif stray.endswith((".yaml", ".yml")):
+                hint = f"Write --config {stray}"
             problems.add(f"argument {stray!r}: no setting takes it, as it follows no option. {hint}, or remove it.")
     return found
 

@@ -27,7 +27,7 @@ MEAN_TOKENS = 50
 PACKED_CALL = {"cpu": 512, "cuda": 65536}
 """Tokens of one call of the frozen part (prefix.py)."""
 TOLERANCE = 0.15
-"""How far estimate and measured peak were apart at most (tests/bench/RESULTS.md): what is too large by less is tried."""
+"""The error that is allowed for: what is too large by less is tried. Measured errors: tests/bench/RESULTS.md."""
 LIVE_WEIGHTS = 10**9
 """Elements that stage 3 leaves gathered between forward and backward pass (DeepSpeed's stage3_max_live_parameters)."""
 EVALUATION_TOKENS = 8192

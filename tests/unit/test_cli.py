@@ -198,6 +198,7 @@ def test_abbreviations_are_unknown() -> None:
     ("argv", "value", "remedy"),
     [
         (["foo"], "argument 'foo'", "Write --section.field VALUE"),
+        (["configs/debug.yaml"], "argument 'configs/debug.yaml'", "Write --config configs/debug.yaml"),
         (["optim.lr=3"], "argument 'optim.lr=3'", "Write --optim.lr=3"),
         (["--", "--optim.lr"], "argument '--optim.lr'", "remove it"),
         (["--debug=yes"], "--debug=yes", "Write --debug alone"),
