@@ -10,6 +10,7 @@ interpreter and libraries. `--tokenizer`: a directory with GPT-2's.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -100,7 +101,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(CASES))
     given = parser.parse_args()
     with given.log.open("a", encoding="utf-8") as log:
-        log.write(json.dumps({"versions": versions()}) + "\n")
+        allocator = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+        log.write(json.dumps({"versions": versions(), "allocator": allocator}) + "\n")
         for name in given.only:
             line = json.dumps(measure(name, given.tokenizer))
             print(line, flush=True)
