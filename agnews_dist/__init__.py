@@ -18,19 +18,26 @@ The package is one journey, and each module is one station of it:
                                       compute.py fills memory or files.py, keys.py names what is on disk, shelf.py limits it,
                                       source.py hands out a batch's features
     suffix          model/suffix.py   the trainable blocks, the final norm, `out_head`; last_token.py: the last block for the
-                                      last real token only
+                                      last real token only; dropout.py: masks of seed, step and example
                     model/gpt2.py     where both come from: load, add [PAD], freeze, split
                     model/embedded.py tokenizer and model made on the spot: no file, no network
     loss            step.py           sum of losses over the global count, voted on, clipped, applied
                     wrapped.py        what trains as its engine runs it, made by engine.py: DDP; zero.py for DeepSpeed (with
                                       the dictionary of zero_settings.py), sharded.py for FSDP2, each its only door
                     optim.py          AdamW groups; the learning rate as a function of the step
+                    training.py       the loop around it: steps, evaluations, checkpoints, stops
     evaluation      scoring.py        fixed micro-batches dealt to ranks, every example exactly once
                     metrics.py        confusion matrix -> accuracy, macro F1, loss
     report          events.py         everything a run says; report/ turns it into console, log, card
                     model/export.py   a directory that Hugging Face loads
                     opening.py        what a run says before its first step
                     outcome.py        totals, best epoch, the files of the run's directory (rundir.py)
+
+    never lost      checkpoint.py     a checkpoint on disk, whole or not at all; saving.py: when, and beside training
+                    resume.py         where a run goes on, and what forbids it; fingerprints.py: what the weights depend on
+                    attempt.py        one start of a run: claims it, finds its checkpoint, leaves status.json (status.py)
+                    preempt.py        signals, time limits, vanished launchers and dead ranks: known to all ranks (peers.py,
+                                      beats.py); rendezvous.py: how the ranks of one attempt find each other
 
 The ground under it: errors.py (what a user can mend), config.py, settings.py, config_file.py and cli.py (what a user can
 set), world.py (which rank am I), device.py (what it may run on), batch.py (shape letters), collectives.py (sums, gathers,

@@ -27,7 +27,6 @@ SWITCHES = {
     "--help": "Show this text (-h is the same).",
     "--print_config": "Print the resolved configuration as a YAML file for --config.",
     "--debug": "Short for --config configs/debug.yaml: small, loud, deterministic.",
-    "--profile": "Short for --run.profile true.",
 }
 DEEPSPEED_ARGUMENT = "--local_rank"
 """What DeepSpeed's launcher adds to every rank's arguments, with `=` and its number."""
@@ -181,8 +180,6 @@ def _scan(argv: Sequence[str], options: Sequence[Option], problems: Problems) ->
             found.switches.add(name)
             if name == "--debug":
                 found.files.append("configs/debug.yaml")
-            if name == "--profile":
-                found.given.append(Given("run.profile", "true", name))
         else:
             if not equals and name in bools and not _is_bool(following, or_anything=not takes_positionals):
                 text = "true"

@@ -19,6 +19,8 @@ class Clock:
         """`start`: `time.perf_counter()` at the beginning of the process's work."""
         self._start = start
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        self.before: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        """Those of the attempts that this one goes on from."""
 
     @contextmanager
     def stage(self, name: str) -> Generator[None, None, None]:
@@ -34,9 +36,9 @@ class Clock:
         self.seconds["setup"] = time.perf_counter() - self._start - self.seconds["tokenize"]
 
     def stop(self) -> dict[str, float]:
-        """The seconds of every stage, `total` included, rounded to milliseconds."""
+        """The seconds of every stage so far, `total` and former attempts included, rounded to milliseconds."""
         self.seconds["total"] = time.perf_counter() - self._start
-        return {name: round(value, 3) for name, value in self.seconds.items()}
+        return {name: round(value + self.before[name], 3) for name, value in self.seconds.items()}
 
 
 class TimedFeatures:

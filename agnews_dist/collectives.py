@@ -3,8 +3,11 @@
 The process group itself is made by engine.py (accelerate does it) and closed here.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -12,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
+from agnews_dist.beats import Store
 from agnews_dist.errors import SharedError, UserError
 
 T = TypeVar("T")
@@ -54,6 +58,18 @@ def all_gather(value: T) -> list[T]:
     gathered: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered  # pyright: ignore[reportReturnType]  # every slot was filled
+
+
+def side_channel(timeout_seconds: float) -> Store:
+    """This rank's client of a key-value store that rank 0 hosts while it holds its own. Collective.
+
+    Not the process group's own store: a launcher hosts that, and what the ranks have to say when it dies would die with it.
+    """
+    host, timeout, is_host = os.environ["MASTER_ADDR"], timedelta(seconds=timeout_seconds), dist.get_rank() == 0
+    connect = partial(dist.TCPStore, host, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]  # documented as public
+    hosted = connect(0, is_master=True, wait_for_workers=False) if is_host else None
+    port = all_gather(hosted.port if hosted is not None else 0)[0]
+    return hosted or connect(port)
 
 
 def attempt(work: Callable[[], T]) -> T | UserError:

@@ -85,6 +85,9 @@ class OptimConfig:
     """Decay from the peak to 0 after the warm-up."""
     max_grad_norm: float = 1.0
     """Clip the global gradient norm to this value; 0: do not clip."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What all ranks do when a loss or gradient is NaN or infinite: end the run, or leave that update out and go on. The
+    examples are written to events.jsonl in both cases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +132,21 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What a run that is stopped or killed goes on from."""
+
+    every_steps: int | None = None
+    """Save after every so many steps; null: by the clock alone. The end of every epoch is saved in any case."""
+    every_minutes: float | None = 5.0
+    """Save after so many minutes since the last time; null: by the steps alone."""
+    keep: int = 2
+    """So many checkpoints, the newest, and the best epoch's weights stay on disk."""
+    resume: str = "auto"
+    """'auto' goes on where the run of this name, or if it has none the run of this job, was stopped; 'never' starts anew; the
+    path of a checkpoint or of a run starts from there."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run: where it writes, and how loud it is."""
 
@@ -139,11 +157,11 @@ class RunConfig:
     seed: int = 0
     """Seed of weights, batch order and dropout."""
     overwrite: bool = False
-    """Replace an existing run of this name."""
+    """Replace an existing run of this name, unless it is this one, stopped before its end."""
+    max_minutes: float | None = None
+    """Save and stop before so many minutes have passed; null: no limit but the job's own, which Slurm tells."""
     debug: bool = False
     """Deterministic algorithms, anomaly detection, every step printed, and first a check that one batch can be overfitted."""
-    profile: bool = False
-    """Write a torch.profiler trace of a few steps on rank 0 and print the top operators (--profile is short for it)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +173,7 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -175,6 +194,8 @@ def contradictions(config: Config) -> list[str]:
         ("batch.global_batch_size", batch.global_batch_size, 1),
         ("batch.bucket_window", batch.bucket_window if batch.bucket_window != "epoch" else None, 1),
         ("optim.epochs", optim.epochs, 1),
+        ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
+        ("checkpoint.keep", config.checkpoint.keep, 1),
         ("engine.timeout_seconds", engine.timeout_seconds, 1),
         ("run.seed", config.run.seed, 0),
         ("data.seed", data.seed, 0),
@@ -252,6 +273,18 @@ def contradictions(config: Config) -> list[str]:
     require(
         0 <= optim.warmup_ratio <= 1,
         f"optim.warmup_ratio {optim.warmup_ratio}: it is a share of the steps. Set it between 0 and 1.",
+    )
+    for key, minutes in (
+        ("checkpoint.every_minutes", config.checkpoint.every_minutes),
+        ("run.max_minutes", config.run.max_minutes),
+    ):
+        require(
+            minutes is None or 0 < minutes < float("inf"),
+            f"{key} {minutes}: it is a time. Set a number of minutes above 0, or null.",
+        )
+    require(
+        config.checkpoint.resume != "",
+        "checkpoint.resume is empty: it could mean both to go on and to start anew. Set auto, never, or a path.",
     )
     require(
         data.source != "" and model.name != "",

@@ -24,6 +24,7 @@ from agnews_dist import collectives
 from agnews_dist import zero as deepspeed_door
 from agnews_dist.device import DTYPES, choose_precision, chooses_cuda
 from agnews_dist.errors import UserError
+from agnews_dist.rendezvous import open_process_group
 from agnews_dist.world import LAUNCHER_VARIABLES, World
 from agnews_dist.wrapped import Wrapped
 from agnews_dist.zero_settings import Zero, deepspeed_dictionary
@@ -76,9 +77,13 @@ class Engine:
             # Filled in by `prepare`, when it is known what trains; without these accelerate has values of its own.
             told = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
             self._plugin = DeepSpeedPlugin(hf_ds_config=told | {"zero_optimization": {"stage": zero.stage}})
+        backend = "nccl" if use_cuda else "gloo"
+        if world.num_ranks > 1 and not collectives.is_distributed():
+            # Before accelerate would: it then takes what is there.
+            open_process_group(world, backend, timeout_seconds)
         if has_group:
             # Without a launcher accelerate takes a named backend for a sign that there is a process group.
-            handlers.append(InitProcessGroupKwargs(backend="nccl" if use_cuda else "gloo", timeout=timeout))
+            handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
         self._accelerator = Accelerator(
             # With `cpu` accelerate would drop DeepSpeed without a word.
             cpu=zero is None and not use_cuda,

@@ -37,6 +37,17 @@ class SharedError(UserError):
         self.exit_code = exit_code
 
 
+class Done(SharedError):  # noqa: N818
+    """Nothing is left to do: told like an error, by rank 0, and no failure."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, rank=0, exit_code=0)
+
+
+class Stopped(Exception):  # noqa: N818
+    """All ranks have agreed to stop before the end; whatever was to be saved is saved."""
+
+
 def did_you_mean(wrong: str, valid: Iterable[str]) -> str:
     """` Did you mean 'x'?` with the valid name nearest to `wrong`, or an empty string.
 

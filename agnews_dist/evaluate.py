@@ -38,8 +38,9 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.data.loader import TokenTable
     from agnews_dist.device import chooses_cuda
     from agnews_dist.events import RunStarted
+    from agnews_dist.fingerprints import fingerprint_of
     from agnews_dist.model.gpt2 import parameter_table
-    from agnews_dist.outcome import fingerprint_of, write_scores
+    from agnews_dist.outcome import write_scores
     from agnews_dist.report.console import Console
     from agnews_dist.report.sinks import Sinks
     from agnews_dist.rundir import open_output

@@ -61,6 +61,40 @@ class StepDone:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NonFinite:
+    """A step without update: a loss or gradient was NaN or infinite on some rank."""
+
+    step: int
+    """The step that it was to be, from 1."""
+    epoch: int
+    ids: tuple[int, ...]
+    """Rows of the training split, from 0, whose loss was not finite; all of the step where only the gradient was not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """The run goes on from a checkpoint."""
+
+    path: str
+    step: int
+    attempt: int
+    """Starts of this run so far, this one included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved:
+    """A checkpoint is on the disk."""
+
+    path: str
+    step: int
+    num_bytes: int
+    stall: float
+    """Seconds for which training stood still."""
+    seconds: float
+    """In which it was written, beside training."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalDone:
     """One split scored over all ranks. `confusion[i][j]`: examples of true class i predicted as j."""
 
@@ -107,7 +141,19 @@ class RunDone:
     """What was written -> where."""
 
 
-Event = Union[Warned, Progress, RunStarted, StepDone, EvalDone, Profiled, OverfitChecked, RunDone]
+Event = Union[
+    Warned,
+    Progress,
+    RunStarted,
+    StepDone,
+    NonFinite,
+    Resumed,
+    CheckpointSaved,
+    EvalDone,
+    Profiled,
+    OverfitChecked,
+    RunDone,
+]
 Emit = Callable[[Event], None]
 
 

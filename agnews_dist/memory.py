@@ -98,7 +98,7 @@ class Estimate:
 
     device: Mapping[str, int]
     host: Mapping[str, int] = field(default_factory=dict[str, int])
-    """What offloading and the best epoch's copy take beside a GPU, on rank 0."""
+    """What offloading, the best epoch's copy and a checkpoint's take beside a GPU, on rank 0."""
 
     @property
     def device_bytes(self) -> int:
@@ -148,7 +148,8 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
         "activations": activation_bytes(shape, setup),
         "features": setup.cache_bytes,
     }
-    host = {"best epoch": 4 * total}
+    # A checkpoint is written from a copy of weights and moments while training goes on.
+    host = {"best epoch": 4 * total, "checkpoint": 12 * total}
     if is_offloaded:
         # The update's gradients are there too, and a second copy of the weights on their way back.
         host["optimizer"] = kept.pop("optimizer") + 8 * part
@@ -249,7 +250,7 @@ def misfit(shape: Shape, setup: Setup, *, free_device: int, free_host: int) -> s
 
     def fits(other: Setup, share: float) -> bool:
         found = estimate(shape, other)
-        # What is offloaded every rank of the node holds, the best epoch rank 0 alone.
+        # What is offloaded every rank of the node holds, the copies rank 0 alone.
         copies = setup.ranks_per_node if other.offload != "none" else 1
         return found.device_bytes * share <= free_device and found.host_bytes * copies * share <= free_host
 

@@ -1,11 +1,9 @@
 """From numbers to a finished run: header, running totals, the best epoch, and the files of the run's directory."""
 
-import hashlib
-import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from agnews_dist.data.sharing import Share, Tally
 from agnews_dist.engine import Engine
 from agnews_dist.events import Emit, RunDone
 from agnews_dist.features.cache import FeatureCache
+from agnews_dist.fingerprints import settings
 from agnews_dist.memory import gigabytes
 from agnews_dist.model.export import export_model
 from agnews_dist.report.card import model_card
@@ -50,7 +49,13 @@ class BestEpoch:
         self.state: dict[str, Tensor] = {}
         """Its weights, on rank 0 alone: the others get theirs back from there."""
         self.epoch = 0
+        self._step = 0
         self._scored: ScoredSplit | None = None
+
+    @property
+    def name(self) -> str:
+        """Its directory among the checkpoints."""
+        return f"best-{self._step:08d}"
 
     @property
     def scored(self) -> ScoredSplit:
@@ -58,11 +63,23 @@ class BestEpoch:
         assert self._scored is not None
         return self._scored
 
-    def offer(self, epoch: int, scored: ScoredSplit) -> None:
-        """Keep a copy if this epoch is better; every rank decides alike, from the same integers. Collective."""
+    def entry(self) -> dict[str, object] | None:
+        """What a checkpoint says of it, but for its tensors; None before the first epoch's end."""
+        if self._scored is None:
+            return None
+        return {"name": self.name, "epoch": self.epoch, "step": self._step, **self._scored.rest()}
+
+    def recall(self, entry: Mapping[str, Any], scored: Mapping[str, Tensor], state: dict[str, Tensor]) -> None:
+        """Be what gave this `entry()`; `state`: read on rank 0 alone."""
+        self.epoch, self._step = entry["epoch"], entry["step"]
+        self._scored, self.state = ScoredSplit.of(scored, entry), state
+
+    def offer(self, epoch: int, scored: ScoredSplit, *, step: int) -> None:
+        """Keep a copy if this epoch, which ended with `step`, is better; every rank decides alike, from the same integers.
+        Collective."""
         new, old = scored.scores, self._scored.scores if self._scored else None
         if old is None or (new.num_correct, -new.loss) > (old.num_correct, -old.loss):
-            self.epoch, self._scored = epoch, scored
+            self.epoch, self._step, self._scored = epoch, step, scored
             # The older copy first: there is room for one.
             self.state = {}
             self.state = self._wrapped.full_state()
@@ -83,43 +100,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def fingerprint_of(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names and values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(value.detach().float().cpu().numpy()).data)
-    return digest.hexdigest()
-
-
-def fingerprints(config: Config, sources: Sources) -> dict[str, str]:
-    """sha256 of what the weights depend on: settings, tokens, frozen weights.
-
-    Places (directories, ids) are left out of the settings: what they hold is in the other two.
-    """
-    named = {key: value for key, value in settings(config).items() if key not in ("data.source", "model.name")}
-    return {
-        "config": hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest(),
-        "tokens": sources.store.fingerprint,
-        "frozen_weights": fingerprint_of(sources.classifier.frozen_state),
-    }
-
-
 def write_split(directory: Path, name: str, split: ScoredSplit) -> Path:
     """Write the predictions of one split, in file order; returns the file."""
     path = directory / f"predictions-{name}.jsonl"
     write_predictions(path, np.arange(len(split.labels_N)), split.labels_N, split.predictions_N, split.probabilities_NC)
     return path
-
-
-def settings(config: Config) -> dict[str, object]:
-    """Dotted key -> value of all that shaped the weights; where it ran and where it wrote is left out."""
-    sections = {"data": config.data, "model": config.model, "batch": config.batch, "optim": config.optim}
-    named = {f"{section}.{key}": value for section, part in sections.items() for key, value in asdict(part).items()}
-    named |= {"engine.precision": config.engine.precision, "engine.allow_tf32": config.engine.allow_tf32}
-    named["run.seed"] = config.run.seed
-    del named["data.cache_dir"]
-    return named
 
 
 def finish(

@@ -1,15 +1,23 @@
 """The run's directory: named, checked and claimed before any work, so that no result is lost or overwritten by accident."""
 
+import fcntl
+import os
 import shutil
+import socket
 import tempfile
+import time
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
 from agnews_dist.errors import UserError
+from agnews_dist.features.shelf import is_open_at
+from agnews_dist.report.files import write_text
 
 # What a run writes first; its presence tells a run's directory from anything else that must not be deleted.
 MARK = "config.yaml"
+LOCK_SECONDS = 10.0
+"""How long a claim waits for another process to let go of the name: one of the same job that is being killed."""
 
 
 def run_name(name: str | None, model_name: str, now: datetime) -> str:
@@ -29,10 +37,11 @@ def run_name(name: str | None, model_name: str, now: datetime) -> str:
 
 
 class Claim:
-    """The name of a run that has not begun: use as a context, and `keep()` once nothing can be refused any more.
+    """The name of a run that has not begun: a context; `lock()`, then `take()` or `go_on()`, and `keep()` once nothing can be
+    refused any more.
 
     Until then everything is written to a hidden directory beside it, so that a run refused for a bad row, or killed while it
-    starts, neither blocks its own name nor costs the results it was to replace.
+    starts, neither blocks its own name nor costs the results it was to replace. A run that goes on writes nothing until then.
     """
 
     def __init__(self, runs: Path, name: str, *, overwrite: bool, config_yaml: str) -> None:
@@ -42,7 +51,52 @@ class Claim:
         """Where the run writes until `keep()` renames it; files opened there stay open."""
         self._replaced = runs / f".{name}.replaced"
         self._overwrite, self._config_yaml = overwrite, config_yaml
-        self._is_taken = False
+        self._is_taken, self._goes_on = False, False
+        self._lock: int | None = None
+        self._lock_path = runs / f".{name}.lock"
+
+    def lock(self, patience: float = LOCK_SECONDS) -> None:
+        """Keep every other process from writing under this name, until this one ends; an owner has `patience` seconds to end.
+
+        Raises:
+            UserError: another process does so already, or nothing can be written there.
+        """
+        try:
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            deadline = time.monotonic() + patience
+            while not self._try_to_lock():
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{self.directory} is being written by another process ({self._lock_path.read_text().strip()}): two "
+                        "runs would overwrite each other. Wait for its end, or choose another --run.name."
+                    )
+                time.sleep(0.2)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _try_to_lock(self) -> bool:
+        handle = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return False
+        if not is_open_at(handle, self._lock_path):
+            os.close(handle)  # its owner removed it at its end
+            return False
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._lock = handle
+        return True
+
+    @property
+    def path(self) -> Path:
+        """Where the run's files are at this moment."""
+        return self.staging if self._is_taken else self.directory
+
+    def go_on(self) -> None:
+        """The run that is there is continued; its files stay as they are until `keep()`."""
+        self._goes_on = True
 
     def take(self) -> None:
         """Create the hidden directory with the resolved config in it.
@@ -62,15 +116,19 @@ class Claim:
             # Permission bits do not tell (root, read-only mounts, quotas): only a write does.
             (self.staging / MARK).write_text(self._config_yaml, encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"{self.directory} cannot be written ({error.strerror or error}): the run would have nowhere to leave its "
-                "results. Set --run.dir to a writable directory."
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.directory} cannot be written ({error.strerror or error}): the run would have nowhere to leave its "
+            "results. Set --run.dir to a writable directory."
+        )
 
     def _check_replaceable(self) -> None:
         if not self._overwrite:
             raise UserError(
-                f"{self.directory} exists: its results would be lost. Choose another --run.name, or pass --run.overwrite."
+                f"{self.directory} exists: its results would be lost. Choose another --run.name, or pass --run.overwrite; what "
+                "was stopped before its end goes on with --checkpoint.resume auto."
             )
         if not (self.directory / MARK).is_file():
             raise UserError(
@@ -79,8 +137,14 @@ class Claim:
             )
 
     def keep(self) -> None:
-        """The run begins: its directory gets its name, and what it replaces is deleted."""
-        if self._is_taken:
+        """The run begins: its directory gets its name, and what it replaces is deleted.
+
+        Raises:
+            UserError: a run that goes on cannot be written.
+        """
+        if self._goes_on:
+            write_text(self.directory / MARK, [self._config_yaml])
+        elif self._is_taken:
             shutil.rmtree(self._replaced, ignore_errors=True)
             if self.directory.exists():
                 self.directory.rename(self._replaced)
@@ -96,6 +160,11 @@ class Claim:
     ) -> None:
         if self._is_taken:
             shutil.rmtree(self.staging, ignore_errors=True)
+        if self._lock is not None:
+            # Whoever waits for it sees that it is gone, and makes a new one.
+            self._lock_path.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
 
 
 def open_output(directory: Path, *, overwrite: bool) -> None:

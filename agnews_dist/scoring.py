@@ -5,17 +5,21 @@ on any number of ranks: at equal thread counts they are equal to the last bit.
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from agnews_dist import collectives
 from agnews_dist.data.batching import Ints
 from agnews_dist.data.loader import TokenTable
 from agnews_dist.data.sharing import plan_evaluation
 from agnews_dist.engine import Engine
+from agnews_dist.errors import Stopped
 from agnews_dist.events import Emit, EvalDone, Progress, silent
 from agnews_dist.metrics import Scores, confusion_matrix, in_file_order, summarize
 from agnews_dist.model.gpt2 import Classifier
@@ -23,6 +27,11 @@ from agnews_dist.model.prefix import FeatureSource, computed
 
 # Padded tokens per scoring call. A constant: a knob would let the hardware decide the last bits of a result.
 EVALUATION_TOKENS = 8192
+
+
+def never() -> bool:
+    """Where nobody stops."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,28 @@ class ScoredSplit:
     probabilities_NC: NDArray[np.float64]
     scores: Scores
     seconds: float
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the scores, for a checkpoint."""
+        return {
+            "labels": torch.from_numpy(self.labels_N),
+            "predictions": torch.from_numpy(self.predictions_N),
+            "probabilities": torch.from_numpy(self.probabilities_NC),
+        }
+
+    def rest(self) -> dict[str, object]:
+        """The scores and the seconds, JSON-ready."""
+        return {"scores": asdict(self.scores), "seconds": self.seconds}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> "ScoredSplit":
+        """What gave these `tensors()` and this `rest()`."""
+        scores = dict[str, Any](rest["scores"])
+        scores["confusion"] = tuple(tuple(row) for row in scores["confusion"])
+        labels_N, predictions_N, probabilities_NC = (
+            tensors[name].numpy() for name in ("labels", "predictions", "probabilities")
+        )
+        return cls(labels_N, predictions_N, probabilities_NC, Scores(**scores), rest["seconds"])
 
     def event(self, split: str, epoch: int, class_names: tuple[str, ...]) -> EvalDone:
         """What the sinks are told."""
@@ -72,10 +103,14 @@ def rank_logits(
     num_classes: int,
     features: FeatureSource | None = None,
     emit: Emit = silent,
+    is_stopping: Callable[[], bool] = never,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """This rank's part of a split: (ids, logits_NC), in the order computed, without dropout; `emit` hears of the progress.
 
     `features` of a batch come from the classifier's prefix if not from elsewhere.
+
+    Raises:
+        Stopped: `is_stopping` became true, here or, where a forward pass is collective, on any rank.
     """
     features = features or computed(classifier.prefix)
     ids: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
@@ -87,6 +122,7 @@ def rank_logits(
     num_done, num_rows = 0, sum(map(len, plan))
     with torch.no_grad():
         for ids_B in plan:
+            _stop_here(engine, is_stopping)
             batch = table.batch(ids_B)
             ids.append(ids_B)
             logits.append(classifier.suffix(*features(batch)).float().cpu().numpy())
@@ -94,9 +130,19 @@ def rank_logits(
             emit(Progress(task=f"score {table.name}", done=num_done, total=num_rows))
         if engine.gathers_weights and len(plan) < -(-len(batches) // num_ranks):
             # The other ranks score one batch more, and cannot put the weights together without this one.
+            _stop_here(engine, is_stopping)
             classifier.suffix(*features(table.batch(batches[0])))
     classifier.suffix.train(was_training)
     return np.concatenate(ids), np.concatenate(logits)
+
+
+def _stop_here(engine: Engine, is_stopping: Callable[[], bool]) -> None:
+    stops = is_stopping()
+    if engine.gathers_weights:
+        # Every rank must make a forward pass or none.
+        stops = collectives.all_sum([float(stops)], engine.device)[0] > 0
+    if stops:
+        raise Stopped
 
 
 def score_split(
@@ -107,14 +153,32 @@ def score_split(
     num_classes: int,
     features: FeatureSource | None = None,
     emit: Emit = silent,
+    is_stopping: Callable[[], bool] = never,
 ) -> ScoredSplit:
     """Logits of every example, gathered once; counts are integers, the loss is a float64 sum in file order.
 
-    `features`: see `rank_logits`.
+    `features` and `is_stopping`: see `rank_logits`.
+
+    Raises:
+        Stopped: on all ranks, if any rank was to stop.
     """
     start = time.perf_counter()
-    local = rank_logits(classifier, table, engine, num_classes=num_classes, features=features, emit=emit)
-    ids_N, logits_NC = (np.concatenate(parts) for parts in zip(*collectives.all_gather(local), strict=True))
+    try:
+        local = rank_logits(
+            classifier,
+            table,
+            engine,
+            num_classes=num_classes,
+            features=features,
+            emit=emit,
+            is_stopping=is_stopping,
+        )
+    except Stopped:
+        local = None
+    parts = [part for part in collectives.all_gather(local) if part is not None]
+    if len(parts) < engine.world.num_ranks:
+        raise Stopped
+    ids_N, logits_NC = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     log_probabilities_NC = log_softmax_NC(logits_NC[in_file_order(ids_N, len(table))])
     labels_N = table.labels_N
     predictions_N = log_probabilities_NC.argmax(axis=1)

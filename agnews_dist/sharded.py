@@ -1,6 +1,5 @@
 """The only door to torch's FSDP2: weights, gradients and moments divided over the ranks as by ZeRO-3, without DeepSpeed."""
 
-from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -44,17 +43,12 @@ class ShardedWrapped(Wrapped):
         cast(Any, self.module).set_requires_gradient_sync(is_last)
         return nullcontext()
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """As `Wrapped.load`."""
-        for name, weight in self.suffix.named_parameters():
-            assert isinstance(weight, DTensor)
-            value = self._from_main(name, state, weight.shape)
-            with torch.no_grad():
-                weight.copy_(distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None))
-
     def _global(self, norm: Tensor) -> Tensor:
         return cast(DTensor, norm).full_tensor()
 
-    def _whole(self) -> Iterator[tuple[str, Tensor]]:
-        for name, weight in self.suffix.named_parameters():
-            yield name, cast(DTensor, weight).full_tensor()
+    def _gather(self, weight: Tensor, kind: str) -> Tensor:
+        return cast(DTensor, self._held(weight, kind)).full_tensor()
+
+    def _put(self, weight: Tensor, kind: str, value: Tensor) -> None:
+        part = cast(DTensor, self._held(weight, kind))
+        part.copy_(distribute_tensor(value, part.device_mesh, part.placements, src_data_rank=None))

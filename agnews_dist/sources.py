@@ -18,6 +18,7 @@ from agnews_dist.engine import Engine, refuse_foreign_settings
 from agnews_dist.errors import DataError
 from agnews_dist.events import Emit, Progress, Warned
 from agnews_dist.features.cache import FeatureCache
+from agnews_dist.features.choice import Wanted
 from agnews_dist.model.export import load_classifier
 from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, split
 from agnews_dist.model.tokenizer import load_tokenizer
@@ -119,7 +120,13 @@ def place(classifier: Classifier, engine: Engine, *, fast_path: bool, checkpoint
 
 
 def open_features(
-    config: Config, sources: Sources, tables: Mapping[str, TokenTable], engine: Engine, frozen_weights: str
+    config: Config,
+    sources: Sources,
+    tables: Mapping[str, TokenTable],
+    engine: Engine,
+    *,
+    frozen_weights: str,
+    wanted: Wanted,
 ) -> FeatureCache:
     """Where the frozen part's output is kept; decided, not yet computed. Collective. `frozen_weights`: their fingerprint."""
     num_tokens = sum(int(table.lengths_N.sum()) for table in tables.values())
@@ -128,7 +135,7 @@ def open_features(
         sources.classifier,
         tables,
         engine,
-        wanted=config.engine.feature_cache,
+        wanted=wanted,
         num_epochs=config.optim.epochs,
         directory=cache_root(config.data.cache_dir) / "features",
         limit_bytes=int(config.engine.feature_cache_gigabytes * 1e9),

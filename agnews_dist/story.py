@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 
 from agnews_dist.cli import Loaded, Option, load
-from agnews_dist.errors import SharedError, UserError
+from agnews_dist.errors import SharedError, Stopped, UserError
+from agnews_dist.preempt import Watch, preempted_exit_code
 from agnews_dist.world import World, detect_world
 
 
@@ -17,13 +18,30 @@ def tell(
     argv: Sequence[str] | None,
     body: Callable[[World, Loaded], None],
     options: Sequence[Option] = (),
+    watch: Watch | None = None,
 ) -> int:
-    """Run `body` and return the process's exit code.
+    """Run `body` and return the process's exit code; `watch`: what it is told by signals, watched from here on.
 
     A user error is printed without traceback. An error raised by all ranks together is printed once, by rank 0, and names the
     rank that saw it; one in the arguments or the launcher's variables, the same for all, by the first rank of each node; any
     other by the rank that has it.
     """
+    if watch is None:
+        return _tell(story, argv, body, options, None)
+    watch.start()
+    try:
+        return _tell(story, argv, body, options, watch)
+    finally:
+        watch.close()
+
+
+def _tell(
+    story: str,
+    argv: Sequence[str] | None,
+    body: Callable[[World, Loaded], None],
+    options: Sequence[Option],
+    watch: Watch | None,
+) -> int:
     world = World()
     is_loaded = False
     try:
@@ -35,10 +53,19 @@ def tell(
         body(world, loaded)
         exit_code = 0
     except SharedError as error:
-        if world.is_main:
+        if world.is_main and error.exit_code == 0:
+            print(error, flush=True)
+        elif world.is_main:
             _say(f"{_label(error.rank, world)}error: {error}")
         exit_code = error.exit_code
+    except Stopped as stopped:
+        if world.is_main:
+            _say(str(stopped))
+        exit_code = preempted_exit_code(os.environ)
     except UserError as error:
+        if watch is not None and is_loaded:
+            # So that the others, which will miss this rank in a collective, say why they end.
+            watch.failed(str(error))
         if is_loaded or world.local_rank == 0:
             _say(f"{_label(world.rank, world)}error: {error}")
         return error.exit_code
@@ -49,7 +76,10 @@ def tell(
     except Exception:
         # A bug of ours: the whole traceback, every line marked with the rank, since ranks share one stderr. The process group
         # is left as it is: the other ranks may be inside a collective, and closing it here could wait for them.
-        _say("\n".join(f"{world.label} {line}" for line in traceback.format_exc().splitlines()))
+        text = traceback.format_exc()
+        # Of ranks that fail because another one did, one line is enough.
+        consequence = watch.failed(text.strip().splitlines()[-1]) if watch is not None else None
+        _say(_marked(consequence or text, world))
         return 1
     # After the except clauses, when no traceback keeps the wrapped model alive: it must be gone before its process group is.
     # Only a process that loaded torch can have one.
@@ -58,6 +88,10 @@ def tell(
 
         collectives.close()
     return exit_code
+
+
+def _marked(text: str, world: World) -> str:
+    return "\n".join(f"{world.label} {line}" for line in text.splitlines())
 
 
 def _label(rank: int, world: World) -> str:

@@ -8,7 +8,6 @@ import importlib.util
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from agnews_dist.errors import UserError
 from agnews_dist.world import World
-from agnews_dist.wrapped import Wrapped
+from agnews_dist.wrapped import WEIGHT, Wrapped
 from agnews_dist.zero_settings import Zero
 
 
@@ -86,11 +85,12 @@ class ZeroWrapped(Wrapped):
         """`module`: DeepSpeed's engine around `suffix`.
 
         Raises:
-            UserError: DeepSpeed runs with something else than it was told.
+            UserError: DeepSpeed runs with something else than it was told, or would lose track of the optimizer's state.
         """
         super().__init__(world, module, suffix, optimizer, device, max_grad_norm=max_grad_norm, first_loss_scale=None)
         self._engine, self._zero = module, zero
         _check_state(module, optimizer, zero, max_grad_norm)
+        _check_readable(module, zero)
         if first_loss_scale is not None:
             from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
@@ -104,6 +104,7 @@ class ZeroWrapped(Wrapped):
                 raise_error_at_min_scale=False,
                 dtype=torch.float16,
             )
+            self.load_scaling(first_loss_scale, 0)
 
     def __call__(self, *features: Tensor) -> Tensor:
         """As `Wrapped`."""
@@ -125,37 +126,79 @@ class ZeroWrapped(Wrapped):
     def update(self) -> float:
         """As `Wrapped.update`; DeepSpeed itself leaves out an update whose norm is not finite, on all ranks alike."""
         self._engine.step()
-        optimizer = self._engine.optimizer
-        return math.inf if optimizer.overflow else float(self._engine.get_global_grad_norm())
+        if self._engine.optimizer.overflow:
+            self.load_scaling(self.loss_scale, 0)
+            return math.inf
+        return float(self._engine.get_global_grad_norm())
 
     @property
     def loss_scale(self) -> float:
         """As `Wrapped.loss_scale`."""
         return float(self._engine.optimizer.loss_scale)
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """As `Wrapped.load`, into the parts of the ranks and the optimizer's fp32 copies of them too."""
+    @property
+    def scaling(self) -> tuple[float, int]:
+        """As `Wrapped.scaling`."""
+        scaler = self._engine.optimizer.loss_scaler
+        clean_steps = (scaler.cur_iter - scaler.last_overflow_iter - 2) % scaler.scale_window if scaler.dynamic else 0
+        return self.loss_scale, clean_steps
+
+    def load_scaling(self, scale: float, clean_steps: int) -> None:
+        """As `Wrapped.load_scaling`."""
+        scaler = self._engine.optimizer.loss_scaler
+        if scaler.dynamic:
+            # After an overflow DeepSpeed waits one step longer than torch before it raises the scale: here it does not.
+            scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = scale, clean_steps, -2
+
+    def _updated(self) -> list[Tensor]:
+        # Stage 3 shows its parts to the optimizer one by one, while it updates them.
+        return self._engine.optimizer.fp32_partitioned_groups_flat if self._zero.stage == 3 else super()._updated()
+
+    def _shape(self, weight: Tensor) -> torch.Size:
+        return cast(Any, weight).ds_shape if self._zero.stage == 3 else weight.shape
+
+    def _gather(self, weight: Tensor, kind: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self._zero.stage < 3:
+            if kind == WEIGHT:
+                return weight.detach()
+            self._link(weight)
+        return cast(Tensor, safe_get_full_optimizer_state(weight, _key(kind))).detach()
+
+    def _put(self, weight: Tensor, kind: str, value: Tensor) -> None:
         from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         is_divided = self._zero.stage == 3
-        for name, weight in self.suffix.named_parameters():
-            value = self._from_main(name, state, getattr(weight, "ds_shape", weight.shape))
+        if kind == WEIGHT:
             with torch.no_grad(), GatheredParameters([weight], modifier_rank=0, enabled=is_divided):
                 weight.copy_(value)
-            if is_divided:
-                # Not from the whole: on a last rank whose part is shorter that fails.
-                safe_set_local_fp32_param(weight, cast(Any, weight).ds_tensor)
-            else:
-                safe_set_full_fp32_param(weight, value)
+        if not is_divided:
+            if kind != WEIGHT:
+                self._link(weight)
+            safe_set_full_optimizer_state(weight, value, _key(kind))
+            return
+        # Not from the whole: on a last rank whose part is shorter that fails.
+        size = cast(Any, weight).ds_tensor.numel()
+        mine = value.flatten()[self._world.rank * size :][:size]
+        part = nn.functional.pad(mine, (0, size - mine.numel()))
+        safe_set_local_optimizer_state(weight, part, _key(kind))
 
-    def _whole(self) -> Iterator[tuple[str, Tensor]]:
-        """One weight after the other, so that a rank never holds more than one of them whole."""
-        from deepspeed.runtime.zero import GatheredParameters
+    def _link(self, weight: Tensor) -> None:
+        """Tell a weight of stage 1 or 2 which part of this rank's moments is its own.
 
-        for name, weight in self.suffix.named_parameters():
-            with GatheredParameters([weight], enabled=self._zero.stage == 3):
-                yield name, weight
+        DeepSpeed does so after the first update of its first group of weights, when the second has no moments yet (0.19.8).
+        """
+        mapping = cast(Any, weight)._hp_mapping
+        if mapping is not None:
+            (flat,) = self._optimizer.param_groups[mapping.param_group_index]["params"]
+            mapping.set_optim_state_fragment(flat, self._optimizer.state[flat])
+
+
+def _key(kind: str) -> str | None:
+    """DeepSpeed's name for it among the optimizer's state, where None is the fp32 copy of the weight itself."""
+    return None if kind == WEIGHT else kind
 
 
 def _check_state(engine: Any, optimizer: torch.optim.Optimizer, zero: Zero, max_grad_norm: float) -> None:
@@ -172,4 +215,13 @@ def _check_state(engine: Any, optimizer: torch.optim.Optimizer, zero: Zero, max_
         raise UserError(
             f"DeepSpeed runs with {', '.join(wrong)}: the result would be another one than under DDP. Use the DeepSpeed of "
             "requirements.lock, and leave these keys out of engine.deepspeed_config."
+        )
+
+
+def _check_readable(engine: Any, zero: Zero) -> None:
+    """DeepSpeed 0.19.8 trains well with this setting, and links weights with the wrong parts of the optimizer's state."""
+    if zero.stage < 3 and engine.optimizer.round_robin_gradients:
+        raise UserError(
+            "engine.deepspeed_config has zero_optimization.round_robin_gradients true: DeepSpeed does not find the moments of "
+            "a weight again, and a checkpoint would hold another's. Leave the key out."
         )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What every launcher here needs: root, python, NPROC and OMP_NUM_THREADS. Sourced by local.sh, deepspeed.sh and accelerate.sh.
+# What every launcher here needs: root, python, NPROC, OMP_NUM_THREADS, and the signals that reach the ranks. Sourced by local.sh, deepspeed.sh and accelerate.sh.
 #
 #   source ranks.sh torchrun      the name is for messages
 set -euo pipefail
@@ -22,3 +22,6 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
     OMP_NUM_THREADS=$((cores / NPROC > 0 ? cores / NPROC : 1))
 fi
 export OMP_NUM_THREADS
+# torchrun, and accelerate through it, pass only these on to the ranks. Without USR1 and USR2, which clusters send before they take
+# a node away, the agent would die of them and leave the ranks behind.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}

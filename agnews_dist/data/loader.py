@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from agnews_dist.batch import Batch
 from agnews_dist.data.batching import Ints, Plan, PlanSettings, plan
+from agnews_dist.data.position import fingerprint
 from agnews_dist.data.sharing import Efficiency, Share, efficiency, share, share_by_owner
 from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.world import World
@@ -96,6 +98,11 @@ class TrainLoader:
         """The rank that holds each text's features, where each rank holds a part; None: shares of equal cost."""
         self._table, self._world, self._settings = table, world, settings
         self._max_tokens_per_rank, self._quadratic, self._max_length = max_tokens_per_rank, quadratic, max_length
+
+    @cached_property
+    def fingerprint(self) -> dict[str, int | str | None]:
+        """Of the plan, whatever the number of ranks: see `position.fingerprint`."""
+        return fingerprint(self._table.lengths_N, self._settings)
 
     def num_steps(self, num_epochs: int) -> int:
         """Steps of so many epochs; with a token budget epochs may differ in theirs."""

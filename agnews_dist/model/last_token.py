@@ -11,21 +11,26 @@ move out in the same way (h_t = gain n_t + shift). sum_t a_t is 1 but for dropou
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from agnews_dist.model.dropout import dropped
 from agnews_dist.model.packed import fused_activation, score_factor
 
+ATTENTION_WEIGHTS, ATTENTION_OUTPUT, MLP_OUTPUT = 0, 1, 2
+"""The block's three places of dropout, as `dropped` tells them apart."""
 
-def last_token_block(block: Any, hidden_BTD: Tensor, lengths_B: Tensor) -> Tensor:
+
+def last_token_block(block: Any, hidden_BTD: Tensor, lengths_B: Tensor, keys_B: Tensor | None = None) -> Tensor:
     """What Hugging Face's block gives at the last real token (`lengths_B` >= 1) of right-padded hidden_BTD: last_BD.
 
-    Same parameters, gradients, and dropout at the same places (attention weights, attention's and the MLP's output). The
-    gradient of the key's bias is exactly zero, as it is in exact arithmetic. What lies in the padding must be finite and then
-    does not matter.
+    Same parameters, gradients, and dropout at the same places (attention weights, attention's and the MLP's output): with
+    `keys_B` (see `example_keys`) by masks that are a function of the example's key, without them as torch draws. The gradient
+    of the key's bias is exactly zero, as it is in exact arithmetic. What lies in the padding must be finite and then does not
+    matter.
     """
     norm, attention, mlp = block.ln_1, block.attn, block.mlp
     num_texts, num_tokens, width = hidden_BTD.shape
@@ -40,16 +45,23 @@ def last_token_block(block: Any, hidden_BTD: Tensor, lengths_B: Tensor) -> Tenso
     scores_BHT = torch.matmul(probe_BHD.to(normed_BTD.dtype), normed_BTD.transpose(1, 2)) * score_factor(attention)
     is_padding_BT = torch.arange(num_tokens, device=lengths_B.device) >= lengths_B[:, None]
     weights_BHT = scores_BHT.masked_fill(is_padding_BT[:, None], -math.inf).softmax(dim=-1)
-    weights_BHT = attention.attn_dropout(weights_BHT)
+    weights_BHT = _dropped_in(attention.attn_dropout, weights_BHT, keys_B, ATTENTION_WEIGHTS)
 
     sum_BH1 = weights_BHT.sum(dim=-1, keepdim=True)
     mean_BHD = torch.matmul(weights_BHT, normed_BTD) * norm.weight + sum_BH1 * norm.bias
     out_BHE = torch.einsum("bhd,dhe->bhe", mean_BHD, value_w.view(heads)) + sum_BH1 * value_b.view(heads)
-    last_BD = last_BD + attention.resid_dropout(attention.c_proj(out_BHE.reshape(num_texts, width)))
+    attended_BD = attention.c_proj(out_BHE.reshape(num_texts, width))
+    last_BD = last_BD + _dropped_in(attention.resid_dropout, attended_BD, keys_B, ATTENTION_OUTPUT)
     inner = fused_activation(mlp.act)(mlp.c_fc(block.ln_2(last_BD)))
-    return last_BD + mlp.dropout(mlp.c_proj(inner))
+    return last_BD + _dropped_in(mlp.dropout, mlp.c_proj(inner), keys_B, MLP_OUTPUT)
 
 
 def last_rows(hidden_BTD: Tensor, lengths_B: Tensor) -> Tensor:
     """The row of the last real token of every text: last_BD."""
     return hidden_BTD[torch.arange(len(lengths_B), device=lengths_B.device), lengths_B - 1]
+
+
+def _dropped_in(dropout: nn.Dropout, values: Tensor, keys_B: Tensor | None, site: int) -> Tensor:
+    if keys_B is None or not dropout.training:
+        return cast(Tensor, dropout(values))
+    return dropped(values, keys_B, site, dropout.p)

@@ -47,8 +47,12 @@ class Suffix(nn.Module):
             is_slow = fast_path and isinstance(activation, NewGELUActivation)
             block.get_submodule("mlp").act = nn.GELU(approximate="tanh") if is_slow else activation
 
-    def forward(self, hidden_BTD: Tensor, lengths_B: Tensor) -> Tensor:
-        """`Features` of texts to logits_BC, in the dtype of the weights."""
+    def forward(self, hidden_BTD: Tensor, lengths_B: Tensor, keys_B: Tensor | None = None) -> Tensor:
+        """`Features` of texts to logits_BC, in the dtype of the weights.
+
+        `keys_B` (int64, see `example_keys`): from them alone the last block draws its dropout masks on the fast path. The other
+        blocks, and the plain path, always draw from torch's random state, which whoever wants to repeat a step seeds before it.
+        """
         device, dtype = hidden_BTD.device.type, self.autocast_dtype
         # The residual stream in the weights' precision, even if the frozen part computed in another.
         hidden_BTD = hidden_BTD.to(self.ln_f.weight.dtype)
@@ -57,7 +61,7 @@ class Suffix(nn.Module):
             for block in blocks[:-1]:
                 hidden_BTD = self._run(run_block, block, hidden_BTD)
             if blocks:
-                last_BD = self._run(blocks[-1], hidden_BTD, lengths_B, self.fast_path)
+                last_BD = self._run(blocks[-1], hidden_BTD, lengths_B, self.fast_path, keys_B)
             else:
                 last_BD = last_rows(hidden_BTD, lengths_B)
         # One row per example costs nothing, and logits rounded to bf16 would cost accuracy in the loss.
@@ -90,8 +94,8 @@ class LastBlock(nn.Module):
         """Hugging Face's block."""
         return self._whole[0]
 
-    def forward(self, hidden_BTD: Tensor, lengths_B: Tensor, fast_path: bool) -> Tensor:
-        """hidden_BTD to last_BD; without `fast_path` through Hugging Face's own forward of all tokens."""
+    def forward(self, hidden_BTD: Tensor, lengths_B: Tensor, fast_path: bool, keys_B: Tensor | None = None) -> Tensor:
+        """hidden_BTD to last_BD; without `fast_path` through Hugging Face's own forward of all tokens, without keys."""
         if fast_path:
-            return last_token_block(self, hidden_BTD, lengths_B)
+            return last_token_block(self, hidden_BTD, lengths_B, keys_B)
         return last_rows(run_block(self.whole, hidden_BTD), lengths_B)

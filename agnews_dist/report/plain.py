@@ -1,5 +1,6 @@
 """The console where the output is a file or a pipe: dated lines, no colours, few enough to read in a job's log."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ from typing import TextIO
 import numpy as np
 
 from agnews_dist.events import (
+    CheckpointSaved,
     EvalDone,
     Event,
+    NonFinite,
     OverfitChecked,
     Profiled,
     Progress,
+    Resumed,
     RunDone,
     RunStarted,
     StepDone,
@@ -21,7 +25,7 @@ from agnews_dist.events import (
 )
 from agnews_dist.metrics import per_class
 from agnews_dist.report.pace import Pace, TaskPace
-from agnews_dist.report.wording import duration, share, visible, when
+from agnews_dist.report.wording import duration, happened, share, visible, when
 
 
 @dataclass
@@ -34,8 +38,8 @@ class _Task:
 class PlainLines:
     """Sink that writes lines beginning with the time of day to `file`.
 
-    Steps: the first, the last, and one every `seconds_between_lines` (all with `every_step`). Long work: a line after
-    that many seconds, after twice, four times ... as many, and one at its end.
+    Steps: the first, the last, and one every `seconds_between_lines` (all with `every_step`); checkpoints
+    likewise. Long work: a line after that many seconds, after twice, four times ... as many, and one at its end.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class PlainLines:
         self._clock = clock
         self._pace = Pace(0, clock)
         self._last_line: float | None = None
+        self._last_saved = -math.inf
         self._tasks: dict[str, _Task] = {}
 
     def __call__(self, event: Event) -> None:
@@ -69,6 +74,10 @@ class PlainLines:
                 self._evaluation(event)
             case Warned():
                 self._say(f"warning: {event.message}")
+            case NonFinite() | Resumed():
+                self._say(happened(event))
+            case CheckpointSaved():
+                self._saved(event)
             case Profiled():
                 self._say(f"profile written to {event.path}\n{event.top_operators.strip()}")
             case OverfitChecked():
@@ -114,6 +123,12 @@ class PlainLines:
             self._last_line = now
             words = [self._pace.step_words(), *self._pace.words(exact=self._every_step), self._pace.eta_words()]
             self._say("  ".join(word for word in words if word))
+
+    def _saved(self, event: CheckpointSaved) -> None:
+        now = self._clock()
+        if self._every_step or now - self._last_saved >= self._interval:
+            self._last_saved = now
+            self._say(happened(event))
 
     def _progress(self, event: Progress) -> None:
         task = self._tasks.setdefault(event.task, _Task(TaskPace(event, self._clock), next_line=self._interval))

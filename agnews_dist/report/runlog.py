@@ -1,7 +1,9 @@
 """events.jsonl: everything a run said, one JSON object per line, for scripts and plots."""
 
 import dataclasses
+import errno
 import json
+import os
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -16,38 +18,80 @@ class RunLog:
     """Sink that appends events to a file.
 
     Each line is `{"event": <class name>, "time": <ISO 8601, UTC>, ...fields}`. NaN and infinities are written as null,
-    so that every JSON parser reads the file. `Progress` is left out: it is of interest only while it happens. The file
-    is line-buffered: a killed run keeps every event it emitted.
+    so that every JSON parser reads the file. `Progress` is left out: it is of interest only while it happens. A killed run
+    keeps every event it emitted. Lines that cannot be written wait, and go before the next one.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open `path` for appending, so that a resumed run continues its log.
+    def __init__(self, path: Path, *, keep_bytes: int | None = None) -> None:
+        """Open `path` for appending, so that a resumed run continues its log; `keep_bytes`: cut off what is behind them.
 
         Raises:
             UserError: the file cannot be opened for writing.
         """
+        self._pending: list[bytes] = []
+        self._refused = 0
+        self.path = path
+        """As messages name it; the directory may have been renamed since."""
         try:
-            if path.exists():
-                _drop_torn_line(path)
-            self._file = path.open("a", encoding="utf-8", newline="\n", buffering=1)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._written = _whole_lines(self._file, keep_bytes)
+            os.ftruncate(self._file, self._written)
         except OSError as error:
             raise UserError(
                 f"cannot open {path} ({error.strerror or error}): the run would leave no record of its steps. "
                 "Make its directory writable, or choose another with --run.dir."
             ) from error
+        self._is_open = True
 
     def __call__(self, event: Event) -> None:
-        """Write one event."""
-        if isinstance(event, Progress):
+        """Write one event.
+
+        Raises:
+            OSError: it cannot be written now; it is kept for the next call.
+        """
+        if isinstance(event, Progress) or not self._is_open:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         # Not asdict(), which copies deeply: a mapping that cannot be copied would fail for nothing.
         fields = {field.name: plain(getattr(event, field.name)) for field in dataclasses.fields(event)}
-        self._file.write(json.dumps({"event": type(event).__name__, "time": now, **fields}, allow_nan=False) + "\n")
+        line = json.dumps({"event": type(event).__name__, "time": now, **fields}, allow_nan=False) + "\n"
+        self._pending.append(line.encode())
+        self._write_pending()
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            try:
+                written = os.pwrite(self._file, self._pending[0], self._written)
+                if written < len(self._pending[0]):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                self._refused = error.errno or errno.EIO
+                # Half a line would make the next one unreadable.
+                os.ftruncate(self._file, self._written)
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+            self._written += written
+            self._pending.pop(0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all lines so far, those that wait included."""
+        return self._written + sum(map(len, self._pending))
+
+    def sync(self, num_bytes: int) -> None:
+        """Have the first `num_bytes` survive a power cut.
+
+        Raises:
+            OSError: some of their lines could not be written yet.
+        """
+        if self._written < num_bytes:
+            raise OSError(self._refused, os.strerror(self._refused), str(self.path))
+        os.fsync(self._file)
 
     def close(self) -> None:
         """Close the file; further calls do nothing."""
-        self._file.close()
+        if self._is_open:
+            self._is_open = False
+            os.close(self._file)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -58,13 +102,11 @@ class RunLog:
         self.close()
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut off a last line without newline, which a process killed while writing left: new events must not join it."""
-    with path.open("r+b") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
+def _whole_lines(file: int, limit: int | None) -> int:
+    """Bytes up to the end of the last whole line, at most `limit`: a process killed while writing leaves half a line, which
+    new events must not join."""
+    content = os.pread(file, os.fstat(file).st_size, 0)[:limit]
+    return content.rfind(b"\n") + 1
 
 
 def read_run_log(path: Path) -> list[dict[str, Any]]:

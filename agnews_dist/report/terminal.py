@@ -15,11 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from agnews_dist.events import (
+    CheckpointSaved,
     EvalDone,
     Event,
+    NonFinite,
     OverfitChecked,
     Profiled,
     Progress,
+    Resumed,
     RunDone,
     RunStarted,
     StepDone,
@@ -27,7 +30,7 @@ from agnews_dist.events import (
 )
 from agnews_dist.metrics import per_class
 from agnews_dist.report.pace import Pace, TaskPace
-from agnews_dist.report.wording import duration, share, visible, when
+from agnews_dist.report.wording import duration, happened, share, visible, when
 
 SECONDS_BETWEEN_REFRESHES = 0.1
 SECONDS_WORTH_A_LINE = 2.0
@@ -68,6 +71,13 @@ class TerminalDisplay:
                 self._print(self._evaluation(event))
             case Warned():
                 self._print(self._text(f"warning: {event.message}", "yellow"))
+            case NonFinite():
+                self._print(self._text(happened(event), "yellow"))
+            case Resumed():
+                self._print(self._text(happened(event)))
+            case CheckpointSaved():
+                if self._every_step or event.seconds >= SECONDS_WORTH_A_LINE:
+                    self._print(self._text(happened(event), "dim"))
             case Profiled():
                 self._print(self._text(f"profile written to {event.path}", "bold"))
                 # A table wider than the terminal is cut by the terminal, not folded into a puzzle.

@@ -2,7 +2,12 @@
 
 import math
 import re
+from collections.abc import Sequence
 
+from agnews_dist.events import CheckpointSaved, NonFinite, Resumed
+
+NAMED_IDS = 20
+"""Offending examples that a line names; events.jsonl has all of them."""
 # What would move the cursor, ring the bell or turn the reading direction of a terminal; tab and newline stay.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
@@ -37,6 +42,30 @@ def share(value: float) -> str:
     ('0.500', '-')
     """
     return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def happened(event: NonFinite | Resumed | CheckpointSaved) -> str:
+    """One line about what interrupts a training, or guards it."""
+    match event:
+        case NonFinite():
+            return f"step {event.step} made no update: a loss or gradient was not finite, from {name_ids(event.ids)}"
+        case Resumed():
+            return f"goes on from step {event.step}, attempt {event.attempt}: {event.path}"
+        case CheckpointSaved():
+            return (
+                f"step {event.step} saved: {event.num_bytes / 1e6:,.1f} MB in {duration(event.seconds)}, training stood still "
+                f"for {1000 * event.stall:.0f} ms"
+            )
+
+
+def name_ids(ids: Sequence[int]) -> str:
+    """The first of them, and how many more there are.
+
+    >>> name_ids([3, 7]), name_ids(range(22))[-20:]
+    ('examples 3, 7', '18, 19 and 2 more')
+    """
+    more = f" and {len(ids) - NAMED_IDS} more" if len(ids) > NAMED_IDS else ""
+    return f"examples {', '.join(map(str, ids[:NAMED_IDS]))}{more}"
 
 
 def when(split: str, epoch: int) -> str:

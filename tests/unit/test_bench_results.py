@@ -49,3 +49,30 @@ def test_settings_table_is_what_the_logs_say():
         best = [row["best_accuracy"] for row in rows if row["what"] == "ours" and row.get("varied", {}) == varied][:2]
         assert len(best) == 2
         assert f"| {setting} | {best[0]:.3f}, {best[1]:.3f} | {statistics.mean(best):.3f} |" in results
+
+
+def test_kills_table_is_what_the_log_says():
+    log = (BENCH / "logs" / "2026-11-23-kills-cpu2.jsonl").read_text(encoding="utf-8")
+    about, *kills = [json.loads(line) for line in log.splitlines()]
+    results = (BENCH / "RESULTS.md").read_text(encoding="utf-8")
+    assert about["differing"] == []
+    assert len(kills) == 60
+    for how in ("TERM", "USR1", "USR2", "INT", "KILL", "STOP"):
+        mine = [kill for kill in kills if kill["how"] == how]
+        seconds, repeated = [kill["seconds"] for kill in mine], [kill["repeated"] for kill in mine]
+        times = f"{statistics.median(seconds):.1f}, {max(seconds):.1f}"
+        assert f"| {how} | {len(mine)} | {times} | {statistics.mean(repeated):.1f}, {max(repeated)} |" in results
+
+
+def test_checkpoint_table_is_what_the_log_says():
+    log = (BENCH / "logs" / "2026-11-23-checkpoints-cpu2.jsonl").read_text(encoding="utf-8")
+    rows = {row["save"]: row for row in map(json.loads, log.splitlines()) if "save" in row}
+    results = (BENCH / "RESULTS.md").read_text(encoding="utf-8")
+    shown = {"accelerate `save_state`": "accelerator.save_state", "Hugging Face Trainer": "Trainer"}
+    for name, save in shown.items():
+        row = rows[save]
+        stall, durable = (f"{row[f'median_{key}']:.3f}" for key in ("stall", "durable"))
+        ratios = f"{row['stall_over_ours']:.0f}", f"{row['durable_over_ours']:.1f}"
+        assert (
+            f"| {name} | {row['median_bytes'] / 1e6:.1f} | {stall} | {ratios[0]} | {durable} | {ratios[1]} |" in results
+        )

@@ -133,7 +133,7 @@ def test_states_while_processes_are_at_work(root, capsys):
         ([UNFINISHED], {FEATURES, TOKENS}),
         (["b3b3", "a2"], {FEATURES}),
     ],
-    ids=" ".join,
+    ids=["all", "features", "tokens", "a key", "short keys"],
 )
 def test_what_is_named_goes_and_nothing_else(root, capsys, names, stay):
     lines = told(capsys, root, "--clear", *names).splitlines()

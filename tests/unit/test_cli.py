@@ -117,10 +117,9 @@ def test_quoted_yaml_stays_text(tmp_path: Path) -> None:
     assert (config.run.name, config.data.revision, config.data.pad_token) == ("null", "1", "eos")
 
 
-def test_debug_and_profile_are_short_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_is_a_short_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     assert load("train", ["--debug"]) == load("train", ["--config", "configs/debug.yaml"])
-    assert load("train", ["--profile"]) == load("train", ["--run.profile", "true"])
     assert load("train", ["--run.name", "x", "--debug"]).config.run.name == "x"
 
 

@@ -56,7 +56,7 @@ def test_zero_arguments_are_gpt2_and_ag_news_from_the_hub() -> None:
 
 def test_nothing_can_be_changed_and_nothing_is_positional() -> None:
     hints = typing.get_type_hints(Config)
-    assert len(hints) == 6
+    assert len(hints) == 7
     for section, cls in hints.items():
         part = getattr(Config(), section)
         first = dataclasses.fields(cls)[0].name

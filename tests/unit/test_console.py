@@ -14,11 +14,14 @@ import rich.console
 from launching import in_a_terminal
 
 from agnews_dist.events import (
+    CheckpointSaved,
     EvalDone,
     Event,
+    NonFinite,
     OverfitChecked,
     Profiled,
     Progress,
+    Resumed,
     RunDone,
     RunStarted,
     StepDone,
@@ -53,7 +56,12 @@ DONE = RunDone(facts={"best epoch": "2 of 3"}, paths={"model": "runs/x/model"})
 OTHERS: list[Event] = [
     Profiled(path="runs/x/trace.json", top_operators="Name    CPU\naten::addmm   40%"),
     OverfitChecked(num_examples=8, num_steps=50, first_loss=1.4, last_loss=0.0123, accuracy=1.0),
+    NonFinite(step=7, epoch=1, ids=tuple(range(100, 122))),
+    Resumed(path="runs/x/checkpoints/step-00000040", step=40, attempt=3),
 ]
+SAVED = CheckpointSaved(
+    path="runs/x/checkpoints/step-00000040", step=40, num_bytes=85_432_100, stall=0.0123, seconds=2.5
+)
 
 
 class Clock:
@@ -112,17 +120,36 @@ def test_evaluation_shows_scores_and_each_class(terminal: bool) -> None:
 
 
 def test_the_other_events_are_shown(terminal: bool) -> None:
-    text = shown(*OTHERS, DONE, terminal=terminal)
+    text = shown(*OTHERS, DONE, terminal=terminal, width=300)
     for expected in (
         "profile written to runs/x/trace.json",
         "aten::addmm   40%",
         "8 examples, 50 steps: loss 1.4000 -> 0.0123, accuracy 1.000",
+        "step 7 made no update: a loss or gradient was not finite, from examples 100, 101,",
+        "119 and 2 more",
+        "goes on from step 40, attempt 3: runs/x/checkpoints/step-00000040",
         "best epoch",
         "2 of 3",
         "model",
         "runs/x/model",
     ):
         assert expected in text
+
+
+def test_checkpoints_leave_few_lines() -> None:
+    line = "step 40 saved: 85.4 MB in 2.5 s, training stood still for 12 ms"
+    clock = Clock()
+    out = io.StringIO()
+    lines = PlainLines(out, seconds_between_lines=10, clock=clock)
+    for _ in range(6):
+        lines(SAVED)
+        clock.now += 4
+    assert out.getvalue().count(line) == 2
+    assert shown(SAVED, SAVED, terminal=False, every_step=True).count(line) == 2
+    quick = dataclasses.replace(SAVED, seconds=0.5)
+    assert line in shown(SAVED, terminal=True)
+    assert shown(quick, terminal=True) == ""
+    assert "0.5 s" in shown(quick, terminal=True, every_step=True)
 
 
 def test_text_from_data_is_printed_as_it_is(terminal: bool) -> None:

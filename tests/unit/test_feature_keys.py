@@ -14,8 +14,8 @@ from agnews_dist.data.calls import lay_out, longest_first
 from agnews_dist.data.loader import TokenTable
 from agnews_dist.features import keys
 from agnews_dist.features.keys import features_key
+from agnews_dist.fingerprints import fingerprint_of
 from agnews_dist.model.gpt2 import Backbone, Classifier, split
-from agnews_dist.outcome import fingerprint_of
 
 LENGTHS = np.random.default_rng(3).integers(1, 30, 40).tolist()
 ROWS = toy_split(LENGTHS)

@@ -108,7 +108,7 @@ def test_what_an_engine_divides() -> None:
 
 def test_on_a_cpu_everything_is_in_one_memory() -> None:
     on_gpu, on_cpu = (estimate(XL, setup(device=device, runtime_bytes=5)) for device in ("cuda", "cpu"))
-    assert on_gpu.host == {"best epoch": 4 * XL.trained(1, 4)}
+    assert on_gpu.host == {"best epoch": 4 * XL.trained(1, 4), "checkpoint": 12 * XL.trained(1, 4)}
     assert on_cpu.host == {}
     assert on_cpu.device["best epoch"] == on_gpu.host["best epoch"]
     assert on_cpu.device["libraries"] == 5

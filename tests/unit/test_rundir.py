@@ -1,9 +1,12 @@
 """The run's directory: claimed once, never overwritten by accident, unwritable places noticed before any work."""
 
+import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 
 import pytest
+from launching import environment
 
 from agnews_dist.errors import UserError
 from agnews_dist.rundir import Claim, run_name
@@ -89,3 +92,60 @@ def test_unwritable_place_is_an_error(tmp_path):
     # A file system that even root cannot write to.
     with pytest.raises(UserError, match=r"cannot be written.*Set --run.dir"):
         take(Path("/proc/nowhere"), "a")
+
+
+def test_a_run_that_goes_on_keeps_its_files_and_gets_the_new_config(tmp_path):
+    directory = take(tmp_path, "a")
+    (directory / "events.jsonl").write_text("{}\n")
+    with Claim(tmp_path, "a", overwrite=False, config_yaml="run: {seed: 1}\n") as claim:
+        claim.lock()
+        claim.go_on()
+        assert claim.path == directory
+        assert (directory / "config.yaml").read_text() == "run: {}\n", "nothing is written before it begins"
+        claim.keep()
+    assert (directory / "config.yaml").read_text() == "run: {seed: 1}\n"
+    assert (directory / "events.jsonl").read_text() == "{}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from agnews_dist.rundir import Claim
+with Claim(Path(sys.argv[1]), "a", overwrite=True, config_yaml="") as claim:
+    claim.lock()
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+    print("let go", flush=True)
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_name_belongs_to_one_process_until_its_end(tmp_path, killed):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path, "60"], stdout=subprocess.PIPE, env=environment())
+    with holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(
+            UserError, match=rf"/a is being written by another process \(process {holder.pid} on .*Wait for"
+        ):
+            Claim(tmp_path, "a", overwrite=True, config_yaml="").lock(0.5)
+        if killed:
+            holder.kill()
+        else:
+            holder.terminate()
+        holder.wait()
+    with Claim(tmp_path, "a", overwrite=True, config_yaml="") as claim:
+        claim.lock()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_is_waited_for_while_its_owner_is_ending(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path, "1"], stdout=subprocess.PIPE, env=environment())
+    with holder:
+        assert holder.stdout.readline() == b"held\n"
+        with Claim(tmp_path, "a", overwrite=True, config_yaml="") as claim:
+            claim.lock()
+            assert holder.stdout.readline() == b"let go\n"
+            # The file of the first owner is gone, and must not be taken for that of this one.
+            with pytest.raises(UserError, match="is being written"):
+                Claim(tmp_path, "a", overwrite=True, config_yaml="").lock(0.3)

@@ -1,9 +1,11 @@
 """The run log: strict JSON lines, whole after a kill, continued by a resumed run."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from agnews_dist.events import (
     Warned,
 )
 from agnews_dist.report.runlog import RunLog, read_run_log
+from agnews_dist.report.sinks import Sinks
 
 STEP = StepDone(
     step=1, epoch=1, loss=1.25, lr=1e-3, grad_norm=2.0, num_examples=32, num_tokens=1664, seconds=0.5
@@ -120,6 +123,76 @@ def test_a_resumed_run_continues_after_a_torn_line(tmp_path: Path) -> None:
         log(Warned(message="after"))
     assert [line["message"] for line in read_run_log(path)] == ["before", "after"]
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
+
+
+def test_what_came_after_a_checkpoint_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with RunLog(path) as log:
+        log(Warned(message="before"))
+        kept = log.num_bytes
+        assert kept == path.stat().st_size > 0
+        log(Warned(message="will be repeated"))
+    with RunLog(path, keep_bytes=kept) as log:
+        assert log.num_bytes == kept
+        log(Warned(message="repeated"))
+    assert [line["message"] for line in read_run_log(path)] == ["before", "repeated"]
+    # Shorter than a checkpoint says: nobody can bring back what is lost, but no line may be torn.
+    with RunLog(path, keep_bytes=10**6) as log:
+        log(Warned(message="after"))
+    assert [line["message"] for line in read_run_log(path)] == ["before", "repeated", "after"]
+
+
+def test_lines_that_cannot_be_written_wait_and_no_checkpoint_counts_on_them(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunLog(path) as log:
+        log(Warned(message="first"))
+        log.sync(log.num_bytes)
+        try:
+            # The file may grow by half a line: that half must not stay there.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (log.num_bytes + 20, limits[1]))
+            for message in ("second", "third"):
+                with pytest.raises(OSError, match=r"File too large|No space left") as raised:
+                    log(Warned(message=message))
+                assert raised.value.filename == str(path)
+            assert [line["message"] for line in read_run_log(path)] == ["first"]
+            assert path.stat().st_size < log.num_bytes
+            with pytest.raises(OSError, match=r"File too large|No space left"):
+                log.sync(log.num_bytes)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        log(Warned(message="fourth"))
+        log.sync(log.num_bytes)
+    assert [line["message"] for line in read_run_log(path)] == ["first", "second", "third", "fourth"]
+
+
+def test_a_sink_that_cannot_write_does_not_end_the_run_and_the_others_are_told_once(tmp_path: Path) -> None:
+    told: list[Event] = []
+
+    class Full:
+        path = "/full/events.jsonl"
+
+        def __call__(self, event: Event) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", self.path)
+
+        def close(self) -> None:
+            pass
+
+    class Screen:
+        def __call__(self, event: Event) -> None:
+            told.append(event)
+
+        def close(self) -> None:
+            pass
+
+    with Sinks() as emit:
+        emit.add(Full())
+        emit.add(Screen())
+        emit(STEP)
+        emit(STEP)
+    assert [event for event in told if event == STEP] == [STEP, STEP]
+    (warning,) = [event for event in told if isinstance(event, Warned)]
+    assert warning.message.startswith("/full/events.jsonl cannot be written (No space left on device): ")
 
 
 def test_damaged_or_missing_logs_are_user_errors(tmp_path: Path) -> None:

@@ -77,6 +77,36 @@ def test_a_non_finite_loss_leaves_parameters_and_moments_alone(engine, bad):
         hidden_BTD, lengths_B = computed(classifier.prefix)(batch)
         return Features(hidden_BTD * bad, lengths_B)
 
-    with pytest.raises(NonFiniteError, match=r"non-finite loss on rank\(s\) 0: .* no rank made it. Lower optim.lr"):
+    (batch,) = batches.micro_batches
+    with pytest.raises(
+        NonFiniteError, match=r"non-finite loss on rank\(s\) 0, of examples 0, 1, .* no rank made it. Lower optim.lr"
+    ) as raised:
         train_step(engine, poisoned, wrapped, batches)
+    assert raised.value.ids == tuple(sorted(batch.ids_B.tolist()))
     assert all(torch.equal(value, old) for value, old in zip(watched, before, strict=True))
+    result = train_step(engine, poisoned, wrapped, batches, nonfinite="skip")
+    assert (math.isnan(result.loss), result.grad_norm, result.bad_ids) == (True, None, raised.value.ids)
+    assert all(torch.equal(value, old) for value, old in zip(watched, before, strict=True))
+    train_step(engine, computed(classifier.prefix), wrapped, batches)
+    assert not any(torch.equal(value, old) for value, old in zip(watched[:16], before, strict=False))
+
+
+def test_the_one_example_whose_loss_is_not_finite_is_named(engine):
+    classifier, batches = toy_classifier(), one_step(80)
+    wrapped = engine.prepare(classifier.suffix, torch.optim.AdamW(classifier.suffix.parameters()), max_grad_norm=1.0)
+
+    def poisoned(batch: Batch) -> Features:
+        hidden_BTD, lengths_B = computed(classifier.prefix)(batch)
+        return Features(hidden_BTD.masked_fill((batch.ids_B == 5)[:, None, None], math.nan), lengths_B)
+
+    assert len(batches.micro_batches) > 3
+    assert train_step(engine, poisoned, wrapped, batches, nonfinite="skip").bad_ids == (5,)
+
+
+@pytest.mark.parametrize(("stop", "save"), [(False, False), (True, False), (False, True)])
+def test_a_step_carries_the_wishes_to_stop_and_to_save(engine, stop, save):
+    classifier = toy_classifier()
+    optimizer = torch.optim.AdamW(classifier.suffix.parameters())
+    wrapped = engine.prepare(classifier.suffix, optimizer, max_grad_norm=1.0)
+    result = train_step(engine, computed(classifier.prefix), wrapped, one_step(10_000), stop=stop, save=save)
+    assert (result.stop, result.save) == (stop, save)

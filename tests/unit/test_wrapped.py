@@ -133,7 +133,10 @@ def test_gradients_that_overflow_without_a_scale_stop_the_run() -> None:
     before = wrapped.full_state()
     assert [train_step(engine, embed, wrapped, one_step()).grad_norm for _ in range(2)] == [None, None]
     assert wrapped.loss_scale == 1.0
-    with pytest.raises(NonFiniteError, match=r"gradient norm (inf|nan): the update would destroy.*Lower optim.lr"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"gradient norm (inf|nan) in a global batch of examples 0, 1.*: the update would destroy.*Lower optim.lr",
+    ):
         train_step(engine, embed, wrapped, one_step())
     assert all(torch.equal(before[name], value) for name, value in wrapped.full_state().items())
 
@@ -188,6 +191,49 @@ def test_the_state_is_a_copy_and_comes_back() -> None:
     )
     wrapped.load(state)
     assert all(torch.equal(state[name], value) for name, value in classifier.suffix.named_parameters())
+
+
+def test_a_new_optimizer_goes_on_from_moments_and_their_count() -> None:
+    """AdamW of torch in the same process is the reference; also the kind of what it would have made itself."""
+    classifier, engine = toy_classifier(), engine_of("fp32")
+    wrapped, optimizer = wrap(classifier)
+    embed = computed(classifier.prefix)
+    for _ in range(3):
+        train_step(engine, embed, wrapped, one_step())
+    state = {name: value.clone() for name, value in wrapped.whole_state()}
+    assert wrapped.num_updates == 3
+    train_step(engine, embed, wrapped, one_step())
+
+    other = toy_classifier()
+    torch.nn.init.normal_(other.suffix.out_head.weight)
+    resumed, new = wrap(other)
+    resumed.load_state(state, 3)
+    train_step(engine, embed, resumed, one_step())
+    for weight, theirs in zip(classifier.suffix.parameters(), other.suffix.parameters(), strict=True):
+        assert torch.equal(weight, theirs)
+        found, expected = new.state[theirs], optimizer.state[weight]
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value)
+            assert (found[name].dtype, found[name].device) == (value.dtype, value.device)
+
+
+def test_a_scale_goes_on_rising_where_it_stood() -> None:
+    classifier, engine = toy_classifier(), engine_of("fp32")
+    wrapped, _ = wrap(classifier, scale=FIRST_LOSS_SCALE)
+    assert wrapped.scaling == (FIRST_LOSS_SCALE, 0)
+    wrapped.load_scaling(8.0, 1998)  # torch doubles it after 2,000 steps without an overflow
+    found = [wrapped.scaling]
+    for _ in range(2):
+        train_step(engine, computed(classifier.prefix), wrapped, one_step())
+        found.append(wrapped.scaling)
+    assert found == [(8.0, 1998), (8.0, 1999), (16.0, 0)]
+
+
+def test_without_a_scale_there_is_none_to_take_over() -> None:
+    wrapped, _ = wrap(toy_classifier())
+    wrapped.load_scaling(8.0, 5)
+    assert wrapped.scaling == (1.0, 0)
 
 
 @pytest.mark.parametrize(("num_bytes", "megabytes"), [(28 * 10**6, 4), (2**30, 128), (256 * 2**20, 32), (0, 4)])

@@ -1,0 +1,22 @@
+"""What one rank learns of the others through their store, in one process: the other rank is written by the test."""
+
+import time
+
+from torch.distributed import HashStore
+
+from agnews_dist.peers import LIFE_SECONDS, ROUND_SECONDS, Peers
+
+
+def test_a_dead_ranks_last_beat_is_no_sign_of_life():
+    """It may be in the store unread when this rank fails: torchrun's own timing is not needed to see that."""
+    store = HashStore()
+    peers = Peers(store, 0, 2, 60.0, is_early=lambda: False, wake=lambda: None)
+    store.set("beat/1", "1")
+    # Between two rounds, so that what follows is unread.
+    time.sleep(2.5 * ROUND_SECONDS)
+    store.set("beat/1", "2")
+    peers.fail("connection reset")
+    ranks, seconds = peers.look_for_life()
+    peers.close()
+    assert ranks == [1]
+    assert LIFE_SECONDS < seconds < 2 * LIFE_SECONDS

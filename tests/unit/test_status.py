@@ -1,0 +1,66 @@
+"""status.json: replaced whole, found by the job that left the run unfinished."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from agnews_dist.errors import UserError
+from agnews_dist.status import StatusFile, job_of, read_status, run_of_job
+
+
+def leave(directory: Path, state: str, *, job: str | None = None, time: str | None = None) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    StatusFile(directory, attempt=2, step=40, job=job).write(state, "it was asked to")
+    if time is not None:
+        file = directory / "status.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "time": time}))
+
+
+def test_what_is_written_is_what_is_read(tmp_path):
+    assert read_status(tmp_path) is None
+    leave(tmp_path, "preempted", job="slurm 7")
+    content = json.loads((tmp_path / "status.json").read_text())
+    assert (content["state"], content["attempt"], content["step"]) == ("preempted", 2, 40)
+    assert datetime.fromisoformat(content["time"]).utcoffset() is not None
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.state, status.attempt, status.step, status.job) == ("preempted", 2, 40, "slurm 7")
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"state": "finished"}', '{"state": 1, "more": 2}'])
+def test_what_nobody_of_us_wrote_is_no_status(tmp_path, content):
+    (tmp_path / "status.json").write_text(content)
+    assert read_status(tmp_path) is None
+
+
+def test_a_status_that_cannot_be_written_is_an_error_before_the_run_and_none_after_it(tmp_path):
+    (tmp_path / "status.json").mkdir()
+    file = StatusFile(tmp_path, attempt=1, step=0, job=None)
+    with pytest.raises(UserError, match=r"status.json"):
+        file.write("running", "it began")
+    file.try_to_write("failed", "something")
+
+
+def test_a_job_is_known_by_its_scheduler_or_its_launcher():
+    assert job_of({}) is None
+    assert job_of({"SLURM_JOB_ID": "12", "TORCHELASTIC_RUN_ID": "x"}) == "slurm 12"
+    assert job_of({"TORCHELASTIC_RUN_ID": "mine"}) == "torchrun mine"
+    unnamed = job_of({"TORCHELASTIC_RUN_ID": "none"})
+    assert unnamed is not None
+    assert unnamed == job_of({"TORCHELASTIC_RUN_ID": "none"}), "all starts of one agent are the same job"
+
+
+def test_a_job_finds_its_newest_unfinished_run_and_nobody_elses(tmp_path):
+    assert run_of_job(tmp_path / "nowhere", "slurm 7") is None
+    leave(tmp_path / "old", "failed", job="slurm 7", time="2026-01-01T00:00:00+00:00")
+    leave(tmp_path / "new", "running", job="slurm 7", time="2026-01-02T00:00:00+00:00")
+    leave(tmp_path / "done", "finished", job="slurm 7", time="2026-01-03T00:00:00+00:00")
+    leave(tmp_path / "other", "preempted", job="slurm 8", time="2026-01-04T00:00:00+00:00")
+    leave(tmp_path / "by hand", "preempted", time="2026-01-05T00:00:00+00:00")
+    assert run_of_job(tmp_path, "slurm 7") == "new"
+    assert run_of_job(tmp_path, "slurm 8") == "other"
+    assert run_of_job(tmp_path, "slurm 9") is None
+    assert run_of_job(tmp_path, None) is None
