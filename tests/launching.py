@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -76,11 +77,12 @@ def _run(command: list[str], *, check: bool, timeout: float, stdin: str | None, 
             out, err = child.communicate(timeout=45)
         finally:
             child.kill()
-        raise AssertionError(f"no end after {timeout} s: {_told(command, out, err)}") from None
+        raise AssertionError(f"no end after {timeout} s: {told(command, out, err)}") from None
     if check and child.returncode != 0:
-        raise AssertionError(f"exit code {child.returncode}: {_told(command, out, err)}")
+        raise AssertionError(f"exit code {child.returncode}: {told(command, out, err)}")
     return subprocess.CompletedProcess(command, child.returncode, out, err)
 
 
-def _told(command: list[str], out: str, err: str) -> str:
+def told(command: Sequence[str], out: str, err: str) -> str:
+    """The end of what a command said, for a failure's message."""
     return f"{' '.join(command)}\n--- stdout\n{out[-6000:]}\n--- stderr\n{err[-9000:]}"

@@ -232,7 +232,7 @@ def check_non_finite(world: World, told: dict, name: str) -> None:
 
     # Before it there are no moments to move.
     train_step(engine, embed, wrapped, first)
-    refused(poisoned, f"non-finite loss on rank(s) {world.num_ranks - 1}:")
+    refused(poisoned, f"non-finite loss on rank(s) {world.num_ranks - 1}, of examples")
     del wrapped, engine
     engine = start(world, name)
     classifier, wrapped = prepare(engine, told, max_grad_norm=1.0)

@@ -18,10 +18,10 @@ from agnews_dist.engine import Engine
 from agnews_dist.events import Event, Warned
 from agnews_dist.features.cache import FeatureCache
 from agnews_dist.features.compute import SplitFeatures
+from agnews_dist.fingerprints import fingerprint_of
 from agnews_dist.metrics import in_file_order
 from agnews_dist.model import prefix as prefix_module
 from agnews_dist.optim import build_optimizer
-from agnews_dist.outcome import fingerprint_of
 from agnews_dist.scoring import rank_logits
 from agnews_dist.step import train_step
 from agnews_dist.world import detect_world

@@ -85,8 +85,16 @@ def main() -> None:
         train_step(engine, poisoned, wrapped, one_step(100_000))
     except NonFiniteError as error:
         said = str(error)
-    assert f"non-finite loss on rank(s) {world.num_ranks - 1}:" in said, said
+    assert f"non-finite loss on rank(s) {world.num_ranks - 1}, of examples " in said, said
     assert all(torch.equal(before[key], value) for key, value in suffix.named_parameters())
+
+    suffix.zero_grad()
+    # Any rank's wish to stop is everybody's; only rank 0 decides about checkpoints.
+    is_last = world.rank == world.num_ranks - 1
+    asked = train_step(engine, embed, wrapped, one_step(100_000), stop=is_last, save=not is_last)
+    assert (asked.stop, asked.save) == (True, world.num_ranks > 1)
+    asked = train_step(engine, embed, wrapped, one_step(100_000), save=world.rank > 0)
+    assert (asked.stop, asked.save) == (False, False)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import json
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import warm
 from launching import REPOSITORY, torchrun
 from launching import python as start
 from safetensors.torch import load_file
@@ -22,9 +24,11 @@ SMALL = [
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def train(directory: Path, *launched: str, source: str = "synthetic") -> subprocess.CompletedProcess[str]:
+def train(
+    directory: Path, *launched: str, source: str = "synthetic", launch=warm.ranks
+) -> subprocess.CompletedProcess[str]:
     places = ["--run.dir", str(directory), "--data.cache_dir", str(directory / "cache"), "--data.source", source]
-    return torchrun(2, *launched, *SMALL, *places, check=False, timeout=SOON, **CPU)
+    return launch(2, *launched, *SMALL, *places, check=False, timeout=SOON, **CPU)
 
 
 def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -37,8 +41,12 @@ def marked(done: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("[rank ")]
 
 
+def events_of(run: Path, kind: str) -> list[dict]:
+    return [event for event in read_run_log(run / "events.jsonl") if event["event"] == kind]
+
+
 def steps_of(run: Path) -> list[int]:
-    return [event["step"] for event in read_run_log(run / "events.jsonl") if event["event"] == "StepDone"]
+    return [event["step"] for event in events_of(run, "StepDone")]
 
 
 def test_a_bad_row_is_said_once_by_rank_0(tmp_path):
@@ -46,7 +54,7 @@ def test_a_bad_row_is_said_once_by_rank_0(tmp_path):
     rows = [{"text": f"News number {i}.", "label": i % 4} for i in range(20)]
     rows[16]["label"] = 4
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = train(tmp_path / "runs", "-m", "agnews_dist.train", source=str(file))
+    done = train(tmp_path / "runs", "-m", "agnews_dist.train", source=str(file), launch=torchrun)
     (line,) = errors(done)
     assert line.startswith("[rank 0/2] error: label is no class in 1 row (rows.jsonl row 17: 4)")
     assert "Correct these rows." in line
@@ -73,30 +81,60 @@ def test_a_rank_that_starts_from_other_data_is_found_before_it_trains(tmp_path):
 
 
 def test_a_bug_on_one_rank_stops_all_and_every_line_says_whose_it_is(tmp_path):
-    done = train(tmp_path, ODD_RANK, "1", "crash", "train")
+    done = train(tmp_path, ODD_RANK, "1", "crash", "train", launch=torchrun)
     assert done.returncode != 0
     lines = done.stderr.splitlines()
     begin = lines.index("[rank 1/2] Traceback (most recent call last):")
     end = lines.index("[rank 1/2] ZeroDivisionError: a bug on one rank")
     assert end > begin + 4
-    # The other rank may die of the lost connection and say so, but never without its name.
-    ours = [line for line in lines if str(REPOSITORY / "agnews_dist" / "train.py") in line]
-    assert ours
-    assert all(line.startswith(("[rank 0/2] ", "[rank 1/2] ")) for line in ours)
+    assert sum("Traceback" in line for line in marked(done)) == 1, (
+        "that of the rank that failed, not of the one it took along"
+    )
+    status = json.loads((tmp_path / "mine" / "status.json").read_text())
+    assert (status["state"], status["step"], status["attempt"]) == ("failed", 0, 1)
     assert errors(done) == [], "a bug is no user's error"
     left = {path.name for path in (tmp_path / "mine").iterdir()}
-    assert left == {"config.yaml", "events.jsonl"}, "no result of half a run"
+    assert left == {"config.yaml", "events.jsonl", "status.json"}, "no result of half a run"
     assert steps_of(tmp_path / "mine") == [1, 2]
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(tmp_path):
     done = train(tmp_path, ODD_RANK, "1", "nan", "train")
     (line,) = errors(done)
-    assert line.startswith("[rank 1/2] error: non-finite loss on rank(s) 1: ")
+    named = re.match(r"\[rank 1/2\] error: non-finite loss on rank\(s\) 1, of examples (\d+): ", line)
+    assert named, line
     assert "Lower optim.lr" in line
     assert marked(done) == [line]
     assert not (tmp_path / "mine" / "result.json").exists()
     assert steps_of(tmp_path / "mine") == [1, 2]
+    (event,) = events_of(tmp_path / "mine", "NonFinite")
+    assert (event["step"], event["ids"]) == (3, [int(named[1])])
+
+
+def test_a_loss_that_is_not_finite_is_skipped_by_all_ranks_if_asked(tmp_path):
+    done = train(tmp_path, ODD_RANK, "1", "nan", "train", "--optim.nonfinite", "skip")
+    assert done.returncode == 0, done.stderr
+    bad = [event["step"] for event in events_of(tmp_path / "mine", "NonFinite")]
+    steps = events_of(tmp_path / "mine", "StepDone")
+    # Rank 1 never recovers: from its third micro-batch on, every step is left out, and the weights stay finite.
+    assert bad == [event["step"] for event in steps[2:]]
+    assert [event["loss"] is None for event in steps] == [False, False] + [True] * (len(steps) - 2)
+    exported = load_file(tmp_path / "mine" / "model" / "model.safetensors")
+    assert all(weight.isfinite().all() for weight in exported.values())
+
+
+# One that is suspended: tests/faults.
+@pytest.mark.parametrize(("change", "launch"), [("vanish", torchrun), ("hang", warm.ranks)])
+def test_a_rank_that_dies_or_hangs_ends_all_within_the_timeout(tmp_path, change, launch):
+    start = time.monotonic()
+    done = train(tmp_path, ODD_RANK, "1", change, "train", "--engine.timeout_seconds", "8", launch=launch)
+    assert done.returncode != 0
+    # Imports and setup are part of it; what is left of them after the limit would be a hang.
+    assert time.monotonic() - start < SOON / 2
+    told = {"vanish": r"error: .*rank 1", "hang": r"^\[rank 1/2\] rank 0 failed first; this rank ended with it$"}
+    assert re.search(told[change], done.stderr, re.M), done.stderr
+    status = json.loads((tmp_path / "mine" / "status.json").read_text())
+    assert status["state"] in ("failed", "running"), "stale or said, but never preempted"
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +150,7 @@ def few(tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedProcess[str],
     written = (cache / "meta.json").stat().st_mtime_ns
     words += ["--optim.epochs", "3", "--engine.precision", "bf16", "--profile", "--batch.longest_first"]
     words += ["--batch.global_batch_size", "2"]
-    done = torchrun(3, "-m", "agnews_dist.train", *words, "--run.dir", str(directory), "--run.name", "few", **CPU)
+    done = warm.ranks(3, "-m", "agnews_dist.train", *words, "--run.dir", str(directory), "--run.name", "few", **CPU)
     return directory / "few", cache, done, written
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import REPOSITORY, torchrun
+import warm
+from launching import REPOSITORY
 from safetensors.torch import load_file
 from toy import our_name, reference_gradients, toy_reference_logits, toy_reference_model, toy_split
 
@@ -58,7 +59,7 @@ def saved(tmp_path_factory) -> Path:
     (directory / "told.json").write_text(json.dumps(told | sizes | {"cases": cases}), encoding="utf-8")
     worker = REPOSITORY / "tests" / "ranks" / "feature_training_worker.py"
     for num_ranks in RANKS:
-        torchrun(num_ranks, str(worker), str(directory), str(directory / "told.json"))
+        warm.ranks(num_ranks, str(worker), str(directory), str(directory / "told.json"))
     return directory
 
 

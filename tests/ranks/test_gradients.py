@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import REPOSITORY, torchrun
+import warm
+from launching import REPOSITORY
 from safetensors.torch import load_file
 from toy import reference_gradients
 
@@ -24,7 +25,7 @@ def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 def saved(request, tmp_path_factory) -> tuple[int, Path]:
     directory = tmp_path_factory.mktemp(f"ranks{request.param}")
     worker = REPOSITORY / "tests" / "ranks" / "gradient_worker.py"
-    torchrun(request.param, str(worker), str(directory), ",".join(map(str, LENGTHS)))
+    warm.ranks(request.param, str(worker), str(directory), ",".join(map(str, LENGTHS)))
     return request.param, directory
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import REPOSITORY, torchrun
+import warm
+from launching import REPOSITORY
 from safetensors.torch import load_file
 from sampler_worker import (
     LEARNING_RATE,
@@ -52,7 +53,7 @@ def reference() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module", params=[1, 2, 3])
 def saved(request, tmp_path_factory) -> tuple[int, Path]:
     directory = tmp_path_factory.mktemp(f"ranks{request.param}")
-    torchrun(request.param, str(REPOSITORY / "tests" / "ranks" / "sampler_worker.py"), str(directory))
+    warm.ranks(request.param, str(REPOSITORY / "tests" / "ranks" / "sampler_worker.py"), str(directory))
     return request.param, directory
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import REPOSITORY, torchrun
+import warm
+from launching import REPOSITORY
 from safetensors.torch import load_file
 from toy import our_name, toy_reference_model, toy_split
 
@@ -34,7 +35,7 @@ def saved(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("training")
     told = json.dumps({"lengths": LENGTHS, "cases": [case_for_worker(name) for name in CASES]})
     for num_ranks in RANKS:
-        torchrun(num_ranks, str(REPOSITORY / "tests" / "ranks" / "training_worker.py"), str(directory), told)
+        warm.ranks(num_ranks, str(REPOSITORY / "tests" / "ranks" / "training_worker.py"), str(directory), told)
     return directory
 
 

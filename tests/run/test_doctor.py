@@ -4,8 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-from launching import python
 from transformers import GPT2Config
+from warm import python
 
 
 def model(shared: Path, directory: Path, **sizes: int) -> Path:
@@ -41,7 +41,7 @@ def test_a_run_that_does_not_fit_is_refused_by_doctor_and_train_before_anything_
             "-m", f"agnews_dist.{story}", "--model.name", name, "--data.source", "synthetic", check=False, timeout=60
         )
         assert done.returncode == 1, story
-        assert "error: the run needs about 7" in done.stderr
+        assert "error: the run needs about 8" in done.stderr
         assert "frozen weights 7" in done.stderr
         assert "it would break off in the middle. Take a smaller model or more memory" in done.stderr
     assert not (tmp_path / "runs").exists()

@@ -261,7 +261,15 @@ def test_a_run_is_replaced_only_when_asked_and_only_once_the_new_one_begins(tell
     words = ["--run.name", "mine"]
     succeeded(train(tell, tmp_path, *words))
     result = (tmp_path / "mine" / "result.json").read_bytes()
-    refused(train(tell, tmp_path, *words), "/mine exists: its results would be lost", "--run.overwrite")
+    again = train(tell, tmp_path, *words)
+    assert (again.code, again.err) == (0, "")
+    assert "/mine is finished (2 steps): nothing is left to do" in again.out
+    anew = train(tell, tmp_path, *words, "--checkpoint.resume", "never")
+    refused(anew, "/mine exists: its results would be lost", "--run.overwrite")
+    other = train(tell, tmp_path, *words, "--run.seed", "1")
+    refused(
+        other, "/mine/checkpoints/step-00000002-scored cannot be continued (run.seed was 0, is 1)", "--run.overwrite"
+    )
     refused(
         train(tell, tmp_path, *words, "--run.overwrite", "--data.source", "/nowhere.csv"),
         "'/nowhere.csv' does not exist",
@@ -269,7 +277,9 @@ def test_a_run_is_replaced_only_when_asked_and_only_once_the_new_one_begins(tell
     assert (tmp_path / "mine" / "result.json").read_bytes() == result
     done = train(tell, tmp_path, *words, "--run.overwrite", "--optim.lr", "1e30")
     refused(done, "error: non-finite loss on rank(s) 0", "Lower optim.lr")
-    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"config.yaml", "events.jsonl"}, "no result claimed"
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"config.yaml", "events.jsonl", "status.json"}, (
+        "no result claimed"
+    )
     succeeded(train(tell, tmp_path, *words, "--run.overwrite", "--run.seed", "1"))
     assert (tmp_path / "mine" / "result.json").read_bytes() != result
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from launching import in_a_terminal, python, torchrun
+import warm
+from launching import in_a_terminal
 
 from agnews_dist.__main__ import main
 
@@ -47,7 +48,7 @@ def planned(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[dict, s
 def test_a_training_on_two_ranks_reports_the_same_figures(batches, tmp_path: Path, caches: str, capsys) -> None:
     words = [*TINY, "--data.limit_train", "250", "--data.limit_validation", "8", "--data.max_length", "40"]
     words += ["--optim.epochs", "2", "--batch.max_tokens_per_rank", "160", *batches]
-    torchrun(
+    warm.ranks(
         2, "-m", "agnews_dist.train", *words, "--run.dir", str(tmp_path), "--run.name", "run", XDG_CACHE_HOME=caches
     )
     found, _ = planned(capsys, *words, "--ranks", "2")
@@ -86,7 +87,7 @@ def test_attention_counts_in_the_balance_of_long_texts(capsys, monkeypatch: pyte
 def test_standard_output_holds_the_object_alone_also_when_there_is_much_to_say(caches: str) -> None:
     """In a process of its own: what libraries print past sys.stdout is seen, too."""
     words = ["--data.limit_train", "100", "--data.max_length", "20", "--batch.global_batch_size", "4", "--ranks", "8"]
-    done = python("-m", "agnews_dist.plan", *TINY, *words, "--json", XDG_CACHE_HOME=caches)
+    done = warm.python("-m", "agnews_dist.plan", *TINY, *words, "--json", XDG_CACHE_HOME=caches)
     found = json.loads(done.stdout)
     assert set(found) >= REQUIRED
     assert found["num_examples"] == 100

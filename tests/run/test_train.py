@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from launching import python, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -37,7 +38,7 @@ def test_the_directory_holds_what_the_readme_says(trained):
     directory, _ = trained
     names = {path.name for path in directory.iterdir()}
     files = {"config.yaml", "events.jsonl", "result.json", "predictions-validation.jsonl", "predictions-test.jsonl"}
-    assert names == files | {"model", "profile"}
+    assert names == files | {"model", "profile", "checkpoints", "status.json"}
     trace = json.loads((directory / "profile" / "trace.json").read_text())
     assert len(trace["traceEvents"]) > 100
     python("-m", "agnews_dist.train", "--config", str(directory / "config.yaml"), "--print_config")
@@ -136,7 +137,7 @@ def evaluated(trained, tmp_path_factory) -> dict[int, Path]:
     for num_ranks in (1, 2, 3):
         output = tmp_path_factory.mktemp(f"evaluated{num_ranks}")
         arguments = ["--model.name", str(directory), *DATA, "--split", "test", "--output", str(output)]
-        torchrun(num_ranks, "-m", "agnews_dist.evaluate", *arguments, XDG_CACHE_HOME=str(directory.parent))
+        warm.ranks(num_ranks, "-m", "agnews_dist.evaluate", *arguments, XDG_CACHE_HOME=str(directory.parent))
         found[num_ranks] = output
     return found
 
@@ -157,8 +158,8 @@ def test_predict_reads_arguments_and_standard_input(trained):
     directory, _ = trained
     texts = ["The striker scored twice in the final.", "Shares fell after the bank cut its forecast."]
     command = ["-m", "agnews_dist.predict", "--model.name", str(directory), "--format", "jsonl"]
-    by_argument = python(*command, *texts).stdout
-    by_stdin = python(*command, stdin="\n".join(texts) + "\n").stdout
+    by_argument = warm.python(*command, *texts).stdout
+    by_stdin = warm.python(*command, stdin="\n".join(texts) + "\n").stdout
     rows = [json.loads(line) for line in by_argument.splitlines()]
     assert [json.loads(line)["probabilities"] for line in by_stdin.splitlines()] == [
         row["probabilities"] for row in rows
