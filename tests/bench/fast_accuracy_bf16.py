@@ -17,12 +17,12 @@ from agnews_dist.engine import Engine
 from agnews_dist.events import silent
 from agnews_dist.features.compute import SplitFeatures
 from agnews_dist.features.source import KeptFeatures
+from agnews_dist.fingerprints import fingerprint_of
 from agnews_dist.metrics import in_file_order
 from agnews_dist.model.export import load_classifier
 from agnews_dist.model.prefix import Features, FeatureSource
 from agnews_dist.model.side_by_side import side_by_side
 from agnews_dist.optim import build_optimizer, learning_rate, set_lr
-from agnews_dist.outcome import fingerprint_of
 from agnews_dist.scoring import rank_logits, score_split, scoring_batches
 from agnews_dist.sources import Sources, load_sources, open_features, plan_settings
 from agnews_dist.step import train_step
