@@ -5,7 +5,7 @@ CODE := agnews_dist tests
 # One thread per process: the multi-process tests start several processes on the same cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: check lint format format-check types imports test unit ranks runs mutants lock wheel clean
+.PHONY: check lint format format-check types imports test unit ranks runs faults mutants lock wheel clean
 
 check:
 	bash launch/test.sh
@@ -26,12 +26,12 @@ types:
 imports:
 	$(BIN)/lint-imports
 
-# All tests; then by what they cost: one process, processes that talk to each other, whole stories.
+# All tests but the mutants; then by what they cost: one process, processes that talk to each other, whole stories.
 test:
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/faults tests/ranks tests/run tests/gpu tests/unit
 
 unit:
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n 3 --dist loadfile tests/unit
 
 ranks:
 	$(BIN)/python -m pytest tests/ranks
@@ -39,9 +39,12 @@ ranks:
 runs:
 	$(BIN)/python -m pytest tests/run
 
+faults:
+	$(BIN)/python -m pytest tests/faults
+
 # The package broken on purpose, once per contract: each break must turn its test red.
 mutants:
-	$(BIN)/python -m pytest tests/mutants
+	$(BIN)/python -m pytest -n 3 tests/mutants
 
 # Keeps the versions that are locked as far as pyproject.toml allows; `make lock UPGRADE=--upgrade` takes the newest.
 lock:

@@ -14,4 +14,10 @@ $bin/ruff check agnews_dist tests
 $bin/ruff format --check agnews_dist tests
 $bin/basedpyright
 $bin/lint-imports
-$bin/python -m pytest "${@:-tests}"
+if (($# > 0)); then
+    exec $bin/python -m pytest "$@"
+fi
+# Three at a time, also on two cores: most of them wait for imports and for other processes. The tests of a file share what it has
+# set up; the mutants are one file and share nothing.
+$bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/faults tests/ranks tests/run tests/gpu tests/unit
+$bin/python -m pytest -n 3 tests/mutants
