@@ -7,6 +7,7 @@ is imported (HF_HOME, OMP_NUM_THREADS) are those of `launching.environment()`, a
 """
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -91,6 +92,8 @@ def _all_of(
             process.join(max(0.0, end - time.monotonic()))
         late = [process for process in processes if process.exitcode is None]
         for process in late:
+            os.kill(process.pid, signal.SIGABRT)
+            process.join(5)
             process.kill()
             process.join()
         output = [path.read_text(encoding="utf-8") for path in (out, err)]
@@ -136,6 +139,8 @@ def _live(command: list[str], environ: dict[str, str], out: Path, err: Path, std
     code = 1
     try:
         _take_place(environ, out, err, stdin)
+        # Whoever finds it hanging ends it with ABRT, and reads where it was.
+        faulthandler.enable()
         code = _run(command)
     except BaseException:
         traceback.print_exc()

@@ -1,6 +1,7 @@
 """Two-rank training jobs that can be hit: forked from a process that has imported everything, or through torchrun."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,6 +57,13 @@ class ForkedJob:
     def codes(self) -> list[int | None]:
         """Exit codes by rank; negative: ended by that signal; None: not ended."""
         return [rank.exitcode for rank in self._ranks]
+
+    def say_where(self) -> None:
+        """Let those that are left write where they are into the log, and end."""
+        for rank in self._ranks:
+            if rank.exitcode is None:
+                os.kill(rank.pid, signal.SIGABRT)
+                rank.join(5)
 
     def kill(self) -> None:
         """End whatever is left."""

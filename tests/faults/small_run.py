@@ -40,10 +40,12 @@ def told(directory: Path) -> str:
     return log.read_text() if log.exists() else ""
 
 
-def end(job: ForkedJob, directory: Path, codes: Sequence[int] | int = 0, timeout: float = 120) -> str:
+def end(job: ForkedJob, directory: Path, codes: Sequence[int] | int = 0, timeout: float = 100) -> str:
     """Wait for the end with these exit codes (one for all ranks, or one for each); what the attempt said."""
     try:
-        assert wait_until(job.ended, timeout, every=0.05), f"no end after {timeout} s:\n{told(directory)[-8000:]}"
+        if not wait_until(job.ended, timeout, every=0.05):
+            job.say_where()
+            raise AssertionError(f"no end after {timeout} s:\n{told(directory)[-8000:]}")
         expected = [codes] * len(job.pids) if isinstance(codes, int) else list(codes)
         assert job.codes() == expected, f"exit codes {job.codes()}:\n{told(directory)[-8000:]}"
     finally:
@@ -71,6 +73,12 @@ def outcome(run: Path) -> dict[str, Any]:
         "steps": timeless,
         "status": json.loads((run / "status.json").read_text())["state"],
     }
+
+
+def differences(run: Path, other: Path) -> list[str]:
+    """The names of what they leave otherwise. Not the contents: pytest would compare megabytes line by line."""
+    left, right = outcome(run), outcome(other)
+    return [name for name in left if left[name] != right[name]]
 
 
 def status(directory: Path) -> dict[str, Any]:

@@ -56,11 +56,16 @@ def _child(root: Path, test: str, environ: dict[str, str], log: Path) -> None:
         os.dup2(file.fileno(), 2)
     os.environ.clear()
     os.environ.update(environ)
+    # With these pytest spells out every difference: minutes, where long values differ.
+    for name in ("CI", "BUILD_NUMBER"):
+        os.environ.pop(name, None)
     os.chdir(root)
     sys.path[:0] = [str(root), str(root / "tests")]
     package = importlib.import_module("agnews_dist")
     assert package.__file__ == str(root / "agnews_dist" / "__init__.py"), "the test would run on another package"
     # The libraries above are loaded already, so pytest cannot look into the asserts of those that have a plugin for it.
     quiet = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
-    options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-W", quiet, f"--basetemp={root / 'tmp'}"]
+    # Where a test hangs is printed before `run` ends it.
+    options = ["-x", "-q", "--tb=short", "-o", "faulthandler_timeout=150", "-p", "no:cacheprovider", "-W", quiet]
+    options.append(f"--basetemp={root / 'tmp'}")
     sys.exit(int(pytest.main([*options, test])))

@@ -42,7 +42,7 @@ def copy(tmp_path) -> Path:
 def pytest_on(copy: Path, test: str) -> tuple[int | None, str]:
     paths = os.pathsep.join(map(str, (copy, copy / "tests")))
     return forked_pytest.run(
-        copy, test, environment(AGNEWS_SHARED=str(SHARED), AGNEWS_MUTANT="1", PYTHONPATH=paths), timeout=120
+        copy, test, environment(AGNEWS_SHARED=str(SHARED), AGNEWS_MUTANT="1", PYTHONPATH=paths), timeout=180
     )
 
 

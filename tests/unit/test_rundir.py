@@ -1,5 +1,6 @@
 """The run's directory: claimed once, never overwritten by accident, unwritable places noticed before any work."""
 
+import signal
 import subprocess
 import sys
 from datetime import datetime
@@ -125,15 +126,14 @@ def test_a_name_belongs_to_one_process_until_its_end(tmp_path, killed):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path, "60"], stdout=subprocess.PIPE, env=environment())
     with holder:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(
-            UserError, match=rf"/a is being written by another process \(process {holder.pid} on .*Wait for"
-        ):
-            Claim(tmp_path, "a", overwrite=True, config_yaml="").lock(0.5)
-        if killed:
-            holder.kill()
-        else:
-            holder.terminate()
-        holder.wait()
+        try:
+            with pytest.raises(
+                UserError, match=rf"/a is being written by another process \(process {holder.pid} on .*Wait for"
+            ):
+                Claim(tmp_path, "a", overwrite=True, config_yaml="").lock(0.5)
+        finally:
+            holder.send_signal(signal.SIGKILL if killed else signal.SIGTERM)
+            holder.wait()
     with Claim(tmp_path, "a", overwrite=True, config_yaml="") as claim:
         claim.lock()
     assert list(tmp_path.iterdir()) == []
