@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -176,8 +177,8 @@ class Attempt:
         """Checkpoints beyond the one that is continued would be taken for the newest at the next start."""
         assert self._claim is not None
         folder = self._claim.directory / FOLDER
-        chosen = self._found.checkpoint.path.name if self._found and self._found.checkpoint else ""
-        later = [path for path in checkpoints(folder) if path.name > chosen]
+        chosen = self._found.checkpoint.path.name if self._found and self._found.checkpoint else None
+        later = list(takewhile(lambda path: path.name != chosen, checkpoints(folder)))
         discard(later)
         for path in later:
             self._emit(Warned(message=f"{path} is removed: the run goes on from step {step}, before it."))

@@ -34,6 +34,10 @@ class Beats:
         """Give a sign of life, and see who else did."""
         self._count += 1
         self._store.set(_key(self._rank), str(self._count))
+        self.hear()
+
+    def hear(self) -> None:
+        """See who else gave one, without giving one."""
         ranks = self._listened()
         if not self._store.check([_key(rank) for rank in ranks]):
             ranks = [rank for rank in ranks if self._store.check([_key(rank)])]

@@ -105,7 +105,7 @@ class Peers:
                 self._publish_failure(Failure(self.rank, self.rank, text))
                 self._beats.hear_all()
                 # A dead rank's last beat, read only after this, would be taken for a sign of life.
-                self._beats.beat()
+                self._beats.hear()
             return self.failure
 
         return self._ask(work, LIFE_SECONDS) or self.failure
@@ -225,8 +225,8 @@ class Peers:
                 if task is None:
                     return
                 task()
-        except Exception:
-            # Whatever the store raises, and it is torch's: its host is gone. On rank 0 it ends with the process only.
+        except RuntimeError:
+            # All that torch's store raises is one: its host is gone. On rank 0 it ends with the process only.
             self.is_over = True
             if self.rank != 0 and not self._beats.has_closed(0):
                 self.note(Failure(0, self.rank, HOST_GONE))

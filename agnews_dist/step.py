@@ -23,9 +23,15 @@ from agnews_dist.wrapped import Wrapped
 class NonFiniteError(SharedError):
     """A loss or gradient is NaN or infinite; raised on all ranks before the update."""
 
-    def __init__(self, message: str, rank: int, ids: Sequence[int]) -> None:
-        super().__init__(message, rank)
-        self.ids = tuple(ids)
+    def __init__(self, what: str, ids: tuple[int, ...], rank: int = 0) -> None:
+        """`what` ends where the names of the examples `ids` are to follow; `rank` has seen it."""
+        super().__init__(
+            f"{what} {name_ids(ids)}: the update would destroy the weights, so no rank made it. Lower optim.lr or "
+            "optim.max_grad_norm; if engine.precision is bf16 or fp16, try fp32; --optim.nonfinite skip goes on without such "
+            "steps.",
+            rank,
+        )
+        self.ids = ids
         """The examples it came from; all of the global batch where only the gradient shows it."""
 
 
@@ -108,17 +114,11 @@ def train_step(
     loss_sum, bad_ids = accumulate_gradients(engine, embed, wrapped, batches, dropout_key=dropout_key)
     total, ranks, stops, saves = _vote(engine, loss_sum, stop=stop, save=save)
     if ranks:
-        bad_ids = sorted(example for ids in collectives.all_gather(bad_ids) for example in ids)
+        all_bad = _from_all(bad_ids)
         if nonfinite == "stop":
-            raise NonFiniteError(
-                f"non-finite loss on rank(s) {', '.join(map(str, ranks))}, of {name_ids(bad_ids)}: the update would destroy "
-                "the weights, so no rank made it. Lower optim.lr or optim.max_grad_norm; if engine.precision is bf16 or fp16, "
-                "try fp32; --optim.nonfinite skip goes on without such steps.",
-                ranks[0],
-                bad_ids,
-            )
+            raise NonFiniteError(f"non-finite loss on rank(s) {', '.join(map(str, ranks))}, of", all_bad, ranks[0])
         wrapped.update()
-        return StepResult(math.nan, None, tuple(bad_ids), stops, saves)
+        return StepResult(math.nan, None, all_bad, stops, saves)
     loss, scale = total / batches.num_examples, wrapped.loss_scale
     norm = wrapped.update()
     if math.isfinite(norm):
@@ -127,16 +127,15 @@ def train_step(
         # Every fp16 training begins so: the scale is as large as the gradients let it be.
         return StepResult(loss, None, stop=stops, save=saves)
     mine = [example for batch in batches.micro_batches for example in batch.ids_B[batch.weights_B > 0].tolist()]
-    bad_ids = sorted(example for ids in collectives.all_gather(mine) for example in ids)
+    all_of_step = _from_all(mine)
     if nonfinite == "stop":
-        raise NonFiniteError(
-            f"gradient norm {norm} in a global batch of {name_ids(bad_ids)}: the update would destroy the weights, so no rank "
-            "made it. Lower optim.lr or optim.max_grad_norm; if engine.precision is bf16 or fp16, try fp32; --optim.nonfinite "
-            "skip goes on without such steps.",
-            0,
-            bad_ids,
-        )
-    return StepResult(loss, None, tuple(bad_ids), stops, saves)
+        raise NonFiniteError(f"gradient norm {norm} in a global batch of", all_of_step)
+    return StepResult(loss, None, all_of_step, stops, saves)
+
+
+def _from_all(ids: Sequence[int]) -> tuple[int, ...]:
+    """The ids that any rank has, in their order."""
+    return tuple(sorted(example for mine in collectives.all_gather(list(ids)) for example in mine))
 
 
 def _vote(engine: Engine, loss_sum: float, *, stop: bool, save: bool) -> tuple[float, list[int], bool, bool]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What every launcher here needs: root, python, NPROC, OMP_NUM_THREADS, and the signals that reach the ranks. Sourced by local.sh, deepspeed.sh and accelerate.sh.
+# What every launcher here needs: root, python, NPROC, OMP_NUM_THREADS, and the signals that reach the ranks. Sourced by
+# local.sh, deepspeed.sh and accelerate.sh.
 #
 #   source ranks.sh torchrun      the name is for messages
 set -euo pipefail

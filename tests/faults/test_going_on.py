@@ -102,8 +102,16 @@ def test_one_process_goes_on_as_well_and_ctrl_c_says_how(tmp_path):
     said = stop(tmp_path / "cut", "--run.name", "null", at_step=30, what="INT", num_ranks=1)
     (run,) = (tmp_path / "cut" / "runs").iterdir()
     assert f"The same command goes on from there, with --run.name {run.name}." in said
+    spent = json.loads((max((run / "checkpoints").glob("step-*")) / "state.json").read_text())["seconds"]
+    # Now there are features on disk, which a new run would take.
+    more = ("--run.name", "other", "--engine.feature_cache", "disk", "--optim.epochs", "1")
+    finish(tmp_path / "cut", *more, num_ranks=1)
     end(start(tmp_path / "cut", "--run.name", run.name, num_ranks=1), tmp_path / "cut")
     assert differences(run, run_of(tmp_path / "whole")) == []
+    results = [json.loads((path / "result.json").read_text()) for path in (run, run.with_name("other"))]
+    assert [result["feature_cache"] for result in results] == ["host", "disk"]
+    assert spent["tokenize"] > results[1]["seconds"]["tokenize"], "only the first one tokenises"
+    assert all(results[0]["seconds"][stage] >= seconds for stage, seconds in spent.items())
 
 
 def test_a_damaged_checkpoint_is_skipped_by_name_and_the_one_before_is_used(whole, stopped):
@@ -117,6 +125,17 @@ def test_a_damaged_checkpoint_is_skipped_by_name_and_the_one_before_is_used(whol
         rf"warning: .*{newest.name}.*moments.safetensors.*It is skipped, and the one before it is used", told(stopped)
     )
     assert f"goes on from step {int(before.name[5:13])}, attempt 2: {before}" in told(stopped)
+    assert differences(run_of(stopped), run_of(whole)) == []
+
+
+def test_who_goes_back_to_an_earlier_checkpoint_does_not_find_a_later_one_again(whole, stopped):
+    later, earlier = sorted((path for path in (run_of(stopped) / "checkpoints").glob("step-*")), reverse=True)
+    step = int(earlier.name[5:13])
+    said = stop(stopped, "--checkpoint.resume", str(earlier), at_step=1)
+    assert f"{later} is removed: the run goes on from step {step}, before it" in said
+    assert status(stopped)["step"] < int(later.name[5:13])
+    finish(stopped)
+    assert f"goes on from step {step + 1}, attempt 3: " in told(stopped)
     assert differences(run_of(stopped), run_of(whole)) == []
 
 

@@ -18,7 +18,7 @@ import torch
 import warm
 from launching import REPOSITORY
 from safetensors.torch import load_file
-from toy import CLASSES, our_name, toy_reference_model, toy_split
+from toy import CLASSES, our_name, toy_reference_groups, toy_reference_model, toy_split
 
 from agnews_dist.data.batching import Ints, PlanSettings, plan
 from agnews_dist.engine import bucket_megabytes
@@ -128,9 +128,7 @@ def reference_training(
     model, tokens_NT, mask_NT = toy_reference_model(LENGTHS, num_blocks, torch.float32)
     labels_N = torch.from_numpy(toy_split(LENGTHS).labels)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    decayed = [weight for weight in trained.values() if weight.ndim >= 2]
-    others = [weight for weight in trained.values() if weight.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = toy_reference_groups(trained.values(), weight_decay)
     optimizer = torch.optim.SGD(trained.values(), lr=LR) if sgd else torch.optim.AdamW(groups, lr=LR)
     losses, norms = [], []
     for ids in global_batches() if batches is None else batches:

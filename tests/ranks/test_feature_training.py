@@ -13,7 +13,14 @@ import torch
 import warm
 from launching import REPOSITORY
 from safetensors.torch import load_file
-from toy import our_name, reference_gradients, toy_reference_logits, toy_reference_model, toy_split
+from toy import (
+    our_name,
+    reference_gradients,
+    toy_reference_groups,
+    toy_reference_logits,
+    toy_reference_model,
+    toy_split,
+)
 
 from agnews_dist.data.batching import PlanSettings, plan
 
@@ -98,9 +105,7 @@ def train_reference(
     model, tokens_NT, mask_NT = toy_reference_model(LENGTHS["train"], trainable_blocks)
     labels_N = torch.from_numpy(toy_split(LENGTHS["train"]).labels)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    matrices, vectors = ([value for value in trained.values() if (value.ndim > 1) == wide] for wide in (True, False))
-    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer, losses = torch.optim.AdamW(groups, lr=LR), []
+    optimizer, losses = torch.optim.AdamW(toy_reference_groups(trained.values(), DECAY), lr=LR), []
     for ids in batches:
         logits_BC = model(input_ids=tokens_NT[ids], attention_mask=mask_NT[ids]).logits
         loss = torch.nn.functional.cross_entropy(logits_BC, labels_N[ids])

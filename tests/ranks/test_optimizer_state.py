@@ -17,7 +17,7 @@ import warm
 from launching import REPOSITORY
 from safetensors.torch import load_file
 from test_engines import BATCH, LENGTHS, LR, PARTS, TOLERANCE, WEIGHT_DECAY, global_batches, without_key_bias
-from toy import our_name, toy_reference_model, toy_split
+from toy import our_name, toy_reference_groups, toy_reference_model, toy_split
 
 BROKEN = "AGNEWS_MUTANT" in os.environ
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
@@ -86,10 +86,7 @@ def reference() -> dict:
     model, tokens_NT, mask_NT = toy_reference_model(LENGTHS, BLOCKS, torch.float32)
     labels_N = torch.from_numpy(toy_split(LENGTHS).labels)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    decayed = [weight for weight in trained.values() if weight.ndim >= 2]
-    others = [weight for weight in trained.values() if weight.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, fused=True)
+    optimizer = torch.optim.AdamW(toy_reference_groups(trained.values(), WEIGHT_DECAY), lr=LR, fused=True)
     losses, states = [], []
     for step, ids in enumerate(global_batches()[: 2 * HALF], start=1):
         optimizer.zero_grad()

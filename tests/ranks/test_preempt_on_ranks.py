@@ -230,12 +230,13 @@ def test_a_silent_rank_is_named_and_ends_all(start, stopped):
 
 
 def test_a_silent_rank_is_named_even_if_a_collective_notices_it_first(start):
-    job = start("collective", "collective", "compute", TIMEOUT_SECONDS="6", COLLECTIVE_SECONDS="4")
+    # Far apart, for a busy machine; and half of the first is less than the silence that a rank waits for before it speaks.
+    job = start("collective", "collective", "compute", TIMEOUT_SECONDS="5.9", COLLECTIVE_SECONDS="3")
     job.hit(2, signal.SIGSTOP)
     assert job.end(20, besides=2) == [1, 1, None]
     assert "Traceback" not in job.told, job.told
     (error,) = [line for line in job.lines if "error: " in line]
-    assert re.search(r"error: rank 2 has given no sign of life for [3-7] s: .*\(Here it ended with .*\)", error), error
+    assert re.search(r"error: rank 2 has given no sign of life for [3-5] s: .*\(Here it ended with .*\)", error), error
 
 
 def test_a_stop_of_all_does_not_wait_for_a_silent_rank(start):

@@ -1,5 +1,7 @@
 """A small fp64 GPT-2 with random weights and ragged random examples, equal in every process that builds it."""
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
@@ -84,3 +86,10 @@ def reference_gradients(lengths: list[int], trainable_blocks: int = 1) -> dict[s
     logits_BC = model(input_ids=tokens_NT, attention_mask=mask_NT).logits
     torch.nn.functional.cross_entropy(logits_BC, torch.from_numpy(toy_split(lengths).labels)).backward()
     return {our_name(name): value.grad for name, value in model.named_parameters() if value.requires_grad}
+
+
+def toy_reference_groups(weights: Collection[torch.Tensor], weight_decay: float) -> list[dict]:
+    """`weights` as torch's AdamW takes them: only matrices decay."""
+    decayed = {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": weight_decay}
+    others = {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0}
+    return [decayed, others]

@@ -4,6 +4,7 @@ import time
 
 from torch.distributed import HashStore
 
+from agnews_dist.beats import CLOSED
 from agnews_dist.peers import LIFE_SECONDS, ROUND_SECONDS, Peers
 
 
@@ -20,3 +21,14 @@ def test_a_dead_ranks_last_beat_is_no_sign_of_life():
     peers.close()
     assert ranks == [1]
     assert LIFE_SECONDS < seconds < 2 * LIFE_SECONDS
+
+
+def test_of_two_that_fail_at_once_the_second_has_ended_by_itself():
+    """Else the first would take it for dead."""
+    store = HashStore()
+    store.compare_set("failure", "", "0 0\nfirst")
+    peers = Peers(store, 1, 2, 60.0, is_early=lambda: False, wake=lambda: None)
+    failure = peers.fail("second")
+    assert failure is not None
+    assert (failure.by, failure.text) == (0, "first")
+    assert store.get("beat/1") == CLOSED
