@@ -65,9 +65,8 @@ class RunLog:
                 if written < len(self._pending[0]):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
+                # Half of the line may be there: it goes first, to the same place, or is cut off by who continues the log.
                 self._refused = error.errno or errno.EIO
-                # Half a line would make the next one unreadable.
-                os.ftruncate(self._file, self._written)
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
             self._written += written
             self._pending.pop(0)
