@@ -35,6 +35,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
     from agnews_dist import collectives
     from agnews_dist.clock import Clock
+    from agnews_dist.data.corpus import check_source
     from agnews_dist.data.loader import TokenTable
     from agnews_dist.device import chooses_cuda
     from agnews_dist.events import RunStarted
@@ -57,6 +58,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
                 emit.add(Console())
                 if options["output"] is not None:
                     open_output(Path(options["output"]), overwrite=config.run.overwrite)
+            check_source(config.data.source)
             return load_scored(
                 config.data,
                 config.model,

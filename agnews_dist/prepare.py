@@ -23,6 +23,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     start = time.perf_counter()
     # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
     from agnews_dist.clock import Clock
+    from agnews_dist.data.corpus import check_source
     from agnews_dist.events import RunDone
     from agnews_dist.report.console import Console
     from agnews_dist.report.sinks import Sinks
@@ -32,6 +33,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     with Sinks() as emit:
         if world.is_main:
             emit.add(Console())
+        check_source(config.data.source)
         sources = load_sources(
             config.data, config.model, seed=config.run.seed, emit=emit, clock=Clock(start), world=world
         )

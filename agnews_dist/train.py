@@ -47,6 +47,7 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
     from agnews_dist import collectives, debug
     from agnews_dist.attempt import Attempt, set_deadline
     from agnews_dist.clock import Clock, TimedFeatures
+    from agnews_dist.data.corpus import check_source
     from agnews_dist.data.loader import TokenTable, TrainLoader
     from agnews_dist.data.sharing import quadratic_weight
     from agnews_dist.fingerprints import fingerprints
@@ -90,6 +91,7 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
         collectives.agree(collectives.attempt(attempt.claim))
 
         def prepare() -> tuple[Estimate, Sources]:
+            check_source(config.data.source)
             memory = check_fits(config, world)
             return memory, load_sources(
                 config.data, config.model, seed=config.run.seed, emit=emit, clock=clock, world=world

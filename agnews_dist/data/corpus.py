@@ -11,7 +11,7 @@ from agnews_dist.data.splits import hold_out_validation, limit
 from agnews_dist.data.synthetic import CLASS_NAMES, SPLITS, generate
 from agnews_dist.errors import DataError
 
-__all__ = ["SYNTHETIC", "Corpus", "Split", "check_corpus", "load_corpus"]
+__all__ = ["SYNTHETIC", "Corpus", "Split", "check_corpus", "check_source", "load_corpus"]
 
 SYNTHETIC = "synthetic"
 """The source that needs neither a file nor a network (synthetic.py)."""
@@ -52,18 +52,25 @@ def load_corpus(
     return Corpus(splits, class_names, fingerprint(splits, class_names))
 
 
-def _read(source: str, revision: str | None, seed: int) -> dict[str, RawRows]:
-    if source == SYNTHETIC:
-        return {name: _synthetic(name, num_rows, seed) for name, num_rows in _SYNTHETIC_ROWS.items()}
-    path = Path(source).expanduser()
-    if path.exists():
-        return read_local(path)
-    if looks_local(source):
+def check_source(source: str) -> None:
+    """All that can be said of it before anything is loaded: a wrong path shall not wait for a model from the hub.
+
+    Raises:
+        DataError: it reads like a path, and nothing is there.
+    """
+    if source != SYNTHETIC and not Path(source).expanduser().exists() and looks_local(source):
         raise DataError(
             f"data.source {source!r} does not exist: there are no rows to work on. Check the path (the working directory is "
             f"{Path.cwd()}), or set --data.source to a hub id such as fancyzhx/ag_news, or to 'synthetic'."
         )
-    return read_hub(source, revision)
+
+
+def _read(source: str, revision: str | None, seed: int) -> dict[str, RawRows]:
+    if source == SYNTHETIC:
+        return {name: _synthetic(name, num_rows, seed) for name, num_rows in _SYNTHETIC_ROWS.items()}
+    check_source(source)
+    path = Path(source).expanduser()
+    return read_local(path) if path.exists() else read_hub(source, revision)
 
 
 def _synthetic(split: str, num_rows: int, seed: int) -> RawRows:

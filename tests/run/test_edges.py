@@ -285,6 +285,13 @@ def test_a_run_is_replaced_only_when_asked_and_only_once_the_new_one_begins(tell
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("story", ["train", "prepare", "evaluate"])
+def test_a_wrong_path_does_not_wait_for_a_model_from_the_hub(tell, story):
+    """Here there is no hub, so that to ask it first would be another error."""
+    done = tell(story, "--data.source", "/nowhere/rows.csv")
+    refused(done, "error: data.source '/nowhere/rows.csv' does not exist", "Check the path")
+
+
 def test_evaluate_reads_the_original_csv(tell, odd, tmp_path):
     _, run, _ = odd
     original = '"3","Wall St. Bears","Claw Back, into ""the"" Black"\n"4","Space","rocks"\n"1","A","b"\n'
