@@ -161,21 +161,37 @@ def has_the_form(text: str) -> bool:
     return bool(what and colon and why and remedy) and text.endswith((".", "x", "?"))
 
 
+def own_text(node: ast.ClassDef) -> ast.expr | None:
+    """The message that a class of errors puts together itself, from what its `raise` gives it."""
+    for call in ast.walk(node):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "__init__":
+            return next((text for text in call.args if isinstance(text, ast.JoinedStr)), None)
+    return None
+
+
+def messages(classes: set[str]) -> list[tuple[str, ast.expr]]:
+    """Every message of a user error, with its place: an argument of `raise`, or written by the class of the error."""
+    trees = {path: tree_of(path) for path in MODULES}
+    nodes = [(name_of(path), node) for path, tree in trees.items() for node in ast.walk(tree)]
+    defined = [(module, node) for module, node in nodes if isinstance(node, ast.ClassDef) and node.name in classes]
+    own = {
+        node.name: (f"{module}:{node.lineno}", text) for module, node in defined if (text := own_text(node)) is not None
+    }
+    raised = [
+        (f"{module}:{call.lineno}", call.args[0])
+        for module, node in nodes
+        if isinstance(node, ast.Raise) and isinstance(call := node.exc, ast.Call) and call.args
+        if (name := dotted(call.func).rsplit(".", 1)[-1]) in classes and name not in own
+    ]
+    return raised + list(own.values())
+
+
 def test_user_errors_say_what_why_and_what_to_do() -> None:
     classes = user_errors()
     assert {"UserError", "ConfigError", "DataError", "ModelError"} <= classes
-    checked: list[str] = []
-    wrong: list[str] = []
-    for path in MODULES:
-        for node in ast.walk(tree_of(path)):
-            call = node.exc if isinstance(node, ast.Raise) else None
-            if not isinstance(call, ast.Call) or dotted(call.func).rsplit(".", 1)[-1] not in classes or not call.args:
-                continue
-            text = text_of(call.args[0])
-            if text is not None and text != "x":
-                checked.append(text)
-                wrong += [] if has_the_form(text) else [f"{name_of(path)}:{call.lineno}: {text}"]
-    assert len(checked) >= 4
+    texts = [(place, text) for place, message in messages(classes) if (text := text_of(message)) not in (None, "x")]
+    assert len(texts) >= 4
+    wrong = [f"{place}: {text}" for place, text in texts if not has_the_form(str(text))]
     assert wrong == []
 
 
