@@ -6,6 +6,7 @@ does the work, the others learn of it.
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -84,6 +85,9 @@ class Attempt:
         self._log: RunLog | None = None
         self._saver: Saver | None = None
         self._has_begun = False
+        self._beginning = threading.Lock()
+        """Of the main thread that begins the run, and of the watch that ends it; whichever comes later finds it whole."""
+        self._is_over = False
         self._state: dict[str, Any] | None = None
 
     @property
@@ -143,6 +147,11 @@ class Attempt:
         """
 
         def on_main() -> None:
+            with self._beginning:
+                if not self._is_over:
+                    begin_it()
+
+        def begin_it() -> None:
             claim, status, found = self._claim, self._status, self._found
             assert claim is not None
             assert status is not None
@@ -244,16 +253,18 @@ class Attempt:
 
     def _last_words(self, state: str, reason: str) -> None:
         """What is left to say when the process is about to be ended from outside of its main thread."""
-        claim, status = self._claim, self._status
-        if claim is None or status is None:
-            return
-        if not self._has_begun:
-            claim.keep()
-            status.directory = claim.directory
-        if state == "preempted":
-            print(self._stop(reason), file=sys.stderr, flush=True)
-        else:
-            self._end("failed", reason)
+        with self._beginning:
+            self._is_over = True
+            claim, status = self._claim, self._status
+            if claim is None or status is None:
+                return
+            if not self._has_begun:
+                claim.keep()
+                status.directory = claim.directory
+            if state == "preempted":
+                print(self._stop(reason), file=sys.stderr, flush=True)
+            else:
+                self._end("failed", reason)
 
     def _stop(self, reason: str) -> str:
         """Leave the status of a run that was asked to stop; what the user is told."""

@@ -5,11 +5,13 @@ pytorch#135712, pytorch#167288). A rank that is started again sooner than anothe
 fail. TORCHELASTIC_RESTART_COUNT is no help: an agent that comes back counts from 0.
 """
 
+import os
 import secrets
 import time
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]  # documented as public
 
 from agnews_dist.beats import Store
 from agnews_dist.errors import UserError
@@ -22,13 +24,21 @@ def open_process_group(world: World, backend: str, timeout_seconds: int) -> None
     """Make the process group of `world`, whose ranks have a launcher's variables; its collectives wait `timeout_seconds`.
 
     Raises:
-        UserError: not all ranks came.
+        UserError: not all ranks came, or the launcher's address is none where they could.
     """
     timeout = timedelta(seconds=timeout_seconds)
     # torch's own: it knows whether the launcher or rank 0 keeps the store.
     find = dist.rendezvous  # pyright: ignore[reportPrivateImportUsage]  # documented as public
     below = dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage]  # documented as public
-    store, rank, num_ranks = next(find("env://", timeout=timeout))
+    try:
+        store, rank, num_ranks = next(find("env://", timeout=timeout))
+    except DistError as error:
+        address, reason = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", str(error).splitlines()[0]
+        raise UserError(
+            f"no meeting place at {address} ({reason.rstrip('. ')}): the ranks cannot train together. If another rank says why "
+            "above, mend that; else see that rank 0 runs at this address, that nothing else uses the port, and that no "
+            "firewall closes it."
+        ) from error
     name = _agree(below("agnews_dist", store), world, timeout_seconds)
     dist.init_process_group(backend, store=below(name, store), rank=rank, world_size=num_ranks, timeout=timeout)
 

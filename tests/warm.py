@@ -142,6 +142,11 @@ def _live(command: list[str], environ: dict[str, str], out: Path, err: Path, std
         # Whoever finds it hanging ends it with ABRT, and reads where it was.
         faulthandler.enable()
         code = _run(command)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        # As the interpreter does, so that whoever waits sees which signal it was.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
         traceback.print_exc()
     finally:

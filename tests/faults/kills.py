@@ -25,6 +25,8 @@ from jobs import ForkedJob, TorchrunJob, wait_until
 from small_run import EPOCHS, NUM_STEPS, TIMEOUT, arguments, finish, outcome
 from timeline import PHASES, Timeline
 
+from agnews_dist.status import Status, read_status
+
 SECONDS_TO_STOP = 30.0
 """What the user was promised."""
 GRACEFUL = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "USR2": signal.SIGUSR2, "INT": signal.SIGINT}
@@ -65,7 +67,7 @@ def strike(kill: Kill, directory: Path, place: str, rng: random.Random) -> bool:
         shutil.rmtree(directory / "cache", ignore_errors=True)
     if kill.aimed == "features":
         shutil.rmtree(directory / "cache" / "features", ignore_errors=True)
-    timeline = Timeline(run)
+    timeline, earlier = Timeline(run), read_status(run)
     job = (TorchrunJob if kill.through == "torchrun" else ForkedJob)(
         arguments(directory, "--engine.feature_cache", place), log
     )
@@ -97,7 +99,7 @@ def strike(kill: Kill, directory: Path, place: str, rng: random.Random) -> bool:
         kill.codes = job.codes()
     finally:
         job.kill()
-    check(kill, timeline, log)
+    check(kill, timeline, log, earlier)
     return True
 
 
@@ -106,23 +108,24 @@ def limit(kill: Kill) -> float:
     return SECONDS_TO_STOP + (TIMEOUT + 10 if kill.through == "torchrun" and kill.how == "STOP" else 0)
 
 
-def check(kill: Kill, timeline: Timeline, log: Path) -> None:
-    """What must hold after every kill."""
+def check(kill: Kill, timeline: Timeline, log: Path, earlier: Status | None) -> None:
+    """What must hold after every kill; `earlier`: the status before this attempt."""
     if kill.seconds > limit(kill):
         kill.faults.append(f"took {kill.seconds:.0f} s to stop")
-    file = timeline.directory / "status.json"
-    kill.status = json.loads(file.read_text())["state"] if file.exists() else None
+    status = read_status(timeline.directory)
+    kill.status = status.state if status is not None else None
     done = max(timeline.steps, kill.step)
     kill.repeated = done - timeline.saved() if kill.status != "finished" else 0
-    if kill.how in GRACEFUL and not (kill.through == "torchrun" and kill.target == "all"):
-        if kill.status not in ("preempted", "finished") and kill.hit != "tokenise":
-            kill.faults.append(f"status {kill.status} after {kill.how}")
+    # A process that does not watch yet dies of the signal, and nothing has begun.
+    has_begun = kill.hit != "tokenise" or status != earlier
+    # The ranks of an agent that is killed live, see that it is gone, and save.
+    if (kill.how in GRACEFUL and not (kill.through == "torchrun" and kill.target == "all")) or kill.target == "agent":
+        if kill.status not in ("preempted", "finished") and has_begun:
+            kill.faults.append(f"status {kill.status} after {kill.how} to {kill.target}")
         if kill.repeated > 0:
             kill.faults.append(f"{kill.repeated} steps were done and not saved")
         right = [75, 75] if kill.status != "finished" else [0, 0]
-        number = GRACEFUL[kill.how]
-        # A process that does not watch yet dies of the signal: nothing has begun.
-        is_unborn = kill.status is None and -number in kill.codes
+        is_unborn = not has_begun and any(code is not None and code < 0 for code in kill.codes)
         if kill.through == "forked" and kill.codes != right and not is_unborn:
             kill.faults.append(f"exit codes {kill.codes}")
     elif kill.how in HARD:

@@ -1,5 +1,6 @@
 """Ranks agree on a name that no former attempt can have left in the store, which outlives attempts. Threads stand for ranks."""
 
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -56,3 +57,40 @@ def test_ranks_of_an_attempt_that_never_met_disturb_nobody():
 def test_who_does_not_come_is_named_in_time(rank, missing):
     with pytest.raises(UserError, match=rf"^{missing} did not come within 1 s: the ranks cannot train together\. Look"):
         rendezvous._agree(dist.HashStore(), World(rank=rank, num_ranks=3), 1)
+
+
+@pytest.fixture
+def address(monkeypatch):
+    """One that nobody uses, given to this process as a launcher would."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = door.getsockname()[1]
+
+    def give(rank: int) -> int:
+        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": 2}
+        for name, value in names.items():
+            monkeypatch.setenv(name, str(value))
+        return port
+
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    return give
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_alone_at_the_address_is_told_where_it_waited(address, rank):
+    """The other one died of an error, or waits elsewhere."""
+    port = address(rank)
+    with pytest.raises(
+        UserError, match=rf"^no meeting place at 127\.0\.0\.1:{port} \(.*[^.]\): the ranks cannot train together"
+    ):
+        rendezvous.open_process_group(World(rank=rank, num_ranks=2), "gloo", 1)
+
+
+def test_a_port_that_is_taken_is_named(address):
+    port = address(0)
+    with (
+        socket.create_server(("", port)),
+        pytest.raises(
+            UserError, match=rf"^no meeting place at 127\.0\.0\.1:{port} \(.*EADDRINUSE.*nothing else uses the port"
+        ),
+    ):
+        rendezvous.open_process_group(World(rank=0, num_ranks=2), "gloo", 5)
