@@ -290,7 +290,10 @@ def test_the_first_failure_is_told_in_full_and_ends_all(start, failing):
     left = [rank for rank in range(3) if rank != failing]
     for rank in left:
         job.hit(rank, signal.SIGTERM)
-    assert job.end(20) == [1, 1, 1]
+    codes = job.end(20)
+    assert codes[failing] == 1
+    # Who has told it, and ends by itself, watches no more, and may die of the signal in its last moments.
+    assert {codes[rank] for rank in left} <= {1, -signal.SIGTERM}
     lines = job.lines
     assert lines[0] == f"[rank {failing}/3] Traceback (most recent call last):"
     told = [line for line in lines if not line.startswith(f"[rank {failing}/3]")]
