@@ -14,6 +14,7 @@ STORIES = {
     "plan": "show the batches before any job: steps, padding, balance of the ranks, text lengths",
     "doctor": "show what is here, what a training will take per rank, and whether it fits",
     "prepare": "load and tokenise the data ahead of the job, where there is a network",
+    "restarts": "say whether a job that has ended should be started again (batch scripts ask)",
     "cache": "list or clear the tokens and features kept on disk",
 }
 

@@ -7,10 +7,12 @@
 #
 # NPROC            ranks; default: one per GPU, or one without GPUs, where torch's threads already use all cores
 # OMP_NUM_THREADS  threads per rank; default: the cores divided among the ranks
+# DRY_RUN=1        print the command instead of running it
 #
 # Paths in the arguments are seen from the directory you are in, and so is runs/.
 set -euo pipefail
+# shellcheck source=launch/ranks.sh
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh" accelerate
 
-exec "$python" -m accelerate.commands.launch --config_file "$root/configs/accelerate/default.yaml" --num_processes "$NPROC" \
+run "${python[@]}" -m accelerate.commands.launch --config_file "$root/configs/accelerate/default.yaml" --num_processes "$NPROC" \
     -m agnews_dist.train "$@"

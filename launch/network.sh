@@ -1,0 +1,17 @@
+# shellcheck shell=bash
+# How the ranks of several nodes talk, each setting with its reason; what you export yourself wins. Sourced by node.sh, which sets
+# `python` and `place`.
+
+# Of several interfaces (management, storage, fabric) the libraries take the first by name, which other nodes may not reach: take
+# the one that leads to the first node. ADDRESS is this node's own there, which the others are told.
+read -r interface ADDRESS < <("${python[@]}" -m agnews_dist.doctor "${place[@]}" --print_interface)
+# gloo: the CPU ranks' collectives, and every engine's side channel.
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
+# NCCL's first handshake, and its data where there is no InfiniBand. `=`: this very name, not all that begin with it.
+export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}
+# Errors of the network are otherwise silent until the timeout.
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# What every rank did last in NCCL, written when a collective times out; otherwise nobody can tell which rank was missing.
+export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-${LOGS:-/tmp}/nccl-trace-}

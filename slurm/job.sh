@@ -1,0 +1,101 @@
+# shellcheck shell=bash
+# What the batch scripts share: the site's environment, one `srun` per story, and the way back into the queue. Each of them sets
+# `root`, sources this file and calls `story` or `train_to_the_end`.
+#
+# TERM  Slurm takes the job away (preemption, requeue, scancel). It signals the ranks itself, and requeues what is to be requeued
+# USR1  `--signal=B:USR1@...`: the time limit is near, or the site warns of a preemption. Passed on to the ranks; then back into
+#       the queue, where the next start goes on
+set -uo pipefail
+
+if [[ -f $root/slurm/site.env ]]; then
+    source "$root/slurm/site.env"
+fi
+if declare -F setup >/dev/null; then
+    setup
+fi
+export PYTHON CONTAINER DRY_RUN PREFLIGHT NPROC MAX_RESTARTS 2>/dev/null
+# Slurm of 2022 and before does not tell a job its end; the ranks save and leave in time if they know it.
+if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+    SLURM_JOB_END_TIME=$(date -d "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)" +%s 2>/dev/null) &&
+        export SLURM_JOB_END_TIME
+fi
+export LOGS=${LOGS:-$SLURM_SUBMIT_DIR/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID}
+was_stopped=
+
+# story NAME ARGUMENTS...: on every node of the job; its exit status.
+story() {
+    local name=$1 step status=0
+    shift
+    # Prepare needs the network, and everything else can do without.
+    [[ $name != prepare && -n ${OFFLINE:-} ]] && export HF_HUB_OFFLINE=1
+    # The step gets all that the job has on a node; ranks are bound to cores in rank.sh. A node whose torchrun was stopped ends
+    # with an error and must not take the others down: rank 0 may still be saving. Of failures the ranks tell each other.
+    STORY=$name srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 --wait=900 "$root/launch/node.sh" "$@" &
+    step=$!
+    trap 'was_stopped=1; kill -USR1 "$step" 2>/dev/null' USR1 USR2
+    trap 'was_stopped=1' TERM
+    # A signal ends `wait`, not the step.
+    while kill -0 "$step" 2>/dev/null; do
+        wait "$step"
+        status=$?
+    done
+    trap - USR1 USR2 TERM
+    if ((status != 0)) && [[ -z $was_stopped ]]; then
+        tail -n 12 "$LOGS"/torchrun-*.log 2>/dev/null
+        echo "error: $name ended with exit status $status. What each rank said is in $LOGS." >&2
+    fi
+    return "$status"
+}
+
+# train_to_the_end ARGUMENTS...: one start of a training that may take several; exits.
+train_to_the_end() {
+    # A name that every start of this job knows; one of your own, later in the arguments, wins.
+    set -- --run.name "$SLURM_JOB_NAME-$SLURM_JOB_ID" ${NODE_CACHE:+--node_cache "$NODE_CACHE"} "$@"
+    if [[ -n ${DRY_RUN:-} ]]; then
+        story train "$@"
+        exit
+    fi
+    local answer status=0
+    answer=$(ask begin "$@") || exit
+    echo "job $SLURM_JOB_ID: ${answer#* }"
+    [[ $answer != give_up* ]] || exit 1
+    story train "$@" || status=$?
+    is_taken_away && was_stopped=1
+    answer=$(ask end ${was_stopped:+--was_stopped} "$@") || exit
+    echo "job $SLURM_JOB_ID: the training ended with exit status $status; ${answer%% *}: ${answer#* }"
+    case $answer in
+    finished*) exit 0 ;;
+    again*) again ;;
+    *) exit 1 ;;
+    esac
+}
+
+# What agnews_dist.restarts says; the word for the script comes first.
+ask() {
+    local at=$1
+    shift
+    # shellcheck disable=SC2086  # CONTAINER is words
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} ${CONTAINER:-} "${PYTHON:-$root/.venv/bin/python}" -m agnews_dist.restarts \
+        --at "$at" --starts "$LOGS/starts.jsonl" --limit "${MAX_FRUITLESS_STARTS:-3}" "$@"
+}
+
+# Whether Slurm is preempting the job: in its grace time only the ranks are signalled, and nothing reaches this script.
+is_taken_away() {
+    scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'
+}
+
+# Back into the queue; exits.
+again() {
+    # A job that Slurm requeues, or a user has cancelled, is not running any more.
+    if [[ $(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T) != RUNNING ]]; then
+        echo "job $SLURM_JOB_ID: it is left to Slurm"
+        exit 75
+    fi
+    trap '' TERM # of our own requeue
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        echo "job $SLURM_JOB_ID: requeued"
+        exit 75
+    fi
+    echo "error: job $SLURM_JOB_ID was not requeued: it would go on where it was stopped. Submit it again with --run.name $SLURM_JOB_NAME-$SLURM_JOB_ID." >&2
+    exit 75
+}

@@ -1,0 +1,205 @@
+"""The batch scripts on a real Slurm: two nodes, two ranks, taken away in every way, and the same bits in the end."""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import ENDED, Lab
+from launching import REPOSITORY
+from safetensors.torch import load_file
+
+SCRIPTS = REPOSITORY / "slurm"
+LONG = ("--optim.epochs", "50")
+"""Enough for Slurm to notice a time limit, which it does every 30 s."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the jobs are submitted, and leave what they leave."""
+    return tmp_path_factory.mktemp("project")
+
+
+@pytest.fixture(scope="module")
+def submit(lab: Lab, environ: dict[str, str], place: Path) -> Callable[..., str]:
+    def submit(*arguments: str | Path, **extra: str) -> str:
+        return lab.sbatch(*arguments, cwd=place, environ={**environ, **extra})
+
+    return submit
+
+
+def restarts(lab: Lab, job: str) -> int:
+    found = re.search(r"Restarts=(\d+)", lab.client("scontrol", "show", "job", job))
+    assert found
+    return int(found[1])
+
+
+def steps(run: Path) -> list[int]:
+    """Those logged so far, in order."""
+    try:
+        lines = (run / "events.jsonl").read_text().splitlines()
+    except OSError:
+        return []
+    found: list[int] = []
+    for line in lines:
+        try:
+            event: dict[str, Any] = json.loads(line)
+        except ValueError:
+            continue  # being written
+        if event.get("event") == "StepDone":
+            found.append(event["step"])
+    return found
+
+
+def at_step(lab: Lab, job: str, run: Path, step: int) -> None:
+    """Wait until a run has come that far."""
+    def is_there() -> bool:
+        if max(steps(run), default=0) >= step:
+            return True
+        assert lab.state(job) not in ENDED, lab.told(job)
+        return False
+
+    lab.wait_for(is_there, 120, lambda: lab.told(job))
+
+
+def told(place: Path, name: str, job: str) -> str:
+    return (place / f"{name}-{job}.log").read_text()
+
+
+def results(run: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """What must not depend on how often a run was stopped: weights, scores, predictions."""
+    result = json.loads((run / "result.json").read_text())
+    return load_file(run / "model" / "model.safetensors"), result["splits"], (run / "predictions-test.jsonl").read_text()
+
+
+def assert_same(run: Path, other: Path) -> None:
+    (weights, scores, predictions), (theirs, their_scores, their_predictions) = results(run), results(other)
+    assert weights.keys() == theirs.keys()
+    assert [name for name, weight in weights.items() if not weight.equal(theirs[name])] == []
+    assert (scores, predictions) == (their_scores, their_predictions)
+
+
+def test_fake_gpus_give_the_world_in_a_dry_run(lab: Lab, submit: Callable[..., str], place: Path) -> None:
+    job = submit("--nodes=2", "--gres=gpu:8", SCRIPTS / "train.sbatch", "--optim.lr", "3e-4 '", DRY_RUN="1")
+    assert lab.ends(job) == "COMPLETED", lab.told(job)
+    commands = [line for line in told(place, "agnews-train", job).splitlines() if "torch.distributed.run" in line]
+    assert len(commands) == 2, lab.told(job)
+    meeting = f"--rdzv_endpoint {lab.nodes[0]}:{20000 + int(job)} --rdzv_id {job}"
+    for command in commands:
+        assert f"--nproc_per_node 8 --max_restarts 0 --nnodes 2 --rdzv_backend c10d {meeting}" in command
+        assert command.rstrip().endswith(f"-m agnews_dist.train --run.name agnews-train-{job} --optim.lr 3e-4\\ \\'")
+    # One of the nodes hosts the store.
+    assert sorted(re.findall(r"is_host=\d", "".join(commands))) == ["is_host=0", "is_host=1"]
+    assert not (place / "runs").exists()
+
+
+@pytest.fixture(scope="module")
+def two_at_once(lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path) -> tuple[str, str]:
+    """The same training twice, on the same nodes at the same time: one runs undisturbed, one into its time limit."""
+    arguments = ("--nodes=2", "--time=30", SCRIPTS / "train.sbatch", "--config", quickstart, *LONG)
+    limited, undisturbed = submit(*arguments), submit(*arguments)
+    at_step(lab, limited, place / "runs" / f"agnews-train-{limited}", 20)
+    ran = lab.client("squeue", "-h", "-j", limited, "-o", "%M").split(":")
+    # Less than the two minutes before the end at which Slurm was asked to warn.
+    lab.client("scontrol", "update", f"JobId={limited}", f"TimeLimit={int(ran[-2]) + 2}")
+    lab.wait_for(lambda: lab.state(limited) == "PENDING", 60, lambda: lab.told(limited))
+    lab.client("scontrol", "update", f"JobId={limited}", "TimeLimit=30")
+    assert lab.ends(limited, 200) == "COMPLETED", lab.told(limited)
+    assert lab.ends(undisturbed, 200) == "COMPLETED", lab.told(undisturbed)
+    return limited, undisturbed
+
+
+def test_a_job_comes_back_after_its_time_limit(lab: Lab, two_at_once: tuple[str, str], place: Path) -> None:
+    limited, undisturbed = two_at_once
+    assert (restarts(lab, limited), restarts(lab, undisturbed)) == (1, 0)
+    run, other = (place / "runs" / f"agnews-train-{job}" for job in two_at_once)
+    assert_same(run, other)
+    assert steps(run) == steps(other) == list(range(1, max(steps(run)) + 1))
+    said = told(place, "agnews-train", limited)
+    assert "stopped (SIGUSR1) at step" in said, said
+    assert f"job {limited}: requeued" in said
+    assert f"job {limited}: the training ended with exit status 0; finished: after 2 attempt(s)" in said
+
+
+def test_logs_are_one_per_rank_and_the_first_a_story(two_at_once: tuple[str, str], place: Path) -> None:
+    logs = place / "logs" / f"agnews-train-{two_at_once[0]}"
+    assert sorted(path.name for path in logs.iterdir()) == [
+        *("rank-0.log", "rank-1.log", "starts.jsonl", "torchrun-0.log", "torchrun-1.log"),
+    ]
+    story = (logs / "rank-0.log").read_text()
+    assert re.search(r"== rank 0 of 2 on \S+, .*, restart 1\n", story)
+    assert story.count("run started on") == 2
+    # Appended: what the first start said is still there, its end included.
+    assert story.index("stopped (SIGUSR1) at step") < story.index(", restart 1\n") < story.index(" done\n")
+    assert "Traceback" not in story + told(place, "agnews-train", two_at_once[0])
+    assert (logs / "rank-1.log").read_text().count("== rank 1 of 2") == 2
+
+
+def test_preempted_and_then_on_a_dead_node(
+    lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path, two_at_once: tuple[str, str]
+) -> None:
+    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--config", quickstart, *LONG, "--run.name", "taken")
+    run = place / "runs" / "taken"
+    at_step(lab, job, run, 20)
+    urgent = submit("--nodes=2", "--partition=high", "--exclusive", "--wrap", "sleep 1")
+    assert lab.ends(urgent) == "COMPLETED"
+    saved = json.loads((run / "status.json").read_text())
+    assert saved["state"] == "preempted", lab.told(job)
+    assert saved["step"] >= 20
+    at_step(lab, job, run, saved["step"] + 20)
+    lab.set_down(lab.nodes[1])
+    lab.set_up(lab.nodes[1])
+    assert lab.ends(job, 200) == "COMPLETED", lab.told(job)
+    assert restarts(lab, job) == 2, lab.told(job)
+    assert_same(run, place / "runs" / f"agnews-train-{two_at_once[1]}")
+    assert json.loads((run / "status.json").read_text())["attempt"] == 3
+
+
+def test_a_cancelled_job_stays_away(lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path) -> None:
+    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--config", quickstart, *LONG)
+    at_step(lab, job, place / "runs" / f"agnews-train-{job}", 5)
+    lab.client("scancel", job)
+    assert lab.ends(job) == "CANCELLED"
+    lab.wait_for(
+        lambda: "it is left to Slurm" in told(place, "agnews-train", job), 30, lambda: told(place, "agnews-train", job)
+    )
+    time.sleep(2)  # a requeue would show by now
+    assert (lab.state(job), restarts(lab, job)) == ("CANCELLED", 0)
+
+
+def test_starts_that_save_nothing_are_given_up(
+    lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path
+) -> None:
+    arguments = ("--nodes=2", SCRIPTS / "train.sbatch", "--config", quickstart)
+    diverging = submit(*arguments, "--optim.lr", "1e30", MAX_FRUITLESS_STARTS="2")
+    absent = submit(*arguments, "--data.source", "./nowhere")
+    wrong = submit(*arguments, "--optim.lrr", "1")
+    assert [lab.ends(job) for job in (wrong, absent, diverging)] == ["FAILED"] * 3
+    # What cannot get better is not tried again.
+    assert [restarts(lab, job) for job in (wrong, absent)] == [0, 0]
+    assert "Did you mean '--optim.lr'?" in told(place, "agnews-train", wrong)
+    said = told(place, "agnews-train", absent)
+    assert "give_up: this start failed before the run began" in said
+    assert "./nowhere' does not exist" in said
+    assert restarts(lab, diverging) == 1
+    said = told(place, "agnews-train", diverging)
+    assert "give_up: 2 starts in a row have saved nothing beyond step 0" in said, said
+    assert f"What each rank said is in {place}/logs/agnews-train-{diverging}" in said
+
+
+def test_an_array_takes_lines_of_settings(
+    lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path
+) -> None:
+    (place / "rates.txt").write_text("--optim.lr 1e-3 --optim.epochs 1\n--optim.lr 2e-3  --optim.epochs 1\n")
+    job = submit("--array=1-3", SCRIPTS / "sweep.sbatch", "--config", quickstart, SETTINGS="rates.txt")
+    assert lab.ends(job) == "COMPLETED FAILED", lab.told(job)
+    rates = {
+        re.search(r"sweep-(\d)", path.parent.name)[1]: re.search(r"lr: (\S+)", path.read_text())[1]  # pyright: ignore[reportOptionalSubscript]
+        for path in place.glob("runs/agnews-sweep-*/config.yaml")
+    }
+    assert rates == {"1": "0.001", "2": "0.002"}
+    assert "error: rates.txt has no line 3" in (place / f"agnews-sweep-{job}_3.log").read_text()
+    assert all(path.is_file() for path in place.glob("runs/agnews-sweep-*/result.json"))
