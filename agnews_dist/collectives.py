@@ -60,6 +60,21 @@ def all_gather(value: T) -> list[T]:
     return gathered  # pyright: ignore[reportReturnType]  # every slot was filled
 
 
+def send_receive(tensor: Tensor, peer: int, *, sends: bool) -> None:
+    """Send `tensor` to `peer`, or fill it with what the peer sends; both must call it."""
+    if sends:
+        dist.send(tensor, peer)
+    else:
+        dist.recv(tensor, peer)
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """The element-wise sum over ranks, in place."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def side_channel(timeout_seconds: float) -> Store:
     """This rank's client of a key-value store that rank 0 hosts while it holds its own. Collective.
 

@@ -1,55 +1,113 @@
-"""Will it run here, and what will it take? `python -m agnews_dist.doctor --config FILE --ranks 8`.
+"""Will it run here, and what will it take? `python -m agnews_dist.doctor`, alone, under torchrun, or under a bare `srun`.
 
-Looks at the machine, what is installed and the model's config; loads no weights and no data. Ends with 1 if the run cannot fit.
+Every rank looks at its machine, at the disks and at the model's config; then the ranks meet, compare, and measure each other.
+Loads no weights and no data. Ends with 1 if the run would fail or go astray.
 
---ranks            ranks of the training; default: those of this launch
+--ranks            alone: ranks of the training that is asked about; under a launcher: how many there should be
 --ranks_per_node   of them on one node; default: all, or those of this launch
 --json             one JSON object on standard output
+--endpoint         HOST:PORT where torchrun's agents are to meet: only whether this node can, at once; with --nodes, --node
+--print_interface  with --endpoint: the interface and own address on the way there, for scripts
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 
 from agnews_dist import cli
-from agnews_dist.errors import ConfigError, ModelError
+from agnews_dist.errors import ConfigError, UserError
 from agnews_dist.story import tell
-from agnews_dist.world import World
+from agnews_dist.world import World, is_launched, ranks_of_srun
 
 OPTIONS = (
-    cli.Option("--ranks", type=int | None, help="Ranks of the training; default: those of this launch."),
+    cli.Option("--ranks", type=int | None, help="Ranks of the training; under a launcher: how many there should be."),
     cli.Option("--ranks_per_node", type=int | None, help="Ranks of them on one node; default: all of --ranks."),
     cli.Option("--json", type=bool, default=False, help="Print one JSON object instead of the tables for people."),
+    cli.Option("--endpoint", help="HOST:PORT where the nodes are to meet: check that alone, without loading torch."),
+    cli.Option("--nodes", type=int, default=1, help="With --endpoint: how many nodes there are."),
+    cli.Option("--node", type=int, default=0, help="With --endpoint: which of them this is; they meet at 0."),
+    cli.Option("--print_interface", type=bool, default=False, help="With --endpoint: print interface and own address."),
 )
+MEETING_SECONDS = 30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the story; returns the exit code."""
+    # A training needs torchrun's restarts; to look around, srun's own numbers do.
+    os.environ.update(ranks_of_srun(os.environ))
     return tell("doctor", argv, run, OPTIONS)
 
 
 def run(world: World, loaded: cli.Loaded) -> None:
-    """Show machine, versions and memory per rank, on rank 0 alone.
+    """Look, compare, measure; rank 0 shows what was found.
 
     Raises:
-        UserError: an engine that cannot start here, no such model, or a run that cannot fit.
+        UserError: something would keep the run from working.
     """
-    config, asked = loaded.config, _asked(world, loaded)
-    if not world.is_main:
+    if loaded.options["endpoint"] is not None:
+        _look_at_meeting(loaded)
         return
+    config, asked = loaded.config, _asked(world, loaded)
     # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
-    from agnews_dist.fitting import diagnose
-    from agnews_dist.report.doctor_view import show_diagnosis
-    from agnews_dist.sources import check_engine
+    from agnews_dist.errors import SharedError
+    from agnews_dist.preflight.findings import Finding, merged, worst
+    from agnews_dist.preflight.machine import look_here
+    from agnews_dist.preflight.together import look_together, meet
+    from agnews_dist.preflight.view import Checkup, show_checkup
 
-    check_engine(config, asked)
-    found = diagnose(config, asked)
-    if loaded.options["json"]:
-        print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+    here, diagnosis, error = look_here(config, asked, world.ranks_per_node)
+    expected, apart = None, None
+    try:
+        device = meet(world, here, MEETING_SECONDS)
+    except UserError as unmet:
+        findings, apart = merged([[*here, Finding(check="rendezvous", verdict="fail", found=str(unmet))]]), unmet
     else:
-        show_diagnosis(found)
-    if found.problem is not None:
-        raise ModelError(found.problem)
+        by_rank, together, expected = look_together(
+            config, asked, world, here, diagnosis, device, loaded.options["ranks"]
+        )
+        findings = [*merged(by_rank), *together]
+    if world.is_main:
+        checkup = Checkup(findings, diagnosis, expected, world.num_ranks)
+        if loaded.options["json"]:
+            print(json.dumps(checkup.to_dict(), indent=2, allow_nan=False))
+        else:
+            show_checkup(checkup)
+    if apart is not None:
+        raise apart  # on every rank that waited: who did not come is only known there
+    if worst(findings) != "fail":
+        return
+    if error is None and diagnosis is not None and diagnosis.problem is not None:
+        error = UserError(diagnosis.problem)
+    failed = [finding.check for finding in findings if finding.verdict == "fail"]
+    # The findings are the same on all ranks that have met.
+    raise SharedError(
+        str(error)
+        if error is not None
+        else f"{len(failed)} of {len(findings)} checks failed ({', '.join(failed)}): the run would break off or go astray. "
+        "Mend what the table says beside each.",
+        rank=0,
+    )
+
+
+def _look_at_meeting(loaded: cli.Loaded) -> None:
+    """One line for people, or interface and address for a script.
+
+    Raises:
+        UserError: this node cannot meet the others.
+    """
+    from agnews_dist.preflight.meeting import look, parse_endpoint, route
+
+    options = loaded.options
+    meeting = parse_endpoint(options["endpoint"], num_nodes=options["nodes"], node=options["node"])
+    if options["print_interface"]:
+        print(*route(meeting))
+        return
+    finding = look(meeting)
+    if finding.verdict == "fail":
+        raise UserError(f"rendezvous: {finding.found}. {finding.remedy}.")
+    if finding.verdict == "warn":
+        print(f"warning: rendezvous: {finding.found}. {finding.remedy}.", file=sys.stderr)
 
 
 def _asked(world: World, loaded: cli.Loaded) -> World:
@@ -58,7 +116,7 @@ def _asked(world: World, loaded: cli.Loaded) -> World:
     for name, value in (("--ranks", ranks), ("--ranks_per_node", per_node)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} {value}: a training has at least one rank. Set it to 1 or more.")
-    if ranks is None:
+    if ranks is None or is_launched(os.environ):
         return world
     if per_node is not None and per_node > ranks:
         raise ConfigError(

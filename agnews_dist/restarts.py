@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return tell("restarts", argv, run, OPTIONS)
 
 
-def run(world: World, loaded: cli.Loaded) -> None:
+def run(_: World, loaded: cli.Loaded) -> None:
     """Print the answer.
 
     Raises:
@@ -97,7 +97,9 @@ def at_end(status: Status | None, starts: Sequence[Start], limit: int, *, was_st
     if was_stopped or (status is not None and status.state == "preempted"):
         return Answer("again", "it was stopped before its end")
     if status is None or (starts and status.attempt <= starts[-1].attempt):
-        return Answer("give_up", "this start failed before the run began, so the next one would too: see its error above")
+        return Answer(
+            "give_up", "this start failed before the run began, so the next one would too: see its error above"
+        )
     return Answer("again", f"it failed ({status.reason}) and may get further from step {status.step}")
 
 
@@ -113,7 +115,7 @@ def fruitless(starts: Sequence[Start]) -> int:
 
 def _nothing_new(starts: Sequence[Start], limit: int) -> str:
     step = starts[-1].step if starts else 0
-    return f"{limit} starts in a row have saved nothing beyond step {step}: another would waste the queue. See their errors above"
+    return f"{limit} starts in a row have saved nothing beyond step {step}: another would be no better. See their errors above"
 
 
 def _now(status: Status | None) -> Start:

@@ -5,6 +5,7 @@ one LOCAL_SIZE; without a launcher there is one rank. Nothing else in the packag
 of several, but was not told which, is refused: all of them would train, each alone on all the data.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -77,6 +78,58 @@ def detect_world(environ: Mapping[str, str]) -> World:
             "not match: a rank outside the world would hang the others. Start the job with torchrun, which sets all four."
         )
     return World(rank=rank, num_ranks=num_ranks, local_rank=local_rank, ranks_per_node=ranks_per_node)
+
+
+def is_launched(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher has given this process a rank."""
+    return bool(environ.get(LAUNCHER_VARIABLES[0]))
+
+
+def ranks_of_srun(environ: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would tell this task of a bare `srun`, for stories that may run without restarts; empty: there is none.
+
+    Tasks meet at the first node, at a port made from the job's number.
+    """
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if is_launched(environ) or not tasks.isdecimal() or int(tasks) < 2:
+        return {}
+    node = int(environ.get("SLURM_NODEID", "0"))
+    counts = expand_counts(environ.get("SLURM_STEP_TASKS_PER_NODE", tasks))
+    hosts = expand_nodes(environ.get("SLURM_STEP_NODELIST", "localhost"))
+    rank, size, local_rank, local_size = LAUNCHER_VARIABLES
+    return {
+        rank: environ.get("SLURM_PROCID", "0"),
+        size: tasks,
+        local_rank: environ.get("SLURM_LOCALID", "0"),
+        local_size: str(counts[node] if node < len(counts) else 1),
+        "MASTER_ADDR": hosts[0],
+        "MASTER_PORT": str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 10000),
+    }
+
+
+def expand_counts(text: str) -> list[int]:
+    """Slurm's counts per node: `2(x3),1` is 2, 2, 2, 1."""
+    found: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        found += [int(count)] * int(times or 1)
+    return found
+
+
+def expand_nodes(text: str) -> list[str]:
+    """Slurm's list of nodes: `gpu[01-02,7],login` is gpu01, gpu02, gpu7, login."""
+    found: list[str] = []
+    for name in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", text):
+        expanded = [""]
+        for plain, choice in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", name):
+            endings = [plain] if plain else [number for part in choice.split(",") for number in _numbers(part)]
+            expanded = [begin + end for begin in expanded for end in endings]
+        found += expanded
+    return found
+
+
+def _numbers(part: str) -> list[str]:
+    first, _, last = part.partition("-")
+    return [f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1)]
 
 
 def _refuse_processes_without_ranks(environ: Mapping[str, str]) -> None:

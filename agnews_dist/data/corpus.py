@@ -15,7 +15,7 @@ __all__ = ["SYNTHETIC", "Corpus", "Split", "check_corpus", "check_source", "load
 
 SYNTHETIC = "synthetic"
 """The source that needs neither a file nor a network (synthetic.py)."""
-_SYNTHETIC_ROWS = {"train": 4_000, "validation": 500, "test": 500}
+SYNTHETIC_ROWS = {"train": 4_000, "validation": 500, "test": 500}
 
 
 def load_corpus(
@@ -67,7 +67,7 @@ def check_source(source: str) -> None:
 
 def _read(source: str, revision: str | None, seed: int) -> dict[str, RawRows]:
     if source == SYNTHETIC:
-        return {name: _synthetic(name, num_rows, seed) for name, num_rows in _SYNTHETIC_ROWS.items()}
+        return {name: _synthetic(name, num_rows, seed) for name, num_rows in SYNTHETIC_ROWS.items()}
     check_source(source)
     path = Path(source).expanduser()
     return read_local(path) if path.exists() else read_hub(source, revision)

@@ -35,7 +35,7 @@ def read_local(path: Path) -> dict[str, RawRows]:
         DataError: no data file, one that cannot be read, or splits that cannot be told apart.
     """
     if path.is_dir():
-        files = _files_by_split(path)
+        files = files_by_split(path)
         return {name: _joined([read_file(file, str(file.relative_to(path))) for file in files[name]]) for name in files}
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
@@ -45,7 +45,7 @@ def read_local(path: Path) -> dict[str, RawRows]:
     return {"train": read_file(path, path.name)}
 
 
-def _files_by_split(directory: Path) -> dict[str, list[Path]]:
+def files_by_split(directory: Path) -> dict[str, list[Path]]:
     """Data files of `directory`, else of its `data/`, by the split their name or folder says, in order of their names."""
     found: list[Path] = []
     for place in (directory, directory / "data"):

@@ -85,7 +85,9 @@ class Lab:
         self._net = f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
         self.nodes = [f"node{i + 1}" if self.is_networked else f"127.0.1.{i + 1}" for i in range(NUM_NODES)]
         self.environ = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN", "MUNGE"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "SBATCH", "SRUN", "MUNGE"))
         }
         self.environ |= {"PATH": _path(), "SLURM_CONF": str(self.root / "slurm.conf")}
 
@@ -105,7 +107,12 @@ class Lab:
     def client(self, *command: str, check: bool = True, **environ: str) -> str:
         """Run a Slurm client; what it printed."""
         done = subprocess.run(
-            command, env={**self.environ, **environ}, capture_output=True, text=True, check=False, timeout=CLIENT_SECONDS
+            command,
+            env={**self.environ, **environ},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=CLIENT_SECONDS,
         )
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -171,7 +178,13 @@ class Lab:
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         self._daemon(
-            *("munged", "--force", f"--key-file={key}", f"--socket={root}/munge.socket", f"--pid-file={root}/munged.pid"),
+            *(
+                "munged",
+                "--force",
+                f"--key-file={key}",
+                f"--socket={root}/munge.socket",
+                f"--pid-file={root}/munged.pid",
+            ),
             *(f"--log-file={root}/munged.log", f"--seed-file={root}/munged.seed", "--num-threads=2"),
         )
         self._configure()
@@ -250,7 +263,9 @@ class Lab:
         if not self.is_networked:
             return ()
         net = ["nsenter", f"--net=/run/netns/{namespace}"] if namespace else []
-        setup = 'hostname "$0"; for file in hosts nsswitch.conf; do mount --bind "$LAB/$file" "/etc/$file"; done; exec "$@"'
+        setup = (
+            'hostname "$0"; for file in hosts nsswitch.conf; do mount --bind "$LAB/$file" "/etc/$file"; done; exec "$@"'
+        )
         return [*net, "env", f"LAB={self.root}", "unshare", "--uts", "--mount", "sh", "-ec", setup, host]
 
     def _daemon(self, *command: str) -> None:

@@ -56,6 +56,7 @@ def steps(run: Path) -> list[int]:
 
 def at_step(lab: Lab, job: str, run: Path, step: int) -> None:
     """Wait until a run has come that far."""
+
     def is_there() -> bool:
         if max(steps(run), default=0) >= step:
             return True
@@ -72,7 +73,11 @@ def told(place: Path, name: str, job: str) -> str:
 def results(run: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     """What must not depend on how often a run was stopped: weights, scores, predictions."""
     result = json.loads((run / "result.json").read_text())
-    return load_file(run / "model" / "model.safetensors"), result["splits"], (run / "predictions-test.jsonl").read_text()
+    return (
+        load_file(run / "model" / "model.safetensors"),
+        result["splits"],
+        (run / "predictions-test.jsonl").read_text(),
+    )
 
 
 def assert_same(run: Path, other: Path) -> None:
@@ -190,9 +195,7 @@ def test_starts_that_save_nothing_are_given_up(
     assert f"What each rank said is in {place}/logs/agnews-train-{diverging}" in said
 
 
-def test_an_array_takes_lines_of_settings(
-    lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path
-) -> None:
+def test_an_array_takes_lines_of_settings(lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path) -> None:
     (place / "rates.txt").write_text("--optim.lr 1e-3 --optim.epochs 1\n--optim.lr 2e-3  --optim.epochs 1\n")
     job = submit("--array=1-3", SCRIPTS / "sweep.sbatch", "--config", quickstart, SETTINGS="rates.txt")
     assert lab.ends(job) == "COMPLETED FAILED", lab.told(job)

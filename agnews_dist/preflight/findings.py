@@ -1,0 +1,62 @@
+"""What a check found, as a verdict with a remedy; equal findings of several ranks become one."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+Verdict = Literal["ok", "warn", "fail"]
+WORST_FIRST: Sequence[Verdict] = ("fail", "warn", "ok")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One row of the doctor's table."""
+
+    check: str
+    """What was looked at: `disk runs`."""
+    verdict: Verdict
+    """ok; warn: the job would run, worse or with a risk; fail: it would not run, or go astray."""
+    found: str
+    """What is so, with its values."""
+    remedy: str = ""
+    """What to do; empty where all is well."""
+    ranks: tuple[int, ...] = ()
+    """Which ranks found it; empty: all of them together."""
+
+    def to_dict(self) -> Mapping[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def merged(by_rank: Sequence[Iterable[Finding]]) -> list[Finding]:
+    """What the ranks found, equal rows once with all their ranks, in the order of the first rank that has them."""
+    ranks: dict[Finding, list[int]] = {}
+    for rank, findings in enumerate(by_rank):
+        for finding in findings:
+            ranks.setdefault(replace(finding, ranks=()), []).append(rank)
+    checks = list(dict.fromkeys(finding.check for finding in ranks))
+    rows = [replace(finding, ranks=tuple(own)) for finding, own in ranks.items()]
+    return sorted(rows, key=lambda row: checks.index(row.check))
+
+
+def worst(findings: Iterable[Finding]) -> Verdict:
+    """The verdict on all of them."""
+    verdicts = {finding.verdict for finding in findings}
+    for verdict in WORST_FIRST:
+        if verdict in verdicts:
+            return verdict
+    return "ok"
+
+
+def rank_words(ranks: Sequence[int], num_ranks: int) -> str:
+    """`all`, `rank 3`, `ranks 0-2, 5`."""
+    if not ranks or len(ranks) == num_ranks:
+        return "all"
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    words = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {words}"

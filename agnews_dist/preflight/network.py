@@ -1,0 +1,176 @@
+"""Do the ranks hear each other right, how fast, and is one of them slow? Collective: every rank calls each function here."""
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+from agnews_dist import collectives
+from agnews_dist.preflight.findings import Finding
+from agnews_dist.world import World
+
+NUMBERS = 1 << 18
+"""Of 4 bytes: 1 MiB, as much as a bucket of gradients of a small block."""
+REPEATS = 4
+ALL_PAIRS_UP_TO = 8
+SLOW_PAIR = 4.0
+"""A pair this much slower than others of its kind is told."""
+SLOW_RANK = 1.5
+WORK_SECONDS = 1.5
+"""Long beside the tenths of a second in which a limit on CPU time comes and goes."""
+SKEW_WARN, SKEW_FAIL = 1.0, 10.0
+"""Seconds. torchrun's agents compare each other's clocks: after 15 s without a heartbeat a node counts as dead."""
+
+
+def check_sum(world: World, device: torch.device) -> tuple[Finding, float | None]:
+    """An all-reduce whose result is known, and its bytes per second; None with one rank."""
+    if world.num_ranks == 1:
+        return Finding(check="all-reduce", verdict="ok", found="one rank: nothing to add up"), None
+    places = torch.arange(NUMBERS, device=device) % 7
+    seconds: list[float] = []
+    wrong = 0
+    for _ in range(REPEATS):
+        numbers = (places + world.rank).float()
+        collectives.all_gather(None)
+        start = time.perf_counter()
+        collectives.all_reduce(numbers)
+        _wait_for(device)
+        seconds.append(time.perf_counter() - start)
+        right = places * world.num_ranks + world.num_ranks * (world.num_ranks - 1) // 2
+        wrong += int((numbers != right).sum())
+    slowest = max(collectives.all_gather(min(seconds)))
+    rate = 4 * NUMBERS / slowest
+    bad = [rank for rank, count in enumerate(collectives.all_gather(wrong)) if count]
+    if bad:
+        found = f"wrong sums on {len(bad)} of {world.num_ranks} ranks, first on rank {bad[0]}"
+        remedy = "Gradients would be wrong as well: have network cards and memory of these nodes tested"
+        return Finding(check="all-reduce", verdict="fail", found=found, remedy=remedy, ranks=tuple(bad)), rate
+    found = f"right, {rate / 1e6:,.0f} MB/s over {'NCCL' if device.type == 'cuda' else 'gloo'}"
+    return Finding(check="all-reduce", verdict="ok", found=found), rate
+
+
+def pairs_that_matter(hosts: Sequence[str]) -> list[tuple[int, int]]:
+    """All pairs of up to 8 ranks; of more, neighbours in the ring that reductions take, and the first ranks of the nodes."""
+    num_ranks = len(hosts)
+    if num_ranks <= ALL_PAIRS_UP_TO:
+        return [(a, b) for a in range(num_ranks) for b in range(a + 1, num_ranks)]
+    first = list({host: rank for rank, host in reversed(list(enumerate(hosts)))}.values())
+    leaders = sorted(first)
+    ring = [(rank, (rank + 1) % num_ranks) for rank in range(num_ranks)]
+    of_nodes = [(leaders[0], leader) for leader in leaders[1:]]
+    return sorted({(min(pair), max(pair)) for pair in ring + of_nodes})
+
+
+def check_pairs(world: World, device: torch.device, hosts: Sequence[str]) -> Finding:
+    """Bytes per second between ranks, one pair at a time."""
+    pairs = pairs_that_matter(hosts)
+    if not pairs:
+        return Finding(check="pairs of ranks", verdict="ok", found="one rank")
+    numbers = torch.zeros(NUMBERS, device=device)
+    mine: dict[tuple[int, int], float] = {}
+    for pair in pairs:
+        collectives.all_gather(None)
+        if world.rank not in pair:
+            continue
+        is_first = world.rank == pair[0]
+        peer = pair[1] if is_first else pair[0]
+        seconds: list[float] = []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            collectives.send_receive(numbers, peer, sends=is_first)
+            collectives.send_receive(numbers, peer, sends=not is_first)
+            _wait_for(device)
+            seconds.append(time.perf_counter() - start)
+        if is_first:
+            mine[pair] = 2 * 4 * NUMBERS / min(seconds)
+    rates = {pair: rate for found in collectives.all_gather(mine) for pair, rate in found.items()}
+    return judge_pairs(rates, hosts)
+
+
+def judge_pairs(rates: dict[tuple[int, int], float], hosts: Sequence[str]) -> Finding:
+    """The slowest pair named, if it is much slower than others of its kind: within a node, or between nodes."""
+    slow: list[str] = []
+    spans: list[str] = []
+    for kind, inside in (("within a node", True), ("between nodes", False)):
+        own = {pair: rate for pair, rate in rates.items() if (hosts[pair[0]] == hosts[pair[1]]) == inside}
+        if not own:
+            continue
+        typical = statistics.median(own.values())
+        spans.append(f"{kind} {min(own.values()) / 1e6:,.0f} to {max(own.values()) / 1e6:,.0f} MB/s")
+        slow += [
+            f"ranks {a} ({hosts[a]}) and {b} ({hosts[b]}): {rate / 1e6:,.0f} MB/s, others {typical / 1e6:,.0f}"
+            for (a, b), rate in own.items()
+            if rate * SLOW_PAIR < typical
+        ]
+    if not slow:
+        return Finding(check="pairs of ranks", verdict="ok", found=", ".join(spans))
+    remedy = (
+        "Every step waits for the slowest way: leave that node out (sbatch --exclude), or look at its cable and card"
+    )
+    return Finding(check="pairs of ranks", verdict="warn", found="; ".join(slow[:4]), remedy=remedy)
+
+
+def work_rate(device: torch.device) -> float:
+    """Floating-point operations per second of this rank's matrix products, all ranks at work at the same time."""
+    side, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (384, torch.float32)
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    torch.mm(left, right)
+    _wait_for(device)
+    collectives.all_gather(None)
+    count, start = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - start) < WORK_SECONDS:
+        for _ in range(8):
+            torch.mm(left, right)
+        _wait_for(device)
+        count += 8
+    return count * 2 * side**3 / seconds
+
+
+def judge_rates(rates: Sequence[float], hosts: Sequence[str], cores: Sequence[int]) -> Finding:
+    """The ranks that are slow beside the others, each with its host and its cores. Rates are per second."""
+    typical = max(rates) if len(rates) < 3 else statistics.median(rates)
+    slow = [rank for rank, rate in enumerate(rates) if rate * SLOW_RANK < typical]
+    unit = f"{typical / 1e9:,.0f} GFLOP/s per rank"
+    if not slow:
+        return Finding(check="speed", verdict="ok", found=unit)
+    told = "; ".join(
+        f"rank {rank} on {hosts[rank]} computes {typical / rates[rank]:.1f} times as slowly as others"
+        + (f", on {cores[rank]} core(s) instead of {max(cores)}" if cores[rank] < max(cores) else "")
+        for rank in slow[:8]
+    )
+    remedy = "Every step waits for it: look there for other programs, a limit on CPU time, bound cores, or heat"
+    return Finding(check="speed", verdict="warn", found=told, remedy=remedy, ranks=tuple(slow))
+
+
+def clock_offsets(world: World) -> list[float]:
+    """How far each rank's clock is ahead of rank 0's, in seconds, on every rank; right within the time of a meeting."""
+    rounds: list[list[float]] = []
+    for _ in range(5):
+        collectives.all_gather(None)  # all leave it within a moment
+        rounds.append(collectives.all_gather(time.time()))
+    return [statistics.median(times[rank] - times[0] for times in rounds) for rank in range(world.num_ranks)]
+
+
+def judge_clocks(offsets: Sequence[float], hosts: Sequence[str]) -> Finding:
+    """The clocks that are wrong beside the others'."""
+    middle = statistics.median(offsets)
+    skews = [offset - middle if len(offsets) > 2 else offset for offset in offsets]
+    worst = max(map(abs, skews))
+    if worst <= SKEW_WARN:
+        return Finding(check="clocks", verdict="ok", found=f"together within {max(worst, 0.01):.2f} s")
+    wrong = [rank for rank, skew in enumerate(skews) if abs(skew) > SKEW_WARN]
+    told = "; ".join(
+        f"rank {rank} on {hosts[rank]} is {abs(skews[rank]):,.1f} s {'ahead' if skews[rank] > 0 else 'behind'}"
+        for rank in wrong[:8]
+    )
+    remedy = (
+        "Have the node's clock set (chronyc tracking, timedatectl): torchrun takes nodes with wrong clocks for dead"
+    )
+    verdict = "fail" if worst > SKEW_FAIL else "warn"
+    return Finding(check="clocks", verdict=verdict, found=told, remedy=remedy, ranks=tuple(wrong))
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
