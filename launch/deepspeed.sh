@@ -28,4 +28,4 @@ port=$("${python[@]}" -c 'import socket; door = socket.create_server(("127.0.0.1
 # The launcher shows the ranks the devices 0 to NPROC - 1; `env` gives them back the ones you chose, or none.
 run "${python[@]}" -m deepspeed.launcher.launch --quiet --world_info="$world" --master_port="$port" --no_python --no_local_rank \
     env ${CUDA_VISIBLE_DEVICES+"CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"} \
-    "$PYTHON" -m agnews_dist.train --config "$root/configs/deepspeed.yaml" "$@"
+    "$INTERPRETER" -m agnews_dist.train --config "$root/configs/deepspeed.yaml" "$@"

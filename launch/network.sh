@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034,SC2154  # node.sh sets and reads what is neither here
 # How the ranks of several nodes talk, each setting with its reason; what you export yourself wins. Sourced by node.sh, which sets
 # `python` and `place`.
 

@@ -65,4 +65,4 @@ if [[ -n ${LOGS:-} && -z ${DRY_RUN:-} ]]; then
     mkdir -p "$LOGS"
     exec 2>>"$LOGS/torchrun-$NODE.log"
 fi
-run "${torchrun[@]}" --no_python "$root/launch/rank.sh" "$PYTHON" -m "agnews_dist.$STORY" "$@"
+run "${torchrun[@]}" --no_python "$root/launch/rank.sh" "$INTERPRETER" -m "agnews_dist.$STORY" "$@"

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# What every launcher here needs: root, PYTHON, NPROC, OMP_NUM_THREADS, RANK_CORES, the signals that reach the ranks, and `run`.
+# What every launcher here needs: root, INTERPRETER, NPROC, OMP_NUM_THREADS, RANK_CORES, the signals that reach the ranks, and `run`.
 # Sourced by node.sh, deepspeed.sh and accelerate.sh.
 #
 #   source ranks.sh torchrun      the name is for messages
 #
-# PYTHON     the interpreter; default: that of .venv
-# CONTAINER  words before it, such as "apptainer exec --nv image.sif"; the repository must be visible inside
-# DRY_RUN=1  print the last command instead of running it
+# INTERPRETER  Python with the package; default: that of .venv
+# CONTAINER    words before it, such as "apptainer exec --nv image.sif"; the repository must be visible inside
+# DRY_RUN=1    print the last command instead of running it
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-export PYTHON=${PYTHON:-$root/.venv/bin/python}
+export INTERPRETER=${INTERPRETER:-$root/.venv/bin/python}
 read -r -a python <<<"${CONTAINER:-}"
-python+=("$PYTHON")
+python+=("$INTERPRETER")
 if ! command -v "${python[0]}" >/dev/null; then
     if [[ ${python[0]} == "$root/.venv/bin/python" ]]; then
         echo "error: $root/.venv is not there: nothing is installed yet. Run bash launch/env.sh first." >&2
     else
-        echo "error: ${python[0]} is not there: nothing can be started. Set PYTHON or CONTAINER to what is installed." >&2
+        echo "error: ${python[0]} is not there: nothing can be started. Set INTERPRETER or CONTAINER to what is installed." >&2
     fi
     exit 1
 fi

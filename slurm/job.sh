@@ -6,14 +6,16 @@
 # USR1  `--signal=B:USR1@...`: the time limit is near, or the site warns of a preemption. Passed on to the ranks; then back into
 #       the queue, where the next start goes on
 set -uo pipefail
+root=${root:?the batch script says where the repository is}
 
 if [[ -f $root/slurm/site.env ]]; then
+    # shellcheck source=slurm/site.env.example
     source "$root/slurm/site.env"
 fi
 if declare -F setup >/dev/null; then
     setup
 fi
-export PYTHON CONTAINER DRY_RUN PREFLIGHT NPROC MAX_RESTARTS 2>/dev/null
+export INTERPRETER CONTAINER DRY_RUN PREFLIGHT NPROC MAX_RESTARTS
 # Slurm of 2022 and before does not tell a job its end; the ranks save and leave in time if they know it.
 if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
     SLURM_JOB_END_TIME=$(date -d "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e)" +%s 2>/dev/null) &&
@@ -75,7 +77,7 @@ ask() {
     local at=$1
     shift
     # shellcheck disable=SC2086  # CONTAINER is words
-    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} ${CONTAINER:-} "${PYTHON:-$root/.venv/bin/python}" -m agnews_dist.restarts \
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} ${CONTAINER:-} "${INTERPRETER:-$root/.venv/bin/python}" -m agnews_dist.restarts \
         --at "$at" --starts "$LOGS/starts.jsonl" --limit "${MAX_FRUITLESS_STARTS:-3}" "$@"
 }
 

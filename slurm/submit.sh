@@ -12,6 +12,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [[ -f $root/slurm/site.env ]]; then
+    # shellcheck source=slurm/site.env.example
     source "$root/slurm/site.env"
 fi
 

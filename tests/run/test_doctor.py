@@ -17,7 +17,9 @@ def model(shared: Path, directory: Path, **sizes: int) -> Path:
 
 def test_a_run_that_fits(shared: Path, tmp_path: Path) -> None:
     name = str(model(shared, tmp_path / "small"))
-    done = python("-m", "agnews_dist.doctor", "--model.name", name, "--ranks", "2", "--json")
+    done = python(
+        "-m", "agnews_dist.doctor", "--model.name", name, "--data.source", "synthetic", "--ranks", "2", "--json"
+    )
     found = json.loads(done.stdout)
     assert found["fits"] is True
     assert found["problem"] is None
@@ -27,7 +29,7 @@ def test_a_run_that_fits(shared: Path, tmp_path: Path) -> None:
     assert found["estimate"]["device"]["optimizer"] == 8 * (7_087_872 + 2 * 768 + 4 * 769)
     assert found["device_bytes"] == sum(found["estimate"]["device"].values())
     assert found["facts"]["torch"]
-    shown = python("-m", "agnews_dist.doctor", "--model.name", name).stdout
+    shown = python("-m", "agnews_dist.doctor", "--model.name", name, "--data.source", "synthetic").stdout
     assert "frozen weights" in shown
     assert "It fits." in shown
 

@@ -1,8 +1,9 @@
-"""launch/*.sh: what they start, with which ranks and threads, and what they say when they cannot."""
+"""launch/*.sh and slurm/*: what they start, with which ranks and threads, and what they say when they cannot."""
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,13 @@ import pytest
 from agnews_dist.cli import load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted([*(REPOSITORY / "launch").glob("*.sh"), REPOSITORY / ".ci" / "run"])
+SLURM = REPOSITORY / "slurm"
+SCRIPTS = sorted([*(REPOSITORY / "launch").glob("*.sh"), REPOSITORY / ".ci" / "run", *SLURM.glob("*.*")])
+SOURCED = {"job.sh", "network.sh", "site.env.example", "site.env"}
+"""Not started: they are read by others, in whose shell errors are theirs to handle."""
+BATCH = {"train.sbatch", "debug.sbatch", "sweep.sbatch", "evaluate.sbatch", "prepare.sbatch"}
 LAUNCHERS = {"local.sh": "torchrun", "deepspeed.sh": "deepspeed", "accelerate.sh": "accelerate"}
-FOREIGN = ("NPROC", "OMP_NUM_THREADS", "PYTHON", "CUDA_VISIBLE_DEVICES")
+FOREIGN = ("NPROC", "OMP_NUM_THREADS", "PYTHON", "INTERPRETER", "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID")
 
 
 def start(script: Path, *arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -33,8 +38,7 @@ def clone(tmp_path: Path) -> Path:
     python.write_text(
         "#!/bin/sh\n"
         'case "$1 $2" in\n'
-        '"-c import torch"*) echo 3 ;;\n'
-        '"-c import os"*) echo 8 ;;\n'
+        f'"-m agnews_dist.node") exec {sys.executable} "$@" ;;\n'
         '"-c import importlib"*) [ -z "$WITHOUT_DEEPSPEED" ] ;;\n'
         '"-c import base64"*) echo "world of $3" ;;\n'
         '"-c import socket"*) echo 4321 ;;\n'
@@ -47,21 +51,48 @@ def clone(tmp_path: Path) -> Path:
 
 
 def test_every_script_is_strict_executable_and_parses() -> None:
-    assert len(SCRIPTS) >= 7
-    assert set(LAUNCHERS) < {script.name for script in SCRIPTS}
+    assert set(LAUNCHERS) | SOURCED - {"site.env"} | BATCH < {script.name for script in SCRIPTS}
     for script in SCRIPTS:
         text = script.read_text(encoding="utf-8")
-        assert text.startswith("#!/usr/bin/env bash\n"), script
-        assert "\nset -euo pipefail\n" in text, script
-        assert os.access(script, os.X_OK), script
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0, script
+        if script.name in SOURCED:
+            continue
+        assert text.startswith("#!/usr/bin/env bash\n"), script
+        if script.name in BATCH:
+            # They have to go on after an error: to say what it was, and to go back into the queue.
+            assert '\nsource "$root/slurm/job.sh"\n' in text, script
+        else:
+            assert "\nset -euo pipefail\n" in text, script
+            assert os.access(script, os.X_OK), script
+
+
+def test_shellcheck_finds_nothing() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(
+        ["shellcheck", "--external-sources", "--source-path", str(REPOSITORY), *map(str, SCRIPTS)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 def expected_command(clone: Path, script: str, ranks: int, devices: list[str]) -> list[str]:
     """What `script` runs before the user's arguments."""
     train = ["-m", "agnews_dist.train"]
     if script == "local.sh":
-        return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *train]
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(ranks),
+            "--max_restarts",
+            "0",
+            "--standalone",
+        ]
+        return [*launcher, "--no_python", f"{clone}/launch/rank.sh", f"{clone}/.venv/bin/python", *train]
     if script == "accelerate.sh":
         config = ["--config_file", str(clone / "configs" / "accelerate" / "default.yaml")]
         return ["-m", "accelerate.commands.launch", *config, "--num_processes", str(ranks), *train]
@@ -73,7 +104,12 @@ def expected_command(clone: Path, script: str, ranks: int, devices: list[str]) -
 @pytest.mark.parametrize("script", LAUNCHERS)
 @pytest.mark.parametrize(
     ("environ", "ranks", "threads"),
-    [({"NPROC": "4"}, 4, 2), ({}, 3, 2), ({"NPROC": "16"}, 16, 1), ({"NPROC": "2", "OMP_NUM_THREADS": "7"}, 2, 7)],
+    [
+        ({"NPROC": "1"}, 1, len(os.sched_getaffinity(0))),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2", "OMP_NUM_THREADS": "5"}, 3, 5),
+        ({"NPROC": "4096"}, 4096, 1),
+        ({"NPROC": "2", "OMP_NUM_THREADS": "7"}, 2, 7),
+    ],
 )
 def test_a_launcher_is_started(
     clone: Path, tmp_path: Path, script: str, environ: dict[str, str], ranks: int, threads: int
@@ -83,7 +119,8 @@ def test_a_launcher_is_started(
     assert done.returncode == 0, done.stderr
     first, *started = done.stdout.splitlines()
     assert first == f"threads {threads}"
-    assert started == [f"[{word}]" for word in expected_command(clone, script, ranks, []) + arguments]
+    devices = [f"{name}={value}" for name, value in environ.items() if name == "CUDA_VISIBLE_DEVICES"]
+    assert started == [f"[{word}]" for word in expected_command(clone, script, ranks, devices) + arguments]
 
 
 @pytest.mark.parametrize("devices", ["", "6,7", "GPU-1f"])

@@ -68,7 +68,7 @@ def stand_in(tmp_path: Path) -> Path:
     python.chmod(0o755)
     package = tmp_path / "clone" / "agnews_dist"
     package.mkdir()
-    for name in ("__init__.py", "world.py", "errors.py"):
+    for name in ("__init__.py", "world.py", "errors.py", "node.py"):
         shutil.copy(REPOSITORY / "agnews_dist" / name, package / name)
     (package / "train.py").write_text(STAND_IN, encoding="utf-8")
     return tmp_path / "clone"

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from hosts import Hosts, can_be_made
 
 NUM_NODES, CORES, MEMORY_MB, GPUS = 2, 4, 16000, 8
 CLIENT_SECONDS = 20
@@ -80,9 +81,7 @@ class Lab:
         # Short: a socket's path has at most 107 characters.
         self.root = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))
         self.root.chmod(0o755)
-        self.is_networked = os.geteuid() == 0 and shutil.which("ip", path=_path()) is not None
-        self._tag = f"{os.getpid():x}"
-        self._net = f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
+        self.is_networked = can_be_made()
         self.nodes = [f"node{i + 1}" if self.is_networked else f"127.0.1.{i + 1}" for i in range(NUM_NODES)]
         self.environ = {
             name: value
@@ -90,6 +89,7 @@ class Lab:
             if not name.startswith(("SLURM", "SBATCH", "SRUN", "MUNGE"))
         }
         self.environ |= {"PATH": _path(), "SLURM_CONF": str(self.root / "slurm.conf")}
+        self._hosts = Hosts(self.nodes, self.root)
 
     def __enter__(self) -> "Lab":
         try:
@@ -189,11 +189,11 @@ class Lab:
         )
         self._configure()
         if self.is_networked:
-            self._lay_cables()
-        self._daemon(*self._inside("ctl", None), "slurmctld", "-c")
+            self._hosts.__enter__()
+        self._daemon(*self._inside("ctl"), "slurmctld", "-c")
         for name in self.nodes:
             (root / "spool" / name).mkdir()
-            self._daemon(*self._inside(name, self._namespace(name)), "slurmd", "-N", name)
+            self._daemon(*self._inside(name), "slurmd", "-N", name)
         idle = ("sinfo", "-h", "-N", "-t", "idle", "-p", "main", "-o", "%N")
         self.wait_for(
             lambda: len(self.client(*idle, check=False).split()) == NUM_NODES,
@@ -207,12 +207,8 @@ class Lab:
         (root / "gres.conf").write_text(f"{gres}\n")
         (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         if self.is_networked:
-            hosts = ["127.0.0.1 localhost", f"{self._net}.1 ctl"]
-            hosts += [f"{self._net}.{10 + i} {name}" for i, name in enumerate(self.nodes)]
-            (root / "hosts").write_text("\n".join([*hosts, ""]))
-            (root / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
-            controller, port, addresses = f"ctl({self._net}.1)", 6817, "CommunicationParameters=NoCtldInAddrAny"
-            places = [(name, f"{self._net}.{10 + i}", 6818) for i, name in enumerate(self.nodes)]
+            controller, port, addresses = f"ctl({self._hosts.gateway})", 6817, "CommunicationParameters=NoCtldInAddrAny"
+            places = [(name, self._hosts.address(name), 6818) for name in self.nodes]
         else:
             controller, port, addresses = "localhost", _free_ports(NUM_NODES + 1), ""
             places = [("localhost", name, port + 1 + i) for i, name in enumerate(self.nodes)]
@@ -238,35 +234,8 @@ class Lab:
                 return "/dev/tty[0-7]" if Path("/dev/tty7").exists() else None
         return f"{self.root}/gpus/nvidia[0-{GPUS - 1}]"
 
-    def _namespace(self, node: str) -> str | None:
-        return f"lab{self._tag}-{node}" if self.is_networked else None
-
-    def _lay_cables(self) -> None:
-        bridge = f"lab{self._tag}"
-        self._ip("link", "add", bridge, "type", "bridge")
-        self._ip("addr", "add", f"{self._net}.1/24", "dev", bridge)
-        self._ip("link", "set", bridge, "up")
-        for i, name in enumerate(self.nodes):
-            namespace, cable = str(self._namespace(name)), f"lab{self._tag}{i}"
-            self._ip("netns", "add", namespace)
-            self._ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", namespace)
-            self._ip("link", "set", cable, "master", bridge, "up")
-            self._ip("-n", namespace, "link", "set", "lo", "up")
-            self._ip("-n", namespace, "addr", "add", f"{self._net}.{10 + i}/24", "dev", "eth0")
-            self._ip("-n", namespace, "link", "set", "eth0", "up")
-
-    def _ip(self, *arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True, env=self.environ, capture_output=True, timeout=CLIENT_SECONDS)
-
-    def _inside(self, host: str, namespace: str | None) -> Sequence[str]:
-        """What runs a command as the host of that name, with the cluster's own hosts file."""
-        if not self.is_networked:
-            return ()
-        net = ["nsenter", f"--net=/run/netns/{namespace}"] if namespace else []
-        setup = (
-            'hostname "$0"; for file in hosts nsswitch.conf; do mount --bind "$LAB/$file" "/etc/$file"; done; exec "$@"'
-        )
-        return [*net, "env", f"LAB={self.root}", "unshare", "--uts", "--mount", "sh", "-ec", setup, host]
+    def _inside(self, host: str) -> list[str]:
+        return self._hosts.inside(host) if self.is_networked else []
 
     def _daemon(self, *command: str) -> None:
         # Files, not pipes: a daemon keeps what it inherits, and a pipe's other end would wait for it.
@@ -294,9 +263,7 @@ class Lab:
                 if process.environ().get("SLURM_CONF") == self.environ["SLURM_CONF"] and process.pid != os.getpid():
                     process.kill()
         if self.is_networked:
-            for name in self.nodes:
-                subprocess.run(["ip", "netns", "del", str(self._namespace(name))], capture_output=True, check=False)
-            subprocess.run(["ip", "link", "del", f"lab{self._tag}"], capture_output=True, check=False)
+            self._hosts.__exit__()
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _end_daemons(self, files: Sequence[Path]) -> None:

@@ -1,0 +1,177 @@
+"""The doctor on machines that are wrong on purpose: what is planted is found, named, and nothing else is called a failure."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import warm
+from launching import REPOSITORY, environment
+
+CONFIG = ("--config", str(REPOSITORY / "configs" / "quickstart.yaml"))
+SECONDS = 150
+
+
+@dataclass
+class Rank:
+    """How one rank differs from the others."""
+
+    before: Sequence[str] = ()
+    """Words before the interpreter."""
+    arguments: Sequence[str] = ()
+    environ: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Told:
+    """What the ranks said."""
+
+    codes: list[int]
+    out: dict[str, Any]
+    err: str
+
+    def verdicts(self, verdict: str) -> dict[str, str]:
+        """What was found, by check."""
+        return {row["check"]: row["found"] for row in self.out["findings"] if row["verdict"] == verdict}
+
+
+def doctor(
+    *ranks: Rank, arguments: Sequence[str] = CONFIG, program: Sequence[str] = ("-m", "agnews_dist.doctor")
+) -> Told:
+    """Run it on these ranks, each a process of its own."""
+    places = warm.rank_variables(len(ranks)) if len(ranks) > 1 else [{}]
+    processes = [
+        subprocess.Popen(
+            [*rank.before, sys.executable, *program, *arguments, "--json", *rank.arguments],
+            env=environment(**place, **rank.environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+        )
+        for rank, place in zip(ranks, places, strict=True)
+    ]
+    try:
+        said = [process.communicate(timeout=SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    out, err = said[0][0], "".join(text for _, text in said)
+    assert out, err
+    return Told([process.returncode for process in processes], json.loads(out), err)
+
+
+def test_two_healthy_ranks() -> None:
+    told = doctor(Rank(), Rank())
+    assert told.codes == [0, 0], told.err
+    assert told.verdicts("fail") == {}
+    found = told.verdicts("ok")
+    assert found["world"].startswith("2 rank(s) on 1 node(s)")
+    assert found["all-reduce"].startswith("right, ")
+    assert found["versions"] == found["configuration"] == "the same on all ranks"
+    assert told.out["expected_seconds"] > 1
+    assert told.out["fits"] is True
+    # Nothing of the probes is left, nor a directory that was not there.
+    assert list((REPOSITORY / "runs").glob(".doctor-*")) == []
+
+
+def test_other_versions_settings_clocks_and_counts(tmp_path: Path) -> None:
+    other = tmp_path / "accelerate-9.9.9.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 9.9.9\n")
+    odd = Rank(
+        arguments=("--optim.lr", "0.5"),
+        environ={"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])},
+    )
+    ahead = Rank(before=("faketime", "-f", "+1h"))
+    expected = ("--ranks", "4")
+    told = doctor(Rank(), odd, ahead, arguments=(*CONFIG, *expected))
+    assert told.codes == [1, 1, 1], told.err
+    failures = told.verdicts("fail")
+    assert set(failures) == {"versions", "configuration", "clocks", "world"}
+    assert failures["versions"].startswith("accelerate ")
+    assert failures["versions"].endswith("on rank 0, 9.9.9 on rank 1")
+    assert failures["configuration"] == "optim.lr 0.002 on rank 0, 0.5 on rank 1"
+    assert failures["clocks"].startswith("rank 2 on ")
+    assert " 3,600." in failures["clocks"] or " 3,599." in failures["clocks"]
+    assert failures["clocks"].endswith("s ahead")
+    assert failures["world"].startswith("3 rank(s) on 1 node(s)")
+    assert failures["world"].endswith("where 4 were expected")
+    assert "error: 4 of " in told.err
+
+
+def test_a_rank_on_a_busy_core() -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    cores = sorted(map(str, os.sched_getaffinity(0)))
+    busy = [subprocess.Popen(["taskset", "-c", cores[0], sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        told = doctor(Rank(before=("taskset", "-c", cores[1])), Rank(before=("taskset", "-c", cores[0])))
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert told.codes == [0, 0], told.err
+    assert told.verdicts("warn")["speed"].startswith(f"rank 1 on {socket.gethostname()} computes ")
+
+
+def test_a_rank_with_little_cpu_time() -> None:
+    told = doctor(Rank(), Rank(before=("cpulimit", "--quiet", "--limit=30", "--foreground", "--")))
+    assert told.codes == [0, 0], told.err
+    assert told.verdicts("warn")["speed"].startswith("rank 1 on ")
+
+
+def test_disks_that_cannot_be_written_and_no_compiler(tmp_path: Path) -> None:
+    full, fixed, empty = (tmp_path / name for name in ("full", "fixed", "empty"))
+    for directory in (full, fixed, empty):
+        directory.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root mounts file systems")
+    mounts = (
+        f"mount -t tmpfs -o size=2m none {full} && head -c 1900k /dev/zero >{full}/filler && "
+        f'mount -t tmpfs -o ro,size=2m none {fixed} && exec "$@"'
+    )
+    places = ("--run.dir", str(fixed / "runs"), "--data.cache_dir", str(full / "cache"), "--engine.compile", "always")
+    told = doctor(
+        Rank(before=("unshare", "--mount", "sh", "-c", mounts, "sh", "env", f"PATH={empty}")),
+        arguments=(*CONFIG, *places),
+    )
+    assert told.codes == [1]
+    failures = told.verdicts("fail")
+    assert set(failures) == {"disk: run.dir", "disk: data.cache_dir", "C++ compiler"}
+    assert failures["disk: run.dir"] == f"{fixed}/runs is not writable: Read-only file system"
+    assert failures["disk: data.cache_dir"] == f"{full}/cache is full: No space left on device"
+    assert failures["C++ compiler"].startswith("none: ")
+
+
+def test_a_rank_that_does_not_come() -> None:
+    impatient = (
+        "import sys; from agnews_dist import doctor; doctor.MEETING_SECONDS = 4; sys.exit(doctor.main(sys.argv[1:]))"
+    )
+    environ = warm.rank_variables(2)[0]
+    told = doctor(Rank(environ=environ), program=("-c", impatient))
+    assert told.codes == [1]
+    [(check, found)] = told.verdicts("fail").items()
+    assert check == "rendezvous"
+    assert "1/2 clients joined" in found
+    assert "1/2 clients joined" in told.err
+    assert "Traceback" not in told.err
+    # What it found alone is told all the same.
+    assert "disk: run.dir" in told.verdicts("ok")
+
+
+def test_what_only_the_hub_has_is_a_failure_without_it(tmp_path: Path) -> None:
+    environ = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    told = doctor(Rank(environ=environ), arguments=("--model.name", "embedded", "--data.source", "somebody/news"))
+    assert told.codes == [1]
+    assert told.verdicts("fail") == {"hub": f"somebody/news: not below {tmp_path}, and HF_HUB_OFFLINE is set"}
+    (tmp_path / "hub" / "datasets--somebody--news" / "snapshots").mkdir(parents=True)
+    told = doctor(Rank(environ=environ), arguments=("--model.name", "embedded", "--data.source", "somebody/news"))
+    assert told.codes == [0]
+    assert told.verdicts("ok")["hub"] == f"cached below {tmp_path}"
