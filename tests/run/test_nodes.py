@@ -119,7 +119,14 @@ def test_the_head_may_know_itself_as_loopback(hosts: Hosts, tmp_path: Path) -> N
     (tmp_path / "debian").write_text("127.0.0.1 localhost\n127.0.1.1 first\n")
     look = [sys.executable, "-m", "agnews_dist.doctor", "--endpoint", "first:29503", "--nodes", "2", "--node", "0"]
     done = subprocess.run(
-        [*hosts.inside("first"), "sh", "-ec", 'mount --bind "$0" /etc/hosts; exec "$@"', str(tmp_path / "debian"), *look],
+        [
+            *hosts.inside("first"),
+            "sh",
+            "-ec",
+            'mount --bind "$0" /etc/hosts; exec "$@"',
+            str(tmp_path / "debian"),
+            *look,
+        ],
         env=environment(),
         capture_output=True,
         text=True,

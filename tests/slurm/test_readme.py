@@ -1,0 +1,123 @@
+"""README's words on clusters, followed to the letter by a stranger on a real Slurm."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from lab import Lab
+from launching import REPOSITORY
+
+pytestmark = pytest.mark.timeout(900)
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+SECTION = README.split("\n## Clusters\n")[1].split("\n## ")[0]
+
+
+def commands() -> list[str]:
+    """The lines of the section's first block, without their comments."""
+    block = SECTION.split("```\n")[1]
+    return [re.split(r"\s{2,}#", line)[0] for line in block.splitlines() if line]
+
+
+def clone_of(repository: Path, place: Path) -> Path:
+    """What git tracks, with an environment: what `git clone` and launch/env.sh leave."""
+    for name in ("agnews_dist", "configs", "launch", "slurm"):
+        shutil.copytree(repository / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "site.env"))
+    (place / ".venv").symlink_to(repository / ".venv", target_is_directory=True)
+    return place
+
+
+def test_every_command_does_what_it_says(lab: Lab, environ: dict[str, str], quickstart: Path, tmp_path: Path) -> None:
+    lines = commands()
+    assert lines[:2] == ["cp slurm/site.env.example slurm/site.env", "source slurm/site.env"]
+    # Every script is used in it, but those that others read; submit.sh uses prepare.
+    scripts = {path.name for path in (REPOSITORY / "slurm").iterdir()} - {"job.sh", "site.env.example", "site.env"}
+    assert {name for name in scripts if any(f"slurm/{name}" in line for line in lines)} == scripts - {"prepare.sbatch"}
+    clone = clone_of(REPOSITORY, tmp_path / "clone")
+    mine = yaml.safe_load(quickstart.read_text())
+    mine["optim"]["epochs"] = 1
+    (clone / "my.yaml").write_text(yaml.safe_dump(mine))
+    # "edit its first three lines": this cluster's partition; no accounts, and no GPUs that torch could see.
+    edit = "sed -i -e s/=gpu/=main/ -e /SBATCH_ACCOUNT/d -e /SBATCH_GPUS_PER_NODE=/d slurm/site.env"
+    assert re.search(r"edit its first three lines", SECTION)
+    until = "until [[ -z $(squeue --noheader --states PD,R,CG) ]]; do sleep 0.5; done"
+    script = ["set -euo pipefail", lines[0], edit, *lines[1:-1], until, lines[-1], until]
+    pythonpath = f"{clone}{os.pathsep}{environ['PYTHONPATH']}"
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(script)],
+        cwd=clone,
+        env={**lab.environ, **environ, "PYTHONPATH": pythonpath},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    submitted = re.findall(r"Submitted batch job (\d+)", done.stdout)
+    stages = dict(re.findall(r"^(prepare|train|evaluate) (\d+)$", done.stdout, re.MULTILINE))
+    assert list(stages) == ["prepare", "train", "evaluate"]
+    for job in [*submitted, *stages.values()]:
+        assert lab.state(job) == "COMPLETED", lab.told(job)
+    debug, train, _, evaluate = submitted
+    results = {path.parent.name: json.loads(path.read_text()) for path in clone.glob("runs/*/result.json")}
+    ranks = {name: result["num_ranks"] for name, result in results.items()}
+    swept = {name: ranks.pop(name) for name in list(ranks) if name.startswith("agnews-sweep")}
+    assert ranks == {f"agnews-debug-{debug}": 1, f"agnews-train-{train}": 2, "first": 2}
+    assert sorted(swept.values()) == [1, 1]
+    seeds = [
+        yaml.safe_load((clone / "runs" / name / "config.yaml").read_text())["run"]["seed"] for name in sorted(swept)
+    ]
+    assert seeds == [0, 1]
+    assert yaml.safe_load((clone / "runs" / f"agnews-train-{train}" / "config.yaml").read_text())["optim"]["lr"] == 1e-3
+    # The cluster was checked first, with verdicts, and then the small training ran.
+    said = (clone / f"agnews-debug-{debug}.log").read_text()
+    assert said.index("failure(s)") < said.index("run started on")
+    # Evaluated after training, on the same rows and another number of ranks: the same integers.
+    scored = json.loads((clone / "scores" / "first" / "result.json").read_text())["splits"]["test"]
+    trained = results["first"]["splits"]["test"]
+    assert scored["num_examples"] == mine["data"]["limit_test"]
+    assert [name for name, value in scored.items() if value != trained[name] and name != "loss"] == []
+    assert "validation: accuracy" in (clone / f"agnews-evaluate-{evaluate}.log").read_text()
+
+
+def test_submit_prints_what_it_would_submit(tmp_path: Path, environ: dict[str, str]) -> None:
+    clone = clone_of(REPOSITORY, tmp_path / "clone")
+    done = subprocess.run(
+        [clone / "slurm" / "submit.sh", "--nodes=4", "--", "--config", "my file.yaml"],
+        env={**environ, "DRY_RUN": "1", "RUN": "x", "SBATCH_GPUS_PER_NODE": "8"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["prepare prepare", "train train", "evaluate evaluate"]
+    prepare, train, evaluate = done.stderr.splitlines()
+    assert prepare.endswith(f"{clone}/slurm/prepare.sbatch --config my\\ file.yaml ")
+    assert "--dependency=afterok:prepare --kill-on-invalid-dep=yes --nodes=4 " in train
+    assert train.endswith("--config my\\ file.yaml --run.dir runs --run.name x ")
+    assert "--dependency=afterok:train" in evaluate
+    assert "--config runs/x/config.yaml --model.name runs/x --split test --output scores/x" in evaluate
+
+
+def test_the_doctor_under_a_bare_srun(lab: Lab, environ: dict[str, str], quickstart: Path, tmp_path: Path) -> None:
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", str(REPOSITORY / ".venv" / "bin" / "python")]
+    done = subprocess.run(
+        [*command, "-m", "agnews_dist.doctor", "--config", str(quickstart), "--json", "--run.dir", str(tmp_path)],
+        env={**lab.environ, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    found = {row["check"]: row for row in json.loads(done.stdout)["findings"]}
+    assert found["world"]["found"].startswith("2 rank(s) on 2 node(s)" if lab.is_networked else "2 rank(s) on ")
+    assert [row for row in found.values() if row["verdict"] == "fail"] == []
+    if lab.is_networked:
+        assert found["shared: run.dir"]["found"] == "seen from every node"
+        assert found["pairs of ranks"]["found"].startswith("between nodes ")
