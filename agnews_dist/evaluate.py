@@ -7,12 +7,14 @@
 --output        directory for result.json and predictions-<split>.jsonl
 """
 
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from agnews_dist import cli
+from agnews_dist.node_cache import HELP, node_cache
 from agnews_dist.story import tell
 from agnews_dist.world import World
 
@@ -20,6 +22,7 @@ OPTIONS = (
     cli.Option(
         "--split", choices=("train", "validation", "test"), help="Split to score; default: test, or a file whole."
     ),
+    cli.Option("--node_cache", HELP, default=""),
     cli.Option("--output", help="Directory for result.json and predictions-<split>.jsonl; default: none are written."),
 )
 
@@ -67,6 +70,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
                 emit=emit,
                 clock=clock,
                 world=world,
+                node_dir=node_cache(options["node_cache"], os.environ),
             )
 
         outcome = collectives.attempt(prepare)

@@ -57,7 +57,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
         shape = load_shape(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
         check_max_length(data.max_length, shape.n_positions)
         corpus = load_text(data)
-        store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world)
+        store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world, node_dir=None)
         split = store.splits["train"]
         foretold = forecast(
             split.lengths,

@@ -127,8 +127,11 @@ def open_features(
     *,
     frozen_weights: str,
     wanted: Wanted,
+    node_dir: Path | None,
+    emit: Emit,
 ) -> FeatureCache:
-    """Where the frozen part's output is kept; decided, not yet computed. Collective. `frozen_weights`: their fingerprint."""
+    """Where the frozen part's output is kept; decided, not yet computed. Collective. `frozen_weights`: their fingerprint;
+    `node_dir`: where the node keeps copies of what is on disk."""
     num_tokens = sum(int(table.lengths_N.sum()) for table in tables.values())
     sources.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=config.engine.compile)
     return FeatureCache(
@@ -141,6 +144,8 @@ def open_features(
         limit_bytes=int(config.engine.feature_cache_gigabytes * 1e9),
         frozen_weights=frozen_weights,
         model_name=config.model.name,
+        node_directory=None if node_dir is None else node_dir / "features",
+        emit=emit,
     )
 
 
@@ -161,7 +166,14 @@ def load_text(data: DataConfig, *, hold_out: bool = True) -> Corpus:
 
 
 def open_tokens(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, data: DataConfig, *, max_length: int, emit: Emit, world: World
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    data: DataConfig,
+    *,
+    max_length: int,
+    emit: Emit,
+    world: World,
+    node_dir: Path | None,
 ) -> TokenStore:
     """The tokens of `corpus`, from the cache or made now by one process per node while the others wait at a file lock."""
     return open_or_build(
@@ -171,10 +183,20 @@ def open_tokens(
         cache_dir=cache_root(data.cache_dir),
         emit=emit,
         builds_first=world.local_rank == 0,
+        node_dir=node_dir,
     )
 
 
-def load_sources(data: DataConfig, model: ModelConfig, *, seed: int, emit: Emit, clock: Clock, world: World) -> Sources:
+def load_sources(
+    data: DataConfig,
+    model: ModelConfig,
+    *,
+    seed: int,
+    emit: Emit,
+    clock: Clock,
+    world: World,
+    node_dir: Path | None = None,
+) -> Sources:
     """Model first: it is quick to fail, and tokenising may take minutes.
 
     Raises:
@@ -190,7 +212,9 @@ def load_sources(data: DataConfig, model: ModelConfig, *, seed: int, emit: Emit,
         backbone, trainable_blocks=model.trainable_blocks, num_classes=len(corpus.class_names), seed=seed
     )
     with clock.stage("tokenize"):
-        store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world)
+        store = open_tokens(
+            corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world, node_dir=node_dir
+        )
     return Sources(classifier, tokenizer, store)
 
 
@@ -220,6 +244,7 @@ def load_scored(
     emit: Emit,
     clock: Clock,
     world: World,
+    node_dir: Path | None = None,
 ) -> Scored:
     """A classifier and one tokenised split. `split` None: test, or the whole of a single file.
 
@@ -255,7 +280,7 @@ def load_scored(
     corpus = Corpus(wanted, corpus.class_names, fingerprint(wanted, corpus.class_names))
     with clock.stage("tokenize"):
         length = max_length or trained_length
-        store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world)
+        store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world, node_dir=node_dir)
     return Scored(classifier, tokenizer, class_names, store.splits[name], store.fingerprint)
 
 

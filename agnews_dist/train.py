@@ -12,8 +12,10 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from agnews_dist import cli
+from agnews_dist.node_cache import HELP, node_cache
 from agnews_dist.preempt import Watch
 from agnews_dist.story import tell
 from agnews_dist.world import World
@@ -27,6 +29,7 @@ OPTIONS = (
         "Settings that may differ from those of the checkpoint that is continued, such as optim.lr; several with commas.",
         default="",
     ),
+    cli.Option("--node_cache", HELP, default=""),
 )
 
 
@@ -90,14 +93,24 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
         # Alone, and first: of a run that is refused no rank shall tokenise anything.
         collectives.agree(collectives.attempt(attempt.claim))
 
-        def prepare() -> tuple[Estimate, Sources]:
+        def prepare() -> tuple[Estimate, Path | None, Sources]:
             check_source(config.data.source)
-            memory = check_fits(config, world)
-            return memory, load_sources(
-                config.data, config.model, seed=config.run.seed, emit=emit, clock=clock, world=world
+            memory, node_dir = check_fits(config, world), node_cache(loaded.options["node_cache"], os.environ)
+            return (
+                memory,
+                node_dir,
+                load_sources(
+                    config.data,
+                    config.model,
+                    seed=config.run.seed,
+                    emit=emit,
+                    clock=clock,
+                    world=world,
+                    node_dir=node_dir,
+                ),
             )
 
-        memory, sources = collectives.agree(collectives.attempt(prepare))
+        memory, node_dir, sources = collectives.agree(collectives.attempt(prepare))
         prints = fingerprints(config, sources)
         collectives.check_equal(prints)
         attempt.begin(prints)
@@ -130,6 +143,8 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
             engine,
             frozen_weights=prints["frozen_weights"],
             wanted=attempt.features_wanted(),
+            node_dir=node_dir,
+            emit=emit,
         )
         loader.owner_N = features.owner_N
         num_steps, parameters = loader.num_steps(config.optim.epochs), parameter_table(classifier)
@@ -143,6 +158,7 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
             loader,
             num_steps=num_steps,
             directory=attempt.directory,
+            node_dir=node_dir,
             emit=emit,
         )
         if config.run.debug:

@@ -19,6 +19,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.data.checks import check_corpus
+from agnews_dist.data.node_copy import open_copy
 from agnews_dist.data.rows import Corpus, Split
 from agnews_dist.data.token_files import (
     FORMAT,
@@ -100,11 +101,13 @@ def open_or_build(
     cache_dir: Path | None,
     emit: Emit,
     builds_first: bool = True,
+    node_dir: Path | None = None,
 ) -> TokenStore:
     """The tokens of `corpus`, from `cache_dir` (None: $XDG_CACHE_HOME or ~/.cache, /agnews_dist) or made now.
 
     Any number of processes may call this at once: one builds, the others wait at a lock and open what it published. A process
     with `builds_first=False` lets another go first for some seconds, so that the one with the console shows the progress.
+    With `node_dir` the tokens are opened from a copy there, and the processes of the node read the cache once together.
 
     Raises:
         DataError: the cache directory cannot be written, or a text is empty, blank or without a token.
@@ -117,6 +120,31 @@ def open_or_build(
         while not directory.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
     was_cached = True
+
+    def build() -> Stored:
+        nonlocal was_cached
+        was_cached = False
+        return _build(corpus, tokenizer, max_length, emit)
+
+    def from_cache() -> Stored:
+        return _read_or_write(directory, build, emit)
+
+    if node_dir is None:
+        place, stored = directory, from_cache()
+    else:
+        place, stored = open_copy(directory, node_dir, from_cache, emit)
+    for message in stored.warnings:
+        emit(Warned(message=message))
+    return TokenStore(place, stored.splits, stored.class_names, key, stored.warnings, was_cached)
+
+
+def _read_or_write(directory: Path, build: Callable[[], Stored], emit: Emit) -> Stored:
+    """What `directory` holds, written by one process while the others wait at a lock; its name is the cache's key.
+
+    Raises:
+        DataError: it is not there whole and cannot be written.
+    """
+    root, key = directory.parent, directory.name
     try:
         with ExitStack() as stack:
             try:
@@ -125,29 +153,22 @@ def open_or_build(
             except OSError as unwritable:
                 # Somebody else's cache may be readable and nothing more: good enough, if it is whole.
                 try:
-                    stored = read_stored(directory, key)
+                    return read_stored(directory, key)
                 except (FileNotFoundError, DamagedCache):
                     raise unwritable from None
-            else:
-                try:
-                    stored = read_stored(directory, key)
-                except (FileNotFoundError, DamagedCache) as fault:
-                    if isinstance(fault, DamagedCache):
-                        emit(Warned(message=f"token cache {directory} is damaged ({fault}): it is built again."))
-                    was_cached = False
-                    publish(
-                        directory, lambda place: write_stored(place, _build(corpus, tokenizer, max_length, emit), key)
-                    )
-                    stored = read_stored(directory, key)
+            try:
+                return read_stored(directory, key)
+            except (FileNotFoundError, DamagedCache) as fault:
+                if isinstance(fault, DamagedCache):
+                    emit(Warned(message=f"token cache {directory} is damaged ({fault}): it is built again."))
+                publish(directory, lambda place: write_stored(place, build(), key))
+                return read_stored(directory, key)
     except (OSError, DamagedCache) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(
             f"token cache {root} cannot be written ({reason}): the ranks would have no common tokens. Set --data.cache_dir to "
             "a directory with space that this user may write, or prepare the cache there with 'python -m agnews_dist.prepare'."
         ) from error
-    for message in stored.warnings:
-        emit(Warned(message=message))
-    return TokenStore(directory, stored.splits, stored.class_names, key, stored.warnings, was_cached)
 
 
 def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int) -> str:

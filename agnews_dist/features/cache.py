@@ -1,10 +1,8 @@
 """The features of a run: decides where they are kept, has them computed or opened, hands out each split's source."""
 
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +19,13 @@ from agnews_dist.features.choice import Choice, Place, Room, Wanted, choose
 from agnews_dist.features.compute import Meter, SplitFeatures, count, read_or_compute
 from agnews_dist.features.files import FeatureFile
 from agnews_dist.features.keys import features_key
-from agnews_dist.features.shelf import make_room, remove
+from agnews_dist.features.node_file import NodeFile
+from agnews_dist.features.shelf import make_room, remove, shared_directory
 from agnews_dist.features.source import KeptFeatures
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource, computed
 from agnews_dist.model.side_by_side import side_by_side
+from agnews_dist.node_cache import is_memory
 from agnews_dist.scoring import scoring_batches
 
 
@@ -44,21 +44,26 @@ class FeatureCache:
         wanted: Wanted,
         num_epochs: int,
         directory: Path,
+        node_directory: Path | None = None,
         limit_bytes: int,
         frozen_weights: str,
         model_name: str,
+        emit: Emit = lambda _: None,
     ) -> None:
         """Decide, computing nothing yet.
 
-        `directory`: of the feature caches on disk, which together may take `limit_bytes`; `frozen_weights`: their fingerprint.
+        `directory`: of the feature caches on disk, which together may take `limit_bytes`; `node_directory`: for copies of them
+        on the node; `frozen_weights`: their fingerprint; `emit`: hears of copies that find no room.
         """
         self._classifier, self._tables, self._engine, self._world = classifier, tables, engine, engine.world
         self._wanted: Wanted = wanted
         self._num_epochs = num_epochs
         self._directory, self._limit_bytes = directory, limit_bytes
+        self._node_directory, self._emit = node_directory, emit
+        self._in_memory = node_directory is not None and is_memory(node_directory)
         self._frozen_weights, self._model_name = frozen_weights, model_name
         self._kept: dict[str, KeptFeatures] = {}
-        self._files: dict[str, FeatureFile] = {}
+        self._files: dict[str, FeatureFile | NodeFile] = {}
         self._failed: set[Place] = set()
         self._splits: dict[tuple[str, bool], SplitFeatures] = {}
         self._keys: dict[str, str] = {}
@@ -128,9 +133,9 @@ class FeatureCache:
             return Choice("off", "nothing is frozen but the embeddings")
         splits = [self._split(name) for name in self._names("host")]
         num_bytes = sum(split.num_bytes for split in splits)
-        is_on_disk = self._wanted in ("auto", "disk") and all(
-            self._file(name).is_complete for name in self._names("disk")
-        )
+        # A copy in memory is what the places before it are, read from the disk once: then being there is no reason to stay.
+        may_stay = self._wanted == "disk" or (self._wanted == "auto" and not self._in_memory)
+        is_on_disk = may_stay and all(self._file(name).is_complete for name in self._names("disk"))
         mine = (
             room.free_device_bytes(self._engine.device, self._world.ranks_per_node),
             room.free_host_bytes(),
@@ -162,17 +167,19 @@ class FeatureCache:
             OSError: there is not enough.
         """
         place = self.choice.place
-        directory = self._directory
         if place == "host" and self._world.ranks_per_node > 1:
-            directory = shared_directory(collectives.all_gather(uuid.uuid4().hex)[0], sweep=self._world.local_rank == 0)
-        elif place != "disk":
+            job = collectives.all_gather(uuid.uuid4().hex)[0]
+            memory = shared_directory(room.SHARED_MEMORY, job, sweep=self._world.local_rank == 0)
+            self._files = {name: self._file_below(memory, name) for name in self._names(place)}
+        elif place == "disk":
+            self._files = {name: self._file(name) for name in self._names(place)}
+        else:
             return
-        self._files = {name: self._file(name, directory) for name in self._names(place)}
         if self._world.local_rank == 0:
             if place == "disk":
                 files = self._files.values()
                 needed = sum(file.num_bytes for file in files)
-                make_room(directory, needed, self._limit_bytes, keep={file.directory.name for file in files})
+                make_room(self._directory, needed, self._limit_bytes, keep={file.directory.name for file in files})
             for file in self._files.values():
                 file.allocate()
 
@@ -258,11 +265,17 @@ class FeatureCache:
             )
         return self._keys[name]
 
-    def _file(self, name: str, directory: Path | None = None) -> FeatureFile:
-        """The file of a split's features below `directory` (default: the caches on disk)."""
+    def _file(self, name: str) -> FeatureFile | NodeFile:
+        """A split's features on disk, behind the node's copy if there is to be one."""
+        shared = self._file_below(self._directory, name)
+        if self._node_directory is None or self._in_memory:
+            return shared
+        return NodeFile(shared, self._file_below(self._node_directory, name), self._emit)
+
+    def _file_below(self, directory: Path, name: str) -> FeatureFile:
         split, key = self._split(name), self._key(name)
         return FeatureFile(
-            (directory or self._directory) / key,
+            directory / key,
             key=key,
             bounds_S=split.layout.bounds_S.tolist(),
             width=split.width,
@@ -274,15 +287,3 @@ class FeatureCache:
                 "tokens": split.num_tokens,
             },
         )
-
-
-def shared_directory(name: str, *, sweep: bool) -> Path:
-    """A directory in the memory that the ranks of a node share; `sweep`: remove there what killed jobs of this user left."""
-    root = room.SHARED_MEMORY / f"agnews_dist-{os.getuid()}"
-    if sweep and root.is_dir():
-        for job in list(root.iterdir()):
-            # Another job may sweep at the same time, and a living one's directory is not empty.
-            with suppress(OSError):
-                if job.name != name and [leftover for leftover in list(job.iterdir()) if remove(leftover)]:
-                    job.rmdir()
-    return root / name

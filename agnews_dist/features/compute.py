@@ -11,6 +11,7 @@ from agnews_dist.data.calls import Layout
 from agnews_dist.data.loader import TokenTable
 from agnews_dist.events import Emit, Progress
 from agnews_dist.features.files import FeatureFile
+from agnews_dist.features.node_file import NodeFile
 from agnews_dist.model.prefix import Prefix
 
 
@@ -78,7 +79,7 @@ class Meter:
             self._emit(Progress(task="frozen part", done=self._done, total=self._total, unit="tokens"))
 
 
-def read_or_compute(split: SplitFeatures, former: FeatureFile | None, segment: int) -> Tensor:
+def read_or_compute(split: SplitFeatures, former: FeatureFile | NodeFile | None, segment: int) -> Tensor:
     """A segment's rows, from a file of a former run or try if they are whole there."""
     found = former.read(segment) if former is not None else None
     return split.segment(segment) if found is None else found

@@ -126,7 +126,7 @@ class FeatureFile:
 
     def worker(
         self,
-        compute: Callable[[int], Tensor],
+        compute: Callable[[int], Tensor | None],
         *,
         rank: int = 0,
         num_ranks: int = 1,
@@ -136,7 +136,8 @@ class FeatureFile:
 
         Of the segments that are marked, this rank checks those whose number is `rank` modulo `num_ranks` and trusts the other
         ranks for the rest, which therefore must have finished too before anyone reads. Missing and damaged segments are
-        computed by whoever gets their lock. `done` hears of every segment once, from one thread at a time.
+        computed by whoever gets their lock; `compute` may put one off with None. `done` hears of every segment once, from one
+        thread at a time.
 
         The function raises:
             OSError: no space, no permission; the segments that are marked stay.
@@ -201,23 +202,35 @@ class FeatureFile:
         mapped = np.memmap(self.directory / ROWS, dtype=np.uint8, mode="c")
         return torch.from_numpy(mapped).view(self._dtype).view(-1, self._width)
 
-    def _ensure(self, segment: int, compute: Callable[[int], Tensor], *, checks: bool) -> bool:
+    def _ensure(self, segment: int, compute: Callable[[int], Tensor | None], *, checks: bool) -> bool:
         """Make sure that a segment is there; False: somebody else is at it."""
-        if read_mark(self.directory, segment) and (not checks or self.read(segment) is not None):
+        if not checks and read_mark(self.directory, segment):
             return True
+        return self.obtain(segment, compute) is not None
+
+    def obtain(self, segment: int, compute: Callable[[int], Tensor | None]) -> Tensor | None:
+        """The rows of a segment, computed and brought to disk if they are not there whole; None: somebody else is at it.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        rows = self.read(segment)
+        if rows is not None:
+            return rows
         handle = os.open(mark_path(self.directory, segment), os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                return False
+                return None
             # Whoever had the lock before may have done it.
-            if self.read(segment) is None:
+            rows = self.read(segment)
+            if rows is None and (rows := compute(segment)) is not None:
                 os.ftruncate(handle, 0)
-                digest = self._write(segment, compute(segment))
+                digest = self._write(segment, rows)
                 os.pwrite(handle, digest.encode(), 0)
                 os.fsync(handle)
-            return True
+            return rows
         finally:
             os.close(handle)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import psutil
 import torch
 
-SHARED_MEMORY = Path("/dev/shm")
-"""Where the ranks of a node share memory; a file system in memory on Linux, absent elsewhere."""
+from agnews_dist.node_cache import SHARED_MEMORY
+
 _CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),

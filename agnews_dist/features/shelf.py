@@ -11,6 +11,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -188,3 +189,15 @@ def _is_used(anchor: Path) -> bool:
     finally:
         os.close(handle)
     return False
+
+
+def shared_directory(memory: Path, name: str, *, sweep: bool) -> Path:
+    """A job's directory in the memory that a node's ranks share; `sweep`: remove there what killed jobs of this user left."""
+    root = memory / f"agnews_dist-{os.getuid()}"
+    if sweep and root.is_dir():
+        for job in list(root.iterdir()):
+            # Another job may sweep at the same time, and a living one's directory is not empty.
+            with suppress(OSError):
+                if job.name != name and [leftover for leftover in list(job.iterdir()) if remove(leftover)]:
+                    job.rmdir()
+    return root / name

@@ -11,7 +11,7 @@ import pytest
 import torch
 from launching import environment, python
 
-from agnews_dist.features import cache, room
+from agnews_dist.features import shelf
 from agnews_dist.features.files import FeatureFile
 from agnews_dist.features.shelf import Entry, entries, make_room, remove
 
@@ -194,7 +194,6 @@ def test_two_jobs_that_sweep_shared_memory_at_once(tmp_path, monkeypatch):
                 shutil.rmtree(root / job, ignore_errors=True)
         return remove(leftover)
 
-    monkeypatch.setattr(room, "SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr(cache, "remove", sweeping_beside)
-    assert cache.shared_directory("mine", sweep=True) == root / "mine"
+    monkeypatch.setattr(shelf, "remove", sweeping_beside)
+    assert shelf.shared_directory(tmp_path, "mine", sweep=True) == root / "mine"
     assert not list(root.iterdir())

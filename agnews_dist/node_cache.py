@@ -1,0 +1,50 @@
+"""A directory of this node's own in which tokens and features are copied, when asked: `--node_cache`.
+
+The file system that nodes share is then read once per node, whatever the number of ranks and epochs. Names in it are hashes of
+the content, so that jobs of one user share it and nothing in it can be stale. All of it stays when the job ends: with the job's
+own $SLURM_TMPDIR a cluster removes it; in /dev/shm that is the tokens alone.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from agnews_dist.errors import UserError
+
+SHARED_MEMORY = Path("/dev/shm")
+"""Where the ranks of a node share memory; a file system in memory on Linux, absent elsewhere."""
+HELP = "Read tokens and features from a copy in this directory of the node; 'auto': $SLURM_TMPDIR, $TMPDIR or /dev/shm."
+
+
+def node_cache(wanted: str, environ: Mapping[str, str]) -> Path | None:
+    """The directory, made; None: none is wanted.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    if not wanted:
+        return None
+    if wanted == "auto":
+        places = [environ[name] for name in ("SLURM_TMPDIR", "TMPDIR") if environ.get(name)]
+        usable = [place for place in (*map(Path, places), SHARED_MEMORY) if os.access(place, os.W_OK | os.X_OK)]
+        if not usable:
+            raise UserError(
+                f"--node_cache auto: none of {', '.join([*places, str(SHARED_MEMORY)])} can be written, so there is nowhere to "
+                "copy to. Name a directory of the node, or leave it out."
+            )
+        directory = usable[0] / f"agnews_dist-node-{os.getuid()}"
+    else:
+        directory = Path(wanted).expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--node_cache {directory} cannot be made ({error.strerror or error}): tokens and features would be read over the "
+            "network again and again. Name a directory that every node has and this user may write."
+        ) from error
+    return directory
+
+
+def is_memory(directory: Path) -> bool:
+    """Whether what is copied there takes memory instead of a disk, and stays when the job has ended."""
+    return SHARED_MEMORY in directory.absolute().parents
