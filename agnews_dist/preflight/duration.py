@@ -1,7 +1,7 @@
 """About how long the configured training will take, from the matrix-product rate that was just measured. Pure arithmetic.
 
-The frozen part: 24 D^2 floating-point operations per token and block (the projections of a GPT-2 block; attention's own are a
-few percent at AG News' lengths). What trains: three times that of its forward pass, once per epoch; of the last block the fast
+The frozen part: two floating-point operations per token and weight of a block (its projections; attention's own are a few
+percent at AG News' lengths). What trains: three times that of its forward pass, once per epoch; of the last block the fast
 path computes one query per text, and per token 2 D multiply-adds for each head (model/suffix.py). Each step adds the
 interpreter's own time, the update of the weights and their gradients' way between ranks. Right within a factor of about two.
 """
@@ -52,7 +52,7 @@ def expected_seconds(job: Job, speed: Speed) -> float:
     """The whole job's wall-clock time."""
     shape = job.shape
     tokens = min(MEAN_TOKENS, job.max_length)
-    block = 24 * shape.width**2
+    block = 2 * shape.block
     frozen_blocks = shape.num_blocks - job.trainable_blocks
     # With the fast path the last block that trains costs its tokens little.
     full, last = job.trainable_blocks, 0.0

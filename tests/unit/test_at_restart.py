@@ -12,8 +12,7 @@ from agnews_dist.status import Status
 
 def status(state: str, attempt: int, step: int, reason: str = "a fault") -> Status:
     """What a run wrote last."""
-    fields = {"state": state, "attempt": attempt, "step": step, "reason": reason}
-    return Status(**{**{name: None for name in Status.__dataclass_fields__}, **fields})
+    return Status(state=state, attempt=attempt, step=step, reason=reason, job=None, host="here", pid=1, time="now")
 
 
 def starts(*steps: int) -> list[Start]:
@@ -21,7 +20,8 @@ def starts(*steps: int) -> list[Start]:
 
 
 @pytest.mark.parametrize(
-    ("steps", "count"), [((), 0), ((0,), 0), ((0, 0), 1), ((0, 0, 0), 2), ((0, 5, 5, 5), 2), ((5, 5, 9), 0), ((7, 0, 0), 1)]
+    ("steps", "count"),
+    [((), 0), ((0,), 0), ((0, 0), 1), ((0, 0, 0), 2), ((0, 5, 5, 5), 2), ((5, 5, 9), 0), ((7, 0, 0), 1)],
 )
 def test_starts_that_saved_nothing_new(steps, count):
     assert fruitless(starts(*steps)) == count

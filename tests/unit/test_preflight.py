@@ -1,0 +1,193 @@
+"""The doctor's judgements on figures that are given: which are failures, whom they name, and how equal rows become one."""
+
+from dataclasses import replace
+
+import pytest
+
+from agnews_dist.memory import Shape
+from agnews_dist.preflight.duration import Job, Speed, expected_seconds
+from agnews_dist.preflight.findings import Finding, merged, rank_words, worst
+from agnews_dist.preflight.network import judge_clocks, judge_pairs, judge_rates, pairs_that_matter
+from agnews_dist.preflight.ranks import check_world, differing
+from agnews_dist.world import World, expand_counts, expand_nodes, ranks_of_srun
+
+FINE = Finding(check="disk", verdict="ok", found="writable")
+FULL = Finding(check="disk", verdict="fail", found="full", remedy="Free some space")
+CORES = Finding(check="cores", verdict="warn", found="1 core", remedy="Ask for more")
+
+
+def test_equal_findings_are_one_row_with_its_ranks():
+    rows = merged([[FINE, CORES], [FULL], [FINE, CORES]])
+    assert [(row.check, row.verdict, row.ranks) for row in rows] == [
+        ("disk", "ok", (0, 2)),
+        ("disk", "fail", (1,)),
+        ("cores", "warn", (0, 2)),
+    ]
+    assert worst(rows) == "fail"
+    assert worst([FINE, CORES]) == "warn"
+    assert worst([FINE]) == worst([]) == "ok"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ((), "all"),
+        ((0, 1, 2, 3, 4, 5), "all"),
+        ((3,), "rank 3"),
+        ((0, 1, 2, 5), "ranks 0-2, 5"),
+        ((5, 1), "ranks 1, 5"),
+    ],
+)
+def test_ranks_in_words(ranks, words):
+    assert rank_words(ranks, 6) == words
+
+
+def test_what_differs_is_named_with_both_values():
+    same = {"torch": "2.13.0", "numpy": "2.4"}
+    assert differing("versions", [same, same], "...").verdict == "ok"
+    found = differing("versions", [same, {**same, "torch": "2.11.0"}, {"numpy": "2.4"}], "Start again")
+    assert (found.verdict, found.ranks, found.remedy) == ("fail", (1, 2), "Start again")
+    assert found.found == "torch 2.13.0 on rank 0, 2.11.0, absent on ranks 1-2"
+    # When all others have something that rank 0 has not.
+    assert differing("versions", [{}, {"a": 1}], "...").found == "a absent on rank 0, 1 on rank 1"
+
+
+def test_a_world_of_another_size():
+    world, hosts = World(num_ranks=4, ranks_per_node=2), ["a", "a", "b", "b"]
+    assert check_world(4, world, hosts, {}).verdict == "ok"
+    assert check_world(None, world, hosts, {}).found == "4 rank(s) on 2 node(s): a, b"
+    wrong = check_world(16, world, hosts, {})
+    assert (wrong.verdict, wrong.found) == ("fail", "4 rank(s) on 2 node(s): a, b, where 16 were expected")
+    job = {"SLURM_JOB_NUM_NODES": "3", "SLURM_STEP_ID": "0"}
+    assert check_world(None, world, hosts, job).found.endswith("while Slurm gave the job 3 node(s)")
+    assert check_world(None, world, hosts, {**job, "SLURM_JOB_NUM_NODES": "2"}).verdict == "ok"
+    # Beside the batch script, not in a step: one node alone is meant.
+    assert check_world(None, world, hosts, {"SLURM_JOB_NUM_NODES": "3"}).verdict == "ok"
+
+
+def test_of_few_ranks_all_pairs_are_measured_and_of_many_the_ways_that_reductions_take():
+    assert len(pairs_that_matter(["a"] * 8)) == 28
+    assert pairs_that_matter(["a"]) == []
+    pairs = pairs_that_matter([f"node{rank // 8}" for rank in range(32)])
+    assert len(pairs) == 32 + 3
+    assert {(0, 8), (0, 16), (0, 24), (7, 8), (0, 31)} <= set(pairs)
+    assert all(a < b for a, b in pairs)
+
+
+def test_a_slow_pair_is_compared_with_its_own_kind():
+    hosts = ["a", "a", "b", "b"]
+    rates = {(0, 1): 8e9, (2, 3): 8e9, (0, 2): 1e9, (0, 3): 1e9, (1, 2): 1e9, (1, 3): 1e9}
+    found = judge_pairs(rates, hosts)
+    assert (found.verdict, found.found) == (
+        "ok",
+        "within a node 8,000 to 8,000 MB/s, between nodes 1,000 to 1,000 MB/s",
+    )
+    found = judge_pairs({**rates, (1, 3): 2e8}, hosts)
+    assert (found.verdict, found.found) == ("warn", "ranks 1 (a) and 3 (b): 200 MB/s, others 1,000")
+
+
+def test_the_slow_rank_is_named_with_its_cores():
+    hosts = ["a", "a", "b", "b"]
+    assert judge_rates([1e9, 1.1e9, 0.9e9, 1e9], hosts, [4] * 4).found == "1 GFLOP/s per rank"
+    found = judge_rates([8e9, 8e9, 8e9, 2e9], hosts, [4, 4, 4, 1])
+    assert (found.verdict, found.ranks) == ("warn", (3,))
+    assert found.found == "rank 3 on b computes 4.0 times as slowly as others, on 1 core(s) instead of 4"
+    assert judge_rates([2e9, 8e9], ["a", "b"], [4, 4]).ranks == (0,)
+    # Three of four on a busy node: the one that is alone is not the fault.
+    assert judge_rates([2e9, 2e9, 2e9, 8e9], hosts, [4] * 4).verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("offsets", "verdict", "ranks"),
+    [
+        ([0.0, 0.2, -0.3], "ok", ()),
+        ([0.0, 0.0, 4.0], "warn", (2,)),
+        ([0.0, 0.0, -3600.0], "fail", (2,)),
+        # The clock that rank 0 compares with is the wrong one itself.
+        ([0.0, 3600.0, 3600.0], "fail", (0,)),
+        ([0.0, 20.0], "fail", (1,)),
+    ],
+)
+def test_a_wrong_clock_is_the_one_that_no_other_shares(offsets, verdict, ranks):
+    found = judge_clocks(offsets, ["a", "b", "c"])
+    assert (found.verdict, found.ranks) == (verdict, ranks)
+
+
+JOB = Job(
+    shape=Shape(num_blocks=12, width=768, inner=3072, num_heads=12, num_rows=50258, num_positions=1024),
+    trainable_blocks=1,
+    num_ranks=8,
+    epochs=3,
+    train_texts=114_000,
+    scored_texts=13_600,
+    max_length=512,
+    global_batch_size=64,
+    fast_path=True,
+    keeps_features=True,
+)
+SPEED = Speed(flops=1e13, bytes_per_second=1e9)
+
+
+def test_the_expected_time_moves_as_the_work_does():
+    seconds = expected_seconds(JOB, SPEED)
+    # GPT-2's block has 7,087,872 weights.
+    frozen = 11 * 2 * 7_087_872 * 52 * 127_600 / (8 * 1e13 * 0.7)
+    assert 10 + frozen < seconds < 1_000
+    assert expected_seconds(replace(JOB, epochs=6), SPEED) > 1.5 * seconds
+    assert expected_seconds(replace(JOB, keeps_features=False), SPEED) == pytest.approx(seconds + 2 * frozen)
+    assert expected_seconds(replace(JOB, fast_path=False), SPEED) > seconds
+    assert expected_seconds(replace(JOB, global_batch_size=32), SPEED) > 1.5 * seconds
+    assert expected_seconds(JOB, replace(SPEED, bytes_per_second=1e7)) > 5 * seconds
+    assert expected_seconds(JOB, replace(SPEED, bytes_per_second=None)) < seconds
+    assert expected_seconds(replace(JOB, train_texts=0, scored_texts=0), SPEED) == 10
+
+
+# What Slurm tells a task
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes"),
+    [
+        ("gpu1", ["gpu1"]),
+        ("gpu1,login", ["gpu1", "login"]),
+        ("gpu[01-03]", ["gpu01", "gpu02", "gpu03"]),
+        ("gpu[9-11,15],login", ["gpu9", "gpu10", "gpu11", "gpu15", "login"]),
+        ("r[1-2]n[1,3]", ["r1n1", "r1n3", "r2n1", "r2n3"]),
+        ("a[1-2].site", ["a1.site", "a2.site"]),
+    ],
+)
+def test_slurms_list_of_nodes(text, nodes):
+    assert expand_nodes(text) == nodes
+
+
+def test_slurms_counts_per_node():
+    assert expand_counts("2(x3),1") == [2, 2, 2, 1]
+    assert expand_counts("8") == [8]
+
+
+TASK = {
+    "SLURM_JOB_ID": "70123",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_STEP_NODELIST": "gpu[7-9]",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+
+
+def test_a_task_of_srun_knows_its_place():
+    assert ranks_of_srun(TASK) == {
+        "RANK": "3",
+        "WORLD_SIZE": "5",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "gpu7",
+        "MASTER_PORT": "20123",
+    }
+    assert ranks_of_srun({**TASK, "SLURM_NODEID": "2", "SLURM_LOCALID": "0"})["LOCAL_WORLD_SIZE"] == "1"
+
+
+@pytest.mark.parametrize("environ", [{}, {**TASK, "SLURM_STEP_NUM_TASKS": "1"}, {**TASK, "RANK": "0"}])
+def test_a_process_that_is_alone_or_launched_is_told_nothing(environ):
+    assert ranks_of_srun(environ) == {}
