@@ -1,7 +1,7 @@
 """Will it run here, and what will it take? `python -m agnews_dist.doctor`, alone, under torchrun, or under a bare `srun`.
 
 Every rank looks at its machine, at the disks and at the model's config; then the ranks meet, compare, and measure each other.
-Loads no weights and no data. Ends with 1 if the run would fail or go astray.
+Loads no weights and no data. Ends with 1 if the run would fail or go astray. Besides these it takes all that a training takes.
 
 --ranks            alone: ranks of the training that is asked about; under a launcher: how many there should be
 --ranks_per_node   of them on one node; default: all, or those of this launch
@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from agnews_dist import cli
 from agnews_dist.errors import ConfigError, UserError
 from agnews_dist.story import tell
+from agnews_dist.training_options import TRAINING_OPTIONS
 from agnews_dist.world import World, is_launched, ranks_of_srun
 
 OPTIONS = (
+    *TRAINING_OPTIONS,
     cli.Option("--ranks", type=int | None, help="Ranks of the training; under a launcher: how many there should be."),
     cli.Option("--ranks_per_node", type=int | None, help="Ranks of them on one node; default: all of --ranks."),
     cli.Option("--json", type=bool, default=False, help="Print one JSON object instead of the tables for people."),
@@ -56,7 +58,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.preflight.together import look_together, meet
     from agnews_dist.preflight.view import Checkup, show_checkup
 
-    here, diagnosis, error = look_here(config, asked, world.ranks_per_node)
+    here, diagnosis, error = look_here(config, asked, world.ranks_per_node, loaded.options["node_cache"])
     expected, apart = None, None
     try:
         device = meet(world, here, MEETING_SECONDS)

@@ -14,15 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agnews_dist import cli
-from agnews_dist.node_cache import HELP, node_cache
+from agnews_dist.node_cache import node_cache
 from agnews_dist.story import tell
+from agnews_dist.training_options import NODE_CACHE
 from agnews_dist.world import World
 
 OPTIONS = (
     cli.Option(
         "--split", choices=("train", "validation", "test"), help="Split to score; default: test, or a file whole."
     ),
-    cli.Option("--node_cache", HELP, default=""),
+    NODE_CACHE,
     cli.Option("--output", help="Directory for result.json and predictions-<split>.jsonl; default: none are written."),
 )
 

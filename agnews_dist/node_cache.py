@@ -16,25 +16,35 @@ SHARED_MEMORY = Path("/dev/shm")
 HELP = "Read tokens and features from a copy in this directory of the node; 'auto': $SLURM_TMPDIR, $TMPDIR or /dev/shm."
 
 
+def choose_node_cache(wanted: str, environ: Mapping[str, str]) -> Path | None:
+    """Where it is to be; None: none is wanted.
+
+    Raises:
+        UserError: `auto` finds nothing that can be written.
+    """
+    if not wanted:
+        return None
+    if wanted != "auto":
+        return Path(wanted).expanduser()
+    places = [environ[name] for name in ("SLURM_TMPDIR", "TMPDIR") if environ.get(name)]
+    usable = [place for place in (*map(Path, places), SHARED_MEMORY) if os.access(place, os.W_OK | os.X_OK)]
+    if not usable:
+        raise UserError(
+            f"--node_cache auto: none of {', '.join([*places, str(SHARED_MEMORY)])} can be written, so there is nowhere to "
+            "copy to. Name a directory of the node, or leave it out."
+        )
+    return usable[0] / f"agnews_dist-node-{os.getuid()}"
+
+
 def node_cache(wanted: str, environ: Mapping[str, str]) -> Path | None:
     """The directory, made; None: none is wanted.
 
     Raises:
         UserError: it cannot be made.
     """
-    if not wanted:
+    directory = choose_node_cache(wanted, environ)
+    if directory is None:
         return None
-    if wanted == "auto":
-        places = [environ[name] for name in ("SLURM_TMPDIR", "TMPDIR") if environ.get(name)]
-        usable = [place for place in (*map(Path, places), SHARED_MEMORY) if os.access(place, os.W_OK | os.X_OK)]
-        if not usable:
-            raise UserError(
-                f"--node_cache auto: none of {', '.join([*places, str(SHARED_MEMORY)])} can be written, so there is nowhere to "
-                "copy to. Name a directory of the node, or leave it out."
-            )
-        directory = usable[0] / f"agnews_dist-node-{os.getuid()}"
-    else:
-        directory = Path(wanted).expanduser()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

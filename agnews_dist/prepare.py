@@ -1,6 +1,6 @@
 """Tokenise ahead of the job: on a login node with a network, for compute nodes without. `python -m agnews_dist.prepare`.
 
-Takes the same configuration as the training it prepares. Model and data end up in the caches of their libraries (HF_HOME), the
+Takes the arguments of the training it prepares. Model and data end up in the caches of their libraries (HF_HOME), the
 tokens in data.cache_dir; the training job finds them there.
 """
 
@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from agnews_dist import cli
 from agnews_dist.story import tell
+from agnews_dist.training_options import TRAINING_OPTIONS
 from agnews_dist.world import World
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the story; returns the exit code."""
-    return tell("prepare", argv, run)
+    return tell("prepare", argv, run, TRAINING_OPTIONS)
 
 
 def run(world: World, loaded: cli.Loaded) -> None:

@@ -25,11 +25,11 @@ from agnews_dist.errors import UserError
 from agnews_dist.report.files import write_text
 from agnews_dist.status import Status, job_of, read_status, run_of_job
 from agnews_dist.story import tell
-from agnews_dist.train import OPTIONS as OF_TRAINING
+from agnews_dist.training_options import TRAINING_OPTIONS
 from agnews_dist.world import World
 
 OPTIONS = (
-    *OF_TRAINING,
+    *TRAINING_OPTIONS,
     cli.Option("--at", choices=("begin", "end"), default="end", help="Whether a start begins or has ended."),
     cli.Option("--starts", help="The file in which the job's starts are counted."),
     cli.Option("--limit", type=int, default=3, help="So many starts in a row may save nothing new."),

@@ -15,28 +15,17 @@ from functools import partial
 from pathlib import Path
 
 from agnews_dist import cli
-from agnews_dist.node_cache import HELP, node_cache
+from agnews_dist.node_cache import node_cache
 from agnews_dist.preempt import Watch
 from agnews_dist.story import tell
+from agnews_dist.training_options import TRAINING_OPTIONS
 from agnews_dist.world import World
-
-OPTIONS = (
-    cli.Option(
-        "--profile", "Write a torch.profiler trace of a few steps on rank 0 and print the top operators.", bool, False
-    ),
-    cli.Option(
-        "--accept",
-        "Settings that may differ from those of the checkpoint that is continued, such as optim.lr; several with commas.",
-        default="",
-    ),
-    cli.Option("--node_cache", HELP, default=""),
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the story; returns the exit code (0, 1 for a failed run, 2 for wrong settings, see preempt.py for a stopped one)."""
     watch = Watch(os.environ)
-    return tell("train", argv, partial(run, watch=watch), OPTIONS, watch=watch)
+    return tell("train", argv, partial(run, watch=watch), TRAINING_OPTIONS, watch=watch)
 
 
 def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:

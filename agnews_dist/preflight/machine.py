@@ -19,12 +19,15 @@ from agnews_dist.errors import UserError
 from agnews_dist.fitting import diagnose, read_shape, setup_of, shape_of
 from agnews_dist.memory import Diagnosis
 from agnews_dist.model.hub import EMBEDDED
+from agnews_dist.node_cache import choose_node_cache, is_memory
 from agnews_dist.preflight import disks
 from agnews_dist.preflight.findings import Finding
 from agnews_dist.sources import check_engine
 from agnews_dist.world import World
 
 NUM_CLASSES = 4
+TOKEN_BYTES = 50_000_000
+"""Those of AG News, generously."""
 HUB_SECONDS = 5.0
 BYTES_PER_SAVED_WEIGHT = 12
 """A weight that trains, and AdamW's two moments, in fp32."""
@@ -102,7 +105,7 @@ def find_memory(config: Config, asked: World) -> tuple[Finding, Diagnosis | None
     return Finding(check="memory", verdict="ok", found=f"about {needed / 1e9:.1f} GB per rank: it fits"), found, None
 
 
-def find_disks(config: Config, asked: World) -> list[Finding]:
+def find_disks(config: Config, asked: World, node_cache_wanted: str) -> list[Finding]:
     """A real write in every directory that the run writes to, and the space there."""
     checkpoints = model = features = 0
     try:
@@ -115,11 +118,19 @@ def find_disks(config: Config, asked: World) -> list[Finding]:
             features = int(min(config.engine.feature_cache_gigabytes * 1e9, 52 * 128_000 * shape.width * 4))
     except UserError:
         pass  # told by find_memory
-    return [
+    found = [
         disks.probe("run.dir", Path(config.run.dir).absolute(), checkpoints + model),
-        disks.probe("data.cache_dir", cache_root(config.data.cache_dir).absolute(), 50_000_000 + features),
+        disks.probe("data.cache_dir", cache_root(config.data.cache_dir).absolute(), TOKEN_BYTES + features),
         disks.probe("temporary", Path(tempfile.gettempdir()), 1_000_000),
     ]
+    try:
+        node_dir = choose_node_cache(node_cache_wanted, os.environ)
+    except UserError as error:
+        return [*found, refused("disk: node cache", error)]
+    if node_dir is None:
+        return found
+    copied = TOKEN_BYTES + (0 if is_memory(node_dir) else features)
+    return [*found, disks.probe("node cache", node_dir.absolute(), copied)]
 
 
 def find_hub(config: Config) -> Finding:
@@ -164,9 +175,9 @@ def refused(check: str, error: UserError) -> Finding:
 
 
 def look_here(
-    config: Config, asked: World, ranks_here: int
+    config: Config, asked: World, ranks_here: int, node_cache_wanted: str
 ) -> tuple[list[Finding], Diagnosis | None, UserError | None]:
     """All of these; the error with which the model cannot be read comes along."""
     memory, diagnosis, error = find_memory(config, asked)
     findings = [find_engine(config, asked), find_threads(ranks_here), find_compiler(config.engine.compile), memory]
-    return [*findings, *find_disks(config, asked), find_hub(config)], diagnosis, error
+    return [*findings, *find_disks(config, asked, node_cache_wanted), find_hub(config)], diagnosis, error

@@ -175,3 +175,15 @@ def test_what_only_the_hub_has_is_a_failure_without_it(tmp_path: Path) -> None:
     told = doctor(Rank(environ=environ), arguments=("--model.name", "embedded", "--data.source", "somebody/news"))
     assert told.codes == [0]
     assert told.verdicts("ok")["hub"] == f"cached below {tmp_path}"
+
+
+def test_a_node_cache_that_cannot_be_and_a_trainings_other_words(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    place = tmp_path / "file" / "below"
+    told = doctor(Rank(), arguments=(*CONFIG, "--accept", "optim.lr", "--node_cache", str(place)))
+    assert told.codes == [1]
+    assert told.verdicts("fail") == {"disk: node cache": f"{place} is Not a directory"}
+    told = doctor(Rank(), arguments=(*CONFIG, "--node_cache", str(tmp_path / "node")))
+    assert told.codes == [0], told.err
+    assert told.verdicts("ok")["disk: node cache"].startswith(f"{tmp_path / 'node'}: ")
+    assert not (tmp_path / "node").exists()
