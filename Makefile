@@ -5,7 +5,7 @@ CODE := agnews_dist tests
 # One thread per process: the multi-process tests start several processes on the same cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: check lint format format-check types imports test unit ranks runs faults mutants lock wheel clean
+.PHONY: check lint format format-check types imports test unit ranks runs faults slurm mutants lock wheel clean
 
 check:
 	bash launch/test.sh
@@ -28,7 +28,8 @@ imports:
 
 # All tests but the mutants; then by what they cost: one process, processes that talk to each other, whole stories.
 test:
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/faults tests/ranks tests/run tests/gpu tests/unit
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/slurm tests/faults tests/ranks \
+	    tests/run tests/gpu tests/unit
 
 unit:
 	$(BIN)/python -m pytest -n 3 --dist loadfile tests/unit
@@ -41,6 +42,10 @@ runs:
 
 faults:
 	$(BIN)/python -m pytest tests/faults
+
+# On a real Slurm of two nodes, which the tests bring up; needs slurm-wlm and munge.
+slurm:
+	$(BIN)/python -m pytest tests/slurm
 
 # The package broken on purpose, once per contract: each break must turn its test red.
 mutants:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that is checked: lint, format, types, import layers, all tests. Needs Python 3.10+ and a C++ compiler.
+# Everything that is checked: lint, format, types, import layers, all tests. Needs Python 3.10+ and a C++ compiler;
+# tests that need root, Slurm or another tool (.ci/run installs them) are skipped without.
 #
 #   bash launch/test.sh                     everything, as CI does
 #   bash launch/test.sh tests/unit -k plan  the checks, and these tests only
@@ -19,5 +20,6 @@ if (($# > 0)); then
 fi
 # Three at a time, also on two cores: most of them wait for imports and for other processes. The tests of a file share what it has
 # set up; the mutants are one file and share nothing.
-$bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/faults tests/ranks tests/run tests/gpu tests/unit
+$bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/slurm tests/faults tests/ranks \
+    tests/run tests/gpu tests/unit
 $bin/python -m pytest -n 3 tests/mutants

@@ -1,9 +1,12 @@
 """launch/*.sh and slurm/*: what they start, with which ranks and threads, and what they say when they cannot."""
 
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,6 +126,18 @@ def test_a_launcher_is_started(
     assert started == [f"[{word}]" for word in expected_command(clone, script, ranks, devices) + arguments]
 
 
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_a_dry_run_prints_the_command_and_starts_nothing(clone: Path, tmp_path: Path, script: str) -> None:
+    arguments = ["--config", "my file.yaml", "--run.name", "a 'b' $c", "--run.overwrite", ""]
+    done = start(
+        clone / "launch" / script, *arguments, cwd=tmp_path, NPROC="2", DRY_RUN="1", LOGS=str(tmp_path / "logs")
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert shlex.split(line) == [f"{clone}/.venv/bin/python", *expected_command(clone, script, 2, []), *arguments]
+    assert not (tmp_path / "logs").exists()
+
+
 @pytest.mark.parametrize("devices", ["", "6,7", "GPU-1f"])
 def test_deepspeed_gives_back_the_devices_that_were_chosen(clone: Path, tmp_path: Path, devices: str) -> None:
     done = start(clone / "launch" / "deepspeed.sh", cwd=tmp_path, NPROC="2", CUDA_VISIBLE_DEVICES=devices)
@@ -210,3 +225,66 @@ def test_ci_fails_without_the_shared_data(clone: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "no shared test data" in done.stderr
     assert "set AGNEWS_SHARED" in done.stderr
+
+
+def rank(number: int, program: str, place: Path, **environ: str) -> subprocess.Popen[str]:
+    """launch/rank.sh as torchrun starts it, in a process group of its own."""
+    told = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", **environ}
+    clean = {key: value for key, value in os.environ.items() if key not in FOREIGN}
+    return subprocess.Popen(
+        [str(REPOSITORY / "launch" / "rank.sh"), sys.executable, "-c", program],
+        env={**clean, **told},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=place,
+        start_new_session=True,
+    )
+
+
+def test_a_rank_is_bound_to_its_own_cores(tmp_path: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("one core")
+    program = "import os; print(*sorted(os.sched_getaffinity(0)))"
+    lists = f"{cores[0]} {cores[1]}"
+    ranks = [rank(number, program, tmp_path, RANK_CORES=lists) for number in (0, 1)]
+    assert [process.communicate(timeout=60)[0].strip() for process in ranks] == lists.split()
+    out, _ = rank(1, program, tmp_path, RANK_CORES="").communicate(timeout=60)
+    assert out.split() == list(map(str, cores))
+
+
+LAST_WORDS = """
+import os, signal, sys, time
+
+def stop(*_):
+    time.sleep(0.5)  # saves
+    print("saved", flush=True)
+    print("an error", file=sys.stderr, flush=True)
+    sys.exit(3)
+
+signal.signal(signal.SIGTERM, stop)
+print("begins", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_a_rank_says_last_is_logged_though_all_are_signalled(tmp_path: Path, number: int) -> None:
+    logs = tmp_path / "a b" / "logs"
+    process = rank(number, LAST_WORDS, tmp_path, LOGS=str(logs), SLURM_RESTART_COUNT="2")
+    log = logs / f"rank-{number}.log"
+    end = time.monotonic() + 60
+    while not log.is_file() or "begins" not in log.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    # As Slurm and a terminal do: the whole group, and so whatever writes the log.
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 3
+    header, *said = log.read_text().splitlines()
+    assert header.startswith(f"== rank {number} of 2 on ")
+    assert header.endswith(", restart 2")
+    assert said == ["begins", "saved", "an error"]
+    # Rank 0 is seen as well.
+    assert (out.splitlines(), err) == (said if number == 0 else [], "")

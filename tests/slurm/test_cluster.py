@@ -103,6 +103,32 @@ def test_fake_gpus_give_the_world_in_a_dry_run(lab: Lab, submit: Callable[..., s
     assert not (place / "runs").exists()
 
 
+def test_every_script_has_a_dry_run(lab: Lab, submit: Callable[..., str], place: Path) -> None:
+    """Each prints what torchrun would start on both nodes, and leaves nothing."""
+    ranks = {"debug": 1, "sweep": 2, "evaluate": 2, "prepare": 1}
+    jobs: dict[str, str] = {}
+    for name in ranks:
+        options = ("--nodes=2", "--gres=gpu:2", *(("--array=5",) if name == "sweep" else ()))
+        settings = {"DRY_RUN": "1", "NODE_CACHE": "auto"}
+        jobs[name] = submit(*options, SCRIPTS / f"{name}.sbatch", "--config", "my file.yaml", **settings)
+    debug = f"--debug --run.name agnews-debug-{jobs['debug']} --config my\\ file.yaml"
+    (sweep,) = lab.client("squeue", "-h", "-t", "all", "-j", jobs["sweep"], "-o", "%A").split()
+    expected = {
+        "debug": [f"doctor {debug}", f"train {debug}"],
+        "sweep": [f"train --run.name agnews-sweep-5-{sweep} --node_cache auto --config my\\ file.yaml --run.seed 5"],
+        "evaluate": ["evaluate --node_cache auto --config my\\ file.yaml"],
+        "prepare": ["prepare --config my\\ file.yaml"],
+    }
+    for name, job in jobs.items():
+        assert lab.ends(job) == "COMPLETED", lab.told(job)
+        said = told(place, f"agnews-{name}", f"{job}_5" if name == "sweep" else job)
+        commands = re.findall(
+            r"torch\.distributed\.run --nproc_per_node (\d) .* -m agnews_dist\.(.*) $", said, re.MULTILINE
+        )
+        assert commands == [(str(ranks[name]), story) for story in expected[name] for _ in lab.nodes], said
+    assert not (place / "runs").exists()
+
+
 @pytest.fixture(scope="module")
 def two_at_once(lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path) -> tuple[str, str]:
     """The same training twice, on the same nodes at the same time: one runs undisturbed, one into its time limit."""
