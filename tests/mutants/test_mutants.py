@@ -32,10 +32,11 @@ def test_there_is_a_patch_per_contract():
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    for name in ("agnews_dist", "configs", "tests", "launch"):
+    for name in ("agnews_dist", "configs", "tests", "launch", "slurm"):
         shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "mutants"))
     for name in ("pyproject.toml", "requirements.lock"):
         shutil.copy(REPOSITORY / name, tmp_path / name)
+    (tmp_path / ".venv").symlink_to(REPOSITORY / ".venv", target_is_directory=True)  # the scripts start its interpreter
     return tmp_path
 
 

@@ -195,7 +195,7 @@ def test_a_cancelled_job_stays_away(lab: Lab, submit: Callable[..., str], quicks
     job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--config", quickstart, *LONG)
     at_step(lab, job, place / "runs" / f"agnews-train-{job}", 5)
     lab.client("scancel", job)
-    assert lab.ends(job) == "CANCELLED"
+    lab.wait_for(lambda: lab.state(job) == "CANCELLED", 40, lambda: lab.told(job))
     lab.wait_for(
         lambda: "it is left to Slurm" in told(place, "agnews-train", job), 30, lambda: told(place, "agnews-train", job)
     )
