@@ -223,6 +223,20 @@ def test_starts_that_save_nothing_are_given_up(
     assert f"What each rank said is in {place}/logs/agnews-train-{diverging}" in said
 
 
+def test_a_cluster_that_is_not_fit_is_told_before_a_training_starts(
+    lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path
+) -> None:
+    (place / "file").write_text("")
+    options = ("--run.dir", f"{place}/file/runs", "--node_cache", f"{place}/node", "--accept", "optim.lr")
+    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--config", quickstart, *options, DOCTOR="1")
+    assert lab.ends(job) == "FAILED"
+    said = told(place, "agnews-train", job)
+    assert f"{place}/file/runs is Not a directory" in said
+    assert re.search(r"error: \d of \d+ checks failed \(.*disk: run\.dir", said)
+    assert "error: doctor ended with exit status 1. What each rank said is in" in said
+    assert not (place / "logs" / f"agnews-train-{job}" / "starts.jsonl").exists()
+
+
 def test_an_array_takes_lines_of_settings(lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path) -> None:
     (place / "rates.txt").write_text("--optim.lr 1e-3 --optim.epochs 1\n--optim.lr 2e-3  --optim.epochs 1\n")
     job = submit("--array=1-3", SCRIPTS / "sweep.sbatch", "--config", quickstart, SETTINGS="rates.txt")
