@@ -38,12 +38,18 @@ The package is one journey, and each module is one station of it:
                     attempt.py        one start of a run: claims it, finds its checkpoint, leaves status.json (status.py)
                     preempt.py        signals, time limits, vanished launchers and dead ranks: known to all ranks (peers.py,
                                       beats.py); rendezvous.py: how the ranks of one attempt find each other
+    clusters        node.py           a node's ranks, threads and cores, for launch/
+                    restarts.py       shall a job start again, for slurm/
+                    preflight/        what doctor.py looks at: meeting.py before torch is loaded, machine.py and disks.py on
+                                      every rank, together.py (ranks.py, network.py) between them, duration.py the job's time
+                    node_cache.py     where a node keeps its own copies: data/node_copy.py, features/node_file.py
 
 The ground under it: errors.py (what a user can mend), config.py, settings.py, config_file.py and cli.py (what a user can
 set), world.py (which rank am I), device.py (what it may run on), batch.py (shape letters), collectives.py (sums, gathers,
 votes: the only door to torch.distributed), engine.py (the only door to accelerate), memory.py (what a rank will need),
 clock.py, profiling.py, debug.py, rehearsal.py. The stories, each a straight line inside story.py's frame: train.py,
-evaluate.py, predict.py, prepare.py, plan.py, doctor.py, cache.py; sources.py loads what they start from.
+evaluate.py, predict.py, prepare.py, plan.py, doctor.py, cache.py; sources.py loads what they start from, and
+training_options.py is what they are told besides the configuration.
 
 Importing this package loads nothing heavy.
 """

@@ -12,7 +12,7 @@ STORIES = {
     "evaluate": "score a split of any source with a saved model",
     "predict": "classify texts from arguments, a file or standard input",
     "plan": "show the batches before any job: steps, padding, balance of the ranks, text lengths",
-    "doctor": "show what is here, what a training will take per rank, and whether it fits",
+    "doctor": "check machine, cluster and settings before a job: what would fail, how long it will take",
     "prepare": "load and tokenise the data ahead of the job, where there is a network",
     "restarts": "say whether a job that has ended should be started again (batch scripts ask)",
     "cache": "list or clear the tokens and features kept on disk",

@@ -11,7 +11,6 @@ export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}
 # Errors of the network are otherwise silent until the timeout.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# What every rank did last in NCCL, written when a collective times out; otherwise nobody can tell which rank was missing.
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
-export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+# What every rank did last in NCCL, which torch writes when a collective times out; without it nobody can tell which rank was
+# missing. Beside the logs instead of in the home directory.
 export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-${LOGS:-/tmp}/nccl-trace-}

@@ -2,11 +2,14 @@
 
 import json
 import re
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from lab import ENDED, Lab
 from launching import REPOSITORY
@@ -15,8 +18,8 @@ from safetensors.torch import load_file
 # Jobs wait in a queue, and what they share two cores with is not theirs to choose.
 pytestmark = pytest.mark.timeout(900)
 SCRIPTS = REPOSITORY / "slurm"
-LONG = ("--optim.epochs", "50")
-"""Enough for Slurm to notice a time limit, which it does every 30 s."""
+LONG = ("--optim.epochs", "12")
+"""Some hundred steps: enough to be taken away in their midst, twice."""
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,32 @@ def at_step(lab: Lab, job: str, run: Path, step: int) -> None:
         return False
 
     lab.wait_for(is_there, 200, lambda: lab.told(job))
+
+
+@contextmanager
+def held(job: str) -> Iterator[psutil.Process]:
+    """Rank 1 of a training stands still, and the others wait for it: however fast the machine, the job is still there when
+    Slurm looks at time limits, which it does every 30 s. A signal that comes meanwhile waits too."""
+    mine = {"SLURM_JOB_ID": job, "RANK": "1"}
+    (rank,) = (process for process in psutil.process_iter() if mine.items() <= environ_of(process).items())
+    rank.suspend()
+    try:
+        yield rank
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            rank.resume()
+
+
+def environ_of(process: psutil.Process) -> dict[str, str]:
+    with suppress(psutil.Error, OSError):
+        return process.environ()
+    return {}
+
+
+def is_waiting(number: signal.Signals, process: psutil.Process) -> bool:
+    """Whether a process that stands still has been sent a signal."""
+    pending = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return pending is not None and bool(int(pending[1], 16) & 1 << number - 1)
 
 
 def told(place: Path, name: str, job: str) -> str:
@@ -135,9 +164,11 @@ def two_at_once(lab: Lab, submit: Callable[..., str], quickstart: Path, place: P
     arguments = ("--nodes=2", "--time=30", SCRIPTS / "train.sbatch", "--config", quickstart, *LONG)
     limited, undisturbed = submit(*arguments), submit(*arguments)
     at_step(lab, limited, place / "runs" / f"agnews-train-{limited}", 20)
-    ran = lab.client("squeue", "-h", "-j", limited, "-o", "%M").split(":")
-    # Less than the two minutes before the end at which Slurm was asked to warn.
-    lab.client("scontrol", "update", f"JobId={limited}", f"TimeLimit={int(ran[-2]) + 2}")
+    with held(limited) as rank:
+        ran = lab.client("squeue", "-h", "-j", limited, "-o", "%M").split(":")
+        # Less than the two minutes before the end at which Slurm was asked to warn.
+        lab.client("scontrol", "update", f"JobId={limited}", f"TimeLimit={int(ran[-2]) + 2}")
+        lab.wait_for(lambda: is_waiting(signal.SIGUSR1, rank), 60, lambda: lab.told(limited))
     lab.wait_for(lambda: lab.state(limited) == "PENDING", 60, lambda: lab.told(limited))
     lab.client("scontrol", "update", f"JobId={limited}", "TimeLimit=30")
     assert lab.ends(limited, 300) == "COMPLETED", lab.told(limited)
@@ -177,14 +208,16 @@ def test_preempted_and_then_on_a_dead_node(
     job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--config", quickstart, *LONG, "--run.name", "taken")
     run = place / "runs" / "taken"
     at_step(lab, job, run, 20)
-    urgent = submit("--nodes=2", "--partition=high", "--exclusive", "--wrap", "sleep 1")
-    assert lab.ends(urgent) == "COMPLETED"
+    with held(job):  # until Slurm's SIGCONT, which goes before its SIGTERM
+        urgent = submit("--nodes=2", "--partition=high", "--exclusive", "--wrap", "sleep 1")
+        assert lab.ends(urgent) == "COMPLETED"
     saved = json.loads((run / "status.json").read_text())
     assert saved["state"] == "preempted", lab.told(job)
     assert saved["step"] >= 20
     at_step(lab, job, run, saved["step"] + 20)
-    lab.set_down(lab.nodes[1])
-    lab.set_up(lab.nodes[1])
+    with held(job):
+        lab.set_down(lab.nodes[1])
+        lab.set_up(lab.nodes[1])
     assert lab.ends(job, 300) == "COMPLETED", lab.told(job)
     assert restarts(lab, job) == 2, lab.told(job)
     assert_same(run, place / "runs" / f"agnews-train-{two_at_once[1]}")
@@ -192,10 +225,10 @@ def test_preempted_and_then_on_a_dead_node(
 
 
 def test_a_cancelled_job_stays_away(lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path) -> None:
-    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--config", quickstart, *LONG)
+    job = submit(SCRIPTS / "train.sbatch", "--config", quickstart, *LONG)
     at_step(lab, job, place / "runs" / f"agnews-train-{job}", 5)
     lab.client("scancel", job)
-    lab.wait_for(lambda: lab.state(job) == "CANCELLED", 40, lambda: lab.told(job))
+    lab.wait_for(lambda: lab.state(job) == "CANCELLED", 20, lambda: lab.told(job))
     lab.wait_for(
         lambda: "it is left to Slurm" in told(place, "agnews-train", job), 30, lambda: told(place, "agnews-train", job)
     )
@@ -206,7 +239,7 @@ def test_a_cancelled_job_stays_away(lab: Lab, submit: Callable[..., str], quicks
 def test_starts_that_save_nothing_are_given_up(
     lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path
 ) -> None:
-    arguments = ("--nodes=2", SCRIPTS / "train.sbatch", "--config", quickstart)
+    arguments = (SCRIPTS / "train.sbatch", "--config", quickstart)
     diverging = submit(*arguments, "--optim.lr", "1e30", MAX_FRUITLESS_STARTS="2")
     absent = submit(*arguments, "--data.source", "./nowhere")
     wrong = submit(*arguments, "--optim.lrr", "1")
@@ -228,10 +261,10 @@ def test_a_cluster_that_is_not_fit_is_told_before_a_training_starts(
 ) -> None:
     (place / "file").write_text("")
     options = ("--run.dir", f"{place}/file/runs", "--node_cache", f"{place}/node", "--accept", "optim.lr")
-    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--config", quickstart, *options, DOCTOR="1")
+    job = submit(SCRIPTS / "train.sbatch", "--config", quickstart, *options, DOCTOR="1")
     assert lab.ends(job) == "FAILED"
     said = told(place, "agnews-train", job)
-    assert f"{place}/file/runs is Not a directory" in said
+    assert re.search(r"disk: run\.dir +│ fail ", said), said
     assert re.search(r"error: \d of \d+ checks failed \(.*disk: run\.dir", said)
     assert "error: doctor ended with exit status 1. What each rank said is in" in said
     assert not (place / "logs" / f"agnews-train-{job}" / "starts.jsonl").exists()
@@ -239,7 +272,7 @@ def test_a_cluster_that_is_not_fit_is_told_before_a_training_starts(
 
 def test_an_array_takes_lines_of_settings(lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path) -> None:
     (place / "rates.txt").write_text("--optim.lr 1e-3 --optim.epochs 1\n--optim.lr 2e-3  --optim.epochs 1\n")
-    job = submit("--array=1-3", SCRIPTS / "sweep.sbatch", "--config", quickstart, SETTINGS="rates.txt")
+    job = submit("--nodes=2", "--array=1-3", SCRIPTS / "sweep.sbatch", "--config", quickstart, SETTINGS="rates.txt")
     assert lab.ends(job) == "COMPLETED FAILED", lab.told(job)
     rates = {
         re.search(r"sweep-(\d)", path.parent.name)[1]: re.search(r"lr: (\S+)", path.read_text())[1]  # pyright: ignore[reportOptionalSubscript]
@@ -247,4 +280,28 @@ def test_an_array_takes_lines_of_settings(lab: Lab, submit: Callable[..., str], 
     }
     assert rates == {"1": "0.001", "2": "0.002"}
     assert "error: rates.txt has no line 3" in (place / f"agnews-sweep-{job}_3.log").read_text()
-    assert all(path.is_file() for path in place.glob("runs/agnews-sweep-*/result.json"))
+    results = [json.loads(path.read_text()) for path in place.glob("runs/agnews-sweep-*/result.json")]
+    assert [result["num_ranks"] for result in results] == [2, 2]
+
+
+def test_what_comes_before_and_after_a_training_runs_on_two_nodes_too(
+    lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path, two_at_once: tuple[str, str]
+) -> None:
+    run = place / "runs" / f"agnews-train-{two_at_once[1]}"
+    scored = ("--config", run / "config.yaml", "--model.name", run, "--split", "test", "--output", "scores")
+    stories = {
+        "prepare": submit("--nodes=2", SCRIPTS / "prepare.sbatch", "--config", quickstart, "--data.cache_dir", "fresh"),
+        "debug": submit("--nodes=2", SCRIPTS / "debug.sbatch", "--config", quickstart, "--optim.epochs", "1"),
+        "evaluate": submit("--nodes=2", SCRIPTS / "evaluate.sbatch", *map(str, scored), NODE_CACHE=f"{place}/copies"),
+    }
+    for job in stories.values():
+        assert lab.ends(job, 240) == "COMPLETED", lab.told(job)
+    assert len(list(place.glob("fresh/*/meta.json"))) == 1
+    assert (
+        json.loads((place / "runs" / f"agnews-debug-{stories['debug']}" / "result.json").read_text())["num_ranks"] == 2
+    )
+    found, trained = (json.loads(path.read_text()) for path in (place / "scores" / "result.json", run / "result.json"))
+    assert found["num_ranks"] == 2
+    for name in ("num_correct", "num_examples"):
+        assert found["splits"]["test"][name] == trained["splits"]["test"][name]
+    assert len(list(place.glob("copies/*/meta.json"))) == 1
