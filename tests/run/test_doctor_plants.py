@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ class Rank:
     """How one rank differs from the others."""
 
     before: Sequence[str] = ()
-    """Words before the interpreter."""
+    """Words before the interpreter; without any it starts warm, and what libraries read at their import is as in all tests."""
     arguments: Sequence[str] = ()
     environ: dict[str, str] = field(default_factory=dict)
 
@@ -42,33 +42,52 @@ class Told:
 
 
 def doctor(
-    *ranks: Rank, arguments: Sequence[str] = CONFIG, program: Sequence[str] = ("-m", "agnews_dist.doctor")
+    *ranks: Rank, place: Path, arguments: Sequence[str] = CONFIG, program: Sequence[str] = ("-m", "agnews_dist.doctor")
 ) -> Told:
-    """Run it on these ranks, each a process of its own."""
-    places = warm.rank_variables(len(ranks)) if len(ranks) > 1 else [{}]
-    processes = [
-        subprocess.Popen(
-            [*rank.before, sys.executable, *program, *arguments, "--json", *rank.arguments],
-            env=environment(**place, **rank.environ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=REPOSITORY,
-        )
-        for rank, place in zip(ranks, places, strict=True)
+    """Run it on these ranks, each a process of its own; what they say goes to files in `place`."""
+    worlds = warm.rank_variables(len(ranks)) if len(ranks) > 1 else [{}]
+    ended = [
+        start(rank, [*program, *arguments, "--json", *rank.arguments], world, place / f"rank {number}")
+        for number, (rank, world) in enumerate(zip(ranks, worlds, strict=True))
     ]
-    try:
-        said = [process.communicate(timeout=SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    out, err = said[0][0], "".join(text for _, text in said)
+    codes = [wait() for wait in ended]
+    out, err = (place / "rank 0.out").read_text(), "".join(path.read_text() for path in place.glob("rank *.err"))
     assert out, err
-    return Told([process.returncode for process in processes], json.loads(out), err)
+    return Told(codes, json.loads(out), err)
 
 
-def test_two_healthy_ranks() -> None:
-    told = doctor(Rank(), Rank())
+def start(rank: Rank, command: list[str], world: Mapping[str, str], log: Path) -> Callable[[], int]:
+    """A rank at work; what waits for it and gives its exit code."""
+    environ = environment(**world, **rank.environ)
+    out, err = log.with_suffix(".out"), log.with_suffix(".err")
+    for path in (out, err):
+        path.write_text("")
+    if not rank.before:
+        process = warm.start(command, environ, out=out, err=err)
+
+        def wait() -> int:
+            process.join(SECONDS)
+            process.kill()
+            process.join()
+            return process.exitcode
+
+        return wait
+    with out.open("w") as to_out, err.open("w") as to_err:
+        cold = subprocess.Popen(
+            [*rank.before, sys.executable, *command], env=environ, stdout=to_out, stderr=to_err, cwd=REPOSITORY
+        )
+
+    def wait_for_cold() -> int:
+        try:
+            return cold.wait(SECONDS)
+        finally:
+            cold.kill()
+
+    return wait_for_cold
+
+
+def test_two_healthy_ranks(tmp_path: Path) -> None:
+    told = doctor(Rank(), Rank(), place=tmp_path)
     assert told.codes == [0, 0], told.err
     assert told.verdicts("fail") == {}
     found = told.verdicts("ok")
@@ -86,12 +105,13 @@ def test_other_versions_settings_clocks_and_counts(tmp_path: Path) -> None:
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 9.9.9\n")
     odd = Rank(
+        before=("env",),
         arguments=("--optim.lr", "0.5"),
         environ={"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])},
     )
     ahead = Rank(before=("faketime", "-f", "+1h"))
     expected = ("--ranks", "4")
-    told = doctor(Rank(), odd, ahead, arguments=(*CONFIG, *expected))
+    told = doctor(Rank(), odd, ahead, place=tmp_path, arguments=(*CONFIG, *expected))
     assert told.codes == [1, 1, 1], told.err
     failures = told.verdicts("fail")
     assert set(failures) == {"versions", "configuration", "clocks", "world"}
@@ -106,13 +126,15 @@ def test_other_versions_settings_clocks_and_counts(tmp_path: Path) -> None:
     assert "error: 4 of " in told.err
 
 
-def test_a_rank_on_a_busy_core() -> None:
+def test_a_rank_on_a_busy_core(tmp_path: Path) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core")
     cores = sorted(map(str, os.sched_getaffinity(0)))
     busy = [subprocess.Popen(["taskset", "-c", cores[0], sys.executable, "-c", "while True: pass"]) for _ in range(3)]
     try:
-        told = doctor(Rank(before=("taskset", "-c", cores[1])), Rank(before=("taskset", "-c", cores[0])))
+        told = doctor(
+            Rank(before=("taskset", "-c", cores[1])), Rank(before=("taskset", "-c", cores[0])), place=tmp_path
+        )
     finally:
         for process in busy:
             process.kill()
@@ -121,8 +143,8 @@ def test_a_rank_on_a_busy_core() -> None:
     assert told.verdicts("warn")["speed"].startswith(f"rank 1 on {socket.gethostname()} computes ")
 
 
-def test_a_rank_with_little_cpu_time() -> None:
-    told = doctor(Rank(), Rank(before=("cpulimit", "--quiet", "--limit=30", "--foreground", "--")))
+def test_a_rank_with_little_cpu_time(tmp_path: Path) -> None:
+    told = doctor(Rank(), Rank(before=("cpulimit", "--quiet", "--limit=30", "--foreground", "--")), place=tmp_path)
     assert told.codes == [0, 0], told.err
     assert told.verdicts("warn")["speed"].startswith("rank 1 on ")
 
@@ -140,6 +162,7 @@ def test_disks_that_cannot_be_written_and_no_compiler(tmp_path: Path) -> None:
     places = ("--run.dir", str(fixed / "runs"), "--data.cache_dir", str(full / "cache"), "--engine.compile", "always")
     told = doctor(
         Rank(before=("unshare", "--mount", "sh", "-c", mounts, "sh", "env", f"PATH={empty}")),
+        place=tmp_path,
         arguments=(*CONFIG, *places),
     )
     assert told.codes == [1]
@@ -150,12 +173,12 @@ def test_disks_that_cannot_be_written_and_no_compiler(tmp_path: Path) -> None:
     assert failures["C++ compiler"].startswith("none: ")
 
 
-def test_a_rank_that_does_not_come() -> None:
+def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
     impatient = (
         "import sys; from agnews_dist import doctor; doctor.MEETING_SECONDS = 4; sys.exit(doctor.main(sys.argv[1:]))"
     )
     environ = warm.rank_variables(2)[0]
-    told = doctor(Rank(environ=environ), program=("-c", impatient))
+    told = doctor(Rank(environ=environ), place=tmp_path, program=("-c", impatient))
     assert told.codes == [1]
     [(check, found)] = told.verdicts("fail").items()
     assert check == "rendezvous"
@@ -168,11 +191,19 @@ def test_a_rank_that_does_not_come() -> None:
 
 def test_what_only_the_hub_has_is_a_failure_without_it(tmp_path: Path) -> None:
     environ = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    told = doctor(Rank(environ=environ), arguments=("--model.name", "embedded", "--data.source", "somebody/news"))
+    told = doctor(
+        Rank(before=("env",), environ=environ),
+        place=tmp_path,
+        arguments=("--model.name", "embedded", "--data.source", "somebody/news"),
+    )
     assert told.codes == [1]
     assert told.verdicts("fail") == {"hub": f"somebody/news: not below {tmp_path}, and HF_HUB_OFFLINE is set"}
     (tmp_path / "hub" / "datasets--somebody--news" / "snapshots").mkdir(parents=True)
-    told = doctor(Rank(environ=environ), arguments=("--model.name", "embedded", "--data.source", "somebody/news"))
+    told = doctor(
+        Rank(before=("env",), environ=environ),
+        place=tmp_path,
+        arguments=("--model.name", "embedded", "--data.source", "somebody/news"),
+    )
     assert told.codes == [0]
     assert told.verdicts("ok")["hub"] == f"cached below {tmp_path}"
 
@@ -180,10 +211,10 @@ def test_what_only_the_hub_has_is_a_failure_without_it(tmp_path: Path) -> None:
 def test_a_node_cache_that_cannot_be_and_a_trainings_other_words(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     place = tmp_path / "file" / "below"
-    told = doctor(Rank(), arguments=(*CONFIG, "--accept", "optim.lr", "--node_cache", str(place)))
+    told = doctor(Rank(), place=tmp_path, arguments=(*CONFIG, "--accept", "optim.lr", "--node_cache", str(place)))
     assert told.codes == [1]
     assert told.verdicts("fail") == {"disk: node cache": f"{place} is Not a directory"}
-    told = doctor(Rank(), arguments=(*CONFIG, "--node_cache", str(tmp_path / "node")))
+    told = doctor(Rank(), place=tmp_path, arguments=(*CONFIG, "--node_cache", str(tmp_path / "node")))
     assert told.codes == [0], told.err
     assert told.verdicts("ok")["disk: node cache"].startswith(f"{tmp_path / 'node'}: ")
     assert not (tmp_path / "node").exists()
