@@ -4,9 +4,13 @@
 
 # Of several interfaces (management, storage, fabric) the libraries take the first by name, which other nodes may not reach: take
 # the one that leads to the first node. ADDRESS is this node's own there, which the others are told.
-read -r interface ADDRESS < <("${python[@]}" -m agnews_dist.doctor "${place[@]}" --print_interface)
+interface=${GLOO_SOCKET_IFNAME:-}
+if [[ -z $interface || -z ${ADDRESS:-} ]]; then
+    read -r found own < <("${python[@]}" -m agnews_dist.doctor "${place[@]}" --print_interface)
+    interface=${interface:-$found} ADDRESS=${ADDRESS:-$own}
+fi
 # gloo: the CPU ranks' collectives, and every engine's side channel.
-export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
+export GLOO_SOCKET_IFNAME=$interface
 # NCCL's first handshake, and its data where there is no InfiniBand. `=`: this very name, not all that begin with it.
 export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}
 # Errors of the network are otherwise silent until the timeout.

@@ -49,8 +49,8 @@ if ((NODES == 1)); then
     torchrun+=(--standalone)
 else
     place=(--endpoint "$HEAD:$PORT" --nodes "$NODES" --node "$NODE")
-    if [[ -z ${DRY_RUN:-} && ${PREFLIGHT:-} != off ]]; then
-        "${python[@]}" -m agnews_dist.doctor "${place[@]}"
+    if [[ -z ${DRY_RUN:-} ]]; then
+        [[ ${PREFLIGHT:-} == off ]] || "${python[@]}" -m agnews_dist.doctor "${place[@]}"
         # shellcheck source=launch/network.sh
         source "$root/launch/network.sh"
     fi

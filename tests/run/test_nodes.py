@@ -136,6 +136,27 @@ def test_the_head_may_know_itself_as_loopback(hosts: Hosts, tmp_path: Path) -> N
     assert "warning: rendezvous: first is 127.0.1.1 on itself" in done.stderr
 
 
+@pytest.mark.parametrize("preflight", ["on", "off"])
+def test_the_interface_is_the_one_that_leads_to_the_head_unless_told(
+    hosts: Hosts, start: Callable[..., subprocess.Popen[str]], tmp_path: Path, preflight: str
+) -> None:
+    """What torchrun would be started with, and what it would tell gloo and NCCL."""
+    show = tmp_path / "show"
+    show.write_text('#!/bin/sh\necho "$GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME $*"\n')
+    show.chmod(0o755)
+    # A container's runtime that starts nothing but our own small programs.
+    runtime = tmp_path / "runtime"
+    runtime.write_text(f'#!/bin/sh\ncase "$3" in agnews_dist.*) exec "$@" ;; *) exec {show} "$@" ;; esac\n')
+    runtime.chmod(0o755)
+    told = {"HEAD": hosts.address("first"), "CONTAINER": str(runtime), "PREFLIGHT": preflight, "LOGS": ""}
+    out, err = start("second", **told).communicate(timeout=60)
+    assert out.startswith("eth0 =eth0 "), err
+    assert f"--local_addr {hosts.address('second')} " in out
+    out, err = start("second", **told, GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="ib0").communicate(timeout=60)
+    assert out.startswith("lo ib0 "), err
+    assert f"--local_addr {hosts.address('second')} " in out
+
+
 def dry(tmp_path: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     """What node.sh would do, from a clean environment."""
     clean = {name: value for name, value in environment().items() if not name.startswith("SLURM")}

@@ -23,8 +23,9 @@ def environ(lab: cluster.Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[
     # Compilers and caches see the nodes' common file system, which here is everything.
     settings = environment(XDG_CACHE_HOME=str(tmp_path_factory.mktemp("cache")))
     del settings["CUDA_VISIBLE_DEVICES"]  # Slurm's to say
-    # On loopback every node has the first one's address, and the check refuses that.
-    return settings if lab.is_networked else settings | {"PREFLIGHT": "off"}
+    # On loopback every node has the first one's address, which the check refuses, and there may be no other way.
+    on_loopback = {"PREFLIGHT": "off", "GLOO_SOCKET_IFNAME": "lo", "ADDRESS": "127.0.0.1"}
+    return settings if lab.is_networked else settings | on_loopback
 
 
 @pytest.fixture(scope="module")
