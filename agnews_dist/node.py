@@ -8,9 +8,12 @@ CUDA shows a process one MIG instance, and NCCL connects no two of one GPU: inst
 """
 
 import os
+import random
 import shlex
+import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,9 @@ from agnews_dist.errors import UserError
 
 CORES = Path("/sys/devices/system/cpu")
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
+PORTS = range(20000, 30000)
+"""Of what a job opens. Those that the system gives to connections by itself lie above: one of them could be taken before rank 0
+listens there, even by a rank that looks for it, which then hears itself."""
 NO_DEVICES = ("", "-1", "NoDevFiles")
 """What hides all GPUs: the last is an old Slurm's word."""
 
@@ -81,6 +87,24 @@ def _place(core: int) -> tuple[int, int, int]:
         except (OSError, ValueError):
             found.append(0)
     return found[0], found[1], core
+
+
+def free_port() -> int:
+    """One of `PORTS` that nothing uses here at the moment.
+
+    Raises:
+        UserError: all are taken.
+    """
+    for port in random.sample(PORTS, len(PORTS)):
+        try:
+            with closing(socket.create_server(("", port))):
+                return port
+        except OSError:
+            continue
+    raise UserError(
+        f"no port from {PORTS[0]} to {PORTS[-1]} is free on {socket.gethostname()}: the ranks would have nowhere to meet. End "
+        "what listens there (ss --listening --tcp)."
+    )
 
 
 def settings(environ: Mapping[str, str], cores: Cores, launcher: str) -> dict[str, str]:

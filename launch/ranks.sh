@@ -21,8 +21,9 @@ if ! command -v "${python[0]}" >/dev/null; then
     fi
     exit 1
 fi
-# In the repository's own directory: wherever the package is not installed, in a container for example, it is found there.
-settings=$(PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "${python[@]}" -m agnews_dist.node "$1") || exit
+# Wherever the package is not installed, in a container for example, it is found in the repository.
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+settings=$("${python[@]}" -m agnews_dist.node "$1") || exit
 eval "$settings"
 # torchrun, and accelerate through it, pass only these on to the ranks. Without USR1 and USR2, which clusters send before they take
 # a node away, the agent would die of them and leave the ranks behind.

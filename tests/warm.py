@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -58,14 +57,14 @@ def ranks(num_ranks: int, *arguments: str, check: bool = True, timeout: float = 
 
 def rank_variables(num_ranks: int) -> list[dict[str, str]]:
     """What a launcher without an agent tells each of the ranks; rank 0 hosts the store."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    # Not above: the processes that are started import this module, and nothing of ours may be there before their own path is.
+    from agnews_dist.node import free_port
+
     shared = {
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(free_port()),
     }
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
 

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,10 +18,22 @@ ALL_PAIRS_UP_TO = 8
 SLOW_PAIR = 4.0
 """A pair this much slower than others of its kind is told."""
 SLOW_RANK = 1.5
+STARVED = 1 / SLOW_RANK
+"""Of the time; a rank that runs for less is told even if all the others run as little."""
 WORK_SECONDS = 1.5
 """Long beside the tenths of a second in which a limit on CPU time comes and goes."""
 SKEW_WARN, SKEW_FAIL = 1.0, 10.0
 """Seconds. torchrun's agents compare each other's clocks: after 15 s without a heartbeat a node counts as dead."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank computed in some seconds."""
+
+    rate: float
+    """Floating-point operations per second."""
+    share: float | None
+    """Of the time in which its main thread was let run; None on a GPU, where it only waits."""
 
 
 def check_sum(world: World, device: torch.device) -> tuple[Finding, float | None]:
@@ -111,36 +124,43 @@ def judge_pairs(rates: dict[tuple[int, int], float], hosts: Sequence[str]) -> Fi
     return Finding(check="pairs of ranks", verdict="warn", found="; ".join(slow[:4]), remedy=remedy)
 
 
-def work_rate(device: torch.device) -> float:
-    """Floating-point operations per second of this rank's matrix products, all ranks at work at the same time."""
+def work(device: torch.device) -> Work:
+    """Matrix products, on all ranks at the same time."""
     side, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (384, torch.float32)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     torch.mm(left, right)
     _wait_for(device)
     collectives.all_gather(None)
-    count, start = 0, time.perf_counter()
+    count, start, ran = 0, time.perf_counter(), time.thread_time()
     while (seconds := time.perf_counter() - start) < WORK_SECONDS:
         for _ in range(8):
             torch.mm(left, right)
         _wait_for(device)
         count += 8
-    return count * 2 * side**3 / seconds
+    share = (time.thread_time() - ran) / seconds
+    return Work(count * 2 * side**3 / seconds, None if device.type == "cuda" else share)
 
 
-def judge_rates(rates: Sequence[float], hosts: Sequence[str], cores: Sequence[int]) -> Finding:
-    """The ranks that are slow beside the others, each with its host and its cores. Rates are per second."""
+def judge_work(done: Sequence[Work], hosts: Sequence[str], cores: Sequence[int]) -> Finding:
+    """The ranks that are slow beside the others, or are not let run, each with its host and its cores."""
+    rates = [own.rate for own in done]
     typical = max(rates) if len(rates) < 3 else statistics.median(rates)
-    slow = [rank for rank, rate in enumerate(rates) if rate * SLOW_RANK < typical]
-    unit = f"{typical / 1e9:,.0f} GFLOP/s per rank"
-    if not slow:
-        return Finding(check="speed", verdict="ok", found=unit)
-    told = "; ".join(
-        f"rank {rank} on {hosts[rank]} computes {typical / rates[rank]:.1f} times as slowly as others"
-        + (f", on {cores[rank]} core(s) instead of {max(cores)}" if cores[rank] < max(cores) else "")
-        for rank in slow[:8]
-    )
+    told: dict[int, str] = {}
+    for rank, own in enumerate(done):
+        words: list[str] = []
+        if own.rate * SLOW_RANK < typical:
+            words.append(f"computes {typical / own.rate:.1f} times as slowly as others")
+            if cores[rank] < max(cores):
+                words.append(f"has {cores[rank]} core(s) instead of {max(cores)}")
+        if own.share is not None and own.share < STARVED:
+            words.append(f"gets {own.share:.0%} of the time on its core")
+        if words:
+            told[rank] = f"rank {rank} on {hosts[rank]} {', '.join(words)}"
+    if not told:
+        return Finding(check="speed", verdict="ok", found=f"{typical / 1e9:,.0f} GFLOP/s per rank")
     remedy = "Every step waits for it: look there for other programs, a limit on CPU time, bound cores, or heat"
-    return Finding(check="speed", verdict="warn", found=told, remedy=remedy, ranks=tuple(slow))
+    found = "; ".join(list(told.values())[:8])
+    return Finding(check="speed", verdict="warn", found=found, remedy=remedy, ranks=tuple(told))
 
 
 def clock_offsets(world: World) -> list[float]:

@@ -1,6 +1,5 @@
 """What only the ranks together can find: other versions, settings, clocks or disks than the rest. Collective, on every rank."""
 
-import os
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from agnews_dist import collectives
 from agnews_dist.preflight import disks
 from agnews_dist.preflight.findings import Finding, rank_words
+from agnews_dist.preflight.machine import num_cores
 from agnews_dist.world import World
 
 
@@ -111,5 +111,4 @@ def check_shared(what: str, directory: Path, world: World, hosts: Sequence[str],
 
 def facts_of(versions: Mapping[str, str], settings: Mapping[str, object]) -> Facts:
     """This rank's."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Facts(socket.gethostname(), cores, versions, settings)
+    return Facts(socket.gethostname(), num_cores(), versions, settings)

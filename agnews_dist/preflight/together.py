@@ -52,7 +52,7 @@ def look_together(
     facts = collectives.all_gather(ranks.facts_of(versions(), settings(config)))
     hosts = [own.host for own in facts]
     all_sum, bytes_per_second = network.check_sum(world, device)
-    rates = collectives.all_gather(network.work_rate(device))
+    done = collectives.all_gather(network.work(device))
     found = [
         ranks.check_world(expected if is_launched(os.environ) else None, world, hosts, os.environ),
         ranks.differing(
@@ -71,7 +71,7 @@ def look_together(
         ranks.check_shared("data.cache_dir", cache_root(config.data.cache_dir).absolute(), world, hosts, must_be=False),
         all_sum,
         network.check_pairs(world, device, hosts),
-        network.judge_rates(rates, hosts, [own.cores for own in facts]),
+        network.judge_work(done, hosts, [own.cores for own in facts]),
     ]
     by_rank = collectives.all_gather(list(here))
     if diagnosis is None:
@@ -79,5 +79,5 @@ def look_together(
     gpt2 = read_shape(config.model, config.data)
     setup = setup_of(config, gpt2, asked)
     job = job_of(config, shape_of(gpt2), trainable_blocks=setup.trainable_blocks, num_ranks=asked.num_ranks)
-    seconds = expected_seconds(job, Speed(flops=min(rates), bytes_per_second=bytes_per_second))
+    seconds = expected_seconds(job, Speed(flops=min(own.rate for own in done), bytes_per_second=bytes_per_second))
     return by_rank, found, seconds

@@ -2,7 +2,6 @@
 
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ from jobs import wait_until
 from launching import REPOSITORY, environment
 from small_run import arguments, differences, finish, status
 from timeline import Timeline
+
+from agnews_dist.node import free_port
 
 ODD_RANK = str(REPOSITORY / "tests" / "ranks" / "odd_rank.py")
 
@@ -86,14 +87,11 @@ def test_our_launch_script_passes_on_what_clusters_send(tmp_path):
 
 def test_a_node_that_is_lost_leaves_the_other_to_go_on(tmp_path):
     """Two agents, one rank each; one is killed with its rank, as a machine that is taken away."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # Who hosts the rendezvous must stay: without it nobody can meet again.
     rendezvous = "join_timeout=60,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,is_host="
     options = [
         *("--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=lost"),
-        *(f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", "--monitor-interval=0.3"),
+        *(f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1", "--monitor-interval=0.3"),
     ]
     script = ("-m", "agnews_dist.train", *arguments(tmp_path, "--optim.epochs", "12"))
     logs = [tmp_path / "first.txt", tmp_path / "second.txt"]

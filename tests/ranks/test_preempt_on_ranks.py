@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 from launching import REPOSITORY, environment
+
+from agnews_dist.node import free_port
 
 WORKER = str(REPOSITORY / "tests" / "ranks" / "preempt_worker.py")
 HANG = 40
@@ -59,10 +60,7 @@ class Job:
 
     def __init__(self, directory: Path, server: Server, *states: str, **environ: str) -> None:
         self.directory, self._server = directory, server
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        size = str(len(states))
+        size, port = str(len(states)), str(free_port())
         environs = [
             {
                 **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size},

@@ -18,6 +18,8 @@ import yaml
 from launching import REPOSITORY, environment
 from safetensors.torch import load_file
 
+from agnews_dist.node import PORTS
+
 SCRIPTS = ("local.sh", "accelerate.sh", "deepspeed.sh")
 SECONDS = 120
 
@@ -101,6 +103,8 @@ def test_two_ranks_hear_the_arguments_and_end_with_their_launcher(stand_in: Path
     # Both meet at one port, and not at the one that every other job would take.
     [port] = {rank["MASTER_PORT"] for rank in ranks}
     assert port != "29500"
+    # The others' launchers open theirs themselves; here it must stay free until rank 0 does.
+    assert script != "deepspeed.sh" or int(port) in PORTS
     assert process.returncode != 0
     assert [rank["pid"] for rank in ranks if psutil.pid_exists(rank["pid"])] == []
 

@@ -1,8 +1,10 @@
 """What one node gets: ranks, threads and cores from what the job shows, in every spelling that clusters have for it."""
 
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from launching import environment, python
 
 from agnews_dist import node
 from agnews_dist.errors import UserError
-from agnews_dist.node import Cores, count_devices, find_cores, settings
+from agnews_dist.node import Cores, count_devices, find_cores, free_port, settings
 
 EIGHT = Cores(tuple(range(8)), 8)
 JOB = {"SLURM_JOB_ID": "7"}
@@ -69,6 +71,20 @@ def test_a_count_that_is_none(given):
     message = rf"^NPROC='{given}' is no count: torchrun would not know how many ranks to start\. Give a number"
     with pytest.raises(UserError, match=message):
         settings({"NPROC": given}, EIGHT, "torchrun")
+
+
+def test_a_free_port_is_none_that_the_system_gives_away(monkeypatch):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(node, "PORTS", range(port, port + 1))
+        with pytest.raises(
+            UserError, match=rf"^no port from {port} to {port} is free on .*: the ranks .* End what listens"
+        ):
+            free_port()
+    monkeypatch.undo()
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if given.exists():
+        assert int(given.read_text().split()[0]) > free_port()
 
 
 def test_siblings_are_neighbours(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from agnews_dist.memory import Shape
 from agnews_dist.preflight.duration import Job, Speed, expected_seconds
 from agnews_dist.preflight.findings import Finding, merged, rank_words, worst
-from agnews_dist.preflight.network import judge_clocks, judge_pairs, judge_rates, pairs_that_matter
+from agnews_dist.preflight.network import Work, judge_clocks, judge_pairs, judge_work, pairs_that_matter
 from agnews_dist.preflight.ranks import check_world, differing
 from agnews_dist.world import World, expand_counts, expand_nodes, ranks_of_srun
 
@@ -88,13 +88,27 @@ def test_a_slow_pair_is_compared_with_its_own_kind():
 
 def test_the_slow_rank_is_named_with_its_cores():
     hosts = ["a", "a", "b", "b"]
-    assert judge_rates([1e9, 1.1e9, 0.9e9, 1e9], hosts, [4] * 4).found == "1 GFLOP/s per rank"
-    found = judge_rates([8e9, 8e9, 8e9, 2e9], hosts, [4, 4, 4, 1])
+    assert judge_work(works(1.0, 1.1, 0.9, 1.0), hosts, [4] * 4).found == "1 GFLOP/s per rank"
+    found = judge_work(works(8, 8, 8, 2), hosts, [4, 4, 4, 1])
     assert (found.verdict, found.ranks) == ("warn", (3,))
-    assert found.found == "rank 3 on b computes 4.0 times as slowly as others, on 1 core(s) instead of 4"
-    assert judge_rates([2e9, 8e9], ["a", "b"], [4, 4]).ranks == (0,)
-    # Three of four on a busy node: the one that is alone is not the fault.
-    assert judge_rates([2e9, 2e9, 2e9, 8e9], hosts, [4] * 4).verdict == "ok"
+    assert found.found == "rank 3 on b computes 4.0 times as slowly as others, has 1 core(s) instead of 4"
+    assert judge_work(works(2, 8), ["a", "b"], [4, 4]).ranks == (0,)
+    # Three of four on slower machines: the one that is alone is not the fault.
+    assert judge_work(works(2, 2, 2, 8), hosts, [4] * 4).verdict == "ok"
+
+
+def test_ranks_that_are_not_let_run_are_named_though_all_are_as_slow():
+    found = judge_work([Work(2e9, 0.25), Work(2e9, 0.3)], ["a", "b"], [4, 4])
+    assert (found.verdict, found.ranks) == ("warn", (0, 1))
+    assert found.found == "rank 0 on a gets 25% of the time on its core; rank 1 on b gets 30% of the time on its core"
+    found = judge_work([Work(8e9, 0.97), Work(2e9, 0.25)], ["a", "b"], [4, 4])
+    assert found.found == "rank 1 on b computes 4.0 times as slowly as others, gets 25% of the time on its core"
+    # A rank that only waits for its GPU runs little, and is not slow for that.
+    assert judge_work(works(8, 8, share=None), ["a", "b"], [4, 4]).verdict == "ok"
+
+
+def works(*giga: float, share: float | None = 1.0) -> list[Work]:
+    return [Work(rate * 1e9, share) for rate in giga]
 
 
 @pytest.mark.parametrize(

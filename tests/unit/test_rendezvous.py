@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from agnews_dist import rendezvous
 from agnews_dist.errors import UserError
+from agnews_dist.node import free_port
 from agnews_dist.world import World
 
 
@@ -62,8 +63,7 @@ def test_who_does_not_come_is_named_in_time(rank, missing):
 @pytest.fixture
 def address(monkeypatch):
     """One that nobody uses, given to this process as a launcher would."""
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        port = door.getsockname()[1]
+    port = free_port()
 
     def give(rank: int) -> int:
         names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": 2}
