@@ -30,10 +30,10 @@ from agnews_dist.preempt import Watch, slurm_seconds_left
 from agnews_dist.report.result import versions
 from agnews_dist.report.runlog import RunLog
 from agnews_dist.report.sinks import Sinks
-from agnews_dist.resume import ACCEPTABLE, FOLDER, Found, check_prints, look
+from agnews_dist.resume import ACCEPTABLE, FOLDER, Found, check_prints, look, wanted_later
 from agnews_dist.rundir import LOCK_SECONDS, Claim, run_name
 from agnews_dist.saving import Saver, load_weights
-from agnews_dist.status import State, StatusFile, job_of, run_of_job
+from agnews_dist.status import State, StatusFile, is_later_start, job_of, run_of_job
 from agnews_dist.training import Training
 from agnews_dist.wrapped import Wrapped
 
@@ -106,16 +106,17 @@ class Attempt:
         if not self._engine.world.is_main:
             return
         run, job = self._config.run, job_of(os.environ)
-        runs, resume = Path(run.dir), self._config.checkpoint.resume
-        name = run.name
-        if name is None and resume == "auto":
+        runs, resume, is_later = Path(run.dir), self._config.checkpoint.resume, is_later_start(os.environ)
+        if (name := run.name) is None and (is_later or resume == "auto"):
             name = self._unfinished_run(runs, job, accept)
         name = run_name(name, self._config.model.name, datetime.now())
         claim = Claim(runs, name, overwrite=run.overwrite, config_yaml=cli.dump(self._config))
         self._claim = claim
         # The other ranks wait for this one, and not for longer than their timeout.
         claim.lock(min(LOCK_SECONDS, self._config.engine.timeout_seconds / 2))
-        found = look(claim.directory, resume=resume, overwrite=run.overwrite, settings=self._settings, accept=accept)
+        if is_later:
+            resume, claim.overwrite = wanted_later(claim.directory, job, resume, overwrite=run.overwrite)
+        found = look(claim.directory, resume=resume, overwrite=claim.overwrite, settings=self._settings, accept=accept)
         if found is not None and found.is_own:
             claim.go_on()
         else:

@@ -58,7 +58,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.preflight.together import look_together, meet
     from agnews_dist.preflight.view import Checkup, show_checkup
 
-    here, diagnosis, error = look_here(config, asked, world.ranks_per_node, loaded.options["node_cache"])
+    here, diagnosis, error = look_here(config, asked, loaded.options["node_cache"])
     expected, apart = None, None
     try:
         device = meet(world, here, MEETING_SECONDS)

@@ -107,7 +107,7 @@ def fruitless(starts: Sequence[Start]) -> int:
     """How many starts in a row were followed by one that began at the same step."""
     count = 0
     for earlier, later in zip(reversed(starts[:-1]), reversed(starts), strict=False):
-        if earlier.step != later.step:
+        if later.step > earlier.step:
             break
         count += 1
     return count

@@ -98,6 +98,17 @@ def look(
     return Found(checkpoint, best, True, attempt, tuple(warnings))
 
 
+def wanted_later(directory: Path, job: str | None, resume: str, *, overwrite: bool) -> tuple[str, bool]:
+    """(checkpoint.resume, run.overwrite) as a later start of `job` is to take them: they said what it was to begin from, and
+    what it has done since goes on."""
+    status = read_status(directory)
+    if status is None or status.job != job:
+        return resume, overwrite  # it was stopped before it began
+    if resume in ("auto", "never") or checkpoints(directory / FOLDER):
+        return "auto", False
+    return resume, True  # stopped before its first checkpoint
+
+
 def _read_path(path: Path) -> tuple[Checkpoint, Checkpoint | None, list[str]]:
     """The checkpoint at `path`, or the newest of the run at `path`.
 

@@ -50,7 +50,8 @@ class Claim:
         self.staging = runs / f".{name}.starting"
         """Where the run writes until `keep()` renames it; files opened there stay open."""
         self._replaced = runs / f".{name}.replaced"
-        self._overwrite, self._config_yaml = overwrite, config_yaml
+        self.overwrite, self._config_yaml = overwrite, config_yaml
+        """Whether results under this name may be lost."""
         self._is_taken, self._goes_on = False, False
         self._lock: int | None = None
         self._lock_path = runs / f".{name}.lock"
@@ -125,7 +126,7 @@ class Claim:
         )
 
     def _check_replaceable(self) -> None:
-        if not self._overwrite:
+        if not self.overwrite:
             raise UserError(
                 f"{self.directory} exists: its results would be lost. Choose another --run.name, or pass --run.overwrite; what "
                 "was stopped before its end goes on with --checkpoint.resume auto."

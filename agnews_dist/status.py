@@ -58,6 +58,12 @@ def job_of(environ: Mapping[str, str]) -> str | None:
     return f"torchrun on {socket.gethostname()}, process {agent} of {psutil.Process(agent).create_time():.0f}"
 
 
+def is_later_start(environ: Mapping[str, str]) -> bool:
+    """Whether Slurm or torchrun has started this job before, with these very arguments."""
+    counts = (environ.get(name, "") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return any(count.isdecimal() and int(count) > 0 for count in counts)
+
+
 def read_status(directory: Path) -> Status | None:
     """The status of the run in `directory`; None if it has none that can be read."""
     try:

@@ -24,12 +24,22 @@ fail() {
     exit 2
 }
 
+# This node cannot meet the others, and they shall not wait for it; hosts without Slurm must be ended by hand.
+give_up() {
+    if [[ -n ${SLURM_STEP_ID:-} ]]; then
+        # The number of an array's first task means the whole array.
+        local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+        scancel "${job:-$SLURM_JOB_ID}.$SLURM_STEP_ID" || true
+    fi
+    exit "$1"
+}
+
 # Read here, on each node: on the one that runs the batch script these variables would be its own.
 if [[ -z ${NODES:-} && -n ${SLURM_STEP_NUM_NODES:-} ]]; then
     ((SLURM_STEP_NUM_TASKS == SLURM_STEP_NUM_NODES)) ||
-        fail "srun started $SLURM_STEP_NUM_TASKS tasks on $SLURM_STEP_NUM_NODES node(s): each would start all ranks of its node. Add --ntasks-per-node=1."
+        fail "srun started $SLURM_STEP_NUM_TASKS tasks on $SLURM_STEP_NUM_NODES node(s): each would start all ranks of its node. Add --ntasks=$SLURM_STEP_NUM_NODES --ntasks-per-node=1."
     NODES=$SLURM_STEP_NUM_NODES NODE=$SLURM_NODEID
-    HEAD=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
+    read -r HEAD < <(scontrol show hostnames "$SLURM_STEP_NODELIST")
     # Two jobs on one node have different numbers; below the ports that the system hands out by itself.
     PORT=${PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 fi
@@ -41,16 +51,19 @@ done
 ((NODE < NODES)) || fail "NODE=$NODE of NODES=$NODES: nodes count from 0, so this one would never be waited for. Lower NODE."
 ((NODES == 1)) || [[ -n ${HEAD:-} ]] ||
     fail "NODES=$NODES without HEAD: the nodes would not know where to meet. Set HEAD to the first node's name or address."
+# Of a rank. Operators of Kubernetes and other launchers tell a whole node these; torchrun tells the ranks their own.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
 # shellcheck source=launch/ranks.sh
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh" torchrun
 
 torchrun=("${python[@]}" -m torch.distributed.run --nproc_per_node "$NPROC" --max_restarts "${MAX_RESTARTS:-0}")
 if ((NODES == 1)); then
-    torchrun+=(--standalone)
+    # Without the address it would tell the ranks this machine's name, and a minute would go by where that does not resolve.
+    torchrun+=(--standalone --local_addr 127.0.0.1)
 else
     place=(--endpoint "$HEAD:$PORT" --nodes "$NODES" --node "$NODE")
     if [[ -z ${DRY_RUN:-} ]]; then
-        [[ ${PREFLIGHT:-} == off ]] || "${python[@]}" -m agnews_dist.doctor "${place[@]}"
+        [[ ${PREFLIGHT:-} == off ]] || "${python[@]}" -m agnews_dist.doctor "${place[@]}" || give_up $?
         # shellcheck source=launch/network.sh
         source "$root/launch/network.sh"
     fi

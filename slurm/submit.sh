@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole journey as three jobs that wait for each other: prepare, train, evaluate on the test split. Prints their numbers.
+# The whole journey as three jobs that wait for each other: prepare, train, evaluate on the test split. Prints their numbers. With
+# OFFLINE in site.env (compute nodes without a network) it prepares right here instead.
 #
 #   slurm/submit.sh --config my.yaml
 #   slurm/submit.sh --nodes=4 --time=8:00:00 -- --config my.yaml --optim.lr 3e-4
@@ -12,8 +13,11 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [[ -f $root/slurm/site.env ]]; then
+    # What a site writes there may not be as strict.
+    set +eu
     # shellcheck source=slurm/site.env.example
     source "$root/slurm/site.env"
+    set -eu
 fi
 
 options=()
@@ -44,13 +48,34 @@ submit() {
     echo "${number%%;*}"
 }
 
-prepare=$(unset SBATCH_GPUS_PER_NODE; submit prepare "$root/slurm/prepare.sbatch" "$@")
-echo "prepare $prepare"
+# prepare_here ARGUMENTS...: what slurm/prepare.sbatch does, on this machine.
+prepare_here() {
+    # shellcheck disable=SC2206  # CONTAINER is words
+    local command=(${CONTAINER:-} "${INTERPRETER:-$root/.venv/bin/python}" -m agnews_dist.prepare "$@")
+    if [[ -n ${DRY_RUN:-} ]]; then
+        printf '%s\n' "$(printf '%q ' "${command[@]}")" >&2
+        return
+    fi
+    if declare -F setup >/dev/null; then
+        set +eu
+        setup
+        set -eu
+    fi
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "${command[@]}" >&2
+}
+
 # A job whose turn never comes, because the one before it failed, shall not wait for ever.
-train=$(submit train --dependency="afterok:$prepare" --kill-on-invalid-dep=yes "${options[@]}" \
-    "$root/slurm/train.sbatch" "$@" --run.dir "$RUNS" --run.name "$RUN")
+after=(--kill-on-invalid-dep=yes)
+if [[ -n ${OFFLINE:-} ]]; then
+    (prepare_here "$@")
+    echo "prepare here"
+else
+    prepare=$(unset SBATCH_GPUS_PER_NODE SBATCH_CPUS_PER_GPU SBATCH_MEM_PER_GPU; submit prepare "$root/slurm/prepare.sbatch" "$@")
+    echo "prepare $prepare"
+    options=(--dependency="afterok:$prepare" "${after[@]}" "${options[@]}")
+fi
+train=$(submit train "${options[@]}" "$root/slurm/train.sbatch" "$@" --run.dir "$RUNS" --run.name "$RUN")
 echo "train $train"
-evaluate=$(submit evaluate --dependency="afterok:$train" --kill-on-invalid-dep=yes \
-    "$root/slurm/evaluate.sbatch" --config "$RUNS/$RUN/config.yaml" \
-    --model.name "$RUNS/$RUN" --split test --output "scores/$RUN")
+evaluate=$(submit evaluate --dependency="afterok:$train" "${after[@]}" "$root/slurm/evaluate.sbatch" \
+    --config "$RUNS/$RUN/config.yaml" --model.name "$RUNS/$RUN" --split test --output "scores/$RUN")
 echo "evaluate $evaluate"

@@ -3,7 +3,9 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -81,3 +83,19 @@ class Hosts:
             timeout=20,
         )
         assert done.returncode == 0 or not check, f"ip {' '.join(arguments)}: {done.stderr}"
+
+
+@contextmanager
+def listening(inside: Sequence[str], port: int) -> Iterator[int]:
+    """Some other program of the host that `inside` leads to has this port; the program's process."""
+    listen = (
+        f"import socket, time; door = socket.create_server(('', {port})); print('open', flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([*inside, sys.executable, "-c", listen], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        yield process.pid
+    finally:
+        process.kill()
+        process.communicate()

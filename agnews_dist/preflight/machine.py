@@ -68,21 +68,6 @@ def _driver() -> str:
     return (done.stdout.splitlines() or ["unknown"])[0].strip()
 
 
-def num_cores() -> int:
-    """Cores that this rank may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def find_threads(ranks_here: int) -> Finding:
-    """Whether the ranks of this node have a core for each of their threads."""
-    threads, cores = torch.get_num_threads(), num_cores()
-    found = f"{threads} thread(s) per rank, {cores} core(s) to run on"
-    if threads * ranks_here > (os.cpu_count() or cores) or threads > cores:
-        remedy = f"Set OMP_NUM_THREADS={max(1, (os.cpu_count() or cores) // ranks_here)}, or start fewer ranks"
-        return Finding(check="cores", verdict="warn", found=f"{found} for {ranks_here} rank(s)", remedy=remedy)
-    return Finding(check="cores", verdict="ok", found=found)
-
-
 def find_compiler(compile_setting: str) -> Finding:
     """torch.compile needs one on a CPU."""
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
@@ -175,9 +160,9 @@ def refused(check: str, error: UserError) -> Finding:
 
 
 def look_here(
-    config: Config, asked: World, ranks_here: int, node_cache_wanted: str
+    config: Config, asked: World, node_cache_wanted: str
 ) -> tuple[list[Finding], Diagnosis | None, UserError | None]:
     """All of these; the error with which the model cannot be read comes along."""
     memory, diagnosis, error = find_memory(config, asked)
-    findings = [find_engine(config, asked), find_threads(ranks_here), find_compiler(config.engine.compile), memory]
+    findings = [find_engine(config, asked), find_compiler(config.engine.compile), memory]
     return [*findings, *find_disks(config, asked, node_cache_wanted), find_hub(config)], diagnosis, error

@@ -1,5 +1,6 @@
 """What only the ranks together can find: other versions, settings, clocks or disks than the rest. Collective, on every rank."""
 
+import os
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
@@ -7,10 +8,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from agnews_dist import collectives
+from agnews_dist.node import Cores, find_cores
 from agnews_dist.preflight import disks
 from agnews_dist.preflight.findings import Finding, rank_words
-from agnews_dist.preflight.machine import num_cores
 from agnews_dist.world import World
 
 
@@ -19,7 +22,8 @@ class Facts:
     """What a rank tells the others of itself."""
 
     host: str
-    cores: int
+    cores: Cores
+    threads: int
     versions: Mapping[str, str]
     settings: Mapping[str, object]
 
@@ -61,6 +65,30 @@ def check_world(expected: int | None, world: World, hosts: Sequence[str], enviro
             remedy="Start one torchrun per node: srun --ntasks-per-node=1 launch/node.sh",
         )
     return Finding(check="world", verdict="ok", found=found)
+
+
+def judge_cores(facts: Sequence[Facts]) -> Finding:
+    """Whether every thread of every rank has a core: of those that a node's ranks may use together, bound or not."""
+    told: list[str] = []
+    affected: list[int] = []
+    fitting = 1
+    for host in dict.fromkeys(own.host for own in facts):
+        ranks = [rank for rank, own in enumerate(facts) if own.host == host]
+        here = [facts[rank] for rank in ranks]
+        cores = len({core for own in here for core in own.cores.allowed})
+        cores = min([cores, *(own.cores.count for own in here if not own.cores.are_ours)])
+        threads = sum(own.threads for own in here)
+        if threads > cores or any(own.threads > len(own.cores.allowed) for own in here):
+            told.append(f"{len(here)} rank(s) on {host} have {threads} thread(s) and {cores} core(s)")
+            affected += ranks
+            fitting = max(1, cores // len(here))
+    if not told:
+        threads = "/".join(sorted({str(own.threads) for own in facts}))
+        return Finding(check="cores", verdict="ok", found=f"{threads} thread(s) per rank, a core for each")
+    remedy = (
+        f"Ask for more (sbatch --cpus-per-gpu, --cpus-per-task), set OMP_NUM_THREADS={fitting}, or start fewer ranks"
+    )
+    return Finding(check="cores", verdict="warn", found="; ".join(told[:8]), remedy=remedy, ranks=tuple(affected))
 
 
 def check_names(world: World, hosts: Sequence[str]) -> Finding:
@@ -111,4 +139,4 @@ def check_shared(what: str, directory: Path, world: World, hosts: Sequence[str],
 
 def facts_of(versions: Mapping[str, str], settings: Mapping[str, object]) -> Facts:
     """This rank's."""
-    return Facts(socket.gethostname(), num_cores(), versions, settings)
+    return Facts(socket.gethostname(), find_cores(os.environ), torch.get_num_threads(), versions, settings)

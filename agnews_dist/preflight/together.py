@@ -65,13 +65,14 @@ def look_together(
             [own.settings for own in facts],
             "Start every rank with the same arguments and the same YAML files",
         ),
+        ranks.judge_cores(facts),
         ranks.check_names(world, hosts),
         network.judge_clocks(network.clock_offsets(world), hosts),
         ranks.check_shared("run.dir", Path(config.run.dir).absolute(), world, hosts, must_be=True),
         ranks.check_shared("data.cache_dir", cache_root(config.data.cache_dir).absolute(), world, hosts, must_be=False),
         all_sum,
         network.check_pairs(world, device, hosts),
-        network.judge_work(done, hosts, [own.cores for own in facts]),
+        network.judge_work(done, hosts, [len(own.cores.allowed) for own in facts]),
     ]
     by_rank = collectives.all_gather(list(here))
     if diagnosis is None:

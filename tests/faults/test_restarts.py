@@ -45,7 +45,9 @@ def take_away(node: subprocess.Popen) -> None:
 def test_a_rank_that_crashes_once_is_started_again_and_ends_as_if_it_had_not(tmp_path):
     whole = finish(tmp_path / "whole")
     log, mark = tmp_path / "log.txt", tmp_path / "crashed"
-    script = (ODD_RANK, "1", "crash once", "train", *arguments(tmp_path))
+    # What it was to begin from is said to its first start.
+    anew = ("--checkpoint.resume", "never", "--run.overwrite", "true")
+    script = (ODD_RANK, "1", "crash once", "train", *arguments(tmp_path, *anew))
     job = agent(
         log, "--standalone", "--nproc_per_node=2", "--max-restarts=2", script=script, CRASHED=str(mark), ODD_STEP="30"
     )

@@ -44,7 +44,7 @@ def clone(tmp_path: Path) -> Path:
         f'"-m agnews_dist.node") exec {sys.executable} "$@" ;;\n'
         '"-c import importlib"*) [ -z "$WITHOUT_DEEPSPEED" ] ;;\n'
         '"-c import base64"*) echo "world of $3" ;;\n'
-        '"-c import socket"*) echo 4321 ;;\n'
+        '"-c from agnews_dist.node import free_port"*) echo 4321 ;;\n'
         '*) echo "threads $OMP_NUM_THREADS"; for a in "$@"; do echo "[$a]"; done ;;\n'
         "esac\n",
         encoding="utf-8",
@@ -63,7 +63,7 @@ def test_every_script_is_strict_executable_and_parses() -> None:
         assert text.startswith("#!/usr/bin/env bash\n"), script
         if script.name in BATCH:
             # They have to go on after an error: to say what it was, and to go back into the queue.
-            assert '\nsource "$root/slurm/job.sh"\n' in text, script
+            assert '\nsource "${file%/*}/job.sh" || exit\n' in text, script
         else:
             assert "\nset -euo pipefail\n" in text, script
             assert os.access(script, os.X_OK), script
@@ -93,7 +93,7 @@ def expected_command(clone: Path, script: str, ranks: int, devices: list[str]) -
             str(ranks),
             "--max_restarts",
             "0",
-            "--standalone",
+            *("--standalone", "--local_addr", "127.0.0.1"),
         ]
         return [*launcher, "--no_python", f"{clone}/launch/rank.sh", f"{clone}/.venv/bin/python", *train]
     if script == "accelerate.sh":

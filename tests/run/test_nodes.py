@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hosts import Hosts, can_be_made
+from hosts import Hosts, can_be_made, listening
 from launching import REPOSITORY, environment
 
 NODE = str(REPOSITORY / "launch" / "node.sh")
@@ -32,9 +32,13 @@ def start(hosts: Hosts, tmp_path: Path) -> Iterator[Callable[..., subprocess.Pop
 
     def start(host: str, *arguments: str, script: str = NODE, **environ: str) -> subprocess.Popen[str]:
         number = str(hosts.names.index(host))
+        # What Kubernetes' operator tells a pod, which is a node here and no rank.
+        pod = {"RANK": number, "WORLD_SIZE": "2"}
         process = subprocess.Popen(
             [*hosts.inside(host), script, *arguments],
-            env=environment(**{"NODES": "2", "NODE": number, "NPROC": "1", "LOGS": f"{tmp_path}/logs", **environ}),
+            env=environment(
+                **{"NODES": "2", "NODE": number, "NPROC": "1", "LOGS": f"{tmp_path}/logs", **pod, **environ}
+            ),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -97,20 +101,11 @@ def test_a_head_that_is_none_is_told_at_once(
 
 
 def test_a_taken_port_is_told_with_its_owner(hosts: Hosts, start: Callable[..., subprocess.Popen[str]]) -> None:
-    listen = "import socket, time; door = socket.create_server(('', 29502)); print('open', flush=True); time.sleep(60)"
-    owner = subprocess.Popen(
-        [*hosts.inside("first"), "python3", "-c", listen], stdout=subprocess.PIPE, text=True, env=environment()
-    )
-    try:
-        assert owner.stdout is not None
-        assert owner.stdout.readline() == "open\n"
+    with listening(hosts.inside("first"), 29502) as owner:
         node = start("first", HEAD=hosts.address("first"), PORT="29502")
         _, err = node.communicate(timeout=30)
-    finally:
-        owner.kill()
-        owner.communicate()
     assert node.returncode == 1
-    assert f"port 29502 of first is taken by process {owner.pid} (python" in err
+    assert f"port 29502 of first is taken by process {owner} (python" in err
     assert "Choose another PORT" in err
 
 
@@ -134,6 +129,22 @@ def test_the_head_may_know_itself_as_loopback(hosts: Hosts, tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     assert "warning: rendezvous: first is 127.0.1.1 on itself" in done.stderr
+
+
+def test_one_node_alone_needs_no_name(hosts: Hosts, tmp_path: Path) -> None:
+    """Containers often have one that nothing resolves; torchrun looks for it for a minute and more."""
+    done = subprocess.run(
+        [*hosts.inside("nameless"), NODE, "--help"],
+        env=environment(NODES="1", NPROC="2"),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        timeout=45,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--optim.lr" in done.stdout
+    assert "cannot be retrieved" not in done.stderr
 
 
 @pytest.mark.parametrize("preflight", ["on", "off"])

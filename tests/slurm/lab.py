@@ -168,6 +168,10 @@ class Lab:
         shown = ("sinfo", "-h", "-n", node, "-o", "%T")
         self.wait_for(lambda: "down" not in self.client(*shown), 30, lambda: self.client(*shown))
 
+    def inside(self, host: str) -> list[str]:
+        """What runs a command on a node."""
+        return self._hosts.inside(host) if self.is_networked else []
+
     # --- up and down ---
 
     def _start(self) -> None:
@@ -190,10 +194,10 @@ class Lab:
         self._configure()
         if self.is_networked:
             self._hosts.__enter__()
-        self._daemon(*self._inside("ctl"), "slurmctld", "-c")
+        self._daemon(*self.inside("ctl"), "slurmctld", "-c")
         for name in self.nodes:
             (root / "spool" / name).mkdir()
-            self._daemon(*self._inside(name), "slurmd", "-N", name)
+            self._daemon(*self.inside(name), "slurmd", "-N", name)
         idle = ("sinfo", "-h", "-N", "-t", "idle", "-p", "main", "-o", "%N")
         self.wait_for(
             lambda: len(self.client(*idle, check=False).split()) == NUM_NODES,
@@ -233,9 +237,6 @@ class Lab:
             except PermissionError:
                 return "/dev/tty[0-7]" if Path("/dev/tty7").exists() else None
         return f"{self.root}/gpus/nvidia[0-{GPUS - 1}]"
-
-    def _inside(self, host: str) -> list[str]:
-        return self._hosts.inside(host) if self.is_networked else []
 
     def _daemon(self, *command: str) -> None:
         # Files, not pipes: a daemon keeps what it inherits, and a pipe's other end would wait for it.

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from hosts import listening
 from lab import ENDED, Lab
 from launching import REPOSITORY
 from safetensors.torch import load_file
@@ -119,7 +120,16 @@ def assert_same(run: Path, other: Path) -> None:
 
 
 def test_fake_gpus_give_the_world_in_a_dry_run(lab: Lab, submit: Callable[..., str], place: Path) -> None:
-    job = submit("--nodes=2", "--gres=gpu:8", SCRIPTS / "train.sbatch", "--optim.lr", "3e-4 '", DRY_RUN="1")
+    # As many of us write by habit: a task per GPU. Nodes start their ranks themselves.
+    job = submit(
+        "--nodes=2",
+        "--gres=gpu:8",
+        "--ntasks-per-node=2",
+        SCRIPTS / "train.sbatch",
+        "--optim.lr",
+        "3e-4 '",
+        DRY_RUN="1",
+    )
     assert lab.ends(job) == "COMPLETED", lab.told(job)
     commands = [line for line in told(place, "agnews-train", job).splitlines() if "torch.distributed.run" in line]
     assert len(commands) == 2, lab.told(job)
@@ -305,3 +315,53 @@ def test_what_comes_before_and_after_a_training_runs_on_two_nodes_too(
     for name in ("num_correct", "num_examples"):
         assert found["splits"]["test"][name] == trained["splits"]["test"][name]
     assert len(list(place.glob("copies/*/meta.json"))) == 1
+
+
+def test_a_task_of_an_array_goes_back_alone(
+    lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path
+) -> None:
+    """One of the tasks has the array's own number, with which Slurm's clients mean all of them."""
+    array = submit("--array=1-2", SCRIPTS / "sweep.sbatch", "--config", quickstart, *LONG, "--run.dir", "swept")
+    lab.wait_for(lambda: lab.state(array) == "RUNNING", 30, lambda: lab.told(array))
+    numbers = lab.client("squeue", "-h", "-r", "-j", array, "-o", "%A %i").split()
+    task = dict(zip(numbers[::2], numbers[1::2], strict=True))[array]
+    (other,) = {f"{array}_1", f"{array}_2"} - {task}
+    at_step(lab, array, place / "swept" / f"agnews-sweep-{task[-1]}-{array}", 20)
+    lab.client("scancel", "--signal=USR1", "--batch", task)
+    assert lab.ends(array, 200) == "COMPLETED", lab.told(array)
+    assert (restarts(lab, task), restarts(lab, other)) == (1, 0)
+    said = (place / f"agnews-sweep-{task}.log").read_text()
+    assert f"job {task}: requeued" in said
+    assert f"job {task}: the training ended with exit status 0; finished: after 2 attempt(s)" in said
+
+
+def test_a_job_stopped_while_the_cluster_is_checked_comes_back(
+    lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path
+) -> None:
+    # Without the user's environment, as many sites would have it: what the scripts tell each other must reach the nodes.
+    kept = ",".join(("DOCTOR=1", *(f"{name}={value}" for name, value in lab.environ.items() if name == "SLURM_CONF")))
+    job = submit(f"--export={kept}", SCRIPTS / "train.sbatch", "--config", quickstart, "--optim.epochs", "1")
+    mine = {"SLURM_JOB_ID": job, "STORY": "doctor", "RANK": "0"}
+    lab.wait_for(
+        lambda: any(mine.items() <= environ_of(process).items() for process in psutil.process_iter()),
+        60,
+        lambda: lab.told(job),
+    )
+    lab.client("scancel", "--signal=USR1", "--batch", job)
+    assert lab.ends(job, 200) == "COMPLETED", lab.told(job)
+    assert restarts(lab, job) == 1
+    said = told(place, "agnews-train", job)
+    assert said.index(f"job {job}: requeued") < said.index(f"job {job}: start 1, 0 steps are saved"), said
+
+
+def test_a_node_that_cannot_meet_the_others_does_not_keep_them(
+    lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path
+) -> None:
+    if not lab.is_networked:
+        pytest.skip("on loopback every port is both nodes'")
+    with listening(lab.inside(lab.nodes[0]), 23456) as owner:
+        job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--config", quickstart, PORT="23456")
+        assert lab.ends(job, 60) == "FAILED", lab.told(job)
+    said = told(place, "agnews-train", job)
+    assert f"error: rendezvous: port 23456 of {lab.nodes[0]} is taken by process {owner} (python" in said, said
+    assert "give_up: this start failed before the run began" in said

@@ -44,8 +44,10 @@ def test_every_command_does_what_it_says(lab: Lab, environ: dict[str, str], quic
     # "edit its first three lines": this cluster's partition; no accounts, and no GPUs that torch could see.
     edit = "sed -i -e s/=gpu/=main/ -e /SBATCH_ACCOUNT/d -e /SBATCH_GPUS_PER_NODE=/d slurm/site.env"
     assert re.search(r"edit its first three lines", SECTION)
+    # A site's own commands: modules and conda read variables that are not set.
+    own = "echo 'setup() { : \"$NOT_SET\"; false; }' >>slurm/site.env"
     until = "until [[ -z $(squeue --noheader --states PD,R,CG) ]]; do sleep 0.5; done"
-    script = ["set -euo pipefail", lines[0], edit, *lines[1:-1], until, lines[-1], until]
+    script = ["set -euo pipefail", lines[0], edit, own, *lines[1:-1], until, lines[-1], until]
     pythonpath = f"{clone}{os.pathsep}{environ['PYTHONPATH']}"
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)],
@@ -101,6 +103,31 @@ def test_submit_prints_what_it_would_submit(tmp_path: Path, environ: dict[str, s
     assert train.endswith("--config my\\ file.yaml --run.dir runs --run.name x ")
     assert "--dependency=afterok:train" in evaluate
     assert "--config runs/x/config.yaml --model.name runs/x --split test --output scores/x" in evaluate
+
+
+def test_without_a_network_on_the_nodes_it_is_prepared_where_one_submits(
+    tmp_path: Path, environ: dict[str, str]
+) -> None:
+    clone = clone_of(REPOSITORY, tmp_path / "clone")
+    (clone / "slurm" / "site.env").write_text("OFFLINE=1\nsetup() { export XDG_CACHE_HOME=$PWD/cache; false; }\n")
+    (clone / "bin").mkdir()
+    (clone / "bin" / "sbatch").write_text('#!/bin/sh\necho "$*" >>asked\necho "9;cluster"\n')
+    (clone / "bin" / "sbatch").chmod(0o755)
+    command = [clone / "slurm" / "submit.sh", "--nodes=2", "--", "--config", "configs/quickstart.yaml"]
+    path = {"PATH": f"{clone}/bin:{os.environ['PATH']}", "RUN": "x"}
+    done = subprocess.run(command, env={**environ, **path}, capture_output=True, text=True, check=False, cwd=clone)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["prepare here", "train 9", "evaluate 9"]
+    assert len(list(clone.glob("cache/*/*/meta.json"))) == 1, done.stderr
+    train, evaluate = (clone / "asked").read_text().splitlines()
+    assert train.startswith(f"--parsable --nodes=2 {clone}/slurm/train.sbatch --config ")
+    assert evaluate.startswith("--parsable --dependency=afterok:9 --kill-on-invalid-dep=yes ")
+    # What cannot be prepared is not submitted.
+    command[-1] = "nowhere.yaml"
+    done = subprocess.run(command, env={**environ, **path}, capture_output=True, text=True, check=False, cwd=clone)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nowhere.yaml" in done.stderr
+    assert len((clone / "asked").read_text().splitlines()) == 2
 
 
 def test_the_doctor_under_a_bare_srun(lab: Lab, environ: dict[str, str], quickstart: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def starts(*steps: int) -> list[Start]:
 
 @pytest.mark.parametrize(
     ("steps", "count"),
-    [((), 0), ((0,), 0), ((0, 0), 1), ((0, 0, 0), 2), ((0, 5, 5, 5), 2), ((5, 5, 9), 0), ((7, 0, 0), 1)],
+    [((), 0), ((0,), 0), ((0, 0), 1), ((0, 0, 0), 2), ((0, 5, 5, 5), 2), ((5, 5, 9), 0), ((7, 0, 0), 2)],
 )
 def test_starts_that_saved_nothing_new(steps, count):
     assert fruitless(starts(*steps)) == count

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from agnews_dist.memory import Shape
+from agnews_dist.node import Cores
 from agnews_dist.preflight.duration import Job, Speed, expected_seconds
 from agnews_dist.preflight.findings import Finding, merged, rank_words, worst
 from agnews_dist.preflight.network import Work, judge_clocks, judge_pairs, judge_work, pairs_that_matter
-from agnews_dist.preflight.ranks import check_world, differing
+from agnews_dist.preflight.ranks import Facts, check_world, differing, judge_cores
 from agnews_dist.world import World, expand_counts, expand_nodes, ranks_of_srun
 
 FINE = Finding(check="disk", verdict="ok", found="writable")
@@ -109,6 +110,42 @@ def test_ranks_that_are_not_let_run_are_named_though_all_are_as_slow():
 
 def works(*giga: float, share: float | None = 1.0) -> list[Work]:
     return [Work(rate * 1e9, share) for rate in giga]
+
+
+def rank_on(host: str, *cores: int, threads: int, count: int | None = None) -> Facts:
+    """`count`: how many of the cores a limit leaves; all."""
+    return Facts(host, Cores(cores, len(cores) if count is None else count), threads, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("facts", "verdict"),
+    [
+        # Bound each to its own, or to none; two nodes with the same numbers.
+        ([rank_on("a", 0, 1, threads=2), rank_on("a", 2, 3, threads=2)], "ok"),
+        ([rank_on("a", 0, 1, 2, 3, threads=2), rank_on("a", 0, 1, 2, 3, threads=2)], "ok"),
+        ([rank_on("a", 0, 1, threads=2), rank_on("b", 0, 1, threads=2)], "ok"),
+        # What a cluster gives to a job that asks for GPUs alone.
+        ([rank_on("a", 0, threads=1)] * 8, "8 rank(s) on a have 8 thread(s) and 1 core(s)"),
+        # A limit of time, not of cores.
+        (
+            [rank_on("a", 0, 1, 2, 3, threads=2, count=2)] * 2,
+            "2 rank(s) on a have 4 thread(s) and 2 core(s)",
+        ),
+        # Bound to one of two, with threads for both; another node is well.
+        (
+            [rank_on("b", 0, 1, threads=2), rank_on("a", 0, threads=2), rank_on("a", 1, 2, 3, threads=1)],
+            "2 rank(s) on a have 3 thread(s) and 4 core(s)",
+        ),
+    ],
+)
+def test_threads_without_cores_are_told_by_node(facts, verdict):
+    found = judge_cores(facts)
+    if verdict == "ok":
+        assert (found.verdict, found.ranks) == ("ok", ())
+        assert found.found == "2 thread(s) per rank, a core for each"
+        return
+    assert (found.verdict, found.found) == ("warn", verdict)
+    assert found.ranks == tuple(rank for rank, own in enumerate(facts) if own.host == "a")
 
 
 @pytest.mark.parametrize(

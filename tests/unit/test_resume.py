@@ -12,7 +12,7 @@ from agnews_dist.checkpoint import DamagedError, write_checkpoint
 from agnews_dist.config import Config
 from agnews_dist.errors import Done, UserError
 from agnews_dist.fingerprints import settings
-from agnews_dist.resume import ACCEPTABLE, SILENT, check_prints, look
+from agnews_dist.resume import ACCEPTABLE, SILENT, check_prints, look, wanted_later
 from agnews_dist.status import StatusFile
 
 SETTINGS = {**settings(Config()), "engine.precision": "fp32"}
@@ -127,6 +127,30 @@ def test_another_training_is_refused_by_the_name_of_the_setting_with_both_values
     else:
         with pytest.raises(UserError, match=rf"--accept {key}: with another value the steps would not be those"):
             accepted(key)
+
+
+@pytest.mark.parametrize(
+    ("job", "resume", "overwrite", "has_saved", "wanted"),
+    [
+        # What the job has done since goes on, whatever it was to begin from.
+        ("slurm 7", "never", True, True, ("auto", False)),
+        ("slurm 7", "never", False, False, ("auto", False)),
+        ("slurm 7", "runs/other", False, True, ("auto", False)),
+        # Stopped before its first checkpoint: from that path once more, and nothing is lost.
+        ("slurm 7", "runs/other", False, False, ("runs/other", True)),
+        # Another job's run, which this one was to replace before it was stopped.
+        ("slurm 8", "never", True, True, ("never", True)),
+        (None, "never", False, True, ("never", False)),
+    ],
+)
+def test_a_later_start_of_a_job_goes_on_with_what_it_has_begun(tmp_path, job, resume, overwrite, has_saved, wanted):
+    run = tmp_path / "run"
+    run.mkdir()
+    if has_saved:
+        leave(run, 40)
+    StatusFile(run, attempt=1, step=0, job="slurm 7").write("preempted", "")
+    assert wanted_later(run, job, resume, overwrite=overwrite) == wanted
+    assert wanted_later(tmp_path / "none", job, resume, overwrite=overwrite) == (resume, overwrite)
 
 
 def test_several_differences_are_told_at_once_and_accepted_at_once(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agnews_dist.errors import UserError
-from agnews_dist.status import StatusFile, job_of, read_status, run_of_job
+from agnews_dist.status import StatusFile, is_later_start, job_of, read_status, run_of_job
 
 
 def leave(directory: Path, state: str, *, job: str | None = None, time: str | None = None) -> None:
@@ -64,3 +64,18 @@ def test_a_job_finds_its_newest_unfinished_run_and_nobody_elses(tmp_path):
     assert run_of_job(tmp_path, "slurm 8") == "other"
     assert run_of_job(tmp_path, "slurm 9") is None
     assert run_of_job(tmp_path, None) is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_later"),
+    [
+        ({}, False),
+        # By hand in an allocation: the same job, and still what the arguments say.
+        ({"SLURM_JOB_ID": "7"}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0", "TORCHELASTIC_RESTART_COUNT": "0"}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RESTART_COUNT": "0"}, True),
+        ({"TORCHELASTIC_RESTART_COUNT": "1"}, True),
+    ],
+)
+def test_a_later_start_is_one_that_a_launcher_counts(environ, is_later):
+    assert is_later_start(environ) is is_later
