@@ -2,17 +2,20 @@
 
 The file system that nodes share is then read once per node, whatever the number of ranks and epochs. Names in it are hashes of
 the content, so that jobs of one user share it and nothing in it can be stale. All of it stays when the job ends: with the job's
-own $SLURM_TMPDIR a cluster removes it; in /dev/shm that is the tokens alone.
+own $SLURM_TMPDIR a cluster removes it; in a file system in memory, such as /dev/shm, that is the tokens alone.
 """
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 from agnews_dist.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
 """Where the ranks of a node share memory; a file system in memory on Linux, absent elsewhere."""
+IN_MEMORY = ("tmpfs", "ramfs")
 HELP = "Read tokens and features from a copy in this directory of the node; 'auto': $SLURM_TMPDIR, $TMPDIR or /dev/shm."
 
 
@@ -56,5 +59,8 @@ def node_cache(wanted: str, environ: Mapping[str, str]) -> Path | None:
 
 
 def is_memory(directory: Path) -> bool:
-    """Whether what is copied there takes memory instead of a disk, and stays when the job has ended."""
-    return SHARED_MEMORY in directory.absolute().parents
+    """Whether what is copied there takes memory instead of a disk: /dev/shm, and on nodes without a disk /tmp as well."""
+    there = directory.resolve()
+    mounts = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
+    nearest = max((place for place in mounts if place == there or place in there.parents), default=None)
+    return nearest is not None and mounts[nearest] in IN_MEMORY

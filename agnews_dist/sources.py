@@ -128,7 +128,6 @@ def open_features(
     frozen_weights: str,
     wanted: Wanted,
     node_dir: Path | None,
-    emit: Emit,
 ) -> FeatureCache:
     """Where the frozen part's output is kept; decided, not yet computed. Collective. `frozen_weights`: their fingerprint;
     `node_dir`: where the node keeps copies of what is on disk."""
@@ -145,7 +144,6 @@ def open_features(
         frozen_weights=frozen_weights,
         model_name=config.model.name,
         node_directory=None if node_dir is None else node_dir / "features",
-        emit=emit,
     )
 
 

@@ -133,7 +133,6 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
             frozen_weights=prints["frozen_weights"],
             wanted=attempt.features_wanted(),
             node_dir=node_dir,
-            emit=emit,
         )
         loader.owner_N = features.owner_N
         num_steps, parameters = loader.num_steps(config.optim.epochs), parameter_table(classifier)

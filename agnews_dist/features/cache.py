@@ -19,7 +19,7 @@ from agnews_dist.features.choice import Choice, Place, Room, Wanted, choose
 from agnews_dist.features.compute import Meter, SplitFeatures, count, read_or_compute
 from agnews_dist.features.files import FeatureFile
 from agnews_dist.features.keys import features_key
-from agnews_dist.features.node_file import NodeFile
+from agnews_dist.features.node_file import NodeFile, let_lost_go, make_room_for_copies
 from agnews_dist.features.shelf import make_room, remove, shared_directory
 from agnews_dist.features.source import KeptFeatures
 from agnews_dist.model.gpt2 import Classifier
@@ -48,18 +48,17 @@ class FeatureCache:
         limit_bytes: int,
         frozen_weights: str,
         model_name: str,
-        emit: Emit = lambda _: None,
     ) -> None:
         """Decide, computing nothing yet.
 
         `directory`: of the feature caches on disk, which together may take `limit_bytes`; `node_directory`: for copies of them
-        on the node; `frozen_weights`: their fingerprint; `emit`: hears of copies that find no room.
+        on the node, which may take as much; `frozen_weights`: their fingerprint.
         """
         self._classifier, self._tables, self._engine, self._world = classifier, tables, engine, engine.world
         self._wanted: Wanted = wanted
         self._num_epochs = num_epochs
         self._directory, self._limit_bytes = directory, limit_bytes
-        self._node_directory, self._emit = node_directory, emit
+        self._node_directory = node_directory
         self._in_memory = node_directory is not None and is_memory(node_directory)
         self._frozen_weights, self._model_name = frozen_weights, model_name
         self._kept: dict[str, KeptFeatures] = {}
@@ -95,6 +94,8 @@ class FeatureCache:
         while self.choice.place != "off":
             # Space is reserved by one rank per node before the others start; a vote after each part, before anybody reads.
             failure = self._vote(self._reserve) or self._vote(lambda: self._fill(emit))
+            if failure is None and let_lost_go(self._files.values(), emit):
+                failure = self._vote(lambda: self._fill(emit))
             if failure is None:
                 self._open()
                 break
@@ -112,9 +113,10 @@ class FeatureCache:
                 )
             )
         if "disk" in self._failed and self._world.local_rank == 0:
-            # What is left there could only stand in the way of the run's own results.
-            for name in self._names("disk"):
-                remove(self._file(name).directory)
+            # What is left there half could only stand in the way of the run's own results.
+            for file in (self._file_below(self._directory, name) for name in self._names("disk")):
+                if not file.is_complete:
+                    remove(file.directory)
 
     def _vote(self, part: Callable[[], None]) -> str | None:
         """Do a part on this rank; the first rank's failure if any rank had one."""
@@ -179,7 +181,9 @@ class FeatureCache:
             if place == "disk":
                 files = self._files.values()
                 needed = sum(file.num_bytes for file in files)
-                make_room(self._directory, needed, self._limit_bytes, keep={file.directory.name for file in files})
+                keep = {file.directory.name for file in files}
+                make_room(self._directory, needed, self._limit_bytes, keep=keep)
+                make_room_for_copies(files, self._limit_bytes)
             for file in self._files.values():
                 file.allocate()
 
@@ -270,7 +274,7 @@ class FeatureCache:
         shared = self._file_below(self._directory, name)
         if self._node_directory is None or self._in_memory:
             return shared
-        return NodeFile(shared, self._file_below(self._node_directory, name), self._emit)
+        return NodeFile(shared, self._file_below(self._node_directory, name))
 
     def _file_below(self, directory: Path, name: str) -> FeatureFile:
         split, key = self._split(name), self._key(name)

@@ -34,6 +34,28 @@ os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", SLURM_TMPDIR=sys.argv[1]
 sys.exit(train.main(sys.argv[2:]))
 """
 """Two ranks of which each is a node of its own, as far as they can tell."""
+TAKEN_FOR_A_DISK = """
+import sys
+from agnews_dist import train
+from agnews_dist.features import cache
+cache.is_memory = lambda _: False
+sys.exit(train.main(sys.argv[1:]))
+"""
+"""A small file system is one in memory here."""
+FULL_LATER = """
+import errno, os, sys
+from pathlib import Path
+from agnews_dist import train
+from agnews_dist.features.files import FeatureFile
+node, write = Path(sys.argv[1]), FeatureFile._write
+def fill(self, segment, rows):
+    if os.environ["RANK"] == "1" and node in self.directory.parents:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return write(self, segment, rows)
+FeatureFile._write = fill
+sys.exit(train.main(sys.argv[2:]))
+"""
+"""A node's disk that others fill after its space was promised, as some file systems promise it."""
 
 
 def words(cache: Path, run: Path, *more: object) -> list[str]:
@@ -168,14 +190,49 @@ def small_node(tmp_path) -> Iterator[Path]:
 
 def test_without_room_on_the_node_the_shared_files_are_used(plain, cache, small_node, tmp_path):
     assert (features(cache)["train"] / "rows.bin").stat().st_size > 300 << 10
-    run = train(cache, tmp_path / "run", *ON_DISK, "--node_cache", small_node)
+    run = tmp_path / "run"
+    warm.ranks(2, "-c", TAKEN_FOR_A_DISK, *words(cache, run, *ON_DISK, "--node_cache", small_node))
     check_same(run, plain[1])
-    (warning,) = set(warnings(run))
+    (warning,) = warnings(run)
     assert warning == (
         f"no features can be kept in {small_node / 'features'} (No space left on device): they are read from "
         f"{cache / 'features'}."
     )
     assert (small_node / tokens(cache).name).is_dir()
+
+
+@pytest.mark.parametrize("is_kept", [True, False], ids=["kept by a former run", "to be computed"])
+def test_a_copy_that_breaks_off_costs_nothing_that_is_shared(plain, cache, tmp_path, is_kept):
+    node, kept = tmp_path / "node", features(cache)
+    if not is_kept:
+        shutil.rmtree(cache / "features")
+    run = tmp_path / "run"
+    warm.ranks(2, "-c", FULL_LATER, str(node), *words(cache, run, *ON_DISK, "--node_cache", node))
+    check_same(run, plain[1])
+    (warning,) = warnings(run)
+    assert warning.startswith(
+        f"no features can be kept in {node / 'features'} (No space left on device): they are read"
+    )
+    assert facts(run)["features"].startswith("disk: ")
+    # Whole, as without a node's disk; what was copied of it is gone from there.
+    whole = features(plain[0])
+    assert {split: path.name for split, path in features(cache).items()} == {split: p.name for split, p in kept.items()}
+    for split, directory in features(cache).items():
+        assert num_segments(directory) == num_segments(whole[split])
+        assert (directory / "rows.bin").read_bytes() == (whole[split] / "rows.bin").read_bytes()
+    assert list((node / "features").iterdir()) == []
+
+
+def test_copies_of_other_features_make_room(plain, cache, tmp_path):
+    """A sweep over models does not fill the node's disk."""
+    other = tmp_path / "node" / "features" / ("0" * 64)
+    other.mkdir(parents=True)
+    (other / "rows.bin").write_bytes(bytes(2 << 20))
+    needed = sum((path / "rows.bin").stat().st_size for path in features(cache).values())
+    limit = ("--engine.feature_cache_gigabytes", f"{(needed + (1 << 20)) / 1e9}")
+    check_same(train(cache, tmp_path / "run", *ON_DISK, *limit, "--node_cache", tmp_path / "node"), plain[1])
+    left = {path.name for path in (tmp_path / "node" / "features").iterdir()}
+    assert left == {path.name for path in features(cache).values()}
 
 
 def test_in_memory_features_are_held_as_without_a_disk(plain, cache, tmp_path):

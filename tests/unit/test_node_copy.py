@@ -3,7 +3,9 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from test_tokens import check_tokens, flip, opened, small_corpus, warned
 from watching import opens
@@ -50,11 +52,22 @@ def test_a_directory_that_cannot_be_made(tmp_path):
     assert node_cache(str(tmp_path / "a" / "b"), {}) == tmp_path / "a" / "b"
 
 
-def test_memory_is_known_by_its_path(tmp_path, monkeypatch):
+def test_memory_is_known_by_its_file_system(tmp_path, monkeypatch):
     assert is_memory(Path("/dev/shm/mine/below"))
-    assert not is_memory(tmp_path)
+    assert is_memory(Path("/dev/shm"))
     assert not is_memory(Path("/dev/shmall"))
-    monkeypatch.chdir("/dev/shm")
+    (tmp_path / "link").symlink_to("/dev/shm")
+    assert is_memory(tmp_path / "link" / "mine")
+    # A node without a disk has /tmp in memory; a disk may be mounted below what is not one, and the other way round.
+    mounts = [("/", "ext4"), ("/a", "tmpfs"), ("/a/b", "xfs"), ("/scratch", "lustre")]
+    parts = [SimpleNamespace(mountpoint=place, fstype=kind) for place, kind in mounts]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda *, all: parts if all else [])
+    found = {path: is_memory(Path(path)) for path in ("/a/c", "/a", "/a/b/c", "/ab", "/scratch/me")}
+    assert found == {"/a/c": True, "/a": True, "/a/b/c": False, "/ab": False, "/scratch/me": False}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        psutil, "disk_partitions", lambda **_: [SimpleNamespace(mountpoint=str(tmp_path), fstype="ramfs")]
+    )
     assert is_memory(Path("mine"))
 
 
