@@ -60,12 +60,11 @@ def all_gather(value: T) -> list[T]:
     return gathered  # pyright: ignore[reportReturnType]  # every slot was filled
 
 
-def send_receive(tensor: Tensor, peer: int, *, sends: bool) -> None:
-    """Send `tensor` to `peer`, or fill it with what the peer sends; both must call it."""
-    if sends:
-        dist.send(tensor, peer)
-    else:
-        dist.recv(tensor, peer)
+def exchange(sent: Tensor, received: Tensor, peer: int) -> None:
+    """Send to `peer` and fill `received` with what it sends, at the same time; both must call it, after an `all_reduce` of all
+    ranks on such a device: NCCL then uses the same communicator again."""
+    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, received, peer)]):
+        work.wait()
 
 
 def all_reduce(tensor: Tensor) -> Tensor:

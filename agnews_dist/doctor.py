@@ -14,12 +14,17 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from agnews_dist import cli
-from agnews_dist.errors import ConfigError, UserError
+from agnews_dist.errors import ConfigError, SharedError, UserError
 from agnews_dist.story import tell
 from agnews_dist.training_options import TRAINING_OPTIONS
 from agnews_dist.world import World, is_launched, ranks_of_srun
+
+if TYPE_CHECKING:
+    from agnews_dist.preflight.findings import Finding
+    from agnews_dist.preflight.machine import Here
 
 OPTIONS = (
     *TRAINING_OPTIONS,
@@ -31,7 +36,8 @@ OPTIONS = (
     cli.Option("--node", type=int, default=0, help="With --endpoint: which of them this is; they meet at 0."),
     cli.Option("--print_interface", type=bool, default=False, help="With --endpoint: print interface and own address."),
 )
-MEETING_SECONDS = 30
+MEETING_SECONDS = 120
+"""Nodes come apart by what a cold file system takes to load Python; a rank that dies is missed for as long."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,44 +58,67 @@ def run(world: World, loaded: cli.Loaded) -> None:
         return
     config, asked = loaded.config, _asked(world, loaded)
     # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
-    from agnews_dist.errors import SharedError
+    from agnews_dist.preflight.bounded import is_anything_left_behind
+    from agnews_dist.preflight.disks import remove_empty
     from agnews_dist.preflight.findings import Finding, merged, worst
     from agnews_dist.preflight.machine import look_here
     from agnews_dist.preflight.together import look_together, meet
     from agnews_dist.preflight.view import Checkup, show_checkup
 
-    here, diagnosis, error = look_here(config, asked, loaded.options["node_cache"])
+    here = look_here(config, asked, world, loaded.options["node_cache"])
     expected, apart = None, None
     try:
         device = meet(world, here, MEETING_SECONDS)
-    except UserError as unmet:
-        findings, apart = merged([[*here, Finding(check="rendezvous", verdict="fail", found=str(unmet))]]), unmet
-    else:
-        by_rank, together, expected = look_together(
-            config, asked, world, here, diagnosis, device, loaded.options["ranks"]
-        )
+        by_rank, together, expected = look_together(config, asked, world, here, device, loaded.options["ranks"])
         findings = [*merged(by_rank), *together]
+    except (UserError, RuntimeError) as unmet:
+        # What this rank found alone is told all the same.
+        apart = unmet if isinstance(unmet, UserError) else _fell_apart(unmet)
+        findings = merged([[*here.findings, Finding(check="rendezvous", verdict="fail", found=str(apart))]])
+    remove_empty(here.made)  # now that nobody writes there any more
     if world.is_main:
-        checkup = Checkup(findings, diagnosis, expected, world.num_ranks)
+        checkup = Checkup(findings, here.diagnosis, expected, world.num_ranks)
         if loaded.options["json"]:
             print(json.dumps(checkup.to_dict(), indent=2, allow_nan=False))
         else:
             show_checkup(checkup)
-    if apart is not None:
-        raise apart  # on every rank that waited: who did not come is only known there
-    if worst(findings) != "fail":
-        return
-    if error is None and diagnosis is not None and diagnosis.problem is not None:
-        error = UserError(diagnosis.problem)
+    error = apart  # on every rank that waited: who did not come is only known there
+    if error is None and worst(findings) == "fail":
+        error = SharedError(_problem(here, findings), rank=0)  # the findings are the same on all ranks that have met
+    if is_anything_left_behind():
+        _leave(error if world.is_main else None, code=int(error is not None))
+    if error is not None:
+        raise error
+
+
+def _problem(here: "Here", findings: "Sequence[Finding]") -> str:
+    """The one error of the model or its memory in its own words, else which checks failed."""
+    if here.error is not None:
+        return str(here.error)
+    if here.diagnosis is not None and here.diagnosis.problem is not None:
+        return here.diagnosis.problem
     failed = [finding.check for finding in findings if finding.verdict == "fail"]
-    # The findings are the same on all ranks that have met.
-    raise SharedError(
-        str(error)
-        if error is not None
-        else f"{len(failed)} of {len(findings)} checks failed ({', '.join(failed)}): the run would break off or go astray. "
-        "Mend what the table says beside each.",
-        rank=0,
+    return (
+        f"{len(failed)} of {len(findings)} checks failed ({', '.join(failed)}): the run would break off or go astray. Mend "
+        "what the table says beside each."
     )
+
+
+def _fell_apart(error: RuntimeError) -> UserError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(
+        f"the ranks lost each other while they measured ({lines[0].rstrip('. ')}): a training would break off as well. Look "
+        "for another rank's error above, and for a node that is overloaded or out of memory."
+    )
+
+
+def _leave(error: Exception | None, code: int) -> NoReturn:
+    """Although a thread hangs in a driver, for which an orderly end would wait."""
+    if error is not None:
+        print(f"error: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _look_at_meeting(loaded: cli.Loaded) -> None:

@@ -24,23 +24,34 @@ def open_process_group(world: World, backend: str, timeout_seconds: int) -> None
     """Make the process group of `world`, whose ranks have a launcher's variables; its collectives wait `timeout_seconds`.
 
     Raises:
-        UserError: not all ranks came, or the launcher's address is none where they could.
+        UserError: not all ranks came, the launcher's address is none where they could, or they cannot talk to each other.
     """
     timeout = timedelta(seconds=timeout_seconds)
     # torch's own: it knows whether the launcher or rank 0 keeps the store.
     find = dist.rendezvous  # pyright: ignore[reportPrivateImportUsage]  # documented as public
     below = dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage]  # documented as public
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store, rank, num_ranks = next(find("env://", timeout=timeout))
     except DistError as error:
-        address, reason = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", str(error).splitlines()[0]
         raise UserError(
-            f"no meeting place at {address} ({reason.rstrip('. ')}): the ranks cannot train together. If another rank says why "
+            f"no meeting place at {address} ({_first_line(error)}): the ranks cannot train together. If another rank says why "
             "above, mend that; else see that rank 0 runs at this address, that nothing else uses the port, and that no "
             "firewall closes it."
         ) from error
-    name = _agree(below("agnews_dist", store), world, timeout_seconds)
-    dist.init_process_group(backend, store=below(name, store), rank=rank, world_size=num_ranks, timeout=timeout)
+    try:
+        name = _agree(below("agnews_dist", store), world, timeout_seconds)
+        dist.init_process_group(backend, store=below(name, store), rank=rank, world_size=num_ranks, timeout=timeout)
+    except RuntimeError as error:  # the store's, gloo's and NCCL's
+        raise UserError(
+            f"the ranks came to {address} and could not connect to each other ({_first_line(error)}): they cannot train "
+            "together. If another rank says why above, mend that; else set GLOO_SOCKET_IFNAME to an interface that all nodes "
+            "reach (launch/node.sh does), and see that no firewall stands between the nodes."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
 def _agree(store: Store, world: World, timeout_seconds: int) -> str:

@@ -4,9 +4,12 @@ import errno
 import fcntl
 import mmap
 import os
+import random
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from agnews_dist.features.room import free_disk_bytes
@@ -20,34 +23,55 @@ SHARED_SECONDS = 5.0
 """Network file systems may hide a new file from other nodes for some seconds."""
 
 
-def probe(what: str, directory: Path, needed_bytes: int) -> Finding:
-    """Whether `directory` can take what the run writes there, about `needed_bytes`; leaves nothing behind."""
-    check, made = f"disk: {what}", _missing_parents(directory)
+def probe(what: str, directory: Path, needed_bytes: int, *, better: int = 0) -> Finding:
+    """Whether `directory` can take what the run writes there, about `needed_bytes`; leaves nothing behind.
+
+    `better`: what it writes besides if there is room for it.
+    """
+    check, made = f"disk: {what}", missing_parents(directory)
     start = time.perf_counter()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            _write_and_read(directory)
-        finally:
-            for path in made:
-                with suppress(OSError):  # somebody else's file in it meanwhile
-                    path.rmdir()
+        _probe_amid_others(directory)
     except OSError as error:
-        return _refusal(check, directory, error)
+        refusal = _refusal(check, directory, error)
+        is_optional = not needed_bytes and directory.is_dir()
+        return replace(refusal, verdict="warn") if is_optional else refusal
+    finally:
+        remove_empty(made)
     seconds, free = time.perf_counter() - start, free_disk_bytes(directory)
-    found = f"{directory}: {gigabytes(free)} free, the run writes about {gigabytes(needed_bytes)}"
-    if free < needed_bytes:
+    found = f"{directory}: {gigabytes(free)} free, the run writes about {gigabytes(needed_bytes + better)}"
+    if free < needed_bytes + better:
         remedy = "Free some space, or choose another directory"
-        return Finding(check=check, verdict="fail", found=found, remedy=remedy)
+        return Finding(check=check, verdict="fail" if free < needed_bytes else "warn", found=found, remedy=remedy)
     if seconds > SLOW_SECONDS:
         remedy = "Checkpoints are written beside training, but evaluate and export wait: choose a faster file system"
         return Finding(check=check, verdict="warn", found=f"{found}; 1 MiB took {seconds:.1f} s", remedy=remedy)
     return Finding(check=check, verdict="ok", found=found)
 
 
-def _missing_parents(directory: Path) -> list[Path]:
+def _probe_amid_others(directory: Path) -> None:
+    """Other ranks may remove the directory between our making it and writing there: they have made it too, and are done."""
+    for attempt in range(10):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _write_and_read(directory)
+            return
+        except FileNotFoundError:
+            if attempt == 9:
+                raise
+            time.sleep(random.random() / 10)
+
+
+def missing_parents(directory: Path) -> list[Path]:
     """What making `directory` would make, innermost first."""
     return [path for path in (directory, *directory.parents) if not path.exists()]
+
+
+def remove_empty(directories: Sequence[Path]) -> None:
+    """Remove those of them that are still empty, in this order."""
+    for path in directories:
+        with suppress(OSError):  # somebody else's file in it meanwhile
+            path.rmdir()
 
 
 def _write_and_read(directory: Path) -> None:

@@ -4,59 +4,115 @@ import os
 import shutil
 import subprocess
 import tempfile
-import urllib.error
-import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.cuda.nccl import version as nccl_version
 
 from agnews_dist.config import Config
-from agnews_dist.data.corpus import SYNTHETIC
+from agnews_dist.data.corpus import check_source
 from agnews_dist.data.tokens import cache_root
 from agnews_dist.device import choose_precision, chooses_cuda
 from agnews_dist.errors import UserError
 from agnews_dist.fitting import diagnose, read_shape, setup_of, shape_of
 from agnews_dist.memory import Diagnosis
-from agnews_dist.model.hub import EMBEDDED
+from agnews_dist.node import count_devices
 from agnews_dist.node_cache import choose_node_cache, is_memory
 from agnews_dist.preflight import disks
+from agnews_dist.preflight.bounded import within
 from agnews_dist.preflight.findings import Finding
+from agnews_dist.preflight.hub import find_hub
 from agnews_dist.sources import check_engine
 from agnews_dist.world import World
 
 NUM_CLASSES = 4
 TOKEN_BYTES = 50_000_000
 """Those of AG News, generously."""
-HUB_SECONDS = 5.0
+GPU_SECONDS = 60.0
+"""CUDA's first call may load for long from a slow file system."""
 BYTES_PER_SAVED_WEIGHT = 12
 """A weight that trains, and AdamW's two moments, in fp32."""
 
 
-def find_engine(config: Config, asked: World) -> Finding:
+@dataclass(frozen=True)
+class Kind:
+    """What a rank computes on and in: the same for all, or they cannot train together."""
+
+    device: str
+    """cuda or cpu; unusable where it was refused."""
+    precision: str
+    name: str
+    """Of the GPU."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """All that one rank found on its own."""
+
+    findings: list[Finding]
+    diagnosis: Diagnosis | None
+    """None: the model cannot be read."""
+    error: UserError | None
+    """With which it cannot."""
+    kind: Kind
+    made: list[Path]
+    """Directories that were not there before."""
+
+
+UNUSABLE = Kind("unusable", "", "")
+
+
+def find_engine(config: Config, asked: World) -> tuple[Finding, Kind]:
     """Device, driver, precision, and whether the engine can start."""
     try:
         check_engine(config, asked)
         use_cuda = chooses_cuda(asked, config.engine.device)
         precision = choose_precision(config.engine.precision, use_cuda=use_cuda)
     except UserError as error:
-        return refused("device", error)
+        return refused("device", error), UNUSABLE
     if not use_cuda:
-        return Finding(check="device", verdict="ok", found=f"CPU, {precision}, no GPU is used")
-    properties = torch.cuda.get_device_properties(asked.local_rank)
+        return _find_no_gpu(config.engine.device, precision), Kind("cpu", precision, "")
+    tried = within(GPU_SECONDS, lambda: _try_gpu(asked.local_rank))
+    if tried.value is None:
+        remedy = "Look at nvidia-smi for another program on it, or leave this node out (sbatch --exclude)"
+        return Finding(
+            check="device", verdict="fail", found=f"GPU {asked.local_rank} fails: {tried.error}", remedy=remedy
+        ), UNUSABLE
+    name, found = tried.value
+    found += f", runs in {precision}; driver {_driver()}, CUDA {torch.version.cuda}"
+    kind, shown = Kind("cuda", precision, name), torch.cuda.device_count()
+    if shown > asked.ranks_per_node:
+        remedy = "Start one rank per GPU: --nproc_per_node, or NPROC"
+        found += f"; {asked.ranks_per_node} of {shown} GPUs used"
+        return Finding(check="device", verdict="warn", found=found, remedy=remedy), kind
+    return Finding(check="device", verdict="ok", found=found), kind
+
+
+def _find_no_gpu(wanted: str, precision: str) -> Finding:
+    """A CPU, which is not meant where the job has GPUs that torch does not see."""
+    found = f"CPU, {precision}, no GPU is used"
+    shown = 0 if wanted == "cpu" else count_devices(os.environ)
+    if not shown and (wanted == "cpu" or not Path("/dev/nvidia0").exists()):
+        return Finding(check="device", verdict="ok", found=found)
+    remedy = (
+        "See whether nvidia-smi runs here, the container shows GPUs (apptainer --nv) and torch is a CUDA build for this "
+        "driver; or set --engine.device cpu"
+    )
+    found = f"torch {torch.__version__} sees no GPU, though {shown or 'some'} are here: the job would run on the CPU"
+    return Finding(check="device", verdict="fail", found=found, remedy=remedy)
+
+
+def _try_gpu(index: int) -> tuple[str, str]:
+    """(name, what it is) of a GPU that has multiplied something."""
+    torch.cuda.set_device(index)
+    numbers = torch.ones(1024, 1024, device=torch.device("cuda", index))
+    if (total := int((numbers @ numbers).sum())) != 1024**3:
+        raise RuntimeError(f"a product sums up to {total} instead of {1024**3}")
+    properties = torch.cuda.get_device_properties(index)
     has_bf16 = "has bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "has no bf16"
     nccl = ".".join(map(str, nccl_version()))
-    found = (
-        f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, {has_bf16}, runs in {precision}; driver {_driver()}, "
-        f"CUDA {torch.version.cuda}, NCCL {nccl}"
-    )
-    shown, asked_for = torch.cuda.device_count(), asked.ranks_per_node
-    if shown > asked_for:
-        remedy = "Start one rank per GPU: --nproc_per_node, or NPROC"
-        return Finding(
-            check="device", verdict="warn", found=f"{found}; {asked_for} of {shown} GPUs used", remedy=remedy
-        )
-    return Finding(check="device", verdict="ok", found=found)
+    return properties.name, f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, {has_bf16}, NCCL {nccl}"
 
 
 def _driver() -> str:
@@ -78,12 +134,23 @@ def find_compiler(compile_setting: str) -> Finding:
     return Finding(check="C++ compiler", verdict=verdict, found="none: nothing can be compiled here", remedy=remedy)
 
 
+def find_data(source: str) -> Finding:
+    """Whether a path leads anywhere; nothing of it is read."""
+    try:
+        check_source(source)
+    except UserError as error:
+        return refused("data", error)
+    return Finding(check="data", verdict="ok", found=source)
+
+
 def find_memory(config: Config, asked: World) -> tuple[Finding, Diagnosis | None, UserError | None]:
     """Whether the run fits; None where the model cannot be read, with the error."""
     try:
         found = diagnose(config, asked)
     except UserError as error:
         return refused("model", error), None, error
+    except RuntimeError as error:  # a GPU's
+        return refused("memory", UserError(str(error).splitlines()[0])), None, None
     if found.problem is not None:
         return Finding(check="memory", verdict="fail", found=found.problem), found, None
     needed = max(found.estimate.device_bytes, found.estimate.host_bytes)
@@ -105,7 +172,7 @@ def find_disks(config: Config, asked: World, node_cache_wanted: str) -> list[Fin
         pass  # told by find_memory
     found = [
         disks.probe("run.dir", Path(config.run.dir).absolute(), checkpoints + model),
-        disks.probe("data.cache_dir", cache_root(config.data.cache_dir).absolute(), TOKEN_BYTES + features),
+        disks.probe("data.cache_dir", cache_root(config.data.cache_dir).absolute(), TOKEN_BYTES, better=features),
         disks.probe("temporary", Path(tempfile.gettempdir()), 1_000_000),
     ]
     try:
@@ -115,43 +182,8 @@ def find_disks(config: Config, asked: World, node_cache_wanted: str) -> list[Fin
     if node_dir is None:
         return found
     copied = TOKEN_BYTES + (0 if is_memory(node_dir) else features)
-    return [*found, disks.probe("node cache", node_dir.absolute(), copied)]
-
-
-def find_hub(config: Config) -> Finding:
-    """Whether what the hub has to give is cached, or the hub can be reached."""
-    wanted: list[str] = []
-    if config.model.name != EMBEDDED and not Path(config.model.name).expanduser().exists():
-        wanted.append(f"models--{config.model.name.replace('/', '--')}")
-    if config.data.source != SYNTHETIC and not Path(config.data.source).expanduser().exists():
-        wanted.append(f"datasets--{config.data.source.replace('/', '--')}")
-    if not wanted:
-        return Finding(check="hub", verdict="ok", found="not needed: model and data are local")
-    from huggingface_hub import constants
-
-    absent = [name for name in wanted if not (Path(constants.HF_HUB_CACHE) / name / "snapshots").is_dir()]
-    if not absent:
-        return Finding(check="hub", verdict="ok", found=f"cached below {constants.HF_HOME}")
-    names = ", ".join(name.partition("--")[2].replace("--", "/") for name in absent)
-    remedy = "Run python -m agnews_dist.prepare where there is a network, with the same HF_HOME; or set local paths"
-    if constants.HF_HUB_OFFLINE:
-        found = f"{names}: not below {constants.HF_HOME}, and HF_HUB_OFFLINE is set"
-        return Finding(check="hub", verdict="fail", found=found, remedy=remedy)
-    reason = _unreachable(constants.ENDPOINT)
-    if reason is not None:
-        found = f"{names}: not below {constants.HF_HOME}, and {constants.ENDPOINT} cannot be reached ({reason})"
-        return Finding(check="hub", verdict="fail", found=found, remedy=remedy)
-    return Finding(check="hub", verdict="ok", found=f"{names} will be downloaded: {constants.ENDPOINT} answers")
-
-
-def _unreachable(url: str) -> str | None:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_SECONDS):
-            return None
-    except urllib.error.HTTPError:
-        return None  # it answers
-    except (OSError, ValueError) as error:
-        return str(getattr(error, "reason", error))
+    # A directory that cannot be made ends the run; where there is no room, it reads what nodes share.
+    return [*found, disks.probe("node cache", node_dir.absolute(), 0, better=copied)]
 
 
 def refused(check: str, error: UserError) -> Finding:
@@ -159,10 +191,14 @@ def refused(check: str, error: UserError) -> Finding:
     return Finding(check=check, verdict="fail", found=str(error))
 
 
-def look_here(
-    config: Config, asked: World, node_cache_wanted: str
-) -> tuple[list[Finding], Diagnosis | None, UserError | None]:
-    """All of these; the error with which the model cannot be read comes along."""
+def look_here(config: Config, asked: World, world: World, node_cache_wanted: str) -> Here:
+    """All of these; `asked`: the ranks of the training, `world`: those that are here."""
+    hub = find_hub(config)  # before anything that asks it
+    device, kind = find_engine(config, asked)
     memory, diagnosis, error = find_memory(config, asked)
-    findings = [find_engine(config, asked), find_compiler(config.engine.compile), memory]
-    return [*findings, *find_disks(config, asked, node_cache_wanted), find_hub(config)], diagnosis, error
+    places = (Path(config.run.dir).absolute(), cache_root(config.data.cache_dir).absolute())
+    made = [path for place in places for path in disks.missing_parents(place)]
+    findings = [device, find_compiler(config.engine.compile), memory, find_data(config.data.source)]
+    # A node's ranks see the same disks.
+    findings += find_disks(config, asked, node_cache_wanted) if world.local_rank == 0 else []
+    return Here([*findings, hub], diagnosis, error, kind, made)

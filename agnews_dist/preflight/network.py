@@ -3,17 +3,23 @@
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from agnews_dist import collectives
-from agnews_dist.preflight.findings import Finding
+from agnews_dist.preflight.bounded import is_no_end, within
+from agnews_dist.preflight.findings import Finding, rank_words
 from agnews_dist.world import World
 
 NUMBERS = 1 << 18
 """Of 4 bytes: 1 MiB, as much as a bucket of gradients of a small block."""
 REPEATS = 4
+SUM_SECONDS = 20.0
+"""NCCL's first collective makes its connections."""
+PAIRS_SECONDS = 15.0
+"""For all of them; what is left then is not looked at."""
 ALL_PAIRS_UP_TO = 8
 SLOW_PAIR = 4.0
 """A pair this much slower than others of its kind is told."""
@@ -37,30 +43,47 @@ class Work:
 
 
 def check_sum(world: World, device: torch.device) -> tuple[Finding, float | None]:
-    """An all-reduce whose result is known, and its bytes per second; None with one rank."""
+    """An all-reduce whose result is known, and its bytes per second; None with one rank, or where it fails."""
     if world.num_ranks == 1:
         return Finding(check="all-reduce", verdict="ok", found="one rank: nothing to add up"), None
-    places = torch.arange(NUMBERS, device=device) % 7
-    seconds: list[float] = []
-    wrong = 0
-    for _ in range(REPEATS):
-        numbers = (places + world.rank).float()
-        collectives.all_gather(None)
-        start = time.perf_counter()
-        collectives.all_reduce(numbers)
-        _wait_for(device)
-        seconds.append(time.perf_counter() - start)
-        right = places * world.num_ranks + world.num_ranks * (world.num_ranks - 1) // 2
-        wrong += int((numbers != right).sum())
-    slowest = max(collectives.all_gather(min(seconds)))
-    rate = 4 * NUMBERS / slowest
-    bad = [rank for rank, count in enumerate(collectives.all_gather(wrong)) if count]
+    mine = within(SUM_SECONDS, lambda: _sums(world, device))
+    by_rank = collectives.all_gather(mine)
+    over = "NCCL" if device.type == "cuda" else "gloo"
+    broken = {rank: outcome.error for rank, outcome in enumerate(by_rank) if outcome.error is not None}
+    if broken:
+        # Others only wait for the one that has an error.
+        told = sorted(broken.items(), key=lambda item: is_no_end(item[1]))
+        errors = "; ".join(f"{error} on {rank_words([rank], 0)}" for rank, error in told[:4])
+        remedy = "Look at NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME (launch/network.sh) and for a firewall between the nodes"
+        return Finding(
+            check="all-reduce", verdict="fail", found=f"fails over {over}: {errors}", remedy=remedy, ranks=tuple(broken)
+        ), None
+    values = [outcome.value for outcome in by_rank if outcome.value is not None]
+    rate = 4 * NUMBERS / max(seconds for _, seconds in values)
+    bad = [rank for rank, (wrong, _) in enumerate(values) if wrong]
     if bad:
         found = f"wrong sums on {len(bad)} of {world.num_ranks} ranks, first on rank {bad[0]}"
         remedy = "Gradients would be wrong as well: have network cards and memory of these nodes tested"
         return Finding(check="all-reduce", verdict="fail", found=found, remedy=remedy, ranks=tuple(bad)), rate
-    found = f"right, {rate / 1e6:,.0f} MB/s over {'NCCL' if device.type == 'cuda' else 'gloo'}"
-    return Finding(check="all-reduce", verdict="ok", found=found), rate
+    return Finding(check="all-reduce", verdict="ok", found=f"right, {rate / 1e6:,.0f} MB/s over {over}"), rate
+
+
+def _sums(world: World, device: torch.device) -> tuple[int, float]:
+    """(wrong numbers, seconds of the fastest) of some all-reduces. Nothing else is asked of other ranks: they may hang."""
+    _settle(device)
+    places = torch.arange(NUMBERS, device=device) % 7
+    right = places * world.num_ranks + world.num_ranks * (world.num_ranks - 1) // 2
+    seconds: list[float] = []
+    wrong = 0
+    for _ in range(REPEATS):
+        numbers = (places + world.rank).float()
+        _wait_for(device)
+        start = time.perf_counter()
+        collectives.all_reduce(numbers)
+        _wait_for(device)
+        seconds.append(time.perf_counter() - start)
+        wrong += int((numbers != right).sum())
+    return wrong, min(seconds)
 
 
 def pairs_that_matter(hosts: Sequence[str]) -> list[tuple[int, int]]:
@@ -76,29 +99,52 @@ def pairs_that_matter(hosts: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def check_pairs(world: World, device: torch.device, hosts: Sequence[str]) -> Finding:
-    """Bytes per second between ranks, one pair at a time."""
+    """Bytes per second between ranks, both ways at the same time, one pair after the other: others share their way."""
     pairs = pairs_that_matter(hosts)
     if not pairs:
         return Finding(check="pairs of ranks", verdict="ok", found="one rank")
-    numbers = torch.zeros(NUMBERS, device=device)
     mine: dict[tuple[int, int], float] = {}
+    problem: str | None = None
+    begun, num_done = time.monotonic(), 0
     for pair in pairs:
-        collectives.all_gather(None)
-        if world.rank not in pair:
-            continue
-        is_first = world.rank == pair[0]
-        peer = pair[1] if is_first else pair[0]
-        seconds: list[float] = []
-        for _ in range(REPEATS):
-            start = time.perf_counter()
-            collectives.send_receive(numbers, peer, sends=is_first)
-            collectives.send_receive(numbers, peer, sends=not is_first)
-            _wait_for(device)
-            seconds.append(time.perf_counter() - start)
-        if is_first:
-            mine[pair] = 2 * 4 * NUMBERS / min(seconds)
+        # One for all, so that all stop at the same pair.
+        if (
+            collectives.all_gather((problem, time.monotonic() - begun > PAIRS_SECONDS))
+            != [(None, False)] * world.num_ranks
+        ):
+            break
+        num_done += 1
+        if world.rank in pair:
+            peer = pair[1] if world.rank == pair[0] else pair[0]
+            outcome = within(SUM_SECONDS, partial(_exchanges, peer, device))
+            problem = outcome.error
+            if outcome.value is not None and world.rank == pair[0]:
+                mine[pair] = 2 * 4 * NUMBERS / outcome.value
+    broken = [(rank, error) for rank, error in enumerate(collectives.all_gather(problem)) if error is not None]
+    if broken:
+        a, b = pairs[num_done - 1]
+        found = f"ranks {a} ({hosts[a]}) and {b} ({hosts[b]}) cannot talk: {broken[0][1]}"
+        remedy = "Leave one of the two nodes out (sbatch --exclude), and have their network looked at"
+        return Finding(check="pairs of ranks", verdict="fail", found=found, remedy=remedy, ranks=(a, b))
     rates = {pair: rate for found in collectives.all_gather(mine) for pair, rate in found.items()}
-    return judge_pairs(rates, hosts)
+    judged = judge_pairs(rates, hosts)
+    left = (
+        f"; {len(pairs) - num_done} of {len(pairs)} pairs left out, for want of time" if num_done < len(pairs) else ""
+    )
+    return replace(judged, found=judged.found + left)
+
+
+def _exchanges(peer: int, device: torch.device) -> float:
+    """Seconds of the fastest of some exchanges with `peer`."""
+    _settle(device)
+    sent, received = torch.zeros(NUMBERS, device=device), torch.empty(NUMBERS, device=device)
+    seconds: list[float] = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        collectives.exchange(sent, received, peer)
+        _wait_for(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def judge_pairs(rates: dict[tuple[int, int], float], hosts: Sequence[str]) -> Finding:
@@ -124,9 +170,9 @@ def judge_pairs(rates: dict[tuple[int, int], float], hosts: Sequence[str]) -> Fi
     return Finding(check="pairs of ranks", verdict="warn", found="; ".join(slow[:4]), remedy=remedy)
 
 
-def work(device: torch.device) -> Work:
-    """Matrix products, on all ranks at the same time."""
-    side, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (384, torch.float32)
+def work(device: torch.device, dtype: torch.dtype) -> Work:
+    """Matrix products in the run's own type, on all ranks at the same time."""
+    side = 4096 if device.type == "cuda" else 384
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     torch.mm(left, right)
     _wait_for(device)
@@ -189,6 +235,12 @@ def judge_clocks(offsets: Sequence[float], hosts: Sequence[str]) -> Finding:
     )
     verdict = "fail" if worst > SKEW_FAIL else "warn"
     return Finding(check="clocks", verdict=verdict, found=told, remedy=remedy, ranks=tuple(wrong))
+
+
+def _settle(device: torch.device) -> None:
+    """The current GPU is a thread's own."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _wait_for(device: torch.device) -> None:

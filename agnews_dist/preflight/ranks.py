@@ -4,17 +4,26 @@ import os
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from agnews_dist import collectives
+from agnews_dist.config import Config
+from agnews_dist.fingerprints import settings
 from agnews_dist.node import Cores, find_cores
 from agnews_dist.preflight import disks
+from agnews_dist.preflight.bounded import within
 from agnews_dist.preflight.findings import Finding, rank_words
-from agnews_dist.world import World
+from agnews_dist.preflight.machine import Kind
+from agnews_dist.report.result import versions
+from agnews_dist.world import World, is_launched
+
+NAME_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,7 @@ class Facts:
     """What a rank tells the others of itself."""
 
     host: str
+    kind: Kind
     cores: Cores
     threads: int
     versions: Mapping[str, str]
@@ -56,15 +66,34 @@ def check_world(expected: int | None, world: World, hosts: Sequence[str], enviro
             found=f"{found}, where {expected} were expected",
             remedy="Look at --nproc_per_node and --nnodes (NPROC and NODES), and at the GPUs and nodes that the job was given",
         )
-    of_job = environ.get("SLURM_JOB_NUM_NODES", "")
-    if of_job.isdecimal() and int(of_job) != nodes and "SLURM_STEP_ID" in environ:
+    of_step, of_job = (environ.get(name, "") for name in ("SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES"))
+    if "SLURM_STEP_ID" in environ and of_step.isdecimal() and int(of_step) != nodes:
         return Finding(
             check="world",
             verdict="fail",
-            found=f"{found}, while Slurm gave the job {of_job} node(s)",
+            found=f"{found}, while Slurm gave the step {of_step} node(s)",
             remedy="Start one torchrun per node: srun --ntasks-per-node=1 launch/node.sh",
         )
+    if of_job.isdecimal() and int(of_job) > nodes and is_launched(environ):
+        return Finding(
+            check="world",
+            verdict="warn",
+            found=f"{found}, of {of_job} that Slurm gave the job: the others stand idle",
+            remedy="If that is not meant: srun --ntasks-per-node=1 launch/node.sh",
+        )
     return Finding(check="world", verdict="ok", found=found)
+
+
+def judge_devices(kinds: Sequence[Kind]) -> Finding:
+    """Whether all ranks compute on the same kind of device and in the same precision; the same GPU is only better."""
+    fixed = [{"device": kind.device, "precision": kind.precision} for kind in kinds]
+    remedy = "Look at the node that differs (nvidia-smi, its driver, the container's --nv), or leave it out (sbatch --exclude)"
+    found = differing("devices", fixed, remedy)
+    names = list(dict.fromkeys(kind.name for kind in kinds))
+    if found.verdict == "ok" and len(names) > 1:
+        told = differing("devices", [{"GPU": kind.name} for kind in kinds], "Every step waits for the slower ones")
+        return replace(told, verdict="warn")
+    return found
 
 
 def judge_cores(facts: Sequence[Facts]) -> Finding:
@@ -93,7 +122,7 @@ def judge_cores(facts: Sequence[Facts]) -> Finding:
 
 def check_names(world: World, hosts: Sequence[str]) -> Finding:
     """Whether every node can look up every other by name."""
-    unknown = [host for host in dict.fromkeys(hosts) if not _resolves(host)] if world.local_rank == 0 else []
+    unknown = _unresolved(list(dict.fromkeys(hosts))) if world.local_rank == 0 else []
     found = {host: names for host, names in zip(hosts, collectives.all_gather(unknown), strict=True) if names}
     if not found:
         return Finding(check="host names", verdict="ok", found="every node finds every other by name")
@@ -102,17 +131,21 @@ def check_names(world: World, hosts: Sequence[str]) -> Finding:
     return Finding(check="host names", verdict="warn", found=told, remedy=remedy)
 
 
-def _resolves(host: str) -> bool:
-    with suppress(OSError):
-        return bool(socket.getaddrinfo(host, None))
-    return False
+def _unresolved(hosts: Sequence[str]) -> list[str]:
+    """Those whose name nobody knows, or not within some seconds: all asked at once, a name server may be dead."""
+
+    def is_known(host: str) -> bool:
+        return bool(within(NAME_SECONDS, partial(socket.getaddrinfo, host, None)).value)
+
+    with ThreadPoolExecutor(max(1, len(hosts))) as pool:
+        return [host for host, known in zip(hosts, pool.map(is_known, hosts), strict=True) if not known]
 
 
 def check_shared(what: str, directory: Path, world: World, hosts: Sequence[str], *, must_be: bool) -> Finding:
     """Whether rank 0's file in `directory` is seen from every node; `must_be`: it should, for what lies there."""
     check = f"shared: {what}"
     name = f".doctor-{uuid.uuid4().hex}"
-    made = not directory.exists()
+    made = disks.missing_parents(directory)
     if world.is_main:
         with suppress(OSError):
             directory.mkdir(parents=True, exist_ok=True)
@@ -122,9 +155,7 @@ def check_shared(what: str, directory: Path, world: World, hosts: Sequence[str],
     seen = collectives.all_gather(is_seen)
     if world.is_main and name:
         disks.remove_mark(directory, name)
-        if made:
-            with suppress(OSError):
-                directory.rmdir()
+        disks.remove_empty(made)
     if len(set(hosts)) == 1 or not name:
         return Finding(check=check, verdict="ok", found="one node" if name else "rank 0 cannot write there: see above")
     blind = list(dict.fromkeys(host for host, sees in zip(hosts, seen, strict=True) if not sees))
@@ -137,6 +168,8 @@ def check_shared(what: str, directory: Path, world: World, hosts: Sequence[str],
     return Finding(check=check, verdict="ok", found=f"{found}: every node makes its own")
 
 
-def facts_of(versions: Mapping[str, str], settings: Mapping[str, object]) -> Facts:
+def facts_of(kind: Kind, config: Config) -> Facts:
     """This rank's."""
-    return Facts(socket.gethostname(), find_cores(os.environ), torch.get_num_threads(), versions, settings)
+    engine = config.engine
+    compared = {**settings(config), "engine.backend": engine.backend, "engine.zero_stage": engine.zero_stage}
+    return Facts(socket.gethostname(), kind, find_cores(os.environ), torch.get_num_threads(), versions(), compared)

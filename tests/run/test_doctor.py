@@ -57,6 +57,14 @@ def test_mistakes(tmp_path: Path) -> None:
         done = python("-m", "agnews_dist.doctor", *arguments, check=False)
         assert done.returncode == 2
         assert said in done.stderr
-    done = python("-m", "agnews_dist.doctor", "--model.name", str(tmp_path / "nowhere"), check=False)
-    assert done.returncode == 1
-    assert "does not exist: there is nothing to load" in done.stderr
+    for option, told in (
+        ("--model.name", "there is nothing to load"),
+        ("--data.source", "there are no rows to work on"),
+    ):
+        both = {"--model.name": "embedded", "--data.source": "synthetic", option: str(tmp_path / "nowhere")}
+        words = [word for pair in both.items() for word in pair]
+        done = python("-m", "agnews_dist.doctor", *words, "--json", check=False)
+        assert done.returncode == 1
+        (failure,) = (row for row in json.loads(done.stdout)["findings"] if row["verdict"] == "fail")
+        assert failure["check"] == option[2:].split(".")[0]
+        assert f"does not exist: {told}" in failure["found"]

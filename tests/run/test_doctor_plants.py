@@ -3,15 +3,18 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import warm
 from launching import REPOSITORY, environment
 
@@ -91,7 +94,8 @@ def start(rank: Rank, command: list[str], world: Mapping[str, str], log: Path) -
 
 
 def test_two_healthy_ranks(tmp_path: Path) -> None:
-    told = doctor(Rank(), Rank(), place=tmp_path)
+    places = ("--run.dir", str(tmp_path / "a" / "runs"), "--data.cache_dir", str(tmp_path / "b" / "cache"))
+    told = doctor(Rank(), Rank(), place=tmp_path, arguments=(*CONFIG, *places))
     assert told.codes == [0, 0], told.err
     assert told.verdicts("fail") == {}
     found = told.verdicts("ok")
@@ -101,7 +105,7 @@ def test_two_healthy_ranks(tmp_path: Path) -> None:
     assert told.out["expected_seconds"] > 1
     assert told.out["fits"] is True
     # Nothing of the probes is left, nor a directory that was not there.
-    assert list((REPOSITORY / "runs").glob(".doctor-*")) == []
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == set()
 
 
 def test_other_versions_settings_clocks_and_counts(tmp_path: Path) -> None:
@@ -216,21 +220,114 @@ def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
 
 def test_what_only_the_hub_has_is_a_failure_without_it(tmp_path: Path) -> None:
     environ = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    told = doctor(
-        Rank(before=("env",), environ=environ),
-        place=tmp_path,
-        arguments=("--model.name", "embedded", "--data.source", "somebody/news"),
-    )
+    news = ("--model.name", "embedded", "--data.source", "somebody/BigNews")
+    told = doctor(Rank(before=("env",), environ=environ), place=tmp_path, arguments=news)
     assert told.codes == [1]
-    assert told.verdicts("fail") == {"hub": f"somebody/news: not below {tmp_path}, and HF_HUB_OFFLINE is set"}
-    (tmp_path / "hub" / "datasets--somebody--news" / "snapshots").mkdir(parents=True)
-    told = doctor(
-        Rank(before=("env",), environ=environ),
-        place=tmp_path,
-        arguments=("--model.name", "embedded", "--data.source", "somebody/news"),
-    )
+    found = f"somebody/BigNews: not whole below {tmp_path}, and HF_HUB_OFFLINE is set"
+    assert told.verdicts("fail") == {"hub": found}
+    # As `datasets` names what it has made of a data set.
+    (tmp_path / "datasets" / "somebody___big_news" / "default" / "0.0.0" / "abc").mkdir(parents=True)
+    told = doctor(Rank(before=("env",), environ=environ), place=tmp_path, arguments=news)
     assert told.codes == [0]
-    assert told.verdicts("ok")["hub"] == f"cached below {tmp_path}"
+    assert told.verdicts("ok")["hub"].startswith(f"all is below {tmp_path}")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(shared: Path, tmp_path: Path) -> None:
+    """A node behind a firewall: by itself the tokenizer alone waits for minutes, though it is cached."""
+    snapshot = tmp_path / "hub" / "models--me--mini" / "snapshots" / "abc"
+    shutil.copytree(shared / "checkpoints" / "gpt2-mini", snapshot)
+    (tmp_path / "hub" / "models--me--mini" / "refs").mkdir()
+    (tmp_path / "hub" / "models--me--mini" / "refs" / "main").write_text("abc")
+    model = ("--model.name", "me/mini", "--data.source", "synthetic")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environ = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
+        begun = time.monotonic()
+        told = doctor(Rank(before=("env",), environ=environ), place=tmp_path, arguments=model)
+        assert time.monotonic() - begun < 60, "the hub was asked again"
+        assert told.codes == [0], told.err
+        assert told.verdicts("warn")["hub"] == f"{endpoint} cannot be reached (timed out); all is below {tmp_path}"
+        # A model is its weights too.
+        for weights in snapshot.glob("*.safetensors"):
+            weights.unlink()
+        told = doctor(Rank(before=("env",), environ=environ), place=tmp_path, arguments=model)
+    assert told.codes == [1]
+    found = f"me/mini: not whole below {tmp_path}, and {endpoint} cannot be reached (timed out)"
+    assert told.verdicts("fail") == {"hub": found}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here torch sees GPUs")
+def test_gpus_that_torch_does_not_see(tmp_path: Path) -> None:
+    """A container without --nv, a CPU build of torch, or a broken driver: the job would take hours on its GPUs' CPU."""
+    given = {"CUDA_VISIBLE_DEVICES": "0,1"}
+    told = doctor(Rank(environ=given), place=tmp_path)
+    assert told.codes == [1]
+    found = told.verdicts("fail")
+    assert set(found) == {"device"}
+    assert "sees no GPU, though 2 are here: the job would run on the CPU" in found["device"]
+    meant = (*CONFIG, "--engine.device", "cpu")
+    assert doctor(Rank(environ=given), place=tmp_path, arguments=meant).codes == [0]
+
+
+BROKEN = """
+import os, sys, time
+from agnews_dist import collectives, doctor
+from agnews_dist.preflight import network
+network.SUM_SECONDS = 3.0
+def broken(*_):
+    if sys.argv[1] == "hangs" or os.environ["RANK"] == "0":
+        time.sleep(600)
+    raise RuntimeError("NCCL error: unhandled system error\\nmore")
+setattr(collectives, sys.argv[2], broken)
+sys.exit(doctor.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "what", "check", "error"),
+    [
+        ("raises", "all_reduce", "all-reduce", "gloo: NCCL error: unhandled system error on rank 1; no end"),
+        ("hangs", "all_reduce", "all-reduce", "no end within 3 s on rank 0; no end within 3 s on rank 1"),
+        ("hangs", "exchange", "pairs of ranks", "cannot talk: no end within 3 s"),
+    ],
+)
+def test_a_network_that_breaks_while_it_is_measured(
+    tmp_path: Path, way: str, what: str, check: str, error: str
+) -> None:
+    """As NCCL does behind a wrong interface or a firewall: an error on one rank, or no end; the other waits for it."""
+    told = doctor(Rank(), Rank(), place=tmp_path, program=("-c", BROKEN, way, what))
+    assert told.codes == [1, 1], told.err
+    found = told.verdicts("fail")
+    assert set(found) == {check}
+    assert error in found[check]
+    # What else was found is told as well, and in one line what is wrong.
+    assert told.verdicts("ok")["versions"] == "the same on all ranks"
+    assert f"error: 1 of {len(told.out['findings'])} checks failed ({check})" in told.err
+
+
+def test_an_interface_that_is_none(tmp_path: Path) -> None:
+    wrong = Rank(environ={"GLOO_SOCKET_IFNAME": "nonesuch0"})
+    told = doctor(wrong, wrong, place=tmp_path)
+    assert told.codes == [1, 1]
+    found = told.verdicts("fail")
+    assert set(found) == {"rendezvous"}
+    assert re.match(
+        r"the ranks came to 127\.0\.0\.1:\d+ and could not connect .*nonesuch0.* set GLOO_SOCKET_IFNAME",
+        found["rendezvous"],
+    )
+    assert "Traceback" not in told.err
+
+
+def test_a_rank_that_dies_while_it_measures(tmp_path: Path) -> None:
+    dies = "import os, sys; from agnews_dist import doctor; from agnews_dist.preflight import network\n"
+    dies += "if os.environ['RANK'] == '1': network.check_pairs = lambda *_: os._exit(9)\n"
+    told = doctor(Rank(), Rank(), place=tmp_path, program=("-c", dies + "sys.exit(doctor.main(sys.argv[1:]))"))
+    assert told.codes == [1, 9]
+    found = told.verdicts("fail")
+    assert set(found) == {"rendezvous"}
+    assert found["rendezvous"].startswith("the ranks lost each other while they measured (")
+    assert "disk: run.dir" in told.verdicts("ok")
+    assert "Traceback" not in told.err
 
 
 def test_a_node_cache_that_cannot_be_and_a_trainings_other_words(tmp_path: Path) -> None:
@@ -243,3 +340,18 @@ def test_a_node_cache_that_cannot_be_and_a_trainings_other_words(tmp_path: Path)
     assert told.codes == [0], told.err
     assert told.verdicts("ok")["disk: node cache"].startswith(f"{tmp_path / 'node'}: ")
     assert not (tmp_path / "node").exists()
+
+
+def test_without_room_on_the_node_the_run_only_reads_what_is_shared(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root mounts file systems")
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = f'mount -t tmpfs -o size=4m none {small} && exec "$@"'
+    told = doctor(
+        Rank(before=("unshare", "--mount", "sh", "-c", mount, "sh")),
+        place=tmp_path,
+        arguments=(*CONFIG, "--node_cache", str(small / "mine")),
+    )
+    assert told.codes == [0], told.err
+    assert told.verdicts("warn")["disk: node cache"].startswith(f"{small / 'mine'}: ")

@@ -168,6 +168,42 @@ def test_the_interface_is_the_one_that_leads_to_the_head_unless_told(
     assert f"--local_addr {hosts.address('second')} " in out
 
 
+def test_the_doctor_under_a_bare_srun_where_names_lead_nowhere(hosts: Hosts, tmp_path: Path) -> None:
+    """Each node knows itself as loopback, as Debian writes it, and the other not at all; gloo by itself would go by that."""
+    ranks: list[subprocess.Popen[str]] = []
+    for number, name in enumerate(hosts.names):
+        (tmp_path / name).write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
+        place = {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        head = {"MASTER_ADDR": hosts.address("first"), "MASTER_PORT": "29504"}
+        own = ["sh", "-ec", 'mount --bind "$0" /etc/hosts; exec "$@"', str(tmp_path / name)]
+        doctor = [
+            sys.executable,
+            "-m",
+            "agnews_dist.doctor",
+            *QUICKSTART,
+            "--json",
+            "--run.dir",
+            str(tmp_path / "runs"),
+        ]
+        ranks.append(
+            subprocess.Popen(
+                [*hosts.inside(name), *own, *doctor],
+                env=environment(**place, **head),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=tmp_path,
+            )
+        )
+    said = [rank.communicate(timeout=150) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    found = {row["check"]: row["found"] for row in json.loads(said[0][0])["findings"]}
+    assert found["world"] == "2 rank(s) on 2 node(s): first, second"
+    assert found["host names"] == "first does not know second; second does not know first"
+    assert found["pairs of ranks"].startswith("between nodes ")
+    assert found["shared: run.dir"] == "seen from every node"
+
+
 def dry(tmp_path: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     """What node.sh would do, from a clean environment."""
     clean = {name: value for name, value in environment().items() if not name.startswith("SLURM")}

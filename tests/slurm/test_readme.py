@@ -145,7 +145,7 @@ def test_the_doctor_under_a_bare_srun(lab: Lab, environ: dict[str, str], quickst
     failures = {row["check"]: row["found"] for row in found.values() if row["verdict"] == "fail"}
     if not lab.is_networked:  # two nodes, as Slurm says, with one host name
         assert set(failures) == {"world"}
-        assert failures["world"].endswith("while Slurm gave the job 2 node(s)")
+        assert failures["world"].endswith("while Slurm gave the step 2 node(s)")
         return
     assert (done.returncode, failures) == (0, {}), done.stderr
     assert found["world"]["found"].startswith("2 rank(s) on 2 node(s)")

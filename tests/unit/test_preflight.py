@@ -1,17 +1,21 @@
 """The doctor's judgements on figures that are given: which are failures, whom they name, and how equal rows become one."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from agnews_dist.memory import Shape
 from agnews_dist.node import Cores
+from agnews_dist.preflight.disks import missing_parents, probe, remove_empty
 from agnews_dist.preflight.duration import Job, Speed, expected_seconds
 from agnews_dist.preflight.findings import Finding, merged, rank_words, worst
+from agnews_dist.preflight.machine import Kind
 from agnews_dist.preflight.network import Work, judge_clocks, judge_pairs, judge_work, pairs_that_matter
-from agnews_dist.preflight.ranks import Facts, check_world, differing, judge_cores
+from agnews_dist.preflight.ranks import Facts, check_world, differing, judge_cores, judge_devices
 from agnews_dist.world import World, expand_counts, expand_nodes, ranks_of_srun
 
+GPU = Kind("cuda", "bf16", "H100")
 FINE = Finding(check="disk", verdict="ok", found="writable")
 FULL = Finding(check="disk", verdict="fail", found="full", remedy="Free some space")
 CORES = Finding(check="cores", verdict="warn", found="1 core", remedy="Ask for more")
@@ -59,11 +63,42 @@ def test_a_world_of_another_size():
     assert check_world(None, world, hosts, {}).found == "4 rank(s) on 2 node(s): a, b"
     wrong = check_world(16, world, hosts, {})
     assert (wrong.verdict, wrong.found) == ("fail", "4 rank(s) on 2 node(s): a, b, where 16 were expected")
-    job = {"SLURM_JOB_NUM_NODES": "3", "SLURM_STEP_ID": "0"}
-    assert check_world(None, world, hosts, job).found.endswith("while Slurm gave the job 3 node(s)")
+    step = {"SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_ID": "0"}
+    found = check_world(None, world, hosts, step)
+    assert (found.verdict, found.found.endswith("while Slurm gave the step 3 node(s)")) == ("fail", True)
+    assert check_world(None, world, hosts, {**step, "SLURM_STEP_NUM_NODES": "2"}).verdict == "ok"
+    # torchrun in the batch script itself, or a step that is to look at some of the nodes.
+    job = {"SLURM_JOB_NUM_NODES": "3", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    found = check_world(None, world, hosts, job)
+    assert (found.verdict, found.found.endswith("of 3 that Slurm gave the job: the others stand idle")) == (
+        "warn",
+        True,
+    )
     assert check_world(None, world, hosts, {**job, "SLURM_JOB_NUM_NODES": "2"}).verdict == "ok"
-    # Beside the batch script, not in a step: one node alone is meant.
-    assert check_world(None, world, hosts, {"SLURM_JOB_NUM_NODES": "3"}).verdict == "ok"
+    # Alone, in somebody's allocation, asked about a training that is not there.
+    assert check_world(None, World(), ["a"], {"SLURM_JOB_NUM_NODES": "3"}).verdict == "ok"
+
+
+def test_ranks_on_other_devices_cannot_train_together():
+    cpu = Kind("cpu", "fp32", "")
+    found = judge_devices([GPU, GPU, cpu, Kind("cuda", "fp32", "V100")])
+    assert (found.verdict, found.ranks) == ("fail", (2, 3))
+    assert found.found == "device cuda on rank 0, cpu on rank 2; precision bf16 on rank 0, fp32 on ranks 2-3"
+    assert judge_devices([GPU, GPU]).verdict == judge_devices([cpu]).verdict == "ok"
+    slower = judge_devices([GPU, Kind("cuda", "bf16", "A100")])
+    assert (slower.verdict, slower.found, slower.ranks) == ("warn", "GPU H100 on rank 0, A100 on rank 1", (1,))
+
+
+def test_ranks_that_probe_a_directory_at_once_do_not_take_it_from_each_other(tmp_path):
+    """It is not there yet, and the first that is done removes it."""
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(40):
+            place = tmp_path / str(number) / "runs"
+            made = missing_parents(place)
+            found = list(pool.map(lambda _, place=place: probe("run.dir", place, 1), range(8)))
+            assert {row.verdict for row in found} == {"ok"}, found
+            remove_empty(made)
+            assert list(tmp_path.iterdir()) == []
 
 
 def test_of_few_ranks_all_pairs_are_measured_and_of_many_the_ways_that_reductions_take():
@@ -114,7 +149,7 @@ def works(*giga: float, share: float | None = 1.0) -> list[Work]:
 
 def rank_on(host: str, *cores: int, threads: int, count: int | None = None) -> Facts:
     """`count`: how many of the cores a limit leaves; all."""
-    return Facts(host, Cores(cores, len(cores) if count is None else count), threads, {}, {})
+    return Facts(host, GPU, Cores(cores, len(cores) if count is None else count), threads, {}, {})
 
 
 @pytest.mark.parametrize(
