@@ -35,12 +35,14 @@ def free_device_bytes(device: torch.device, ranks_per_node: int) -> int:
 
 def free_disk_bytes(directory: Path) -> int:
     """Free space where `directory` is or would be made; 0 if that cannot be told."""
-    while not directory.exists() and directory != directory.parent:
-        directory = directory.parent
-    try:
-        return shutil.disk_usage(directory).free
-    except OSError:
-        return 0
+    for place in (directory, *directory.absolute().parents):
+        try:
+            return shutil.disk_usage(place).free
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # asked, not looked for first: another process may remove it in between
+        except OSError:
+            return 0
+    return 0
 
 
 def _cgroup_rooms() -> list[int]:

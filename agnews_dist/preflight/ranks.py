@@ -110,13 +110,12 @@ def judge_cores(facts: Sequence[Facts]) -> Finding:
         if threads > cores or any(own.threads > len(own.cores.allowed) for own in here):
             told.append(f"{len(here)} rank(s) on {host} have {threads} thread(s) and {cores} core(s)")
             affected += ranks
-            fitting = max(1, cores // len(here))
+            fitting = max(1, min([cores // len(here), *(len(own.cores.allowed) for own in here)]))
     if not told:
         threads = "/".join(sorted({str(own.threads) for own in facts}))
         return Finding(check="cores", verdict="ok", found=f"{threads} thread(s) per rank, a core for each")
-    remedy = (
-        f"Ask for more (sbatch --cpus-per-gpu, --cpus-per-task), set OMP_NUM_THREADS={fitting}, or start fewer ranks"
-    )
+    fewer = f", set OMP_NUM_THREADS={fitting}" if fitting < max(own.threads for own in facts) else ""
+    remedy = f"Ask for more (sbatch --cpus-per-gpu, --cpus-per-task){fewer}, or start fewer ranks"
     return Finding(check="cores", verdict="warn", found="; ".join(told[:8]), remedy=remedy, ranks=tuple(affected))
 
 

@@ -180,6 +180,8 @@ def test_threads_without_cores_are_told_by_node(facts, verdict):
         assert found.found == "2 thread(s) per rank, a core for each"
         return
     assert (found.verdict, found.found) == ("warn", verdict)
+    # One thread each is the least.
+    assert ("set OMP_NUM_THREADS=1" in found.remedy) is (max(own.threads for own in facts) > 1)
     assert found.ranks == tuple(rank for rank, own in enumerate(facts) if own.host == "a")
 
 
