@@ -4,7 +4,6 @@ import errno
 import fcntl
 import mmap
 import os
-import random
 import time
 import uuid
 from collections.abc import Sequence
@@ -24,20 +23,18 @@ SHARED_SECONDS = 5.0
 
 
 def probe(what: str, directory: Path, needed_bytes: int, *, better: int = 0) -> Finding:
-    """Whether `directory` can take what the run writes there, about `needed_bytes`; leaves nothing behind.
+    """Whether `directory` can take what the run writes there, about `needed_bytes`; leaves nothing behind but the directory.
 
     `better`: what it writes besides if there is room for it.
     """
-    check, made = f"disk: {what}", missing_parents(directory)
-    start = time.perf_counter()
+    check, start = f"disk: {what}", time.perf_counter()
     try:
-        _probe_amid_others(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_and_read(directory)
     except OSError as error:
         refusal = _refusal(check, directory, error)
         is_optional = not needed_bytes and directory.is_dir()
         return replace(refusal, verdict="warn") if is_optional else refusal
-    finally:
-        remove_empty(made)
     seconds, free = time.perf_counter() - start, free_disk_bytes(directory)
     found = f"{directory}: {gigabytes(free)} free, the run writes about {gigabytes(needed_bytes + better)}"
     if free < needed_bytes + better:
@@ -49,26 +46,13 @@ def probe(what: str, directory: Path, needed_bytes: int, *, better: int = 0) -> 
     return Finding(check=check, verdict="ok", found=found)
 
 
-def _probe_amid_others(directory: Path) -> None:
-    """Other ranks may remove the directory between our making it and writing there: they have made it too, and are done."""
-    for attempt in range(10):
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            _write_and_read(directory)
-            return
-        except FileNotFoundError:
-            if attempt == 9:
-                raise
-            time.sleep(random.random() / 10)
-
-
 def missing_parents(directory: Path) -> list[Path]:
-    """What making `directory` would make, innermost first."""
+    """What making `directory` would make, innermost first; noted before the first probe."""
     return [path for path in (directory, *directory.parents) if not path.exists()]
 
 
 def remove_empty(directories: Sequence[Path]) -> None:
-    """Remove those of them that are still empty, in this order."""
+    """Remove those of them that are still empty, in this order; when no rank writes there any more."""
     for path in directories:
         with suppress(OSError):  # somebody else's file in it meanwhile
             path.rmdir()

@@ -157,8 +157,8 @@ def find_memory(config: Config, asked: World) -> tuple[Finding, Diagnosis | None
     return Finding(check="memory", verdict="ok", found=f"about {needed / 1e9:.1f} GB per rank: it fits"), found, None
 
 
-def find_disks(config: Config, asked: World, node_cache_wanted: str) -> list[Finding]:
-    """A real write in every directory that the run writes to, and the space there."""
+def find_disks(config: Config, asked: World, node_cache_wanted: str) -> tuple[list[Finding], list[Path]]:
+    """(a real write in every directory that the run writes to, and the space there; directories made for that)."""
     checkpoints = model = features = 0
     try:
         gpt2 = read_shape(config.model, config.data)
@@ -170,20 +170,24 @@ def find_disks(config: Config, asked: World, node_cache_wanted: str) -> list[Fin
             features = int(min(config.engine.feature_cache_gigabytes * 1e9, 52 * 128_000 * shape.width * 4))
     except UserError:
         pass  # told by find_memory
-    found = [
-        disks.probe("run.dir", Path(config.run.dir).absolute(), checkpoints + model),
-        disks.probe("data.cache_dir", cache_root(config.data.cache_dir).absolute(), TOKEN_BYTES, better=features),
-        disks.probe("temporary", Path(tempfile.gettempdir()), 1_000_000),
-    ]
+    found: list[Finding] = []
+    made: list[Path] = []
+
+    def look(what: str, directory: Path, needed_bytes: int, better: int = 0) -> None:
+        made.extend(disks.missing_parents(directory.absolute()))
+        found.append(disks.probe(what, directory.absolute(), needed_bytes, better=better))
+
+    look("run.dir", Path(config.run.dir), checkpoints + model)
+    look("data.cache_dir", cache_root(config.data.cache_dir), TOKEN_BYTES, features)
+    look("temporary", Path(tempfile.gettempdir()), 1_000_000)
     try:
         node_dir = choose_node_cache(node_cache_wanted, os.environ)
+        if node_dir is not None:
+            # A directory that cannot be made ends the run; where there is no room, it reads what nodes share.
+            look("node cache", node_dir, 0, TOKEN_BYTES + (0 if is_memory(node_dir) else features))
     except UserError as error:
-        return [*found, refused("disk: node cache", error)]
-    if node_dir is None:
-        return found
-    copied = TOKEN_BYTES + (0 if is_memory(node_dir) else features)
-    # A directory that cannot be made ends the run; where there is no room, it reads what nodes share.
-    return [*found, disks.probe("node cache", node_dir.absolute(), 0, better=copied)]
+        found.append(refused("disk: node cache", error))
+    return found, made
 
 
 def refused(check: str, error: UserError) -> Finding:
@@ -196,9 +200,7 @@ def look_here(config: Config, asked: World, world: World, node_cache_wanted: str
     hub = find_hub(config)  # before anything that asks it
     device, kind = find_engine(config, asked)
     memory, diagnosis, error = find_memory(config, asked)
-    places = (Path(config.run.dir).absolute(), cache_root(config.data.cache_dir).absolute())
-    made = [path for place in places for path in disks.missing_parents(place)]
-    findings = [device, find_compiler(config.engine.compile), memory, find_data(config.data.source)]
     # A node's ranks see the same disks.
-    findings += find_disks(config, asked, node_cache_wanted) if world.local_rank == 0 else []
-    return Here([*findings, hub], diagnosis, error, kind, made)
+    written, made = find_disks(config, asked, node_cache_wanted) if world.local_rank == 0 else ([], [])
+    compiler, data = find_compiler(config.engine.compile), find_data(config.data.source)
+    return Here([device, compiler, memory, data, *written, hub], diagnosis, error, kind, made)

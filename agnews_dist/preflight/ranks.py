@@ -5,7 +5,6 @@ import socket
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -144,17 +143,12 @@ def check_shared(what: str, directory: Path, world: World, hosts: Sequence[str],
     """Whether rank 0's file in `directory` is seen from every node; `must_be`: it should, for what lies there."""
     check = f"shared: {what}"
     name = f".doctor-{uuid.uuid4().hex}"
-    made = disks.missing_parents(directory)
-    if world.is_main:
-        with suppress(OSError):
-            directory.mkdir(parents=True, exist_ok=True)
     # The name, if it could be left.
     name = collectives.all_gather(name if not world.is_main or disks.leave_mark(directory, name) else "")[0]
     is_seen = bool(name) and (world.is_main or disks.find_mark(directory, name))
     seen = collectives.all_gather(is_seen)
     if world.is_main and name:
         disks.remove_mark(directory, name)
-        disks.remove_empty(made)
     if len(set(hosts)) == 1 or not name:
         return Finding(check=check, verdict="ok", found="one node" if name else "rank 0 cannot write there: see above")
     blind = list(dict.fromkeys(host for host, sees in zip(hosts, seen, strict=True) if not sees))

@@ -89,8 +89,8 @@ def test_ranks_on_other_devices_cannot_train_together():
     assert (slower.verdict, slower.found, slower.ranks) == ("warn", "GPU H100 on rank 0, A100 on rank 1", (1,))
 
 
-def test_ranks_that_probe_a_directory_at_once_do_not_take_it_from_each_other(tmp_path):
-    """It is not there yet, and the first that is done removes it."""
+def test_nodes_that_probe_a_directory_at_once_do_not_take_it_from_each_other(tmp_path):
+    """It is not there yet, and shall not be afterwards."""
     with ThreadPoolExecutor(8) as pool:
         for number in range(40):
             place = tmp_path / str(number) / "runs"
