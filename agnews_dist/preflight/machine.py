@@ -27,6 +27,7 @@ from agnews_dist.sources import check_engine
 from agnews_dist.world import World
 
 NUM_CLASSES = 4
+DEVICES = Path("/dev")
 TOKEN_BYTES = 50_000_000
 """Those of AG News, generously."""
 GPU_SECONDS = 60.0
@@ -92,14 +93,16 @@ def find_engine(config: Config, asked: World) -> tuple[Finding, Kind]:
 def _find_no_gpu(wanted: str, precision: str) -> Finding:
     """A CPU, which is not meant where the job has GPUs that torch does not see."""
     found = f"CPU, {precision}, no GPU is used"
-    shown = 0 if wanted == "cpu" else count_devices(os.environ)
-    if not shown and (wanted == "cpu" or not Path("/dev/nvidia0").exists()):
+    # A job or a user that shows none means it; where nobody says anything, the system does.
+    is_said = not {"CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID"}.isdisjoint(os.environ)
+    shown = count_devices(os.environ) if is_said else len(list(DEVICES.glob("nvidia[0-9]*")))
+    if wanted == "cpu" or not shown:
         return Finding(check="device", verdict="ok", found=found)
     remedy = (
         "See whether nvidia-smi runs here, the container shows GPUs (apptainer --nv) and torch is a CUDA build for this "
         "driver; or set --engine.device cpu"
     )
-    found = f"torch {torch.__version__} sees no GPU, though {shown or 'some'} are here: the job would run on the CPU"
+    found = f"torch {torch.__version__} sees no GPU, though {shown} are here: the job would run on the CPU"
     return Finding(check="device", verdict="fail", found=found, remedy=remedy)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from agnews_dist.memory import Shape
 from agnews_dist.node import Cores
+from agnews_dist.preflight import machine
 from agnews_dist.preflight.disks import missing_parents, probe, remove_empty
 from agnews_dist.preflight.duration import Job, Speed, expected_seconds
 from agnews_dist.preflight.findings import Finding, merged, rank_words, worst
@@ -77,6 +78,32 @@ def test_a_world_of_another_size():
     assert check_world(None, world, hosts, {**job, "SLURM_JOB_NUM_NODES": "2"}).verdict == "ok"
     # Alone, in somebody's allocation, asked about a training that is not there.
     assert check_world(None, World(), ["a"], {"SLURM_JOB_NUM_NODES": "3"}).verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("environ", "wanted", "shown"),
+    [
+        ({"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "8"}, "auto", "8"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, "auto", "2"),
+        # A broken driver on a machine of one's own.
+        ({}, "auto", "3"),
+        # Meant so.
+        ({"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "8"}, "cpu", None),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "auto", None),
+        ({"SLURM_JOB_ID": "7"}, "auto", None),
+    ],
+)
+def test_gpus_that_torch_does_not_see_are_told_unless_a_cpu_is_meant(tmp_path, monkeypatch, environ, wanted, shown):
+    for name in ("nvidia0", "nvidia1", "nvidia15", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(machine, "DEVICES", tmp_path)
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    found = machine._find_no_gpu(wanted, "fp32")
+    assert found.verdict == ("ok" if shown is None else "fail")
+    assert f"sees no GPU, though {shown} are here: the job would run on the CPU" in found.found or shown is None
 
 
 def test_ranks_on_other_devices_cannot_train_together():
