@@ -206,4 +206,6 @@ def look_here(config: Config, asked: World, world: World, node_cache_wanted: str
     # A node's ranks see the same disks.
     written, made = find_disks(config, asked, node_cache_wanted) if world.local_rank == 0 else ([], [])
     compiler, data = find_compiler(config.engine.compile), find_data(config.data.source)
-    return Here([device, compiler, memory, data, *written, hub], diagnosis, error, kind, made)
+    # A device that is not there keeps the model's memory from being told, which is no fault of the model.
+    of_model = [memory] if memory.found != device.found else []
+    return Here([device, compiler, *of_model, data, *written, hub], diagnosis, error, kind, made)

@@ -53,7 +53,8 @@ def show_checkup(found: Checkup) -> None:
         show_diagnosis(found.diagnosis, out)
     if found.expected_seconds is not None:
         out.print(
-            f"The configured training will take about {_duration(found.expected_seconds)}, give or take a factor of two."
+            f"The configured training will take about {_duration(found.expected_seconds)} on ranks like these, give or take a "
+            "factor of two."
         )
     counts = {verdict: sum(finding.verdict == verdict for finding in found.findings) for verdict in ("fail", "warn")}
     out.print(f"{counts['fail']} failure(s), {counts['warn']} warning(s).")

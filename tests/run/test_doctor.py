@@ -57,6 +57,11 @@ def test_mistakes(tmp_path: Path) -> None:
         done = python("-m", "agnews_dist.doctor", *arguments, check=False)
         assert done.returncode == 2
         assert said in done.stderr
+    cuda = ("--model.name", "embedded", "--data.source", "synthetic", "--engine.device", "cuda", "--json")
+    done = python("-m", "agnews_dist.doctor", *cuda, check=False)
+    assert done.returncode == 1
+    assert [row["check"] for row in json.loads(done.stdout)["findings"] if row["verdict"] == "fail"] == ["device"]
+    assert "error: engine.device cuda, but torch" in done.stderr
     for option, told in (
         ("--model.name", "there is nothing to load"),
         ("--data.source", "there are no rows to work on"),
