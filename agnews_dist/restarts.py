@@ -104,7 +104,7 @@ def at_end(status: Status | None, starts: Sequence[Start], limit: int, *, was_st
 
 
 def fruitless(starts: Sequence[Start]) -> int:
-    """How many starts in a row were followed by one that began at the same step."""
+    """How many starts in a row were followed by one that began no further."""
     count = 0
     for earlier, later in zip(reversed(starts[:-1]), reversed(starts), strict=False):
         if later.step > earlier.step:

@@ -134,3 +134,14 @@ def test_what_a_site_sets_up_need_not_be_strict_and_what_a_shell_exports_does_no
         check=False,
     )
     assert (said.stdout, said.stderr) == ("none none none /my logs/a job-7\n", "")
+
+
+@pytest.mark.parametrize("script", sorted((REPOSITORY / "slurm").glob("*.sbatch")), ids=lambda script: script.stem)
+def test_a_copy_that_lies_elsewhere_says_where_it_belongs(slurm: Slurm, script: Path) -> None:
+    (slurm.answers / "scontrol").write_text(f"   Command={slurm.place}/a b/mine.sbatch --config x/y.yaml\n")
+    told = {"ASKED": str(slurm.asked), "ANSWERS": str(slurm.answers), "PATH": f"{slurm.place}/bin:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(script)], env={**os.environ, **JOB, **told}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"error: no job.sh in '{slurm.place}/a b': alone this script can do nothing. Keep it in the" in done.stderr
