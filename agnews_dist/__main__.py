@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
     if name in STORIES:
-        return importlib.import_module(f"agnews_dist.{name}").main(arguments[1:])
+        module = {"restarts": "run.restart_policy"}.get(name, name)
+        return importlib.import_module(f"agnews_dist.{module}").main(arguments[1:])
     if name == "--version":
         print(f"agnews_dist {__version__}")
         return 0

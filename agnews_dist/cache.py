@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from agnews_dist import cli
+from agnews_dist.config import command_line as cli
+from agnews_dist.config.command import tell
+from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError, DataError, did_you_mean
-from agnews_dist.story import tell
-from agnews_dist.world import World
 
 OPTIONS = (
     cli.Option("what", nargs="*", help="With --clear: all, features, tokens, or keys as they are listed."),
@@ -62,7 +62,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     if not world.is_main:
         return
     # Imported here, not above: --help must not wait for numpy.
-    from agnews_dist.data.token_files import cache_root
+    from agnews_dist.storage.locations import cache_root
 
     root = cache_root(loaded.config.data.cache_dir)
     limit_bytes = int(loaded.config.engine.feature_cache_gigabytes * 1e9)
@@ -84,7 +84,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
 def find(root: Path) -> list[Cached]:
     """All caches below `root`: features, then tokens, each with the longest unused first."""
     from agnews_dist.data.token_shelf import token_caches
-    from agnews_dist.features.shelf import entries
+    from agnews_dist.features.eviction import entries
 
     found: list[Cached] = []
     for entry in entries(root / "features"):
@@ -132,7 +132,7 @@ def named(caches: Sequence[Cached], names: Sequence[str]) -> list[Cached]:
 def clear(root: Path, chosen: Sequence[Cached]) -> dict[str, str]:
     """Remove them as far as nobody uses them; what became of each key."""
     from agnews_dist.data.token_shelf import remove_token_cache
-    from agnews_dist.features import shelf
+    from agnews_dist.features import eviction as shelf
 
     shelf.make_room(root / "features", 0, sys.maxsize)  # evicts nothing, but finishes removals that were killed
     outcomes: dict[str, str] = {}
@@ -161,9 +161,9 @@ def show(root: Path, limit_bytes: int, caches: Sequence[Cached], outcomes: Mappi
     """A table on a terminal, a line per cache elsewhere; `outcomes` stand in the place of states."""
     from rich.console import Console as Output
 
-    from agnews_dist.memory import gigabytes
     from agnews_dist.report.console import draws
-    from agnews_dist.report.wording import visible
+    from agnews_dist.report.formatting import visible
+    from agnews_dist.storage.capacity import gigabytes
 
     # FORCE_COLOR, set for other tools, must not put cursor movements into a log file.
     out = Output(file=sys.stdout, force_terminal=sys.stdout.isatty())

@@ -16,11 +16,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from agnews_dist import cli
+from agnews_dist.config import command_line as cli
+from agnews_dist.config.command import tell
+from agnews_dist.config.options import TRAINING_OPTIONS
+from agnews_dist.distributed.world import World, is_launched, ranks_of_srun
 from agnews_dist.errors import ConfigError, SharedError, UserError
-from agnews_dist.story import tell
-from agnews_dist.training_options import TRAINING_OPTIONS
-from agnews_dist.world import World, is_launched, ranks_of_srun
 
 if TYPE_CHECKING:
     from agnews_dist.preflight.findings import Finding
@@ -62,7 +62,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.preflight.disks import remove_empty
     from agnews_dist.preflight.findings import Finding, merged, worst
     from agnews_dist.preflight.machine import look_here
-    from agnews_dist.preflight.together import look_together, meet
+    from agnews_dist.preflight.runner import look_together, meet
     from agnews_dist.preflight.view import Checkup, show_checkup
 
     here = look_here(config, asked, world, loaded.options["node_cache"])
@@ -127,7 +127,7 @@ def _look_at_meeting(loaded: cli.Loaded) -> None:
     Raises:
         UserError: this node cannot meet the others.
     """
-    from agnews_dist.preflight.meeting import look, parse_endpoint, route
+    from agnews_dist.preflight.rendezvous_check import look, parse_endpoint, route
 
     options = loaded.options
     meeting = parse_endpoint(options["endpoint"], num_nodes=options["nodes"], node=options["node"])

@@ -5,7 +5,7 @@ these: it keeps its traceback.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -56,3 +56,17 @@ def did_you_mean(wrong: str, valid: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(wrong, list(valid), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def name_ids(ids: Sequence[int]) -> str:
+    """The first of them, and how many more there are.
+
+    >>> name_ids([3, 7]), name_ids(range(22))[-20:]
+    ('examples 3, 7', '18, 19 and 2 more')
+    """
+    more = f" and {len(ids) - NAMED_IDS} more" if len(ids) > NAMED_IDS else ""
+    return f"examples {', '.join(map(str, ids[:NAMED_IDS]))}{more}"
+
+
+NAMED_IDS = 20
+"""Offending examples that a line names; events.jsonl has all of them."""

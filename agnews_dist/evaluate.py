@@ -13,11 +13,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from agnews_dist import cli
-from agnews_dist.node_cache import node_cache
-from agnews_dist.story import tell
-from agnews_dist.training_options import NODE_CACHE
-from agnews_dist.world import World
+from agnews_dist.config import command_line as cli
+from agnews_dist.config.command import tell
+from agnews_dist.config.options import NODE_CACHE
+from agnews_dist.distributed.world import World
+from agnews_dist.storage.locations import node_cache
 
 OPTIONS = (
     cli.Option(
@@ -37,20 +37,20 @@ def run(world: World, loaded: cli.Loaded) -> None:
     """Score one split and show, or write, the result."""
     start = time.perf_counter()
     # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
-    from agnews_dist import collectives
-    from agnews_dist.clock import Clock
+    from agnews_dist.data.batching.loader import TokenTable
     from agnews_dist.data.corpus import check_source
-    from agnews_dist.data.loader import TokenTable
-    from agnews_dist.device import chooses_cuda
+    from agnews_dist.distributed import collectives
+    from agnews_dist.engine.device import chooses_cuda
+    from agnews_dist.evaluation.evaluator import score_split
     from agnews_dist.events import RunStarted
-    from agnews_dist.fingerprints import fingerprint_of
     from agnews_dist.model.gpt2 import parameter_table
-    from agnews_dist.outcome import write_scores
     from agnews_dist.report.console import Console
     from agnews_dist.report.sinks import Sinks
-    from agnews_dist.rundir import open_output
-    from agnews_dist.scoring import score_split
-    from agnews_dist.sources import Scored, load_scored, place, start_engine
+    from agnews_dist.run.directory import open_output
+    from agnews_dist.run.fingerprints import fingerprint_of
+    from agnews_dist.run.results import write_scores
+    from agnews_dist.run.setup import Scored, load_scored, place, start_engine
+    from agnews_dist.training.timing import Clock
 
     config, options = loaded.config, loaded.options
     chooses_cuda(world, config.engine.device)

@@ -10,10 +10,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from agnews_dist import cli
+from agnews_dist.config import command_line as cli
+from agnews_dist.config.command import tell
+from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
-from agnews_dist.story import tell
-from agnews_dist.world import World
 
 OPTIONS = (
     cli.Option("--ranks", type=int | None, help="Ranks of the training; default: those of this launch."),
@@ -37,14 +37,14 @@ def run(world: World, loaded: cli.Loaded) -> None:
     # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
     from rich.console import Console as Output
 
-    from agnews_dist.data.forecast import forecast, idle_warning
-    from agnews_dist.data.sharing import quadratic_weight
+    from agnews_dist.data.batching.forecast import forecast, idle_warning
+    from agnews_dist.data.batching.shares import quadratic_weight
     from agnews_dist.events import Progress, Warned
     from agnews_dist.model.gpt2 import check_max_length, load_shape
     from agnews_dist.model.tokenizer import load_tokenizer
     from agnews_dist.report.console import Console
     from agnews_dist.report.plan_view import show_plan
-    from agnews_dist.sources import load_text, open_tokens, plan_settings
+    from agnews_dist.run.setup import load_text, open_tokens, plan_settings
 
     data, model, batch = config.data, config.model, config.batch
     settings = plan_settings(batch, config.run.seed)

@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from agnews_dist import cli
+from agnews_dist.config import command_line as cli
+from agnews_dist.config.command import tell
+from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError, DataError, UserError
-from agnews_dist.story import tell
-from agnews_dist.world import World
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
 
-    from agnews_dist.engine import Engine
+    from agnews_dist.engine.engine import Engine
     from agnews_dist.model.gpt2 import Classifier
 
 OPTIONS = (
@@ -70,7 +70,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     # Imported here, not above: a missing file or an empty line must not wait seconds for torch.
     from agnews_dist.model.export import load_classifier
     from agnews_dist.model.gpt2 import check_max_length
-    from agnews_dist.sources import place, start_engine
+    from agnews_dist.run.setup import place, start_engine
 
     classifier, tokenizer, class_names, max_length = load_classifier(config.model.name, revision=config.model.revision)
     if "data.max_length" in loaded.explicit:
@@ -150,10 +150,10 @@ def classify(
     """
     import numpy as np
 
-    from agnews_dist.data.loader import TokenTable
+    from agnews_dist.data.batching.loader import TokenTable
     from agnews_dist.data.tokens import TokenSplit, encode
-    from agnews_dist.metrics import in_file_order
-    from agnews_dist.scoring import log_softmax_NC, rank_logits
+    from agnews_dist.evaluation.evaluator import log_softmax_NC, rank_logits
+    from agnews_dist.evaluation.metrics import in_file_order
 
     num_cut, num_classes = 0, classifier.suffix.out_head.out_features
     for begin in range(0, len(rows), TEXTS_PER_CHUNK):
@@ -203,7 +203,7 @@ def print_table(answers: "Iterator[tuple[Row, NDArray[np.float64]]]", class_name
     from rich.table import Table
     from rich.text import Text
 
-    from agnews_dist.report.wording import visible
+    from agnews_dist.report.formatting import visible
 
     console = Console()
     table = Table("id", "text", "prediction", box=box.SIMPLE_HEAD)

@@ -8,10 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from agnews_dist import cli
-from agnews_dist.story import tell
-from agnews_dist.training_options import TRAINING_OPTIONS
-from agnews_dist.world import World
+from agnews_dist.config import command_line as cli
+from agnews_dist.config.command import tell
+from agnews_dist.config.options import TRAINING_OPTIONS
+from agnews_dist.distributed.world import World
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,12 +23,12 @@ def run(world: World, loaded: cli.Loaded) -> None:
     """Load the model once, so that its files are cached, and open or build the token cache."""
     start = time.perf_counter()
     # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
-    from agnews_dist.clock import Clock
     from agnews_dist.data.corpus import check_source
     from agnews_dist.events import RunDone
     from agnews_dist.report.console import Console
     from agnews_dist.report.sinks import Sinks
-    from agnews_dist.sources import load_sources
+    from agnews_dist.run.setup import load_sources
+    from agnews_dist.training.timing import Clock
 
     config = loaded.config
     with Sinks() as emit:

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from agnews_dist import cli
-from agnews_dist.node_cache import node_cache
-from agnews_dist.preempt import Watch
-from agnews_dist.story import tell
-from agnews_dist.training_options import TRAINING_OPTIONS
-from agnews_dist.world import World
+from agnews_dist.config import command_line as cli
+from agnews_dist.config.command import tell
+from agnews_dist.config.options import TRAINING_OPTIONS
+from agnews_dist.distributed.preemption import Watch
+from agnews_dist.distributed.world import World
+from agnews_dist.storage.locations import node_cache
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,25 +36,20 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
     """
     start = time.perf_counter()
     # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
-    from agnews_dist import collectives, debug
-    from agnews_dist.attempt import Attempt, set_deadline
-    from agnews_dist.clock import Clock, TimedFeatures
+    from agnews_dist.data.batching.loader import TokenTable, TrainLoader
+    from agnews_dist.data.batching.shares import quadratic_weight
     from agnews_dist.data.corpus import check_source
-    from agnews_dist.data.loader import TokenTable, TrainLoader
-    from agnews_dist.data.sharing import quadratic_weight
-    from agnews_dist.fingerprints import fingerprints
-    from agnews_dist.fitting import check_fits
-    from agnews_dist.memory import Estimate
+    from agnews_dist.distributed import collectives
+    from agnews_dist.engine.memory import Estimate
+    from agnews_dist.evaluation.evaluator import ScoredSplit, score_split
     from agnews_dist.model.gpt2 import parameter_table
-    from agnews_dist.opening import announce
-    from agnews_dist.optim import build_optimizer
-    from agnews_dist.outcome import finish
-    from agnews_dist.profiling import profiling
-    from agnews_dist.rehearsal import rehearse
+    from agnews_dist.preflight.memory_check import check_fits
     from agnews_dist.report.console import Console
     from agnews_dist.report.sinks import Sinks
-    from agnews_dist.scoring import ScoredSplit, score_split
-    from agnews_dist.sources import (
+    from agnews_dist.run.attempt import Attempt, set_deadline
+    from agnews_dist.run.fingerprints import fingerprints
+    from agnews_dist.run.results import finish
+    from agnews_dist.run.setup import (
         Sources,
         check_engine,
         load_sources,
@@ -63,7 +58,13 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
         plan_settings,
         start_engine,
     )
-    from agnews_dist.training import Training
+    from agnews_dist.run.summary import announce
+    from agnews_dist.training import debug
+    from agnews_dist.training.loop import Training
+    from agnews_dist.training.optim import build_optimizer
+    from agnews_dist.training.profiling import profiling
+    from agnews_dist.training.rehearsal import rehearse
+    from agnews_dist.training.timing import Clock, TimedFeatures
 
     config = loaded.config
     check_engine(config, world)

@@ -24,7 +24,7 @@ fi
 world=$("${python[@]}" -c 'import base64, json, sys; ranks = list(range(int(sys.argv[1])))
 print(base64.urlsafe_b64encode(json.dumps({"localhost": ranks}).encode()).decode())' "$NPROC")
 # A free port: two jobs on one machine would meet at the launcher's default.
-port=$("${python[@]}" -c 'from agnews_dist.node import free_port; print(free_port())')
+port=$("${python[@]}" -c 'from agnews_dist.distributed.node_resources import free_port; print(free_port())')
 # The launcher shows the ranks the devices 0 to NPROC - 1; `env` gives them back the ones you chose, or none.
 run "${python[@]}" -m deepspeed.launcher.launch --quiet --world_info="$world" --master_port="$port" --no_python --no_local_rank \
     env ${CUDA_VISIBLE_DEVICES+"CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"} \

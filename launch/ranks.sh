@@ -23,7 +23,7 @@ if ! command -v "${python[0]}" >/dev/null; then
 fi
 # Wherever the package is not installed, in a container for example, it is found in the repository.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-settings=$("${python[@]}" -m agnews_dist.node "$1") || exit
+settings=$("${python[@]}" -m agnews_dist.distributed.node_resources "$1") || exit
 eval "$settings"
 # torchrun, and accelerate through it, pass only these on to the ranks. Without USR1 and USR2, which clusters send before they take
 # a node away, the agent would die of them and leave the ranks behind.

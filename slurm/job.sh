@@ -103,12 +103,12 @@ train_to_the_end() {
     esac
 }
 
-# What agnews_dist.restarts says; the word for the script comes first.
+# What agnews_dist.run.restart_policy says; the word for the script comes first.
 judge() {
     local at=$1
     shift
     # shellcheck disable=SC2086  # CONTAINER is words
-    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} ${CONTAINER:-} "${INTERPRETER:-$root/.venv/bin/python}" -m agnews_dist.restarts \
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} ${CONTAINER:-} "${INTERPRETER:-$root/.venv/bin/python}" -m agnews_dist.run.restart_policy \
         --at "$at" --starts "$LOGS/starts.jsonl" --limit "${MAX_FRUITLESS_STARTS:-3}" "$@"
 }
 

@@ -58,7 +58,7 @@ def ranks(num_ranks: int, *arguments: str, check: bool = True, timeout: float = 
 def rank_variables(num_ranks: int) -> list[dict[str, str]]:
     """What a launcher without an agent tells each of the ranks; rank 0 hosts the store."""
     # Not above: the processes that are started import this module, and nothing of ours may be there before their own path is.
-    from agnews_dist.node import free_port
+    from agnews_dist.distributed.node_resources import free_port
 
     shared = {
         "WORLD_SIZE": str(num_ranks),

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from agnews_dist.data.checks import check_corpus, checked_split, fingerprint
-from agnews_dist.data.files import looks_local, read_local
 from agnews_dist.data.hub import read_hub
+from agnews_dist.data.local_files import looks_local, read_local
 from agnews_dist.data.rows import Corpus, Origin, RawRows, Split
 from agnews_dist.data.splits import hold_out_validation, limit
 from agnews_dist.data.synthetic import CLASS_NAMES, SPLITS, generate

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from agnews_dist.data.token_files import DamagedCache, Stored, publish, read_stored
+from agnews_dist.data.token_cache import DamagedCache, Stored, publish, read_stored
 from agnews_dist.events import Emit, Warned
 
 

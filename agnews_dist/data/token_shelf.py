@@ -9,7 +9,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from agnews_dist.data.token_files import describe, is_abandoned
+from agnews_dist.data.token_cache import describe, is_abandoned
 
 _KEY = re.compile("[0-9a-f]{64}")
 

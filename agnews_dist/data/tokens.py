@@ -21,18 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from agnews_dist.data.checks import check_corpus
 from agnews_dist.data.node_copy import open_copy
 from agnews_dist.data.rows import Corpus, Split
-from agnews_dist.data.token_files import (
-    FORMAT,
-    DamagedCache,
-    Stored,
-    TokenSplit,
-    cache_root,
-    publish,
-    read_stored,
-    write_stored,
-)
+from agnews_dist.data.token_cache import FORMAT, DamagedCache, Stored, TokenSplit, publish, read_stored, write_stored
 from agnews_dist.errors import DataError
 from agnews_dist.events import Emit, Progress, Warned
+from agnews_dist.storage.locations import cache_root
 
 __all__ = ["TokenSplit", "TokenStore", "cache_root", "encode", "open_or_build"]
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from transformers import GPT2Config
 
-from agnews_dist.data import calls
-from agnews_dist.data.calls import Layout
-from agnews_dist.data.loader import TokenTable
+from agnews_dist.data.batching.loader import TokenTable
+from agnews_dist.features import layout as calls
+from agnews_dist.features.layout import Layout
 from agnews_dist.model import last_token, packed, prefix
 
 # Computing and laying out: with their source in the key, a change of the code cannot meet features of the old one.

@@ -9,10 +9,14 @@ from functools import cache
 from itertools import groupby
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import NewGELUActivation
+
+Ints = NDArray[np.int64]
 
 Attend = Callable[[Tensor, int, float], Tensor]
 """(qkv_P, number of heads, factor of the scores) -> attended_PD."""
@@ -146,3 +150,20 @@ def fused_activation(activation: nn.Module) -> Callable[[Tensor], Tensor]:
 def gelu_tanh(inner: Tensor) -> Tensor:
     """GPT-2's own activation (Hendrycks and Gimpel 2016, with the tanh approximation)."""
     return functional.gelu(inner, approximate="tanh")
+
+
+def call_bounds(lengths_B: Ints, call_tokens: int) -> list[tuple[int, int]]:
+    """Cut texts, in their order, into packed calls of at most `call_tokens` tokens, one text at the least: (begin, end) each.
+
+    >>> call_bounds(np.array([9, 3, 3, 2]), 6)
+    [(0, 1), (1, 3), (3, 4)]
+    """
+    ends = np.cumsum(lengths_B)
+    bounds: list[tuple[int, int]] = []
+    begin = 0
+    while begin < len(lengths_B):
+        before = int(ends[begin - 1]) if begin else 0
+        end = max(begin + 1, int(np.searchsorted(ends, before + call_tokens, side="right")))
+        bounds.append((begin, end))
+        begin = end
+    return bounds

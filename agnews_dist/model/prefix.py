@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agnews_dist.batch import Batch
-from agnews_dist.data.calls import call_bounds
+from agnews_dist.data.batching.batch import Batch
 from agnews_dist.model.last_token import last_token_block
-from agnews_dist.model.packed import packed_attention, packed_block
+from agnews_dist.model.packed import call_bounds, packed_attention, packed_block
 from agnews_dist.model.side_by_side import side_by_side
 
 CALL_TOKENS = {"cpu": 512, "cuda": 65536}

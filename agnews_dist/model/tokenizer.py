@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from agnews_dist.errors import ModelError
 from agnews_dist.model.embedded import embedded_tokenizer
-from agnews_dist.model.hub import EMBEDDED, locate, reading
+from agnews_dist.model.pretrained import EMBEDDED, locate, reading
 
 PAD_TOKEN = "[PAD]"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")

@@ -11,9 +11,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from agnews_dist.features.room import free_disk_bytes
-from agnews_dist.memory import gigabytes
 from agnews_dist.preflight.findings import Finding
+from agnews_dist.storage.capacity import free_disk_bytes, gigabytes
 
 PROBE_BYTES = 1 << 20
 SLOW_SECONDS = 2.0

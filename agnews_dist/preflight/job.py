@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from agnews_dist.config import Config
+from agnews_dist.config.schema import Config
 from agnews_dist.data.corpus import SYNTHETIC, SYNTHETIC_ROWS
-from agnews_dist.data.files import files_by_split
+from agnews_dist.data.local_files import files_by_split
+from agnews_dist.engine.memory import Shape
 from agnews_dist.errors import UserError
-from agnews_dist.memory import Shape
-from agnews_dist.preflight.duration import AG_NEWS_ROWS, Job
+from agnews_dist.preflight.time_estimate import AG_NEWS_ROWS, Job
 
 BYTES_PER_ROW = 240
 """Of AG News as csv."""

@@ -10,21 +10,20 @@ from pathlib import Path
 import torch
 from torch.cuda.nccl import version as nccl_version
 
-from agnews_dist.config import Config
+from agnews_dist.config.schema import Config
 from agnews_dist.data.corpus import check_source
-from agnews_dist.data.tokens import cache_root
-from agnews_dist.device import choose_precision, chooses_cuda
+from agnews_dist.distributed.node_resources import count_devices
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.device import choose_precision, chooses_cuda
+from agnews_dist.engine.memory import Diagnosis
 from agnews_dist.errors import UserError
-from agnews_dist.fitting import diagnose, read_shape, setup_of, shape_of
-from agnews_dist.memory import Diagnosis
-from agnews_dist.node import count_devices
-from agnews_dist.node_cache import choose_node_cache, is_memory
 from agnews_dist.preflight import disks
 from agnews_dist.preflight.bounded import within
 from agnews_dist.preflight.findings import Finding
-from agnews_dist.preflight.hub import find_hub
-from agnews_dist.sources import check_engine
-from agnews_dist.world import World
+from agnews_dist.preflight.hub_check import find_hub
+from agnews_dist.preflight.memory_check import diagnose, read_shape, setup_of, shape_of
+from agnews_dist.run.setup import check_engine
+from agnews_dist.storage.locations import cache_root, choose_node_cache, is_memory
 
 NUM_CLASSES = 4
 DEVICES = Path("/dev")

@@ -8,10 +8,10 @@ from functools import partial
 
 import torch
 
-from agnews_dist import collectives
+from agnews_dist.distributed import collectives
+from agnews_dist.distributed.world import World
 from agnews_dist.preflight.bounded import is_no_end, within
 from agnews_dist.preflight.findings import Finding, rank_words
-from agnews_dist.world import World
 
 NUMBERS = 1 << 18
 """Of 4 bytes: 1 MiB, as much as a bucket of gradients of a small block."""

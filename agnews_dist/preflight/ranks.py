@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from agnews_dist import collectives
-from agnews_dist.config import Config
-from agnews_dist.fingerprints import settings
-from agnews_dist.node import Cores, find_cores
+from agnews_dist.config.schema import Config
+from agnews_dist.distributed import collectives
+from agnews_dist.distributed.node_resources import Cores, find_cores
+from agnews_dist.distributed.world import World, is_launched
 from agnews_dist.preflight import disks
 from agnews_dist.preflight.bounded import within
 from agnews_dist.preflight.findings import Finding, rank_words
 from agnews_dist.preflight.machine import Kind
-from agnews_dist.report.result import versions
-from agnews_dist.world import World, is_launched
+from agnews_dist.report.result_files import versions
+from agnews_dist.run.fingerprints import settings
 
 NAME_SECONDS = 5.0
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from agnews_dist.memory import Diagnosis, gigabytes
+from agnews_dist.engine.memory import Diagnosis
 from agnews_dist.preflight.findings import Finding, rank_words, worst
+from agnews_dist.storage.capacity import gigabytes
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 

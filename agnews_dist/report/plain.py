@@ -9,6 +9,7 @@ from typing import TextIO
 
 import numpy as np
 
+from agnews_dist.evaluation.metrics import per_class
 from agnews_dist.events import (
     CheckpointSaved,
     EvalDone,
@@ -23,9 +24,8 @@ from agnews_dist.events import (
     StepDone,
     Warned,
 )
-from agnews_dist.metrics import per_class
-from agnews_dist.report.pace import Pace, TaskPace
-from agnews_dist.report.wording import duration, happened, share, visible, when
+from agnews_dist.report.formatting import duration, happened, share, visible, when
+from agnews_dist.report.progress import Pace, TaskPace
 
 
 @dataclass

@@ -6,9 +6,9 @@ import rich.console
 from rich.table import Table
 from rich.text import Text
 
-from agnews_dist.data.forecast import Bin, Forecast, Spread
+from agnews_dist.data.batching.forecast import Bin, Forecast, Spread
 from agnews_dist.report.console import draws
-from agnews_dist.report.wording import share, visible
+from agnews_dist.report.formatting import share, visible
 
 _LEAST_BAR = 4
 """Columns below which bars tell nothing."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agnews_dist.report.files import write_text
+from agnews_dist.storage.atomic import write_text
 
 
 def write_predictions(

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from agnews_dist.evaluation.metrics import per_class
 from agnews_dist.events import (
     CheckpointSaved,
     EvalDone,
@@ -28,9 +29,8 @@ from agnews_dist.events import (
     StepDone,
     Warned,
 )
-from agnews_dist.metrics import per_class
-from agnews_dist.report.pace import Pace, TaskPace
-from agnews_dist.report.wording import duration, happened, share, visible, when
+from agnews_dist.report.formatting import duration, happened, share, visible, when
+from agnews_dist.report.progress import Pace, TaskPace
 
 SECONDS_BETWEEN_REFRESHES = 0.1
 SECONDS_WORTH_A_LINE = 2.0

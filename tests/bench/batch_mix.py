@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from agnews_dist.data.batching import Ints, PlanSettings, plan
-from agnews_dist.data.sharing import efficiency, share
+from agnews_dist.data.batching.epoch_plan import Ints, PlanSettings, plan
+from agnews_dist.data.batching.shares import efficiency, share
 
 BY_LENGTH, ONE_LABEL = "shortest first", "one label per batch"
 ORDERS = ("1", "4", "16", "64", "128", "256", "epoch", BY_LENGTH, ONE_LABEL)

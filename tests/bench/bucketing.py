@@ -32,21 +32,22 @@ from batch_mix import BATCH, EPOCHS, ORDERS, global_batches, statistics_rows
 from torch import Tensor, nn
 from torch.nn import functional
 
-from agnews_dist.batch import Batch
-from agnews_dist.clock import Clock
-from agnews_dist.config import BatchConfig, DataConfig, ModelConfig
-from agnews_dist.data.batching import Ints
-from agnews_dist.data.sharing import plan_evaluation
+from agnews_dist.config.schema import BatchConfig, DataConfig, ModelConfig
+from agnews_dist.data.batching.batch import Batch
+from agnews_dist.data.batching.epoch_plan import Ints
+from agnews_dist.data.batching.loader import EVALUATION_TOKENS
+from agnews_dist.data.batching.shares import plan_evaluation
 from agnews_dist.data.tokens import TokenSplit
+from agnews_dist.distributed.world import World
+from agnews_dist.evaluation.evaluator import log_softmax_NC
+from agnews_dist.evaluation.metrics import Scores, confusion_matrix, in_file_order, summarize
 from agnews_dist.events import silent
-from agnews_dist.metrics import Scores, confusion_matrix, in_file_order, summarize
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.suffix import Suffix
-from agnews_dist.optim import build_optimizer, learning_rate, set_lr
-from agnews_dist.scoring import EVALUATION_TOKENS, log_softmax_NC
-from agnews_dist.sources import Sources, load_sources
-from agnews_dist.step import summed_loss
-from agnews_dist.world import World
+from agnews_dist.run.setup import Sources, load_sources
+from agnews_dist.training.optim import build_optimizer, learning_rate, set_lr
+from agnews_dist.training.step import summed_loss
+from agnews_dist.training.timing import Clock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LR, DECAY, CLIP = 1e-3, 0.01, 1.0

@@ -24,14 +24,14 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model, Trainer, TrainingArguments
 
-from agnews_dist.engine import Engine
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.engine import Engine
 from agnews_dist.model.gpt2 import Backbone, split
-from agnews_dist.optim import build_optimizer
-from agnews_dist.outcome import BestEpoch
-from agnews_dist.report.result import versions
-from agnews_dist.report.runlog import RunLog
-from agnews_dist.saving import Saver
-from agnews_dist.world import World
+from agnews_dist.report.event_log import RunLog
+from agnews_dist.report.result_files import versions
+from agnews_dist.training.best_epoch import BestEpoch
+from agnews_dist.training.checkpoint_manager import Saver
+from agnews_dist.training.optim import build_optimizer
 
 TEXTS, TOKENS, CLASSES = 32, 56, 4
 

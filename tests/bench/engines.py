@@ -19,15 +19,15 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import GPT2Config, GPT2Model
 
-from agnews_dist import collectives
-from agnews_dist import engine as engine_module
-from agnews_dist.engine import Engine
+from agnews_dist.distributed import collectives
+from agnews_dist.distributed.world import detect_world
+from agnews_dist.engine import engine as engine_module
+from agnews_dist.engine.deepspeed_config import Zero
+from agnews_dist.engine.engine import Engine
 from agnews_dist.model.gpt2 import Backbone, split
 from agnews_dist.model.suffix import Suffix
-from agnews_dist.optim import build_optimizer
-from agnews_dist.report.result import versions
-from agnews_dist.world import detect_world
-from agnews_dist.zero_settings import Zero
+from agnews_dist.report.result_files import versions
+from agnews_dist.training.optim import build_optimizer
 
 TEXTS, TOKENS = 16, 56
 

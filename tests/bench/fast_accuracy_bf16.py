@@ -7,26 +7,26 @@ from typing import Any, Literal
 
 import torch
 
-from agnews_dist.batch import Batch
-from agnews_dist.clock import Clock
-from agnews_dist.config import Config, DataConfig, EngineConfig, ModelConfig
-from agnews_dist.data.calls import lay_out
-from agnews_dist.data.loader import TokenTable, TrainLoader
-from agnews_dist.data.sharing import quadratic_weight
-from agnews_dist.engine import Engine
+from agnews_dist.config.schema import Config, DataConfig, EngineConfig, ModelConfig
+from agnews_dist.data.batching.batch import Batch
+from agnews_dist.data.batching.loader import TokenTable, TrainLoader, scoring_batches
+from agnews_dist.data.batching.shares import quadratic_weight
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.engine import Engine
+from agnews_dist.evaluation.evaluator import rank_logits, score_split
+from agnews_dist.evaluation.metrics import in_file_order
 from agnews_dist.events import silent
-from agnews_dist.features.compute import SplitFeatures
-from agnews_dist.features.source import KeptFeatures
-from agnews_dist.fingerprints import fingerprint_of
-from agnews_dist.metrics import in_file_order
+from agnews_dist.features.gather import KeptFeatures
+from agnews_dist.features.layout import lay_out
+from agnews_dist.features.precompute import SplitFeatures
 from agnews_dist.model.export import load_classifier
 from agnews_dist.model.prefix import Features, FeatureSource
 from agnews_dist.model.side_by_side import side_by_side
-from agnews_dist.optim import build_optimizer, learning_rate, set_lr
-from agnews_dist.scoring import rank_logits, score_split, scoring_batches
-from agnews_dist.sources import Sources, load_sources, open_features, plan_settings
-from agnews_dist.step import train_step
-from agnews_dist.world import World
+from agnews_dist.run.fingerprints import fingerprint_of
+from agnews_dist.run.setup import Sources, load_sources, open_features, plan_settings
+from agnews_dist.training.optim import build_optimizer, learning_rate, set_lr
+from agnews_dist.training.step import train_step
+from agnews_dist.training.timing import Clock
 
 Kind = Literal["fp32", "stored", "computed"]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from transformers import GPT2Config
 
-from agnews_dist.report.result import versions
+from agnews_dist.report.result_files import versions
 
 SIZES = {"small": (768, 12, 12), "medium": (1024, 24, 16), "large": (1280, 36, 20), "xl": (1600, 48, 25)}
 """Width, blocks, heads."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from agnews_dist.checkpoint import prune, sweep, write_checkpoint
-from agnews_dist.resume import read_newest_usable
+from agnews_dist.run.resume import read_newest_usable
+from agnews_dist.training.checkpoint import prune, sweep, write_checkpoint
 
 MEGABYTE = 2**20
 

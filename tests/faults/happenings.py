@@ -16,7 +16,7 @@ from pathlib import Path
 
 def arrange() -> None:
     """Wrap the training step."""
-    from agnews_dist import training
+    from agnews_dist.training import loop as training
 
     make_step, num_calls = training.train_step, 0
     rank, at_step = os.environ["RANK"], int(os.environ.get("AT_STEP", "0"))

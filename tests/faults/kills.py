@@ -25,7 +25,7 @@ from jobs import ForkedJob, TorchrunJob, wait_until
 from small_run import EPOCHS, NUM_STEPS, TIMEOUT, arguments, finish, outcome
 from timeline import PHASES, Timeline
 
-from agnews_dist.status import Status, read_status
+from agnews_dist.run.status import Status, read_status
 
 SECONDS_TO_STOP = 30.0
 """What the user was promised."""

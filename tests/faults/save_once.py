@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 
-from agnews_dist.checkpoint import DamagedError, checkpoints, discard, prune, read_checkpoint, sweep, write_checkpoint
+from agnews_dist.training.checkpoint import (
+    DamagedError,
+    checkpoints,
+    discard,
+    prune,
+    read_checkpoint,
+    sweep,
+    write_checkpoint,
+)
 
 KINDS = "open mkdir write fsync close rename unlink rmdir look read list"
 """The names of the calls that cut.c counts."""

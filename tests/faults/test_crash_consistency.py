@@ -30,8 +30,8 @@ from save_once import (
     tensors_of,
 )
 
-from agnews_dist.checkpoint import Checkpoint, checkpoints, read_checkpoint, step_of, sweep
-from agnews_dist.resume import read_newest_usable
+from agnews_dist.run.resume import read_newest_usable
+from agnews_dist.training.checkpoint import Checkpoint, checkpoints, read_checkpoint, step_of, sweep
 
 HERE = Path(__file__).parent
 A, B, C = 7, 14, 21

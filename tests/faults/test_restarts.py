@@ -12,7 +12,7 @@ from launching import REPOSITORY, environment
 from small_run import arguments, differences, finish, status
 from timeline import Timeline
 
-from agnews_dist.node import free_port
+from agnews_dist.distributed.node_resources import free_port
 
 ODD_RANK = str(REPOSITORY / "tests" / "ranks" / "odd_rank.py")
 

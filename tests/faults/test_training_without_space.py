@@ -7,7 +7,7 @@ import pytest
 from small_run import differences, end, finish, start, told
 from timeline import Timeline
 
-from agnews_dist.checkpoint import checkpoints, read_checkpoint
+from agnews_dist.training.checkpoint import checkpoints, read_checkpoint
 
 ARRANGE = "happenings:arrange"
 

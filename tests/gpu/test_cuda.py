@@ -15,7 +15,7 @@ from agnews_dist.model.gpt2 import load_backbone
 from agnews_dist.model.last_token import last_rows
 from agnews_dist.model.prefix import CALL_TOKENS
 from agnews_dist.model.tokenizer import load_tokenizer
-from agnews_dist.report.runlog import read_run_log
+from agnews_dist.report.event_log import read_run_log
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DATA = ["--data.source", "synthetic", "--data.limit_train", "1200", "--data.limit_test", "400"]

@@ -14,12 +14,12 @@ from engine_worker import make_loader, start
 from safetensors.torch import save_file
 from toy import toy_classifier
 
-from agnews_dist import collectives
+from agnews_dist.distributed import collectives
+from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.prefix import computed
-from agnews_dist.sources import place
-from agnews_dist.step import train_step
-from agnews_dist.world import World, detect_world
+from agnews_dist.run.setup import place
+from agnews_dist.training.step import train_step
 
 
 def update(world: World, told: dict, name: str, max_tokens: int, *, checkpointing: bool) -> tuple[int, dict]:

@@ -18,20 +18,20 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 from toy import CLASSES, toy_classifier, toy_split
 
-from agnews_dist import collectives
-from agnews_dist.batch import Batch
-from agnews_dist.data.batching import PlanSettings
-from agnews_dist.data.loader import StepBatches, TokenTable, TrainLoader
-from agnews_dist.engine import Engine
+from agnews_dist.data.batching.batch import Batch
+from agnews_dist.data.batching.epoch_plan import PlanSettings
+from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoader
+from agnews_dist.distributed import collectives
+from agnews_dist.distributed.world import World, detect_world
+from agnews_dist.engine.deepspeed_config import Zero
+from agnews_dist.engine.engine import Engine
+from agnews_dist.engine.strategy import Wrapped
+from agnews_dist.evaluation.evaluator import score_split
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features, FeatureSource, computed
-from agnews_dist.optim import build_optimizer
-from agnews_dist.scoring import score_split
-from agnews_dist.sources import place
-from agnews_dist.step import NonFiniteError, train_step
-from agnews_dist.world import World, detect_world
-from agnews_dist.wrapped import Wrapped
-from agnews_dist.zero_settings import Zero
+from agnews_dist.run.setup import place
+from agnews_dist.training.optim import build_optimizer
+from agnews_dist.training.step import NonFiniteError, train_step
 
 # Or stage 3 would leave a toy's weights whole on every rank.
 ALL_OF_IT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -253,7 +253,7 @@ def check_non_finite(world: World, told: dict, name: str) -> None:
 
 def precisions(world: World, told: dict, output: Path) -> None:
     """Loss and norm of one epoch's updates in each precision; fp16's check of the device is all that is left out on a CPU."""
-    from agnews_dist import engine as engine_module
+    from agnews_dist.engine import engine as engine_module
 
     engine_module.choose_precision = lambda precision, *, use_cuda: precision
     found = {}

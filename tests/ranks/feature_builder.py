@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from agnews_dist.features.files import FeatureFile
+from agnews_dist.features.store import FeatureFile
 
 ROWS_PER_SEGMENT, WIDTH = 7, 24
 KEY = "a" * 64

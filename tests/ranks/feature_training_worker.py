@@ -11,20 +11,21 @@ import torch
 from safetensors.torch import save_file
 from toy import CLASSES, toy_classifier, toy_split
 
-from agnews_dist import collectives, scoring
-from agnews_dist.data.batching import PlanSettings
-from agnews_dist.data.loader import TokenTable, TrainLoader
-from agnews_dist.engine import Engine
+from agnews_dist.data.batching.epoch_plan import PlanSettings
+from agnews_dist.data.batching.loader import TokenTable, TrainLoader
+from agnews_dist.distributed import collectives
+from agnews_dist.distributed.world import detect_world
+from agnews_dist.engine.engine import Engine
+from agnews_dist.evaluation import evaluator as scoring
+from agnews_dist.evaluation.evaluator import rank_logits
+from agnews_dist.evaluation.metrics import in_file_order
 from agnews_dist.events import Event, Warned
-from agnews_dist.features.cache import FeatureCache
-from agnews_dist.features.compute import SplitFeatures
-from agnews_dist.fingerprints import fingerprint_of
-from agnews_dist.metrics import in_file_order
+from agnews_dist.features.manager import FeatureCache
+from agnews_dist.features.precompute import SplitFeatures
 from agnews_dist.model import prefix as prefix_module
-from agnews_dist.optim import build_optimizer
-from agnews_dist.scoring import rank_logits
-from agnews_dist.step import train_step
-from agnews_dist.world import detect_world
+from agnews_dist.run.fingerprints import fingerprint_of
+from agnews_dist.training.optim import build_optimizer
+from agnews_dist.training.step import train_step
 
 
 def count_segments(computed: list[str]) -> None:

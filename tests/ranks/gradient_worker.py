@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import save_file
 from toy import toy_classifier, toy_split
 
-from agnews_dist import collectives
-from agnews_dist.batch import Batch
-from agnews_dist.data.batching import PlanSettings
-from agnews_dist.data.loader import StepBatches, TokenTable, TrainLoader
-from agnews_dist.engine import Engine
+from agnews_dist.data.batching.batch import Batch
+from agnews_dist.data.batching.epoch_plan import PlanSettings
+from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoader
+from agnews_dist.distributed import collectives
+from agnews_dist.distributed.world import detect_world
+from agnews_dist.engine.engine import Engine
+from agnews_dist.engine.strategy import Wrapped
 from agnews_dist.model.prefix import Features, computed
-from agnews_dist.step import NonFiniteError, accumulate_gradients, summed_loss, train_step
-from agnews_dist.world import detect_world
-from agnews_dist.wrapped import Wrapped
+from agnews_dist.training.step import NonFiniteError, accumulate_gradients, summed_loss, train_step
 
 
 def mean_of_means(engine: Engine, embed, wrapped: Wrapped, batches: StepBatches) -> None:

@@ -16,7 +16,7 @@ from agnews_dist.__main__ import main
 
 
 def change_third_step(change: str) -> None:
-    from agnews_dist import step
+    from agnews_dist.training import step
 
     compute, num_calls = step.example_losses, 0
 

@@ -13,18 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy import toy_classifier
 
-from agnews_dist import collectives
-from agnews_dist import engine as engine_module
-from agnews_dist.data.loader import StepBatches
+from agnews_dist.data.batching.loader import StepBatches
+from agnews_dist.distributed import collectives
+from agnews_dist.distributed.world import World, detect_world
+from agnews_dist.engine import engine as engine_module
+from agnews_dist.engine.deepspeed_config import Zero
+from agnews_dist.engine.strategy import Wrapped
 from agnews_dist.errors import UserError
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.prefix import FeatureSource, computed
-from agnews_dist.optim import build_optimizer
-from agnews_dist.sources import place
-from agnews_dist.step import train_step
-from agnews_dist.world import World, detect_world
-from agnews_dist.wrapped import Wrapped
-from agnews_dist.zero_settings import Zero
+from agnews_dist.run.setup import place
+from agnews_dist.training.optim import build_optimizer
+from agnews_dist.training.step import train_step
 
 HALF = 4
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

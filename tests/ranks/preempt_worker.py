@@ -28,10 +28,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from agnews_dist import collectives
+from agnews_dist.config.command import tell
+from agnews_dist.distributed import collectives
+from agnews_dist.distributed.preemption import Watch
 from agnews_dist.errors import Stopped
-from agnews_dist.preempt import Watch
-from agnews_dist.story import tell
 
 
 def run(world, loaded, *, watch: Watch, directory: Path, state: str) -> None:

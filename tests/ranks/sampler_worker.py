@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from agnews_dist.data.batching import PlanSettings
-from agnews_dist.data.sampler import LengthBucketedBatchSampler
+from agnews_dist.data.batching.epoch_plan import PlanSettings
+from agnews_dist.data.batching.sampler import LengthBucketedBatchSampler
 
 NUM_EXAMPLES, NUM_CLASSES, NUM_EPOCHS, LEARNING_RATE = 21, 3, 2, 0.5
 MAX_TOKENS_PER_RANK = 24

@@ -20,8 +20,8 @@ from launching import REPOSITORY
 from safetensors.torch import load_file
 from toy import CLASSES, our_name, toy_reference_groups, toy_reference_model, toy_split
 
-from agnews_dist.data.batching import Ints, PlanSettings, plan
-from agnews_dist.engine import bucket_megabytes
+from agnews_dist.data.batching.epoch_plan import Ints, PlanSettings, plan
+from agnews_dist.engine.engine import bucket_megabytes
 
 RANKS = (1, 2, 3)
 # Very unequal shares; 29 = 3 batches of 9 and one of 2, so that with three ranks one of them has nothing.

@@ -12,7 +12,7 @@ from launching import REPOSITORY, torchrun
 from launching import python as start
 from safetensors.torch import load_file
 
-from agnews_dist.report.runlog import read_run_log
+from agnews_dist.report.event_log import read_run_log
 
 # Far below engine.timeout_seconds (600): a rank left waiting in a collective would be seen.
 SOON = 150

@@ -22,7 +22,7 @@ from toy import (
     toy_split,
 )
 
-from agnews_dist.data.batching import PlanSettings, plan
+from agnews_dist.data.batching.epoch_plan import PlanSettings, plan
 
 RNG = np.random.default_rng(7)
 LENGTHS = {name: RNG.integers(1, 31, size).tolist() for name, size in (("train", 64), ("validation", 33), ("test", 21))}

@@ -17,7 +17,7 @@ import psutil
 import torch
 from agnews_dist.model.gpt2 import load_backbone, split
 from agnews_dist.model.tokenizer import load_tokenizer
-from agnews_dist.fingerprints import fingerprint_of
+from agnews_dist.run.fingerprints import fingerprint_of
 
 def say_and_wait():
     print(flush=True)

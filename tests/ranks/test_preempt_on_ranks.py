@@ -13,7 +13,7 @@ import psutil
 import pytest
 from launching import REPOSITORY, environment
 
-from agnews_dist.node import free_port
+from agnews_dist.distributed.node_resources import free_port
 
 WORKER = str(REPOSITORY / "tests" / "ranks" / "preempt_worker.py")
 HANG = 40

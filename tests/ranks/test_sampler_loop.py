@@ -17,8 +17,8 @@ from sampler_worker import (
     examples,
 )
 
-from agnews_dist.data.batching import plan
-from agnews_dist.data.sampler import LengthBucketedBatchSampler
+from agnews_dist.data.batching.epoch_plan import plan
+from agnews_dist.data.batching.sampler import LengthBucketedBatchSampler
 
 LENGTHS = [len(tokens) for tokens, _ in examples()]
 

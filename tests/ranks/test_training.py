@@ -14,7 +14,7 @@ from launching import REPOSITORY
 from safetensors.torch import load_file
 from toy import our_name, toy_reference_model, toy_split
 
-from agnews_dist.data.batching import PlanSettings, plan
+from agnews_dist.data.batching.epoch_plan import PlanSettings, plan
 
 LENGTHS = np.random.default_rng(7).integers(1, 31, 64).tolist()
 RANKS = (1, 2, 3)

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import save_file
 from toy import toy_classifier, toy_split
 
-from agnews_dist import collectives
-from agnews_dist.data.batching import PlanSettings
-from agnews_dist.data.loader import TokenTable, TrainLoader
-from agnews_dist.engine import Engine
+from agnews_dist.data.batching.epoch_plan import PlanSettings
+from agnews_dist.data.batching.loader import TokenTable, TrainLoader
+from agnews_dist.distributed import collectives
+from agnews_dist.distributed.world import detect_world
+from agnews_dist.engine.engine import Engine
 from agnews_dist.model.prefix import computed
-from agnews_dist.step import train_step
-from agnews_dist.world import detect_world
+from agnews_dist.training.step import train_step
 
 
 def train(engine: Engine, lengths: list[int], case: dict, output: Path) -> None:

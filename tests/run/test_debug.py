@@ -9,7 +9,7 @@ import launching
 import pytest
 import warm
 
-from agnews_dist.report.runlog import read_run_log
+from agnews_dist.report.event_log import read_run_log
 
 
 def debug(directory: Path, python=launching.python) -> subprocess.CompletedProcess[str]:

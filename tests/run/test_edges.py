@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from launching import REPOSITORY, environment, python
 
-from agnews_dist.report.runlog import read_run_log
+from agnews_dist.report.event_log import read_run_log
 
 HERE = Path(__file__).parent
 TINY = [

@@ -22,7 +22,7 @@ from launching import REPOSITORY, environment
 from transformers import GPT2Model
 
 from agnews_dist.model.embedded import embedded_config, embedded_tokenizer, spread_embeddings
-from agnews_dist.report.runlog import read_run_log
+from agnews_dist.report.event_log import read_run_log
 
 STORY = [
     *("train", "--data.source", "synthetic", "--optim.epochs", "3"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agnews_dist.cli import load
+from agnews_dist.config.command_line import load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = REPOSITORY / "slurm"
@@ -41,10 +41,10 @@ def clone(tmp_path: Path) -> Path:
     python.write_text(
         "#!/bin/sh\n"
         'case "$1 $2" in\n'
-        f'"-m agnews_dist.node") exec {sys.executable} "$@" ;;\n'
+        f'"-m agnews_dist.distributed.node_resources") exec {sys.executable} "$@" ;;\n'
         '"-c import importlib"*) [ -z "$WITHOUT_DEEPSPEED" ] ;;\n'
         '"-c import base64"*) echo "world of $3" ;;\n'
-        '"-c from agnews_dist.node import free_port"*) echo 4321 ;;\n'
+        '"-c from agnews_dist.distributed.node_resources import free_port"*) echo 4321 ;;\n'
         '*) echo "threads $OMP_NUM_THREADS"; for a in "$@"; do echo "[$a]"; done ;;\n'
         "esac\n",
         encoding="utf-8",

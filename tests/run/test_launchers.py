@@ -18,7 +18,7 @@ import yaml
 from launching import REPOSITORY, environment
 from safetensors.torch import load_file
 
-from agnews_dist.node import PORTS
+from agnews_dist.distributed.node_resources import PORTS
 
 SCRIPTS = ("local.sh", "accelerate.sh", "deepspeed.sh")
 SECONDS = 120
@@ -48,7 +48,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 STAND_IN = """
 import json, os, sys, time
 from pathlib import Path
-from agnews_dist.world import detect_world
+from agnews_dist.distributed.world import detect_world
 
 told = {"pid": os.getpid(), "argv": sys.argv[1:], "world": vars(detect_world(os.environ)), "cwd": os.getcwd()}
 told |= {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "MASTER_PORT")}

@@ -11,7 +11,7 @@ import pytest
 import warm
 from watching import recorded, recording
 
-from agnews_dist.report.runlog import read_run_log
+from agnews_dist.report.event_log import read_run_log
 
 STORY = [
     *(
@@ -46,7 +46,7 @@ FULL_LATER = """
 import errno, os, sys
 from pathlib import Path
 from agnews_dist import train
-from agnews_dist.features.files import FeatureFile
+from agnews_dist.features.store import FeatureFile
 node, write = Path(sys.argv[1]), FeatureFile._write
 def fill(self, segment, rows):
     if os.environ["RANK"] == "1" and node in self.directory.parents:

@@ -77,7 +77,7 @@ def test_a_training_on_two_ranks_reports_the_same_figures(batches, tmp_path: Pat
 def test_attention_counts_in_the_balance_of_long_texts(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--data.limit_train", "300", "--batch.bucket_window", "1", "--ranks", "3"]
     found, _ = planned(capsys, *words)
-    monkeypatch.setattr("agnews_dist.data.sharing.quadratic_weight", lambda hidden_dim: 0.0)
+    monkeypatch.setattr("agnews_dist.data.batching.shares.quadratic_weight", lambda hidden_dim: 0.0)
     in_tokens, _ = planned(capsys, *words)
     # By tokens alone the slowest rank has fewer of them, as the efficiency counts; by cost it has not.
     assert found["critical_path_efficiency"] < in_tokens["critical_path_efficiency"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from agnews_dist.data.corpus import load_corpus
-from agnews_dist.report.runlog import read_run_log
+from agnews_dist.report.event_log import read_run_log
 
 CLASS_NAMES = ("World", "Sports", "Business", "Sci/Tech")
 LIMITS = ("--data.limit_train", "480", "--data.limit_validation", "101", "--data.limit_test", "103")

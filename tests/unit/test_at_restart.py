@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from agnews_dist import restarts
 from agnews_dist.errors import UserError
-from agnews_dist.restarts import Start, at_begin, at_end, fruitless, read_starts, write_starts
-from agnews_dist.status import Status
+from agnews_dist.run import restart_policy as restarts
+from agnews_dist.run.restart_policy import Start, at_begin, at_end, fruitless, read_starts, write_starts
+from agnews_dist.run.status import Status
 
 
 def status(state: str, attempt: int, step: int, reason: str = "a fault") -> Status:

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from agnews_dist.attempt import SLURM_MARGIN_SECONDS, Attempt, set_deadline
-from agnews_dist.config import Config, RunConfig
+from agnews_dist.config.schema import Config, RunConfig
+from agnews_dist.distributed.world import World
 from agnews_dist.report.sinks import Sinks
-from agnews_dist.status import StatusFile, read_status
-from agnews_dist.world import World
+from agnews_dist.run.attempt import SLURM_MARGIN_SECONDS, Attempt, set_deadline
+from agnews_dist.run.status import StatusFile, read_status
 
 
 class Heard:

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import python
 
-from agnews_dist.config import BatchConfig
-from agnews_dist.data.batching import Ints, Lengths, PlanSettings, plan
-from agnews_dist.data.position import ALGORITHM
-from agnews_dist.data.sharing import share
+from agnews_dist.config.schema import BatchConfig
+from agnews_dist.data.batching.epoch_plan import Ints, Lengths, PlanSettings, plan
+from agnews_dist.data.batching.position import ALGORITHM
+from agnews_dist.data.batching.shares import share
 from agnews_dist.errors import UserError
 
 Planner = Callable[[Lengths, PlanSettings], list[Ints]]
@@ -278,7 +278,7 @@ def test_how_lengths_are_stored_does_not_matter(tmp_path, chosen, kind):
 def test_another_process_plans_the_same():
     code = """if True:
         import json, numpy as np
-        from agnews_dist.data.batching import PlanSettings, plan
+        from agnews_dist.data.batching.epoch_plan import PlanSettings, plan
         chosen = PlanSettings(global_batch_size=7, bucket_window=5, seed=3)
         made = plan(np.arange(500) % 91 + 1, chosen, epoch=2)
         print(json.dumps([ids.tolist() for ids in made.global_batches()]))

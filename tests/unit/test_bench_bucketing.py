@@ -12,7 +12,7 @@ from launching import REPOSITORY
 from torch.nn import functional
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from agnews_dist.config import BatchConfig
+from agnews_dist.config.schema import BatchConfig
 from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.model.gpt2 import Backbone, split
 

@@ -12,8 +12,8 @@ from filelock import FileLock
 from launching import in_a_terminal, python
 
 from agnews_dist.__main__ import main
-from agnews_dist.data.token_files import Stored, TokenSplit, publish, read_stored, write_stored
-from agnews_dist.features.files import FeatureFile
+from agnews_dist.data.token_cache import Stored, TokenSplit, publish, read_stored, write_stored
+from agnews_dist.features.store import FeatureFile
 
 FEATURES, UNFINISHED, TOKENS = "a1" * 32, "a2" * 32, "b3" * 32
 

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agnews_dist.data import calls
-from agnews_dist.data.batching import Ints
-from agnews_dist.data.calls import Layout, call_bounds, lay_out, longest_first, round_robin
+from agnews_dist.data.batching.epoch_plan import Ints
+from agnews_dist.features import layout as calls
+from agnews_dist.features.layout import Layout, lay_out, longest_first, round_robin
+from agnews_dist.model.packed import call_bounds
 
 ROW_BYTES = 1536
 

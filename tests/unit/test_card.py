@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
-from agnews_dist.metrics import summarize
-from agnews_dist.report.card import model_card
+from agnews_dist.evaluation.metrics import summarize
+from agnews_dist.report.model_card import model_card
 
 VALIDATION = summarize(np.array([[9, 1], [2, 8]]), 8.0)
 TEST = summarize(np.array([[40, 10], [5, 45]]), 50.0)

@@ -13,7 +13,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from agnews_dist.checkpoint import (
+from agnews_dist.run.resume import read_newest_usable
+from agnews_dist.training.checkpoint import (
     PIECE_BYTES,
     DamagedError,
     checkpoints,
@@ -24,7 +25,6 @@ from agnews_dist.checkpoint import (
     sweep,
     write_checkpoint,
 )
-from agnews_dist.resume import read_newest_usable
 
 STATE = {
     "step": 7,

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from agnews_dist.__main__ import STORIES
 from agnews_dist.__main__ import main as main_story
-from agnews_dist.cli import Loaded, Option, dump, load
-from agnews_dist.config import BatchConfig, Config, DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
-from agnews_dist.config_file import SHIPPED
+from agnews_dist.config.command_line import Loaded, Option, dump, load
+from agnews_dist.config.fields import all_settings
+from agnews_dist.config.schema import BatchConfig, Config, DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
+from agnews_dist.config.yaml_file import SHIPPED
 from agnews_dist.errors import ConfigError
-from agnews_dist.settings import all_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "configs"

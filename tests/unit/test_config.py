@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from agnews_dist.config import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig, contradictions
-from agnews_dist.settings import all_settings
+from agnews_dist.config.fields import all_settings
+from agnews_dist.config.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig, contradictions
 
 
 def changed(**values: Any) -> Config:

@@ -28,8 +28,8 @@ from agnews_dist.events import (
     Warned,
 )
 from agnews_dist.report.console import Console
-from agnews_dist.report.pace import Pace, TaskPace
 from agnews_dist.report.plain import PlainLines
+from agnews_dist.report.progress import Pace, TaskPace
 from agnews_dist.report.terminal import TerminalDisplay
 
 ROOT = Path(__file__).resolve().parents[2]

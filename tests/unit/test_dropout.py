@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from toy import toy_classifier, toy_split
 
-from agnews_dist.batch import Batch
-from agnews_dist.data.loader import TokenTable
+from agnews_dist.data.batching.batch import Batch
+from agnews_dist.data.batching.loader import TokenTable
 from agnews_dist.model.dropout import dropped, example_keys, step_key
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features

@@ -7,11 +7,11 @@ import pytest
 import torch
 from launching import python
 
-from agnews_dist.device import choose_precision, chooses_cuda
-from agnews_dist.engine import Engine
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.deepspeed_config import Zero
+from agnews_dist.engine.device import choose_precision, chooses_cuda
+from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import UserError
-from agnews_dist.world import World
-from agnews_dist.zero_settings import Zero
 
 
 def make(device: str = "cpu") -> Engine:
@@ -45,8 +45,8 @@ def test_no_variable_of_accelerate_compiles_or_scales():
     """accelerate lets these win over its own arguments; a loss of slope 1 must have the gradient 1 all the same."""
     code = """if True:
         import torch
-        from agnews_dist.engine import Engine
-        from agnews_dist.world import World
+        from agnews_dist.engine.engine import Engine
+        from agnews_dist.distributed.world import World
         engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
         layer = torch.nn.Linear(1, 1)
         wrapped = engine.prepare(layer, torch.optim.SGD(layer.parameters()), max_grad_norm=0.0)
@@ -105,9 +105,9 @@ def test_another_engine_of_accelerates_own_configuration_is_refused(monkeypatch,
 ONE_PROCESS = """
 import os
 import torch
-from agnews_dist.engine import Engine
-from agnews_dist.world import World
-from agnews_dist.zero_settings import Zero
+from agnews_dist.engine.engine import Engine
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.deepspeed_config import Zero
 
 engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60, zero=Zero(2))
 layer = torch.nn.Linear(1, 1)

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from agnews_dist.features.choice import Choice, Room, choose
-from agnews_dist.memory import gigabytes
+from agnews_dist.features.placement import Choice, Room, choose
+from agnews_dist.storage.capacity import gigabytes
 
 GB = 10**9
 NEED = 6 * GB

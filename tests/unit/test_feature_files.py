@@ -12,8 +12,8 @@ import torch
 from feature_builder import KEY, ROWS_PER_SEGMENT, WIDTH, expected, feature_file, rows_of
 from launching import REPOSITORY
 
-from agnews_dist.features.files import FeatureFile
-from agnews_dist.features.shelf import IN_USE, ROWS, mark_path, remove
+from agnews_dist.features.eviction import IN_USE, ROWS, mark_path, remove
+from agnews_dist.features.store import FeatureFile
 
 NUM_SEGMENTS = 6
 SEGMENT_BYTES = ROWS_PER_SEGMENT * WIDTH * 4

@@ -9,13 +9,13 @@ import pytest
 import torch
 from toy import CLASSES, toy_classifier, toy_model, toy_split
 
-from agnews_dist.data import calls
-from agnews_dist.data.calls import lay_out, longest_first
-from agnews_dist.data.loader import TokenTable
+from agnews_dist.data.batching.loader import TokenTable
 from agnews_dist.features import keys
+from agnews_dist.features import layout as calls
 from agnews_dist.features.keys import features_key
-from agnews_dist.fingerprints import fingerprint_of
+from agnews_dist.features.layout import lay_out, longest_first
 from agnews_dist.model.gpt2 import Backbone, Classifier, split
+from agnews_dist.run.fingerprints import fingerprint_of
 
 LENGTHS = np.random.default_rng(3).integers(1, 30, 40).tolist()
 ROWS = toy_split(LENGTHS)
@@ -158,7 +158,7 @@ def test_what_is_computed_together_counts(monkeypatch, num_segments):
     assert key_of(call_tokens=64) != key_of(call_tokens=128)
 
 
-@pytest.mark.parametrize("module", ["calls", "last_token", "packed", "prefix"])
+@pytest.mark.parametrize("module", ["layout", "last_token", "packed", "prefix"])
 def test_the_code_that_computes_features_counts(monkeypatch, module):
     original = inspect.getsource
 

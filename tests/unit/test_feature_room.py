@@ -8,7 +8,8 @@ import psutil
 import pytest
 import torch
 
-from agnews_dist.features import room
+from agnews_dist.engine.device import free_device_bytes
+from agnews_dist.storage import capacity as room
 
 TERABYTE = 10**12
 
@@ -101,8 +102,8 @@ def test_this_process_group_is_read_from_where_the_kernel_tells_it():
 
 def test_a_rank_without_gpu_has_its_part_of_the_host(tree):
     tree.set("job/step", "9000", "0")
-    assert room.free_device_bytes(torch.device("cpu"), 4) == 2250
-    assert room.free_device_bytes(torch.device("cpu"), 1) == 9000
+    assert free_device_bytes(torch.device("cpu"), 4) == 2250
+    assert free_device_bytes(torch.device("cpu"), 1) == 9000
 
 
 def test_the_space_where_a_directory_would_be_made(tmp_path):

@@ -11,20 +11,19 @@ import pytest
 import torch
 from toy import toy_classifier, toy_split
 
-from agnews_dist.data.batching import Ints
-from agnews_dist.data.calls import Layout, lay_out, longest_first, round_robin
-from agnews_dist.data.loader import TokenTable
-from agnews_dist.engine import Engine
+from agnews_dist.data.batching.epoch_plan import Ints
+from agnews_dist.data.batching.loader import TokenTable, scoring_batches
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.engine import Engine
 from agnews_dist.events import Event, Progress, Warned
-from agnews_dist.features.cache import FeatureCache
-from agnews_dist.features.compute import SplitFeatures
-from agnews_dist.features.source import KeptFeatures
+from agnews_dist.features.gather import KeptFeatures
+from agnews_dist.features.layout import Layout, lay_out, longest_first, round_robin
+from agnews_dist.features.manager import FeatureCache
+from agnews_dist.features.precompute import SplitFeatures
 from agnews_dist.model import prefix as prefix_module
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Prefix, computed
 from agnews_dist.model.side_by_side import side_by_side
-from agnews_dist.scoring import scoring_batches
-from agnews_dist.world import World
 
 CPU = torch.device("cpu")
 LENGTHS = np.random.default_rng(1).integers(1, 40, 60).tolist()
@@ -35,7 +34,7 @@ NONE = np.empty(0, np.int64)
 def small_calls(monkeypatch):
     """So that a batch takes many calls, and a split many segments."""
     monkeypatch.setitem(prefix_module.CALL_TOKENS, "cpu", 64)
-    monkeypatch.setattr("agnews_dist.scoring.EVALUATION_TOKENS", 300)
+    monkeypatch.setattr("agnews_dist.data.batching.loader.EVALUATION_TOKENS", 300)
 
 
 @pytest.fixture
@@ -187,7 +186,7 @@ def test_segments_stay_below_their_size_and_small_splits_still_have_many(monkeyp
     whole = [longest_first(lengths_N)]
     layout = lay_out(lengths_N, whole, call_tokens=40, row_bytes=100)
     assert 256 <= layout.num_segments <= 2 * 256
-    monkeypatch.setattr("agnews_dist.data.calls.SEGMENT_BYTES", 8_000)
+    monkeypatch.setattr("agnews_dist.features.layout.SEGMENT_BYTES", 8_000)
     layout = lay_out(lengths_N, whole, call_tokens=40, row_bytes=100)
     assert np.diff(layout.bounds_S).max() * 100 <= 8_000
     assert layout.num_segments == 5_000 * 10 * 100 // 8_000

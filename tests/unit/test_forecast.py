@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from agnews_dist.data import forecast as module
-from agnews_dist.data.batching import PlanSettings, plan, shuffle
-from agnews_dist.data.forecast import Forecast, forecast, idle_warning
-from agnews_dist.data.sharing import share
+from agnews_dist.data.batching import forecast as module
+from agnews_dist.data.batching.epoch_plan import PlanSettings, plan, shuffle
+from agnews_dist.data.batching.forecast import Forecast, forecast, idle_warning
+from agnews_dist.data.batching.shares import share
 from agnews_dist.errors import UserError
 
 QUADRATIC = 1 / 768

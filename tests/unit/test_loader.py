@@ -7,13 +7,13 @@ import pytest
 import torch
 from toy import toy_split
 
-from agnews_dist.data.batching import PlanSettings, plan
-from agnews_dist.data.calls import round_robin
-from agnews_dist.data.loader import TokenTable, TrainLoader
-from agnews_dist.data.sharing import efficiency
+from agnews_dist.data.batching.epoch_plan import PlanSettings, plan
+from agnews_dist.data.batching.loader import TokenTable, TrainLoader
+from agnews_dist.data.batching.shares import efficiency
 from agnews_dist.data.tokens import TokenSplit
+from agnews_dist.distributed.world import World
 from agnews_dist.errors import UserError
-from agnews_dist.world import World
+from agnews_dist.features.layout import round_robin
 
 PAD = 7
 

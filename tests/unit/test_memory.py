@@ -10,9 +10,10 @@ import torch
 from launching import REPOSITORY
 from transformers import GPT2Config, GPT2Model
 
-from agnews_dist.config import BatchConfig, Config, DataConfig
-from agnews_dist.fitting import shape_of, texts_per_rank
-from agnews_dist.memory import (
+from agnews_dist.config.schema import BatchConfig, Config, DataConfig
+from agnews_dist.data.batching.loader import EVALUATION_TOKENS
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.memory import (
     MEAN_TOKENS,
     TOLERANCE,
     Estimate,
@@ -26,8 +27,7 @@ from agnews_dist.memory import (
 )
 from agnews_dist.model.gpt2 import Backbone, split
 from agnews_dist.model.prefix import CALL_TOKENS
-from agnews_dist.scoring import EVALUATION_TOKENS
-from agnews_dist.world import World
+from agnews_dist.preflight.memory_check import shape_of, texts_per_rank
 
 XL = Shape(num_blocks=48, width=1600, inner=6400, num_heads=25, num_rows=50258, num_positions=1024)
 
@@ -121,7 +121,7 @@ def test_on_a_cpu_everything_is_in_one_memory() -> None:
 
 
 def test_constants_of_other_modules() -> None:
-    from agnews_dist import memory
+    from agnews_dist.engine import memory
 
     assert memory.PACKED_CALL == CALL_TOKENS
     assert memory.EVALUATION_TOKENS == EVALUATION_TOKENS

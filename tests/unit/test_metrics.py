@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from agnews_dist.metrics import confusion_matrix, in_file_order, per_class, summarize
+from agnews_dist.evaluation.metrics import confusion_matrix, in_file_order, per_class, summarize
 
 
 def random_case(seed: int, num_classes: int, num_examples: int, accuracy: float) -> tuple[np.ndarray, np.ndarray]:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from launching import environment, python
 
-from agnews_dist import node
+from agnews_dist.distributed import node_resources as node
+from agnews_dist.distributed.node_resources import Cores, count_devices, find_cores, free_port, settings
 from agnews_dist.errors import UserError
-from agnews_dist.node import Cores, count_devices, find_cores, free_port, settings
 
 EIGHT = Cores(tuple(range(8)), 8)
 JOB = {"SLURM_JOB_ID": "7"}
@@ -128,7 +128,7 @@ def test_the_least_of_all_limits_holds(quota, of_job, count, tmp_path, monkeypat
 def test_the_shell_can_evaluate_it():
     environ = environment(NPROC="2", CUDA_VISIBLE_DEVICES="", SLURM_JOB_ID="7", SLURM_CPUS_ON_NODE=str(os.cpu_count()))
     environ.pop("OMP_NUM_THREADS", None)
-    script = f'eval "$({sys.executable} -m agnews_dist.node)" && printf "%s|" "$NPROC" "$OMP_NUM_THREADS" "$RANK_CORES"'
+    script = f'eval "$({sys.executable} -m agnews_dist.distributed.node_resources)" && printf "%s|" "$NPROC" "$OMP_NUM_THREADS" "$RANK_CORES"'
     done = subprocess.run(["bash", "-c", script], env=environ, capture_output=True, text=True, check=True)
     num_ranks, threads, cores, _ = done.stdout.split("|")
     assert num_ranks == "2"
@@ -137,6 +137,6 @@ def test_the_shell_can_evaluate_it():
     bound = [int(core) for part in cores.split() for core in part.split(",")]
     assert set(bound) <= set(mine)
     assert len(bound) in (0, len(mine) // 2 * 2)
-    failed = python("-m", "agnews_dist.node", "srun", check=False, NPROC="x")
+    failed = python("-m", "agnews_dist.distributed.node_resources", "srun", check=False, NPROC="x")
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("error: NPROC='x' is no count: srun would not know")

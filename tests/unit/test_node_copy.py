@@ -10,11 +10,11 @@ import pytest
 from test_tokens import check_tokens, flip, opened, small_corpus, warned
 from watching import opens
 
-from agnews_dist import node_cache as module
 from agnews_dist.errors import DataError, UserError
 from agnews_dist.events import Event
 from agnews_dist.model.embedded import embedded_tokenizer
-from agnews_dist.node_cache import is_memory, node_cache
+from agnews_dist.storage import locations as module
+from agnews_dist.storage.locations import is_memory, node_cache
 
 CORPUS = small_corpus("The market rose.", "A team won.")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from agnews_dist.optim import build_optimizer, learning_rate, set_lr
+from agnews_dist.training.optim import build_optimizer, learning_rate, set_lr
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -4,8 +4,8 @@ import time
 
 from torch.distributed import HashStore
 
-from agnews_dist.beats import CLOSED
-from agnews_dist.peers import LIFE_SECONDS, ROUND_SECONDS, Peers
+from agnews_dist.distributed.coordinator import LIFE_SECONDS, ROUND_SECONDS, Peers
+from agnews_dist.distributed.heartbeat import CLOSED
 
 
 def test_a_dead_ranks_last_beat_is_no_sign_of_life():

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agnews_dist.data.batching import Ints, PlanSettings, plan
-from agnews_dist.data.sharing import Share, share
+from agnews_dist.data.batching.epoch_plan import Ints, PlanSettings, plan
+from agnews_dist.data.batching.shares import Share, share
 
 NUM_EXAMPLES = (0, 1, 2, 3, 5, 7, 8, 13, 31, 64, 97, 251)
 NO_EXAMPLES = np.empty(0, np.int64)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from agnews_dist.data.batching import Ints, PlanSettings, plan, shuffle
+from agnews_dist.data.batching.epoch_plan import Ints, PlanSettings, plan, shuffle
 
 Planner = Callable[[Ints, PlanSettings, int], list[Ints]]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import rich.console
 
-from agnews_dist.data.batching import PlanSettings
-from agnews_dist.data.forecast import Bin, Forecast, Spread, forecast
-from agnews_dist.data.sharing import Efficiency
+from agnews_dist.data.batching.epoch_plan import PlanSettings
+from agnews_dist.data.batching.forecast import Bin, Forecast, Spread, forecast
+from agnews_dist.data.batching.shares import Efficiency
 from agnews_dist.report.plan_view import bar, show_plan
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agnews_dist.data.batching import Ints, Lengths, PlanSettings, plan
-from agnews_dist.data.position import ALGORITHM, fingerprint, load_position, save_position
+from agnews_dist.data.batching.epoch_plan import Ints, Lengths, PlanSettings, plan
+from agnews_dist.data.batching.position import ALGORITHM, fingerprint, load_position, save_position
 from agnews_dist.errors import UserError
 
 LENGTHS = np.arange(200) * 7 % 53 + 1

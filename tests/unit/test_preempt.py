@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from launching import REPOSITORY, environment
 
-from agnews_dist.preempt import SIGNALS, Watch, preempted_exit_code, slurm_seconds_left
+from agnews_dist.distributed.preemption import SIGNALS, Watch, preempted_exit_code, slurm_seconds_left
 
 PRELUDE = """
 import ctypes, os, signal, sys, threading, time
-from agnews_dist.preempt import Watch
+from agnews_dist.distributed.preemption import Watch
 
 def words(how, why):
     print(f"{how}: {why}")
@@ -239,7 +239,7 @@ RANK_1_FAILED = (
     PRELUDE
     + """
 from torch.distributed import HashStore
-from agnews_dist.peers import Peers
+from agnews_dist.distributed.coordinator import Peers
 
 store = HashStore()
 watch.meet(store, 0, 2, 60.0)
@@ -265,6 +265,8 @@ def test_what_a_launcher_sends_because_a_rank_failed_is_no_stop():
 
 def test_torch_is_not_loaded():
     """It takes seconds, in which a signal may come."""
-    code = "import sys, agnews_dist.preempt\nprint(sorted(set(sys.modules) & {'torch', 'numpy', 'psutil'}))"
+    code = (
+        "import sys, agnews_dist.distributed.preemption\nprint(sorted(set(sys.modules) & {'torch', 'numpy', 'psutil'}))"
+    )
     printed = subprocess.check_output([sys.executable, "-c", code], env=environment(), cwd=REPOSITORY, text=True)
     assert re.fullmatch(r"\[\]\n", printed)

@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from agnews_dist.memory import Shape
-from agnews_dist.node import Cores
+from agnews_dist.distributed.node_resources import Cores
+from agnews_dist.distributed.world import World, expand_counts, expand_nodes, ranks_of_srun
+from agnews_dist.engine.memory import Shape
 from agnews_dist.preflight import machine
 from agnews_dist.preflight.disks import missing_parents, probe, remove_empty
-from agnews_dist.preflight.duration import Job, Speed, expected_seconds
 from agnews_dist.preflight.findings import Finding, merged, rank_words, worst
 from agnews_dist.preflight.machine import Kind
 from agnews_dist.preflight.network import Work, judge_clocks, judge_pairs, judge_work, pairs_that_matter
 from agnews_dist.preflight.ranks import Facts, check_world, differing, judge_cores, judge_devices
-from agnews_dist.world import World, expand_counts, expand_nodes, ranks_of_srun
+from agnews_dist.preflight.time_estimate import Job, Speed, expected_seconds
 
 GPU = Kind("cuda", "bf16", "H100")
 FINE = Finding(check="disk", verdict="ok", found="writable")

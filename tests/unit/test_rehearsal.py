@@ -8,13 +8,13 @@ import torch
 from launching import python
 from toy import toy_classifier, toy_split
 
-from agnews_dist.data.batching import PlanSettings
-from agnews_dist.data.loader import TokenTable, TrainLoader
-from agnews_dist.engine import Engine
+from agnews_dist.data.batching.epoch_plan import PlanSettings
+from agnews_dist.data.batching.loader import TokenTable, TrainLoader
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.engine import Engine
 from agnews_dist.model.prefix import computed
-from agnews_dist.rehearsal import rehearse
-from agnews_dist.step import train_step
-from agnews_dist.world import World
+from agnews_dist.training.rehearsal import rehearse
+from agnews_dist.training.step import train_step
 
 LENGTHS = np.random.default_rng(3).integers(1, 31, 40).tolist()
 
@@ -81,10 +81,10 @@ IN_BF16 = """
 from test_rehearsal import make_loader
 import torch
 from toy import toy_classifier
-from agnews_dist.engine import Engine
-from agnews_dist.rehearsal import rehearse
-from agnews_dist.sources import place
-from agnews_dist.world import World
+from agnews_dist.engine.engine import Engine
+from agnews_dist.training.rehearsal import rehearse
+from agnews_dist.run.setup import place
+from agnews_dist.distributed.world import World
 
 engine = Engine(World(), device="cpu", precision="bf16", allow_tf32=False, timeout_seconds=60)
 classifier, kinds = toy_classifier(), set()
@@ -105,12 +105,12 @@ import resource
 import numpy as np
 import torch
 from toy import toy_classifier, toy_split
-from agnews_dist.data.batching import PlanSettings
-from agnews_dist.data.loader import TokenTable, TrainLoader
-from agnews_dist.engine import Engine
+from agnews_dist.data.batching.epoch_plan import PlanSettings
+from agnews_dist.data.batching.loader import TokenTable, TrainLoader
+from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import UserError
-from agnews_dist.rehearsal import rehearse
-from agnews_dist.world import World
+from agnews_dist.training.rehearsal import rehearse
+from agnews_dist.distributed.world import World
 
 engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
 table = TokenTable(toy_split([32] * 20_000), pad_id=0, device=engine.device)

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from agnews_dist import rendezvous
+from agnews_dist.distributed import rendezvous
+from agnews_dist.distributed.node_resources import free_port
+from agnews_dist.distributed.world import World
 from agnews_dist.errors import UserError
-from agnews_dist.node import free_port
-from agnews_dist.world import World
 
 
 def meet(store: dist.Store, num_ranks: int, late: int = 0) -> list[str]:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from agnews_dist.errors import UserError
-from agnews_dist.metrics import summarize
-from agnews_dist.report.files import write_text
+from agnews_dist.evaluation.metrics import summarize
 from agnews_dist.report.predictions import write_predictions
-from agnews_dist.report.result import Result, Seconds, versions, write_json
+from agnews_dist.report.result_files import Result, Seconds, versions, write_json
+from agnews_dist.storage.atomic import write_text
 
 
 def strict(text: str) -> object:

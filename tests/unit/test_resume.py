@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from agnews_dist.attempt import accepted
-from agnews_dist.checkpoint import DamagedError, write_checkpoint
-from agnews_dist.config import Config
+from agnews_dist.config.schema import Config
 from agnews_dist.errors import Done, UserError
-from agnews_dist.fingerprints import settings
-from agnews_dist.resume import ACCEPTABLE, SILENT, check_prints, look, wanted_later
-from agnews_dist.status import StatusFile
+from agnews_dist.run.attempt import accepted
+from agnews_dist.run.fingerprints import settings
+from agnews_dist.run.resume import ACCEPTABLE, SILENT, check_prints, look, wanted_later
+from agnews_dist.run.status import StatusFile
+from agnews_dist.training.checkpoint import DamagedError, write_checkpoint
 
 SETTINGS = {**settings(Config()), "engine.precision": "fp32"}
 PRINTS = {"config": "c" * 64, "tokenizer": "t" * 64, "tokens": "d" * 64, "frozen_weights": "f" * 64}

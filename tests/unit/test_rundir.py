@@ -10,7 +10,7 @@ import pytest
 from launching import environment
 
 from agnews_dist.errors import UserError
-from agnews_dist.rundir import Claim, run_name
+from agnews_dist.run.directory import Claim, run_name
 
 
 def test_name_is_made_from_model_and_time():
@@ -112,7 +112,7 @@ def test_a_run_that_goes_on_keeps_its_files_and_gets_the_new_config(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from agnews_dist.rundir import Claim
+from agnews_dist.run.directory import Claim
 with Claim(Path(sys.argv[1]), "a", overwrite=True, config_yaml="") as claim:
     claim.lock()
     print("held", flush=True)

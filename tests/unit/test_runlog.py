@@ -26,7 +26,7 @@ from agnews_dist.events import (
     StepDone,
     Warned,
 )
-from agnews_dist.report.runlog import RunLog, read_run_log
+from agnews_dist.report.event_log import RunLog, read_run_log
 from agnews_dist.report.sinks import Sinks
 
 STEP = StepDone(
@@ -94,7 +94,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from agnews_dist.events import Warned
-from agnews_dist.report.runlog import RunLog
+from agnews_dist.report.event_log import RunLog
 log = RunLog(Path(sys.argv[1]))
 for number in range(100):
     log(Warned(message=f"event {number}"))

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from agnews_dist.data import sampler as sampler_module
-from agnews_dist.data.batching import PlanSettings, plan
-from agnews_dist.data.sampler import LengthBucketedBatchSampler
-from agnews_dist.data.sharing import share
+from agnews_dist.data.batching import sampler as sampler_module
+from agnews_dist.data.batching.epoch_plan import PlanSettings, plan
+from agnews_dist.data.batching.sampler import LengthBucketedBatchSampler
+from agnews_dist.data.batching.shares import share
 from agnews_dist.errors import UserError
 
 # Neither a small machine nor Python 3.12's warning of every fork is what these tests are about.

@@ -6,10 +6,10 @@ import torch
 from sklearn.metrics import confusion_matrix, f1_score, log_loss
 from toy import CLASSES, toy_classifier, toy_reference_logits, toy_split
 
-from agnews_dist import scoring
-from agnews_dist.data.loader import TokenTable
-from agnews_dist.engine import Engine
-from agnews_dist.world import World
+from agnews_dist.data.batching.loader import TokenTable
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.engine import Engine
+from agnews_dist.evaluation import evaluator as scoring
 
 LENGTHS = [int(length) for length in np.random.default_rng(0).integers(1, 60, 83)]
 
@@ -21,7 +21,7 @@ def engine():
 
 @pytest.mark.parametrize("budget", [60, 500, 100_000])
 def test_scores_equal_hugging_face_and_scikit_learn(engine, monkeypatch, budget):
-    monkeypatch.setattr(scoring, "EVALUATION_TOKENS", budget)
+    monkeypatch.setattr("agnews_dist.data.batching.loader.EVALUATION_TOKENS", budget)
     classifier, rows = toy_classifier(dropout=0.3), toy_split(LENGTHS)
     classifier.suffix.train()
     table = TokenTable(rows, pad_id=0, device=torch.device("cpu"))

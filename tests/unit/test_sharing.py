@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from agnews_dist.data.batching import Ints, PlanSettings, plan
-from agnews_dist.data.calls import round_robin
-from agnews_dist.data.sharing import (
+from agnews_dist.data.batching.epoch_plan import Ints, PlanSettings, plan
+from agnews_dist.data.batching.shares import (
     Efficiency,
     Share,
     efficiency,
@@ -27,6 +26,7 @@ from agnews_dist.data.sharing import (
     share_by_owner,
 )
 from agnews_dist.errors import UserError
+from agnews_dist.features.layout import round_robin
 
 Dealer = Callable[..., Share]
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from launching import environment, python
 
-from agnews_dist.features import shelf
-from agnews_dist.features.files import FeatureFile
-from agnews_dist.features.shelf import Entry, entries, make_room, remove
+from agnews_dist.features import eviction as shelf
+from agnews_dist.features.eviction import Entry, entries, make_room, remove
+from agnews_dist.features.store import FeatureFile
 
 ROWS = 4096
 CACHE_BYTES = ROWS * 8 * 4
@@ -23,7 +23,7 @@ USER = """
 import sys
 from pathlib import Path
 import torch
-from agnews_dist.features.files import FeatureFile
+from agnews_dist.features.store import FeatureFile
 path = Path(sys.argv[1])
 file = FeatureFile(path, key=path.name, bounds_S=[0, 4096], width=8, dtype=torch.float32, about={})
 rows = file.rows()
@@ -178,7 +178,7 @@ def test_what_is_gone_is_gone(tmp_path):
 
 
 def test_the_shelf_loads_no_torch():
-    code = "import sys, agnews_dist.features.shelf\nprint('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = "import sys, agnews_dist.features.eviction\nprint('torch' in sys.modules, 'numpy' in sys.modules)"
     assert python("-c", code).stdout == "False False\n"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agnews_dist.errors import UserError
-from agnews_dist.status import StatusFile, is_later_start, job_of, read_status, run_of_job
+from agnews_dist.run.status import StatusFile, is_later_start, job_of, read_status, run_of_job
 
 
 def leave(directory: Path, state: str, *, job: str | None = None, time: str | None = None) -> None:

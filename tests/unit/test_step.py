@@ -10,13 +10,13 @@ import pytest
 import torch
 from toy import reference_gradients, toy_classifier, toy_split
 
-from agnews_dist.batch import Batch
-from agnews_dist.data.batching import PlanSettings
-from agnews_dist.data.loader import StepBatches, TokenTable, TrainLoader
-from agnews_dist.engine import Engine
+from agnews_dist.data.batching.batch import Batch
+from agnews_dist.data.batching.epoch_plan import PlanSettings
+from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoader
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.engine import Engine
 from agnews_dist.model.prefix import Features, computed
-from agnews_dist.step import NonFiniteError, train_step
-from agnews_dist.world import World
+from agnews_dist.training.step import NonFiniteError, train_step
 
 LENGTHS = [int(length) for length in np.random.default_rng(1).integers(1, 31, 24)]
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.errors import UserError
-from agnews_dist.world import World, detect_world
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 # The deepspeed launcher's, for the same rank.

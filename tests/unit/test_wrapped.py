@@ -7,18 +7,18 @@ import pytest
 import torch
 from toy import reference_gradients, toy_classifier, toy_split
 
-from agnews_dist.batch import Batch
-from agnews_dist.data.batching import PlanSettings
-from agnews_dist.data.loader import StepBatches, TokenTable, TrainLoader
-from agnews_dist.device import DTYPES
-from agnews_dist.engine import FIRST_LOSS_SCALE, Engine, bucket_megabytes
+from agnews_dist.data.batching.batch import Batch
+from agnews_dist.data.batching.epoch_plan import PlanSettings
+from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoader
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.device import DTYPES
+from agnews_dist.engine.engine import FIRST_LOSS_SCALE, Engine, bucket_megabytes
+from agnews_dist.engine.strategy import Wrapped
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features, computed
-from agnews_dist.optim import build_optimizer
-from agnews_dist.sources import place
-from agnews_dist.step import NonFiniteError, accumulate_gradients, train_step
-from agnews_dist.world import World
-from agnews_dist.wrapped import Wrapped
+from agnews_dist.run.setup import place
+from agnews_dist.training.optim import build_optimizer
+from agnews_dist.training.step import NonFiniteError, accumulate_gradients, train_step
 
 LENGTHS = [30, 27, 25, 25, 20, 18, 12, 9, 7, 5, 3, 1]
 

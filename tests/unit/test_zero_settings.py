@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from agnews_dist.engine.deepspeed_config import FOREIGN, LARGEST_BUCKET, Zero, deepspeed_dictionary, read_settings
 from agnews_dist.errors import ConfigError
-from agnews_dist.zero_settings import FOREIGN, LARGEST_BUCKET, Zero, deepspeed_dictionary, read_settings
 
 
 def dictionary(zero: Zero, **changed: Any) -> dict[str, Any]:

@@ -24,8 +24,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[2])]
 
 from measure import forget_peak, memory  # noqa: E402
 
-from agnews_dist.data.batching import PlanSettings, plan  # noqa: E402
-from agnews_dist.data.sharing import Tally, share  # noqa: E402
+from agnews_dist.data.batching.epoch_plan import PlanSettings, plan
+from agnews_dist.data.batching.shares import Tally, share
 
 IN_MEMORY = {"global_batch_size": 256}, 8, (120_000, 1_000_000, 10_000_000, 100_000_000)
 BLOCK_WISE = (

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agnews_dist.data.batching import PlanSettings, plan
-from agnews_dist.data.sharing import share
+from agnews_dist.data.batching.epoch_plan import PlanSettings, plan
+from agnews_dist.data.batching.shares import share
 
 Batches = list[Sequence[int] | NDArray[np.int64]]
 """The example ids of one rank's batches, one per step."""

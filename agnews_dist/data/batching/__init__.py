@@ -1,0 +1,1 @@
+"""Which examples form each global batch, how ranks share one, and the batches themselves."""

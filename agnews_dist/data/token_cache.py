@@ -1,0 +1,196 @@
+"""The directory of a token cache: arrays with their checksums, published whole or not at all, verified when opened."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agnews_dist.data.rows import Ints
+
+FORMAT = 1
+"""Part of the key: raise it when the files or their meaning change."""
+_ABANDONED_SECONDS = 24 * 3600
+_META = "meta.json"
+_ARRAYS = ("tokens", "offsets", "labels")
+
+
+class DamagedCache(Exception):  # noqa: N818 (not a user's error: the cache is rebuilt)
+    """The directory is not what was published; the message says why."""
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """The tokens of N texts, end to end: text i is `tokens[offsets[i]:offsets[i + 1]]`, never empty."""
+
+    name: str
+    tokens: NDArray[Any]
+    """uint16, or int32 for vocabularies above 65,536; memory-mapped, read-only."""
+    offsets: Ints
+    """int64, shape (N + 1,)."""
+    labels: Ints
+    """int64 class indices, shape (N,)."""
+    num_truncated: int
+    """Texts that were longer than the maximum length."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> Ints:
+        """Tokens per text, int64, shape (N,)."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What one directory holds."""
+
+    splits: Mapping[str, TokenSplit]
+    class_names: tuple[str, ...]
+    warnings: tuple[str, ...]
+    """What building it had to say about the data."""
+
+
+def publish(directory: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new directory beside `directory`, bring it to disk, then rename it: whole or not at all.
+
+    The caller holds the lock and found nothing of use at `directory`: what is there, and what killed builders left, goes.
+    """
+    for leftover in directory.parent.glob(f"{directory.name}.building-*"):
+        if is_abandoned(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+    # Not tempfile: its directories are for one user only, and a cache may be shared.
+    building = directory.with_name(f"{directory.name}.building-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    building.mkdir()
+    try:
+        write(building)
+        for file in building.iterdir():
+            _sync(file)
+        _sync(building)
+        if directory.is_dir():
+            shutil.rmtree(directory)
+        else:
+            directory.unlink(missing_ok=True)
+        building.rename(directory)
+        _sync(directory.parent)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def is_abandoned(building: Path) -> bool:
+    """Whether the builder that its name tells is dead; of another machine's, where locks may not reach, only age tells."""
+    node, pid, _ = building.name.split(".building-")[1].rsplit("-", 2)
+    if node != platform.node():
+        return time.time() - building.stat().st_mtime > _ABANDONED_SECONDS
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return int(pid) == os.getpid()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_stored(directory: Path, stored: Stored, key: str) -> None:
+    """Write arrays and then `meta.json`, which holds the checksum of everything, itself included."""
+    files: dict[str, str] = {}
+    for split in stored.splits.values():
+        for array in _ARRAYS:
+            file = directory / f"{split.name}-{array}.npy"
+            np.save(file, getattr(split, array))
+            files[file.name] = _sha256(file)
+    content = {
+        "format": FORMAT,
+        "key": key,
+        "class_names": stored.class_names,
+        "warnings": stored.warnings,
+        "splits": {
+            split.name: {"texts": len(split), "tokens": len(split.tokens), "num_truncated": split.num_truncated}
+            for split in stored.splits.values()
+        },
+        "files": files,
+        "versions": {name: version(name) for name in ("transformers", "tokenizers", "numpy")},
+    }
+    meta = {"content": content, "sha256": _digest(content)}
+    (directory / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def read_stored(directory: Path, key: str) -> Stored:
+    """Open a published directory, its tokens memory-mapped.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedCache: a file is missing, changed, cut off or of another format.
+    """
+    if not directory.exists():
+        raise FileNotFoundError(directory)
+    try:
+        meta = cast(dict[str, Any], json.loads((directory / _META).read_text(encoding="utf-8")))
+        content = meta["content"]
+        if meta["sha256"] != _digest(content):
+            raise DamagedCache(f"{_META} was changed")
+        if (content["format"], content["key"]) != (FORMAT, key):
+            raise DamagedCache(f"{_META} belongs to other data or another version")
+        for name, sha256 in content["files"].items():
+            if _sha256(directory / name) != sha256:
+                raise DamagedCache(f"{name} has another checksum than when it was written")
+        splits = {
+            name: TokenSplit(
+                name,
+                np.load(directory / f"{name}-tokens.npy", mmap_mode="r"),
+                np.load(directory / f"{name}-offsets.npy"),
+                np.load(directory / f"{name}-labels.npy"),
+                facts["num_truncated"],
+            )
+            for name, facts in content["splits"].items()
+        }
+        with suppress(OSError):
+            os.utime(directory)  # the last use, for listings
+        return Stored(splits, tuple(content["class_names"]), tuple(content["warnings"]))
+    except FileNotFoundError as error:
+        raise DamagedCache(f"{Path(error.filename).name} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # Of the shapes that foreign or half-written files can have, JSON that is no object of ours is one.
+        raise DamagedCache(f"{_META} or an array cannot be read: {type(error).__name__}: {error}") from error
+
+
+def describe(directory: Path) -> Mapping[str, Any]:
+    """What `meta.json` says, unverified, for a listing; empty where it cannot be read."""
+    try:
+        content = json.loads((directory / _META).read_bytes())["content"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return cast("dict[str, Any]", content) if isinstance(content, dict) else {}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

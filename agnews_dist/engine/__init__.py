@@ -1,0 +1,1 @@
+"""Device, precision, memory, and the strategies: DDP, FSDP2, DeepSpeed."""

@@ -1,0 +1,1 @@
+"""Scores of a split, the same on any number of ranks."""

@@ -1,0 +1,1 @@
+"""One run: set up, directory, attempts, resume, status, results."""

@@ -1,0 +1,151 @@
+"""One optimiser step: losses summed over micro-batches and ranks, divided once by the global count, voted on, applied."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from agnews_dist.data.batching.batch import Batch
+from agnews_dist.data.batching.loader import StepBatches
+from agnews_dist.distributed import collectives
+from agnews_dist.engine.engine import Engine
+from agnews_dist.engine.strategy import Wrapped
+from agnews_dist.errors import SharedError, name_ids
+from agnews_dist.model.dropout import example_keys
+from agnews_dist.model.prefix import FeatureSource
+
+
+class NonFiniteError(SharedError):
+    """A loss or gradient is NaN or infinite; raised on all ranks before the update."""
+
+    def __init__(self, what: str, ids: tuple[int, ...], rank: int = 0) -> None:
+        """`what` ends where the names of the examples `ids` are to follow; `rank` has seen it."""
+        super().__init__(
+            f"{what} {name_ids(ids)}: the update would destroy the weights, so no rank made it. Lower optim.lr or "
+            "optim.max_grad_norm; if engine.precision is bf16 or fp16, try fp32; --optim.nonfinite skip goes on without such "
+            "steps.",
+            rank,
+        )
+        self.ids = ids
+        """The examples it came from; all of the global batch where only the gradient shows it."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The same on every rank."""
+
+    loss: float
+    """Mean over the global batch (nats), before the update; NaN where it was not finite."""
+    grad_norm: float | None
+    """Global norm before clipping; None: no update was made. In fp16 it overflowed, and the loss scale was lowered; or
+    `bad_ids` says why."""
+    bad_ids: tuple[int, ...] = ()
+    """Examples for whose sake the update was left out."""
+    stop: bool = False
+    """Whether any rank asked for the run to stop."""
+    save: bool = False
+    """Whether rank 0 asked for a checkpoint."""
+
+
+def example_losses(logits_BC: Tensor, batch: Batch) -> Tensor:
+    """losses_B: the cross-entropy of every example times its weight, at least in fp32."""
+    logits_BC = logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32))
+    losses_B = functional.cross_entropy(logits_BC, batch.labels_B, reduction="none")
+    return losses_B * batch.weights_B.to(losses_B.dtype)
+
+
+def summed_loss(logits_BC: Tensor, batch: Batch) -> Tensor:
+    """Sum of the weighted per-example cross-entropies."""
+    return example_losses(logits_BC, batch).sum()
+
+
+def accumulate_gradients(
+    engine: Engine, embed: FeatureSource, wrapped: Wrapped, batches: StepBatches, *, dropout_key: int | None = None
+) -> tuple[float, list[int]]:
+    """Leave the gradient of the global mean loss in `wrapped`; (this rank's sum of losses, examples whose loss is not finite).
+
+    Every engine averages gradients over ranks, so the local sum is scaled by `num_ranks / num_examples`: the average of these
+    is the sum over all ranks divided by the global count. A mean per rank or per micro-batch would weigh examples by the size
+    of the share they happened to land in.
+    """
+    loss_sum, bad_ids = 0.0, list[int]()
+    last = len(batches.micro_batches) - 1
+    for index, batch in enumerate(batches.micro_batches):
+        features = embed(batch)
+        keys = () if dropout_key is None else (example_keys(dropout_key, batch.ids_B),)
+        with wrapped.accumulating(is_last=index == last):
+            losses_B = example_losses(wrapped(*features, *keys), batch)
+            loss = losses_B.sum()
+            # An infinite loss may have finite gradients. So that every engine leaves the update out, they must not be.
+            ratio = loss.new_tensor(engine.world.num_ranks / batches.num_examples)
+            wrapped.backward(loss * torch.where(loss.detach().isfinite(), ratio, math.nan))
+        value = loss.detach().double().item()
+        loss_sum += value
+        if not math.isfinite(value):
+            bad_ids += batch.ids_B[~losses_B.detach().isfinite()].tolist()
+    return loss_sum, bad_ids
+
+
+def train_step(
+    engine: Engine,
+    embed: FeatureSource,
+    wrapped: Wrapped,
+    batches: StepBatches,
+    *,
+    dropout_key: int | None = None,
+    nonfinite: Literal["stop", "skip"] = "stop",
+    stop: bool = False,
+    save: bool = False,
+) -> StepResult:
+    """Gradients of one global batch, clipped by global norm, then one update on all ranks or on none.
+
+    `embed` gives the features of a micro-batch at the freeze boundary, without autograd. `dropout_key`: see
+    `model.dropout.step_key`. `stop` and `save`: what this rank asks for; the vote on the losses carries it to the others.
+
+    Raises:
+        NonFiniteError: on all ranks, if any rank saw a non-finite loss or gradient and `nonfinite` is 'stop'; parameters and
+            moments are untouched.
+    """
+    loss_sum, bad_ids = accumulate_gradients(engine, embed, wrapped, batches, dropout_key=dropout_key)
+    total, ranks, stops, saves = _vote(engine, loss_sum, stop=stop, save=save)
+    if ranks:
+        all_bad = _from_all(bad_ids)
+        if nonfinite == "stop":
+            raise NonFiniteError(f"non-finite loss on rank(s) {', '.join(map(str, ranks))}, of", all_bad, ranks[0])
+        wrapped.update()
+        return StepResult(math.nan, None, all_bad, stops, saves)
+    loss, scale = total / batches.num_examples, wrapped.loss_scale
+    norm = wrapped.update()
+    if math.isfinite(norm):
+        return StepResult(loss, norm, stop=stops, save=saves)
+    if scale > 1:
+        # Every fp16 training begins so: the scale is as large as the gradients let it be.
+        return StepResult(loss, None, stop=stops, save=saves)
+    mine = [example for batch in batches.micro_batches for example in batch.ids_B[batch.weights_B > 0].tolist()]
+    all_of_step = _from_all(mine)
+    if nonfinite == "stop":
+        raise NonFiniteError(f"gradient norm {norm} in a global batch of", all_of_step)
+    return StepResult(loss, None, all_of_step, stops, saves)
+
+
+def _from_all(ids: Sequence[int]) -> tuple[int, ...]:
+    """The ids that any rank has, in their order."""
+    return tuple(sorted(example for mine in collectives.all_gather(list(ids)) for example in mine))
+
+
+def _vote(engine: Engine, loss_sum: float, *, stop: bool, save: bool) -> tuple[float, list[int], bool, bool]:
+    """(the sum of losses over ranks, ranks with a non-finite one, whether to stop, whether to save): one reduction for all.
+
+    Once the gradients have met, a NaN of one rank is in the norm of all; the losses tell where it came from. The wishes ride
+    along, so that every rank acts on them after the same step.
+    """
+    world = engine.world
+    flags = [0.0] * world.num_ranks
+    flags[world.rank] = float(not math.isfinite(loss_sum))
+    mine = [loss_sum if math.isfinite(loss_sum) else 0.0, float(stop), float(save and world.is_main), *flags]
+    total, stops, saves, *bad_losses = collectives.all_sum(mine, engine.device)
+    return total, [rank for rank, flag in enumerate(bad_losses) if flag], stops > 0, saves > 0
