@@ -8,7 +8,7 @@
 #
 # NODES, NODE, HEAD  how many there are, which is this (from 0), and the first one's name or address
 # PORT               where they meet on the first; default: 29400, under Slurm made from the job's number
-# STORY              train (default), evaluate, prepare or doctor
+# COMMAND            train (default), evaluate, prepare or doctor
 # NPROC              ranks per node; default: one per GPU, or one without GPUs, where torch's threads already use all cores
 # OMP_NUM_THREADS    threads per rank; default: the cores divided among the ranks
 # LOGS               directory for one log per rank (rank.sh), and one of torchrun per node
@@ -43,7 +43,8 @@ if [[ -z ${NODES:-} && -n ${SLURM_STEP_NUM_NODES:-} ]]; then
     # Two jobs on one node have different numbers; below the ports that the system hands out by itself.
     PORT=${PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 fi
-NODES=${NODES:-1} NODE=${NODE:-0} PORT=${PORT:-29400} STORY=${STORY:-train}
+NODES=${NODES:-1} NODE=${NODE:-0} PORT=${PORT:-29400} COMMAND=${COMMAND:-train}
+[[ -z ${STORY:-} ]] || fail "STORY=$STORY: renamed, so that train would be started instead. Set COMMAND=$STORY."
 for name in NODES NODE PORT; do
     [[ ${!name} =~ ^[0-9]+$ ]] ||
         fail "$name='${!name}' is no number: the nodes could not meet. Give $name as a count such as 2."
@@ -63,7 +64,7 @@ if ((NODES == 1)); then
 else
     place=(--endpoint "$HEAD:$PORT" --nodes "$NODES" --node "$NODE")
     if [[ -z ${DRY_RUN:-} ]]; then
-        [[ ${PREFLIGHT:-} == off ]] || "${python[@]}" -m agnews_dist.doctor "${place[@]}" || give_up $?
+        [[ ${PREFLIGHT:-} == off ]] || "${python[@]}" -m agnews_dist doctor "${place[@]}" || give_up $?
         # shellcheck source=launch/network.sh
         source "$root/launch/network.sh"
     fi
@@ -78,4 +79,4 @@ if [[ -n ${LOGS:-} && -z ${DRY_RUN:-} ]]; then
     mkdir -p "$LOGS"
     exec 2>>"$LOGS/torchrun-$NODE.log"
 fi
-run "${torchrun[@]}" --no_python "$root/launch/rank.sh" "$INTERPRETER" -m "agnews_dist.$STORY" "$@"
+run "${torchrun[@]}" --no_python "$root/launch/rank.sh" "$INTERPRETER" -m agnews_dist "$COMMAND" "$@"

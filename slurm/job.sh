@@ -55,8 +55,8 @@ story() {
     [[ $name != prepare && -n ${OFFLINE:-} ]] && export HF_HUB_OFFLINE=1
     # One task per node, whatever sbatch was told, and all that the job has there: ranks are bound to cores in rank.sh. A node
     # whose torchrun was stopped ends with an error and must not take the others down, since rank 0 may still be saving; of
-    # failures the ranks tell each other. After --export=NONE to sbatch, srun would keep STORY and all that follows to itself.
-    STORY=$name srun --export=ALL --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 \
+    # failures the ranks tell each other. After --export=NONE to sbatch, srun would keep COMMAND and all that follows to itself.
+    COMMAND=$name srun --export=ALL --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 \
         --wait=900 "$root/launch/node.sh" "$@" &
     step=$!
     trap 'was_stopped=1; kill -USR1 "$step" 2>/dev/null' USR1 USR2
@@ -78,7 +78,7 @@ story() {
 # the first.
 train_to_the_end() {
     # A name that every start of this job knows; one of your own, later in the arguments, wins.
-    set -- --run.name "$SLURM_JOB_NAME-$SLURM_JOB_ID" ${NODE_CACHE:+--node_cache "$NODE_CACHE"} "$@"
+    set -- --run.name "$SLURM_JOB_NAME-$SLURM_JOB_ID" "$@"
     if [[ -n ${DRY_RUN:-} ]]; then
         story train "$@"
         exit
@@ -103,12 +103,12 @@ train_to_the_end() {
     esac
 }
 
-# What agnews_dist.run.restart_policy says; the word for the script comes first.
+# Ask `agnews_dist restarts`; the first word of its answer is for this script.
 judge() {
     local at=$1
     shift
     # shellcheck disable=SC2086  # CONTAINER is words
-    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} ${CONTAINER:-} "${INTERPRETER:-$root/.venv/bin/python}" -m agnews_dist.run.restart_policy \
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} ${CONTAINER:-} "${INTERPRETER:-$root/.venv/bin/python}" -m agnews_dist restarts \
         --at "$at" --starts "$LOGS/starts.jsonl" --limit "${MAX_FRUITLESS_STARTS:-3}" "$@"
 }
 

@@ -51,7 +51,7 @@ submit() {
 # prepare_here ARGUMENTS...: what slurm/prepare.sbatch does, on this machine.
 prepare_here() {
     # shellcheck disable=SC2206  # CONTAINER is words
-    local command=(${CONTAINER:-} "${INTERPRETER:-$root/.venv/bin/python}" -m agnews_dist.prepare "$@")
+    local command=(${CONTAINER:-} "${INTERPRETER:-$root/.venv/bin/python}" -m agnews_dist prepare "$@")
     if [[ -n ${DRY_RUN:-} ]]; then
         printf '%s\n' "$(printf '%q ' "${command[@]}")" >&2
         return

@@ -29,7 +29,7 @@ def read_hub(source: str, revision: str | None) -> dict[str, RawRows]:
         raise DataError(
             f"data set {source!r} cannot be loaded from the hub ({reason}): there are no rows to work on. Check the id, "
             "--data.revision and the network; without a network set --data.source to a local directory or file (parquet, csv, "
-            "jsonl), or run 'python -m agnews_dist.prepare' on a machine that has one and bring its cache (HF_HOME) here."
+            "jsonl), or run 'python -m agnews_dist prepare' on a machine that has one and bring its cache (HF_HOME) here."
         ) from error
     finally:
         if had_bars:

@@ -19,7 +19,6 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.data.checks import check_corpus
-from agnews_dist.data.node_copy import open_copy
 from agnews_dist.data.rows import Corpus, Split
 from agnews_dist.data.token_cache import FORMAT, DamagedCache, Stored, TokenSplit, publish, read_stored, write_stored
 from agnews_dist.errors import DataError
@@ -93,13 +92,11 @@ def open_or_build(
     cache_dir: Path | None,
     emit: Emit,
     builds_first: bool = True,
-    node_dir: Path | None = None,
 ) -> TokenStore:
     """The tokens of `corpus`, from `cache_dir` (None: $XDG_CACHE_HOME or ~/.cache, /agnews_dist) or made now.
 
     Any number of processes may call this at once: one builds, the others wait at a lock and open what it published. A process
     with `builds_first=False` lets another go first for some seconds, so that the one with the console shows the progress.
-    With `node_dir` the tokens are opened from a copy there, and the processes of the node read the cache once together.
 
     Raises:
         DataError: the cache directory cannot be written, or a text is empty, blank or without a token.
@@ -118,16 +115,10 @@ def open_or_build(
         was_cached = False
         return _build(corpus, tokenizer, max_length, emit)
 
-    def from_cache() -> Stored:
-        return _read_or_write(directory, build, emit)
-
-    if node_dir is None:
-        place, stored = directory, from_cache()
-    else:
-        place, stored = open_copy(directory, node_dir, from_cache, emit)
+    stored = _read_or_write(directory, build, emit)
     for message in stored.warnings:
         emit(Warned(message=message))
-    return TokenStore(place, stored.splits, stored.class_names, key, stored.warnings, was_cached)
+    return TokenStore(directory, stored.splits, stored.class_names, key, stored.warnings, was_cached)
 
 
 def _read_or_write(directory: Path, build: Callable[[], Stored], emit: Emit) -> Stored:
@@ -159,7 +150,7 @@ def _read_or_write(directory: Path, build: Callable[[], Stored], emit: Emit) -> 
         reason = getattr(error, "strerror", None) or error
         raise DataError(
             f"token cache {root} cannot be written ({reason}): the ranks would have no common tokens. Set --data.cache_dir to "
-            "a directory with space that this user may write, or prepare the cache there with 'python -m agnews_dist.prepare'."
+            "a directory with space that this user may write, or prepare the cache there with 'python -m agnews_dist prepare'."
         ) from error
 
 

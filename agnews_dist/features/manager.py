@@ -18,7 +18,6 @@ from agnews_dist.features.eviction import make_room, remove, shared_directory
 from agnews_dist.features.gather import KeptFeatures
 from agnews_dist.features.keys import features_key
 from agnews_dist.features.layout import lay_out, longest_first, round_robin
-from agnews_dist.features.node_store import NodeFile, let_lost_go, make_room_for_copies
 from agnews_dist.features.placement import Choice, Place, Room, Wanted, choose
 from agnews_dist.features.precompute import Meter, SplitFeatures, count, read_or_compute
 from agnews_dist.features.store import FeatureFile
@@ -26,7 +25,6 @@ from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource, computed
 from agnews_dist.model.side_by_side import side_by_side
 from agnews_dist.storage import capacity as room
-from agnews_dist.storage.locations import is_memory
 
 
 class FeatureCache:
@@ -44,25 +42,21 @@ class FeatureCache:
         wanted: Wanted,
         num_epochs: int,
         directory: Path,
-        node_directory: Path | None = None,
         limit_bytes: int,
         frozen_weights: str,
         model_name: str,
     ) -> None:
         """Decide, computing nothing yet.
 
-        `directory`: of the feature caches on disk, which together may take `limit_bytes`; `node_directory`: for copies of them
-        on the node, which may take as much; `frozen_weights`: their fingerprint.
+        `directory`: of the feature caches on disk, which together may take `limit_bytes`; `frozen_weights`: their fingerprint.
         """
         self._classifier, self._tables, self._engine, self._world = classifier, tables, engine, engine.world
         self._wanted: Wanted = wanted
         self._num_epochs = num_epochs
         self._directory, self._limit_bytes = directory, limit_bytes
-        self._node_directory = node_directory
-        self._in_memory = node_directory is not None and is_memory(node_directory)
         self._frozen_weights, self._model_name = frozen_weights, model_name
         self._kept: dict[str, KeptFeatures] = {}
-        self._files: dict[str, FeatureFile | NodeFile] = {}
+        self._files: dict[str, FeatureFile] = {}
         self._failed: set[Place] = set()
         self._splits: dict[tuple[str, bool], SplitFeatures] = {}
         self._keys: dict[str, str] = {}
@@ -94,8 +88,6 @@ class FeatureCache:
         while self.choice.place != "off":
             # Space is reserved by one rank per node before the others start; a vote after each part, before anybody reads.
             failure = self._vote(self._reserve) or self._vote(lambda: self._fill(emit))
-            if failure is None and let_lost_go(self._files.values(), emit):
-                failure = self._vote(lambda: self._fill(emit))
             if failure is None:
                 self._open()
                 break
@@ -114,7 +106,7 @@ class FeatureCache:
             )
         if "disk" in self._failed and self._world.local_rank == 0:
             # What is left there half could only stand in the way of the run's own results.
-            for file in (self._file_below(self._directory, name) for name in self._names("disk")):
+            for file in (self._file(name) for name in self._names("disk")):
                 if not file.is_complete:
                     remove(file.directory)
 
@@ -135,9 +127,9 @@ class FeatureCache:
             return Choice("off", "nothing is frozen but the embeddings")
         splits = [self._split(name) for name in self._names("host")]
         num_bytes = sum(split.num_bytes for split in splits)
-        # A copy in memory is what the places before it are, read from the disk once: then being there is no reason to stay.
-        may_stay = self._wanted == "disk" or (self._wanted == "auto" and not self._in_memory)
-        is_on_disk = may_stay and all(self._file(name).is_complete for name in self._names("disk"))
+        is_on_disk = self._wanted in ("auto", "disk") and all(
+            self._file(name).is_complete for name in self._names("disk")
+        )
         mine = (
             free_device_bytes(self._engine.device, self._world.ranks_per_node),
             room.free_host_bytes(),
@@ -183,7 +175,6 @@ class FeatureCache:
                 needed = sum(file.num_bytes for file in files)
                 keep = {file.directory.name for file in files}
                 make_room(self._directory, needed, self._limit_bytes, keep=keep)
-                make_room_for_copies(files, self._limit_bytes)
             for file in self._files.values():
                 file.allocate()
 
@@ -269,12 +260,9 @@ class FeatureCache:
             )
         return self._keys[name]
 
-    def _file(self, name: str) -> FeatureFile | NodeFile:
-        """A split's features on disk, behind the node's copy if there is to be one."""
-        shared = self._file_below(self._directory, name)
-        if self._node_directory is None or self._in_memory:
-            return shared
-        return NodeFile(shared, self._file_below(self._node_directory, name))
+    def _file(self, name: str) -> FeatureFile:
+        """Return a split's features on disk."""
+        return self._file_below(self._directory, name)
 
     def _file_below(self, directory: Path, name: str) -> FeatureFile:
         split, key = self._split(name), self._key(name)

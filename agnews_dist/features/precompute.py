@@ -10,7 +10,6 @@ from torch import Tensor
 from agnews_dist.data.batching.loader import TokenTable
 from agnews_dist.events import Emit, Progress
 from agnews_dist.features.layout import Layout
-from agnews_dist.features.node_store import NodeFile
 from agnews_dist.features.store import FeatureFile
 from agnews_dist.model.prefix import Prefix
 
@@ -79,7 +78,7 @@ class Meter:
             self._emit(Progress(task="frozen part", done=self._done, total=self._total, unit="tokens"))
 
 
-def read_or_compute(split: SplitFeatures, former: FeatureFile | NodeFile | None, segment: int) -> Tensor:
+def read_or_compute(split: SplitFeatures, former: FeatureFile | None, segment: int) -> Tensor:
     """A segment's rows, from a file of a former run or try if they are whole there."""
     found = former.read(segment) if former is not None else None
     return split.segment(segment) if found is None else found

@@ -91,7 +91,7 @@ def reading(location: Location, what: str) -> Generator[None]:
             raise ModelError(
                 f"{what} of model {location.name!r} cannot be read from the hub ({reason}): there is nothing "
                 "to start from. Check the id, --model.revision and the network; without a network set --model.name to a "
-                "local directory, or run 'python -m agnews_dist.prepare' where there is one and bring its cache "
+                "local directory, or run 'python -m agnews_dist prepare' where there is one and bring its cache "
                 "(HF_HOME) here."
             ) from error
         raise ModelError(

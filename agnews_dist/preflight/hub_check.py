@@ -30,7 +30,7 @@ def find_hub(config: Config) -> Finding:
     from huggingface_hub import constants
 
     cached, missing = f"all is below {constants.HF_HOME}", f"{', '.join(absent)}: not whole below {constants.HF_HOME}"
-    prepare = "Run python -m agnews_dist.prepare where there is a network, with the same HF_HOME; or set local paths"
+    prepare = "Run python -m agnews_dist prepare where there is a network, with the same HF_HOME; or set local paths"
     if constants.HF_HUB_OFFLINE:
         if absent:
             return Finding(check="hub", verdict="fail", found=f"{missing}, and HF_HUB_OFFLINE is set", remedy=prepare)

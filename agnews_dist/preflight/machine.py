@@ -23,7 +23,7 @@ from agnews_dist.preflight.findings import Finding
 from agnews_dist.preflight.hub_check import find_hub
 from agnews_dist.preflight.memory_check import diagnose, read_shape, setup_of, shape_of
 from agnews_dist.run.setup import check_engine
-from agnews_dist.storage.locations import cache_root, choose_node_cache, is_memory
+from agnews_dist.storage.locations import cache_root
 
 NUM_CLASSES = 4
 DEVICES = Path("/dev")
@@ -159,7 +159,7 @@ def find_memory(config: Config, asked: World) -> tuple[Finding, Diagnosis | None
     return Finding(check="memory", verdict="ok", found=f"about {needed / 1e9:.1f} GB per rank: it fits"), found, None
 
 
-def find_disks(config: Config, asked: World, node_cache_wanted: str) -> tuple[list[Finding], list[Path]]:
+def find_disks(config: Config, asked: World) -> tuple[list[Finding], list[Path]]:
     """(a real write in every directory that the run writes to, and the space there; directories made for that)."""
     checkpoints = model = features = 0
     try:
@@ -182,13 +182,6 @@ def find_disks(config: Config, asked: World, node_cache_wanted: str) -> tuple[li
     look("run.dir", Path(config.run.dir), checkpoints + model)
     look("data.cache_dir", cache_root(config.data.cache_dir), TOKEN_BYTES, features)
     look("temporary", Path(tempfile.gettempdir()), 1_000_000)
-    try:
-        node_dir = choose_node_cache(node_cache_wanted, os.environ)
-        if node_dir is not None:
-            # A directory that cannot be made ends the run; where there is no room, it reads what nodes share.
-            look("node cache", node_dir, 0, TOKEN_BYTES + (0 if is_memory(node_dir) else features))
-    except UserError as error:
-        found.append(refused("disk: node cache", error))
     return found, made
 
 
@@ -197,13 +190,13 @@ def refused(check: str, error: UserError) -> Finding:
     return Finding(check=check, verdict="fail", found=str(error))
 
 
-def look_here(config: Config, asked: World, world: World, node_cache_wanted: str) -> Here:
+def look_here(config: Config, asked: World, world: World) -> Here:
     """All of these; `asked`: the ranks of the training, `world`: those that are here."""
     hub = find_hub(config)  # before anything that asks it
     device, kind = find_engine(config, asked)
     memory, diagnosis, error = find_memory(config, asked)
     # A node's ranks see the same disks.
-    written, made = find_disks(config, asked, node_cache_wanted) if world.local_rank == 0 else ([], [])
+    written, made = find_disks(config, asked) if world.local_rank == 0 else ([], [])
     compiler, data = find_compiler(config.engine.compile), find_data(config.data.source)
     # A device that is not there keeps the model's memory from being told, which is no fault of the model.
     of_model = [memory] if memory.found != device.found else []

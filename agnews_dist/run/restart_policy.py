@@ -1,40 +1,14 @@
-"""Shall a job be started again? `python -m agnews_dist.run.restart_policy --at end --starts FILE`, with the training's own arguments.
-
-Batch scripts ask (slurm/job.sh). The first word of the answer is for them:
-
-again     the run was stopped before its end, or failed after it had saved something new
-finished  nothing is left to do
-give_up   it failed before it began, or start after start saves nothing new
-
---at           begin: a start is counted; end: it has ended
---starts       the file in which the job's starts are counted, one JSON object per line
---limit        so many starts in a row may save nothing new; default 3
---was_stopped  at the end: the job was told to stop, whatever its run could still write down
-"""
+"""The rule that decides whether a job is started again, and the file that counts its starts."""
 
 import json
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from agnews_dist.config import command_line as cli
-from agnews_dist.config.command import tell
-from agnews_dist.config.options import TRAINING_OPTIONS
-from agnews_dist.distributed.world import World
 from agnews_dist.errors import UserError
-from agnews_dist.run.status import Status, job_of, read_status, run_of_job
+from agnews_dist.run.status import Status
 from agnews_dist.storage.atomic import write_text
-
-OPTIONS = (
-    *TRAINING_OPTIONS,
-    cli.Option("--at", choices=("begin", "end"), default="end", help="Whether a start begins or has ended."),
-    cli.Option("--starts", help="The file in which the job's starts are counted."),
-    cli.Option("--limit", type=int, default=3, help="So many starts in a row may save nothing new."),
-    cli.Option("--was_stopped", type=bool, default=False, help="At the end: the job was told to stop."),
-)
 
 
 @dataclass(frozen=True)
@@ -55,32 +29,6 @@ class Answer:
     reason: str
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the story; returns the exit code: 0 whatever the answer, 2 for settings with which no training starts."""
-    return tell("restarts", argv, run, OPTIONS)
-
-
-def run(_: World, loaded: cli.Loaded) -> None:
-    """Print the answer.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    config, options = loaded.config, loaded.options
-    runs = Path(config.run.dir)
-    name = config.run.name or run_of_job(runs, job_of(os.environ))
-    status = read_status(runs / name) if name is not None else None
-    file = Path(options["starts"] or "starts.jsonl")
-    if options["at"] == "begin":
-        starts = [*read_starts(file), _now(status)]
-        write_starts(file, starts)
-        answer = at_begin(starts, options["limit"])
-    else:
-        starts = read_starts(file)
-        answer = at_end(status, starts, options["limit"], was_stopped=options["was_stopped"])
-    print(f"{answer.word} {answer.reason}", flush=True)
-
-
 def at_begin(starts: Sequence[Start], limit: int) -> Answer:
     """Whether the last of `starts` should go ahead. A start that was killed has said nothing at its end, so it shows here."""
     if fruitless(starts) >= limit:
@@ -92,7 +40,7 @@ def at_end(status: Status | None, starts: Sequence[Start], limit: int, *, was_st
     """What follows on a start that has ended; `status` is what the run wrote last."""
     if status is not None and status.state == "finished":
         return Answer("finished", f"after {status.attempt} attempt(s), {status.step} steps")
-    if fruitless([*starts, _now(status)]) >= limit:
+    if fruitless([*starts, start_of(status)]) >= limit:
         return Answer("give_up", _nothing_new(starts, limit))
     if was_stopped or (status is not None and status.state == "preempted"):
         return Answer("again", "it was stopped before its end")
@@ -118,7 +66,8 @@ def _nothing_new(starts: Sequence[Start], limit: int) -> str:
     return f"{limit} starts in a row have saved nothing beyond step {step}: another would be no better. See their errors above"
 
 
-def _now(status: Status | None) -> Start:
+def start_of(status: Status | None) -> Start:
+    """Return the start that `status` describes."""
     return Start(status.attempt, status.step) if status is not None else Start(0, 0)
 
 
@@ -152,7 +101,3 @@ def write_starts(file: Path, starts: Sequence[Start]) -> None:
             "started for ever. Set LOGS to a writable directory."
         ) from error
     write_text(file, [json.dumps({"attempt": start.attempt, "step": start.step}) + "\n" for start in starts])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -128,10 +128,8 @@ def open_features(
     *,
     frozen_weights: str,
     wanted: Wanted,
-    node_dir: Path | None,
 ) -> FeatureCache:
-    """Where the frozen part's output is kept; decided, not yet computed. Collective. `frozen_weights`: their fingerprint;
-    `node_dir`: where the node keeps copies of what is on disk."""
+    """Where the frozen part's output is kept; decided, not yet computed. Collective. `frozen_weights`: their fingerprint."""
     num_tokens = sum(int(table.lengths_N.sum()) for table in tables.values())
     sources.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=config.engine.compile)
     return FeatureCache(
@@ -144,7 +142,6 @@ def open_features(
         limit_bytes=int(config.engine.feature_cache_gigabytes * 1e9),
         frozen_weights=frozen_weights,
         model_name=config.model.name,
-        node_directory=None if node_dir is None else node_dir / "features",
     )
 
 
@@ -172,7 +169,6 @@ def open_tokens(
     max_length: int,
     emit: Emit,
     world: World,
-    node_dir: Path | None,
 ) -> TokenStore:
     """The tokens of `corpus`, from the cache or made now by one process per node while the others wait at a file lock."""
     return open_or_build(
@@ -182,7 +178,6 @@ def open_tokens(
         cache_dir=cache_root(data.cache_dir),
         emit=emit,
         builds_first=world.local_rank == 0,
-        node_dir=node_dir,
     )
 
 
@@ -194,7 +189,6 @@ def load_sources(
     emit: Emit,
     clock: Clock,
     world: World,
-    node_dir: Path | None = None,
 ) -> Sources:
     """Model first: it is quick to fail, and tokenising may take minutes.
 
@@ -211,9 +205,7 @@ def load_sources(
         backbone, trainable_blocks=model.trainable_blocks, num_classes=len(corpus.class_names), seed=seed
     )
     with clock.stage("tokenize"):
-        store = open_tokens(
-            corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world, node_dir=node_dir
-        )
+        store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world)
     return Sources(classifier, tokenizer, store)
 
 
@@ -243,7 +235,6 @@ def load_scored(
     emit: Emit,
     clock: Clock,
     world: World,
-    node_dir: Path | None = None,
 ) -> Scored:
     """A classifier and one tokenised split. `split` None: test, or the whole of a single file.
 
@@ -279,7 +270,7 @@ def load_scored(
     corpus = Corpus(wanted, corpus.class_names, fingerprint(wanted, corpus.class_names))
     with clock.stage("tokenize"):
         length = max_length or trained_length
-        store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world, node_dir=node_dir)
+        store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world)
     return Scored(classifier, tokenizer, class_names, store.splits[name], store.fingerprint)
 
 

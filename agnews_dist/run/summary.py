@@ -24,7 +24,6 @@ def announce(
     *,
     num_steps: int,
     directory: Path,
-    node_dir: Path | None,
     emit: Emit,
 ) -> None:
     """The first panel, and warnings of what would waste the machine. Collective, as the plan's efficiency is."""
@@ -40,7 +39,6 @@ def announce(
         "model": f"{config.model.name} ({config.model.init}), trainable blocks: {config.model.trainable_blocks}",
         "data": f"{config.data.source}: {rows}",
         "tokens": f"{'cached' if sources.store.was_cached else 'made now'}, at most {config.data.max_length} per text",
-        **({} if node_dir is None else {"node cache": str(node_dir)}),
         "features": f"{features.choice.place}: {features.choice.why}",
         "batch": batch_text(config.batch),
         "plan": f"{num_steps:,} steps, {expected.critical_path:.1%} of what the ranks compute or wait for is real tokens",

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import psutil
 
-from agnews_dist.storage.locations import SHARED_MEMORY
-
+SHARED_MEMORY = Path("/dev/shm")
+"""Where the ranks of a node share memory; a file system in memory on Linux, absent elsewhere."""
 _CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),

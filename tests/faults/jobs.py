@@ -21,7 +21,7 @@ before, *arguments = sys.argv[1:]
 if before:
     module, function = before.split(":")
     getattr(importlib.import_module(module), function)()
-from agnews_dist import train
+from agnews_dist.commands import train
 
 sys.exit(train.main(arguments))
 """

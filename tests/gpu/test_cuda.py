@@ -43,7 +43,7 @@ def test_one_rank_trains_in_bf16_and_agrees_with_fp32(tmp_path):
         output = tmp_path / precision
         arguments = ["--model.name", str(directory), *DATA, "--split", "test", "--output", str(output)]
         flags = ["--engine.precision", precision, "--data.cache_dir", str(tmp_path / "cache")]
-        torchrun(1, "-m", "agnews_dist.evaluate", *arguments, *flags, CUDA_VISIBLE_DEVICES="0")
+        torchrun(1, "-m", "agnews_dist", "evaluate", *arguments, *flags, CUDA_VISIBLE_DEVICES="0")
         lines = (output / "predictions-test.jsonl").read_text().splitlines()
         predictions[precision] = [json.loads(line)["prediction"] for line in lines]
     assert len(predictions["fp32"]) == 400

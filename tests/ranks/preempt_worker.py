@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from agnews_dist.config.command import tell
+from agnews_dist.commands.runner import tell
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import Watch
 from agnews_dist.errors import Stopped

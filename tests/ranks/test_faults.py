@@ -143,7 +143,7 @@ def few(tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedProcess[str],
     directory = tmp_path_factory.mktemp("few")
     words = ["--model.name", "embedded", "--data.source", "synthetic", "--data.cache_dir", str(directory / "cache")]
     words += ["--data.limit_train", "2", "--data.limit_validation", "2", "--data.limit_test", "1"]
-    prepared = start("-m", "agnews_dist.prepare", *words, **CPU)
+    prepared = start("-m", "agnews_dist", "prepare", *words, **CPU)
     assert re.search(r"tokens +made now", prepared.stdout)
     assert re.search(r"train +2 texts", prepared.stdout)
     (cache,) = (path for path in (directory / "cache").iterdir() if path.is_dir())

@@ -71,7 +71,7 @@ def test_a_batch_that_cannot_be_learnt_stops_the_run(tmp_path):
     # The switches are asked for in the process whose debug mode set them.
     code = f"""if True:
         import torch
-        from agnews_dist.train import main
+        from agnews_dist.commands.train import main
         code = main({words})
         print(torch.are_deterministic_algorithms_enabled(), torch.is_anomaly_enabled())
         raise SystemExit(code)

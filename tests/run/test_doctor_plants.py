@@ -48,7 +48,10 @@ class Told:
 
 
 def doctor(
-    *ranks: Rank, place: Path, arguments: Sequence[str] = CONFIG, program: Sequence[str] = ("-m", "agnews_dist.doctor")
+    *ranks: Rank,
+    place: Path,
+    arguments: Sequence[str] = CONFIG,
+    program: Sequence[str] = ("-m", "agnews_dist", "doctor"),
 ) -> Told:
     """Run it on these ranks, each a process of its own; what they say goes to files in `place`."""
     worlds = warm.rank_variables(len(ranks)) if len(ranks) > 1 else [{}]
@@ -204,7 +207,7 @@ def test_disks_that_cannot_be_written_and_no_compiler(tmp_path: Path) -> None:
 
 def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
     impatient = (
-        "import sys; from agnews_dist import doctor; doctor.MEETING_SECONDS = 4; sys.exit(doctor.main(sys.argv[1:]))"
+        "import sys; from agnews_dist.commands import doctor; doctor.MEETING_SECONDS = 4; sys.exit(doctor.main(sys.argv[1:]))"
     )
     environ = warm.rank_variables(2)[0]
     told = doctor(Rank(environ=environ), place=tmp_path, program=("-c", impatient))
@@ -271,7 +274,8 @@ def test_gpus_that_torch_does_not_see(tmp_path: Path) -> None:
 
 BROKEN = """
 import os, sys, time
-from agnews_dist import collectives, doctor
+from agnews_dist.commands import doctor
+from agnews_dist.distributed import collectives
 from agnews_dist.preflight import network
 network.SUM_SECONDS = 3.0
 def broken(*_):
@@ -319,7 +323,7 @@ def test_an_interface_that_is_none(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_dies_while_it_measures(tmp_path: Path) -> None:
-    dies = "import os, sys; from agnews_dist import doctor; from agnews_dist.preflight import network\n"
+    dies = "import os, sys; from agnews_dist.commands import doctor; from agnews_dist.preflight import network\n"
     dies += "if os.environ['RANK'] == '1': network.check_pairs = lambda *_: os._exit(9)\n"
     told = doctor(Rank(), Rank(), place=tmp_path, program=("-c", dies + "sys.exit(doctor.main(sys.argv[1:]))"))
     assert told.codes == [1, 9]
@@ -328,30 +332,3 @@ def test_a_rank_that_dies_while_it_measures(tmp_path: Path) -> None:
     assert found["rendezvous"].startswith("the ranks lost each other while they measured (")
     assert "disk: run.dir" in told.verdicts("ok")
     assert "Traceback" not in told.err
-
-
-def test_a_node_cache_that_cannot_be_and_a_trainings_other_words(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    place = tmp_path / "file" / "below"
-    told = doctor(Rank(), place=tmp_path, arguments=(*CONFIG, "--accept", "optim.lr", "--node_cache", str(place)))
-    assert told.codes == [1]
-    assert told.verdicts("fail") == {"disk: node cache": f"{place} is Not a directory"}
-    told = doctor(Rank(), place=tmp_path, arguments=(*CONFIG, "--node_cache", str(tmp_path / "node")))
-    assert told.codes == [0], told.err
-    assert told.verdicts("ok")["disk: node cache"].startswith(f"{tmp_path / 'node'}: ")
-    assert not (tmp_path / "node").exists()
-
-
-def test_without_room_on_the_node_the_run_only_reads_what_is_shared(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root mounts file systems")
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = f'mount -t tmpfs -o size=4m none {small} && exec "$@"'
-    told = doctor(
-        Rank(before=("unshare", "--mount", "sh", "-c", mount, "sh")),
-        place=tmp_path,
-        arguments=(*CONFIG, "--node_cache", str(small / "mine")),
-    )
-    assert told.codes == [0], told.err
-    assert told.verdicts("warn")["disk: node cache"].startswith(f"{small / 'mine'}: ")

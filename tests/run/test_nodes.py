@@ -112,7 +112,18 @@ def test_a_taken_port_is_told_with_its_owner(hosts: Hosts, start: Callable[..., 
 def test_the_head_may_know_itself_as_loopback(hosts: Hosts, tmp_path: Path) -> None:
     """Debian's way of writing /etc/hosts is a warning on the first node, since the others see another address."""
     (tmp_path / "debian").write_text("127.0.0.1 localhost\n127.0.1.1 first\n")
-    look = [sys.executable, "-m", "agnews_dist.doctor", "--endpoint", "first:29503", "--nodes", "2", "--node", "0"]
+    look = [
+        sys.executable,
+        "-m",
+        "agnews_dist",
+        "doctor",
+        "--endpoint",
+        "first:29503",
+        "--nodes",
+        "2",
+        "--node",
+        "0",
+    ]
     done = subprocess.run(
         [
             *hosts.inside("first"),
@@ -179,7 +190,8 @@ def test_the_doctor_under_a_bare_srun_where_names_lead_nowhere(hosts: Hosts, tmp
         doctor = [
             sys.executable,
             "-m",
-            "agnews_dist.doctor",
+            "agnews_dist",
+            "doctor",
             *QUICKSTART,
             "--json",
             "--run.dir",
@@ -265,4 +277,4 @@ def test_kubernetes_pods_start_their_node(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert f"--nnodes 2 --rdzv_backend c10d --rdzv_endpoint {number}:23456" in done.stdout
-        assert done.stdout.rstrip().endswith("-m agnews_dist.train --run.name agnews --config my.yaml")
+        assert done.stdout.rstrip().endswith("-m agnews_dist train --run.name agnews --config my.yaml")

@@ -49,7 +49,15 @@ def test_a_training_on_two_ranks_reports_the_same_figures(batches, tmp_path: Pat
     words = [*TINY, "--data.limit_train", "250", "--data.limit_validation", "8", "--data.max_length", "40"]
     words += ["--optim.epochs", "2", "--batch.max_tokens_per_rank", "160", *batches]
     warm.ranks(
-        2, "-m", "agnews_dist.train", *words, "--run.dir", str(tmp_path), "--run.name", "run", XDG_CACHE_HOME=caches
+        2,
+        "-m",
+        "agnews_dist.train",
+        *words,
+        "--run.dir",
+        str(tmp_path),
+        "--run.name",
+        "run",
+        XDG_CACHE_HOME=caches,
     )
     found, _ = planned(capsys, *words, "--ranks", "2")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -87,7 +95,7 @@ def test_attention_counts_in_the_balance_of_long_texts(capsys, monkeypatch: pyte
 def test_standard_output_holds_the_object_alone_also_when_there_is_much_to_say(caches: str) -> None:
     """In a process of its own: what libraries print past sys.stdout is seen, too."""
     words = ["--data.limit_train", "100", "--data.max_length", "20", "--batch.global_batch_size", "4", "--ranks", "8"]
-    done = warm.python("-m", "agnews_dist.plan", *TINY, *words, "--json", XDG_CACHE_HOME=caches)
+    done = warm.python("-m", "agnews_dist", "plan", *TINY, *words, "--json", XDG_CACHE_HOME=caches)
     found = json.loads(done.stdout)
     assert set(found) >= REQUIRED
     assert found["num_examples"] == 100
@@ -100,7 +108,7 @@ def test_standard_output_holds_the_object_alone_also_when_there_is_much_to_say(c
 def test_a_person_reads_one_screen(caches: str) -> None:
     """On a real terminal of 80 columns."""
     words = ["--data.limit_train", "100", "--ranks", "6", "--batch.global_batch_size", "9"]
-    written = in_a_terminal("-m", "agnews_dist.plan", *TINY, *words, XDG_CACHE_HOME=caches, COLUMNS="80")
+    written = in_a_terminal("-m", "agnews_dist", "plan", *TINY, *words, XDG_CACHE_HOME=caches, COLUMNS="80")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
     assert "embedded on synthetic, ranks: 6, epochs: 3" in text
     assert "100 texts" in text

@@ -28,7 +28,16 @@ def lines(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     directory = tmp_path_factory.mktemp("runs")
-    command = ["-m", "agnews_dist.train", "--model.name", "embedded", *DATA, "--optim.epochs", "3", "--profile"]
+    command = [
+        "-m",
+        "agnews_dist.train",
+        "--model.name",
+        "embedded",
+        *DATA,
+        "--optim.epochs",
+        "3",
+        "--profile",
+    ]
     place = ["--run.dir", str(directory), "--run.name", "two", "--data.cache_dir", str(directory / "cache")]
     done = torchrun(2, *command, *place, "--batch.max_tokens_per_rank", "512", *BATCHES)
     return directory / "two", done
@@ -137,7 +146,7 @@ def evaluated(trained, tmp_path_factory) -> dict[int, Path]:
     for num_ranks in (1, 2, 3):
         output = tmp_path_factory.mktemp(f"evaluated{num_ranks}")
         arguments = ["--model.name", str(directory), *DATA, "--split", "test", "--output", str(output)]
-        warm.ranks(num_ranks, "-m", "agnews_dist.evaluate", *arguments, XDG_CACHE_HOME=str(directory.parent))
+        warm.ranks(num_ranks, "-m", "agnews_dist", "evaluate", *arguments, XDG_CACHE_HOME=str(directory.parent))
         found[num_ranks] = output
     return found
 
@@ -157,7 +166,7 @@ def test_evaluation_is_the_same_on_1_2_and_3_ranks(trained, evaluated):
 def test_predict_reads_arguments_and_standard_input(trained):
     directory, _ = trained
     texts = ["The striker scored twice in the final.", "Shares fell after the bank cut its forecast."]
-    command = ["-m", "agnews_dist.predict", "--model.name", str(directory), "--format", "jsonl"]
+    command = ["-m", "agnews_dist", "predict", "--model.name", str(directory), "--format", "jsonl"]
     by_argument = warm.python(*command, *texts).stdout
     by_stdin = warm.python(*command, stdin="\n".join(texts) + "\n").stdout
     rows = [json.loads(line) for line in by_argument.splitlines()]

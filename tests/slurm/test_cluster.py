@@ -136,7 +136,7 @@ def test_fake_gpus_give_the_world_in_a_dry_run(lab: Lab, submit: Callable[..., s
     meeting = f"--rdzv_endpoint {lab.nodes[0]}:{20000 + int(job)} --rdzv_id {job}"
     for command in commands:
         assert f"--nproc_per_node 8 --max_restarts 0 --nnodes 2 --rdzv_backend c10d {meeting}" in command
-        assert command.rstrip().endswith(f"-m agnews_dist.train --run.name agnews-train-{job} --optim.lr 3e-4\\ \\'")
+        assert command.rstrip().endswith(f"-m agnews_dist train --run.name agnews-train-{job} --optim.lr 3e-4\\ \\'")
     # One of the nodes hosts the store.
     assert sorted(re.findall(r"is_host=\d", "".join(commands))) == ["is_host=0", "is_host=1"]
     assert not (place / "runs").exists()
@@ -148,14 +148,14 @@ def test_every_script_has_a_dry_run(lab: Lab, submit: Callable[..., str], place:
     jobs: dict[str, str] = {}
     for name in ranks:
         options = ("--nodes=2", "--gres=gpu:2", *(("--array=5",) if name == "sweep" else ()))
-        settings = {"DRY_RUN": "1", "NODE_CACHE": "auto"}
+        settings = {"DRY_RUN": "1"}
         jobs[name] = submit(*options, SCRIPTS / f"{name}.sbatch", "--config", "my file.yaml", **settings)
     debug = f"--debug --run.name agnews-debug-{jobs['debug']} --config my\\ file.yaml"
     (sweep,) = lab.client("squeue", "-h", "-t", "all", "-j", jobs["sweep"], "-o", "%A").split()
     expected = {
         "debug": [f"doctor {debug}", f"train {debug}"],
-        "sweep": [f"train --run.name agnews-sweep-5-{sweep} --node_cache auto --config my\\ file.yaml --run.seed 5"],
-        "evaluate": ["evaluate --node_cache auto --config my\\ file.yaml"],
+        "sweep": [f"train --run.name agnews-sweep-5-{sweep} --config my\\ file.yaml --run.seed 5"],
+        "evaluate": ["evaluate --config my\\ file.yaml"],
         "prepare": ["prepare --config my\\ file.yaml"],
     }
     for name, job in jobs.items():
@@ -270,7 +270,7 @@ def test_a_cluster_that_is_not_fit_is_told_before_a_training_starts(
     lab: Lab, submit: Callable[..., str], quickstart: Path, place: Path
 ) -> None:
     (place / "file").write_text("")
-    options = ("--run.dir", f"{place}/file/runs", "--node_cache", f"{place}/node", "--accept", "optim.lr")
+    options = ("--run.dir", f"{place}/file/runs", "--accept", "optim.lr")
     job = submit(SCRIPTS / "train.sbatch", "--config", quickstart, *options, DOCTOR="1")
     assert lab.ends(job) == "FAILED"
     said = told(place, "agnews-train", job)
@@ -305,7 +305,7 @@ def test_what_comes_before_and_after_a_training_runs_on_two_nodes_too(
         "debug": submit(
             f"--nodes={num_hosts}", SCRIPTS / "debug.sbatch", "--config", quickstart, "--optim.epochs", "1"
         ),
-        "evaluate": submit("--nodes=2", SCRIPTS / "evaluate.sbatch", *map(str, scored), NODE_CACHE=f"{place}/copies"),
+        "evaluate": submit("--nodes=2", SCRIPTS / "evaluate.sbatch", *map(str, scored)),
     }
     for job in stories.values():
         assert lab.ends(job, 240) == "COMPLETED", lab.told(job)
@@ -343,7 +343,7 @@ def test_a_job_stopped_while_the_cluster_is_checked_comes_back(
     # Without the user's environment, as many sites would have it: what the scripts tell each other must reach the nodes.
     kept = ",".join(("DOCTOR=1", *(f"{name}={value}" for name, value in lab.environ.items() if name == "SLURM_CONF")))
     job = submit(f"--export={kept}", SCRIPTS / "train.sbatch", "--config", quickstart, "--optim.epochs", "1")
-    mine = {"SLURM_JOB_ID": job, "STORY": "doctor", "RANK": "0"}
+    mine = {"SLURM_JOB_ID": job, "COMMAND": "doctor", "RANK": "0"}
     lab.wait_for(
         lambda: any(mine.items() <= environ_of(process).items() for process in psutil.process_iter()),
         60,

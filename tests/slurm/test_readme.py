@@ -136,7 +136,17 @@ def test_without_a_network_on_the_nodes_it_is_prepared_where_one_submits(
 def test_the_doctor_under_a_bare_srun(lab: Lab, environ: dict[str, str], quickstart: Path, tmp_path: Path) -> None:
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", str(REPOSITORY / ".venv" / "bin" / "python")]
     done = subprocess.run(
-        [*command, "-m", "agnews_dist.doctor", "--config", str(quickstart), "--json", "--run.dir", str(tmp_path)],
+        [
+            *command,
+            "-m",
+            "agnews_dist",
+            "doctor",
+            "--config",
+            str(quickstart),
+            "--json",
+            "--run.dir",
+            str(tmp_path),
+        ],
         env={**lab.environ, **environ},
         capture_output=True,
         text=True,

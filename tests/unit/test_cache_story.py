@@ -97,12 +97,12 @@ def test_lines_elsewhere(root, capsys):
 
 
 def test_a_table_on_a_terminal(root):
-    written = in_a_terminal("-m", "agnews_dist.cache", "--data.cache_dir", str(root), COLUMNS="120")
+    written = in_a_terminal("-m", "agnews_dist", "cache", "--data.cache_dir", str(root), COLUMNS="120")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
     assert re.search(r"cache +key +size +last used +state +of", text)
     assert re.search(rf"features +{FEATURES[:12]} +\d+ kB +2001-09-0\d .*complete +gpt2, train", text)
     # The control: the table is not what a pipe gets.
-    piped = python("-m", "agnews_dist.cache", "--data.cache_dir", str(root)).stdout
+    piped = python("-m", "agnews_dist", "cache", "--data.cache_dir", str(root)).stdout
     assert "last used" not in piped
     assert "\x1b" not in piped
 

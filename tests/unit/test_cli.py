@@ -332,7 +332,7 @@ def test_help_shows_every_field_with_default_and_text(capsys: pytest.CaptureFixt
         after = shown[shown.index(text) + len(text) :]
         assert after.split("default:", 1)[1].startswith(f"{default})"), key
     for words in (
-        "python -m agnews_dist.predict",
+        "python -m agnews_dist predict",
         "[TEXT ...]",
         "--print_config",
         "--debug",

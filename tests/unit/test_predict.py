@@ -1,4 +1,4 @@
-"""`python -m agnews_dist.predict` in-process: where texts come from, what comes out, and what is refused."""
+"""`python -m agnews_dist predict` in-process: where texts come from, what comes out, and what is refused."""
 
 import io
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from agnews_dist import predict
+from agnews_dist.commands import predict
 from agnews_dist.data.synthetic import CLASS_NAMES, generate
 from agnews_dist.model.export import export_model
 from agnews_dist.model.gpt2 import load_backbone, split
@@ -221,7 +221,16 @@ def test_refused_combinations(
 def test_through_the_real_door(run_directory: Path) -> None:
     """A pipe whose reader leaves early (`| head -1`), in an ASCII locale: no traceback, and valid JSON."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "agnews_dist.predict", "--model.name", str(run_directory), "--engine.device", "cpu"],
+        [
+            sys.executable,
+            "-m",
+            "agnews_dist",
+            "predict",
+            "--model.name",
+            str(run_directory),
+            "--engine.device",
+            "cpu",
+        ],
         cwd=REPOSITORY,
         env={"PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "ascii", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,

@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="engine.fast_path false")
     args = parser.parse_args()
     import_everything()
-    from agnews_dist.train import main as train
+    from agnews_dist.commands.train import main as train
 
     job, known = jobs.load(args.job), set(sys.modules)
     start = time.perf_counter()

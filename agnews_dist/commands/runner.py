@@ -12,6 +12,18 @@ from agnews_dist.distributed.preemption import Watch, preempted_exit_code
 from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.errors import SharedError, Stopped, UserError
 
+TRAINING_OPTIONS = (
+    Option(
+        "--profile", "Write a torch.profiler trace of a few steps on rank 0 and print the top operators.", bool, False
+    ),
+    Option(
+        "--accept",
+        "Settings that may differ from those of the checkpoint that is continued, such as optim.lr; several with commas.",
+        default="",
+    ),
+)
+"""Options of a training besides its configuration; commands that run before or after a training take them too."""
+
 
 def tell(
     story: str,

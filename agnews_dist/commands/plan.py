@@ -1,4 +1,4 @@
-"""The batches before any job: steps, padding, balance, text lengths. `python -m agnews_dist.plan --config FILE --ranks 8`.
+"""The batches before any job: steps, padding, balance, text lengths. `python -m agnews_dist plan --config FILE --ranks 8`.
 
 Takes the same configuration as the training it foretells; needs the text and the model's config and tokenizer, not its weights.
 
@@ -10,8 +10,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from agnews_dist.commands.runner import tell
 from agnews_dist.config import command_line as cli
-from agnews_dist.config.command import tell
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
 
@@ -57,7 +57,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
         shape = load_shape(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
         check_max_length(data.max_length, shape.n_positions)
         corpus = load_text(data)
-        store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world, node_dir=None)
+        store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world)
         split = store.splits["train"]
         foretold = forecast(
             split.lengths,
@@ -84,7 +84,3 @@ def run(world: World, loaded: cli.Loaded) -> None:
         warning = idle_warning(settings, num_examples=len(split), num_ranks=num_ranks, rank_balance=balance)
         if warning:
             emit(Warned(message=warning))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

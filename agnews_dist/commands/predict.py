@@ -1,4 +1,4 @@
-"""Classify texts with a saved classifier. `python -m agnews_dist.predict --model.name runs/NAME TEXT ...`.
+"""Classify texts with a saved classifier. `python -m agnews_dist predict --model.name runs/NAME TEXT ...`.
 
 TEXT ...        the texts; without any, --file; without that, one text per line of standard input
 --model.name    a run's directory, an exported directory, or a hub id of a GPT2ForSequenceClassification
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from agnews_dist.commands.runner import tell
 from agnews_dist.config import command_line as cli
-from agnews_dist.config.command import tell
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError, DataError, UserError
 
@@ -58,7 +58,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     if world.num_ranks > 1:
         raise UserError(
             f"predict was started as {world.num_ranks} ranks: each would print every answer. Start it without torchrun; "
-            "to score a labelled split on many ranks use python -m agnews_dist.evaluate."
+            "to score a labelled split on many ranks use python -m agnews_dist evaluate."
         )
     if "model.name" not in loaded.explicit:
         raise ConfigError(
@@ -244,7 +244,3 @@ def _row_of_object(line: str, i: int, place: str) -> Row:
         )
     fields = cast("dict[str, Any]", value)
     return Row(fields.get("id", i), fields["text"], place)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

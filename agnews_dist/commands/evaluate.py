@@ -1,4 +1,4 @@
-"""Score any split of any source with any saved classifier, on any number of ranks. `python -m agnews_dist.evaluate`.
+"""Score any split of any source with any saved classifier, on any number of ranks. `python -m agnews_dist evaluate`.
 
 --model.name    a run's directory, an exported directory, or a hub id of a GPT2ForSequenceClassification
 --data.source   as in training; a single file is scored whole
@@ -7,23 +7,18 @@
 --output        directory for result.json and predictions-<split>.jsonl
 """
 
-import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from agnews_dist.commands.runner import tell
 from agnews_dist.config import command_line as cli
-from agnews_dist.config.command import tell
-from agnews_dist.config.options import NODE_CACHE
 from agnews_dist.distributed.world import World
-from agnews_dist.storage.locations import node_cache
 
 OPTIONS = (
     cli.Option(
         "--split", choices=("train", "validation", "test"), help="Split to score; default: test, or a file whole."
     ),
-    NODE_CACHE,
     cli.Option("--output", help="Directory for result.json and predictions-<split>.jsonl; default: none are written."),
 )
 
@@ -71,7 +66,6 @@ def run(world: World, loaded: cli.Loaded) -> None:
                 emit=emit,
                 clock=clock,
                 world=world,
-                node_dir=node_cache(options["node_cache"], os.environ),
             )
 
         outcome = collectives.attempt(prepare)
@@ -96,7 +90,3 @@ def run(world: World, loaded: cli.Loaded) -> None:
             write_scores(
                 Path(options["output"]), engine, sources.tokens.name, scored, prints=prints, clock=clock, emit=emit
             )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

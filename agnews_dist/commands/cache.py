@@ -1,4 +1,4 @@
-"""What the caches on disk hold, and clearing them. `python -m agnews_dist.cache`, `python -m agnews_dist.cache --clear all`.
+"""What the caches on disk hold, and clearing them. `python -m agnews_dist cache`, `python -m agnews_dist cache --clear all`.
 
 WHAT ...    with --clear: all, features, tokens, or keys as they are listed
 --clear     remove those, but never what a process uses
@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from agnews_dist.commands.runner import tell
 from agnews_dist.config import command_line as cli
-from agnews_dist.config.command import tell
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError, DataError, did_you_mean
 
@@ -123,7 +123,7 @@ def named(caches: Sequence[Cached], names: Sequence[str]) -> list[Cached]:
             hint = " Write more of it." if hits else did_you_mean(name, known)
             raise ConfigError(
                 f"--clear {name!r} {what}: nothing was removed. Name {', '.join(GROUPS)}, or a key that "
-                f"python -m agnews_dist.cache lists.{hint}"
+                f"python -m agnews_dist cache lists.{hint}"
             )
         chosen |= hits
     return [cache for cache in caches if cache.key in chosen]
@@ -206,7 +206,3 @@ def show(root: Path, limit_bytes: int, caches: Sequence[Cached], outcomes: Mappi
 
 def _total(caches: Sequence[Cached]) -> int:
     return sum(cache.disk_bytes for cache in caches)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

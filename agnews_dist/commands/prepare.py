@@ -1,16 +1,14 @@
-"""Tokenise ahead of the job: on a login node with a network, for compute nodes without. `python -m agnews_dist.prepare`.
+"""Tokenise ahead of the job: on a login node with a network, for compute nodes without. `python -m agnews_dist prepare`.
 
 Takes the arguments of the training it prepares. Model and data end up in the caches of their libraries (HF_HOME), the
 tokens in data.cache_dir; the training job finds them there.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 
+from agnews_dist.commands.runner import TRAINING_OPTIONS, tell
 from agnews_dist.config import command_line as cli
-from agnews_dist.config.command import tell
-from agnews_dist.config.options import TRAINING_OPTIONS
 from agnews_dist.distributed.world import World
 
 
@@ -47,7 +45,3 @@ def run(world: World, loaded: cli.Loaded) -> None:
         facts["tokens"] = "were there already" if store.was_cached else "made now"
         facts["time"] = f"{time.perf_counter() - start:.1f} s"
         emit(RunDone(facts=facts, paths={"token cache": str(store.path)}))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Will it run here, and what will it take? `python -m agnews_dist.doctor`, alone, under torchrun, or under a bare `srun`.
+"""Will it run here, and what will it take? `python -m agnews_dist doctor`, alone, under torchrun, or under a bare `srun`.
 
 Every rank looks at its machine, at the disks and at the model's config; then the ranks meet, compare, and measure each other.
 Loads no weights and no data. Ends with 1 if the run would fail or go astray. Besides these it takes all that a training takes.
@@ -16,9 +16,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from agnews_dist.commands.runner import TRAINING_OPTIONS, tell
 from agnews_dist.config import command_line as cli
-from agnews_dist.config.command import tell
-from agnews_dist.config.options import TRAINING_OPTIONS
 from agnews_dist.distributed.world import World, is_launched, ranks_of_srun
 from agnews_dist.errors import ConfigError, SharedError, UserError
 
@@ -65,7 +64,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.preflight.runner import look_together, meet
     from agnews_dist.preflight.view import Checkup, show_checkup
 
-    here = look_here(config, asked, world, loaded.options["node_cache"])
+    here = look_here(config, asked, world)
     expected, apart = None, None
     try:
         device = meet(world, here, MEETING_SECONDS)
@@ -154,7 +153,3 @@ def _asked(world: World, loaded: cli.Loaded) -> World:
             f"--ranks_per_node {per_node} with --ranks {ranks}: a node cannot have more ranks than there are. Lower the first."
         )
     return World(num_ranks=ranks, ranks_per_node=per_node or ranks)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
