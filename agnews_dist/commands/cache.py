@@ -83,7 +83,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
 
 def find(root: Path) -> list[Cached]:
     """All caches below `root`: features, then tokens, each with the longest unused first."""
-    from agnews_dist.data.token_shelf import token_caches
+    from agnews_dist.data.token_cache import token_caches
     from agnews_dist.features.eviction import entries
 
     found: list[Cached] = []
@@ -131,7 +131,7 @@ def named(caches: Sequence[Cached], names: Sequence[str]) -> list[Cached]:
 
 def clear(root: Path, chosen: Sequence[Cached]) -> dict[str, str]:
     """Remove them as far as nobody uses them; what became of each key."""
-    from agnews_dist.data.token_shelf import remove_token_cache
+    from agnews_dist.data.token_cache import remove_token_cache
     from agnews_dist.features import eviction as shelf
 
     shelf.make_room(root / "features", 0, sys.maxsize)  # evicts nothing, but finishes removals that were killed

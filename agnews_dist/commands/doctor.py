@@ -57,9 +57,8 @@ def run(world: World, loaded: cli.Loaded) -> None:
         return
     config, asked = loaded.config, _asked(world, loaded)
     # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
-    from agnews_dist.preflight.bounded import is_anything_left_behind
     from agnews_dist.preflight.disks import remove_empty
-    from agnews_dist.preflight.findings import Finding, merged, worst
+    from agnews_dist.preflight.findings import Finding, is_anything_left_behind, merged, worst
     from agnews_dist.preflight.machine import look_here
     from agnews_dist.preflight.runner import look_together, meet
     from agnews_dist.preflight.view import Checkup, show_checkup

@@ -39,8 +39,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.evaluation.evaluator import score_split
     from agnews_dist.events import RunStarted
     from agnews_dist.model.gpt2 import parameter_table
-    from agnews_dist.report.console import Console
-    from agnews_dist.report.sinks import Sinks
+    from agnews_dist.report.console import Console, Sinks
     from agnews_dist.run.directory import open_output
     from agnews_dist.run.fingerprints import fingerprint_of
     from agnews_dist.run.results import write_scores

@@ -41,7 +41,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.data.batching.shares import quadratic_weight
     from agnews_dist.events import Progress, Warned
     from agnews_dist.model.gpt2 import check_max_length, load_shape
-    from agnews_dist.model.tokenizer import load_tokenizer
+    from agnews_dist.model.pretrained import load_tokenizer
     from agnews_dist.report.console import Console
     from agnews_dist.report.plan_view import show_plan
     from agnews_dist.run.setup import load_text, open_tokens, plan_settings

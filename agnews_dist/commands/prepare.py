@@ -23,8 +23,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
     from agnews_dist.data.corpus import check_source
     from agnews_dist.events import RunDone
-    from agnews_dist.report.console import Console
-    from agnews_dist.report.sinks import Sinks
+    from agnews_dist.report.console import Console, Sinks
     from agnews_dist.run.setup import load_sources
     from agnews_dist.training.timing import Clock
 

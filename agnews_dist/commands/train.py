@@ -40,8 +40,7 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
     from agnews_dist.evaluation.evaluator import ScoredSplit, score_split
     from agnews_dist.model.gpt2 import parameter_table
     from agnews_dist.preflight.memory_check import check_fits
-    from agnews_dist.report.console import Console
-    from agnews_dist.report.sinks import Sinks
+    from agnews_dist.report.console import Console, Sinks
     from agnews_dist.run.attempt import Attempt, set_deadline
     from agnews_dist.run.fingerprints import fingerprints
     from agnews_dist.run.results import finish
@@ -55,11 +54,10 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
         start_engine,
     )
     from agnews_dist.run.summary import announce
-    from agnews_dist.training import debug
+    from agnews_dist.training import diagnostics as debug
+    from agnews_dist.training.diagnostics import profiling, rehearse
     from agnews_dist.training.loop import Training
     from agnews_dist.training.optim import build_optimizer
-    from agnews_dist.training.profiling import profiling
-    from agnews_dist.training.rehearsal import rehearse
     from agnews_dist.training.timing import Clock, TimedFeatures
 
     config = loaded.config

@@ -11,8 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from agnews_dist.data.checks import check_columns
-from agnews_dist.data.rows import Origin, RawRows
+from agnews_dist.data.rows import Origin, RawRows, check_columns
 from agnews_dist.errors import DataError
 
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")

@@ -1,9 +1,8 @@
 """Rows of a data set on the Hugging Face hub, or of its copy in the local cache (HF_HOME)."""
 
-from agnews_dist.data.checks import check_columns
 from agnews_dist.data.formats import class_names_of
 from agnews_dist.data.local_files import SPLIT_WORDS
-from agnews_dist.data.rows import Origin, RawRows
+from agnews_dist.data.rows import Origin, RawRows, check_columns
 from agnews_dist.errors import DataError
 
 

@@ -4,9 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from agnews_dist.data.checks import listed
 from agnews_dist.data.formats import SUFFIXES, read_file
-from agnews_dist.data.rows import Origin, RawRows
+from agnews_dist.data.rows import Origin, RawRows, listed
 from agnews_dist.errors import DataError, did_you_mean
 
 SPLIT_WORDS = {

@@ -18,8 +18,7 @@ import numpy as np
 from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
-from agnews_dist.data.checks import check_corpus
-from agnews_dist.data.rows import Corpus, Split
+from agnews_dist.data.rows import Corpus, Split, check_corpus
 from agnews_dist.data.token_cache import FORMAT, DamagedCache, Stored, TokenSplit, publish, read_stored, write_stored
 from agnews_dist.errors import DataError
 from agnews_dist.events import Emit, Progress, Warned

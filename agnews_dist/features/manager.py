@@ -22,8 +22,8 @@ from agnews_dist.features.placement import Choice, Place, Room, Wanted, choose
 from agnews_dist.features.precompute import Meter, SplitFeatures, count, read_or_compute
 from agnews_dist.features.store import FeatureFile
 from agnews_dist.model.gpt2 import Classifier
+from agnews_dist.model.packed import side_by_side
 from agnews_dist.model.prefix import FeatureSource, computed
-from agnews_dist.model.side_by_side import side_by_side
 from agnews_dist.storage import capacity as room
 
 

@@ -18,8 +18,7 @@ from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 from agnews_dist.errors import ModelError
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split
-from agnews_dist.model.pretrained import quietly
-from agnews_dist.model.tokenizer import read_tokenizer
+from agnews_dist.model.pretrained import quietly, read_tokenizer
 
 TRAINED = "trainable_blocks"
 """Key of the exported config.json that Hugging Face passes through: how many of the last blocks were trained."""

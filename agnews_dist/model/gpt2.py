@@ -14,9 +14,8 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model, P
 from agnews_dist.errors import ModelError
 from agnews_dist.model.embedded import EMBEDDED_SEED, embedded_config, spread_embeddings
 from agnews_dist.model.prefix import Prefix
-from agnews_dist.model.pretrained import EMBEDDED, Location, locate, quietly, reading
+from agnews_dist.model.pretrained import EMBEDDED, TOKENIZER_FILES, Location, locate, quietly, reading
 from agnews_dist.model.suffix import Suffix
-from agnews_dist.model.tokenizer import TOKENIZER_FILES
 
 WEIGHT_FILES = (
     "model.safetensors",

@@ -5,9 +5,10 @@ Works on the parameters of Hugging Face's blocks. Called by prefix.py; the plain
 
 import inspect
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import groupby
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -167,3 +168,31 @@ def call_bounds(lengths_B: Ints, call_tokens: int) -> list[tuple[int, int]]:
         bounds.append((begin, end))
         begin = end
     return bounds
+
+
+T = TypeVar("T")
+
+
+def side_by_side(pieces: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
+    """The results of `pieces` in their order; on a GPU one after the other, since each fills it.
+
+    The first error is raised when all pieces that had begun are done.
+    """
+    if device.type != "cpu":
+        return [piece() for piece in pieces]
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # MKL's count is the process's, OpenMP's the thread's: hence the initializer too
+    try:
+        if num_threads == 1 or len(pieces) <= 1:
+            return [piece() for piece in pieces]
+        with ThreadPoolExecutor(
+            min(num_threads, len(pieces)), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            futures = [pool.submit(piece) for piece in pieces]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(num_threads)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from agnews_dist.data.batching.batch import Batch
 from agnews_dist.model.last_token import last_token_block
-from agnews_dist.model.packed import call_bounds, packed_attention, packed_block
-from agnews_dist.model.side_by_side import side_by_side
+from agnews_dist.model.packed import call_bounds, packed_attention, packed_block, side_by_side
 
 CALL_TOKENS = {"cpu": 512, "cuda": 65536}
 """Tokens per packed call. On a CPU the activations of a call stay in a core's cache; a GPU must be filled. Constants: a knob

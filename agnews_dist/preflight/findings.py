@@ -1,8 +1,9 @@
 """What a check found, as a verdict with a remedy; equal findings of several ranks become one."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 Verdict = Literal["ok", "warn", "fail"]
 WORST_FIRST: Sequence[Verdict] = ("fail", "warn", "ok")
@@ -60,3 +61,46 @@ def rank_words(ranks: Sequence[int], num_ranks: int) -> str:
             runs.append([rank])
     words = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f"rank{'s' if len(ranks) > 1 else ''} {words}"
+
+
+T = TypeVar("T")
+NO_END = "no end within"
+_left_behind: list[threading.Thread] = []
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What came of it: either of the two."""
+
+    value: T | None
+    error: str | None
+    """The first line of an exception's text, or that there was no end."""
+
+
+def within(seconds: float, work: Callable[[], T]) -> Outcome[T]:
+    """Do `work`, for `seconds` at most; what it raises is its outcome, if it is a system's or a driver's (RuntimeError)."""
+    outcome: Outcome[T] = Outcome(None, f"{NO_END} {seconds:g} s")
+
+    def run() -> None:
+        nonlocal outcome
+        try:
+            outcome = Outcome(work(), None)
+        except (OSError, RuntimeError) as error:
+            outcome = Outcome(None, (str(error).strip().splitlines() or [type(error).__name__])[0])
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        _left_behind.append(thread)
+    return outcome
+
+
+def is_no_end(error: str) -> bool:
+    """Whether an outcome's error is that time was over."""
+    return error.startswith(NO_END)
+
+
+def is_anything_left_behind() -> bool:
+    """Whether some work still hangs; then only os._exit ends this process for sure."""
+    return any(thread.is_alive() for thread in _left_behind)

@@ -10,8 +10,7 @@ from agnews_dist.data.corpus import SYNTHETIC
 from agnews_dist.data.local_files import looks_local
 from agnews_dist.errors import ModelError
 from agnews_dist.model.pretrained import EMBEDDED, locate
-from agnews_dist.preflight.bounded import within
-from agnews_dist.preflight.findings import Finding
+from agnews_dist.preflight.findings import Finding, within
 
 HUB_SECONDS = 5.0
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

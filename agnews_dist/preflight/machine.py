@@ -18,8 +18,7 @@ from agnews_dist.engine.device import choose_precision, chooses_cuda
 from agnews_dist.engine.memory import Diagnosis
 from agnews_dist.errors import UserError
 from agnews_dist.preflight import disks
-from agnews_dist.preflight.bounded import within
-from agnews_dist.preflight.findings import Finding
+from agnews_dist.preflight.findings import Finding, within
 from agnews_dist.preflight.hub_check import find_hub
 from agnews_dist.preflight.memory_check import diagnose, read_shape, setup_of, shape_of
 from agnews_dist.run.setup import check_engine

@@ -14,7 +14,7 @@ from agnews_dist.engine.device import choose_precision, chooses_cuda, free_devic
 from agnews_dist.engine.memory import Diagnosis, Estimate, Setup, Shape, estimate, misfit
 from agnews_dist.errors import ModelError
 from agnews_dist.model.gpt2 import load_shape
-from agnews_dist.model.tokenizer import load_tokenizer
+from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.report.result_files import versions
 from agnews_dist.storage.capacity import free_host_bytes, gigabytes
 

@@ -10,8 +10,7 @@ import torch
 
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World
-from agnews_dist.preflight.bounded import is_no_end, within
-from agnews_dist.preflight.findings import Finding, rank_words
+from agnews_dist.preflight.findings import Finding, is_no_end, rank_words, within
 
 NUMBERS = 1 << 18
 """Of 4 bytes: 1 MiB, as much as a bucket of gradients of a small block."""

@@ -16,8 +16,7 @@ from agnews_dist.distributed import collectives
 from agnews_dist.distributed.node_resources import Cores, find_cores
 from agnews_dist.distributed.world import World, is_launched
 from agnews_dist.preflight import disks
-from agnews_dist.preflight.bounded import within
-from agnews_dist.preflight.findings import Finding, rank_words
+from agnews_dist.preflight.findings import Finding, rank_words, within
 from agnews_dist.preflight.machine import Kind
 from agnews_dist.report.result_files import versions
 from agnews_dist.run.fingerprints import settings

@@ -27,9 +27,9 @@ from agnews_dist.engine.strategy import Wrapped
 from agnews_dist.errors import Done, Stopped, UserError
 from agnews_dist.events import Resumed, Warned
 from agnews_dist.features.placement import Wanted
+from agnews_dist.report.console import Sinks
 from agnews_dist.report.event_log import RunLog
 from agnews_dist.report.result_files import versions
-from agnews_dist.report.sinks import Sinks
 from agnews_dist.run.directory import LOCK_SECONDS, Claim, run_name
 from agnews_dist.run.fingerprints import settings
 from agnews_dist.run.resume import ACCEPTABLE, FOLDER, Found, check_prints, look, wanted_later

@@ -15,8 +15,7 @@ from agnews_dist.events import Emit, RunDone
 from agnews_dist.features.manager import FeatureCache
 from agnews_dist.model.export import export_model
 from agnews_dist.report.model_card import model_card
-from agnews_dist.report.predictions import write_predictions
-from agnews_dist.report.result_files import Result, Seconds, versions, write_json
+from agnews_dist.report.result_files import Result, Seconds, versions, write_json, write_predictions
 from agnews_dist.run.fingerprints import settings
 from agnews_dist.run.setup import Sources
 from agnews_dist.storage.capacity import gigabytes

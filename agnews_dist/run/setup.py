@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from agnews_dist.config.schema import BatchConfig, Config, DataConfig, EngineConfig, ModelConfig
 from agnews_dist.data.batching.epoch_plan import PlanSettings
 from agnews_dist.data.batching.loader import TokenTable
-from agnews_dist.data.checks import fingerprint
 from agnews_dist.data.corpus import Corpus, load_corpus
+from agnews_dist.data.rows import fingerprint
 from agnews_dist.data.tokens import TokenSplit, TokenStore, open_or_build
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.deepspeed import require_deepspeed
@@ -23,7 +23,7 @@ from agnews_dist.features.manager import FeatureCache
 from agnews_dist.features.placement import Wanted
 from agnews_dist.model.export import load_classifier
 from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, split
-from agnews_dist.model.tokenizer import load_tokenizer
+from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.storage.locations import cache_root
 from agnews_dist.training.timing import Clock
 

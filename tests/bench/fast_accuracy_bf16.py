@@ -20,8 +20,8 @@ from agnews_dist.features.gather import KeptFeatures
 from agnews_dist.features.layout import lay_out
 from agnews_dist.features.precompute import SplitFeatures
 from agnews_dist.model.export import load_classifier
+from agnews_dist.model.packed import side_by_side
 from agnews_dist.model.prefix import Features, FeatureSource
-from agnews_dist.model.side_by_side import side_by_side
 from agnews_dist.run.fingerprints import fingerprint_of
 from agnews_dist.run.setup import Sources, load_sources, open_features, plan_settings
 from agnews_dist.training.optim import build_optimizer, learning_rate, set_lr

@@ -14,7 +14,7 @@ from agnews_dist.model import packed
 from agnews_dist.model.gpt2 import load_backbone
 from agnews_dist.model.last_token import last_rows
 from agnews_dist.model.prefix import CALL_TOKENS
-from agnews_dist.model.tokenizer import load_tokenizer
+from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.report.event_log import read_run_log
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

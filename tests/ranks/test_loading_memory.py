@@ -8,7 +8,7 @@ import pytest
 from launching import REPOSITORY, environment
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from agnews_dist.model.tokenizer import load_tokenizer
+from agnews_dist.model.pretrained import load_tokenizer
 
 NUM_PROCESSES = 2
 LOADER = """
@@ -16,7 +16,7 @@ import sys
 import psutil
 import torch
 from agnews_dist.model.gpt2 import load_backbone, split
-from agnews_dist.model.tokenizer import load_tokenizer
+from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.run.fingerprints import fingerprint_of
 
 def say_and_wait():

@@ -206,9 +206,7 @@ def test_disks_that_cannot_be_written_and_no_compiler(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
-    impatient = (
-        "import sys; from agnews_dist.commands import doctor; doctor.MEETING_SECONDS = 4; sys.exit(doctor.main(sys.argv[1:]))"
-    )
+    impatient = "import sys; from agnews_dist.commands import doctor; doctor.MEETING_SECONDS = 4; sys.exit(doctor.main(sys.argv[1:]))"
     environ = warm.rank_variables(2)[0]
     told = doctor(Rank(environ=environ), place=tmp_path, program=("-c", impatient))
     assert told.codes == [1]

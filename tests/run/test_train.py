@@ -179,7 +179,7 @@ def test_predict_reads_arguments_and_standard_input(trained):
 
 def test_weights_of_the_frozen_part_are_the_sources(trained):
     from agnews_dist.model.gpt2 import load_backbone
-    from agnews_dist.model.tokenizer import load_tokenizer
+    from agnews_dist.model.pretrained import load_tokenizer
 
     directory, _ = trained
     tokenizer = load_tokenizer("embedded", revision=None, pad_token="new")

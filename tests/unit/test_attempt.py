@@ -11,7 +11,7 @@ import pytest
 
 from agnews_dist.config.schema import Config, RunConfig
 from agnews_dist.distributed.world import World
-from agnews_dist.report.sinks import Sinks
+from agnews_dist.report.console import Sinks
 from agnews_dist.run.attempt import SLURM_MARGIN_SECONDS, Attempt, set_deadline
 from agnews_dist.run.status import StatusFile, read_status
 

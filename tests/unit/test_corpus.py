@@ -15,9 +15,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from launching import environment, python
 
-from agnews_dist.data.corpus import Corpus, check_corpus, load_corpus
+from agnews_dist.data.corpus import Corpus, check_corpus, choose, load_corpus
 from agnews_dist.data.hub import read_hub
-from agnews_dist.data.splits import choose
 from agnews_dist.data.synthetic import CLASS_NAMES, generate
 from agnews_dist.errors import DataError
 

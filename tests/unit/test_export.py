@@ -21,7 +21,7 @@ from transformers import (
 from agnews_dist.errors import ModelError
 from agnews_dist.model.export import export_model, fold_bias, load_classifier
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split
-from agnews_dist.model.tokenizer import load_tokenizer
+from agnews_dist.model.pretrained import load_tokenizer
 
 CLASS_NAMES = ("World", "Sports", "Business", "Sci/Tech")
 MAX_LENGTH = 40

@@ -22,8 +22,8 @@ from agnews_dist.features.manager import FeatureCache
 from agnews_dist.features.precompute import SplitFeatures
 from agnews_dist.model import prefix as prefix_module
 from agnews_dist.model.gpt2 import Classifier
+from agnews_dist.model.packed import side_by_side
 from agnews_dist.model.prefix import Prefix, computed
-from agnews_dist.model.side_by_side import side_by_side
 
 CPU = torch.device("cpu")
 LENGTHS = np.random.default_rng(1).integers(1, 40, 60).tolist()

@@ -28,7 +28,7 @@ from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import ModelError
 from agnews_dist.model.gpt2 import Backbone, check_max_length, load_backbone, parameter_table, split
-from agnews_dist.model.tokenizer import load_tokenizer
+from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.run.setup import place
 
 NUM_TOKENS = 2000

@@ -16,8 +16,8 @@ from transformers import GPT2ForSequenceClassification
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split
+from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.model.suffix import LastBlock
-from agnews_dist.model.tokenizer import load_tokenizer
 
 END_OF_TEXT = 50256
 BOTH_PATHS = pytest.mark.parametrize("fast_path", [True, False], ids=["fast", "plain"])

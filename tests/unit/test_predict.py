@@ -14,7 +14,7 @@ from agnews_dist.commands import predict
 from agnews_dist.data.synthetic import CLASS_NAMES, generate
 from agnews_dist.model.export import export_model
 from agnews_dist.model.gpt2 import load_backbone, split
-from agnews_dist.model.tokenizer import load_tokenizer
+from agnews_dist.model.pretrained import load_tokenizer
 
 MAX_LENGTH = 30
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from agnews_dist.data.batching.loader import TokenTable, TrainLoader
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.model.prefix import computed
-from agnews_dist.training.rehearsal import rehearse
+from agnews_dist.training.diagnostics import rehearse
 from agnews_dist.training.step import train_step
 
 LENGTHS = np.random.default_rng(3).integers(1, 31, 40).tolist()
@@ -82,7 +82,7 @@ from test_rehearsal import make_loader
 import torch
 from toy import toy_classifier
 from agnews_dist.engine.engine import Engine
-from agnews_dist.training.rehearsal import rehearse
+from agnews_dist.training.diagnostics import rehearse
 from agnews_dist.run.setup import place
 from agnews_dist.distributed.world import World
 
@@ -109,7 +109,7 @@ from agnews_dist.data.batching.epoch_plan import PlanSettings
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import UserError
-from agnews_dist.training.rehearsal import rehearse
+from agnews_dist.training.diagnostics import rehearse
 from agnews_dist.distributed.world import World
 
 engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)

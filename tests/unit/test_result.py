@@ -13,8 +13,7 @@ import pytest
 
 from agnews_dist.errors import UserError
 from agnews_dist.evaluation.metrics import summarize
-from agnews_dist.report.predictions import write_predictions
-from agnews_dist.report.result_files import Result, Seconds, versions, write_json
+from agnews_dist.report.result_files import Result, Seconds, versions, write_json, write_predictions
 from agnews_dist.storage.atomic import write_text
 
 

@@ -26,8 +26,8 @@ from agnews_dist.events import (
     StepDone,
     Warned,
 )
+from agnews_dist.report.console import Sinks
 from agnews_dist.report.event_log import RunLog, read_run_log
-from agnews_dist.report.sinks import Sinks
 
 STEP = StepDone(
     step=1, epoch=1, loss=1.25, lr=1e-3, grad_norm=2.0, num_examples=32, num_tokens=1664, seconds=0.5

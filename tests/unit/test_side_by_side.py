@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from agnews_dist.model.side_by_side import side_by_side
+from agnews_dist.model.packed import side_by_side
 
 CPU = torch.device("cpu")
 OTHER = torch.device("meta")

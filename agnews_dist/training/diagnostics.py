@@ -1,0 +1,156 @@
+"""Debug mode: everything deterministic and loud, and first a check that one batch can be learnt by heart."""
+
+import copy
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from agnews_dist.data.batching.loader import StepBatches, TokenTable
+from agnews_dist.distributed import collectives
+from agnews_dist.engine.engine import Engine
+from agnews_dist.errors import UserError
+from agnews_dist.events import Emit, OverfitChecked, Profiled, Progress, silent
+from agnews_dist.model.gpt2 import Classifier
+from agnews_dist.training.optim import build_optimizer
+from agnews_dist.training.step import summed_loss
+
+OVERFIT_EXAMPLES = 8
+OVERFIT_STEPS = 100
+
+
+def be_deterministic() -> None:
+    """Deterministic algorithms and anomaly detection for the whole process; call before the first CUDA work."""
+    # cuBLAS needs a fixed workspace to be deterministic, and reads this only once.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.autograd.set_detect_anomaly(True)
+
+
+def overfit_one_batch(classifier: Classifier, table: TokenTable, engine: Engine, *, lr: float) -> OverfitChecked:
+    """Train a copy of the suffix, without dropout, on a few examples until it knows them by heart.
+
+    A model that cannot is broken (labels shifted, gradients cut, learning rate absurd), and a long run would only hide it.
+
+    Raises:
+        UserError: blocks train, and the examples are still not all classified right after `OVERFIT_STEPS` steps.
+    """
+    suffix = copy.deepcopy(classifier.suffix).to(engine.device).eval()
+    batch = table.batch(torch.arange(min(OVERFIT_EXAMPLES, len(table))).numpy())
+    optimizer = build_optimizer(suffix, lr=lr, weight_decay=0.0)
+    features = classifier.prefix.features(batch.tokens_BT, batch.lengths_B)
+    num_examples = len(batch.labels_B)
+    losses: list[float] = []
+    accuracy = 0.0
+    for _ in range(OVERFIT_STEPS):
+        logits_BC = suffix(*features)
+        loss = summed_loss(logits_BC, batch) / num_examples
+        losses.append(loss.item())
+        accuracy = (logits_BC.argmax(dim=1) == batch.labels_B).double().mean().item()
+        if accuracy == 1.0 and losses[-1] < 0.1:
+            break
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    # A norm and a head alone may be unable by nature: two texts whose last tokens look alike to the frozen part.
+    if accuracy < 1.0 and len(classifier.suffix.h):
+        raise UserError(
+            f"{num_examples} examples could not be learnt in {OVERFIT_STEPS} steps (accuracy {accuracy:.2f}, loss "
+            f"{losses[0]:.3f} -> {losses[-1]:.3f}): a run on all data would not learn either. Check optim.lr ({lr}), the "
+            "labels, and model.trainable_blocks."
+        )
+    return OverfitChecked(
+        num_examples=num_examples,
+        num_steps=len(losses) - 1,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        accuracy=accuracy,
+    )
+
+
+def rehearse(classifier: Classifier, batches: StepBatches, engine: Engine, emit: Emit = silent) -> None:
+    """Forward and backward of one step with room taken for the optimizer's moments; weights, gradients and random state stay.
+
+    Called before `engine.prepare`: no rank talks to another, so a rank that runs out of memory leaves none waiting.
+
+    Raises:
+        SharedError: on all ranks, if any rank ran out of memory.
+    """
+    rows, tokens = max((batch.tokens_BT.shape for batch in batches.micro_batches), key=lambda shape: shape.numel())
+    task = f"rehearse the largest step ({rows} x {tokens} tokens)"
+
+    def attempted() -> None:
+        try:
+            _forward_and_backward(classifier, batches, engine)
+        except RuntimeError as error:
+            # CUDA has an error class of its own, the CPU's allocator and cuBLAS have not.
+            words = ("allocate memory", "ALLOC_FAILED")
+            if not isinstance(error, torch.OutOfMemoryError) and not any(word in str(error) for word in words):
+                raise
+            raise UserError(
+                f"the largest step needs more memory than there is ({rows} x {tokens} tokens at once): the run would break off "
+                "at its longest texts. Lower batch.max_tokens_per_rank, data.max_length or model.trainable_blocks."
+            ) from error
+
+    emit(Progress(task=task, done=0, total=1))
+    collectives.agree(collectives.attempt(attempted))
+    emit(Progress(task=task, done=1, total=1))
+
+
+def _forward_and_backward(classifier: Classifier, batches: StepBatches, engine: Engine) -> None:
+    suffix, device = classifier.suffix, engine.device
+    was_training = suffix.training
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            suffix.train()
+            moments = [torch.zeros_like(parameter) for parameter in suffix.parameters() for _ in range(2)]
+            for batch in batches.micro_batches:
+                summed_loss(classifier.logits(batch.tokens_BT, batch.lengths_B), batch).backward()
+            del moments
+    finally:
+        suffix.zero_grad(set_to_none=True)
+        suffix.train(was_training)
+
+
+# Skip the first steps (allocator, lazy initialisation), let the profiler itself settle, then record.
+WAIT, WARM_UP, ACTIVE = 2, 1, 4
+
+
+class NoProfiler:
+    """Takes the place of the profiler where nothing is recorded."""
+
+    def step(self) -> None:
+        """Do nothing."""
+
+
+@contextmanager
+def profiling(
+    wanted: bool, directory: Path, *, device: torch.device, num_steps: int, emit: Emit
+) -> Generator[profile | NoProfiler, None, None]:
+    """Around the training loop, which calls `step()` after every step; writes `<directory>/profile/trace.json`.
+
+    `num_steps` is that of the whole run; a run too short for the usual window is recorded from its first step.
+    """
+    if not wanted:
+        yield NoProfiler()
+        return
+
+    def write(recorded: profile) -> None:
+        path = directory / "profile" / "trace.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        recorded.export_chrome_trace(str(path))
+        sort_by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        table = recorded.key_averages().table(sort_by=sort_by, row_limit=12, max_name_column_width=48)
+        emit(Profiled(path=str(path), top_operators=table))
+
+    wait = WAIT if num_steps >= WAIT + WARM_UP + ACTIVE else 0
+    warm_up = min(WARM_UP, num_steps - 1)
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    window = schedule(wait=wait, warmup=warm_up, active=min(ACTIVE, num_steps - wait - warm_up), repeat=1)
+    with profile(activities=activities, schedule=window, on_trace_ready=write, record_shapes=True) as recorder:
+        yield recorder
