@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from agnews_dist.commands.runner import tell
+from agnews_dist.commands.runner import run_command
 from agnews_dist.config import command_line as cli
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError, DataError, did_you_mean
@@ -47,7 +47,7 @@ class Cached:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the story; returns the exit code."""
-    return tell("cache", argv, run, OPTIONS)
+    return run_command("cache", argv, run, OPTIONS)
 
 
 def run(world: World, loaded: cli.Loaded) -> None:

@@ -16,14 +16,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from agnews_dist.commands.runner import TRAINING_OPTIONS, tell
+from agnews_dist.commands.runner import TRAINING_OPTIONS, run_command
 from agnews_dist.config import command_line as cli
 from agnews_dist.distributed.world import World, is_launched, ranks_of_srun
 from agnews_dist.errors import ConfigError, SharedError, UserError
 
 if TYPE_CHECKING:
     from agnews_dist.preflight.findings import Finding
-    from agnews_dist.preflight.machine import Here
+    from agnews_dist.preflight.machine import RankReport
 
 OPTIONS = (
     *TRAINING_OPTIONS,
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the story; returns the exit code."""
     # A training needs torchrun's restarts; to look around, srun's own numbers do.
     os.environ.update(ranks_of_srun(os.environ))
-    return tell("doctor", argv, run, OPTIONS)
+    return run_command("doctor", argv, run, OPTIONS)
 
 
 def run(world: World, loaded: cli.Loaded) -> None:
@@ -59,15 +59,15 @@ def run(world: World, loaded: cli.Loaded) -> None:
     # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
     from agnews_dist.preflight.disks import remove_empty
     from agnews_dist.preflight.findings import Finding, is_anything_left_behind, merged, worst
-    from agnews_dist.preflight.machine import look_here
-    from agnews_dist.preflight.runner import look_together, meet
+    from agnews_dist.preflight.machine import check_rank
+    from agnews_dist.preflight.runner import check_job, meet
     from agnews_dist.preflight.view import Checkup, show_checkup
 
-    here = look_here(config, asked, world)
+    here = check_rank(config, asked, world)
     expected, apart = None, None
     try:
         device = meet(world, here, MEETING_SECONDS)
-        by_rank, together, expected = look_together(config, asked, world, here, device, loaded.options["ranks"])
+        by_rank, together, expected = check_job(config, asked, world, here, device, loaded.options["ranks"])
         findings = [*merged(by_rank), *together]
     except (UserError, RuntimeError) as unmet:
         # What this rank found alone is told all the same.
@@ -89,7 +89,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
         raise error
 
 
-def _problem(here: "Here", findings: "Sequence[Finding]") -> str:
+def _problem(here: "RankReport", findings: "Sequence[Finding]") -> str:
     """The one error of the model or its memory in its own words, else which checks failed."""
     if here.error is not None:
         return str(here.error)

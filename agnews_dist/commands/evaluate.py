@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from agnews_dist.commands.runner import tell
+from agnews_dist.commands.runner import run_command
 from agnews_dist.config import command_line as cli
 from agnews_dist.distributed.world import World
 
@@ -25,7 +25,7 @@ OPTIONS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the story; returns the exit code."""
-    return tell("evaluate", argv, run, OPTIONS)
+    return run_command("evaluate", argv, run, OPTIONS)
 
 
 def run(world: World, loaded: cli.Loaded) -> None:
@@ -36,22 +36,22 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.data.corpus import check_source
     from agnews_dist.distributed import collectives
     from agnews_dist.engine.device import chooses_cuda
-    from agnews_dist.evaluation.evaluator import score_split
+    from agnews_dist.evaluation.evaluator import evaluate_split
     from agnews_dist.events import RunStarted
     from agnews_dist.model.gpt2 import parameter_table
     from agnews_dist.report.console import Console, Sinks
     from agnews_dist.run.directory import open_output
     from agnews_dist.run.fingerprints import fingerprint_of
     from agnews_dist.run.results import write_scores
-    from agnews_dist.run.setup import Scored, load_scored, place, start_engine
-    from agnews_dist.training.timing import Clock
+    from agnews_dist.run.setup import EvaluationInputs, load_scored, place, start_engine
+    from agnews_dist.training.timing import StageTimer
 
     config, options = loaded.config, loaded.options
     chooses_cuda(world, config.engine.device)
-    clock = Clock(start)
+    timer = StageTimer(start)
     with Sinks() as emit:
 
-        def prepare() -> Scored:
+        def prepare() -> EvaluationInputs:
             if world.is_main:
                 emit.add(Console())
                 if options["output"] is not None:
@@ -63,13 +63,13 @@ def run(world: World, loaded: cli.Loaded) -> None:
                 split=options["split"],
                 max_length=config.data.max_length if "data.max_length" in loaded.explicit else None,
                 emit=emit,
-                clock=clock,
+                timer=timer,
                 world=world,
             )
 
-        outcome = collectives.attempt(prepare)
+        outcome = collectives.catch(prepare)
         engine = start_engine(config.engine, world, trains=False)
-        sources = collectives.agree(outcome)
+        sources = collectives.raise_if_any_failed(outcome)
         prints = {"tokens": sources.fingerprint, "frozen_weights": fingerprint_of(sources.classifier.frozen_state)}
         collectives.check_equal(prints)
         place(sources.classifier, engine, fast_path=config.engine.fast_path)
@@ -81,11 +81,11 @@ def run(world: World, loaded: cli.Loaded) -> None:
             "device": f"{engine.description}, {engine.precision}",
         }
         emit(RunStarted(facts=facts, parameters=parameter_table(sources.classifier)))
-        clock.end_of_setup()
-        with clock.stage("eval"):
-            scored = score_split(sources.classifier, table, engine, num_classes=len(sources.class_names), emit=emit)
+        timer.end_of_setup()
+        with timer.stage("eval"):
+            scored = evaluate_split(sources.classifier, table, engine, num_classes=len(sources.class_names), emit=emit)
         emit(scored.event(sources.tokens.name, 0, sources.class_names))
         if options["output"] is not None:
             write_scores(
-                Path(options["output"]), engine, sources.tokens.name, scored, prints=prints, clock=clock, emit=emit
+                Path(options["output"]), engine, sources.tokens.name, scored, prints=prints, timer=timer, emit=emit
             )

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from agnews_dist.commands.runner import tell
+from agnews_dist.commands.runner import run_command
 from agnews_dist.config import command_line as cli
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
@@ -23,7 +23,7 @@ OPTIONS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the story; returns the exit code."""
-    return tell("plan", argv, run, OPTIONS)
+    return run_command("plan", argv, run, OPTIONS)
 
 
 def run(world: World, loaded: cli.Loaded) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from agnews_dist.commands.runner import tell
+from agnews_dist.commands.runner import run_command
 from agnews_dist.config import command_line as cli
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError, DataError, UserError
@@ -49,7 +49,7 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the story; returns the exit code."""
-    return tell("predict", argv, run, OPTIONS)
+    return run_command("predict", argv, run, OPTIONS)
 
 
 def run(world: World, loaded: cli.Loaded) -> None:

@@ -7,14 +7,14 @@ tokens in data.cache_dir; the training job finds them there.
 import time
 from collections.abc import Sequence
 
-from agnews_dist.commands.runner import TRAINING_OPTIONS, tell
+from agnews_dist.commands.runner import TRAINING_OPTIONS, run_command
 from agnews_dist.config import command_line as cli
 from agnews_dist.distributed.world import World
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the story; returns the exit code."""
-    return tell("prepare", argv, run, TRAINING_OPTIONS)
+    return run_command("prepare", argv, run, TRAINING_OPTIONS)
 
 
 def run(world: World, loaded: cli.Loaded) -> None:
@@ -25,7 +25,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.events import RunDone
     from agnews_dist.report.console import Console, Sinks
     from agnews_dist.run.setup import load_sources
-    from agnews_dist.training.timing import Clock
+    from agnews_dist.training.timing import StageTimer
 
     config = loaded.config
     with Sinks() as emit:
@@ -33,7 +33,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
             emit.add(Console())
         check_source(config.data.source)
         sources = load_sources(
-            config.data, config.model, seed=config.run.seed, emit=emit, clock=Clock(start), world=world
+            config.data, config.model, seed=config.run.seed, emit=emit, timer=StageTimer(start), world=world
         )
         store = sources.store
         facts = {

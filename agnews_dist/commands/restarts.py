@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from agnews_dist.commands.runner import TRAINING_OPTIONS, tell
+from agnews_dist.commands.runner import TRAINING_OPTIONS, run_command
 from agnews_dist.config import command_line as cli
 from agnews_dist.distributed.world import World
 from agnews_dist.run.restart_policy import at_begin, at_end, read_starts, start_of, write_starts
@@ -33,7 +33,7 @@ OPTIONS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the story; returns the exit code: 0 whatever the answer, 2 for settings with which no training starts."""
-    return tell("restarts", argv, run, OPTIONS)
+    return run_command("restarts", argv, run, OPTIONS)
 
 
 def run(_: World, loaded: cli.Loaded) -> None:

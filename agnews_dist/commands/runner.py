@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 
 from agnews_dist.config.command_line import Loaded, Option, load
-from agnews_dist.distributed.preemption import Watch, preempted_exit_code
+from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
 from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.errors import SharedError, Stopped, UserError
 
@@ -25,26 +25,26 @@ TRAINING_OPTIONS = (
 """Options of a training besides its configuration; commands that run before or after a training take them too."""
 
 
-def tell(
+def run_command(
     story: str,
     argv: Sequence[str] | None,
     body: Callable[[World, Loaded], None],
     options: Sequence[Option] = (),
-    watch: Watch | None = None,
+    preemption: PreemptionHandler | None = None,
 ) -> int:
-    """Run `body` and return the process's exit code; `watch`: what it is told by signals, watched from here on.
+    """Run `body` and return the process's exit code; `preemption`: what it is told by signals, watched from here on.
 
     A user error is printed without traceback. An error raised by all ranks together is printed once, by rank 0, and names the
     rank that saw it; one in the arguments or the launcher's variables, the same for all, by the first rank of each node; any
     other by the rank that has it.
     """
-    if watch is None:
+    if preemption is None:
         return _tell(story, argv, body, options, None)
-    watch.start()
+    preemption.start()
     try:
-        return _tell(story, argv, body, options, watch)
+        return _tell(story, argv, body, options, preemption)
     finally:
-        watch.close()
+        preemption.close()
 
 
 def _tell(
@@ -52,7 +52,7 @@ def _tell(
     argv: Sequence[str] | None,
     body: Callable[[World, Loaded], None],
     options: Sequence[Option],
-    watch: Watch | None,
+    preemption: PreemptionHandler | None,
 ) -> int:
     world = World()
     is_loaded = False
@@ -75,9 +75,9 @@ def _tell(
             _say(str(stopped))
         exit_code = preempted_exit_code(os.environ)
     except UserError as error:
-        if watch is not None and is_loaded:
+        if preemption is not None and is_loaded:
             # So that the others, which will miss this rank in a collective, say why they end.
-            watch.failed(str(error))
+            preemption.failed(str(error))
         if is_loaded or world.local_rank == 0:
             _say(f"{_label(world.rank, world)}error: {error}")
         return error.exit_code
@@ -90,7 +90,7 @@ def _tell(
         # is left as it is: the other ranks may be inside a collective, and closing it here could wait for them.
         text = traceback.format_exc()
         # Of ranks that fail because another one did, one line is enough.
-        consequence = watch.failed(text.strip().splitlines()[-1]) if watch is not None else None
+        consequence = preemption.failed(text.strip().splitlines()[-1]) if preemption is not None else None
         _say(_marked(consequence or text, world))
         return 1
     # After the except clauses, when no traceback keeps the wrapped model alive: it must be gone before its process group is.

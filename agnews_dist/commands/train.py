@@ -12,19 +12,19 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from agnews_dist.commands.runner import TRAINING_OPTIONS, tell
+from agnews_dist.commands.runner import TRAINING_OPTIONS, run_command
 from agnews_dist.config import command_line as cli
-from agnews_dist.distributed.preemption import Watch
+from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.world import World
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the story; returns the exit code (0, 1 for a failed run, 2 for wrong settings, see preempt.py for a stopped one)."""
-    watch = Watch(os.environ)
-    return tell("train", argv, partial(run, watch=watch), TRAINING_OPTIONS, watch=watch)
+    preemption = PreemptionHandler(os.environ)
+    return run_command("train", argv, partial(run, preemption=preemption), TRAINING_OPTIONS, preemption=preemption)
 
 
-def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
+def run(world: World, loaded: cli.Loaded, *, preemption: PreemptionHandler) -> None:
     """Train, evaluate and export one classifier.
 
     Raises:
@@ -37,7 +37,7 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
     from agnews_dist.data.corpus import check_source
     from agnews_dist.distributed import collectives
     from agnews_dist.engine.memory import Estimate
-    from agnews_dist.evaluation.evaluator import ScoredSplit, score_split
+    from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
     from agnews_dist.model.gpt2 import parameter_table
     from agnews_dist.preflight.memory_check import check_fits
     from agnews_dist.report.console import Console, Sinks
@@ -45,7 +45,7 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
     from agnews_dist.run.fingerprints import fingerprints
     from agnews_dist.run.results import finish
     from agnews_dist.run.setup import (
-        Sources,
+        TrainingInputs,
         check_engine,
         load_sources,
         open_features,
@@ -53,31 +53,31 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
         plan_settings,
         start_engine,
     )
-    from agnews_dist.run.summary import announce
+    from agnews_dist.run.summary import log_summary
     from agnews_dist.training import diagnostics as debug
     from agnews_dist.training.diagnostics import profiling, rehearse
-    from agnews_dist.training.loop import Training
+    from agnews_dist.training.loop import Trainer
     from agnews_dist.training.optim import build_optimizer
-    from agnews_dist.training.timing import Clock, TimedFeatures
+    from agnews_dist.training.timing import StageTimer, TimedFeatures
 
     config = loaded.config
     check_engine(config, world)
-    set_deadline(watch, config.run.max_minutes)
-    clock = Clock(start)
+    set_deadline(preemption, config.run.max_minutes)
+    timer = StageTimer(start)
     if config.run.debug:
         debug.be_deterministic()
     engine = start_engine(config.engine, world)
     if world.num_ranks > 1:
         timeout = config.engine.timeout_seconds
-        watch.meet(collectives.side_channel(timeout), world.rank, world.num_ranks, timeout)
+        preemption.meet(collectives.side_channel(timeout), world.rank, world.num_ranks, timeout)
 
-    with Sinks() as emit, Attempt(config, engine, watch, emit, accept=loaded.options["accept"]) as attempt:
+    with Sinks() as emit, Attempt(config, engine, preemption, emit, accept=loaded.options["accept"]) as attempt:
         if world.is_main:
             emit.add(Console(every_step=config.run.debug))
         # Alone, and first: of a run that is refused no rank shall tokenise anything.
-        collectives.agree(collectives.attempt(attempt.claim))
+        collectives.raise_if_any_failed(collectives.catch(attempt.claim))
 
-        def prepare() -> tuple[Estimate, Sources]:
+        def prepare() -> tuple[Estimate, TrainingInputs]:
             check_source(config.data.source)
             memory = check_fits(config, world)
             return (
@@ -87,12 +87,12 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
                     config.model,
                     seed=config.run.seed,
                     emit=emit,
-                    clock=clock,
+                    timer=timer,
                     world=world,
                 ),
             )
 
-        memory, sources = collectives.agree(collectives.attempt(prepare))
+        memory, sources = collectives.raise_if_any_failed(collectives.catch(prepare))
         prints = fingerprints(config, sources)
         collectives.check_equal(prints)
         attempt.begin(prints)
@@ -128,7 +128,7 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
         )
         loader.owner_N = features.owner_N
         num_steps, parameters = loader.num_steps(config.optim.epochs), parameter_table(classifier)
-        announce(
+        log_summary(
             config,
             engine,
             sources,
@@ -145,43 +145,43 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
         if config.batch.longest_first:
             rehearse(classifier, loader.largest_step(0), engine, emit)
         optimizer = build_optimizer(classifier.suffix, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
-        wrapped = engine.prepare(classifier.suffix, optimizer, max_grad_norm=config.optim.max_grad_norm)
+        strategy = engine.prepare(classifier.suffix, optimizer, max_grad_norm=config.optim.max_grad_norm)
 
-        clock.end_of_setup()
-        with clock.stage("prefix"):
+        timer.end_of_setup()
+        with timer.stage("prefix"):
             features.build(emit)
-        built_seconds, loader.owner_N = clock.seconds["prefix"], features.owner_N
+        built_seconds, loader.owner_N = timer.seconds["prefix"], features.owner_N
         embed = TimedFeatures(features.source("train"))
 
-        def score(name: str) -> ScoredSplit:
-            with clock.stage("eval"):
-                return score_split(
+        def score(name: str) -> SplitScores:
+            with timer.stage("eval"):
+                return evaluate_split(
                     classifier,
                     tables[name],
                     engine,
                     num_classes=num_classes,
                     features=features.source(name),
-                    is_stopping=lambda: watch.is_stopping,
+                    is_stopping=lambda: preemption.is_stopping,
                 )
 
-        training = Training(
+        training = Trainer(
             config,
             engine,
             classifier,
-            wrapped,
+            strategy,
             optimizer,
             loader,
             embed,
             about=attempt.about(prints, features.choice.place, sources.store.class_names),
             built_seconds=built_seconds,
             num_steps=num_steps,
-            clock=clock,
-            watch=watch,
+            timer=timer,
+            preemption=preemption,
             emit=emit,
         )
-        saver = attempt.saver(training, wrapped)
+        saver = attempt.saver(training, strategy)
         # From here on a stop is worth a checkpoint, and the loop makes it.
-        watch.saves_from_now()
+        preemption.saves_from_now()
         with (
             saver,
             profiling(
@@ -212,7 +212,7 @@ def run(world: World, loaded: cli.Loaded, *, watch: Watch) -> None:
             num_steps=training.step,
             totals=training.totals,
             prints=prints,
-            clock=clock,
+            timer=timer,
             emit=emit,
         )
         attempt.finish(training.step)

@@ -19,7 +19,7 @@ from agnews_dist.config.fields import (
     unknown_name,
     write_value,
 )
-from agnews_dist.config.schema import Config, contradictions
+from agnews_dist.config.schema import Config, validate
 from agnews_dist.config.yaml_file import read_config
 from agnews_dist.errors import ConfigError
 
@@ -117,7 +117,7 @@ def load(story: str, argv: Sequence[str], options: Sequence[Option] = ()) -> Loa
     )
     if not problems.value_lost:
         # Where a value could not be read its default stands in, and what is said of that would be said of nothing.
-        found = contradictions(config)
+        found = validate(config)
         problems.lines.extend(line for line in found if not any(key in line for key in unreadable))
     if problems.lines:
         raise ConfigError("\n".join(problems.lines))

@@ -177,7 +177,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-def contradictions(config: Config) -> list[str]:
+def validate(config: Config) -> list[str]:
     """What each field's type cannot say: values out of range and fields that exclude each other, one message each."""
     data, model, batch, optim, engine = config.data, config.model, config.batch, config.optim, config.engine
     found: list[str] = []

@@ -86,7 +86,7 @@ def side_channel(timeout_seconds: float) -> Store:
     return hosted or connect(port)
 
 
-def attempt(work: Callable[[], T]) -> T | UserError:
+def catch(work: Callable[[], T]) -> T | UserError:
     """Run `work`; an error is returned, so that it can be voted on instead of leaving the other ranks waiting."""
     try:
         return work()
@@ -100,7 +100,7 @@ def attempt(work: Callable[[], T]) -> T | UserError:
         )
 
 
-def agree(outcome: T | UserError) -> T:
+def raise_if_any_failed(outcome: T | UserError) -> T:
     """Vote on what `attempt` returned.
 
     Raises:

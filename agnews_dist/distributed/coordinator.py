@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from agnews_dist.distributed.heartbeat import HOST_GONE, Beats, Store, no_sign_of_life
+from agnews_dist.distributed.heartbeat import HOST_GONE, Heartbeats, Store, silence_message
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class Failure:
         return f"rank {self.rank}: {self.text}" if self.rank == self.by else self.text.split(":")[0]
 
 
-class Peers:
+class Coordinator:
     """One rank's part of the conversation, which begins with its creation."""
 
     def __init__(
@@ -81,7 +81,7 @@ class Peers:
         self.is_over = False
         """Nobody is asked or answers any more."""
         self._has_news, self._has_parted, self._answered_early = False, False, None
-        self._beats, self._begun_at = Beats(store, rank, num_ranks), time.monotonic()
+        self._heartbeats, self._begun_at = Heartbeats(store, rank, num_ranks), time.monotonic()
         self._answered_at = self._begun_at
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
@@ -103,9 +103,9 @@ class Peers:
             self._read_news()
             if self.failure is None:
                 self._publish_failure(Failure(self.rank, self.rank, text))
-                self._beats.hear_all()
+                self._heartbeats.hear_all()
                 # A dead rank's last beat, read only after this, would be taken for a sign of life.
-                self._beats.hear()
+                self._heartbeats.hear()
             return self.failure
 
         return self._ask(work, LIFE_SECONDS) or self.failure
@@ -132,7 +132,7 @@ class Peers:
             if self.host_silence() > LIFE_SECONDS:
                 return [0], self.host_silence()
             since = time.monotonic() - asked_at
-            waiting = {rank: seconds for rank, seconds in self._beats.silences().items() if seconds >= since}
+            waiting = {rank: seconds for rank, seconds in self._heartbeats.silences().items() if seconds >= since}
             silent = {rank: seconds for rank, seconds in waiting.items() if seconds > LIFE_SECONDS}
             if len(silent) == len(waiting):
                 return sorted(silent), max(silent.values(), default=0.0)
@@ -163,7 +163,7 @@ class Peers:
         """On rank 0: stay for the others, with the store, until they have ended or know why they shall."""
         if self.rank == 0:
             self._ask(self._goodbye, 1.0)
-            present = self._num_ranks - sum(seconds > LIFE_SECONDS for seconds in self._beats.silences().values())
+            present = self._num_ranks - sum(seconds > LIFE_SECONDS for seconds in self._heartbeats.silences().values())
             self._wait(lambda: self._store.add("gone", 0) >= present)
 
     def close(self) -> None:
@@ -181,7 +181,7 @@ class Peers:
         self._has_parted, self.judges = True, False
         if self.failure is None:
             self._answer()
-        self._beats.close()
+        self._heartbeats.close()
         for counter in ("ready", "gone"):
             self._store.add(counter, 1)
         self.is_over = self.rank != 0
@@ -228,25 +228,25 @@ class Peers:
         except RuntimeError:
             # All that torch's store raises is one: its host is gone. On rank 0 it ends with the process only.
             self.is_over = True
-            if self.rank != 0 and not self._beats.has_closed(0):
+            if self.rank != 0 and not self._heartbeats.has_closed(0):
                 self.note(Failure(0, self.rank, HOST_GONE))
 
     def _round(self) -> None:
         away = time.monotonic() - self._begun_at
         self._begun_at += away
         if away > AWAY_SECONDS:
-            self._beats.forgive(away)
+            self._heartbeats.forgive(away)
         if not self._has_parted:
-            self._beats.beat()
+            self._heartbeats.beat()
         self._read_news()
         self._answered_at = time.monotonic()
         if self.failure is not None or not self.judges:
             return
         waits = self._answered_early and not self.all_know.is_set()
         limit = min(ANSWER_SECONDS, self.timeout_seconds) if waits else self.timeout_seconds
-        silent = {rank: seconds for rank, seconds in self._beats.silences().items() if seconds > limit}
+        silent = {rank: seconds for rank, seconds in self._heartbeats.silences().items() if seconds > limit}
         if silent:
-            text = no_sign_of_life(sorted(silent), max(silent.values()))
+            text = silence_message(sorted(silent), max(silent.values()))
             self._publish_failure(Failure(min(silent), self.rank, text))
 
     def _publish(self, key: str, value: str) -> None:

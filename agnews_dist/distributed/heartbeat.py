@@ -19,7 +19,7 @@ class Store(Protocol):
     def multi_get(self, keys: list[str], /) -> list[bytes]: ...
 
 
-class Beats:
+class Heartbeats:
     """One rank's view of the others. Silence is measured by this rank's own clock."""
 
     def __init__(self, store: Store, rank: int, num_ranks: int) -> None:
@@ -41,8 +41,8 @@ class Beats:
         ranks = self._listened()
         if not self._store.check([_key(rank) for rank in ranks]):
             ranks = [rank for rank in ranks if self._store.check([_key(rank)])]
-        beats = self._store.multi_get([_key(rank) for rank in ranks]) if ranks else []
-        for rank, beat in zip(ranks, beats, strict=True):
+        heartbeats = self._store.multi_get([_key(rank) for rank in ranks]) if ranks else []
+        for rank, beat in zip(ranks, heartbeats, strict=True):
             before, self._last[rank] = self._last.get(rank), beat
             # The first one may be a dead rank's last.
             if before is not None and before != beat:
@@ -80,7 +80,7 @@ def _key(rank: int) -> str:
     return f"beat/{rank}"
 
 
-def no_sign_of_life(ranks: Sequence[int], seconds: float) -> str:
+def silence_message(ranks: Sequence[int], seconds: float) -> str:
     """The error of ranks that are dead or hang."""
     who = f"rank {ranks[0]} has" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} have"
     return (

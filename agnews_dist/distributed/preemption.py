@@ -1,6 +1,6 @@
 """When a run has to end before its end, and that it does: signals, a vanished launcher, time limits, dead or failed ranks.
 
-The main thread asks `Watch.is_stopping` at every step, where all ranks vote, save and leave. But it may be in a collective, a
+The main thread asks `PreemptionHandler.is_stopping` at every step, where all ranks vote, save and leave. But it may be in a collective, a
 compiler or an import for long, so a second thread receives the signals, and a third (peers.py) tells the other ranks.
 
 before the first step   all end as soon as each of them knows: there is nothing to save
@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from agnews_dist.distributed.coordinator import ANSWER_SECONDS, AWAY_SECONDS, Failure, Peers
-from agnews_dist.distributed.heartbeat import HOST_GONE, Store, no_sign_of_life
+from agnews_dist.distributed.coordinator import ANSWER_SECONDS, AWAY_SECONDS, Coordinator, Failure
+from agnews_dist.distributed.heartbeat import HOST_GONE, Store, silence_message
 from agnews_dist.distributed.world import LAUNCHER_VARIABLES, World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -48,7 +48,7 @@ def slurm_seconds_left(environ: Mapping[str, str], now: float) -> float | None:
     return left if left > 0 else None
 
 
-class Watch:
+class PreemptionHandler:
     """One per process, from `start()` to `close()`; both are called in the main thread."""
 
     def __init__(self, environ: Mapping[str, str], *, grace_seconds: float = 25.0) -> None:
@@ -62,7 +62,7 @@ class Watch:
         """Called as last_words(state, reason) before the process is ended; state: preempted or failed."""
         self.nothing_to_save = True
         """Until `saves_from_now()`."""
-        self._peers: Peers | None = None
+        self._coordinator: Coordinator | None = None
         self._asked: str | None = None
         self._deadline, self._why = float("inf"), ""
         self._known_at, self._failed_at, self._signalled_at = float("inf"), float("inf"), float("inf")
@@ -90,8 +90,8 @@ class Watch:
     def close(self) -> None:
         """The story has ended by itself: nothing is watched any more, and signals do what they did before."""
         self._is_closed = True
-        if self._peers is not None:
-            self._peers.close()
+        if self._coordinator is not None:
+            self._coordinator.close()
         for number, handler in self._before:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self._wakeup_before is not None:
@@ -120,11 +120,13 @@ class Watch:
         nobody else uses; a rank silent for `timeout_seconds` has failed.
         """
         self._num_ranks = num_ranks
-        peers = Peers(store, rank, num_ranks, timeout_seconds, is_early=self._may_end_early, wake=self._wake)
+        coordinator = Coordinator(
+            store, rank, num_ranks, timeout_seconds, is_early=self._may_end_early, wake=self._wake
+        )
         with self._lock:
-            self._peers = peers
+            self._coordinator = coordinator
             if self._asked is not None:
-                peers.stop(self._asked)
+                coordinator.stop(self._asked)
 
     def saves_from_now(self) -> None:
         """Training begins: a stop is the main thread's own from now on, at a step after which all ranks leave."""
@@ -137,28 +139,28 @@ class Watch:
         """The main thread leaves, together with all others: ranks may fall silent, but the grace time goes on."""
         self._is_leaving = True
         self._known_at = min(self._known_at, time.monotonic())
-        if self._peers is not None:
-            self._peers.judges = False
+        if self._coordinator is not None:
+            self._coordinator.judges = False
 
     def failed(self, error_text: str) -> str | None:
         """What this rank is to say that ends with an error of which `error_text` is the gist; None: all about it, it is the
         first that failed, or cannot ask.
         """
-        self._is_failing, peers = True, self._peers
-        if peers is None:
+        self._is_failing, coordinator = True, self._coordinator
+        if coordinator is None:
             return None
         # Other ranks may have ended already because of the same stop, which looks like a failure from here.
         self._wait_if_ending()
-        failure = peers.fail(error_text)
-        if failure is not None and failure.by != peers.rank:
+        failure = coordinator.fail(error_text)
+        if failure is not None and failure.by != coordinator.rank:
             return failure.consequence
-        if failure is not None and failure.rank != peers.rank:
+        if failure is not None and failure.rank != coordinator.rank:
             return self._tell_once(f"error: {failure.text}") or failure.consequence
-        ranks, seconds = peers.look_for_life()
+        ranks, seconds = coordinator.look_for_life()
         if not ranks:
             return None
-        told = f"error: {no_sign_of_life(ranks, seconds)}"
-        if seconds > peers.timeout_seconds / 2:
+        told = f"error: {silence_message(ranks, seconds)}"
+        if seconds > coordinator.timeout_seconds / 2:
             return f"{told} (Here it ended with {error_text})"
         # Perhaps they are only slow, so the error itself is told as well.
         self._say(told)
@@ -166,7 +168,7 @@ class Watch:
 
     def _say(self, text: str) -> None:
         """In a single write: the ranks share standard error."""
-        rank = self._peers.rank if self._peers is not None else 0
+        rank = self._coordinator.rank if self._coordinator is not None else 0
         sys.stderr.write(f"{World(rank=rank, num_ranks=self._num_ranks).label} {text}\n")
         sys.stderr.flush()
 
@@ -182,18 +184,18 @@ class Watch:
             return self._has_agreed
 
     def _wait_if_ending(self) -> None:
-        while self._is_ending or (self._has_agreed and not (self._peers and self._peers.agreement_is_off)):
+        while self._is_ending or (self._has_agreed and not (self._coordinator and self._coordinator.agreement_is_off)):
             time.sleep(0.02)
 
     def _learn(self, reason: str) -> None:
         """The first reason counts; what a launcher sends because a rank failed is none."""
         with self._lock:
-            if self._asked is not None or (self._peers is not None and self._peers.failure is not None):
+            if self._asked is not None or (self._coordinator is not None and self._coordinator.failure is not None):
                 return
             self._known_at = min(self._known_at, time.monotonic())
             self._asked = reason
-            if self._peers is not None:
-                self._peers.stop(reason)
+            if self._coordinator is not None:
+                self._coordinator.stop(reason)
 
     def _wake(self) -> None:
         with suppress(OSError):  # full, or closed: then nobody sleeps
@@ -206,8 +208,8 @@ class Watch:
             with suppress(TimeoutError):
                 numbers = self._receiver.recv(4096)
             now = time.monotonic()
-            if now - seen_at > AWAY_SECONDS and self._peers is not None:
-                self._peers.forgive(now - seen_at)
+            if now - seen_at > AWAY_SECONDS and self._coordinator is not None:
+                self._coordinator.forgive(now - seen_at)
             seen_at = now
             self._look(numbers, now)
             if not self._is_closed:
@@ -226,41 +228,41 @@ class Watch:
             self._learn(self._why)
         if self._launcher is not None and os.getppid() != self._launcher:
             self._learn(LAUNCHER_GONE)
-        peers = self._peers
-        if peers is None:
+        coordinator = self._coordinator
+        if coordinator is None:
             return
-        if peers.reason is not None:
-            self._learn(peers.reason)
-        if peers.rank != 0 and peers.host_silence() > peers.timeout_seconds and peers.judges:
-            peers.note(Failure(0, peers.rank, no_sign_of_life([0], peers.host_silence())))
+        if coordinator.reason is not None:
+            self._learn(coordinator.reason)
+        if coordinator.rank != 0 and coordinator.host_silence() > coordinator.timeout_seconds and coordinator.judges:
+            coordinator.note(Failure(0, coordinator.rank, silence_message([0], coordinator.host_silence())))
 
     def _enforce(self, now: float) -> None:
         """End the process if it is time to."""
-        peers, waited = self._peers, now - self._known_at
+        coordinator, waited = self._coordinator, now - self._known_at
         is_over_time = waited > self._grace_seconds
-        if peers is None:
+        if coordinator is None:
             # Whose launcher is gone need not meet the others: they see it too, and the store went with it.
             is_alone = self._num_ranks == 1 or self._asked == LAUNCHER_GONE
             if self._is_hurried or is_over_time or (is_alone and self._asked and self._may_end_early()):
                 self._end("preempted" if is_alone else "failed", self._asked or "")
             return
-        state = "preempted" if peers.all_know.is_set() else "failed"
-        if self._is_hurried and not peers.is_hurried:
-            peers.hurry()
-        if peers.all_early:
+        state = "preempted" if coordinator.all_know.is_set() else "failed"
+        if self._is_hurried and not coordinator.is_hurried:
+            coordinator.hurry()
+        if coordinator.all_early:
             self._end(state, self._asked or "")
-        elif peers.failure is not None:
-            self._enforce_failure(peers.failure, now)
-        elif peers.is_hurried or is_over_time:
+        elif coordinator.failure is not None:
+            self._enforce_failure(coordinator.failure, now)
+        elif coordinator.is_hurried or is_over_time:
             self._end(state, self._asked or "")
-        elif self._has_agreed and not peers.all_know.is_set() and waited > 2 * ANSWER_SECONDS:
+        elif self._has_agreed and not coordinator.all_know.is_set() and waited > 2 * ANSWER_SECONDS:
             self._end("failed", f"{self._asked}, which not every rank has heard of")
 
     def _enforce_failure(self, failure: Failure, now: float) -> None:
-        assert self._peers is not None
+        assert self._coordinator is not None
         self._failed_at = min(self._failed_at, now)
-        is_mine = failure.by == self._peers.rank
-        is_verdict = is_mine and failure.rank != self._peers.rank
+        is_mine = failure.by == self._coordinator.rank
+        is_verdict = is_mine and failure.rank != self._coordinator.rank
         patience = self._grace_seconds if self._is_failing or self._is_leaving else FAILING_SECONDS
         if is_verdict and failure.text != HOST_GONE and not self._is_failing:
             patience = 0.0
@@ -284,15 +286,15 @@ class Watch:
                 sys.stderr.flush()
 
         try:
-            peers = self._peers
-            if peers is not None and state == "preempted":
-                peers.gather()
+            coordinator = self._coordinator
+            if coordinator is not None and state == "preempted":
+                coordinator.gather()
             speaker = threading.Thread(target=speak, daemon=True)
             speaker.start()
             speaker.join(LAST_WORDS_SECONDS)
-            if peers is not None and state == "preempted":
-                peers.disperse()
-            elif peers is not None:
-                peers.see_off()
+            if coordinator is not None and state == "preempted":
+                coordinator.disperse()
+            elif coordinator is not None:
+                coordinator.see_off()
         finally:
             os._exit(code)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from agnews_dist.distributed.world import World
-from agnews_dist.engine.deepspeed_config import Zero
-from agnews_dist.engine.strategy import WEIGHT, Wrapped
+from agnews_dist.engine.deepspeed_config import ZeroOptions
+from agnews_dist.engine.strategy import WEIGHT, Strategy
 from agnews_dist.errors import UserError
 
 
@@ -67,7 +67,7 @@ def fetch_whole_blocks(suffix: nn.Module) -> None:
         set_z3_leaf_modules(suffix, kinds)
 
 
-class ZeroWrapped(Wrapped):
+class DeepSpeedStrategy(Strategy):
     """What trains under ZeRO: divided over the ranks are the optimizer's state, from stage 2 gradients, in stage 3 weights."""
 
     def __init__(
@@ -78,7 +78,7 @@ class ZeroWrapped(Wrapped):
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         *,
-        zero: Zero,
+        zero: ZeroOptions,
         max_grad_norm: float,
         first_loss_scale: float | None,
     ) -> None:
@@ -107,7 +107,7 @@ class ZeroWrapped(Wrapped):
             self.load_scaling(first_loss_scale, 0)
 
     def __call__(self, *features: Tensor) -> Tensor:
-        """As `Wrapped`."""
+        """As `Strategy`."""
         if self._zero.stage == 3:
             # Stage 3 lets go of a block's weights when the gradient of the block's input is there: without such a gradient, at
             # once, in the middle of the block's backward pass.
@@ -124,7 +124,7 @@ class ZeroWrapped(Wrapped):
         self._engine.backward(loss)
 
     def update(self) -> float:
-        """As `Wrapped.update`; DeepSpeed itself leaves out an update whose norm is not finite, on all ranks alike."""
+        """As `Strategy.update`; DeepSpeed itself leaves out an update whose norm is not finite, on all ranks alike."""
         self._engine.step()
         if self._engine.optimizer.overflow:
             self.load_scaling(self.loss_scale, 0)
@@ -133,18 +133,18 @@ class ZeroWrapped(Wrapped):
 
     @property
     def loss_scale(self) -> float:
-        """As `Wrapped.loss_scale`."""
+        """As `Strategy.loss_scale`."""
         return float(self._engine.optimizer.loss_scale)
 
     @property
     def scaling(self) -> tuple[float, int]:
-        """As `Wrapped.scaling`."""
+        """As `Strategy.scaling`."""
         scaler = self._engine.optimizer.loss_scaler
         clean_steps = (scaler.cur_iter - scaler.last_overflow_iter - 2) % scaler.scale_window if scaler.dynamic else 0
         return self.loss_scale, clean_steps
 
     def load_scaling(self, scale: float, clean_steps: int) -> None:
-        """As `Wrapped.load_scaling`."""
+        """As `Strategy.load_scaling`."""
         scaler = self._engine.optimizer.loss_scaler
         if scaler.dynamic:
             # After an overflow DeepSpeed waits one step longer than torch before it raises the scale: here it does not.
@@ -201,7 +201,7 @@ def _key(kind: str) -> str | None:
     return None if kind == WEIGHT else kind
 
 
-def _check_state(engine: Any, optimizer: torch.optim.Optimizer, zero: Zero, max_grad_norm: float) -> None:
+def _check_state(engine: Any, optimizer: torch.optim.Optimizer, zero: ZeroOptions, max_grad_norm: float) -> None:
     """What DeepSpeed was told and what it does have differed before, in silence."""
     found = {
         "stage": (int(engine.zero_optimization_stage()), zero.stage),
@@ -218,7 +218,7 @@ def _check_state(engine: Any, optimizer: torch.optim.Optimizer, zero: Zero, max_
         )
 
 
-def _check_readable(engine: Any, zero: Zero) -> None:
+def _check_readable(engine: Any, zero: ZeroOptions) -> None:
     """DeepSpeed 0.19.8 trains well with this setting, and links weights with the wrong parts of the optimizer's state."""
     if zero.stage < 3 and engine.optimizer.round_robin_gradients:
         raise UserError(

@@ -36,7 +36,7 @@ FOREIGN = {
 
 
 @dataclass(frozen=True)
-class Zero:
+class ZeroOptions:
     """How what trains is divided over the ranks."""
 
     stage: Literal[1, 2, 3]
@@ -72,7 +72,13 @@ def read_settings(path: str) -> dict[str, Any]:
 
 
 def deepspeed_dictionary(
-    zero: Zero, *, num_ranks: int, num_parameters: int, max_grad_norm: float, compress_gradients: bool, pin_memory: bool
+    zero: ZeroOptions,
+    *,
+    num_ranks: int,
+    num_parameters: int,
+    max_grad_norm: float,
+    compress_gradients: bool,
+    pin_memory: bool,
 ) -> dict[str, Any]:
     """What `deepspeed.initialize` takes for `num_parameters` that train. `max_grad_norm` 0: no clipping.
 
@@ -116,7 +122,7 @@ def deepspeed_dictionary(
     return _merged(_merged(proposed, own), decided)
 
 
-def _offloaded(zero: Zero, settings: dict[str, Any]) -> dict[str, Any]:
+def _offloaded(zero: ZeroOptions, settings: dict[str, Any]) -> dict[str, Any]:
     names = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
     return dict.fromkeys(names[zero.offload], settings)
 

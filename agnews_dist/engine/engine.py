@@ -24,9 +24,9 @@ from agnews_dist.distributed import collectives
 from agnews_dist.distributed.rendezvous import open_process_group
 from agnews_dist.distributed.world import LAUNCHER_VARIABLES, World
 from agnews_dist.engine import deepspeed as deepspeed_door
-from agnews_dist.engine.deepspeed_config import Zero, deepspeed_dictionary
+from agnews_dist.engine.deepspeed_config import ZeroOptions, deepspeed_dictionary
 from agnews_dist.engine.device import DTYPES, choose_precision, chooses_cuda
-from agnews_dist.engine.strategy import Wrapped
+from agnews_dist.engine.strategy import Strategy
 from agnews_dist.errors import UserError
 
 FIRST_LOSS_SCALE = 2.0**16
@@ -43,7 +43,7 @@ class Engine:
         precision: str,
         allow_tf32: bool,
         timeout_seconds: int,
-        zero: Zero | None = None,
+        zero: ZeroOptions | None = None,
         fsdp: bool = False,
         compress_gradients: bool = False,
     ) -> None:
@@ -140,14 +140,14 @@ class Engine:
         """Whether what trains is taken from the host's memory part by part, never whole onto the device."""
         return self._fsdp or (self.zero is not None and self.zero.stage == 3)
 
-    def prepare(self, suffix: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Wrapped:
+    def prepare(self, suffix: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Strategy:
         """Hand over what trains, in fp32, and the optimizer of its parameters; gradients clip to `max_grad_norm` (0: not)."""
         num_parameters = sum(parameter.numel() for parameter in suffix.parameters())
         scale = FIRST_LOSS_SCALE if self.precision == "fp16" else None
         if self._fsdp:
-            from agnews_dist.engine.fsdp import ShardedWrapped
+            from agnews_dist.engine.fsdp import FSDPStrategy
 
-            return ShardedWrapped(
+            return FSDPStrategy(
                 self.world,
                 suffix,
                 optimizer,
@@ -160,7 +160,7 @@ class Engine:
             module = self._accelerator.prepare_model(suffix)
             if self._compress_gradients and isinstance(module, DistributedDataParallel):
                 module.register_comm_hook(None, collectives.average_in_bf16)
-            return Wrapped(
+            return Strategy(
                 self.world, module, suffix, optimizer, self.device, max_grad_norm=max_grad_norm, first_loss_scale=scale
             )
         assert self._plugin is not None
@@ -177,7 +177,7 @@ class Engine:
         if self.zero.stage == 3:
             deepspeed_door.fetch_whole_blocks(suffix)
         module, _ = self._accelerator.prepare(suffix, optimizer)
-        return deepspeed_door.ZeroWrapped(
+        return deepspeed_door.DeepSpeedStrategy(
             self.world,
             module,
             suffix,
@@ -194,7 +194,7 @@ def bucket_megabytes(num_bytes: int) -> int:
     return min(128, max(4, num_bytes // 8 // 2**20))
 
 
-def refuse_foreign_settings(zero: Zero | None) -> None:
+def refuse_foreign_settings(zero: ZeroOptions | None) -> None:
     """What `accelerate launch` was told about the engine must be what engine.backend says; the rest of it does not count.
 
     Raises:

@@ -10,10 +10,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from agnews_dist.distributed.world import World
-from agnews_dist.engine.strategy import Wrapped
+from agnews_dist.engine.strategy import Strategy
 
 
-class ShardedWrapped(Wrapped):
+class FSDPStrategy(Strategy):
     """What trains, every weight divided over the ranks and put together while its block computes."""
 
     def __init__(
@@ -39,7 +39,7 @@ class ShardedWrapped(Wrapped):
         super().__init__(world, suffix, suffix, optimizer, device, max_grad_norm=max_grad_norm, first_loss_scale=None)
 
     def accumulating(self, *, is_last: bool) -> AbstractContextManager[object]:
-        """As `Wrapped.accumulating`."""
+        """As `Strategy.accumulating`."""
         cast(Any, self.module).set_requires_gradient_sync(is_last)
         return nullcontext()
 

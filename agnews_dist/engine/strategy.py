@@ -20,7 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of every weight, by torch's names."""
 
 
-class Wrapped:
+class Strategy:
     """One process, or DDP: all ranks hold all weights, gradients and moments."""
 
     def __init__(

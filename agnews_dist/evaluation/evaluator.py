@@ -30,7 +30,7 @@ def never() -> bool:
 
 
 @dataclass(frozen=True)
-class ScoredSplit:
+class SplitScores:
     """A split's results, rows in file order."""
 
     labels_N: NDArray[np.int64]
@@ -52,7 +52,7 @@ class ScoredSplit:
         return {"scores": asdict(self.scores), "seconds": self.seconds}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> "ScoredSplit":
+    def of(cls, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> "SplitScores":
         """What gave these `tensors()` and this `rest()`."""
         scores = dict[str, Any](rest["scores"])
         scores["confusion"] = tuple(tuple(row) for row in scores["confusion"])
@@ -135,7 +135,7 @@ def _stop_here(engine: Engine, is_stopping: Callable[[], bool]) -> None:
         raise Stopped
 
 
-def score_split(
+def evaluate_split(
     classifier: Classifier,
     table: TokenTable,
     engine: Engine,
@@ -144,7 +144,7 @@ def score_split(
     features: FeatureSource | None = None,
     emit: Emit = silent,
     is_stopping: Callable[[], bool] = never,
-) -> ScoredSplit:
+) -> SplitScores:
     """Logits of every example, gathered once; counts are integers, the loss is a float64 sum in file order.
 
     `features` and `is_stopping`: see `rank_logits`.
@@ -174,6 +174,6 @@ def score_split(
     predictions_N = log_probabilities_NC.argmax(axis=1)
     losses_N = -log_probabilities_NC[np.arange(len(labels_N)), labels_N]
     scores = summarize(confusion_matrix(labels_N, predictions_N, num_classes), float(losses_N.sum()))
-    return ScoredSplit(
+    return SplitScores(
         labels_N, predictions_N, np.exp(log_probabilities_NC), scores, seconds=time.perf_counter() - start
     )

@@ -9,7 +9,7 @@ from agnews_dist.features.layout import Layout
 from agnews_dist.model.prefix import Features
 
 
-class KeptFeatures:
+class CachedFeatures:
     """Features gathered from rows that were computed before, on the device, in host memory or memory-mapped."""
 
     def __init__(self, rows: Tensor, layout: Layout) -> None:

@@ -15,10 +15,10 @@ from agnews_dist.engine.device import free_device_bytes
 from agnews_dist.engine.engine import Engine
 from agnews_dist.events import Emit, Warned
 from agnews_dist.features.eviction import make_room, remove, shared_directory
-from agnews_dist.features.gather import KeptFeatures
+from agnews_dist.features.gather import CachedFeatures
 from agnews_dist.features.keys import features_key
 from agnews_dist.features.layout import lay_out, longest_first, round_robin
-from agnews_dist.features.placement import Choice, Place, Room, Wanted, choose
+from agnews_dist.features.placement import Choice, FreeSpace, Place, Wanted, choose
 from agnews_dist.features.precompute import Meter, SplitFeatures, count, read_or_compute
 from agnews_dist.features.store import FeatureFile
 from agnews_dist.model.gpt2 import Classifier
@@ -55,7 +55,7 @@ class FeatureCache:
         self._num_epochs = num_epochs
         self._directory, self._limit_bytes = directory, limit_bytes
         self._frozen_weights, self._model_name = frozen_weights, model_name
-        self._kept: dict[str, KeptFeatures] = {}
+        self._kept: dict[str, CachedFeatures] = {}
         self._files: dict[str, FeatureFile] = {}
         self._failed: set[Place] = set()
         self._splits: dict[tuple[str, bool], SplitFeatures] = {}
@@ -141,7 +141,7 @@ class FeatureCache:
         return choose(
             self._wanted,
             num_bytes,
-            Room(device=device, host=host, shared=shared, disk=disk, disk_limit=self._limit_bytes),
+            FreeSpace(device=device, host=host, shared=shared, disk=disk, disk_limit=self._limit_bytes),
             num_ranks=self._world.num_ranks,
             ranks_per_node=self._world.ranks_per_node,
             num_epochs=self._num_epochs,
@@ -205,7 +205,7 @@ class FeatureCache:
             else:
                 device = self._engine.device if place == "device" else torch.device("cpu")
                 rows, filling = split.in_memory(device, rows_of, done)
-                self._kept[name] = KeptFeatures(rows, split.layout)
+                self._kept[name] = CachedFeatures(rows, split.layout)
                 pieces += filling
         # All splits at once: no thread waits for the last segment of one.
         side_by_side(pieces, self._engine.device)
@@ -213,7 +213,7 @@ class FeatureCache:
     def _open(self) -> None:
         """Map what all ranks have filled."""
         for name, file in self._files.items():
-            self._kept[name] = KeptFeatures(file.rows(), self._split(name).layout)
+            self._kept[name] = CachedFeatures(file.rows(), self._split(name).layout)
         if self.choice.place == "host" and self._files:
             collectives.all_gather(None)
             # Mapped memory lives as long as its processes: with its names gone, no kill can leave it behind.

@@ -13,7 +13,7 @@ DISK_SHARE = 0.9
 
 
 @dataclass(frozen=True)
-class Room:
+class FreeSpace:
     """Free bytes, the least over all ranks, so that every rank decides alike."""
 
     device: int
@@ -40,7 +40,7 @@ class Choice:
 def choose(
     wanted: Wanted,
     num_bytes: int,
-    room: Room,
+    room: FreeSpace,
     *,
     num_ranks: int,
     ranks_per_node: int,
@@ -80,7 +80,7 @@ def choose(
     return Choice("off", f"computed anew at every use: {gigabytes(num_bytes)} fit nowhere ({nowhere})", refused)
 
 
-def _misfit(place: Place, num_bytes: int, room: Room, *, num_ranks: int, ranks_per_node: int) -> str | None:
+def _misfit(place: Place, num_bytes: int, room: FreeSpace, *, num_ranks: int, ranks_per_node: int) -> str | None:
     """Why the features do not fit there, or None."""
     if place == "device":
         need, limit, what = -(-num_bytes // num_ranks), MEMORY_SHARE * room.device, "free device memory per rank"

@@ -35,7 +35,7 @@ BYTES_PER_SAVED_WEIGHT = 12
 
 
 @dataclass(frozen=True)
-class Kind:
+class DeviceInfo:
     """What a rank computes on and in: the same for all, or they cannot train together."""
 
     device: str
@@ -46,7 +46,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Here:
+class RankReport:
     """All that one rank found on its own."""
 
     findings: list[Finding]
@@ -54,15 +54,15 @@ class Here:
     """None: the model cannot be read."""
     error: UserError | None
     """With which it cannot."""
-    kind: Kind
+    kind: DeviceInfo
     made: list[Path]
     """Directories that were not there before."""
 
 
-UNUSABLE = Kind("unusable", "", "")
+UNUSABLE = DeviceInfo("unusable", "", "")
 
 
-def find_engine(config: Config, asked: World) -> tuple[Finding, Kind]:
+def find_engine(config: Config, asked: World) -> tuple[Finding, DeviceInfo]:
     """Device, driver, precision, and whether the engine can start."""
     try:
         check_engine(config, asked)
@@ -71,7 +71,7 @@ def find_engine(config: Config, asked: World) -> tuple[Finding, Kind]:
     except UserError as error:
         return refused("device", error), UNUSABLE
     if not use_cuda:
-        return _find_no_gpu(config.engine.device, precision), Kind("cpu", precision, "")
+        return _find_no_gpu(config.engine.device, precision), DeviceInfo("cpu", precision, "")
     tried = within(GPU_SECONDS, lambda: _try_gpu(asked.local_rank))
     if tried.value is None:
         remedy = "Look at nvidia-smi for another program on it, or leave this node out (sbatch --exclude)"
@@ -80,7 +80,7 @@ def find_engine(config: Config, asked: World) -> tuple[Finding, Kind]:
         ), UNUSABLE
     name, found = tried.value
     found += f", runs in {precision}; driver {_driver()}, CUDA {torch.version.cuda}"
-    kind, shown = Kind("cuda", precision, name), torch.cuda.device_count()
+    kind, shown = DeviceInfo("cuda", precision, name), torch.cuda.device_count()
     if shown > asked.ranks_per_node:
         remedy = "Start one rank per GPU: --nproc_per_node, or NPROC"
         found += f"; {asked.ranks_per_node} of {shown} GPUs used"
@@ -189,7 +189,7 @@ def refused(check: str, error: UserError) -> Finding:
     return Finding(check=check, verdict="fail", found=str(error))
 
 
-def look_here(config: Config, asked: World, world: World) -> Here:
+def check_rank(config: Config, asked: World, world: World) -> RankReport:
     """All of these; `asked`: the ranks of the training, `world`: those that are here."""
     hub = find_hub(config)  # before anything that asks it
     device, kind = find_engine(config, asked)
@@ -199,4 +199,4 @@ def look_here(config: Config, asked: World, world: World) -> Here:
     compiler, data = find_compiler(config.engine.compile), find_data(config.data.source)
     # A device that is not there keeps the model's memory from being told, which is no fault of the model.
     of_model = [memory] if memory.found != device.found else []
-    return Here([device, compiler, *of_model, data, *written, hub], diagnosis, error, kind, made)
+    return RankReport([device, compiler, *of_model, data, *written, hub], diagnosis, error, kind, made)

@@ -17,7 +17,7 @@ from agnews_dist.distributed.node_resources import Cores, find_cores
 from agnews_dist.distributed.world import World, is_launched
 from agnews_dist.preflight import disks
 from agnews_dist.preflight.findings import Finding, rank_words, within
-from agnews_dist.preflight.machine import Kind
+from agnews_dist.preflight.machine import DeviceInfo
 from agnews_dist.report.result_files import versions
 from agnews_dist.run.fingerprints import settings
 
@@ -29,7 +29,7 @@ class Facts:
     """What a rank tells the others of itself."""
 
     host: str
-    kind: Kind
+    kind: DeviceInfo
     cores: Cores
     threads: int
     versions: Mapping[str, str]
@@ -82,7 +82,7 @@ def check_world(expected: int | None, world: World, hosts: Sequence[str], enviro
     return Finding(check="world", verdict="ok", found=found)
 
 
-def judge_devices(kinds: Sequence[Kind]) -> Finding:
+def judge_devices(kinds: Sequence[DeviceInfo]) -> Finding:
     """Whether all ranks compute on the same kind of device and in the same precision; the same GPU is only better."""
     fixed = [{"device": kind.device, "precision": kind.precision} for kind in kinds]
     remedy = "Look at the node that differs (nvidia-smi, its driver, the container's --nv), or leave it out (sbatch --exclude)"
@@ -160,7 +160,7 @@ def check_shared(what: str, directory: Path, world: World, hosts: Sequence[str],
     return Finding(check=check, verdict="ok", found=f"{found}: every node makes its own")
 
 
-def facts_of(kind: Kind, config: Config) -> Facts:
+def facts_of(kind: DeviceInfo, config: Config) -> Facts:
     """This rank's."""
     engine = config.engine
     compared = {**settings(config), "engine.backend": engine.backend, "engine.zero_stage": engine.zero_stage}

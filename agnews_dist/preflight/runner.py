@@ -17,7 +17,7 @@ from agnews_dist.errors import UserError
 from agnews_dist.preflight import network, ranks
 from agnews_dist.preflight.findings import Finding
 from agnews_dist.preflight.job import job_of
-from agnews_dist.preflight.machine import Here
+from agnews_dist.preflight.machine import RankReport
 from agnews_dist.preflight.memory_check import read_shape, setup_of, shape_of
 from agnews_dist.preflight.rendezvous_check import Meeting, route
 from agnews_dist.preflight.time_estimate import Speed, expected_seconds
@@ -26,7 +26,7 @@ from agnews_dist.storage.locations import cache_root
 PATIENT_SECONDS = 10.0
 
 
-def meet(world: World, here: Here, timeout_seconds: int) -> torch.device:
+def meet(world: World, here: RankReport, timeout_seconds: int) -> torch.device:
     """Make the process group; what the ranks will measure: their GPUs if every one of them uses its own, else CPUs.
 
     Raises:
@@ -64,8 +64,8 @@ def _choose_interface(world: World) -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
-def look_together(
-    config: Config, asked: World, world: World, here: Here, device: torch.device, expected: int | None
+def check_job(
+    config: Config, asked: World, world: World, here: RankReport, device: torch.device, expected: int | None
 ) -> tuple[list[list[Finding]], list[Finding], float | None]:
     """(what each rank found alone, what they found together, seconds that the configured job will take; None: unknown)."""
     facts = collectives.all_gather(ranks.facts_of(here.kind, config))

@@ -14,7 +14,7 @@ from agnews_dist.events import Event, Progress
 from agnews_dist.storage.atomic import plain
 
 
-class RunLog:
+class EventLog:
     """Sink that appends events to a file.
 
     Each line is `{"event": <class name>, "time": <ISO 8601, UTC>, ...fields}`. NaN and infinities are written as null,
@@ -92,7 +92,7 @@ class RunLog:
             self._is_open = False
             os.close(self._file)
 
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> "EventLog":
         return self
 
     def __exit__(

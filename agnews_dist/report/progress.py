@@ -13,12 +13,12 @@ SECONDS_WORTH_A_RATE = 0.1
 """Over less time a rate is chance."""
 
 
-class Pace:
+class StepProgress:
     """Running figures of a training of `num_steps` steps (0: unknown)."""
 
-    def __init__(self, num_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, num_steps: int, timer: Callable[[], float] = time.monotonic) -> None:
         self.num_steps = num_steps
-        self._clock = clock
+        self._timer = timer
         self._recent: deque[StepDone] = deque(maxlen=WINDOW)
         self._first: tuple[int, float] | None = None
 
@@ -37,7 +37,7 @@ class Pace:
         self._recent.append(event)
         if self._first is None:
             # The time left is judged from the end of the first step: the first one also warms everything up.
-            self._first = (event.step, self._clock())
+            self._first = (event.step, self._timer())
 
     @property
     def mean_loss(self) -> float:
@@ -59,7 +59,7 @@ class Pace:
         since = self.last.step - first_step
         if since <= 0:
             return None
-        return (self._clock() - first_time) / since * max(self.num_steps - self.last.step, 0)
+        return (self._timer() - first_time) / since * max(self.num_steps - self.last.step, 0)
 
     def words(self, *, exact: bool = False) -> list[str]:
         """The figures as short texts; `exact`: the newest step's own loss instead of the window's mean."""
@@ -83,19 +83,19 @@ class Pace:
         return None if self.eta is None or self.is_complete else f"ETA {duration(self.eta)}"
 
 
-class TaskPace:
+class TaskProgress:
     """Running figures of one long task. The work of its first report was found done: only what follows makes the rate."""
 
-    def __init__(self, first: Progress, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, first: Progress, timer: Callable[[], float] = time.monotonic) -> None:
         self.last = first
-        self._clock = clock
-        self._started = clock()
+        self._timer = timer
+        self._started = timer()
         self._base = (self._started, first.done)
 
     def add(self, event: Progress) -> None:
         """Take in one report."""
         self.last = event
-        now = self._clock()
+        now = self._timer()
         if now - self._started < SECONDS_WORTH_A_RATE:
             # What was found done may also come piece by piece, in no time: taken as work, it would promise an early end.
             self._base = (now, event.done)
@@ -108,13 +108,13 @@ class TaskPace:
     @property
     def elapsed(self) -> float:
         """Seconds since the first report."""
-        return self._clock() - self._started
+        return self._timer() - self._started
 
     @property
     def rate(self) -> float | None:
         """Units per second; None: not known yet."""
         base_time, base_done = self._base
-        seconds, done = self._clock() - base_time, self.last.done - base_done
+        seconds, done = self._timer() - base_time, self.last.done - base_done
         return done / seconds if done > 0 and seconds >= SECONDS_WORTH_A_RATE else None
 
     @property

@@ -30,7 +30,7 @@ from agnews_dist.events import (
     Warned,
 )
 from agnews_dist.report.formatting import duration, happened, share, visible, when
-from agnews_dist.report.progress import Pace, TaskPace
+from agnews_dist.report.progress import StepProgress, TaskProgress
 
 SECONDS_BETWEEN_REFRESHES = 0.1
 SECONDS_WORTH_A_LINE = 2.0
@@ -44,14 +44,14 @@ class TerminalDisplay:
     """
 
     def __init__(
-        self, out: rich.console.Console, *, every_step: bool = False, clock: Callable[[], float] = time.monotonic
+        self, out: rich.console.Console, *, every_step: bool = False, timer: Callable[[], float] = time.monotonic
     ) -> None:
         self._out = out
         self._every_step = every_step
-        self._clock = clock
-        self._pace = Pace(0, clock)
+        self._timer = timer
+        self._pace = StepProgress(0, timer)
         self._training = False
-        self._tasks: dict[str, TaskPace] = {}
+        self._tasks: dict[str, TaskProgress] = {}
         self._live: Live | None = None
         self._refreshed = 0.0
 
@@ -64,7 +64,7 @@ class TerminalDisplay:
                 self._progress(event)
             case RunStarted():
                 self.close()
-                self._pace = Pace(event.num_steps, self._clock)
+                self._pace = StepProgress(event.num_steps, self._timer)
                 self._print(self._header(event))
             case EvalDone():
                 self._drop_open_tasks()
@@ -181,7 +181,7 @@ class TerminalDisplay:
         self._refresh(now=self._pace.is_complete)
 
     def _progress(self, event: Progress) -> None:
-        task = self._tasks.setdefault(event.task, TaskPace(event, self._clock))
+        task = self._tasks.setdefault(event.task, TaskProgress(event, self._timer))
         task.add(event)
         if not task.is_complete:
             self._refresh()
@@ -211,7 +211,7 @@ class TerminalDisplay:
             # rich hides the cursor until stop(); a process ended by a signal would leave the user without one.
             self._out.show_cursor(True)
             now = True
-        time_now = self._clock()
+        time_now = self._timer()
         if now or time_now - self._refreshed >= SECONDS_BETWEEN_REFRESHES:
             self._refreshed = time_now
             self._live.refresh()

@@ -21,29 +21,29 @@ from torch import Tensor
 from agnews_dist.config import command_line as cli
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed import collectives
-from agnews_dist.distributed.preemption import Watch, slurm_seconds_left
+from agnews_dist.distributed.preemption import PreemptionHandler, slurm_seconds_left
 from agnews_dist.engine.engine import Engine
-from agnews_dist.engine.strategy import Wrapped
+from agnews_dist.engine.strategy import Strategy
 from agnews_dist.errors import Done, Stopped, UserError
 from agnews_dist.events import Resumed, Warned
 from agnews_dist.features.placement import Wanted
 from agnews_dist.report.console import Sinks
-from agnews_dist.report.event_log import RunLog
+from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.result_files import versions
-from agnews_dist.run.directory import LOCK_SECONDS, Claim, run_name
+from agnews_dist.run.directory import LOCK_SECONDS, RunDirectory, run_name
 from agnews_dist.run.fingerprints import settings
-from agnews_dist.run.resume import ACCEPTABLE, FOLDER, Found, check_prints, look, wanted_later
+from agnews_dist.run.resume import ACCEPTABLE, FOLDER, ResumePoint, check_prints, look, wanted_later
 from agnews_dist.run.status import State, StatusFile, is_later_start, job_of, run_of_job
 from agnews_dist.training.checkpoint import checkpoints, discard
-from agnews_dist.training.checkpoint_manager import Saver, load_weights
-from agnews_dist.training.loop import Training
+from agnews_dist.training.checkpoint_manager import CheckpointManager, load_weights
+from agnews_dist.training.loop import Trainer
 
 LOG = "events.jsonl"
 SLURM_MARGIN_SECONDS = 60.0
 """Before the end of a Slurm job; Slurm itself may be as late as that."""
 
 
-def set_deadline(watch: Watch, max_minutes: float | None) -> None:
+def set_deadline(preemption: PreemptionHandler, max_minutes: float | None) -> None:
     """Have the run stop, a checkpoint included, before its own time limit and its job's."""
     limits: list[tuple[float, str]] = []
     if max_minutes is not None:
@@ -54,7 +54,7 @@ def set_deadline(watch: Watch, max_minutes: float | None) -> None:
     if of_job is not None:
         limits.append((of_job - SLURM_MARGIN_SECONDS, "the time limit of the Slurm job"))
     if limits:
-        watch.set_deadline(*min(limits))
+        preemption.set_deadline(*min(limits))
 
 
 def accepted(text: str) -> list[str]:
@@ -76,15 +76,17 @@ def accepted(text: str) -> list[str]:
 class Attempt:
     """A context: `claim()` on every rank before loading, `begin()` when all is loaded, `saver()` before the first step."""
 
-    def __init__(self, config: Config, engine: Engine, watch: Watch, emit: Sinks, *, accept: str) -> None:
-        self._config, self._engine, self._watch, self._emit = config, engine, watch, emit
+    def __init__(
+        self, config: Config, engine: Engine, preemption: PreemptionHandler, emit: Sinks, *, accept: str
+    ) -> None:
+        self._config, self._engine, self._preemption, self._emit = config, engine, preemption, emit
         self._accept = accept
         self._settings = {**settings(config), "engine.precision": engine.precision}
-        self._claim: Claim | None = None
-        self._found: Found | None = None
+        self._claim: RunDirectory | None = None
+        self._found: ResumePoint | None = None
         self._status: StatusFile | None = None
-        self._log: RunLog | None = None
-        self._saver: Saver | None = None
+        self._log: EventLog | None = None
+        self._saver: CheckpointManager | None = None
         self._has_begun = False
         self._beginning = threading.Lock()
         """Of the main thread that begins the run, and of the watch that ends it; whichever comes later finds it whole."""
@@ -111,7 +113,7 @@ class Attempt:
         if (name := run.name) is None and (is_later or resume == "auto"):
             name = self._unfinished_run(runs, job, accept)
         name = run_name(name, self._config.model.name, datetime.now())
-        claim = Claim(runs, name, overwrite=run.overwrite, config_yaml=cli.dump(self._config))
+        claim = RunDirectory(runs, name, overwrite=run.overwrite, config_yaml=cli.dump(self._config))
         self._claim = claim
         # The other ranks wait for this one, and not for longer than their timeout.
         claim.lock(min(LOCK_SECONDS, self._config.engine.timeout_seconds / 2))
@@ -122,12 +124,12 @@ class Attempt:
             claim.go_on()
         else:
             claim.take()
-            self._log = RunLog(claim.staging / LOG)
+            self._log = EventLog(claim.staging / LOG)
             self._emit.add(self._log)
         self._found = found
         step = found.checkpoint.state["step"] if found and found.checkpoint else 0
         self._status = StatusFile(claim.path, attempt=found.attempt if found else 1, step=step, job=job)
-        self._watch.last_words = self._last_words
+        self._preemption.last_words = self._last_words
         for warning in found.warnings if found else ():
             self._emit(Warned(message=warning))
 
@@ -170,7 +172,7 @@ class Attempt:
             else:
                 claim.keep()
                 keep_bytes = checkpoint.state["log_bytes"] if checkpoint else 0
-                self._log = RunLog(claim.directory / LOG, keep_bytes=keep_bytes)
+                self._log = EventLog(claim.directory / LOG, keep_bytes=keep_bytes)
                 self._emit.add(self._log)
                 status.write("running", "it goes on")
                 self._remove_later(status.step)
@@ -180,7 +182,7 @@ class Attempt:
                 self._emit(Resumed(path=str(checkpoint.path), step=status.step, attempt=status.attempt))
 
         is_main = self._engine.world.is_main
-        collectives.agree(collectives.attempt(on_main) if is_main else None)
+        collectives.raise_if_any_failed(collectives.catch(on_main) if is_main else None)
         self._has_begun = True
         self._state = collectives.all_gather(self._state)[0]
 
@@ -213,8 +215,8 @@ class Attempt:
             "versions": versions(),
         }
 
-    def saver(self, training: Training, wrapped: Wrapped) -> Saver:
-        """The run's checkpoints; `training` and `wrapped` take over the one that is continued. Collective.
+    def saver(self, training: Trainer, strategy: Strategy) -> CheckpointManager:
+        """The run's checkpoints; `training` and `strategy` take over the one that is continued. Collective.
 
         Raises:
             SharedError: its position belongs to another plan.
@@ -222,9 +224,9 @@ class Attempt:
         settings, state = self._config.checkpoint, self._state
         best = state["best"] if state else None
         own = state is not None and state["is_own"]
-        self._saver = Saver(
+        self._saver = CheckpointManager(
             self.directory / FOLDER,
-            wrapped,
+            strategy,
             keep=settings.keep,
             every_steps=settings.every_steps,
             every_minutes=settings.every_minutes,
@@ -235,10 +237,10 @@ class Attempt:
             best=best["name"] if own and best else None,
         )
         if state is not None:
-            collectives.agree(collectives.attempt(lambda: training.go_on_from(state)))
+            collectives.raise_if_any_failed(collectives.catch(lambda: training.go_on_from(state)))
             found = self._found
             tensors = found.checkpoint.tensors if found and found.checkpoint else {}
-            load_weights(wrapped, tensors, state["num_updates"])
+            load_weights(strategy, tensors, state["num_updates"])
             if best is not None:
                 kept = found.best.tensors if found and found.best else {}
                 scored: dict[str, Tensor] = collectives.all_gather(dict(kept.get("scored", {})))[0]
@@ -293,7 +295,7 @@ class Attempt:
     ) -> None:
         if isinstance(error, Stopped):
             # Raised on all ranks together, so that they can be asked.
-            reasons = [reason for reason in collectives.all_gather(self._watch.asked) if reason is not None]
+            reasons = [reason for reason in collectives.all_gather(self._preemption.asked) if reason is not None]
             error.args = (self._stop(reasons[0] if reasons else "as asked"),)
         elif self._has_begun and error is not None and not isinstance(error, Done):
             self._end("failed", str(error).split("\n")[0] or type(error).__name__)

@@ -36,7 +36,7 @@ def run_name(name: str | None, model_name: str, now: datetime) -> str:
     return name
 
 
-class Claim:
+class RunDirectory:
     """The name of a run that has not begun: a context; `lock()`, then `take()` or `go_on()`, and `keep()` once nothing can be
     refused any more.
 
@@ -153,7 +153,7 @@ class Claim:
             shutil.rmtree(self._replaced, ignore_errors=True)
             self._is_taken = False
 
-    def __enter__(self) -> "Claim":
+    def __enter__(self) -> "RunDirectory":
         return self
 
     def __exit__(

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.config.schema import Config
-from agnews_dist.run.setup import Sources
+from agnews_dist.run.setup import TrainingInputs
 
 
 def settings(config: Config) -> dict[str, object]:
@@ -41,7 +41,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def fingerprints(config: Config, sources: Sources) -> dict[str, str]:
+def fingerprints(config: Config, sources: TrainingInputs) -> dict[str, str]:
     """sha256 of what the weights depend on: settings, tokenizer, tokens, frozen weights.
 
     Places (directories, ids) are left out of the settings: what they hold is in the others.

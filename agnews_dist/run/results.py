@@ -10,17 +10,17 @@ import torch
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.engine import Engine
-from agnews_dist.evaluation.evaluator import ScoredSplit
+from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.events import Emit, RunDone
 from agnews_dist.features.manager import FeatureCache
 from agnews_dist.model.export import export_model
 from agnews_dist.report.model_card import model_card
 from agnews_dist.report.result_files import Result, Seconds, versions, write_json, write_predictions
 from agnews_dist.run.fingerprints import settings
-from agnews_dist.run.setup import Sources
+from agnews_dist.run.setup import TrainingInputs
 from agnews_dist.storage.capacity import gigabytes
 from agnews_dist.training.best_epoch import BestEpoch, RunningTotals
-from agnews_dist.training.timing import Clock
+from agnews_dist.training.timing import StageTimer
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -34,7 +34,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def write_split(directory: Path, name: str, split: ScoredSplit) -> Path:
+def write_split(directory: Path, name: str, split: SplitScores) -> Path:
     """Write the predictions of one split, in file order; returns the file."""
     path = directory / f"predictions-{name}.jsonl"
     write_predictions(path, np.arange(len(split.labels_N)), split.labels_N, split.predictions_N, split.probabilities_NC)
@@ -44,9 +44,9 @@ def write_split(directory: Path, name: str, split: ScoredSplit) -> Path:
 def finish(
     config: Config,
     engine: Engine,
-    sources: Sources,
+    sources: TrainingInputs,
     features: FeatureCache,
-    scored: Mapping[str, ScoredSplit],
+    scored: Mapping[str, SplitScores],
     *,
     directory: Path,
     best: BestEpoch,
@@ -54,7 +54,7 @@ def finish(
     num_steps: int,
     totals: RunningTotals,
     prints: Mapping[str, str],
-    clock: Clock,
+    timer: StageTimer,
     emit: Emit,
 ) -> None:
     """Write model, predictions and result.json on rank 0; a failure there is raised on all ranks."""
@@ -87,7 +87,7 @@ def finish(
         )
         paths = {"model": str(directory / "model"), "result": str(directory / "result.json")}
         paths |= {f"{name} predictions": str(write_split(directory, name, split)) for name, split in scored.items()}
-        seconds = clock.stop()
+        seconds = timer.stop()
         result = Result(
             splits=scores,
             num_steps=num_steps,
@@ -116,17 +116,17 @@ def finish(
         facts["time"] = f"{seconds['total']:.1f} s, {num_tokens / totals.seconds:,.0f} tokens/s in training"
         emit(RunDone(facts=facts, paths=paths))
 
-    collectives.agree(collectives.attempt(write) if world.is_main else None)
+    collectives.raise_if_any_failed(collectives.catch(write) if world.is_main else None)
 
 
 def write_scores(
     directory: Path,
     engine: Engine,
     name: str,
-    scored: ScoredSplit,
+    scored: SplitScores,
     *,
     prints: Mapping[str, str],
-    clock: Clock,
+    timer: StageTimer,
     emit: Emit,
 ) -> None:
     """What `evaluate` leaves: result.json and predictions of the split `name`, on rank 0; a failure is raised on all ranks."""
@@ -144,7 +144,7 @@ def write_scores(
             padding_efficiency=None,
             critical_path_efficiency=None,
             rank_balance=None,
-            seconds=Seconds(**clock.stop()),
+            seconds=Seconds(**timer.stop()),
             tokens_per_second=None,
             peak_memory_bytes=peak,
             feature_cache=None,
@@ -155,4 +155,4 @@ def write_scores(
         write_json(directory / "result.json", result.to_dict())
         emit(RunDone(paths={"result": str(directory / "result.json"), "predictions": str(path)}))
 
-    collectives.agree(collectives.attempt(write) if engine.world.is_main else None)
+    collectives.raise_if_any_failed(collectives.catch(write) if engine.world.is_main else None)

@@ -28,7 +28,7 @@ ACCEPTABLE = (
     "engine.gradient_compression",
 )
 """Settings that --accept lets differ: from here on the training is another one, on the same examples in the same order."""
-SILENT = {
+IGNORED = {
     # Places: what they hold is compared by its fingerprint.
     "data.source",
     "data.revision",
@@ -48,7 +48,7 @@ WHAT_PRINTS_MEAN = {
 
 
 @dataclass(frozen=True)
-class Found:
+class ResumePoint:
     """Where to go on."""
 
     checkpoint: Checkpoint | None
@@ -64,7 +64,7 @@ class Found:
 
 def look(
     directory: Path, *, resume: str, overwrite: bool, settings: Mapping[str, object], accept: Collection[str]
-) -> Found | None:
+) -> ResumePoint | None:
     """What `checkpoint.resume` finds for the run in `directory`, whether or not that exists; None: start anew.
 
     Raises:
@@ -79,13 +79,13 @@ def look(
         checkpoint, best, warnings = _read_path(Path(resume).expanduser())
         is_own = checkpoint.path.resolve().parent == (directory / FOLDER).resolve()
         warnings += check_settings(checkpoint, settings, accept)
-        return Found(checkpoint, best, is_own, attempt if is_own else 1, tuple(warnings))
+        return ResumePoint(checkpoint, best, is_own, attempt if is_own else 1, tuple(warnings))
     if status is None:
         return None
     checkpoint, best, warnings = read_newest_usable(directory / FOLDER)
     is_finished = status.state == "finished"
     if checkpoint is None:
-        return None if is_finished else Found(None, None, True, attempt, tuple(warnings))
+        return None if is_finished else ResumePoint(None, None, True, attempt, tuple(warnings))
     found = differences(checkpoint.state["settings"], settings)
     if overwrite and (is_finished or found):
         return None
@@ -95,7 +95,7 @@ def look(
             f"{directory} is finished ({status.step} steps): nothing is left to do. Its result is in result.json; "
             "--run.overwrite trains it again, a larger --optim.epochs goes on from its end."
         )
-    return Found(checkpoint, best, True, attempt, tuple(warnings))
+    return ResumePoint(checkpoint, best, True, attempt, tuple(warnings))
 
 
 def wanted_later(directory: Path, job: str | None, resume: str, *, overwrite: bool) -> tuple[str, bool]:
@@ -151,7 +151,7 @@ def _best_of(checkpoint: Checkpoint) -> Checkpoint | None:
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Setting -> (value in the checkpoint, value now), of those that matter."""
-    keys = [key for key in {**saved, **now} if key not in SILENT]
+    keys = [key for key in {**saved, **now} if key not in IGNORED]
     return {key: (saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)}
 
 

@@ -14,7 +14,7 @@ from agnews_dist.data.rows import fingerprint
 from agnews_dist.data.tokens import TokenSplit, TokenStore, open_or_build
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.deepspeed import require_deepspeed
-from agnews_dist.engine.deepspeed_config import Zero, deepspeed_dictionary, read_settings
+from agnews_dist.engine.deepspeed_config import ZeroOptions, deepspeed_dictionary, read_settings
 from agnews_dist.engine.device import choose_precision, chooses_cuda
 from agnews_dist.engine.engine import Engine, refuse_foreign_settings
 from agnews_dist.errors import DataError
@@ -25,11 +25,11 @@ from agnews_dist.model.export import load_classifier
 from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, split
 from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.storage.locations import cache_root
-from agnews_dist.training.timing import Clock
+from agnews_dist.training.timing import StageTimer
 
 
 @dataclass(frozen=True)
-class Sources:
+class TrainingInputs:
     """Equal on every rank."""
 
     classifier: Classifier
@@ -58,7 +58,7 @@ def plan_settings(batch: BatchConfig, seed: int) -> PlanSettings:
     )
 
 
-def zero_of(engine: EngineConfig) -> Zero | None:
+def zero_of(engine: EngineConfig) -> ZeroOptions | None:
     """How DeepSpeed is to divide what trains, with the user's own settings read; None: another engine.
 
     Raises:
@@ -67,7 +67,7 @@ def zero_of(engine: EngineConfig) -> Zero | None:
     if engine.backend != "deepspeed":
         return None
     own = read_settings(engine.deepspeed_config) if engine.deepspeed_config is not None else {}
-    return Zero(stage=engine.zero_stage, offload=engine.offload, settings=own)
+    return ZeroOptions(stage=engine.zero_stage, offload=engine.offload, settings=own)
 
 
 def check_engine(config: Config, world: World) -> None:
@@ -122,7 +122,7 @@ def place(classifier: Classifier, engine: Engine, *, fast_path: bool, checkpoint
 
 def open_features(
     config: Config,
-    sources: Sources,
+    sources: TrainingInputs,
     tables: Mapping[str, TokenTable],
     engine: Engine,
     *,
@@ -187,9 +187,9 @@ def load_sources(
     *,
     seed: int,
     emit: Emit,
-    clock: Clock,
+    timer: StageTimer,
     world: World,
-) -> Sources:
+) -> TrainingInputs:
     """Model first: it is quick to fail, and tokenising may take minutes.
 
     Raises:
@@ -204,13 +204,13 @@ def load_sources(
     classifier = split(
         backbone, trainable_blocks=model.trainable_blocks, num_classes=len(corpus.class_names), seed=seed
     )
-    with clock.stage("tokenize"):
+    with timer.stage("tokenize"):
         store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world)
-    return Sources(classifier, tokenizer, store)
+    return TrainingInputs(classifier, tokenizer, store)
 
 
 @dataclass(frozen=True)
-class Scored:
+class EvaluationInputs:
     """A saved classifier and the split it is to score; equal on every rank."""
 
     classifier: Classifier
@@ -233,9 +233,9 @@ def load_scored(
     split: str | None,
     max_length: int | None,
     emit: Emit,
-    clock: Clock,
+    timer: StageTimer,
     world: World,
-) -> Scored:
+) -> EvaluationInputs:
     """A classifier and one tokenised split. `split` None: test, or the whole of a single file.
 
     `max_length` None takes the length the model was trained with; another one is obeyed, with a warning.
@@ -268,10 +268,10 @@ def load_scored(
         )
     wanted = {name: corpus.splits[name]}
     corpus = Corpus(wanted, corpus.class_names, fingerprint(wanted, corpus.class_names))
-    with clock.stage("tokenize"):
+    with timer.stage("tokenize"):
         length = max_length or trained_length
         store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world)
-    return Scored(classifier, tokenizer, class_names, store.splits[name], store.fingerprint)
+    return EvaluationInputs(classifier, tokenizer, class_names, store.splits[name], store.fingerprint)
 
 
 def _only_split(source: str, corpus: Corpus) -> str:

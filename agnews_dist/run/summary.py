@@ -10,13 +10,13 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.memory import Estimate, summary
 from agnews_dist.events import Emit, RunStarted, Warned
 from agnews_dist.features.manager import FeatureCache
-from agnews_dist.run.setup import Sources, plan_settings
+from agnews_dist.run.setup import TrainingInputs, plan_settings
 
 
-def announce(
+def log_summary(
     config: Config,
     engine: Engine,
-    sources: Sources,
+    sources: TrainingInputs,
     features: FeatureCache,
     memory: Estimate,
     parameters: Mapping[str, tuple[int, int]],

@@ -6,20 +6,20 @@ from typing import Any
 from torch import Tensor
 
 from agnews_dist.data.batching.shares import Share, Tally
-from agnews_dist.engine.strategy import Wrapped
-from agnews_dist.evaluation.evaluator import ScoredSplit
+from agnews_dist.engine.strategy import Strategy
+from agnews_dist.evaluation.evaluator import SplitScores
 
 
 class BestEpoch:
     """Keeps what trains as it was after the epoch with the highest validation accuracy; ties go to the lower loss."""
 
-    def __init__(self, wrapped: Wrapped) -> None:
-        self._wrapped = wrapped
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
         self.state: dict[str, Tensor] = {}
         """Its weights, on rank 0 alone: the others get theirs back from there."""
         self.epoch = 0
         self._step = 0
-        self._scored: ScoredSplit | None = None
+        self._scored: SplitScores | None = None
 
     @property
     def name(self) -> str:
@@ -27,7 +27,7 @@ class BestEpoch:
         return f"best-{self._step:08d}"
 
     @property
-    def scored(self) -> ScoredSplit:
+    def scored(self) -> SplitScores:
         """The validation split as the best epoch scored it."""
         assert self._scored is not None
         return self._scored
@@ -41,9 +41,9 @@ class BestEpoch:
     def recall(self, entry: Mapping[str, Any], scored: Mapping[str, Tensor], state: dict[str, Tensor]) -> None:
         """Be what gave this `entry()`; `state`: read on rank 0 alone."""
         self.epoch, self._step = entry["epoch"], entry["step"]
-        self._scored, self.state = ScoredSplit.of(scored, entry), state
+        self._scored, self.state = SplitScores.of(scored, entry), state
 
-    def offer(self, epoch: int, scored: ScoredSplit, *, step: int) -> None:
+    def offer(self, epoch: int, scored: SplitScores, *, step: int) -> None:
         """Keep a copy if this epoch, which ended with `step`, is better; every rank decides alike, from the same integers.
         Collective."""
         new, old = scored.scores, self._scored.scores if self._scored else None
@@ -51,11 +51,11 @@ class BestEpoch:
             self.epoch, self._step, self._scored = epoch, step, scored
             # The older copy first: there is room for one.
             self.state = {}
-            self.state = self._wrapped.full_state()
+            self.state = self._strategy.full_state()
 
     def restore(self) -> None:
         """Put the best epoch's weights back. Collective."""
-        self._wrapped.load(self.state)
+        self._strategy.load(self.state)
 
 
 class RunningTotals:

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agnews_dist.engine.strategy import Wrapped
+from agnews_dist.engine.strategy import Strategy
 from agnews_dist.events import CheckpointSaved, Emit, Warned
-from agnews_dist.report.event_log import RunLog
+from agnews_dist.report.event_log import EventLog
 from agnews_dist.training.best_epoch import BestEpoch
 from agnews_dist.training.checkpoint import STATE, best_name, checkpoints, prune, sweep, write_checkpoint
 
 SLOW_SECONDS = 10.0
 """A checkpoint that takes longer is warned of, if the next one waits for it."""
 WEIGHT = "weight."
-"""Before the names of weights in `Wrapped.whole_state`."""
+"""Before the names of weights in `Strategy.whole_state`."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class _Writing:
     outcome: Future[int]
 
 
-class Saver:
+class CheckpointManager:
     """The checkpoints of one run. Every rank has one and calls `save` at the same points; rank 0's does the work."""
 
     def __init__(
         self,
         folder: Path,
-        wrapped: Wrapped,
+        strategy: Strategy,
         *,
         keep: int,
         every_steps: int | None,
         every_minutes: float | None,
-        log: RunLog | None,
+        log: EventLog | None,
         emit: Emit,
         found: str | None = None,
         last_saved: int = 0,
@@ -59,7 +59,7 @@ class Saver:
         """`log`: its length is part of a checkpoint; only rank 0 has one. `found`: the checkpoint that the run goes on from, of
         `last_saved` steps, which refers to the best epoch `best`; both are known to be whole.
         """
-        self._folder, self._wrapped, self._log, self._emit = folder, wrapped, log, emit
+        self._folder, self._strategy, self._log, self._emit = folder, strategy, log, emit
         self._keep, self._every_steps = keep, every_steps
         self._every_seconds = 60 * every_minutes if every_minutes is not None else float("inf")
         self._buffers: dict[str, Tensor] = {}
@@ -113,7 +113,7 @@ class Saver:
         begin = time.monotonic()
         # The buffers are one checkpoint large: the one before must have left them.
         self.settle()
-        for key, tensor in self._wrapped.whole_state():
+        for key, tensor in self._strategy.whole_state():
             if self._log is not None:
                 if key not in self._buffers:
                     self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -133,7 +133,7 @@ class Saver:
         name: str,
         content: Mapping[str, Any],
         best: tuple[str, Mapping[str, Mapping[str, Tensor]]] | None,
-        log: RunLog,
+        log: EventLog,
     ) -> int:
         """Runs in the thread; the bytes written.
 
@@ -184,7 +184,7 @@ class Saver:
             )
         )
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "CheckpointManager":
         return self
 
     def __exit__(
@@ -195,10 +195,10 @@ class Saver:
         self._writer.shutdown()
 
 
-def load_weights(wrapped: Wrapped, tensors: Mapping[str, Mapping[str, Tensor]], num_updates: int) -> None:
-    """Give `wrapped` what a checkpoint has of it; collective, `tensors` are read on rank 0 alone."""
+def load_weights(strategy: Strategy, tensors: Mapping[str, Mapping[str, Tensor]], num_updates: int) -> None:
+    """Give `strategy` what a checkpoint has of it; collective, `tensors` are read on rank 0 alone."""
     weights = {WEIGHT + name: value for name, value in tensors.get("weights", {}).items()}
-    wrapped.load_state({**weights, **tensors.get("moments", {})}, num_updates)
+    strategy.load_state({**weights, **tensors.get("moments", {})}, num_updates)
 
 
 def _best_names(folder: Path, keep: int) -> set[str]:

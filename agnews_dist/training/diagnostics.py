@@ -96,7 +96,7 @@ def rehearse(classifier: Classifier, batches: StepBatches, engine: Engine, emit:
             ) from error
 
     emit(Progress(task=task, done=0, total=1))
-    collectives.agree(collectives.attempt(attempted))
+    collectives.raise_if_any_failed(collectives.catch(attempted))
     emit(Progress(task=task, done=1, total=1))
 
 

@@ -15,22 +15,22 @@ from agnews_dist.config.schema import Config
 from agnews_dist.data.batching.loader import StepBatches, TrainLoader
 from agnews_dist.data.batching.position import load_position, save_position
 from agnews_dist.data.batching.shares import Tally
-from agnews_dist.distributed.preemption import Watch
+from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.engine.engine import Engine
-from agnews_dist.engine.strategy import Wrapped
+from agnews_dist.engine.strategy import Strategy
 from agnews_dist.errors import Stopped
-from agnews_dist.evaluation.evaluator import ScoredSplit
+from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.events import Emit, NonFinite, StepDone
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.training.best_epoch import BestEpoch, RunningTotals
-from agnews_dist.training.checkpoint_manager import Saver
+from agnews_dist.training.checkpoint_manager import CheckpointManager
 from agnews_dist.training.optim import learning_rate, set_lr
 from agnews_dist.training.step import NonFiniteError, StepResult, train_step
-from agnews_dist.training.timing import Clock, TimedFeatures
+from agnews_dist.training.timing import StageTimer, TimedFeatures
 
 
-class Training:
+class Trainer:
     """One run's training; every rank has one."""
 
     def __init__(
@@ -38,7 +38,7 @@ class Training:
         config: Config,
         engine: Engine,
         classifier: Classifier,
-        wrapped: Wrapped,
+        strategy: Strategy,
         optimizer: torch.optim.Optimizer,
         loader: TrainLoader,
         embed: TimedFeatures,
@@ -46,19 +46,19 @@ class Training:
         about: Mapping[str, Any],
         built_seconds: float,
         num_steps: int,
-        clock: Clock,
-        watch: Watch,
+        timer: StageTimer,
+        preemption: PreemptionHandler,
         emit: Emit,
     ) -> None:
         """`about`: what every checkpoint says beside the position; `built_seconds`: what the features took before."""
         self._config, self._engine, self._classifier = config, engine, classifier
-        self._wrapped, self._optimizer, self._loader, self._embed = wrapped, optimizer, loader, embed
+        self._strategy, self._optimizer, self._loader, self._embed = strategy, optimizer, loader, embed
         self._about, self._built_seconds, self._num_steps = about, built_seconds, num_steps
-        self._clock, self._watch, self._emit = clock, watch, emit
+        self._timer, self._preemption, self._emit = timer, preemption, emit
         self._epoch, self._done = 0, 0
         self.step = 0
         """Steps done in all."""
-        self.best, self.totals = BestEpoch(wrapped), RunningTotals(built_seconds)
+        self.best, self.totals = BestEpoch(strategy), RunningTotals(built_seconds)
 
     def go_on_from(self, state: Mapping[str, Any]) -> None:
         """Take over the position and what belongs to it; weights, moments and the best epoch are loaded elsewhere.
@@ -71,11 +71,13 @@ class Training:
         totals = state["totals"]
         self.totals.seconds += totals["seconds"]
         self.totals.tally = Tally(**totals["tally"])
-        self._clock.before = dict(state["seconds"])
+        self._timer.before = dict(state["seconds"])
         if self._engine.precision == state["precision"]:
-            self._wrapped.load_scaling(*state["scaling"])
+            self._strategy.load_scaling(*state["scaling"])
 
-    def run(self, score: Callable[[str], ScoredSplit], saver: Saver, after_step: Callable[[], None]) -> None:
+    def run(
+        self, score: Callable[[str], SplitScores], saver: CheckpointManager, after_step: Callable[[], None]
+    ) -> None:
         """Train to the end; `score` evaluates a split, `after_step` is called after every step.
 
         Raises:
@@ -94,11 +96,11 @@ class Training:
                 self._evaluate(score)
                 self._save(saver, is_scored=True)
         except Stopped:
-            self._watch.leaving()
+            self._preemption.leaving()
             self._save(saver, wait=True)
             raise
 
-    def _step(self, batches: StepBatches, saver: Saver) -> StepResult:
+    def _step(self, batches: StepBatches, saver: CheckpointManager) -> StepResult:
         begin = time.perf_counter()
         optim, world = self._config.optim, self._engine.world
         lr = learning_rate(
@@ -117,11 +119,11 @@ class Training:
             result = train_step(
                 self._engine,
                 self._embed,
-                self._wrapped,
+                self._strategy,
                 batches,
                 dropout_key=key,
                 nonfinite=optim.nonfinite,
-                stop=self._watch.is_stopping,
+                stop=self._preemption.is_stopping,
                 save=saver.due(self.step + 1),
             )
         except NonFiniteError as error:
@@ -147,27 +149,27 @@ class Training:
             self._emit(NonFinite(step=self.step, epoch=self._epoch + 1, ids=result.bad_ids))
         return result
 
-    def _evaluate(self, score: Callable[[str], ScoredSplit]) -> None:
+    def _evaluate(self, score: Callable[[str], SplitScores]) -> None:
         validation = score("validation")
         self._emit(validation.event("validation", self._epoch + 1, self._about["class_names"]))
         self.best.offer(self._epoch + 1, validation, step=self.step)
         self._epoch, self._done = self._epoch + 1, 0
 
-    def _save(self, saver: Saver, *, is_scored: bool = False, wait: bool = False) -> None:
+    def _save(self, saver: CheckpointManager, *, is_scored: bool = False, wait: bool = False) -> None:
         self._time()
         position = save_position(self._epoch, self._done, self._loader.fingerprint)
         tally = self.totals.tally
         state = {
             **self._about,
             "position": position,
-            "num_updates": self._wrapped.num_updates,
-            "scaling": self._wrapped.scaling,
+            "num_updates": self._strategy.num_updates,
+            "scaling": self._strategy.scaling,
             "totals": {"seconds": self.totals.seconds, "tally": vars(tally)},
-            "seconds": self._clock.stop(),
+            "seconds": self._timer.stop(),
         }
         saver.save(self.step, state, self.best, is_scored=is_scored, wait=wait)
 
     def _time(self) -> None:
         """Bring the clock up to date; `prefix` is a part of `train`."""
-        self._clock.seconds["train"] = self.totals.seconds - self._clock.before["train"]
-        self._clock.seconds["prefix"] = self._built_seconds + self._embed.seconds()
+        self._timer.seconds["train"] = self.totals.seconds - self._timer.before["train"]
+        self._timer.seconds["prefix"] = self._built_seconds + self._embed.seconds()

@@ -13,7 +13,7 @@ from agnews_dist.data.batching.batch import Batch
 from agnews_dist.data.batching.loader import StepBatches
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.engine import Engine
-from agnews_dist.engine.strategy import Wrapped
+from agnews_dist.engine.strategy import Strategy
 from agnews_dist.errors import SharedError, name_ids
 from agnews_dist.model.dropout import example_keys
 from agnews_dist.model.prefix import FeatureSource
@@ -64,9 +64,9 @@ def summed_loss(logits_BC: Tensor, batch: Batch) -> Tensor:
 
 
 def accumulate_gradients(
-    engine: Engine, embed: FeatureSource, wrapped: Wrapped, batches: StepBatches, *, dropout_key: int | None = None
+    engine: Engine, embed: FeatureSource, strategy: Strategy, batches: StepBatches, *, dropout_key: int | None = None
 ) -> tuple[float, list[int]]:
-    """Leave the gradient of the global mean loss in `wrapped`; (this rank's sum of losses, examples whose loss is not finite).
+    """Leave the gradient of the global mean loss in `strategy`; (this rank's sum of losses, examples whose loss is not finite).
 
     Every engine averages gradients over ranks, so the local sum is scaled by `num_ranks / num_examples`: the average of these
     is the sum over all ranks divided by the global count. A mean per rank or per micro-batch would weigh examples by the size
@@ -77,12 +77,12 @@ def accumulate_gradients(
     for index, batch in enumerate(batches.micro_batches):
         features = embed(batch)
         keys = () if dropout_key is None else (example_keys(dropout_key, batch.ids_B),)
-        with wrapped.accumulating(is_last=index == last):
-            losses_B = example_losses(wrapped(*features, *keys), batch)
+        with strategy.accumulating(is_last=index == last):
+            losses_B = example_losses(strategy(*features, *keys), batch)
             loss = losses_B.sum()
             # An infinite loss may have finite gradients. So that every engine leaves the update out, they must not be.
             ratio = loss.new_tensor(engine.world.num_ranks / batches.num_examples)
-            wrapped.backward(loss * torch.where(loss.detach().isfinite(), ratio, math.nan))
+            strategy.backward(loss * torch.where(loss.detach().isfinite(), ratio, math.nan))
         value = loss.detach().double().item()
         loss_sum += value
         if not math.isfinite(value):
@@ -93,7 +93,7 @@ def accumulate_gradients(
 def train_step(
     engine: Engine,
     embed: FeatureSource,
-    wrapped: Wrapped,
+    strategy: Strategy,
     batches: StepBatches,
     *,
     dropout_key: int | None = None,
@@ -110,16 +110,16 @@ def train_step(
         NonFiniteError: on all ranks, if any rank saw a non-finite loss or gradient and `nonfinite` is 'stop'; parameters and
             moments are untouched.
     """
-    loss_sum, bad_ids = accumulate_gradients(engine, embed, wrapped, batches, dropout_key=dropout_key)
+    loss_sum, bad_ids = accumulate_gradients(engine, embed, strategy, batches, dropout_key=dropout_key)
     total, ranks, stops, saves = _vote(engine, loss_sum, stop=stop, save=save)
     if ranks:
         all_bad = _from_all(bad_ids)
         if nonfinite == "stop":
             raise NonFiniteError(f"non-finite loss on rank(s) {', '.join(map(str, ranks))}, of", all_bad, ranks[0])
-        wrapped.update()
+        strategy.update()
         return StepResult(math.nan, None, all_bad, stops, saves)
-    loss, scale = total / batches.num_examples, wrapped.loss_scale
-    norm = wrapped.update()
+    loss, scale = total / batches.num_examples, strategy.loss_scale
+    norm = strategy.update()
     if math.isfinite(norm):
         return StepResult(loss, norm, stop=stops, save=saves)
     if scale > 1:

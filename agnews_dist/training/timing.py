@@ -12,7 +12,7 @@ from agnews_dist.model.prefix import Features, FeatureSource
 STAGES = ("total", "setup", "tokenize", "prefix", "train", "eval")
 
 
-class Clock:
+class StageTimer:
     """Wall seconds by stage; `prefix` is a part of `train`, everything is a part of `total`."""
 
     def __init__(self, start: float) -> None:

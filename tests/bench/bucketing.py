@@ -44,10 +44,10 @@ from agnews_dist.evaluation.metrics import Scores, confusion_matrix, in_file_ord
 from agnews_dist.events import silent
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.suffix import Suffix
-from agnews_dist.run.setup import Sources, load_sources
+from agnews_dist.run.setup import TrainingInputs, load_sources
 from agnews_dist.training.optim import build_optimizer, learning_rate, set_lr
 from agnews_dist.training.step import summed_loss
-from agnews_dist.training.timing import Clock
+from agnews_dist.training.timing import StageTimer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LR, DECAY, CLIP = 1e-3, 0.01, 1.0
@@ -183,7 +183,7 @@ def train(suffix: Suffix, train_split: Frozen, validation: Frozen, *, order: str
     }
 
 
-def check(sources: Sources, *, order: str, seed: int, num_steps: int) -> dict[str, Any]:
+def check(sources: TrainingInputs, *, order: str, seed: int, num_steps: int) -> dict[str, Any]:
     """The loop beside the plain path, each with its own updates, without dropout: how far do they differ?"""
     tokens, plain = sources.store.splits["train"], sources.classifier
     frozen, quick = freeze(plain, tokens), LastTokenSuffix(copy.deepcopy(plain.suffix))
@@ -214,12 +214,12 @@ def check(sources: Sources, *, order: str, seed: int, num_steps: int) -> dict[st
     }
 
 
-def open_sources(seed: int) -> Sources:
+def open_sources(seed: int) -> TrainingInputs:
     """The shared rows and model; the head is drawn from the seed."""
     shared = Path(os.environ.get("AGNEWS_SHARED", REPOSITORY.parent / "shared"))
     data = DataConfig(source=str(shared / "data" / "ag_news"))
     model = ModelConfig(name=str(shared / "checkpoints" / "gpt2-mini"))
-    return load_sources(data, model, seed=seed, emit=silent, clock=Clock(time.perf_counter()), world=World())
+    return load_sources(data, model, seed=seed, emit=silent, clock=StageTimer(time.perf_counter()), world=World())
 
 
 def runs(orders: list[str], seeds: list[int], done: set[tuple[str, int]]) -> Iterator[dict[str, Any]]:

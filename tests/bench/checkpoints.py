@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 PYTHONPATH=. python tests/bench/checkpoints.py --directory DIR [--layers 12] [--width 768] [--rounds 5]
 
 GPT-2's shape with random weights; the last block, the final norm and a head train, after one step of AdamW. Taking turns: ours
-(`Saver`), accelerate's `save_state`, Trainer's `_save_checkpoint`. Ours fsyncs all files and directories and writes a manifest;
+(`CheckpointManager`), accelerate's `save_state`, Trainer's `_save_checkpoint`. Ours fsyncs all files and directories and writes a manifest;
 the others leave the bytes to the page cache, so a third figure is theirs with `os.sync()` after it. Then a training loop with
 kept features, with a checkpoint every `--every` steps and without any, taking turns: the ratio is what saving costs. JSON
 lines.
@@ -27,10 +27,10 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model, T
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.model.gpt2 import Backbone, split
-from agnews_dist.report.event_log import RunLog
+from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.result_files import versions
 from agnews_dist.training.best_epoch import BestEpoch
-from agnews_dist.training.checkpoint_manager import Saver
+from agnews_dist.training.checkpoint_manager import CheckpointManager
 from agnews_dist.training.optim import build_optimizer
 
 TEXTS, TOKENS, CLASSES = 32, 56, 4
@@ -49,13 +49,13 @@ class Ours:
         optimizer = build_optimizer(suffix, lr=1e-4, weight_decay=0.01)
         self.wrapped = engine.prepare(suffix, optimizer, max_grad_norm=1.0)
         directory.mkdir(parents=True)
-        self.saver = Saver(
+        self.saver = CheckpointManager(
             directory / "checkpoints",
             self.wrapped,
             keep=2,
             every_steps=every_steps,
             every_minutes=None,
-            log=RunLog(directory / "events.jsonl"),
+            log=EventLog(directory / "events.jsonl"),
             emit=lambda event: None,
         )
         self.best, self.num_steps = BestEpoch(self.wrapped), 0

@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2Model
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import detect_world
 from agnews_dist.engine import engine as engine_module
-from agnews_dist.engine.deepspeed_config import Zero
+from agnews_dist.engine.deepspeed_config import ZeroOptions
 from agnews_dist.engine.engine import Engine
 from agnews_dist.model.gpt2 import Backbone, split
 from agnews_dist.model.suffix import Suffix
@@ -49,7 +49,7 @@ def main() -> None:
     hidden_BTD, lengths_B = torch.randn(TEXTS, TOKENS, given.width), torch.full((TEXTS,), TOKENS)
     labels_B = torch.arange(TEXTS) % 4
 
-    def ours(zero: Zero | None = None, *, bucket: int | None = None, **options: bool) -> Callable[[], None]:
+    def ours(zero: ZeroOptions | None = None, *, bucket: int | None = None, **options: bool) -> Callable[[], None]:
         def job() -> None:
             engine_module.bucket_megabytes = own_bucket if bucket is None else lambda _: bucket
             AcceleratorState._reset_state(True)  # accelerate knows one engine per process
@@ -98,9 +98,9 @@ def main() -> None:
         "ddp, gradients in bf16": ours(compress_gradients=True),
         **{f"ddp, buckets of {size} MiB": ours(bucket=size) for size in (1, 4, 25, 128)},
         "fsdp": ours(fsdp=True),
-        **{f"ZeRO-{stage}": ours(Zero(stage)) for stage in (1, 2, 3)},
-        "ZeRO-2, offload optimizer": ours(Zero(2, "optimizer")),
-        "ZeRO-3, offload all": ours(Zero(3, "all")),
+        **{f"ZeRO-{stage}": ours(ZeroOptions(stage)) for stage in (1, 2, 3)},
+        "ZeRO-2, offload optimizer": ours(ZeroOptions(2, "optimizer")),
+        "ZeRO-3, offload all": ours(ZeroOptions(3, "all")),
     }
     for _ in range(given.rounds):
         for name, job in cases.items():  # noqa: B007  # `measure` reads the name

@@ -13,20 +13,20 @@ from agnews_dist.data.batching.loader import TokenTable, TrainLoader, scoring_ba
 from agnews_dist.data.batching.shares import quadratic_weight
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
-from agnews_dist.evaluation.evaluator import rank_logits, score_split
+from agnews_dist.evaluation.evaluator import evaluate_split, rank_logits
 from agnews_dist.evaluation.metrics import in_file_order
 from agnews_dist.events import silent
-from agnews_dist.features.gather import KeptFeatures
+from agnews_dist.features.gather import CachedFeatures
 from agnews_dist.features.layout import lay_out
 from agnews_dist.features.precompute import SplitFeatures
 from agnews_dist.model.export import load_classifier
 from agnews_dist.model.packed import side_by_side
 from agnews_dist.model.prefix import Features, FeatureSource
 from agnews_dist.run.fingerprints import fingerprint_of
-from agnews_dist.run.setup import Sources, load_sources, open_features, plan_settings
+from agnews_dist.run.setup import TrainingInputs, load_sources, open_features, plan_settings
 from agnews_dist.training.optim import build_optimizer, learning_rate, set_lr
 from agnews_dist.training.step import train_step
-from agnews_dist.training.timing import Clock
+from agnews_dist.training.timing import StageTimer
 
 Kind = Literal["fp32", "stored", "computed"]
 
@@ -104,7 +104,7 @@ class Rows:
                 set_lr(optimizer, lr)
                 train_step(self._engine, features["train"], wrapped, batches)
                 step += 1
-            scored = score_split(
+            scored = evaluate_split(
                 classifier, self._tables["validation"], self._engine, num_classes=4, features=features["validation"]
             )
             scores.append(scored.scores)
@@ -122,7 +122,7 @@ class Rows:
             return kept
         return self._computed_in_bf16(split) if kind == "computed" else lambda batch: rounded(kept, batch)
 
-    def _computed_in_bf16(self, split: str) -> KeptFeatures:
+    def _computed_in_bf16(self, split: str) -> CachedFeatures:
         """Weights, activations and rows in bf16, as on a GPU; for a split that is scored."""
         prefix, table = copy.deepcopy(self._prefix).bfloat16(), self._tables[split]
         layout = lay_out(
@@ -134,10 +134,10 @@ class Rows:
         computing = SplitFeatures(prefix, table, layout)
         rows, pieces = computing.in_memory(torch.device("cpu"), computing.segment, lambda segment: None)
         side_by_side(pieces, torch.device("cpu"))
-        return KeptFeatures(rows, layout)
+        return CachedFeatures(rows, layout)
 
-    def _sources(self, seed: int) -> Sources:
-        clock = Clock(time.perf_counter())
+    def _sources(self, seed: int) -> TrainingInputs:
+        clock = StageTimer(time.perf_counter())
         data, model = self._config.data, self._config.model
         return load_sources(data, model, seed=seed, emit=silent, clock=clock, world=World())
 

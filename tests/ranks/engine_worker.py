@@ -23,10 +23,10 @@ from agnews_dist.data.batching.epoch_plan import PlanSettings
 from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoader
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World, detect_world
-from agnews_dist.engine.deepspeed_config import Zero
+from agnews_dist.engine.deepspeed_config import ZeroOptions
 from agnews_dist.engine.engine import Engine
-from agnews_dist.engine.strategy import Wrapped
-from agnews_dist.evaluation.evaluator import score_split
+from agnews_dist.engine.strategy import Strategy
+from agnews_dist.evaluation.evaluator import evaluate_split
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features, FeatureSource, computed
 from agnews_dist.run.setup import place
@@ -38,11 +38,11 @@ ALL_OF_IT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 ENGINES: dict[str, dict] = {
     "ddp": {},
     "fsdp": {"fsdp": True},
-    "zero1": {"zero": Zero(1)},
-    "zero2": {"zero": Zero(2)},
-    "zero3": {"zero": Zero(3, settings=ALL_OF_IT)},
-    "zero2-offload": {"zero": Zero(2, "optimizer")},
-    "zero3-offload": {"zero": Zero(3, "all", ALL_OF_IT)},
+    "zero1": {"zero": ZeroOptions(1)},
+    "zero2": {"zero": ZeroOptions(2)},
+    "zero3": {"zero": ZeroOptions(3, settings=ALL_OF_IT)},
+    "zero2-offload": {"zero": ZeroOptions(2, "optimizer")},
+    "zero3-offload": {"zero": ZeroOptions(3, "all", ALL_OF_IT)},
 }
 
 
@@ -53,7 +53,7 @@ def start(world: World, name: str, precision: str = "fp32", **options: bool) -> 
     )
 
 
-def prepare(engine: Engine, told: dict, *, max_grad_norm: float, sgd: bool = False) -> tuple[Classifier, Wrapped]:
+def prepare(engine: Engine, told: dict, *, max_grad_norm: float, sgd: bool = False) -> tuple[Classifier, Strategy]:
     classifier = toy_classifier(told["trainable_blocks"])
     before = [weight.data_ptr() for weight in classifier.prefix.parameters()]
     place(classifier, engine, fast_path=True)
@@ -80,7 +80,7 @@ def held(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
 
 
-def held_of_all(wrapped: Wrapped) -> list[Tensor]:
+def held_of_all(wrapped: Strategy) -> list[Tensor]:
     """Weights, moments, numbers of updates and the optimizer's own copies of weights."""
     of_optimizer = [weight for group in wrapped._optimizer.param_groups for weight in group["params"]]
     moments = [value for state in wrapped._optimizer.state.values() for value in state.values()]
@@ -94,7 +94,7 @@ def mean_of_means(batches: StepBatches, num_ranks: int) -> StepBatches:
     return replace(batches, num_examples=num_ranks * max(1, mine))
 
 
-def facts_of(wrapped: Wrapped, engine: Engine) -> dict:
+def facts_of(wrapped: Strategy, engine: Engine) -> dict:
     """What the engine really is, not what it was told to be."""
     module, state = wrapped.module, {}
     state["kind"] = type(module).__name__
@@ -143,7 +143,7 @@ def train(world: World, told: dict, case: dict, output: Path) -> None:
             shares.append(collectives.all_gather(mine))
             step += 1
     table = TokenTable(toy_split(told["evaluation_lengths"]), pad_id=0, device=engine.device)
-    scored = score_split(classifier, table, engine, num_classes=CLASSES)
+    scored = evaluate_split(classifier, table, engine, num_classes=CLASSES)
     state = wrapped.full_state()
     assert bool(state) == world.is_main, "whole on rank 0, and there alone"
     if world.is_main:

@@ -14,12 +14,12 @@ from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoade
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import detect_world
 from agnews_dist.engine.engine import Engine
-from agnews_dist.engine.strategy import Wrapped
+from agnews_dist.engine.strategy import Strategy
 from agnews_dist.model.prefix import Features, computed
 from agnews_dist.training.step import NonFiniteError, accumulate_gradients, summed_loss, train_step
 
 
-def mean_of_means(engine: Engine, embed, wrapped: Wrapped, batches: StepBatches) -> None:
+def mean_of_means(engine: Engine, embed, wrapped: Strategy, batches: StepBatches) -> None:
     """What people write: each rank's own mean, averaged by DDP. The negative control."""
     (batch,) = batches.micro_batches
     loss = summed_loss(wrapped(*embed(batch)), batch)

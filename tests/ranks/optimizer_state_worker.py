@@ -17,8 +17,8 @@ from agnews_dist.data.batching.loader import StepBatches
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.engine import engine as engine_module
-from agnews_dist.engine.deepspeed_config import Zero
-from agnews_dist.engine.strategy import Wrapped
+from agnews_dist.engine.deepspeed_config import ZeroOptions
+from agnews_dist.engine.strategy import Strategy
 from agnews_dist.errors import UserError
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.prefix import FeatureSource, computed
@@ -29,8 +29,8 @@ from agnews_dist.training.step import train_step
 HALF = 4
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 # What stage 3 updates, cut into several pieces; what is small it keeps whole on every rank, as it does by default.
-ENGINES["zero3-pieces"] = {"zero": Zero(3, settings={"zero_optimization": {"sub_group_size": 2000}})}
-ENGINES["zero2-dealt"] = {"zero": Zero(2, settings={"zero_optimization": {"round_robin_gradients": True}})}
+ENGINES["zero3-pieces"] = {"zero": ZeroOptions(3, settings={"zero_optimization": {"sub_group_size": 2000}})}
+ENGINES["zero2-dealt"] = {"zero": ZeroOptions(2, settings={"zero_optimization": {"round_robin_gradients": True}})}
 assert ALL_OF_IT["zero_optimization"] == {"stage3_param_persistence_threshold": 0}, (
     "the other engines keep nothing whole"
 )
@@ -51,7 +51,7 @@ class Run:
             for weight in suffix.parameters():
                 torch.nn.init.normal_(weight, generator=generator)
         optimizer = build_optimizer(suffix, lr=told["lr"], weight_decay=told["weight_decay"])
-        self.wrapped: Wrapped = self.engine.prepare(suffix, optimizer, max_grad_norm=1.0)
+        self.wrapped: Strategy = self.engine.prepare(suffix, optimizer, max_grad_norm=1.0)
         self.embed: FeatureSource = computed(self.classifier.prefix)
         loader = make_loader(self.engine, told, told["max_tokens"])
         self.batches: list[StepBatches] = [batches for epoch in range(2) for batches in loader.steps(epoch)]

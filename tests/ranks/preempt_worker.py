@@ -28,13 +28,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from agnews_dist.commands.runner import tell
+from agnews_dist.commands.runner import run_command
 from agnews_dist.distributed import collectives
-from agnews_dist.distributed.preemption import Watch
+from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.errors import Stopped
 
 
-def run(world, loaded, *, watch: Watch, directory: Path, state: str) -> None:
+def run(world, loaded, *, watch: PreemptionHandler, directory: Path, state: str) -> None:
     watch.last_words = lambda how, why: say(directory / f"{world.rank}.words", f"{how}: {why}")
     say(directory / f"{world.rank}.started", str(os.getpid()))
     if state == "imports":
@@ -68,7 +68,7 @@ def run(world, loaded, *, watch: Watch, directory: Path, state: str) -> None:
         train(watch, world, directory)
 
 
-def train(watch: Watch, world, directory: Path) -> None:
+def train(watch: PreemptionHandler, world, directory: Path) -> None:
     num_steps = 0
     while True:
         time.sleep(0.02)
@@ -99,9 +99,9 @@ def say(path: Path, text: str) -> None:
 
 
 def be_rank(directory: str, states: str) -> int:
-    watch = Watch(os.environ, grace_seconds=float(os.environ.get("GRACE_SECONDS", "25")))
+    watch = PreemptionHandler(os.environ, grace_seconds=float(os.environ.get("GRACE_SECONDS", "25")))
     state = states.split(",")[int(os.environ["RANK"])]
-    return tell("train", [], partial(run, watch=watch, directory=Path(directory), state=state), watch=watch)
+    return run_command("train", [], partial(run, watch=watch, directory=Path(directory), state=state), watch=watch)
 
 
 def serve() -> None:

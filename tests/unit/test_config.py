@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agnews_dist.config.fields import all_settings
-from agnews_dist.config.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig, contradictions
+from agnews_dist.config.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig, validate
 
 
 def changed(**values: Any) -> Config:
@@ -22,7 +22,7 @@ def changed(**values: Any) -> Config:
 
 
 def test_defaults_contradict_nothing() -> None:
-    assert contradictions(Config()) == []
+    assert validate(Config()) == []
 
 
 def test_the_public_names_are_there() -> None:
@@ -94,16 +94,16 @@ def test_nothing_can_be_changed_and_nothing_is_positional() -> None:
     ],
 )
 def test_a_value_out_of_range_is_named(field: str, value: float, remedy: str) -> None:
-    [line] = contradictions(changed(**{field: value}))
+    [line] = validate(changed(**{field: value}))
     assert line.startswith(f"{field.replace('__', '.')} {value}: ")
     assert remedy in line
 
 
 def test_a_seed_too_large_for_torch_is_named() -> None:
-    [line] = contradictions(changed(run__seed=2**32))
+    [line] = validate(changed(run__seed=2**32))
     assert line.startswith("run.seed 4294967296 is above 4294967295: ")
     assert "Set a smaller one." in line
-    assert contradictions(changed(run__seed=2**32 - 1)) == []
+    assert validate(changed(run__seed=2**32 - 1)) == []
 
 
 def test_the_last_values_in_range_are_taken() -> None:
@@ -113,32 +113,30 @@ def test_the_last_values_in_range_are_taken() -> None:
         batch=BatchConfig(global_batch_size=1, max_tokens_per_rank=1, bucket_window=1),
         optim=OptimConfig(lr=0.0, epochs=1, weight_decay=0.0, warmup_ratio=1.0, max_grad_norm=0.0),
     )
-    assert contradictions(config) == []
-    assert contradictions(changed(model__trainable_blocks="all", optim__warmup_ratio=0.0)) == []
+    assert validate(config) == []
+    assert validate(changed(model__trainable_blocks="all", optim__warmup_ratio=0.0)) == []
 
 
 def test_fields_that_exclude_each_other() -> None:
-    [line] = contradictions(changed(batch__max_tokens_per_rank=255))
+    [line] = validate(changed(batch__max_tokens_per_rank=255))
     assert line.startswith("batch.max_tokens_per_rank 255 is below data.max_length 256: ")
     assert "Raise the first or lower the second." in line
-    assert contradictions(changed(batch__max_tokens_per_rank=256)) == []
-    [line] = contradictions(changed(batch__global_token_budget=255))
+    assert validate(changed(batch__max_tokens_per_rank=256)) == []
+    [line] = validate(changed(batch__global_token_budget=255))
     assert line.startswith("batch.global_token_budget 255 is below data.max_length 256: ")
     assert "Raise the first or lower the second." in line
-    assert contradictions(changed(batch__global_token_budget=256, batch__bucket_window="epoch")) == []
+    assert validate(changed(batch__global_token_budget=256, batch__bucket_window="epoch")) == []
 
 
 @pytest.mark.parametrize("field", ["data__source", "model__name"])
 def test_an_empty_place_is_named(field: str) -> None:
-    [line] = contradictions(changed(**{field: ""}))
+    [line] = validate(changed(**{field: ""}))
     assert "data.source or model.name is empty: " in line
     assert "Give a hub id, a path, or synthetic / embedded." in line
 
 
 def test_all_contradictions_at_once() -> None:
-    assert (
-        len(contradictions(changed(optim__lr=-1.0, optim__epochs=0, run__seed=-1, data__validation_fraction=2.0))) == 4
-    )
+    assert len(validate(changed(optim__lr=-1.0, optim__epochs=0, run__seed=-1, data__validation_fraction=2.0))) == 4
 
 
 @pytest.mark.parametrize(
@@ -146,29 +144,29 @@ def test_all_contradictions_at_once() -> None:
 )
 @pytest.mark.parametrize("backend", ["ddp", "fsdp"])
 def test_what_only_deepspeed_knows(backend: str, field: str, value: object) -> None:
-    [line] = contradictions(changed(engine__backend=backend, **{f"engine__{field}": value}))
+    [line] = validate(changed(engine__backend=backend, **{f"engine__{field}": value}))
     assert line.startswith(f"engine.{field} {value} with engine.backend {backend}: only DeepSpeed knows it")
     assert "Set engine.backend deepspeed, or leave it out." in line
-    assert contradictions(changed(engine__backend="deepspeed", **{f"engine__{field}": value})) == []
+    assert validate(changed(engine__backend="deepspeed", **{f"engine__{field}": value})) == []
 
 
 def test_weights_are_offloaded_by_stage_3_alone() -> None:
     config = changed(engine__backend="deepspeed", engine__offload="all")
-    [line] = contradictions(config)
+    [line] = validate(config)
     assert "engine.offload all with engine.zero_stage 2" in line
     assert "Set engine.zero_stage 3, or engine.offload optimizer." in line
-    assert contradictions(changed(engine__backend="deepspeed", engine__offload="all", engine__zero_stage=3)) == []
+    assert validate(changed(engine__backend="deepspeed", engine__offload="all", engine__zero_stage=3)) == []
 
 
 @pytest.mark.parametrize("backend", ["fsdp", "deepspeed"])
 def test_the_rehearsal_is_for_ddp(backend: str) -> None:
-    [line] = contradictions(changed(engine__backend=backend, batch__longest_first=True))
+    [line] = validate(changed(engine__backend=backend, batch__longest_first=True))
     assert line.startswith(f"batch.longest_first with engine.backend {backend}: ")
-    assert contradictions(changed(batch__longest_first=True)) == []
+    assert validate(changed(batch__longest_first=True)) == []
 
 
 def test_half_precision_is_scaled_on_whole_gradients() -> None:
-    [line] = contradictions(changed(engine__backend="fsdp", engine__precision="fp16"))
+    [line] = validate(changed(engine__backend="fsdp", engine__precision="fp16"))
     assert "engine.precision fp16 with engine.backend fsdp" in line
     assert "Set engine.backend deepspeed with zero_stage 3, or engine.precision fp32." in line
-    assert contradictions(changed(engine__backend="ddp", engine__precision="fp16")) == []
+    assert validate(changed(engine__backend="ddp", engine__precision="fp16")) == []

@@ -29,7 +29,7 @@ from agnews_dist.events import (
 )
 from agnews_dist.report.console import Console
 from agnews_dist.report.plain import PlainLines
-from agnews_dist.report.progress import Pace, TaskPace
+from agnews_dist.report.progress import StepProgress, TaskProgress
 from agnews_dist.report.terminal import TerminalDisplay
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,7 +245,7 @@ def test_a_step_line_has_the_figures_of_the_window() -> None:
 def test_time_left_is_unknown_until_the_second_step_and_without_a_total() -> None:
     clock = Clock()
     for num_steps, expected in ((10, [None, 8.0, 7.0]), (0, [None, None, None])):
-        pace = Pace(num_steps, clock)
+        pace = StepProgress(num_steps, clock)
         found: list[float | None] = []
         for number in range(1, 4):
             clock.now += 1.0
@@ -352,7 +352,7 @@ def test_terminal_progress_in_a_unit_has_rate_and_time_left() -> None:
 
 def test_the_rate_counts_from_what_the_first_report_found_done() -> None:
     clock = Clock()
-    pace = TaskPace(prefix(5_000_000), clock)
+    pace = TaskProgress(prefix(5_000_000), clock)
     pace.add(prefix(5_000_000))
     clock.now += 10.0
     pace.add(prefix(5_400_000))
@@ -364,7 +364,7 @@ def test_the_rate_counts_from_what_the_first_report_found_done() -> None:
 
 def test_reports_of_one_instant_are_no_rate() -> None:
     clock = Clock()
-    pace = TaskPace(prefix(0), clock)
+    pace = TaskProgress(prefix(0), clock)
     for done in (0, 1_000_000, 5_000_000):
         pace.add(prefix(done))
         assert (pace.rate, pace.eta) == (None, None)
@@ -384,7 +384,7 @@ def test_reports_of_one_instant_are_no_rate() -> None:
 
 def test_a_rate_takes_a_tenth_of_a_second() -> None:
     clock = Clock()
-    pace = TaskPace(prefix(0), clock)
+    pace = TaskProgress(prefix(0), clock)
     found: list[float | None] = []
     # Binary fractions. At 1/16 s the rate's start is still moved; what comes 1/16 s later is too near to it.
     for done in (0, 10, 20, 30, 40):

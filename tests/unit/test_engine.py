@@ -8,7 +8,7 @@ import torch
 from launching import python
 
 from agnews_dist.distributed.world import World
-from agnews_dist.engine.deepspeed_config import Zero
+from agnews_dist.engine.deepspeed_config import ZeroOptions
 from agnews_dist.engine.device import choose_precision, chooses_cuda
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import UserError
@@ -83,18 +83,18 @@ def test_deepspeed_that_is_not_installed(monkeypatch):
     with pytest.raises(
         UserError, match=r"DeepSpeed is not installed: .*pip install 'agnews_dist\[deepspeed\]', or set"
     ):
-        Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60, zero=Zero(2))
+        Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60, zero=ZeroOptions(2))
 
 
 def test_deepspeed_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match=r"DeepSpeed takes it whatever is asked. Hide it with CUDA_VISIBLE_DEVICES=''"):
-        Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60, zero=Zero(2))
+        Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60, zero=ZeroOptions(2))
 
 
 @pytest.mark.parametrize(
     ("name", "zero"),
-    [("ACCELERATE_USE_DEEPSPEED", None), ("ACCELERATE_USE_FSDP", None), ("ACCELERATE_USE_FSDP", Zero(2))],
+    [("ACCELERATE_USE_DEEPSPEED", None), ("ACCELERATE_USE_FSDP", None), ("ACCELERATE_USE_FSDP", ZeroOptions(2))],
 )
 def test_another_engine_of_accelerates_own_configuration_is_refused(monkeypatch, name, zero):
     monkeypatch.setenv(name, "true")

@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 
-from agnews_dist.features.placement import Choice, Room, choose
+from agnews_dist.features.placement import Choice, FreeSpace, choose
 from agnews_dist.storage.capacity import gigabytes
 
 GB = 10**9
 NEED = 6 * GB
-ROOMY = Room(device=100 * GB, host=100 * GB, shared=100 * GB, disk=100 * GB, disk_limit=100 * GB)
-TIGHT = Room(device=GB, host=GB, shared=GB, disk=GB, disk_limit=100 * GB)
+ROOMY = FreeSpace(device=100 * GB, host=100 * GB, shared=100 * GB, disk=100 * GB, disk_limit=100 * GB)
+TIGHT = FreeSpace(device=GB, host=GB, shared=GB, disk=GB, disk_limit=100 * GB)
 
 
-def decide(wanted: Any = "auto", room: Room = ROOMY, num_bytes: int = NEED, **facts: Any) -> Choice:
+def decide(wanted: Any = "auto", room: FreeSpace = ROOMY, num_bytes: int = NEED, **facts: Any) -> Choice:
     usual = {"num_ranks": 1, "ranks_per_node": 1, "num_epochs": 3, "has_gpu": False, "is_on_disk": False}
     return choose(wanted, num_bytes, room, **{**usual, **facts})
 

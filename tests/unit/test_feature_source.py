@@ -16,7 +16,7 @@ from agnews_dist.data.batching.loader import TokenTable, scoring_batches
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.events import Event, Progress, Warned
-from agnews_dist.features.gather import KeptFeatures
+from agnews_dist.features.gather import CachedFeatures
 from agnews_dist.features.layout import Layout, lay_out, longest_first, round_robin
 from agnews_dist.features.manager import FeatureCache
 from agnews_dist.features.precompute import SplitFeatures
@@ -53,10 +53,10 @@ def features_of(prefix: Prefix, table: TokenTable, groups: list[Ints]) -> SplitF
     return SplitFeatures(prefix, table, layout)
 
 
-def kept(split: SplitFeatures) -> KeptFeatures:
+def kept(split: SplitFeatures) -> CachedFeatures:
     rows, pieces = split.in_memory(CPU, split.segment, lambda _: None)
     side_by_side(pieces, CPU)
-    return KeptFeatures(rows, split.layout)
+    return CachedFeatures(rows, split.layout)
 
 
 def real(found: Any) -> list[list[list[float]]]:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from launching import REPOSITORY, environment
 
-from agnews_dist.distributed.preemption import SIGNALS, Watch, preempted_exit_code, slurm_seconds_left
+from agnews_dist.distributed.preemption import SIGNALS, PreemptionHandler, preempted_exit_code, slurm_seconds_left
 
 PRELUDE = """
 import ctypes, os, signal, sys, threading, time
-from agnews_dist.distributed.preemption import Watch
+from agnews_dist.distributed.preemption import PreemptionHandler
 
 def words(how, why):
     print(f"{how}: {why}")
@@ -27,7 +27,7 @@ def stay():
     print("ready", flush=True)
     lock.acquire()
 
-watch = Watch(os.environ, grace_seconds=float(os.environ.get("GRACE_SECONDS", "25")))
+watch = PreemptionHandler(os.environ, grace_seconds=float(os.environ.get("GRACE_SECONDS", "25")))
 watch.last_words = words
 watch.start()
 """
@@ -179,7 +179,7 @@ def test_handlers_and_wakeup_are_restored_and_a_process_can_watch_twice():
     before = [signal.getsignal(number) for number in SIGNALS]
     fds = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(2):
-        watch = Watch({})
+        watch = PreemptionHandler({})
         watch.start()
         try:
             assert [signal.getsignal(number) for number in SIGNALS] != before
@@ -201,7 +201,7 @@ def test_handlers_and_wakeup_are_restored_and_a_process_can_watch_twice():
 
 
 def test_other_programs_signals_are_no_stop():
-    watch = Watch({})
+    watch = PreemptionHandler({})
     received = []
     before = signal.signal(signal.SIGHUP, lambda number, _: received.append(number))
     watch.start()
@@ -239,7 +239,7 @@ RANK_1_FAILED = (
     PRELUDE
     + """
 from torch.distributed import HashStore
-from agnews_dist.distributed.coordinator import Peers
+from agnews_dist.distributed.coordinator import Coordinator
 
 store = HashStore()
 watch.meet(store, 0, 2, 60.0)

@@ -11,12 +11,12 @@ from agnews_dist.engine.memory import Shape
 from agnews_dist.preflight import machine
 from agnews_dist.preflight.disks import missing_parents, probe, remove_empty
 from agnews_dist.preflight.findings import Finding, merged, rank_words, worst
-from agnews_dist.preflight.machine import Kind
+from agnews_dist.preflight.machine import DeviceInfo
 from agnews_dist.preflight.network import Work, judge_clocks, judge_pairs, judge_work, pairs_that_matter
 from agnews_dist.preflight.ranks import Facts, check_world, differing, judge_cores, judge_devices
 from agnews_dist.preflight.time_estimate import Job, Speed, expected_seconds
 
-GPU = Kind("cuda", "bf16", "H100")
+GPU = DeviceInfo("cuda", "bf16", "H100")
 FINE = Finding(check="disk", verdict="ok", found="writable")
 FULL = Finding(check="disk", verdict="fail", found="full", remedy="Free some space")
 CORES = Finding(check="cores", verdict="warn", found="1 core", remedy="Ask for more")
@@ -107,12 +107,12 @@ def test_gpus_that_torch_does_not_see_are_told_unless_a_cpu_is_meant(tmp_path, m
 
 
 def test_ranks_on_other_devices_cannot_train_together():
-    cpu = Kind("cpu", "fp32", "")
-    found = judge_devices([GPU, GPU, cpu, Kind("cuda", "fp32", "V100")])
+    cpu = DeviceInfo("cpu", "fp32", "")
+    found = judge_devices([GPU, GPU, cpu, DeviceInfo("cuda", "fp32", "V100")])
     assert (found.verdict, found.ranks) == ("fail", (2, 3))
     assert found.found == "device cuda on rank 0, cpu on rank 2; precision bf16 on rank 0, fp32 on ranks 2-3"
     assert judge_devices([GPU, GPU]).verdict == judge_devices([cpu]).verdict == "ok"
-    slower = judge_devices([GPU, Kind("cuda", "bf16", "A100")])
+    slower = judge_devices([GPU, DeviceInfo("cuda", "bf16", "A100")])
     assert (slower.verdict, slower.found, slower.ranks) == ("warn", "GPU H100 on rank 0, A100 on rank 1", (1,))
 
 

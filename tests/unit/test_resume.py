@@ -11,7 +11,7 @@ from agnews_dist.config.schema import Config
 from agnews_dist.errors import Done, UserError
 from agnews_dist.run.attempt import accepted
 from agnews_dist.run.fingerprints import settings
-from agnews_dist.run.resume import ACCEPTABLE, SILENT, check_prints, look, wanted_later
+from agnews_dist.run.resume import ACCEPTABLE, IGNORED, check_prints, look, wanted_later
 from agnews_dist.run.status import StatusFile
 from agnews_dist.training.checkpoint import DamagedError, write_checkpoint
 
@@ -107,7 +107,7 @@ REFUSED = {
 
 def test_every_setting_is_refused_or_silent():
     """A new setting must be given its place."""
-    assert {*REFUSED, *SILENT, "data.limit_validation", "data.limit_test"} == {*SETTINGS}
+    assert {*REFUSED, *IGNORED, "data.limit_validation", "data.limit_test"} == {*SETTINGS}
     assert set(ACCEPTABLE) < set(REFUSED)
     assert all(SETTINGS[key] != value for key, value in REFUSED.items()), "a difference that is none tests nothing"
 
@@ -166,7 +166,7 @@ def test_several_differences_are_told_at_once_and_accepted_at_once(tmp_path):
 
 def test_where_it_computes_and_where_its_data_lies_may_differ_silently(tmp_path):
     leave(tmp_path / "run", 40)
-    change = {key.replace(".", "__"): "other" for key in SILENT}
+    change = {key.replace(".", "__"): "other" for key in IGNORED}
     assert found(tmp_path / "run", **change).warnings == ()
 
 

@@ -10,7 +10,7 @@ import pytest
 from launching import environment
 
 from agnews_dist.errors import UserError
-from agnews_dist.run.directory import Claim, run_name
+from agnews_dist.run.directory import RunDirectory, run_name
 
 
 def test_name_is_made_from_model_and_time():
@@ -26,7 +26,7 @@ def test_names_that_leave_the_directory_are_refused(name):
 
 
 def take(runs: Path, name: str, *, overwrite: bool = False, keep: bool = True) -> Path:
-    with Claim(runs, name, overwrite=overwrite, config_yaml="run: {}\n") as claim:
+    with RunDirectory(runs, name, overwrite=overwrite, config_yaml="run: {}\n") as claim:
         claim.take()
         assert (claim.staging / "config.yaml").read_text() == "run: {}\n"
         if keep:
@@ -58,10 +58,10 @@ def test_a_run_that_never_began_leaves_everything_as_it_was(tmp_path):
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_start_that_was_killed_costs_nothing(tmp_path, overwrite):
     """No context is left in order: what a SIGKILL leaves behind, before and in the middle of keep()."""
-    Claim(tmp_path, "new", overwrite=overwrite, config_yaml="").take()
+    RunDirectory(tmp_path, "new", overwrite=overwrite, config_yaml="").take()
     take(tmp_path, "new", overwrite=overwrite)
     (tmp_path / "new" / "result.json").write_text("{}")
-    Claim(tmp_path, "new", overwrite=True, config_yaml="").take()
+    RunDirectory(tmp_path, "new", overwrite=True, config_yaml="").take()
     assert (tmp_path / "new" / "result.json").exists()
     (tmp_path / "new").rename(tmp_path / ".new.replaced")
     with pytest.raises(UserError, match="exists: its results would be lost"):
@@ -73,7 +73,7 @@ def test_a_start_that_was_killed_costs_nothing(tmp_path, overwrite):
 
 def test_a_claim_never_taken_touches_nothing(tmp_path):
     directory = take(tmp_path / "runs", "a")
-    with Claim(tmp_path / "runs", "a", overwrite=True, config_yaml=""):
+    with RunDirectory(tmp_path / "runs", "a", overwrite=True, config_yaml=""):
         pass
     assert (directory / "config.yaml").exists()
 
@@ -98,7 +98,7 @@ def test_unwritable_place_is_an_error(tmp_path):
 def test_a_run_that_goes_on_keeps_its_files_and_gets_the_new_config(tmp_path):
     directory = take(tmp_path, "a")
     (directory / "events.jsonl").write_text("{}\n")
-    with Claim(tmp_path, "a", overwrite=False, config_yaml="run: {seed: 1}\n") as claim:
+    with RunDirectory(tmp_path, "a", overwrite=False, config_yaml="run: {seed: 1}\n") as claim:
         claim.lock()
         claim.go_on()
         assert claim.path == directory
@@ -112,7 +112,7 @@ def test_a_run_that_goes_on_keeps_its_files_and_gets_the_new_config(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from agnews_dist.run.directory import Claim
+from agnews_dist.run.directory import RunDirectory
 with Claim(Path(sys.argv[1]), "a", overwrite=True, config_yaml="") as claim:
     claim.lock()
     print("held", flush=True)
@@ -130,11 +130,11 @@ def test_a_name_belongs_to_one_process_until_its_end(tmp_path, killed):
             with pytest.raises(
                 UserError, match=rf"/a is being written by another process \(process {holder.pid} on .*Wait for"
             ):
-                Claim(tmp_path, "a", overwrite=True, config_yaml="").lock(0.5)
+                RunDirectory(tmp_path, "a", overwrite=True, config_yaml="").lock(0.5)
         finally:
             holder.send_signal(signal.SIGKILL if killed else signal.SIGTERM)
             holder.wait()
-    with Claim(tmp_path, "a", overwrite=True, config_yaml="") as claim:
+    with RunDirectory(tmp_path, "a", overwrite=True, config_yaml="") as claim:
         claim.lock()
     assert list(tmp_path.iterdir()) == []
 
@@ -143,9 +143,9 @@ def test_a_name_is_waited_for_while_its_owner_is_ending(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path, "1"], stdout=subprocess.PIPE, env=environment())
     with holder:
         assert holder.stdout.readline() == b"held\n"
-        with Claim(tmp_path, "a", overwrite=True, config_yaml="") as claim:
+        with RunDirectory(tmp_path, "a", overwrite=True, config_yaml="") as claim:
             claim.lock()
             assert holder.stdout.readline() == b"let go\n"
             # The file of the first owner is gone, and must not be taken for that of this one.
             with pytest.raises(UserError, match="is being written"):
-                Claim(tmp_path, "a", overwrite=True, config_yaml="").lock(0.3)
+                RunDirectory(tmp_path, "a", overwrite=True, config_yaml="").lock(0.3)

@@ -27,7 +27,7 @@ from agnews_dist.events import (
     Warned,
 )
 from agnews_dist.report.console import Sinks
-from agnews_dist.report.event_log import RunLog, read_run_log
+from agnews_dist.report.event_log import EventLog, read_run_log
 
 STEP = StepDone(
     step=1, epoch=1, loss=1.25, lr=1e-3, grad_norm=2.0, num_examples=32, num_tokens=1664, seconds=0.5
@@ -57,7 +57,7 @@ EVENTS: list[Event] = [
 def test_every_event_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     before = datetime.now(timezone.utc)
-    with RunLog(path) as log:
+    with EventLog(path) as log:
         for event in EVENTS:
             log(event)
     found = read_run_log(path)
@@ -72,14 +72,14 @@ def test_every_event_comes_back(tmp_path: Path) -> None:
 
 
 def test_progress_is_not_written(tmp_path: Path) -> None:
-    with RunLog(tmp_path / "events.jsonl") as log:
+    with EventLog(tmp_path / "events.jsonl") as log:
         log(Progress(task="tokenising", done=1, total=2))
         log(STEP)
     assert [line["event"] for line in read_run_log(tmp_path / "events.jsonl")] == ["StepDone"]
 
 
 def test_non_finite_numbers_are_null(tmp_path: Path) -> None:
-    with RunLog(tmp_path / "events.jsonl") as log:
+    with EventLog(tmp_path / "events.jsonl") as log:
         log(dataclasses.replace(STEP, loss=math.nan, grad_norm=math.inf))
     text = (tmp_path / "events.jsonl").read_text()
     assert "NaN" not in text
@@ -94,8 +94,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from agnews_dist.events import Warned
-from agnews_dist.report.event_log import RunLog
-log = RunLog(Path(sys.argv[1]))
+from agnews_dist.report.event_log import EventLog
+log = EventLog(Path(sys.argv[1]))
 for number in range(100):
     log(Warned(message=f"event {number}"))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -114,12 +114,12 @@ def test_a_killed_process_leaves_every_event_before(tmp_path: Path) -> None:
 
 def test_a_resumed_run_continues_after_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    with RunLog(path) as log:
+    with EventLog(path) as log:
         log(Warned(message="before"))
     with path.open("a") as file:
         file.write('{"event": "Warned", "ti')
     assert [line["message"] for line in read_run_log(path)] == ["before"]
-    with RunLog(path) as log:
+    with EventLog(path) as log:
         log(Warned(message="after"))
     assert [line["message"] for line in read_run_log(path)] == ["before", "after"]
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
@@ -127,17 +127,17 @@ def test_a_resumed_run_continues_after_a_torn_line(tmp_path: Path) -> None:
 
 def test_what_came_after_a_checkpoint_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    with RunLog(path) as log:
+    with EventLog(path) as log:
         log(Warned(message="before"))
         kept = log.num_bytes
         assert kept == path.stat().st_size > 0
         log(Warned(message="will be repeated"))
-    with RunLog(path, keep_bytes=kept) as log:
+    with EventLog(path, keep_bytes=kept) as log:
         assert log.num_bytes == kept
         log(Warned(message="repeated"))
     assert [line["message"] for line in read_run_log(path)] == ["before", "repeated"]
     # Shorter than a checkpoint says: nobody can bring back what is lost, but no line may be torn.
-    with RunLog(path, keep_bytes=10**6) as log:
+    with EventLog(path, keep_bytes=10**6) as log:
         log(Warned(message="after"))
     assert [line["message"] for line in read_run_log(path)] == ["before", "repeated", "after"]
 
@@ -145,7 +145,7 @@ def test_what_came_after_a_checkpoint_is_cut_off(tmp_path: Path) -> None:
 def test_lines_that_cannot_be_written_wait_and_no_checkpoint_counts_on_them(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with RunLog(path) as log:
+    with EventLog(path) as log:
         log(Warned(message="first"))
         log.sync(log.num_bytes)
         try:
@@ -208,4 +208,4 @@ def test_damaged_or_missing_logs_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*none.jsonl .*Give the path of a run's log"):
         read_run_log(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match=r"cannot open .*choose another with --run.dir"):
-        RunLog(tmp_path / "no" / "events.jsonl")
+        EventLog(tmp_path / "no" / "events.jsonl")

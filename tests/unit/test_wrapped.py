@@ -13,7 +13,7 @@ from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoade
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import DTYPES
 from agnews_dist.engine.engine import FIRST_LOSS_SCALE, Engine, bucket_megabytes
-from agnews_dist.engine.strategy import Wrapped
+from agnews_dist.engine.strategy import Strategy
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features, computed
 from agnews_dist.run.setup import place
@@ -38,12 +38,12 @@ def one_step() -> StepBatches:
 
 def wrap(
     classifier: Classifier, *, scale: float | None = None, max_grad_norm: float = 0.0, sgd: bool = False
-) -> tuple[Wrapped, torch.optim.Optimizer]:
+) -> tuple[Strategy, torch.optim.Optimizer]:
     suffix = classifier.suffix
     optimizer = (
         torch.optim.SGD(suffix.parameters(), lr=1.0) if sgd else build_optimizer(suffix, lr=1e-3, weight_decay=0.1)
     )
-    wrapped = Wrapped(
+    wrapped = Strategy(
         World(), suffix, suffix, optimizer, torch.device("cpu"), max_grad_norm=max_grad_norm, first_loss_scale=scale
     )
     return wrapped, optimizer

@@ -6,18 +6,24 @@ from typing import Any
 
 import pytest
 
-from agnews_dist.engine.deepspeed_config import FOREIGN, LARGEST_BUCKET, Zero, deepspeed_dictionary, read_settings
+from agnews_dist.engine.deepspeed_config import (
+    FOREIGN,
+    LARGEST_BUCKET,
+    ZeroOptions,
+    deepspeed_dictionary,
+    read_settings,
+)
 from agnews_dist.errors import ConfigError
 
 
-def dictionary(zero: Zero, **changed: Any) -> dict[str, Any]:
+def dictionary(zero: ZeroOptions, **changed: Any) -> dict[str, Any]:
     given = {"num_ranks": 8, "num_parameters": 7_090_000, "max_grad_norm": 1.0, "compress_gradients": False}
     return deepspeed_dictionary(zero, **{**given, "pin_memory": True, **changed})
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_what_the_configuration_decides(stage) -> None:
-    made = dictionary(Zero(stage))
+    made = dictionary(ZeroOptions(stage))
     assert made["zero_optimization"]["stage"] == stage
     assert (made["train_batch_size"], made["train_micro_batch_size_per_gpu"]) == (8, 1)
     assert made["gradient_accumulation_steps"] == 1, "ours; DeepSpeed would divide by it"
@@ -26,21 +32,28 @@ def test_what_the_configuration_decides(stage) -> None:
     assert not {"optimizer", "scheduler", "fp16", "bf16"} & made.keys()
     assert "offload_optimizer" not in made["zero_optimization"]
     assert made["zero_optimization"]["reduce_bucket_size"] == 7_090_000, "no larger than what trains"
-    assert dictionary(Zero(stage), num_parameters=10**9)["zero_optimization"]["reduce_bucket_size"] == LARGEST_BUCKET
+    assert (
+        dictionary(ZeroOptions(stage), num_parameters=10**9)["zero_optimization"]["reduce_bucket_size"]
+        == LARGEST_BUCKET
+    )
 
 
 def test_no_clipping_is_said_and_not_left_out() -> None:
     """accelerate clips at 1.0 where the key is missing."""
-    assert dictionary(Zero(2), max_grad_norm=0.0)["gradient_clipping"] == 0.0
+    assert dictionary(ZeroOptions(2), max_grad_norm=0.0)["gradient_clipping"] == 0.0
 
 
 def test_offload_and_compression() -> None:
-    optimizer, everything = (dictionary(Zero(3, offload))["zero_optimization"] for offload in ("optimizer", "all"))
+    optimizer, everything = (
+        dictionary(ZeroOptions(3, offload))["zero_optimization"] for offload in ("optimizer", "all")
+    )
     assert optimizer["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert "offload_param" not in optimizer
     assert everything["offload_param"] == {"device": "cpu", "pin_memory": True}
-    assert dictionary(Zero(3, "all"))["zero_force_ds_cpu_optimizer"] is False, "torch's AdamW updates on the host"
-    assert dictionary(Zero(2), compress_gradients=True)["communication_data_type"] == "bf16"
+    assert dictionary(ZeroOptions(3, "all"))["zero_force_ds_cpu_optimizer"] is False, (
+        "torch's AdamW updates on the host"
+    )
+    assert dictionary(ZeroOptions(2), compress_gradients=True)["communication_data_type"] == "bf16"
 
 
 def test_the_users_own_settings_are_kept_and_win_over_sizes() -> None:
@@ -57,7 +70,7 @@ def test_the_users_own_settings_are_kept_and_win_over_sizes() -> None:
         },
     }
     before = json.dumps(own)
-    made = dictionary(Zero(2, settings=own))
+    made = dictionary(ZeroOptions(2, settings=own))
     assert made["wall_clock_breakdown"] is True
     assert made["gradient_clipping"] == 1.0
     assert {key: made["zero_optimization"][key] for key in own["zero_optimization"]} == own["zero_optimization"]  # type: ignore[index]
@@ -89,29 +102,29 @@ def test_a_contradiction_is_an_error_that_names_both(own, said) -> None:
     with pytest.raises(
         ConfigError, match=rf"engine.deepspeed_config contradicts .*{said}.*Remove these keys from the file"
     ):
-        dictionary(Zero(2, settings=own))
+        dictionary(ZeroOptions(2, settings=own))
 
 
 def test_all_contradictions_come_at_once() -> None:
     own = {"optimizer": {"type": "Lamb"}, "gradient_clipping": 3, "zero_optimization": {"stage": 1}}
     with pytest.raises(ConfigError) as error:
-        dictionary(Zero(2, settings=own))
+        dictionary(ZeroOptions(2, settings=own))
     assert all(key in str(error.value) for key in ("optimizer (", "gradient_clipping 3", "zero_optimization.stage 1"))
 
 
 def test_the_offload_that_is_asked_for_may_be_in_the_file_too() -> None:
     own = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": False, "buffer_count": 8}}}
-    made = dictionary(Zero(2, "optimizer", own))["zero_optimization"]["offload_optimizer"]
+    made = dictionary(ZeroOptions(2, "optimizer", own))["zero_optimization"]["offload_optimizer"]
     assert made == {"device": "cpu", "pin_memory": False, "buffer_count": 8}
     with pytest.raises(ConfigError, match=r"offload_optimizer.device nvme against cpu \(engine.offload\)"):
-        dictionary(Zero(2, "optimizer", {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}))
+        dictionary(ZeroOptions(2, "optimizer", {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}))
 
 
 @pytest.mark.parametrize("section", sorted(FOREIGN))
 def test_every_foreign_section_is_refused_when_on_and_dropped_when_off(section) -> None:
     with pytest.raises(ConfigError, match=section):
-        dictionary(Zero(2, settings={section: {"enabled": True}}))
-    assert section not in dictionary(Zero(2, settings={section: {"enabled": False}}))
+        dictionary(ZeroOptions(2, settings={section: {"enabled": True}}))
+    assert section not in dictionary(ZeroOptions(2, settings={section: {"enabled": False}}))
 
 
 @pytest.mark.parametrize(
