@@ -81,7 +81,7 @@ def load(story: str, argv: Sequence[str], options: Sequence[Option] = ()) -> Loa
     """Defaults < each `--config FILE` in order < flags, wherever they stand on the command line.
 
     Args:
-        story: for the usage line `python -m agnews_dist.<story>`.
+        story: for the usage line `python -m agnews_dist COMMAND`.
         argv: the arguments after the program's name.
         options: what this story takes besides the configuration.
 
@@ -213,7 +213,7 @@ def _is_bool(text: str | None, *, or_anything: bool) -> bool:
 def _print_help(story: str, options: Sequence[Option]) -> None:
     from jsonargparse import SUPPRESS, ArgumentParser
 
-    usage = [f"python -m agnews_dist.{story}", "[--config FILE.yaml ...]", "[--section.field VALUE ...]"]
+    usage = [f"python -m agnews_dist {story}", "[--config FILE.yaml ...]", "[--section.field VALUE ...]"]
     usage += [f"[{option.usage}]" for option in options]
     parser = ArgumentParser(usage=" ".join(usage), add_help=False, default_env=False)
     general = parser.add_argument_group("general")

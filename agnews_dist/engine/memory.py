@@ -3,7 +3,7 @@
 Letters: P weights that train, D width, H heads, T tokens of the longest text, n ranks. What trains is fp32 under every engine:
 4 bytes for a weight, 4 for its gradient, 8 for AdamW's two moments (Kingma and Ba 2015), whole or divided by n as in ZeRO
 (Rajbhandari et al. 2020). Activations: bytes that autograd keeps per token, counted on Hugging Face's GPT-2 block with dropout
-(tests/unit/test_memory.py counts them again). Buffers of the engines: read from DeepSpeed 0.19 and torch 2.13.
+(tests/unit/engine/test_memory.py counts them again). Buffers of the engines: read from DeepSpeed 0.19 and torch 2.13.
 """
 
 from collections.abc import Mapping

@@ -33,19 +33,19 @@ class Console:
         *,
         every_step: bool = False,
         seconds_between_lines: float = 10.0,
-        timer: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if out is None:
             # FORCE_COLOR, set for other tools, must not put cursor movements into a log file.
             out = rich.console.Console(file=sys.stdout, force_terminal=sys.stdout.isatty())
         if draws(out):
-            self._sink = TerminalDisplay(out, every_step=every_step, timer=timer)
+            self._sink = TerminalDisplay(out, every_step=every_step, clock=clock)
         else:
             self._sink = PlainLines(
                 out.file,  # pyright: ignore[reportArgumentType] # IO[str] with an encoding is a TextIO
                 every_step=every_step,
                 seconds_between_lines=seconds_between_lines,
-                timer=timer,
+                clock=clock,
             )
 
     def __call__(self, event: Event) -> None:

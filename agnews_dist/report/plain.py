@@ -48,13 +48,13 @@ class PlainLines:
         *,
         every_step: bool = False,
         seconds_between_lines: float = 10.0,
-        timer: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._file = file
         self._every_step = every_step
         self._interval = seconds_between_lines
-        self._timer = timer
-        self._pace = StepProgress(0, timer)
+        self._clock = clock
+        self._pace = StepProgress(0, clock)
         self._last_line: float | None = None
         self._last_saved = -math.inf
         self._tasks: dict[str, _Task] = {}
@@ -67,7 +67,7 @@ class PlainLines:
             case Progress():
                 self._progress(event)
             case RunStarted():
-                self._pace = StepProgress(event.num_steps, self._timer)
+                self._pace = StepProgress(event.num_steps, self._clock)
                 self._last_line = None
                 self._started(event)
             case EvalDone():
@@ -117,7 +117,7 @@ class PlainLines:
 
     def _step(self, event: StepDone) -> None:
         self._pace.add(event)
-        now = self._timer()
+        now = self._clock()
         due = self._last_line is None or self._pace.is_complete or now - self._last_line >= self._interval
         if due or self._every_step:
             self._last_line = now
@@ -125,13 +125,13 @@ class PlainLines:
             self._say("  ".join(word for word in words if word))
 
     def _saved(self, event: CheckpointSaved) -> None:
-        now = self._timer()
+        now = self._clock()
         if self._every_step or now - self._last_saved >= self._interval:
             self._last_saved = now
             self._say(happened(event))
 
     def _progress(self, event: Progress) -> None:
-        task = self._tasks.setdefault(event.task, _Task(TaskProgress(event, self._timer), next_line=self._interval))
+        task = self._tasks.setdefault(event.task, _Task(TaskProgress(event, self._clock), next_line=self._interval))
         task.pace.add(event)
         if task.pace.is_complete:
             del self._tasks[event.task]

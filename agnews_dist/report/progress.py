@@ -16,9 +16,9 @@ SECONDS_WORTH_A_RATE = 0.1
 class StepProgress:
     """Running figures of a training of `num_steps` steps (0: unknown)."""
 
-    def __init__(self, num_steps: int, timer: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, num_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.num_steps = num_steps
-        self._timer = timer
+        self._clock = clock
         self._recent: deque[StepDone] = deque(maxlen=WINDOW)
         self._first: tuple[int, float] | None = None
 
@@ -37,7 +37,7 @@ class StepProgress:
         self._recent.append(event)
         if self._first is None:
             # The time left is judged from the end of the first step: the first one also warms everything up.
-            self._first = (event.step, self._timer())
+            self._first = (event.step, self._clock())
 
     @property
     def mean_loss(self) -> float:
@@ -59,7 +59,7 @@ class StepProgress:
         since = self.last.step - first_step
         if since <= 0:
             return None
-        return (self._timer() - first_time) / since * max(self.num_steps - self.last.step, 0)
+        return (self._clock() - first_time) / since * max(self.num_steps - self.last.step, 0)
 
     def words(self, *, exact: bool = False) -> list[str]:
         """The figures as short texts; `exact`: the newest step's own loss instead of the window's mean."""
@@ -86,16 +86,16 @@ class StepProgress:
 class TaskProgress:
     """Running figures of one long task. The work of its first report was found done: only what follows makes the rate."""
 
-    def __init__(self, first: Progress, timer: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, first: Progress, clock: Callable[[], float] = time.monotonic) -> None:
         self.last = first
-        self._timer = timer
-        self._started = timer()
+        self._clock = clock
+        self._started = clock()
         self._base = (self._started, first.done)
 
     def add(self, event: Progress) -> None:
         """Take in one report."""
         self.last = event
-        now = self._timer()
+        now = self._clock()
         if now - self._started < SECONDS_WORTH_A_RATE:
             # What was found done may also come piece by piece, in no time: taken as work, it would promise an early end.
             self._base = (now, event.done)
@@ -108,13 +108,13 @@ class TaskProgress:
     @property
     def elapsed(self) -> float:
         """Seconds since the first report."""
-        return self._timer() - self._started
+        return self._clock() - self._started
 
     @property
     def rate(self) -> float | None:
         """Units per second; None: not known yet."""
         base_time, base_done = self._base
-        seconds, done = self._timer() - base_time, self.last.done - base_done
+        seconds, done = self._clock() - base_time, self.last.done - base_done
         return done / seconds if done > 0 and seconds >= SECONDS_WORTH_A_RATE else None
 
     @property

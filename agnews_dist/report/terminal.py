@@ -44,12 +44,12 @@ class TerminalDisplay:
     """
 
     def __init__(
-        self, out: rich.console.Console, *, every_step: bool = False, timer: Callable[[], float] = time.monotonic
+        self, out: rich.console.Console, *, every_step: bool = False, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._out = out
         self._every_step = every_step
-        self._timer = timer
-        self._pace = StepProgress(0, timer)
+        self._clock = clock
+        self._pace = StepProgress(0, clock)
         self._training = False
         self._tasks: dict[str, TaskProgress] = {}
         self._live: Live | None = None
@@ -64,7 +64,7 @@ class TerminalDisplay:
                 self._progress(event)
             case RunStarted():
                 self.close()
-                self._pace = StepProgress(event.num_steps, self._timer)
+                self._pace = StepProgress(event.num_steps, self._clock)
                 self._print(self._header(event))
             case EvalDone():
                 self._drop_open_tasks()
@@ -181,7 +181,7 @@ class TerminalDisplay:
         self._refresh(now=self._pace.is_complete)
 
     def _progress(self, event: Progress) -> None:
-        task = self._tasks.setdefault(event.task, TaskProgress(event, self._timer))
+        task = self._tasks.setdefault(event.task, TaskProgress(event, self._clock))
         task.add(event)
         if not task.is_complete:
             self._refresh()
@@ -211,7 +211,7 @@ class TerminalDisplay:
             # rich hides the cursor until stop(); a process ended by a signal would leave the user without one.
             self._out.show_cursor(True)
             now = True
-        time_now = self._timer()
+        time_now = self._clock()
         if now or time_now - self._refreshed >= SECONDS_BETWEEN_REFRESHES:
             self._refreshed = time_now
             self._live.refresh()

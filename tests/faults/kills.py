@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs import ForkedJob, TorchrunJob, wait_until
-from small_run import EPOCHS, NUM_STEPS, TIMEOUT, arguments, finish, outcome
-from timeline import PHASES, Timeline
+from support.jobs import ForkedJob, TorchrunJob, wait_until
+from support.small_run import EPOCHS, NUM_STEPS, TIMEOUT, arguments, finish, outcome
+from support.timeline import PHASES, Timeline
 
 from agnews_dist.run.status import Status, read_status
 

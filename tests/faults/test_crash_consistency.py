@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import REPOSITORY, environment
 from save_once import (
     FAIL,
     FOR_EVER,
@@ -29,6 +28,7 @@ from save_once import (
     state_of,
     tensors_of,
 )
+from support.processes import REPOSITORY, environment
 
 from agnews_dist.run.resume import read_newest_usable
 from agnews_dist.training.checkpoint import Checkpoint, checkpoints, read_checkpoint, step_of, sweep

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from small_run import EPOCH_STEPS, NUM_STEPS, end, finish, start, told
-from timeline import Timeline
+from support.small_run import EPOCH_STEPS, NUM_STEPS, end, finish, start, told
+from support.timeline import Timeline
 
-ARRANGE = "happenings:arrange"
+ARRANGE = "support.faults:arrange"
 
 
 def recorded(directory: Path) -> list[list[int]]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launching import REPOSITORY, environment
+from support.processes import REPOSITORY, environment
 
 MOUNT = 'mount -t tmpfs -o size=16m tmpfs "$1" && shift && exec "$@"'
 

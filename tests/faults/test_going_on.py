@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import wait_until
-from small_run import EPOCH_STEPS, NUM_STEPS, differences, end, finish, start, status, told
-from timeline import Timeline
+from support.jobs import wait_until
+from support.small_run import EPOCH_STEPS, NUM_STEPS, differences, end, finish, start, status, told
+from support.timeline import Timeline
 
-ARRANGE = "happenings:arrange"
+ARRANGE = "support.faults:arrange"
 DROPOUT = ("--optim.weight_decay", "0.1")
 
 
@@ -244,8 +244,8 @@ def test_two_jobs_of_one_name_do_not_write_into_each_other(tmp_path):
 
 
 def start_beside(directory: Path):
-    from jobs import ForkedJob
-    from small_run import arguments
+    from support.jobs import ForkedJob
+    from support.small_run import arguments
 
     return ForkedJob(arguments(directory), directory / "second.txt")
 
@@ -287,7 +287,7 @@ def test_a_job_that_starts_again_without_a_name_finds_its_run(whole, tmp_path):
 
 def test_a_second_signal_ends_it_at_once_and_the_run_still_goes_on(whole, tmp_path):
     """The first is seen, but the loop is kept from acting on it."""
-    job = start(tmp_path, before="happenings:hang")
+    job = start(tmp_path, before="support.faults:hang")
     try:
         assert wait_until(lambda: "hangs" in told(tmp_path), 60)
         job.hit("rank 1", signal.SIGTERM)

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from launching import REPOSITORY, environment
+from support.processes import REPOSITORY, environment
 
 
 def test_eight_kills_change_nothing(tmp_path):

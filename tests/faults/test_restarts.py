@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import psutil
-from jobs import wait_until
-from launching import REPOSITORY, environment
-from small_run import arguments, differences, finish, status
-from timeline import Timeline
+from support.jobs import wait_until
+from support.processes import REPOSITORY, environment
+from support.small_run import arguments, differences, finish, status
+from support.timeline import Timeline
 
 from agnews_dist.distributed.node_resources import free_port
 

@@ -4,12 +4,12 @@ import re
 import subprocess
 
 import pytest
-from small_run import differences, end, finish, start, told
-from timeline import Timeline
+from support.small_run import differences, end, finish, start, told
+from support.timeline import Timeline
 
 from agnews_dist.training.checkpoint import checkpoints, read_checkpoint
 
-ARRANGE = "happenings:arrange"
+ARRANGE = "support.faults:arrange"
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_training_goes_on_while_the_disk_is_full(small_disk, tmp_path):
 def test_a_run_killed_while_the_disk_is_full_goes_on_from_the_last_whole_checkpoint(small_disk, tmp_path):
     whole = finish(tmp_path / "whole")
     given = ("--run.dir", str(small_disk / "runs"))
-    job = start(tmp_path, *given, before="happenings:fill_then_kill", FILLED=str(small_disk))
+    job = start(tmp_path, *given, before="support.faults:fill_then_kill", FILLED=str(small_disk))
     end(job, tmp_path, [-9, -9])
     run = small_disk / "runs" / "small"
     assert read_checkpoint(checkpoints(run / "checkpoints")[0]).state["step"] == 14
@@ -60,7 +60,7 @@ def test_a_run_killed_while_the_disk_is_full_goes_on_from_the_last_whole_checkpo
 
 def test_a_stop_on_a_full_disk_says_what_is_lost(small_disk, tmp_path):
     given = ("--run.dir", str(small_disk / "runs"))
-    job = start(tmp_path, *given, before="happenings:fill_then_stop", FILLED=str(small_disk))
+    job = start(tmp_path, *given, before="support.faults:fill_then_stop", FILLED=str(small_disk))
     said = end(job, tmp_path, 75)
     assert "could not be written" in said
     assert re.search(r"stopped \(SIGTERM\) at step 14, which is saved", said)

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from launching import torchrun
-from random_gpt2 import assert_close, mask_of, ours_like, ragged_batch, random_reference
 from safetensors.torch import load_file
+from support.processes import torchrun
+from support.random_gpt2 import assert_close, mask_of, ours_like, ragged_batch, random_reference
 from torch import Tensor
 
 from agnews_dist.model import packed

@@ -20,7 +20,7 @@ from pathlib import Path
 import forked_pytest
 import pytest
 from conftest import SHARED
-from launching import REPOSITORY, environment
+from support.processes import REPOSITORY, environment
 
 PATCHES = sorted(Path(__file__).parent.glob("*.patch"))
 HEADER = re.compile(r"# contract: (.{20,})\n# test: (tests/\S.*)\n# red: (.+)\n(# needs: shared\n)?(?=--- a/)")
@@ -49,7 +49,7 @@ def pytest_on(copy: Path, test: str) -> tuple[int | None, str]:
 
 def test_an_unharmed_copy_stays_green(copy):
     """The negative control: neither the copy nor the way it is tested turns a test red."""
-    code, output = pytest_on(copy, "tests/unit/test_loader.py")
+    code, output = pytest_on(copy, "tests/unit/batching/test_loader.py")
     assert code == 0, output
     assert " passed" in output
 

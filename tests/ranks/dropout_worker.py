@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from engine_worker import make_loader, start
 from safetensors.torch import save_file
-from toy import toy_classifier
+from support.toy import toy_classifier
 
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World, detect_world

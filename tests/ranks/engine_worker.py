@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
+from support.toy import CLASSES, toy_classifier, toy_split
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
-from toy import CLASSES, toy_classifier, toy_split
 
 from agnews_dist.data.batching.batch import Batch
 from agnews_dist.data.batching.epoch_plan import PlanSettings

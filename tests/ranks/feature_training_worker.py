@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from toy import CLASSES, toy_classifier, toy_split
+from support.toy import CLASSES, toy_classifier, toy_split
 
 from agnews_dist.data.batching.epoch_plan import PlanSettings
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader

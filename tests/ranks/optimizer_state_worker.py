@@ -10,8 +10,8 @@ import pytest
 import torch
 from engine_worker import ALL_OF_IT, ENGINES, facts_of, held_of_all, make_loader, start
 from safetensors.torch import load_file, save_file
+from support.toy import toy_classifier
 from torch import Tensor
-from toy import toy_classifier
 
 from agnews_dist.data.batching.loader import StepBatches
 from agnews_dist.distributed import collectives

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-import warm
-from dropout_reference import reference_keys, reference_with_dropout
-from launching import REPOSITORY
 from safetensors.torch import load_file
+from support import fork_server as warm
+from support.dropout_reference import reference_keys, reference_with_dropout
+from support.processes import REPOSITORY
 
 LENGTHS = [int(length) for length in np.random.default_rng(4).integers(1, 31, 23)]
 ENGINES = ["ddp", "fsdp", "zero2", "zero3"]

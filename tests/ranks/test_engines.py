@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import warm
-from launching import REPOSITORY
 from safetensors.torch import load_file
-from toy import CLASSES, our_name, toy_reference_groups, toy_reference_model, toy_split
+from support import fork_server as warm
+from support.processes import REPOSITORY
+from support.toy import CLASSES, our_name, toy_reference_groups, toy_reference_model, toy_split
 
 from agnews_dist.data.batching.epoch_plan import Ints, PlanSettings, plan
 from agnews_dist.engine.engine import bucket_megabytes

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-import warm
-from launching import REPOSITORY, torchrun
-from launching import python as start
 from safetensors.torch import load_file
+from support import fork_server as warm
+from support.processes import REPOSITORY, torchrun
+from support.processes import python as start
 
 from agnews_dist.report.event_log import read_run_log
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from feature_builder import expected, feature_file
-from launching import REPOSITORY
+from support.processes import REPOSITORY
 
 NUM_SEGMENTS = 40
 

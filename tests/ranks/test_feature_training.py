@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import warm
-from launching import REPOSITORY
 from safetensors.torch import load_file
-from toy import (
+from support import fork_server as warm
+from support.processes import REPOSITORY
+from support.toy import (
     our_name,
     reference_gradients,
     toy_reference_groups,

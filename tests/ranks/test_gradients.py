@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import warm
-from launching import REPOSITORY
 from safetensors.torch import load_file
-from toy import reference_gradients
+from support import fork_server as warm
+from support.processes import REPOSITORY
+from support.toy import reference_gradients
 
 # Very unequal shares: a few long texts and many short ones, so that ranks hold different numbers of examples.
 LENGTHS = [30, 30, 28, 28, 27, 26, 25, 25, 24, 20, 20, 18, 17, 16, 12, 9, 8, 7, 7, 5, 5, 4, 3, 3, 2, 1, 1, 1, 1, 1]

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import REPOSITORY, environment
+from support.processes import REPOSITORY, environment
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from agnews_dist.model.pretrained import load_tokenizer

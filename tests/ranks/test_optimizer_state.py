@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import warm
-from launching import REPOSITORY
 from safetensors.torch import load_file
+from support import fork_server as warm
+from support.processes import REPOSITORY
+from support.toy import our_name, toy_reference_groups, toy_reference_model, toy_split
 from test_engines import BATCH, LENGTHS, LR, PARTS, TOLERANCE, WEIGHT_DECAY, global_batches, without_key_bias
-from toy import our_name, toy_reference_groups, toy_reference_model, toy_split
 
 BROKEN = "AGNEWS_MUTANT" in os.environ
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")

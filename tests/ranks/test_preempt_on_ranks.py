@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import REPOSITORY, environment
+from support.processes import REPOSITORY, environment
 
 from agnews_dist.distributed.node_resources import free_port
 

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import warm
-from launching import REPOSITORY
 from safetensors.torch import load_file
 from sampler_worker import (
     LEARNING_RATE,
@@ -16,6 +14,8 @@ from sampler_worker import (
     BagOfTokens,
     examples,
 )
+from support import fork_server as warm
+from support.processes import REPOSITORY
 
 from agnews_dist.data.batching.epoch_plan import plan
 from agnews_dist.data.batching.sampler import LengthBucketedBatchSampler

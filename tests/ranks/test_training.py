@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import warm
-from launching import REPOSITORY
 from safetensors.torch import load_file
-from toy import our_name, toy_reference_model, toy_split
+from support import fork_server as warm
+from support.processes import REPOSITORY
+from support.toy import our_name, toy_reference_model, toy_split
 
 from agnews_dist.data.batching.epoch_plan import PlanSettings, plan
 

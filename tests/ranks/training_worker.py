@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from toy import toy_classifier, toy_split
+from support.toy import toy_classifier, toy_split
 
 from agnews_dist.data.batching.epoch_plan import PlanSettings
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader

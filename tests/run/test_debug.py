@@ -5,9 +5,9 @@ import re
 import subprocess
 from pathlib import Path
 
-import launching
 import pytest
-import warm
+from support import fork_server as warm
+from support import processes as launching
 
 from agnews_dist.report.event_log import read_run_log
 

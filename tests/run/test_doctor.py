@@ -4,8 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+from support.fork_server import python
 from transformers import GPT2Config
-from warm import python
 
 
 def model(shared: Path, directory: Path, **sizes: int) -> Path:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-import warm
-from launching import REPOSITORY, environment
+from support import fork_server as warm
+from support.processes import REPOSITORY, environment
 
 CONFIG = ("--config", str(REPOSITORY / "configs" / "quickstart.yaml"))
 SECONDS = 150

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import REPOSITORY, environment, python
+from support.processes import REPOSITORY, environment, python
 
 from agnews_dist.report.event_log import read_run_log
 

@@ -17,8 +17,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import warm
-from launching import REPOSITORY, environment
+from support import fork_server as warm
+from support.processes import REPOSITORY, environment
 from transformers import GPT2Model
 
 from agnews_dist.model.embedded import embedded_config, embedded_tokenizer, spread_embeddings

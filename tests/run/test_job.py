@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launching import REPOSITORY
+from support.processes import REPOSITORY
 
 CLIENT = """\
 #!/bin/sh

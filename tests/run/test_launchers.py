@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from launching import REPOSITORY, environment
 from safetensors.torch import load_file
+from support.processes import REPOSITORY, environment
 
 from agnews_dist.distributed.node_resources import PORTS
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from hosts import Hosts, can_be_made, listening
-from launching import REPOSITORY, environment
+from support.network_hosts import Hosts, can_be_made, listening
+from support.processes import REPOSITORY, environment
 
 NODE = str(REPOSITORY / "launch" / "node.sh")
 QUICKSTART = ("--config", str(REPOSITORY / "configs" / "quickstart.yaml"))

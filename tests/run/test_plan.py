@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-import warm
-from launching import in_a_terminal
+from support import fork_server as warm
+from support.processes import in_a_terminal
 
 from agnews_dist.__main__ import main
 

@@ -2,7 +2,7 @@
 
 import json
 
-import warm
+from support import fork_server as warm
 from transformers import pipeline
 
 

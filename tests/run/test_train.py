@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import warm
-from launching import python, torchrun
 from safetensors.torch import load_file
+from support import fork_server as warm
+from support.processes import python, torchrun
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from agnews_dist.data.corpus import load_corpus

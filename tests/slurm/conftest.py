@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import lab as cluster
 import pytest
-from launching import REPOSITORY, environment
+from support import slurm_cluster as cluster
+from support.processes import REPOSITORY, environment
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 import pytest
-from hosts import listening
-from lab import ENDED, Lab
-from launching import REPOSITORY
 from safetensors.torch import load_file
+from support.network_hosts import listening
+from support.processes import REPOSITORY
+from support.slurm_cluster import ENDED, Lab
 
 # Jobs wait in a queue, and what they share two cores with is not theirs to choose.
 pytestmark = pytest.mark.timeout(900)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from lab import Lab
-from launching import REPOSITORY
+from support.processes import REPOSITORY
+from support.slurm_cluster import Lab
 
 pytestmark = pytest.mark.timeout(900)
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,76 @@
+"""Dropout by keys, written again without our code: SplitMix64 in numpy, and Hugging Face's classifier under its masks."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from support.toy import our_name, toy_reference_model, toy_split
+
+NUM_HEADS, WIDTH = 3, 24
+"""The toy's."""
+ATTENTION_WEIGHTS, ATTENTION_OUTPUT, MLP_OUTPUT = range(3)
+
+
+def splitmix64(keys: np.ndarray, numbers: np.ndarray | int) -> np.ndarray:
+    """Steele, Lea, Flood 2014, as its authors give it in C: number `numbers` (from 0) of the sequences of the seeds `keys`."""
+    mixed = keys + (np.asarray(numbers).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def reference_keys(seed: int, step: int, ids: Sequence[int]) -> np.ndarray:
+    """uint64 keys_B."""
+    # Arrays, as numpy warns of a scalar that wraps around.
+    of_step = splitmix64(splitmix64(np.zeros(1, np.uint64), np.array([seed])), np.array([step]))
+    return splitmix64(of_step, np.array(ids, np.int64))
+
+
+def reference_kept(keys_B: np.ndarray, site: int, p: float, rest: tuple[int, ...]) -> np.ndarray:
+    """Which elements of an array of shape (B, *rest) stay: element by element, as the text says it."""
+    site_keys_B = splitmix64(keys_B, np.array([site]))
+    kept = np.empty((len(keys_B), *rest), bool)
+    for row, where in enumerate(np.ndindex(*rest[:-1])):
+        hashes_BT = splitmix64(site_keys_B[:, None], row * 2**32 + np.arange(rest[-1]))
+        kept[(slice(None), *where)] = hashes_BT.view(np.int64) >= int(p * 2**64) - 2**63
+    return kept
+
+
+@contextmanager
+def masks_in_place_of_dropout(masks: Sequence[Tensor], p: float) -> Iterator[None]:
+    """Every dropout in training multiplies by the next of `masks`, whatever the token it is for, instead of drawing one."""
+    torchs, given = functional.dropout, iter(masks)
+
+    def masked(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training:
+            return values
+        assert p == expected
+        return values * next(given).unsqueeze(-2).to(values.dtype)
+
+    expected = p
+    functional.dropout = masked
+    try:
+        yield
+    finally:
+        functional.dropout = torchs
+    assert next(given, None) is None, "all of them were used"
+
+
+def reference_with_dropout(
+    lengths: list[int], keys_B: np.ndarray, p: float, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """logits_BC and the gradients of the mean loss, by our names, of Hugging Face's classifier run in full on padded texts."""
+    model, tokens_BT, mask_BT = toy_reference_model(lengths, 1, dtype)
+    model.set_attn_implementation("eager")
+    last = model.transformer.h[-1].train()
+    last.attn.attn_dropout.p = last.attn.resid_dropout.p = last.mlp.dropout.p = p
+    rests = {ATTENTION_WEIGHTS: (NUM_HEADS, tokens_BT.shape[1]), ATTENTION_OUTPUT: (WIDTH,), MLP_OUTPUT: (WIDTH,)}
+    masks = [torch.from_numpy(reference_kept(keys_B, site, p, rest)) / (1 - p) for site, rest in rests.items()]
+    with masks_in_place_of_dropout(masks, p):
+        logits_BC = model(input_ids=tokens_BT, attention_mask=mask_BT).logits
+    functional.cross_entropy(logits_BC, torch.from_numpy(toy_split(lengths).labels)).backward()
+    return logits_BC.detach(), {our_name(name): w.grad for name, w in model.named_parameters() if w.requires_grad}

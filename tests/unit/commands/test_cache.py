@@ -1,0 +1,261 @@
+"""The caches through the story: listed for people and programs, cleared by name, never what a process uses."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from support.processes import in_a_terminal, python
+
+from agnews_dist.__main__ import main
+from agnews_dist.data.token_cache import Stored, TokenSplit, publish, read_stored, write_stored
+from agnews_dist.features.store import FeatureFile
+
+FEATURES, UNFINISHED, TOKENS = "a1" * 32, "a2" * 32, "b3" * 32
+
+
+def features(root: Path, key: str, *, is_whole: bool = True) -> FeatureFile:
+    about = {"model": "gpt2", "split": "train", "texts": 1200, "tokens": 34567}
+    file = FeatureFile(
+        root / "features" / key, key=key, bounds_S=[0, 4, 8], width=1024, dtype=torch.float32, about=about
+    )
+    file.allocate()
+    if is_whole:
+        file.worker(lambda segment: torch.ones(4, 1024))()
+    file.close()
+    return file
+
+
+def tokens(root: Path, key: str) -> Path:
+    offsets, labels = np.array([0, 3, 5]), np.array([0, 1])
+    split = TokenSplit("train", np.arange(5, dtype=np.uint16), offsets, labels, 0)
+    root.mkdir(parents=True, exist_ok=True)
+    publish(root / key, lambda place: write_stored(place, Stored({"train": split}, ("a", "b"), ()), key))
+    return root / key
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    root = tmp_path / "cache"
+    features(root, FEATURES)
+    features(root, UNFINISHED, is_whole=False)
+    tokens(root, TOKENS)
+    for path in (root / "features" / FEATURES / "in-use", root / "features" / UNFINISHED / "in-use", root / TOKENS):
+        os.utime(path, (1e9, 1e9))
+    return root
+
+
+def told(capsys, root: Path, *words: str) -> str:
+    code = main(["cache", "--data.cache_dir", str(root), *words])
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    return out
+
+
+def as_json(capsys, root: Path, *words: str) -> dict[str, dict]:
+    found = json.loads(told(capsys, root, "--json", *words))
+    assert found["directory"] == str(root)
+    assert found["total_bytes"] == sum(each["disk_bytes"] for each in found["caches"])
+    return {each["key"]: each for each in found["caches"]}
+
+
+def left(root: Path) -> set[str]:
+    places = [*root.iterdir(), *(root / "features").iterdir()]
+    return {path.name for path in places if path.is_dir()} - {"features"}
+
+
+def test_the_object_says_everything(root, capsys):
+    found = as_json(capsys, root)
+    assert set(found) == {FEATURES, UNFINISHED, TOKENS}
+    assert [each["state"] for each in found.values()] == ["complete", "unfinished", "complete"]
+    assert {each["last_used"] for each in found.values()} == {1e9}
+    whole = found[FEATURES]
+    assert (whole["kind"], whole["path"]) == ("features", str(root / "features" / FEATURES))
+    assert whole["what"] == "gpt2, train, 1,200 texts, 34,567 tokens"
+    assert whole["disk_bytes"] >= 8 * 1024 * 4
+    assert (found[TOKENS]["kind"], found[TOKENS]["path"]) == ("tokens", str(root / TOKENS))
+    assert found[TOKENS]["what"] == "train: 2 texts, 5 tokens"
+    assert found[TOKENS]["disk_bytes"] > 0
+    assert "outcome" not in whole
+
+
+def test_lines_elsewhere(root, capsys):
+    *lines, total = told(capsys, root).splitlines()
+    assert len(lines) == 3
+    assert re.match(
+        rf"features  {FEATURES[:12]}  \d+ kB  2001-09-0\d \d\d:\d\d  complete  gpt2, train, 1,200 texts", lines[0]
+    )
+    assert "  unfinished  " in lines[1]
+    assert lines[2].endswith(f"complete  train: 2 texts, 5 tokens  {root / TOKENS}")
+    assert re.match(rf"\d+ kB below {re.escape(str(root))}; features \d+ kB of the 100\.0 GB that engine", total)
+    limited = told(capsys, root, "--engine.feature_cache_gigabytes", "2.5").splitlines()[-1]
+    assert "of the 2.5 GB that engine.feature_cache_gigabytes allows" in limited
+
+
+def test_a_table_on_a_terminal(root):
+    written = in_a_terminal("-m", "agnews_dist", "cache", "--data.cache_dir", str(root), COLUMNS="120")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
+    assert re.search(r"cache +key +size +last used +state +of", text)
+    assert re.search(rf"features +{FEATURES[:12]} +\d+ kB +2001-09-0\d .*complete +gpt2, train", text)
+    # The control: the table is not what a pipe gets.
+    piped = python("-m", "agnews_dist", "cache", "--data.cache_dir", str(root)).stdout
+    assert "last used" not in piped
+    assert "\x1b" not in piped
+
+
+def test_states_while_processes_are_at_work(root, capsys):
+    reader = features(root, FEATURES)
+    builder = features(root, UNFINISHED, is_whole=False)
+    reader.hold()
+    builder.hold()
+    with FileLock(root / f"{TOKENS}.lock"):
+        found = as_json(capsys, root)
+    assert {key: each["state"] for key, each in found.items()} == {
+        FEATURES: "in use",
+        UNFINISHED: "being built",
+        TOKENS: "being built",
+    }
+    reader.close()
+    builder.close()
+    assert {each["state"] for each in as_json(capsys, root).values()} == {"complete", "unfinished"}
+
+
+@pytest.mark.parametrize(
+    ("names", "stay"),
+    [
+        (["all"], set()),
+        (["features"], {TOKENS}),
+        (["tokens"], {FEATURES, UNFINISHED}),
+        ([UNFINISHED], {FEATURES, TOKENS}),
+        (["b3b3", "a2"], {FEATURES}),
+    ],
+    ids=["all", "features", "tokens", "a key", "short keys"],
+)
+def test_what_is_named_goes_and_nothing_else(root, capsys, names, stay):
+    lines = told(capsys, root, "--clear", *names).splitlines()
+    assert left(root) == stay
+    assert len(lines) == 3 - len(stay)
+    assert all("  removed  " in line for line in lines)
+
+
+@pytest.mark.parametrize("names", [["all"], [FEATURES[:12]]], ids=["all", "key"])
+def test_what_is_in_use_is_kept_and_said(root, capsys, names):
+    reader = features(root, FEATURES)
+    reader.hold()
+    found = as_json(capsys, root, "--clear", *names)
+    assert found[FEATURES]["outcome"] == "kept: in use"
+    assert FEATURES in left(root)
+    reader.close()
+    assert as_json(capsys, root, "--clear", *names)[FEATURES]["outcome"] == "removed"
+    assert FEATURES not in left(root)
+
+
+def test_tokens_that_are_opened_or_built_are_kept(root, capsys):
+    with FileLock(root / f"{TOKENS}.lock"):
+        assert as_json(capsys, root, "--clear", "tokens")[TOKENS]["outcome"] == "kept: in use"
+        assert read_stored(root / TOKENS, TOKENS).splits["train"].tokens.tolist() == [0, 1, 2, 3, 4]
+    assert as_json(capsys, root, "--clear", "tokens")[TOKENS]["outcome"] == "removed"
+    assert TOKENS not in left(root)
+
+
+def test_what_killed_builders_and_removals_left_goes_too(root, capsys):
+    key = "c4" * 32
+    building = root / f"{key}.building-elsewhere-1-0a"
+    building.mkdir()
+    trash = root / "features" / ".trash-0a"
+    trash.mkdir()
+    assert as_json(capsys, root)[key]["state"] == "unfinished"
+    # Of another machine, and perhaps alive.
+    assert as_json(capsys, root, "--clear", "all")[key]["outcome"].startswith("kept: in use")
+    assert building.is_dir()
+    assert not trash.exists()
+    os.utime(building, (0, 0))
+    assert as_json(capsys, root, "--clear", "all")[key]["outcome"] == "removed"
+    assert left(root) == set()
+
+
+def test_opening_tokens_is_a_use(root, capsys):
+    assert as_json(capsys, root)[TOKENS]["last_used"] == 1e9
+    read_stored(root / TOKENS, TOKENS)
+    assert as_json(capsys, root)[TOKENS]["last_used"] > 1.7e9
+
+
+def test_foreign_things_are_neither_listed_nor_removed(root, capsys):
+    (root / "notes").mkdir()
+    (root / "features" / "notes").mkdir()
+    (root / TOKENS / "meta.json").write_text("[1]")
+    found = as_json(capsys, root, "--clear", "all")
+    assert set(found) == {FEATURES, UNFINISHED, TOKENS}
+    assert found[TOKENS]["what"] == ""
+    assert left(root) == {"notes"}
+    assert (root / "features" / "notes").is_dir()
+
+
+def test_control_characters_of_a_description_do_not_reach_the_terminal(root, capsys):
+    about = root / "features" / FEATURES / "about.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "model": "gpt2\x1b[31m"}))
+    out = told(capsys, root)
+    assert "\x1b" not in out
+    assert r"gpt2\x1b[31m, train" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["all"], 2, r"error: 'all' without --clear: a list shows everything\. Write --clear all\."),
+        (
+            ["--clear"],
+            2,
+            r"error: --clear without a name: it would remove nothing\. Name all, features, tokens or keys",
+        ),
+        (["--clear", "featurs"], 2, r"error: --clear 'featurs' is the key of no cache: .* Did you mean 'features'\?"),
+        (["--clear", "a"], 2, r"error: --clear 'a' begins 2 keys: nothing was removed\. .* Write more of it\."),
+        (
+            ["--clear", "all", "ffff"],
+            2,
+            r"error: --clear 'ffff' is the key of no cache: nothing was removed\. Name all",
+        ),
+    ],
+)
+def test_bad_names_are_named_and_cost_nothing(root, capsys, words, code, message):
+    assert main(["cache", "--data.cache_dir", str(root), *words]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.match(message, err)
+    assert left(root) == {FEATURES, UNFINISHED, TOKENS}
+
+
+def test_a_place_without_caches(tmp_path, capsys):
+    assert told(capsys, tmp_path / "nowhere") == f"no cache below {tmp_path / 'nowhere'}\n"
+    assert as_json(capsys, tmp_path / "nowhere") == {}
+    assert told(capsys, tmp_path / "nowhere", "--clear", "all") == f"no cache below {tmp_path / 'nowhere'}\n"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_place_that_cannot_be_read(tmp_path, capsys):
+    place = tmp_path / ("x" * 300)  # too long for a name: an error for root, too
+    assert main(["cache", "--data.cache_dir", str(place)]) == 1
+    message = r"error: cache directory '.*' cannot be read \(File name too long\): .* Set --data.cache_dir"
+    assert re.match(message, capsys.readouterr().err)
+
+
+def test_listing_needs_no_torch(root):
+    code = (
+        "import sys\nfrom agnews_dist.__main__ import main\n"
+        f"assert main(['cache', '--data.cache_dir', {str(root)!r}]) == 0\n"
+        "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    *lines, loaded = python("-c", code).stdout.splitlines()
+    assert len(lines) == 4
+    assert loaded == "[]"
+
+
+def test_only_rank_0_speaks_and_removes(root, capsys, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert told(capsys, root, "--clear", "all") == ""
+    assert left(root) == {FEATURES, UNFINISHED, TOKENS}

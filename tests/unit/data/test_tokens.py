@@ -1,0 +1,442 @@
+"""Tokens equal the tokenizer's, special tokens never come from text, and the cache survives crashes, races and damage."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.processes import environment, python
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from agnews_dist.data.corpus import load_corpus
+from agnews_dist.data.rows import Corpus, Origin, Split
+from agnews_dist.data.tokens import TokenStore, encode, open_or_build
+from agnews_dist.errors import DataError
+from agnews_dist.events import Event, Progress, Warned, silent
+from agnews_dist.model.embedded import embedded_tokenizer
+
+SPECIAL = "a <|endoftext|> b [PAD] c"
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    limits = {"train": 2_500, "validation": 60, "test": 40}
+    return load_corpus("synthetic", revision=None, validation_fraction=0.1, limits=limits, seed=0)
+
+
+def small_corpus(*texts: str) -> Corpus:
+    labels = np.arange(len(texts), dtype=np.int64) % 4
+    digest = hashlib.sha256(repr(texts).encode()).hexdigest()
+    return Corpus(
+        {"train": Split("train", texts, labels, Origin.of_file("x.csv", len(texts)))}, ("a", "b", "c", "d"), digest
+    )
+
+
+def with_pad(tokenizer: PreTrainedTokenizerFast, pad_token: str) -> PreTrainedTokenizerFast:
+    if pad_token == "new":
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    else:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def opened(corpus: Corpus, cache_dir: Path, max_length: int = 512, emit=silent, **options) -> TokenStore:
+    tokenizer = options.pop("tokenizer", None) or embedded_tokenizer()
+    return open_or_build(corpus, tokenizer, max_length=max_length, cache_dir=cache_dir, emit=emit, **options)
+
+
+def warned(events: list[Event]) -> list[str]:
+    return [event.message for event in events if isinstance(event, Warned)]
+
+
+def check_tokens(store: TokenStore, corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert list(store.splits) == list(corpus.splits)
+    for name, split in store.splits.items():
+        texts = corpus.splits[name].texts
+        expected = [tokenizer(text)["input_ids"] for text in texts]
+        assert len(split) == len(texts) == len(expected)
+        assert split.tokens.tolist() == [token for ids in expected for token in ids]
+        assert split.lengths.tolist() == [len(ids) for ids in expected]
+        assert split.offsets.tolist() == np.cumsum([0, *split.lengths]).tolist()
+        assert split.labels.tolist() == corpus.splits[name].labels.tolist()
+        assert split.offsets.dtype == split.labels.dtype == split.lengths.dtype == np.int64
+        assert split.num_truncated == 0
+
+
+# Encoding
+
+
+@pytest.mark.parametrize("pad_token", ["new", "eos"])
+def test_special_tokens_in_a_text_are_only_text(shared, pad_token):
+    for tokenizer in (AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2"), embedded_tokenizer()):
+        tokenizer = with_pad(tokenizer, pad_token)
+        special = set(tokenizer.all_special_ids)
+        assert special & set(tokenizer(SPECIAL, split_special_tokens=False)["input_ids"])
+        # The state that such a call, or one that pads and truncates, leaves behind must not matter.
+        tokenizer(["a b c", "d"], padding=True, truncation=True, max_length=2)
+        ids, num_truncated = encode(tokenizer, [SPECIAL, "[PAD]", "<|endoftext|>"], 100)
+        assert num_truncated == 0
+        assert [tokenizer.decode(tokens) for tokens in ids] == [SPECIAL, "[PAD]", "<|endoftext|>"]
+        assert all(len(tokens) > 1 and not special & set(tokens) for tokens in ids)
+
+
+def test_gpt2_tokens_by_hand(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2")
+    assert encode(tokenizer, ["Hello world", "a<|endoftext|>"], 3) == ([[15496, 995], [64, 27, 91]], 1)
+
+
+def test_long_texts_are_cut_and_counted():
+    tokenizer = embedded_tokenizer()
+    long = " ".join(["news"] * 10_000)
+    assert len(tokenizer(long, verbose=False)["input_ids"]) >= 10_000
+    ids, num_truncated = encode(tokenizer, [long, "short", long], 7)
+    assert num_truncated == 2
+    assert [len(tokens) for tokens in ids][::2] == [7, 7]
+    assert ids[1] == tokenizer("short")["input_ids"]
+    assert ids[0] == tokenizer(long, verbose=False)["input_ids"][:7]
+
+
+def test_long_texts_make_no_noise():
+    code = """if True:
+        import sys
+        from agnews_dist.data.tokens import encode
+        from agnews_dist.model.embedded import embedded_tokenizer
+        tokenizer, long = embedded_tokenizer(), "news " * 10_000
+        encode(tokenizer, [long], 7)
+        print("now the tokenizer itself", file=sys.stderr)
+        tokenizer(long)
+    """
+    ours, its_own = python("-c", code).stderr.split("now the tokenizer itself")
+    assert ours == ""
+    assert "longer than the specified maximum" in its_own
+
+
+def test_text_of_exactly_the_maximum_length_is_not_truncated():
+    tokenizer = embedded_tokenizer()
+    length = len(tokenizer("The market rose.")["input_ids"])
+    assert encode(tokenizer, ["The market rose."], length)[1] == 0
+    assert encode(tokenizer, ["The market rose."], length - 1)[1] == 1
+
+
+def test_a_text_without_token_is_named(tmp_path):
+    # Knows only 'a': other letters disappear.
+    bpe = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    with pytest.raises(DataError, match=r"text 2 has no token \('xyz'\): .* Remove it"):
+        encode(tokenizer, ["a", "xyz"], 5)
+    with pytest.raises(DataError, match=r"x.csv row 1003 has no token \('xyz'\)"):
+        opened(small_corpus(*["a"] * 1_002, "xyz"), tmp_path, tokenizer=tokenizer)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+# Building and opening
+
+
+def test_tokens_are_the_tokenizers_own_and_opened_from_the_cache(tmp_path, corpus):
+    events: list[Event] = []
+    built = opened(corpus, tmp_path / "new" / "cache", emit=events.append)
+    check_tokens(built, corpus, embedded_tokenizer())
+    assert not built.was_cached
+    assert built.path == tmp_path / "new" / "cache" / built.fingerprint
+    assert built.class_names == corpus.class_names
+    assert built.warnings == ()
+    progress = [event for event in events if isinstance(event, Progress)]
+    assert [event.done for event in progress] == [0, 1_000, 2_000, 2_500, 2_500, 2_560, 2_560, 2_600]
+    assert {event.total for event in progress} == {2_600}
+    assert len(events) == len(progress)
+
+    events.clear()
+    cached = opened(corpus, tmp_path / "new" / "cache", emit=events.append)
+    assert cached.was_cached
+    assert events == []
+    check_tokens(cached, corpus, embedded_tokenizer())
+    for split in cached.splits.values():
+        assert isinstance(split.tokens, np.memmap)
+        assert split.tokens.dtype == np.uint16
+        assert not split.tokens.flags.writeable
+
+
+def test_real_text_with_gpt2(shared, tmp_path):
+    source = shared / "data/ag_news"
+    corpus = load_corpus(
+        str(source), revision=None, validation_fraction=0.1, limits={"train": 1_500, "validation": 100}, seed=0
+    )
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2")
+    store = opened(corpus, tmp_path, tokenizer=tokenizer)
+    check_tokens(store, corpus, tokenizer)
+    assert 48 < store.splits["train"].lengths.mean() < 56
+
+
+def test_large_vocabularies_are_int32(tmp_path):
+    vocabulary = {f"w{i}": i for i in range(70_000)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    store = opened(small_corpus("w69999 w5"), tmp_path, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words))
+    assert store.splits["train"].tokens.dtype == np.int32
+    assert store.splits["train"].tokens.tolist() == [69_999, 5]
+
+
+def test_the_key_is_data_tokenizer_and_length_but_not_the_pad_token(tmp_path):
+    texts = ("The market rose.", "A team won.")
+    base = opened(small_corpus(*texts), tmp_path)
+    other_tokenizer = embedded_tokenizer()
+    other_tokenizer.add_tokens(["market"])
+    others = [
+        opened(small_corpus(*texts[::-1]), tmp_path),
+        opened(small_corpus(*texts), tmp_path, max_length=3),
+        opened(small_corpus(*texts), tmp_path, tokenizer=other_tokenizer),
+    ]
+    assert not any(store.was_cached for store in (base, *others))
+    assert len({store.fingerprint for store in (base, *others)}) == 4
+    used = embedded_tokenizer()
+    for pad_token in ("new", "eos"):
+        used = with_pad(used, pad_token)
+        used(["a", "b c"], padding=True, truncation=True, max_length=2)
+        assert opened(small_corpus(*texts), tmp_path, tokenizer=used).was_cached
+
+
+def test_truncation_and_leaks_are_said_at_every_opening(tmp_path):
+    texts = ["short", *["far too long for this length " * 3] * 3]
+    corpus = small_corpus(*texts)
+    twin = Split("test", texts[:1], np.zeros(1, np.int64), Origin.of_file("t.csv", 1))
+    corpus = Corpus({**corpus.splits, "test": twin}, corpus.class_names, corpus.fingerprint)
+    for was_cached in (False, True):
+        events: list[Event] = []
+        store = opened(corpus, tmp_path, max_length=4, emit=events.append)
+        assert store.was_cached == was_cached
+        assert store.splits["train"].num_truncated == 3
+        assert store.splits["train"].lengths.max() == 4
+        assert warned(events) == list(store.warnings)
+        leak, cut = store.warnings
+        assert leak.startswith("1 row of test with a text that is also in train (t.csv row 1 = x.csv row 1)")
+        assert cut.startswith("3 of 5 texts (60.0%; train 3) are longer than 4 tokens and were cut off")
+        assert "Raise --data.max_length" in cut
+
+
+def test_blank_text_stops_the_build_and_leaves_nothing(tmp_path):
+    with pytest.raises(DataError, match=r"white space in 1 row \(x.csv row 2\)"):
+        opened(small_corpus("a", " "), tmp_path)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_the_default_place_follows_xdg(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store = open_or_build(small_corpus("a"), embedded_tokenizer(), max_length=9, cache_dir=None, emit=silent)
+    assert store.path.parent == tmp_path / "agnews_dist"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    store = open_or_build(small_corpus("a"), embedded_tokenizer(), max_length=9, cache_dir=None, emit=silent)
+    assert store.path.parent == tmp_path / "home" / ".cache" / "agnews_dist"
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"token cache .*/file/cache cannot be written \(.*\): .* Set --data.cache_dir"):
+        opened(small_corpus("a"), tmp_path / "file" / "cache")
+
+
+def test_a_cache_that_can_only_be_read_is_enough_if_it_is_whole(tmp_path):
+    store = opened(small_corpus("a"), tmp_path)
+    lock = tmp_path / f"{store.fingerprint}.lock"
+    lock.unlink(missing_ok=True)
+    # Works for root too, whom permissions do not stop: a directory cannot be locked as a file.
+    lock.mkdir()
+    assert opened(small_corpus("a"), tmp_path).was_cached
+    (store.path / "meta.json").unlink()
+    with pytest.raises(DataError, match=r"cannot be written .* Set --data.cache_dir"):
+        opened(small_corpus("a"), tmp_path)
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "flipped token": (lambda d: flip(d / "train-tokens.npy", -1), "train-tokens.npy has another checksum"),
+    "flipped header": (lambda d: flip(d / "train-offsets.npy", 0), "train-offsets.npy has another checksum"),
+    "flipped label": (lambda d: flip(d / "train-labels.npy", -8), "train-labels.npy has another checksum"),
+    "cut array": (lambda d: os.truncate(d / "train-tokens.npy", 130), "train-tokens.npy has another checksum"),
+    "no array": (lambda d: (d / "train-offsets.npy").unlink(), "train-offsets.npy is missing"),
+    "no meta": (lambda d: (d / "meta.json").unlink(), "meta.json is missing"),
+    "cut meta": (lambda d: os.truncate(d / "meta.json", 100), "cannot be read: JSONDecodeError"),
+    "binary meta": (lambda d: (d / "meta.json").write_bytes(b"\xff\xfe\x00"), "cannot be read: UnicodeDecodeError"),
+    "foreign meta": (lambda d: (d / "meta.json").write_text('["other"]'), "cannot be read: TypeError"),
+    "changed class": (
+        lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"a"', '"A"')),
+        "meta.json was changed",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_noticed_and_mended(tmp_path, damage):
+    corpus = small_corpus("The market rose.", "A team won.")
+    store = opened(corpus, tmp_path)
+    hurt, reason = DAMAGE[damage]
+    hurt(store.path)
+    events: list[Event] = []
+    again = opened(corpus, tmp_path, emit=events.append)
+    assert not again.was_cached
+    (message,) = warned(events)
+    assert "is damaged" in message
+    assert reason in message
+    check_tokens(again, corpus, embedded_tokenizer())
+    assert again.class_names == ("a", "b", "c", "d")
+    assert opened(corpus, tmp_path).was_cached
+
+
+def test_every_byte_of_meta_matters_or_is_noticed(tmp_path):
+    corpus = small_corpus("The market rose.")
+    store = opened(corpus, tmp_path)
+    whole = (store.path / "meta.json").read_bytes()
+    assert len(whole) > 500
+    for position in range(0, len(whole), 37):
+        (store.path / "meta.json").write_bytes(whole)
+        flip(store.path / "meta.json", position)
+        again = opened(corpus, tmp_path)
+        assert (again.class_names, again.splits["train"].num_truncated) == (store.class_names, 0)
+        check_tokens(again, corpus, embedded_tokenizer())
+
+
+def test_a_file_in_the_place_of_the_directory_is_replaced(tmp_path):
+    store = opened(small_corpus("a"), tmp_path / "other")
+    (tmp_path / store.fingerprint).write_text("not a directory")
+    assert not opened(small_corpus("a"), tmp_path).was_cached
+    assert opened(small_corpus("a"), tmp_path).was_cached
+
+
+# Several processes
+
+WORKER = """
+import hashlib, json, os, sys, time
+from pathlib import Path
+from agnews_dist.data.corpus import load_corpus
+from agnews_dist.data.tokens import open_or_build
+from agnews_dist.events import Progress
+from agnews_dist.model.embedded import embedded_tokenizer
+
+cache, seconds, builds_first = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "first"
+limits = {"train": 2_500, "validation": 60, "test": 40}
+corpus = load_corpus("synthetic", revision=None, validation_fraction=0.1, limits=limits, seed=0)
+tokenizer = embedded_tokenizer()
+print("ready", flush=True)
+sys.stdin.readline()
+
+def slowly(event):
+    if isinstance(event, Progress):
+        print("progress", event.done, flush=True)
+        time.sleep(seconds)
+
+store = open_or_build(
+    corpus, tokenizer, max_length=512, cache_dir=cache, emit=slowly, builds_first=builds_first
+)
+content = b"".join(part.tobytes() for s in store.splits.values() for part in (s.tokens, s.offsets, s.labels))
+print(json.dumps([store.was_cached, hashlib.sha256(content).hexdigest()]), flush=True)
+"""
+
+
+class Worker:
+    """A process that is ready to open the corpus of this file and does so, slowly, when told."""
+
+    def __init__(self, cache: Path, seconds: float, order: str = "first") -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(cache), str(seconds), order],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def line(self) -> str:
+        return self.process.stdout.readline().strip()
+
+    def go(self) -> None:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def result(self) -> tuple[bool, str, int]:
+        """(was cached, sha256 of the content, number of progress lines)."""
+        *progress, last = self.process.communicate(timeout=120)[0].splitlines()
+        was_cached, digest = json.loads(last)
+        return was_cached, digest, len(progress)
+
+
+def content_of(store: TokenStore) -> str:
+    parts = (part.tobytes() for s in store.splits.values() for part in (s.tokens, s.offsets, s.labels))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def test_of_processes_that_start_at_once_exactly_one_builds(tmp_path, corpus):
+    with Worker(tmp_path / "cache", 0.2) as one, Worker(tmp_path / "cache", 0.2) as two:
+        assert [one.line(), two.line()] == ["ready", "ready"]
+        one.go()
+        two.go()
+        results = sorted([one.result(), two.result()])
+    assert [(was_cached, num_progress) for was_cached, _, num_progress in results] == [(False, 8), (True, 0)]
+    expected = content_of(opened(corpus, tmp_path / "reference"))
+    assert [digest for _, digest, _ in results] == [expected, expected]
+    assert not list((tmp_path / "cache").glob("*.building-*"))
+
+
+def test_who_does_not_build_first_lets_the_other_go_first(tmp_path):
+    with Worker(tmp_path, 0.05, "second") as second, Worker(tmp_path, 0.05, "first") as first:
+        assert [first.line(), second.line()] == ["ready", "ready"]
+        second.go()
+        time.sleep(0.5)
+        first.go()
+        assert first.result()[::2] == (False, 8)
+        assert second.result()[::2] == (True, 0)
+
+
+def test_a_builder_killed_midway_leaves_nothing_that_looks_whole(tmp_path, corpus):
+    with Worker(tmp_path, 30) as victim, Worker(tmp_path, 0) as waiting:
+        assert [victim.line(), waiting.line()] == ["ready", "ready"]
+        victim.go()
+        assert victim.line() == "progress 0"
+        (building,) = tmp_path.glob("*.building-*")
+        waiting.go()
+        victim.process.send_signal(signal.SIGKILL)
+        assert victim.process.wait(timeout=30) == -signal.SIGKILL
+        # The lock died with its holder, so the one that waited builds.
+        was_cached, digest, _ = waiting.result()
+    assert not was_cached
+    store = opened(corpus, tmp_path)
+    assert store.was_cached
+    check_tokens(store, corpus, embedded_tokenizer())
+    assert digest == content_of(store)
+    # A killed process counts as living until its parent has noticed; the next build, at the latest, clears what it left.
+    shutil.rmtree(store.path)
+    assert not opened(corpus, tmp_path).was_cached
+    assert not building.exists()
+
+
+def test_what_another_living_or_distant_builder_writes_is_left_alone(tmp_path):
+    corpus = small_corpus("a")
+    key = opened(corpus, tmp_path / "other").fingerprint
+    node = os.uname().nodename
+    alive = tmp_path / f"{key}.building-{node}-{os.getppid()}-0a"
+    distant = tmp_path / f"{key}.building-far-away-1-0b"
+    old = tmp_path / f"{key}.building-far-away-1-0c"
+    for directory in (alive, distant, old):
+        directory.mkdir()
+    os.utime(old, (0, 0))
+    opened(corpus, tmp_path)
+    assert [alive.exists(), distant.exists(), old.exists()] == [True, True, False]

@@ -1,0 +1,505 @@
+"""Loading tokenizers and GPT-2 from every kind of source, what is refused and in which words, and the split."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+    GPT2TokenizerFast,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as hf_logging
+
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.engine import Engine
+from agnews_dist.errors import ModelError
+from agnews_dist.model.gpt2 import Backbone, check_max_length, load_backbone, parameter_table, split
+from agnews_dist.model.pretrained import load_tokenizer
+from agnews_dist.run.setup import place
+
+NUM_TOKENS = 2000
+CLASS_NAMES = ("World", "Sports", "Business", "Sci/Tech")
+
+
+def tiny_config(**changes: object) -> GPT2Config:
+    shape: dict[str, object] = {
+        "vocab_size": NUM_TOKENS,
+        "n_positions": 64,
+        "n_embd": 16,
+        "n_layer": 3,
+        "n_head": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return GPT2Config(**(shape | changes))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The embedded one with [PAD]: 2,001 tokens."""
+    return load_tokenizer("embedded", revision=None, pad_token="new")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same weights saved as the three kinds of checkpoint, the last with class names."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    classifier = GPT2ForSequenceClassification(tiny_config(id2label=dict(enumerate(CLASS_NAMES))))
+    language_model = GPT2LMHeadModel(tiny_config())
+    language_model.transformer.load_state_dict(classifier.transformer.state_dict())
+    saved = {"GPT2Model": classifier.transformer, "GPT2LMHeadModel": language_model, "classifier": classifier}
+    for name, model in saved.items():
+        model.save_pretrained(root / name)
+    return {name: root / name for name in saved}
+
+
+@pytest.fixture
+def broken(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of a language model's directory to damage."""
+    return Path(shutil.copytree(checkpoints["GPT2LMHeadModel"], tmp_path / "model"))
+
+
+def load(name: object, tokenizer: PreTrainedTokenizerFast, *, init: str = "pretrained", seed: int = 0) -> Backbone:
+    return load_backbone(str(name), revision=None, init=init, seed=seed, tokenizer=tokenizer)  # type: ignore[arg-type]
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# --- tokenizers
+
+
+def test_new_pad_token_is_added_once(shared: Path, tmp_path: Path) -> None:
+    source = str(shared / "tokenizers" / "gpt2")
+    first = load_tokenizer(source, revision=None, pad_token="new")
+    assert (len(first), first.pad_token, first.pad_token_id) == (50258, "[PAD]", 50257)
+    first.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path), revision=None, pad_token="new")
+    assert (len(again), again.pad_token_id) == (50258, 50257)
+    reused = load_tokenizer(str(tmp_path), revision=None, pad_token="eos")
+    assert (len(reused), reused.pad_token_id) == (50258, 50256)
+
+
+def test_eos_pad_token_grows_nothing(shared: Path) -> None:
+    tokenizer = load_tokenizer(str(shared / "tokenizers" / "gpt2"), revision=None, pad_token="eos")
+    assert (len(tokenizer), tokenizer.pad_token, tokenizer.pad_token_id) == (50257, "<|endoftext|>", 50256)
+
+
+@pytest.mark.parametrize("pad_token", ["new", "eos"])
+@pytest.mark.parametrize("source", ["gpt2", "embedded"])
+def test_special_tokens_in_a_text_are_ordinary_text(shared: Path, source: str, pad_token: str) -> None:
+    name = "embedded" if source == "embedded" else str(shared / "tokenizers" / "gpt2")
+    tokenizer = load_tokenizer(name, revision=None, pad_token=pad_token)  # type: ignore[arg-type]
+    text = "before <|endoftext|> between [PAD] after<|endoftext|>"
+    ids = tokenizer([text, "a"], padding=True)["input_ids"]
+    assert not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids[0])
+    assert tokenizer.decode(ids[0]) == text
+    assert ids[1][-1] == tokenizer.pad_token_id, "padding is on the right"
+
+
+def test_a_runs_directory_means_its_model(shared: Path, tmp_path: Path) -> None:
+    shutil.copytree(shared / "tokenizers" / "gpt2", tmp_path / "model")
+    assert len(load_tokenizer(str(tmp_path), revision=None, pad_token="eos")) == 50257
+
+
+def test_embedded_tokenizer_is_the_same_in_every_process() -> None:
+    program = (
+        "from agnews_dist.model.embedded import embedded_tokenizer as t; print(t().backend_tokenizer.to_str(), end='')"
+    )
+    here = load_tokenizer("embedded", revision=None, pad_token="eos")
+    hashes = set()
+    for threads in ("1", "2"):
+        environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
+        process = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])},
+            capture_output=True,
+            check=True,
+        )
+        assert json.loads(process.stdout)["model"]["vocab"] == here.get_vocab()
+        hashes.add(hashlib.sha256(process.stdout).hexdigest())
+    assert len(hashes) == 1
+    assert len(here) == NUM_TOKENS
+
+
+def test_embedded_tokenizer_takes_any_text() -> None:
+    tokenizer = load_tokenizer("embedded", revision=None, pad_token="new")
+    text = "caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{GRINNING FACE}\0 \N{CJK UNIFIED IDEOGRAPH-4E2D}\n  two  spaces"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.unk_token_id not in ids
+
+
+def test_tokenizer_errors(tmp_path: Path, shared: Path) -> None:
+    with pytest.raises(ModelError, match=r"'/no/such/dir' does not exist: .*Check the path, or set --model.name"):
+        load_tokenizer("/no/such/dir", revision=None, pad_token="new")
+    with pytest.raises(ModelError, match=r"has no tokenizer \(none of tokenizer.json.*Copy the tokenizer's files"):
+        load_tokenizer(str(tmp_path), revision=None, pad_token="new")
+    with pytest.raises(ModelError, match=r"'gpt2' cannot be read from the hub .*agnews_dist prepare.*HF_HOME"):
+        load_tokenizer("gpt2", revision=None, pad_token="new")
+    file = tmp_path / "tokenizer.json"
+    file.write_text("{")
+    with pytest.raises(ModelError, match=r"tokenizer in .* cannot be read \(.*damaged.*Copy or download"):
+        load_tokenizer(str(tmp_path), revision=None, pad_token="new")
+    with pytest.raises(ModelError, match=r"tokenizer.json' is a file: .*Set --model.name to the directory around it"):
+        load_tokenizer(str(file), revision=None, pad_token="new")
+    no_end = tmp_path / "no_end"
+    backend = load_tokenizer("embedded", revision=None, pad_token="new").backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(no_end)
+    with pytest.raises(ModelError, match=r"has no end-of-text token: .*Set eos_token"):
+        load_tokenizer(str(no_end), revision=None, pad_token="new")
+
+
+# --- pretrained weights
+
+
+@pytest.mark.parametrize("kind", ["GPT2Model", "GPT2LMHeadModel", "classifier"])
+def test_three_kinds_of_checkpoint_give_the_same_backbone(
+    checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast, kind: str
+) -> None:
+    backbone = load(checkpoints[kind], tokenizer)
+    assert type(backbone.model) is GPT2Model
+    assert backbone.model.config._attn_implementation == "sdpa"
+    saved = load_file(checkpoints["GPT2Model"] / "model.safetensors")
+    weights = dict(backbone.model.named_parameters())
+    assert len(weights) == len(saved) == 3 * 12 + 4
+    for name, weight in weights.items():
+        assert weight.dtype == torch.float32
+        assert weight.device.type == "cpu"
+        assert torch.equal(weight[:NUM_TOKENS], saved[name]), name
+    mean = saved["wte.weight"].mean(dim=0)
+    assert weights["wte.weight"].shape == (NUM_TOKENS + 1, 16)
+    assert torch.allclose(weights["wte.weight"][-1], mean, atol=1e-8)
+    assert backbone.model.config.vocab_size == NUM_TOKENS + 1
+    assert backbone.model.config.pad_token_id == NUM_TOKENS
+    if kind == "classifier":
+        assert backbone.class_names == CLASS_NAMES
+        assert backbone.head_CD is not None
+        assert torch.equal(backbone.head_CD, load_file(checkpoints[kind] / "model.safetensors")["score.weight"])
+    else:
+        assert (backbone.head_CD, backbone.class_names) == (None, None)
+
+
+def test_half_precision_checkpoint_trains_in_exact_fp32_and_stays_frozen_as_stored(shared: Path) -> None:
+    checkpoint = shared / "checkpoints" / "gpt2-mini"
+    tokenizer = load_tokenizer(str(checkpoint), revision=None, pad_token="new")
+    classifier = split(load(checkpoint, tokenizer), trainable_blocks=2, num_classes=4, seed=0)
+    saved = load_file(checkpoint / "model.safetensors")
+    assert saved["transformer.h.0.mlp.c_fc.weight"].dtype == torch.bfloat16
+    frozen = classifier.frozen_state
+    trained = {f"transformer.{name}": weight for name, weight in classifier.suffix.named_parameters()}
+    assert {weight.dtype for weight in frozen.values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in trained.values()} == {torch.float32}
+    assert len(frozen | trained) == len(saved) + 2
+    for name, weight in saved.items():
+        assert torch.equal((frozen | trained)[name][:50257].float(), weight.float()), name
+    assert classifier.prefix.wte.num_embeddings == 50258
+    place(
+        classifier,
+        Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60),
+        fast_path=True,
+    )
+    assert {weight.dtype for weight in classifier.prefix.parameters()} == {torch.float32}
+
+
+def test_end_of_text_as_pad_grows_nothing(checkpoints: dict[str, Path]) -> None:
+    model = load(checkpoints["GPT2Model"], load_tokenizer("embedded", revision=None, pad_token="eos")).model
+    assert (model.wte.num_embeddings, model.config.pad_token_id) == (NUM_TOKENS, 0)
+
+
+def test_spare_embedding_rows_are_used_for_the_pad_token(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Many checkpoints round the vocabulary up to a multiple of 64 or 128."""
+    GPT2Model(tiny_config(vocab_size=2048)).save_pretrained(tmp_path)
+    assert load(tmp_path, tokenizer).model.wte.num_embeddings == 2048
+
+
+def test_old_checkpoints_with_causal_mask_buffers_load(broken: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """As OpenAI's GPT-2 on the hub has them: h.0.attn.bias and h.0.attn.masked_bias."""
+    state = load_file(broken / "model.safetensors")
+    for block in range(3):
+        state[f"transformer.h.{block}.attn.bias"] = torch.ones(1, 1, 64, 64)
+        state[f"transformer.h.{block}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    assert len(load(broken, tokenizer).model.h) == 3
+
+
+def test_pickled_weights_load_without_running_code(broken: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """torch's weights_only reader: tensors pass, anything that would call a function is refused."""
+    state = load_file(broken / "model.safetensors")
+    (broken / "model.safetensors").unlink()
+    torch.save(state, broken / "pytorch_model.bin")
+    weight = load(broken, tokenizer).model.ln_f.weight
+    assert torch.equal(weight, state["transformer.ln_f.weight"])
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+            return (Path(broken / "bomb").write_text, ("exploded",))
+
+    torch.save(state | {"bomb": Bomb()}, broken / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"weights in .* cannot be read .*Copy or download"):
+        load(broken, tokenizer)
+    assert not (broken / "bomb").exists()
+
+
+def test_loading_is_silent_and_leaves_global_state_alone(
+    checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = torch.get_rng_state()
+    verbosity, has_bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    load(checkpoints["classifier"], tokenizer)
+    load(checkpoints["GPT2Model"], tokenizer, init="random", seed=3)
+    split(load("embedded", tokenizer), trainable_blocks=1, num_classes=4, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()) == (verbosity, has_bars)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == ""
+
+
+# --- random weights
+
+
+def test_random_weights_come_from_the_seed_alone(
+    checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    shutil.copy(checkpoints["classifier"] / "config.json", tmp_path)  # the shape is all it reads
+    first, again = (load(tmp_path, tokenizer, init="random", seed=4) for _ in range(2))
+    other = load(tmp_path, tokenizer, init="random", seed=5)
+    assert (first.head_CD, first.class_names) == (None, None)
+    matrix = "h.1.mlp.c_fc.weight"
+    assert torch.equal(first.model.get_parameter(matrix), again.model.get_parameter(matrix))
+    assert not torch.equal(first.model.get_parameter(matrix), other.model.get_parameter(matrix))
+    assert first.model.get_parameter(matrix).std().item() == pytest.approx(0.02, rel=0.1)
+    assert first.model.get_parameter("h.1.mlp.c_proj.weight").std().item() == pytest.approx(0.02 / 6**0.5, rel=0.1)
+    assert not first.model.training
+
+
+def test_a_directory_with_only_a_tokenizer_is_gpt2_small(shared: Path) -> None:
+    directory = shared / "tokenizers" / "gpt2"
+    models = {}
+    for pad_token in ("new", "eos"):
+        tokenizer = load_tokenizer(str(directory), revision=None, pad_token=pad_token)  # type: ignore[arg-type]
+        models[pad_token] = load(directory, tokenizer, init="random").model
+    config = models["new"].config
+    assert (config.n_layer, config.n_embd, config.n_head, config.n_positions) == (12, 768, 12, 1024)
+    assert models["new"].wte.num_embeddings == 50258
+    assert models["eos"].wte.num_embeddings == 50257
+    assert torch.equal(models["new"].h[11].mlp.c_fc.weight, models["eos"].h[11].mlp.c_fc.weight)
+
+
+def test_embedded_model(tokenizer: PreTrainedTokenizerFast) -> None:
+    """'pretrained' means one fixed draw; 'random' follows the run's seed."""
+    first, again = load("embedded", tokenizer, seed=1).model, load("embedded", tokenizer, seed=2).model
+    assert torch.equal(first.wte.weight, again.wte.weight)
+    drawn = load("embedded", tokenizer, init="random", seed=1).model
+    assert not torch.equal(first.wte.weight, drawn.wte.weight)
+    assert first.wte.num_embeddings == len(tokenizer) == NUM_TOKENS + 1
+    assert first.config.eos_token_id == tokenizer.eos_token_id == 0
+
+
+# --- what is refused
+
+
+def _no_weights(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+
+
+def _no_config(directory: Path) -> None:
+    (directory / "config.json").unlink()
+
+
+def _damaged_config(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+
+
+def _truncated(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _empty(directory: Path) -> None:
+    (directory / "model.safetensors").write_bytes(b"")
+
+
+def _missing_weight(directory: Path) -> None:
+    state = load_file(directory / "model.safetensors")
+    del state["transformer.h.1.mlp.c_fc.weight"]
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _nan(directory: Path) -> None:
+    state = load_file(directory / "model.safetensors")
+    state["transformer.h.2.ln_1.bias"][3] = float("nan")
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _bert(directory: Path) -> None:
+    BertModel(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
+        directory
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            _no_weights,
+            r"has no weights \(none of model.safetensors.*Copy the whole model directory, or set --model.init",
+        ),
+        (_no_config, r"has no config.json: .*Copy the whole model directory"),
+        (_damaged_config, r"config.json in .* cannot be read \(OSError.*Copy or download"),
+        (_truncated, r"weights in .* cannot be read \(SafetensorError.*damaged.*Copy or download"),
+        (_empty, r"weights in .* cannot be read \(SafetensorError.*damaged.*Copy or download"),
+        (_missing_weight, r"weights of model .* lack h.1.mlp.c_fc.weight \(1 such\).*random.*Copy the whole"),
+        (_nan, r"weight h.2.ln_1.bias of model .* holds NaN.*Use a checkpoint saved before"),
+        (_bert, r"is a 'bert' model: only GPT-2.*Choose a GPT-2"),
+        (lambda d: edit_config(d, n_layer=4), r"lack h.3.\S+ \(12 such\).*Copy the whole"),
+        (lambda d: edit_config(d, n_layer=2), r"blocks that config.json does not know: \S*h.2.\S+ \(11 such\)"),
+        (lambda d: edit_config(d, n_embd=32), r"have another shape than config.json says for \S+ \(40 such\)"),
+        (lambda d: edit_config(d, n_embd="wide"), r"config.json in .* cannot be read \(.*n_embd.*Copy or download"),
+        (lambda d: edit_config(d, add_cross_attention=True), r"has add_cross_attention: .*Choose a GPT-2 without"),
+        (lambda d: edit_config(d, n_head=5), r"cannot be read \(ValueError: `embed_dim` must be divisible"),
+    ],
+    ids=lambda value: value.__name__.strip("_") if callable(value) else "",
+)
+def test_damaged_directories(
+    broken: Path, tokenizer: PreTrainedTokenizerFast, damage: Callable[[Path], None], message: str
+) -> None:
+    load(broken, tokenizer)
+    damage(broken)
+    with pytest.raises(ModelError, match=message):
+        load(broken, tokenizer)
+
+
+def test_sources_that_are_not_there(
+    checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"'\./runs/gone/model' does not exist: .*Check the path"):
+        load("./runs/gone/model", tokenizer)
+    with pytest.raises(ModelError, match=r"'runs/gone/model' does not exist: .*Check the path"):
+        load("runs/gone/model", tokenizer)
+    with pytest.raises(ModelError, match=r"is a file: .*Set --model.name to the directory"):
+        load(checkpoints["GPT2Model"] / "model.safetensors", tokenizer)
+    for init in ("pretrained", "random"):
+        with pytest.raises(
+            ModelError, match=r"'gpt2' cannot be read from the hub .*set --model.name to a local directory"
+        ):
+            load("gpt2", tokenizer, init=init)
+        with pytest.raises(ModelError, match=r"has no config.json: .*Copy the whole model directory"):
+            load(tmp_path, tokenizer, init=init)
+
+
+def test_impossible_random_shape(broken: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    edit_config(broken, n_head=5)
+    with pytest.raises(ModelError, match=r"describes no possible model \(.*divisible.*Correct config.json"):
+        load(broken, tokenizer, init="random")
+    edit_config(broken, n_head=2, activation_function="wiggle")
+    with pytest.raises(ModelError, match=r"describes no possible model \(.*wiggle.*Correct config.json"):
+        load(broken, tokenizer, init="random")
+
+
+@pytest.mark.parametrize("num_rows", [1999, 1500, 3025, 50257])
+def test_a_tokenizer_of_another_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, num_rows: int) -> None:
+    GPT2Model(tiny_config(vocab_size=num_rows, n_layer=1)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=rf"2001 tokens but model .* has {num_rows} embedding rows: .*Use the tokenizer"
+    ):
+        load(tmp_path, tokenizer)
+
+
+def test_one_token_more_that_is_not_the_pad_token(tmp_path: Path) -> None:
+    GPT2Model(tiny_config(vocab_size=NUM_TOKENS - 1)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"2000 tokens but model .* has 1999 embedding rows"):
+        load(tmp_path, load_tokenizer("embedded", revision=None, pad_token="eos"))
+
+
+def test_max_length_above_the_positions() -> None:
+    check_max_length(512, 512)
+    with pytest.raises(ModelError, match=r"max_length 513 is above the model's 512 positions: .*at most 512"):
+        check_max_length(513, 512)
+
+
+# --- the split
+
+
+@pytest.mark.parametrize("trainable_blocks", [-1, 4])
+def test_more_trainable_blocks_than_blocks(
+    checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast, trainable_blocks: int
+) -> None:
+    backbone = load(checkpoints["GPT2Model"], tokenizer)
+    message = rf"trainable_blocks {trainable_blocks}, but the model has 3 blocks: .*between 0 and 3, or to all"
+    with pytest.raises(ModelError, match=message):
+        split(backbone, trainable_blocks=trainable_blocks, num_classes=4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("trainable_blocks", "parts"), [(0, "h.0-2"), (1, "h.0-1 h.2"), (2, "h.0 h.1-2"), ("all", "h.0-2")]
+)
+def test_what_trains(
+    checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast, trainable_blocks: int | str, parts: str
+) -> None:
+    backbone = load(checkpoints["GPT2LMHeadModel"], tokenizer)
+    num_parameters = sum(p.numel() for p in backbone.model.parameters()) + 4 * 16 + 4
+    classifier = split(backbone, trainable_blocks=trainable_blocks, num_classes=4, seed=0)  # type: ignore[arg-type]
+    table = parameter_table(classifier)
+    assert list(table) == ["embeddings", *parts.split(), "ln_f", "out_head"]
+    block = 12 * 16 * 16 + 13 * 16
+    num_trainable = 3 if trainable_blocks == "all" else int(trainable_blocks)
+    assert table["embeddings"] == (0, (2001 + 64) * 16)
+    assert table["ln_f"] == (32, 0)
+    assert table["out_head"] == (4 * 16 + 4, 0)
+    assert sum(trainable for trainable, _ in table.values()) == num_trainable * block + 32 + 68
+    assert sum(trainable + frozen for trainable, frozen in table.values()) == num_parameters
+    for trainable, frozen in table.values():
+        assert (trainable == 0) != (frozen == 0)
+    names = [name for name, _ in classifier.suffix.named_parameters()]
+    hf_names = set(GPT2ForSequenceClassification(tiny_config()).state_dict())
+    mapped = {"score.weight" if name == "out_head.weight" else f"transformer.{name}" for name in names}
+    mapped.remove("transformer.out_head.bias")
+    assert not mapped & set(classifier.frozen_state)
+    assert mapped | set(classifier.frozen_state) == hf_names
+
+
+def test_out_head_is_drawn_from_the_seed(checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast) -> None:
+    def head(seed: int, num_classes: int = 500) -> torch.nn.Linear:
+        backbone = load(checkpoints["GPT2Model"], tokenizer)
+        return split(backbone, trainable_blocks=1, num_classes=num_classes, seed=seed).suffix.out_head
+
+    assert torch.equal(head(1).weight, head(1).weight)
+    assert not torch.equal(head(1).weight, head(2).weight)
+    assert head(1).weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert not head(1).bias.any()
+    drawn = load(checkpoints["GPT2Model"], tokenizer, init="random", seed=1).model.wte.weight
+    assert not torch.equal(head(1).weight[:4], drawn[:4]), "head and embedding of one seed are different numbers"
+
+
+def test_a_classifiers_head_is_kept_if_it_fits(
+    checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    saved = load_file(checkpoints["classifier"] / "model.safetensors")["score.weight"]
+    kept = split(load(checkpoints["classifier"], tokenizer), trainable_blocks=1, num_classes=4, seed=0)
+    assert torch.equal(kept.suffix.out_head.weight, saved)
+    other = split(load(checkpoints["classifier"], tokenizer), trainable_blocks=1, num_classes=5, seed=0)
+    assert other.suffix.out_head.weight.shape == (5, 16)
+
+
+def test_fast_tokenizer_class_is_the_one_transformers_means() -> None:
+    """The annotation `PreTrainedTokenizerFast` is what AutoTokenizer returns for GPT-2."""
+    assert issubclass(GPT2TokenizerFast, PreTrainedTokenizerFast)

@@ -1,0 +1,211 @@
+"""The run log: strict JSON lines, whole after a kill, continued by a resumed run."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from agnews_dist.errors import UserError
+from agnews_dist.events import (
+    EvalDone,
+    Event,
+    OverfitChecked,
+    Profiled,
+    Progress,
+    RunDone,
+    RunStarted,
+    StepDone,
+    Warned,
+)
+from agnews_dist.report.console import Sinks
+from agnews_dist.report.event_log import EventLog, read_run_log
+
+STEP = StepDone(
+    step=1, epoch=1, loss=1.25, lr=1e-3, grad_norm=2.0, num_examples=32, num_tokens=1664, seconds=0.5
+)  # fmt: skip
+EVENTS: list[Event] = [
+    RunStarted(facts={"device": "cpu"}, parameters={"out_head": (3076, 0)}, num_steps=10),
+    Warned(message='a "quoted" text\nof two lines, \u2028, an emoji \U0001f600 and a lone surrogate \udc80'),
+    STEP,
+    EvalDone(
+        split="validation",
+        epoch=1,
+        num_examples=3,
+        num_correct=2,
+        accuracy=2 / 3,
+        macro_f1=0.6,
+        loss=0.7,
+        confusion=((1, 1), (0, 1)),
+        class_names=("World", "Sci/Tech"),
+        seconds=0.1,
+    ),
+    Profiled(path="trace.json", top_operators="a\nb"),
+    OverfitChecked(num_examples=8, num_steps=50, first_loss=1.4, last_loss=0.01, accuracy=1.0),
+    RunDone(facts={"best epoch": "1"}, paths={"model": "runs/x/model"}),
+]
+
+
+def test_every_event_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    before = datetime.now(timezone.utc)
+    with EventLog(path) as log:
+        for event in EVENTS:
+            log(event)
+    found = read_run_log(path)
+    assert len(found) == len(EVENTS) == 7
+    for line, event in zip(found, EVENTS, strict=True):
+        assert list(line)[:2] == ["event", "time"]
+        assert line.pop("event") == type(event).__name__
+        when = datetime.fromisoformat(line.pop("time"))
+        assert when.utcoffset() == timedelta(0)
+        assert abs(when - before) < timedelta(minutes=1)
+        assert line == json.loads(json.dumps(dataclasses.asdict(event)))
+
+
+def test_progress_is_not_written(tmp_path: Path) -> None:
+    with EventLog(tmp_path / "events.jsonl") as log:
+        log(Progress(task="tokenising", done=1, total=2))
+        log(STEP)
+    assert [line["event"] for line in read_run_log(tmp_path / "events.jsonl")] == ["StepDone"]
+
+
+def test_non_finite_numbers_are_null(tmp_path: Path) -> None:
+    with EventLog(tmp_path / "events.jsonl") as log:
+        log(dataclasses.replace(STEP, loss=math.nan, grad_norm=math.inf))
+    text = (tmp_path / "events.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    (line,) = read_run_log(tmp_path / "events.jsonl")
+    assert line["loss"] is None
+    assert line["grad_norm"] is None
+    assert line["lr"] == 1e-3
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from agnews_dist.events import Warned
+from agnews_dist.report.event_log import EventLog
+log = EventLog(Path(sys.argv[1]))
+for number in range(100):
+    log(Warned(message=f"event {number}"))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_process_leaves_every_event_before(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path)], check=False, env={**os.environ, "PYTHONPATH": str(root)}, timeout=60
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert [line["message"] for line in read_run_log(path)] == [f"event {number}" for number in range(100)]
+
+
+def test_a_resumed_run_continues_after_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        log(Warned(message="before"))
+    with path.open("a") as file:
+        file.write('{"event": "Warned", "ti')
+    assert [line["message"] for line in read_run_log(path)] == ["before"]
+    with EventLog(path) as log:
+        log(Warned(message="after"))
+    assert [line["message"] for line in read_run_log(path)] == ["before", "after"]
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
+
+
+def test_what_came_after_a_checkpoint_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        log(Warned(message="before"))
+        kept = log.num_bytes
+        assert kept == path.stat().st_size > 0
+        log(Warned(message="will be repeated"))
+    with EventLog(path, keep_bytes=kept) as log:
+        assert log.num_bytes == kept
+        log(Warned(message="repeated"))
+    assert [line["message"] for line in read_run_log(path)] == ["before", "repeated"]
+    # Shorter than a checkpoint says: nobody can bring back what is lost, but no line may be torn.
+    with EventLog(path, keep_bytes=10**6) as log:
+        log(Warned(message="after"))
+    assert [line["message"] for line in read_run_log(path)] == ["before", "repeated", "after"]
+
+
+def test_lines_that_cannot_be_written_wait_and_no_checkpoint_counts_on_them(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with EventLog(path) as log:
+        log(Warned(message="first"))
+        log.sync(log.num_bytes)
+        try:
+            # The file may grow by half a line: that half must not stay there.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (log.num_bytes + 20, limits[1]))
+            for message in ("second", "third"):
+                with pytest.raises(OSError, match=r"File too large|No space left") as raised:
+                    log(Warned(message=message))
+                assert raised.value.filename == str(path)
+            assert [line["message"] for line in read_run_log(path)] == ["first"]
+            assert path.stat().st_size < log.num_bytes
+            with pytest.raises(OSError, match=r"File too large|No space left"):
+                log.sync(log.num_bytes)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        log(Warned(message="fourth"))
+        log.sync(log.num_bytes)
+    assert [line["message"] for line in read_run_log(path)] == ["first", "second", "third", "fourth"]
+
+
+def test_a_sink_that_cannot_write_does_not_end_the_run_and_the_others_are_told_once(tmp_path: Path) -> None:
+    told: list[Event] = []
+
+    class Full:
+        path = "/full/events.jsonl"
+
+        def __call__(self, event: Event) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", self.path)
+
+        def close(self) -> None:
+            pass
+
+    class Screen:
+        def __call__(self, event: Event) -> None:
+            told.append(event)
+
+        def close(self) -> None:
+            pass
+
+    with Sinks() as emit:
+        emit.add(Full())
+        emit.add(Screen())
+        emit(STEP)
+        emit(STEP)
+    assert [event for event in told if event == STEP] == [STEP, STEP]
+    (warning,) = [event for event in told if isinstance(event, Warned)]
+    assert warning.message.startswith("/full/events.jsonl cannot be written (No space left on device): ")
+
+
+def test_damaged_or_missing_logs_are_user_errors(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    for damaged in (
+        b'{"event": "Warned"}\nnot json\n',
+        b'{"event": "Warned"}\n[1]\n',
+        b'{"event": "Warned"}\n"\xff"\n',
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"events.jsonl line 2 is no JSON object.*Remove that line"):
+            read_run_log(path)
+    with pytest.raises(UserError, match=r"cannot read .*none.jsonl .*Give the path of a run's log"):
+        read_run_log(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match=r"cannot open .*choose another with --run.dir"):
+        EventLog(tmp_path / "no" / "events.jsonl")

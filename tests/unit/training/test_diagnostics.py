@@ -1,0 +1,139 @@
+"""The largest step is run once before training and leaves no trace; what does not fit is said before any work is lost."""
+
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from support.processes import python
+from support.toy import toy_classifier, toy_split
+
+from agnews_dist.data.batching.epoch_plan import PlanSettings
+from agnews_dist.data.batching.loader import TokenTable, TrainLoader
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.engine import Engine
+from agnews_dist.model.prefix import computed
+from agnews_dist.training.diagnostics import rehearse
+from agnews_dist.training.step import train_step
+
+LENGTHS = np.random.default_rng(3).integers(1, 31, 40).tolist()
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
+
+
+def make_loader(engine: Engine) -> TrainLoader:
+    table = TokenTable(toy_split(LENGTHS), pad_id=0, device=engine.device)
+    return TrainLoader(table, engine.world, PlanSettings(global_batch_size=12), max_tokens_per_rank=100, quadratic=0.0)
+
+
+def trained(engine: Engine, *, rehearsed: bool) -> dict[str, torch.Tensor]:
+    """Weights after an epoch with dropout, which draws from the global random state."""
+    torch.manual_seed(0)
+    classifier, loader = toy_classifier(dropout=0.3), make_loader(engine)
+    if rehearsed:
+        rehearse(classifier, loader.largest_step(0), engine)
+        assert all(parameter.grad is None for parameter in classifier.suffix.parameters())
+        assert not classifier.suffix.training
+    optimizer = torch.optim.SGD(classifier.suffix.parameters(), lr=0.1)
+    wrapped = engine.prepare(classifier.suffix.train(), optimizer, max_grad_norm=0.0)
+    for batches in loader.steps(0):
+        train_step(engine, computed(classifier.prefix), wrapped, batches)
+    return {name: value.detach() for name, value in classifier.suffix.named_parameters()}
+
+
+def test_it_changes_nothing(engine):
+    with_it, without = trained(engine, rehearsed=True), trained(engine, rehearsed=False)
+    assert with_it.keys() == without.keys()
+    assert all(torch.equal(with_it[name], value) for name, value in without.items())
+
+
+def test_it_runs_every_micro_batch_of_the_step_forward_and_backward(engine):
+    classifier, batches = toy_classifier(), make_loader(engine).largest_step(0)
+    forward, backward = [], []
+    classifier.suffix.register_forward_hook(lambda module, args, output: forward.append(args[1].tolist()))
+    classifier.suffix.out_head.register_full_backward_hook(
+        lambda module, grad_in, grad_out: backward.append(len(grad_out[0]))
+    )
+    rehearse(classifier, batches, engine)
+    assert len(batches.micro_batches) > 1
+    assert forward == [batch.lengths_B.tolist() for batch in batches.micro_batches]
+    assert backward == [len(batch.labels_B) for batch in batches.micro_batches]
+
+
+def test_it_takes_room_for_the_moments_of_every_parameter(engine, monkeypatch):
+    """Held while the backward pass needs the most."""
+    classifier, held, at_backward, make = toy_classifier(), [], [], torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda like: held.append(weakref.ref(tensor := make(like))) or tensor)
+
+    def during_backward(module, grad_in, grad_out):
+        at_backward.append(sum(ref().numel() for ref in held if ref() is not None))
+
+    classifier.suffix.out_head.register_full_backward_hook(during_backward)
+    rehearse(classifier, make_loader(engine).largest_step(0), engine)
+    assert at_backward[0] == 2 * sum(parameter.numel() for parameter in classifier.suffix.parameters())
+    assert all(ref() is None for ref in held)
+
+
+IN_BF16 = """
+from test_diagnostics import make_loader
+import torch
+from support.toy import toy_classifier
+from agnews_dist.engine.engine import Engine
+from agnews_dist.training.diagnostics import rehearse
+from agnews_dist.run.setup import place
+from agnews_dist.distributed.world import World
+
+engine = Engine(World(), device="cpu", precision="bf16", allow_tf32=False, timeout_seconds=60)
+classifier, kinds = toy_classifier(), set()
+place(classifier, engine, fast_path=True)
+block = next(iter(classifier.suffix.h.values()))
+block.mlp.c_fc.register_forward_hook(lambda module, args, output: kinds.add(output.dtype))
+rehearse(classifier, make_loader(engine).largest_step(0), engine)
+print(kinds)
+"""
+
+
+def test_it_computes_in_the_precision_of_training():
+    assert python("-c", IN_BF16, PYTHONPATH="tests/unit/training:tests:tests/ranks:.").stdout == "{torch.bfloat16}\n"
+
+
+OUT_OF_MEMORY = """
+import resource
+import numpy as np
+import torch
+from support.toy import toy_classifier, toy_split
+from agnews_dist.data.batching.epoch_plan import PlanSettings
+from agnews_dist.data.batching.loader import TokenTable, TrainLoader
+from agnews_dist.engine.engine import Engine
+from agnews_dist.errors import UserError
+from agnews_dist.training.diagnostics import rehearse
+from agnews_dist.distributed.world import World
+
+engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
+table = TokenTable(toy_split([32] * 20_000), pad_id=0, device=engine.device)
+settings = PlanSettings(global_batch_size=20_000)
+batches = TrainLoader(table, World(), settings, max_tokens_per_rank=10**6, quadratic=0.0).largest_step(0)
+classifier = toy_classifier()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20, resource.RLIM_INFINITY))
+try:
+    rehearse(classifier, batches, engine)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_what_does_not_fit_is_said_before_any_work_is_lost():
+    done = python("-c", OUT_OF_MEMORY, PYTHONPATH="tests:tests/ranks:.")
+    assert "needs more memory than there is (20000 x 32 tokens at once): the run would break off" in done.stdout
+    assert "Lower batch.max_tokens_per_rank" in done.stdout
+
+
+def test_another_error_stays_what_it_is(engine):
+    classifier = toy_classifier()
+    classifier.suffix.out_head = torch.nn.Linear(5, 4)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        rehearse(classifier, make_loader(engine).largest_step(0), engine)

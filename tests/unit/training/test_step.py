@@ -1,0 +1,112 @@
+"""One optimiser step in one process, with several micro-batches, against Hugging Face's gradient of the whole batch.
+
+tests/ranks has the same with several ranks.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from support.toy import reference_gradients, toy_classifier, toy_split
+
+from agnews_dist.data.batching.batch import Batch
+from agnews_dist.data.batching.epoch_plan import PlanSettings
+from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoader
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.engine import Engine
+from agnews_dist.model.prefix import Features, computed
+from agnews_dist.training.step import NonFiniteError, train_step
+
+LENGTHS = [int(length) for length in np.random.default_rng(1).integers(1, 31, 24)]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, torch.Tensor]:
+    return reference_gradients(LENGTHS)
+
+
+def one_step(max_tokens: int) -> StepBatches:
+    """All examples as one global batch."""
+    table = TokenTable(toy_split(LENGTHS), pad_id=0, device=torch.device("cpu"))
+    settings = PlanSettings(global_batch_size=len(LENGTHS))
+    loader = TrainLoader(table, World(), settings, max_tokens_per_rank=max_tokens, quadratic=0.0)
+    (batches,) = loader.steps(0)
+    return batches
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.1, 1e6], ids=["unclipped", "clipped", "below the limit"])
+@pytest.mark.parametrize("max_tokens", [10_000, 80])
+def test_update_is_the_references_whatever_the_micro_batches(engine, reference, max_tokens, max_grad_norm):
+    classifier, batches = toy_classifier(), one_step(max_tokens)
+    num_micro_batches = len(batches.micro_batches)
+    assert num_micro_batches == 1 if max_tokens == 10_000 else num_micro_batches > 3
+    prefix, suffix = classifier.prefix.double(), classifier.suffix.double().eval()
+    before = {name: value.detach().clone() for name, value in suffix.named_parameters()}
+    optimizer = torch.optim.SGD(suffix.parameters(), lr=1.0)
+    wrapped = engine.prepare(suffix, optimizer, max_grad_norm=max_grad_norm)
+    result = train_step(engine, computed(prefix), wrapped, batches)
+
+    norm = math.sqrt(sum(float(value.square().sum()) for value in reference.values()))
+    assert norm > 0.2
+    assert result.grad_norm == pytest.approx(norm, rel=1e-10)
+    factor = 0.1 / (norm + 1e-6) if max_grad_norm == 0.1 else 1.0
+    assert before.keys() == reference.keys()
+    for name, value in suffix.named_parameters():
+        torch.testing.assert_close(before[name] - value.detach(), factor * reference[name], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_non_finite_loss_leaves_parameters_and_moments_alone(engine, bad):
+    classifier, batches = toy_classifier(), one_step(10_000)
+    suffix = classifier.suffix
+    optimizer = torch.optim.AdamW(suffix.parameters())
+    wrapped = engine.prepare(suffix, optimizer, max_grad_norm=1.0)
+    train_step(engine, computed(classifier.prefix), wrapped, batches)
+    moments = [state[key] for state in optimizer.state.values() for key in ("step", "exp_avg", "exp_avg_sq")]
+    assert len(moments) == 3 * 16
+    watched = [*(value.detach() for value in suffix.parameters()), *moments]
+    before = [value.clone() for value in watched]
+
+    def poisoned(batch: Batch) -> Features:
+        hidden_BTD, lengths_B = computed(classifier.prefix)(batch)
+        return Features(hidden_BTD * bad, lengths_B)
+
+    (batch,) = batches.micro_batches
+    with pytest.raises(
+        NonFiniteError, match=r"non-finite loss on rank\(s\) 0, of examples 0, 1, .* no rank made it. Lower optim.lr"
+    ) as raised:
+        train_step(engine, poisoned, wrapped, batches)
+    assert raised.value.ids == tuple(sorted(batch.ids_B.tolist()))
+    assert all(torch.equal(value, old) for value, old in zip(watched, before, strict=True))
+    result = train_step(engine, poisoned, wrapped, batches, nonfinite="skip")
+    assert (math.isnan(result.loss), result.grad_norm, result.bad_ids) == (True, None, raised.value.ids)
+    assert all(torch.equal(value, old) for value, old in zip(watched, before, strict=True))
+    train_step(engine, computed(classifier.prefix), wrapped, batches)
+    assert not any(torch.equal(value, old) for value, old in zip(watched[:16], before, strict=False))
+
+
+def test_the_one_example_whose_loss_is_not_finite_is_named(engine):
+    classifier, batches = toy_classifier(), one_step(80)
+    wrapped = engine.prepare(classifier.suffix, torch.optim.AdamW(classifier.suffix.parameters()), max_grad_norm=1.0)
+
+    def poisoned(batch: Batch) -> Features:
+        hidden_BTD, lengths_B = computed(classifier.prefix)(batch)
+        return Features(hidden_BTD.masked_fill((batch.ids_B == 5)[:, None, None], math.nan), lengths_B)
+
+    assert len(batches.micro_batches) > 3
+    assert train_step(engine, poisoned, wrapped, batches, nonfinite="skip").bad_ids == (5,)
+
+
+@pytest.mark.parametrize(("stop", "save"), [(False, False), (True, False), (False, True)])
+def test_a_step_carries_the_wishes_to_stop_and_to_save(engine, stop, save):
+    classifier = toy_classifier()
+    optimizer = torch.optim.AdamW(classifier.suffix.parameters())
+    wrapped = engine.prepare(classifier.suffix, optimizer, max_grad_norm=1.0)
+    result = train_step(engine, computed(classifier.prefix), wrapped, one_step(10_000), stop=stop, save=save)
+    assert (result.stop, result.save) == (stop, save)
