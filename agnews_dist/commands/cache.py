@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from agnews_dist.commands.runner import run_command
+from agnews_dist.commands.command import run_command
 from agnews_dist.config import command_line as cli
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError, DataError, did_you_mean

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from agnews_dist.commands.runner import TRAINING_OPTIONS, run_command
+from agnews_dist.commands.command import TRAINING_OPTIONS, run_command
 from agnews_dist.config import command_line as cli
 from agnews_dist.distributed.world import World, is_launched, ranks_of_srun
 from agnews_dist.errors import ConfigError, SharedError, UserError

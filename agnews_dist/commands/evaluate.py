@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from agnews_dist.commands.runner import run_command
+from agnews_dist.commands.command import run_command
 from agnews_dist.config import command_line as cli
 from agnews_dist.distributed.world import World
 

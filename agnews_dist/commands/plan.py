@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from agnews_dist.commands.runner import run_command
+from agnews_dist.commands.command import run_command
 from agnews_dist.config import command_line as cli
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError

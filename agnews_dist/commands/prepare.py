@@ -7,7 +7,7 @@ tokens in data.cache_dir; the training job finds them there.
 import time
 from collections.abc import Sequence
 
-from agnews_dist.commands.runner import TRAINING_OPTIONS, run_command
+from agnews_dist.commands.command import TRAINING_OPTIONS, run_command
 from agnews_dist.config import command_line as cli
 from agnews_dist.distributed.world import World
 
