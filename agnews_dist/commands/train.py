@@ -43,6 +43,7 @@ def run(world: World, loaded: cli.Loaded, *, preemption: PreemptionHandler) -> N
     from agnews_dist.report.console import Console, Sinks
     from agnews_dist.run.attempt import Attempt, set_deadline
     from agnews_dist.run.fingerprints import fingerprints
+    from agnews_dist.run.memory_setup import read_memory_setup
     from agnews_dist.run.results import finish
     from agnews_dist.run.setup import (
         TrainingInputs,
@@ -79,7 +80,7 @@ def run(world: World, loaded: cli.Loaded, *, preemption: PreemptionHandler) -> N
 
         def prepare() -> tuple[Estimate, TrainingInputs]:
             check_source(config.data.source)
-            memory = check_fits(config, world)
+            memory = check_fits(*read_memory_setup(config, world), world)
             return (
                 memory,
                 load_sources(

@@ -7,7 +7,7 @@ Letters: P weights that train, D width, H heads, T tokens of the longest text, n
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from agnews_dist.engine.deepspeed_config import LARGEST_BUCKET
@@ -255,27 +255,3 @@ def misfit(shape: Shape, setup: Setup, *, free_device: int, free_host: int) -> s
     what, free = ("on this rank's device", free_device) if is_device else ("in this node's memory", free_host)
     needs = summary(found) if is_device else f"about {gigabytes(found.host_bytes)} per rank in host memory"
     return f"the run needs {needs}; {gigabytes(free)} are free {what}: it would break off in the middle. {remedy}."
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What the doctor found."""
-
-    facts: Mapping[str, str]
-    """Versions and machine, for people and for bug reports."""
-    setting: str
-    """Which training the estimate is of."""
-    estimate: Estimate
-    free_device: int
-    """Bytes per rank, here."""
-    free_host: int
-    problem: str | None
-    """Why the run cannot fit, and what would."""
-
-    def to_dict(self) -> Mapping[str, object]:
-        """For JSON."""
-        return asdict(self) | {
-            "device_bytes": self.estimate.device_bytes,
-            "host_bytes": self.estimate.host_bytes,
-            "fits": self.problem is None,
-        }

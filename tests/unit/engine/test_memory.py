@@ -27,7 +27,7 @@ from agnews_dist.engine.memory import (
 )
 from agnews_dist.model.gpt2 import Backbone, split
 from agnews_dist.model.prefix import CALL_TOKENS
-from agnews_dist.preflight.memory_check import shape_of, texts_per_rank
+from agnews_dist.run.memory_setup import build_shape, count_texts_per_rank
 
 XL = Shape(num_blocks=48, width=1600, inner=6400, num_heads=25, num_rows=50258, num_positions=1024)
 
@@ -47,7 +47,7 @@ def gpt2(**changed: object) -> GPT2Config:
 @pytest.mark.parametrize("blocks", [0, 1, 3, 4])
 def test_weights_are_counted_as_the_model_has_them(blocks: int, inner: int | None) -> None:
     config = gpt2(n_inner=inner)
-    shape = shape_of(config)
+    shape = build_shape(config)
     classifier = split(Backbone(GPT2Model(config), None, None), trainable_blocks=blocks, num_classes=7, seed=0)
     assert shape.trained(blocks, 7) == sum(weight.numel() for weight in classifier.suffix.parameters())
     pad_row = config.n_embd  # [PAD], which the story's tokenizer adds
@@ -75,10 +75,10 @@ def test_activations_are_what_autograd_keeps(blocks: int, half: bool, fast_path:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         suffix.train()(torch.randn(texts, tokens, config.n_embd), torch.full((texts,), tokens))
     asked = setup(trainable_blocks=blocks, max_tokens_per_rank=texts * tokens, max_length=tokens, device="cpu")
-    estimated = activation_bytes(shape_of(config), replace(asked, half=half, fast_path=fast_path))
+    estimated = activation_bytes(build_shape(config), replace(asked, half=half, fast_path=fast_path))
     # The estimate holds the backward pass of a block too, and the features themselves.
     assert 0.9 * sum(kept.values()) < estimated < 2.1 * sum(kept.values())
-    less = activation_bytes(shape_of(config), replace(asked, half=half, fast_path=fast_path, checkpointing=True))
+    less = activation_bytes(build_shape(config), replace(asked, half=half, fast_path=fast_path, checkpointing=True))
     assert less < estimated if blocks == 3 else less <= estimated
 
 
@@ -133,10 +133,10 @@ def test_a_share_smaller_than_a_micro_batch_may_be() -> None:
     assert activation_bytes(XL, replace(asked, texts_per_rank=64)) < 0.3 * activation_bytes(XL, asked)
     assert activation_bytes(XL, replace(asked, texts_per_rank=10**6)) == activation_bytes(XL, asked)
     config = Config(batch=BatchConfig(global_batch_size=33))
-    assert texts_per_rank(config, World(num_ranks=8), use_cuda=False) == 5
-    assert 5 < (texts_per_rank(config, World(num_ranks=8), use_cuda=True) or 0) <= 33
+    assert count_texts_per_rank(config, World(num_ranks=8), use_cuda=False) == 5
+    assert 5 < (count_texts_per_rank(config, World(num_ranks=8), use_cuda=True) or 0) <= 33
     budget = Config(batch=BatchConfig(global_token_budget=1000), data=DataConfig(max_length=100))
-    assert texts_per_rank(budget, World(), use_cuda=True) == 10
+    assert count_texts_per_rank(budget, World(), use_cuda=True) == 10
 
 
 def test_a_run_that_fits_is_let_alone() -> None:

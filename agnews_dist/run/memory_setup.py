@@ -1,0 +1,88 @@
+"""Unpack the configuration into what the memory estimate takes: the model's `Shape` and the run's `Setup`."""
+
+import math
+
+import psutil
+import torch
+from transformers import GPT2Config
+
+from agnews_dist.config.schema import Config, DataConfig, ModelConfig
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.device import choose_precision, chooses_cuda
+from agnews_dist.engine.memory import Setup, Shape
+from agnews_dist.model.gpt2 import load_shape
+from agnews_dist.model.pretrained import load_tokenizer
+
+
+def read_memory_setup(config: Config, world: World) -> tuple[Shape, Setup]:
+    """Read the model's config file and return the two arguments of the memory estimate.
+
+    Raises:
+        ModelError: there is no such model, or it is not a GPT-2.
+        UserError: the device or precision is not available here.
+    """
+    gpt2 = read_model_config(config.model, config.data)
+    return build_shape(gpt2), build_setup(config, gpt2, world)
+
+
+def read_model_config(model: ModelConfig, data: DataConfig) -> GPT2Config:
+    """Read the model's config, with a vocabulary that includes [PAD]. Reads no weights.
+
+    Raises:
+        ModelError: there is no such model, or it is not a GPT-2.
+    """
+    tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
+    return load_shape(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
+
+
+def build_shape(gpt2: GPT2Config) -> Shape:
+    """Return the sizes of a GPT-2 that its memory depends on."""
+    return Shape(
+        num_blocks=gpt2.n_layer,
+        width=gpt2.n_embd,
+        inner=gpt2.n_inner or 4 * gpt2.n_embd,
+        num_heads=gpt2.n_head,
+        num_rows=gpt2.vocab_size + 1,
+        num_positions=gpt2.n_positions,
+    )
+
+
+def build_setup(config: Config, gpt2: GPT2Config, world: World) -> Setup:
+    """Return the settings of this rank, on this machine, that its memory depends on."""
+    engine, blocks = config.engine, config.model.trainable_blocks
+    use_cuda = chooses_cuda(world, engine.device)
+    half = choose_precision(engine.precision, use_cuda=use_cuda) != "fp32"
+    stored = str(gpt2.dtype or "float32").removeprefix("torch.")
+    return Setup(
+        trainable_blocks=gpt2.n_layer if blocks == "all" else min(blocks, gpt2.n_layer),
+        num_ranks=world.num_ranks,
+        ranks_per_node=world.ranks_per_node,
+        backend=engine.backend,
+        zero_stage=engine.zero_stage,
+        offload=engine.offload,
+        max_tokens_per_rank=config.batch.max_tokens_per_rank,
+        max_length=config.data.max_length,
+        texts_per_rank=count_texts_per_rank(config, world, use_cuda=use_cuda),
+        num_threads=torch.get_num_threads(),
+        device="cuda" if use_cuda else "cpu",
+        half=half,
+        # Weights used in the type they are stored in stay memory-mapped: the ranks of a node share those pages.
+        shares_frozen=not (use_cuda or half) and config.model.init == "pretrained" and stored == "float32",
+        fast_path=engine.fast_path,
+        checkpointing=engine.activation_checkpointing,
+        compress_gradients=engine.gradient_compression == "bf16",
+        runtime_bytes=psutil.Process().memory_info().rss,
+    )
+
+
+def count_texts_per_rank(config: Config, world: World, *, use_cuda: bool) -> int | None:
+    """Return the most texts of a global batch that one rank takes. With a token budget, every text counts as full length."""
+    batch, num_ranks = config.batch, world.num_ranks
+    texts = batch.global_batch_size
+    if batch.global_token_budget is not None:
+        texts = math.ceil(batch.global_token_budget / config.data.max_length)
+    share = math.ceil(texts / num_ranks)
+    if use_cuda and num_ranks > 1:
+        # With features sharded over the GPUs a rank takes the texts whose features it holds, a random number: mean + 4 deviations.
+        share = min(texts, share + math.ceil(4 * math.sqrt(share)))
+    return share
