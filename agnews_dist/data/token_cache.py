@@ -20,6 +20,9 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from agnews_dist.data.rows import Ints
+from agnews_dist.storage import atomic
+from agnews_dist.storage.directories import used_disk_bytes
+from agnews_dist.storage.locks import is_locked
 
 FORMAT = 1
 """Part of the key: raise it when the files or their meaning change."""
@@ -66,30 +69,18 @@ class Stored:
 
 
 def publish(directory: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new directory beside `directory`, bring it to disk, then rename it: whole or not at all.
+    """Publish what `write` puts into a new directory, whole or not at all; remove what killed builders left.
 
-    The caller holds the lock and found nothing of use at `directory`: what is there, and what killed builders left, goes.
+    The caller holds the lock and found nothing valid at `directory`.
     """
     for leftover in directory.parent.glob(f"{directory.name}.building-*"):
         if is_abandoned(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
     # Not tempfile: its directories are for one user only, and a cache may be shared.
     building = directory.with_name(f"{directory.name}.building-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    building.mkdir()
-    try:
+    atomic.sweep(directory.parent, directory.name)
+    with atomic.new_directory(directory, staging=building):
         write(building)
-        for file in building.iterdir():
-            _sync(file)
-        _sync(building)
-        if directory.is_dir():
-            shutil.rmtree(directory)
-        else:
-            directory.unlink(missing_ok=True)
-        building.rename(directory)
-        _sync(directory.parent)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
 
 
 def is_abandoned(building: Path) -> bool:
@@ -104,14 +95,6 @@ def is_abandoned(building: Path) -> bool:
     except PermissionError:
         return False
     return int(pid) == os.getpid()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_stored(directory: Path, stored: Stored, key: str) -> None:
@@ -256,24 +239,11 @@ def _token_cache(path: Path) -> TokenCache:
     parts = _parts(path)
     if not parts:
         raise FileNotFoundError(path)
-    files = [file for part in parts for file in part.rglob("*")]
     return TokenCache(
         key=path.name,
         path=path,
         about=describe(path),
-        disk_bytes=sum(file.lstat().st_blocks * 512 for file in files),
+        disk_bytes=sum(map(used_disk_bytes, parts)),
         last_used=max(part.stat().st_mtime for part in parts),
-        is_used=_is_locked(path.with_name(f"{path.name}.lock")),
+        is_used=is_locked(path.with_name(f"{path.name}.lock")),
     )
-
-
-def _is_locked(lock: Path) -> bool:
-    if not lock.is_file():
-        return False
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:  # somebody else's: this user cannot tell
-        return False

@@ -1,9 +1,9 @@
 """One split's features as one flat file that any number of processes and threads fill, segment by segment.
 
-Nobody needs to know of anybody: ranks of a job, two jobs at once, nodes with or without a common file system meet at the files
-alone. A segment has one small file that is its lock while somebody computes it (the kernel frees it when its holder dies) and
-its mark afterwards: the checksum of the segment's key, number and bytes, written when those are on disk. So to build, to go on
-after a kill, to check what is there, and to mend what is damaged are the same loop.
+Processes coordinate through files alone: ranks of a job, two jobs at once, nodes with or without a common file system. Each
+segment has one mark file. While a process computes the segment, the mark is its lock, which the kernel releases if that process
+dies. Afterwards the mark holds a checksum of the key, the segment's number and its bytes, written after the bytes are on disk.
+So one loop builds a file, continues after a kill, verifies a finished file and repairs a damaged one.
 """
 
 import errno
@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agnews_dist.features.eviction import ABOUT, IN_USE, MARKS, ROWS, is_whole, mark_path, read_mark
-from agnews_dist.storage.locks import is_open_at
+from agnews_dist.features.eviction import ABOUT, IN_USE, MARKS, ROWS, has_all_segments, mark_path, read_mark
+from agnews_dist.storage.locks import lock_shared, try_lock
 
 _WAIT_SECONDS = 0.05
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class FeatureFile:
-    """The rows of a layout's segments below one directory."""
+    """The rows of a layout's segments, in a directory of their own."""
 
     def __init__(
         self,
@@ -43,41 +43,41 @@ class FeatureFile:
         dtype: torch.dtype,
         about: Mapping[str, Any],
     ) -> None:
-        """Nothing is read or written yet.
+        """Describe the file; nothing is read or written yet.
 
         Args:
-            directory: this file's own; its name should be the key.
-            key: what the rows are a function of; part of every checksum, so that nothing else passes for them.
+            directory: named by the key, below the root of all caches.
+            key: see `features_key`; part of every checksum, so rows of another key never pass as these.
             bounds_S: segment s is the rows `bounds_S[s]` to `bounds_S[s + 1]`.
             width: numbers per row.
-            dtype: their type.
-            about: what a listing says of the file; JSON-ready.
+            dtype: type of the numbers.
+            about: facts for listings, JSON-ready.
         """
         self.directory = directory
         self._key, self._bounds_S, self._width, self._dtype = key, list(bounds_S), width, dtype
         self.num_segments = len(self._bounds_S) - 1
         self.num_bytes = self._offset(self.num_segments)
         self._about = dict(about) | {"bytes": self.num_bytes, "segments": self.num_segments}
-        self._in_use: int | None = None
+        self._lock: int | None = None
 
     @property
-    def found(self) -> frozenset[int]:
-        """The segments that are marked."""
+    def finished_segments(self) -> frozenset[int]:
+        """Segments that are marked as finished; their bytes are not verified."""
         marked = (segment for segment in range(self.num_segments) if read_mark(self.directory, segment))
         return frozenset(marked)
 
     @property
     def is_complete(self) -> bool:
-        """Whether every segment is marked and the file has its size; nothing is checked against the checksums."""
-        return is_whole(self.directory, num_segments=self.num_segments, num_bytes=self.num_bytes)
+        """Whether every segment is marked as finished and the file has its size; the bytes are not verified."""
+        return has_all_segments(self.directory, num_segments=self.num_segments, num_bytes=self.num_bytes)
 
     def allocate(self) -> None:
-        """Reserve the whole space, so that a lack of it shows before any work, and keep others from removing the directory.
+        """Lock the directory and reserve the whole space, so that a full disk shows before any work.
 
         Raises:
             OSError: no space, no permission.
         """
-        self.hold()
+        self.lock()
         if self.is_complete:
             return
         (self.directory / MARKS).mkdir(exist_ok=True)
@@ -86,100 +86,89 @@ class FeatureFile:
         staging.replace(self.directory / ABOUT)
         handle = os.open(self.directory / ROWS, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            # One at a time: where the C library imitates the reservation, it writes where others may fill already.
+            # One process at a time: glibc emulates the reservation by writing, which could overwrite another's segments.
             fcntl.flock(handle, fcntl.LOCK_EX)
-            before = os.fstat(handle).st_size
+            size = os.fstat(handle).st_size
             try:
-                if before < self.num_bytes:
+                if size < self.num_bytes:
                     _reserve(handle, self.num_bytes)
                 else:
                     os.ftruncate(handle, self.num_bytes)
             except OSError:
-                os.ftruncate(handle, before)
+                os.ftruncate(handle, size)
                 raise
         finally:
             os.close(handle)
 
-    def hold(self) -> None:
-        """Mark the directory as used now, and as in use until `close` or the end of this process."""
-        anchor = self.directory / IN_USE
-        while self._in_use is None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            try:
-                anchor.touch()
-            except FileNotFoundError:
-                continue  # removed since the line before
-            except OSError:
-                if not anchor.exists():  # else somebody else's, or on a read-only disk: good enough for reading
-                    raise
-            handle = os.open(anchor, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_SH)
-            if is_open_at(handle, anchor):
-                self._in_use = handle
-            else:
-                os.close(handle)  # removed while we waited for the lock
+    def lock(self) -> None:
+        """Mark the directory as used now, and protect it from eviction until `close` or the end of this process."""
+        if self._lock is None:
+            self._lock = lock_shared(self.directory / IN_USE)
 
     def close(self) -> None:
-        """Others may remove the directory from now on; what is mapped stays readable."""
-        if self._in_use is not None:
-            os.close(self._in_use)
-            self._in_use = None
+        """Release the lock. Mapped rows stay readable, even if the directory is removed."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
-    def worker(
+    def make_worker(
         self,
-        compute: Callable[[int], Tensor | None],
+        compute: Callable[[int], Tensor],
         *,
         rank: int = 0,
         num_ranks: int = 1,
-        done: Callable[[int], None] = lambda _: None,
+        on_segment: Callable[[int], None] = lambda _: None,
     ) -> Callable[[], None]:
-        """A function that returns when all segments are there; any number of threads may run it at once.
+        """Return a function that completes the file; several threads may run it at once.
 
-        Of the segments that are marked, this rank checks those whose number is `rank` modulo `num_ranks` and trusts the other
-        ranks for the rest, which therefore must have finished too before anyone reads. Missing and damaged segments are
-        computed by whoever gets their lock; `compute` may put one off with None. `done` hears of every segment once, from one
-        thread at a time.
+        This rank verifies the finished segments s with s % num_ranks == rank and trusts the other ranks for the rest. So rows
+        may be read when the workers of all ranks have returned. A missing or damaged segment is computed by the process that
+        gets its lock.
 
         The function raises:
-            OSError: no space, no permission; the segments that are marked stay.
+            OSError: no space, no permission; finished segments stay.
+
+        Args:
+            compute: returns the rows of a segment.
+            on_segment: called once for every segment, by one thread at a time.
         """
         first = rank * self.num_segments // num_ranks
-        todo = deque([*range(first, self.num_segments), *range(first)])
+        queue = deque([*range(first, self.num_segments), *range(first)])
         guard = threading.Lock()
         failed = threading.Event()
         num_left = self.num_segments
 
         def work() -> None:
             nonlocal num_left
-            num_busy = 0
+            num_locked = 0
             while num_left and not failed.is_set():
                 with guard:
-                    segment = todo.popleft() if todo else None
+                    segment = queue.popleft() if queue else None
                 if segment is None:
                     time.sleep(_WAIT_SECONDS)  # other threads of this process have the rest
                     continue
                 try:
-                    is_there = self._ensure(segment, compute, checks=segment % num_ranks == rank)
+                    is_finished = self._complete(segment, compute, verify=segment % num_ranks == rank)
                 except BaseException:
                     failed.set()
                     raise
                 with guard:
-                    num_busy = 0 if is_there else num_busy + 1
-                    if is_there:
+                    num_locked = 0 if is_finished else num_locked + 1
+                    if is_finished:
                         num_left -= 1
-                        done(segment)
+                        on_segment(segment)
                     else:
-                        todo.append(segment)
-                    others_have_the_rest = num_busy > 0 and num_busy >= len(todo)
+                        queue.append(segment)
+                    others_have_the_rest = num_locked > 0 and num_locked >= len(queue)
                 if others_have_the_rest:
                     time.sleep(_WAIT_SECONDS)
 
         return work
 
-    def read(self, segment: int) -> Tensor | None:
-        """The rows of one segment if they are there and whole."""
-        digest = read_mark(self.directory, segment)
-        if digest is None:
+    def read_segment(self, segment: int) -> Tensor | None:
+        """Return the rows of one segment; None if it is not finished or does not match its checksum."""
+        checksum = read_mark(self.directory, segment)
+        if checksum is None:
             return None
         begin, end = self._offset(segment), self._offset(segment + 1)
         content = bytearray(end - begin)
@@ -190,53 +179,46 @@ class FeatureFile:
                     return None
         except OSError:
             return None
-        if self._digest(segment, content) != digest:
+        if self._checksum(segment, content) != checksum:
             return None
         return torch.frombuffer(content, dtype=self._dtype).view(-1, self._width)
 
-    def rows(self) -> Tensor:
-        """All rows, memory-mapped: shape (rows, width). Call when every worker of every rank is done."""
-        self.hold()
+    def map_rows(self) -> Tensor:
+        """Map all rows into memory: shape (rows, width). The workers of all ranks must have returned."""
+        self.lock()
         if not self.num_bytes:
             return torch.empty(0, self._width, dtype=self._dtype)
-        # Copy-on-write: a file that this user may not write opens too, and torch asks for writable memory.
+        # Copy-on-write: torch asks for writable memory, and the file may belong to another user.
         mapped = np.memmap(self.directory / ROWS, dtype=np.uint8, mode="c")
         return torch.from_numpy(mapped).view(self._dtype).view(-1, self._width)
 
-    def _ensure(self, segment: int, compute: Callable[[int], Tensor | None], *, checks: bool) -> bool:
-        """Make sure that a segment is there; False: somebody else is at it."""
-        if not checks and read_mark(self.directory, segment):
-            return True
-        return self.obtain(segment, compute) is not None
-
-    def obtain(self, segment: int, compute: Callable[[int], Tensor | None]) -> Tensor | None:
-        """The rows of a segment, computed and brought to disk if they are not there whole; None: somebody else is at it.
+    def _complete(self, segment: int, compute: Callable[[int], Tensor], *, verify: bool) -> bool:
+        """Compute and write a segment unless it is finished; return False if another process has its lock.
 
         Raises:
-            OSError: they cannot be written.
+            OSError: the rows cannot be written.
         """
-        rows = self.read(segment)
-        if rows is not None:
-            return rows
-        handle = os.open(mark_path(self.directory, segment), os.O_RDWR | os.O_CREAT, 0o666)
+        if not verify and read_mark(self.directory, segment):
+            return True
+        if self.read_segment(segment) is not None:
+            return True
+        handle = try_lock(mark_path(self.directory, segment))
+        if handle is None:
+            return False
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return None
-            # Whoever had the lock before may have done it.
-            rows = self.read(segment)
-            if rows is None and (rows := compute(segment)) is not None:
+            # The previous holder of the lock may have finished the segment.
+            if self.read_segment(segment) is None:
+                rows = compute(segment)
                 os.ftruncate(handle, 0)
-                digest = self._write(segment, rows)
-                os.pwrite(handle, digest.encode(), 0)
+                checksum = self._write(segment, rows)
+                os.pwrite(handle, checksum.encode(), 0)
                 os.fsync(handle)
-            return rows
+            return True
         finally:
             os.close(handle)
 
     def _write(self, segment: int, rows: Tensor) -> str:
-        """Bring a segment to disk; returns its checksum."""
+        """Write a segment through to the disk; return its checksum."""
         content = rows.cpu().contiguous().view(torch.uint8).numpy().tobytes()
         begin = self._offset(segment)
         assert begin + len(content) == self._offset(segment + 1)
@@ -244,13 +226,13 @@ class FeatureFile:
         try:
             written = 0
             while written < len(content):
-                # Not through a mapping: where space runs out this raises, and a mapping kills the process.
+                # Not through a mapping: on a full disk pwrite raises, whereas a mapping kills the process (SIGBUS).
                 written += os.pwrite(handle, memoryview(content)[written:], begin + written)
         finally:
             os.close(handle)
-        return self._digest(segment, content)
+        return self._checksum(segment, content)
 
-    def _digest(self, segment: int, content: bytes | bytearray) -> str:
+    def _checksum(self, segment: int, content: bytes | bytearray) -> str:
         digest = hashlib.sha256(f"{self._key} {segment} ".encode())
         digest.update(content)
         return digest.hexdigest()
@@ -260,7 +242,7 @@ class FeatureFile:
 
 
 def _reserve(handle: int, num_bytes: int) -> None:
-    """Grow a file to its size, with the space for it where the system can promise that."""
+    """Extend a file to `num_bytes`, reserving the space if the system supports that."""
     if hasattr(os, "posix_fallocate"):  # macOS has none
         try:
             os.posix_fallocate(handle, 0, num_bytes)

@@ -6,8 +6,7 @@ and b the norm's bias, `W (b + b') = W b + c` for the minimum-norm solution b' o
 
 import copy
 import json
-import os
-import shutil
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +18,7 @@ from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
 from agnews_dist.errors import ModelError
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split
 from agnews_dist.model.pretrained import quietly, read_tokenizer
+from agnews_dist.storage import atomic
 
 TRAINED = "trainable_blocks"
 """Key of the exported config.json that Hugging Face passes through: how many of the last blocks were trained."""
@@ -72,21 +72,21 @@ def export_model(
         ModelError: the head's bias does not fold, or the directory cannot be written.
     """
     state = _huggingface_state(classifier, trained or dict(classifier.suffix.named_parameters()))
-    staging = directory.with_name(f".{directory.name}.{os.getpid()}.new")
+    atomic.sweep(directory.parent, re.escape(directory.name))
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        _write_model(staging, classifier, state, tokenizer, class_names)
-        _write_tokenizer(staging, tokenizer, max_length)
-        (staging / "README.md").write_text(card, encoding="utf-8")
-        _publish(staging, directory)
+        with atomic.new_directory(directory) as staging:
+            _write_model(staging, classifier, state, tokenizer, class_names)
+            _write_tokenizer(staging, tokenizer, max_length)
+            (staging / "README.md").write_text(card, encoding="utf-8")
+            # safetensors makes its files private to the user; a published model is as readable as what we wrote ourselves.
+            mode = (staging / "README.md").stat().st_mode
+            for path in staging.iterdir():
+                path.chmod(mode)
     except OSError as error:
         raise ModelError(
             f"the model cannot be written to {directory} ({error.strerror or error}): the run's result would be lost. "
             "Free some space or choose a writable --run.dir."
         ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def load_classifier(
@@ -169,22 +169,3 @@ def _write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerFast, max_le
     settings |= {"split_special_tokens": True, "padding_side": "right", "truncation_side": "right"}
     settings = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _publish(staging: Path, directory: Path) -> None:
-    """Everything on disk first, then one rename."""
-    # safetensors makes its files private to the user; a published model is as readable as what we wrote ourselves.
-    mode = (staging / "README.md").stat().st_mode
-    for path in staging.iterdir():
-        path.chmod(mode)
-    for path in (*staging.iterdir(), staging):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    retired = directory.with_name(f".{directory.name}.{os.getpid()}.old")
-    if directory.exists():
-        directory.rename(retired)
-    staging.rename(directory)
-    shutil.rmtree(retired, ignore_errors=True)

@@ -26,7 +26,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.errors import Done, Stopped, UserError
 from agnews_dist.events import Resumed, Warned
-from agnews_dist.features.placement import Wanted
+from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.report.console import Sinks
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.result_files import versions
@@ -34,7 +34,8 @@ from agnews_dist.run.directory import LOCK_SECONDS, RunDirectory, run_name
 from agnews_dist.run.fingerprints import settings
 from agnews_dist.run.resume import ACCEPTABLE, FOLDER, ResumePoint, check_prints, look, wanted_later
 from agnews_dist.run.status import State, StatusFile, is_later_start, job_of, run_of_job
-from agnews_dist.training.checkpoint import checkpoints, discard
+from agnews_dist.storage.atomic import discard
+from agnews_dist.training.checkpoint import checkpoints
 from agnews_dist.training.checkpoint_manager import CheckpointManager, load_weights
 from agnews_dist.training.loop import Trainer
 
@@ -196,7 +197,7 @@ class Attempt:
         for path in later:
             self._emit(Warned(message=f"{path} is removed: the run goes on from step {step}, before it."))
 
-    def features_wanted(self) -> Wanted:
+    def features_wanted(self) -> RequestedPlace:
         """Where the features were, if that is left to us: elsewhere the same sums would be added up in another order."""
         wanted = self._config.engine.feature_cache
         if wanted == "auto" and self._state and self._state["num_ranks"] == self._engine.world.num_ranks:

@@ -1,6 +1,5 @@
 """The run's directory: named, checked and claimed before any work, so that no result is lost or overwritten by accident."""
 
-import fcntl
 import os
 import shutil
 import socket
@@ -11,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 
 from agnews_dist.errors import UserError
-from agnews_dist.storage.atomic import write_text
-from agnews_dist.storage.locks import is_open_at
+from agnews_dist.storage import atomic
+from agnews_dist.storage.locks import try_lock
 
 # What a run writes first; its presence tells a run's directory from anything else that must not be deleted.
 MARK = "config.yaml"
@@ -65,30 +64,18 @@ class RunDirectory:
         try:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             deadline = time.monotonic() + patience
-            while not self._try_to_lock():
+            while (handle := try_lock(self._lock_path)) is None:
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"{self.directory} is being written by another process ({self._lock_path.read_text().strip()}): two "
                         "runs would overwrite each other. Wait for its end, or choose another --run.name."
                     )
                 time.sleep(0.2)
+            self._lock = handle
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as error:
             raise self._unwritable(error) from error
-
-    def _try_to_lock(self) -> bool:
-        handle = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return False
-        if not is_open_at(handle, self._lock_path):
-            os.close(handle)  # its owner removed it at its end
-            return False
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._lock = handle
-        return True
 
     @property
     def path(self) -> Path:
@@ -144,13 +131,10 @@ class RunDirectory:
             UserError: a run that goes on cannot be written.
         """
         if self._goes_on:
-            write_text(self.directory / MARK, [self._config_yaml])
+            atomic.write_text(self.directory / MARK, [self._config_yaml])
         elif self._is_taken:
             shutil.rmtree(self._replaced, ignore_errors=True)
-            if self.directory.exists():
-                self.directory.rename(self._replaced)
-            self.staging.rename(self.directory)
-            shutil.rmtree(self._replaced, ignore_errors=True)
+            atomic.replace(self.staging, self.directory, aside=self._replaced)
             self._is_taken = False
 
     def __enter__(self) -> "RunDirectory":

@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all, locks, free space, where caches are. Knows no torch."""
+"""Files and directories: atomic publishing, locks, free space. Knows no torch."""

@@ -1,58 +1,47 @@
-"""How much memory and disk there is for features: on this rank's device, on its node, below a directory."""
+"""Free memory of a node: the system's, or what control groups (Slurm, containers) leave of it."""
 
-import shutil
 from pathlib import Path
 
 import psutil
 
+from agnews_dist.storage.directories import free_disk_bytes
+
 SHARED_MEMORY = Path("/dev/shm")
-"""Where the ranks of a node share memory; a file system in memory on Linux, absent elsewhere."""
+"""Memory that the ranks of a node share: a file system on Linux, absent elsewhere."""
 _CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
-
-_OWN_GROUP = Path("/proc/self/cgroup")
+"""(root, file of the limit, file of the usage) of versions 2 and 1."""
+_OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def free_host_bytes() -> int:
-    """Memory this node could still give: what the system has, or what the job's control group (Slurm, container) leaves."""
-    return min([psutil.virtual_memory().available, *_cgroup_rooms()])
+    """Return the memory that this process can still get: the least of the system's and of its control groups'."""
+    return min([psutil.virtual_memory().available, *_free_cgroup_bytes()])
 
 
 def free_shared_bytes() -> int:
-    """The part of it that ranks of a node can share; 0 where there is no shared-memory file system."""
+    """Return the part of it that the ranks of a node can share; 0 without a shared-memory file system."""
     return min(free_disk_bytes(SHARED_MEMORY), free_host_bytes()) if SHARED_MEMORY.is_dir() else 0
 
 
-def free_disk_bytes(directory: Path) -> int:
-    """Free space where `directory` is or would be made; 0 if that cannot be told."""
-    for place in (directory, *directory.absolute().parents):
-        try:
-            return shutil.disk_usage(place).free
-        except (FileNotFoundError, NotADirectoryError):
-            continue  # asked, not looked for first: another process may remove it in between
-        except OSError:
-            return 0
-    return 0
-
-
-def _cgroup_rooms() -> list[int]:
-    """What is left below each memory limit that holds for this process: its own control group's and those above it."""
-    rooms: list[int] = []
+def _free_cgroup_bytes() -> list[int]:
+    """Return what is free below each memory limit of this process: those of its control group and of the groups above."""
+    free: list[int] = []
     for root, limit_name, used_name in _CGROUPS:
-        for group in _own_groups(root):
+        for group in _own_cgroups(root):
             try:
                 limit, used = ((group / name).read_text().strip() for name in (limit_name, used_name))
             except OSError:
                 continue
             if limit.isdigit() and used.isdigit():
-                rooms.append(max(0, int(limit) - int(used) + _reclaimable(group)))
-    return rooms
+                free.append(max(0, int(limit) - int(used) + _reclaimable_bytes(group)))
+    return free
 
 
-def _reclaimable(group: Path) -> int:
-    """What a group holds of files it has read: counted as used, given back when it is needed."""
+def _reclaimable_bytes(group: Path) -> int:
+    """Return the inactive page cache of a group: the kernel counts it as used and gives it back on demand."""
     try:
         lines = (group / "memory.stat").read_text().splitlines()
     except OSError:
@@ -62,10 +51,10 @@ def _reclaimable(group: Path) -> int:
     return int(value) if value.isdigit() else 0
 
 
-def _own_groups(root: Path) -> list[Path]:
-    """The directories of this process's control group and its parents below `root`, as far as /proc tells."""
+def _own_cgroups(root: Path) -> list[Path]:
+    """Return the directories of this process's control group and of its parents below `root`."""
     try:
-        lines = _OWN_GROUP.read_text().splitlines()
+        lines = _OWN_CGROUP.read_text().splitlines()
     except OSError:
         return []
     paths = [line.split(":", 2)[2].strip("/") for line in lines if line.split(":", 2)[1] in ("", "memory")]
@@ -77,7 +66,7 @@ def _own_groups(root: Path) -> list[Path]:
 
 
 def gigabytes(num_bytes: int) -> str:
-    """In words, never rounded to nothing.
+    """Format a byte count; at least 1 kB unless it is 0.
 
     >>> gigabytes(9_600_000_000), gigabytes(41_000_000), gigabytes(900)
     ('9.6 GB', '41 MB', '1 kB')

@@ -1,12 +1,71 @@
-"""Files that lock by being open."""
+"""Locks on files: the kernel releases them when the handle is closed or its process ends."""
 
+import fcntl
 import os
 from pathlib import Path
 
 
 def is_open_at(handle: int, path: Path) -> bool:
-    """Whether an open file is (still) the one at `path`."""
+    """Return whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
+
+
+def try_lock(path: Path, *, create: bool = True) -> int | None:
+    """Lock a file exclusively without waiting; return its handle, or None if another process holds a lock.
+
+    Raises:
+        OSError: the file cannot be opened (FileNotFoundError: `create` is False and it does not exist) or locked.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_open_at(handle, path):
+            return handle
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(handle)
+        raise
+    # Locked, or removed by its former owner after we opened it.
+    os.close(handle)
+    return None
+
+
+def lock_shared(path: Path) -> int:
+    """Create a file and its directory, set its time to now and lock it shared, waiting for exclusive locks; return its handle.
+
+    Raises:
+        OSError: it does not exist and cannot be created.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.touch()
+        except FileNotFoundError:
+            continue  # the directory was removed since the line before
+        except OSError:
+            if not path.exists():  # another user's file, or a read-only disk, is good enough for reading
+                raise
+        handle = os.open(path, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        if is_open_at(handle, path):
+            return handle
+        os.close(handle)  # removed while we waited
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether any process holds a lock on a file, or its file system has no locks; False if it cannot be opened."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False

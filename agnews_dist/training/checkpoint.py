@@ -11,12 +11,8 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from errno import EINVAL
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +21,7 @@ import torch
 from torch import Tensor
 
 from agnews_dist.errors import UserError
+from agnews_dist.storage import atomic
 
 MANIFEST = "MANIFEST"
 STATE = "state.json"
@@ -33,7 +30,6 @@ PIECE_BYTES = 4 << 20
 """What is hashed and written at once."""
 
 _NAME = re.compile(r"(?P<prefix>step|best)-(?P<number>[0-9]{8,18})(?P<scored>-scored)?")
-_LEFTOVER = re.compile(rf"\.(old-)?{_NAME.pattern}\.[0-9a-f]{{32}}")
 _ENTRY = re.compile(rb"([0-9a-f]{64}) ([0-9]{1,18}) ([!-~]+)")
 _GROUP = re.compile(r"[a-z][a-z0-9_]*")
 _TYPES = {
@@ -73,31 +69,10 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], st
             raise ValueError(f"{name!r} is no name of a checkpoint or of a group of tensors")
     parts = {group + SUFFIX: _safetensors(named) for group, named in tensors.items()}
     parts[STATE] = [memoryview(json.dumps(dict(state), indent=1).encode())]
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sync(path.parent.parent)
-    staging = _hidden(path)
-    try:
-        staging.mkdir()
+    with atomic.new_directory(path, sync_files=False) as staging:
         entries = {name: _write(staging / name, parts[name]) for name in sorted(parts)}
         manifest = _manifest(entries)
         _write(staging / MANIFEST, [memoryview(manifest)])
-        _sync(staging)
-        old = _set_aside(path)
-        try:
-            staging.rename(path)
-        except OSError:
-            if old is not None:
-                with suppress(OSError):
-                    old.rename(path)
-            raise
-    except BaseException:
-        _remove(staging)
-        raise
-    # Before anything that this one replaces may go: until here a loss of power could undo the renaming.
-    _sync(path.parent)
-    if old is not None:
-        _remove(old)
     return sum(size for _, size in entries.values()) + len(manifest)
 
 
@@ -155,30 +130,12 @@ def prune(directory: Path, keep: int, also: Collection[str]) -> None:
         outdated = [*checkpoints(directory)[keep:], *checkpoints(directory, "best")]
     except OSError:
         return
-    discard([path for path in outdated if path.name not in also])
-
-
-def discard(paths: Collection[Path]) -> None:
-    """Remove checkpoints as far as possible, which stops no training; none is ever half removed under its name."""
-    hidden: list[Path] = []
-    for path in paths:
-        with suppress(OSError):
-            old = _set_aside(path)
-            hidden += [] if old is None else [old]
-    for directory in {path.parent for path in hidden}:
-        # Else a loss of power could undo the renaming and keep what is removed below.
-        with suppress(OSError):
-            _sync(directory)
-    for path in hidden:
-        _remove(path)
+    atomic.discard([path for path in outdated if path.name not in also])
 
 
 def sweep(directory: Path) -> None:
-    """Remove what killed processes have left half written or half removed, as far as possible; nobody may be writing."""
-    with suppress(OSError):
-        for path in list(directory.iterdir()):
-            if _LEFTOVER.fullmatch(path.name):
-                _remove(path)
+    """Remove what killed processes left half written or half removed; no other process may be writing."""
+    atomic.sweep(directory, _NAME.pattern)
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> list[memoryview]:
@@ -262,41 +219,6 @@ def _write(file: Path, parts: Sequence[memoryview]) -> tuple[str, int]:
                     piece = piece[stream.write(piece) :]
         os.fsync(stream.fileno())
     return sha256.hexdigest(), size
-
-
-def _sync(directory: Path) -> None:
-    """Have the directory's entries on the disk."""
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # Some network file systems cannot, and have it there already.
-        if error.errno != EINVAL:
-            raise
-    finally:
-        os.close(handle)
-
-
-def _hidden(path: Path, before: str = "") -> Path:
-    """A name beside `path` that nobody has and `sweep` knows."""
-    return path.with_name(f".{before}{path.name}.{uuid.uuid4().hex}")
-
-
-def _set_aside(path: Path) -> Path | None:
-    """Give whatever is at `path` a hidden name; None: nothing is there."""
-    old = _hidden(path, "old-")
-    try:
-        path.rename(old)
-    except FileNotFoundError:
-        return None
-    return old
-
-
-def _remove(path: Path) -> None:
-    """A directory with all in it, or a file, as far as possible."""
-    shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):
-        path.unlink()
 
 
 def best_name(state: Mapping[str, Any]) -> str | None:

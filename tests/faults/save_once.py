@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from agnews_dist.storage.atomic import discard
 from agnews_dist.training.checkpoint import (
     DamagedError,
     checkpoints,
-    discard,
     prune,
     read_checkpoint,
     sweep,

@@ -113,7 +113,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from agnews_dist.run.directory import RunDirectory
-with Claim(Path(sys.argv[1]), "a", overwrite=True, config_yaml="") as claim:
+with RunDirectory(Path(sys.argv[1]), "a", overwrite=True, config_yaml="") as claim:
     claim.lock()
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))

@@ -34,7 +34,7 @@ def tree(request, tmp_path, monkeypatch) -> Tree:
     monkeypatch.setattr(room, "_CGROUPS", ((tmp_path / "cgroup", *names),))
     where = tmp_path / "self"
     where.write_text("0::/job/step\n" if names[0] == "memory.max" else "5:cpu:/elsewhere\n3:memory:/job/step\n")
-    monkeypatch.setattr(room, "_OWN_GROUP", where)
+    monkeypatch.setattr(room, "_OWN_CGROUP", where)
     return Tree(tmp_path / "cgroup", *names)
 
 
@@ -90,14 +90,14 @@ def test_files_that_say_nothing_are_passed_over(tree, tmp_path):
 def test_a_system_without_control_groups(tree, tmp_path, monkeypatch):
     tree.set("job/step", "1000", "0")
     assert room.free_host_bytes() == 1000
-    monkeypatch.setattr(room, "_OWN_GROUP", tmp_path / "absent")
+    monkeypatch.setattr(room, "_OWN_CGROUP", tmp_path / "absent")
     assert room.free_host_bytes() > 10**6
 
 
 def test_this_process_group_is_read_from_where_the_kernel_tells_it():
     if not Path("/proc/self/cgroup").exists():
         pytest.skip("no /proc/self/cgroup here")
-    assert room._OWN_GROUP.read_text() == Path(f"/proc/{os.getpid()}/cgroup").read_text()
+    assert room._OWN_CGROUP.read_text() == Path(f"/proc/{os.getpid()}/cgroup").read_text()
 
 
 def test_a_rank_without_gpu_has_its_part_of_the_host(tree):

@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 
 from agnews_dist.run.resume import read_newest_usable
+from agnews_dist.storage.atomic import discard
 from agnews_dist.training.checkpoint import (
     PIECE_BYTES,
     DamagedError,
     checkpoints,
-    discard,
     prune,
     read_checkpoint,
     step_of,
