@@ -1,7 +1,7 @@
-"""The only door to DeepSpeed: ZeRO divides over the ranks what DDP holds on each of them, and gives the same numbers.
+"""DeepSpeed ZeRO: shards over the ranks what DDP holds on each of them. The only module that imports DeepSpeed.
 
-The wrapped engine is driven directly, as accelerate's own step leaves no place for a vote. The optimizer is torch's AdamW, the
-weights are fp32 and autocast is the model's own, so that nothing depends on DeepSpeed but where things are.
+DeepSpeed's engine is called directly: accelerate's step would not let the ranks agree before an update. Optimizer (torch's
+AdamW), fp32 weights and autocast are ours, so DeepSpeed decides only where tensors are kept.
 """
 
 import importlib.util
@@ -21,45 +21,45 @@ from agnews_dist.errors import UserError
 
 
 def require_deepspeed() -> None:
-    """Make sure that it can be imported.
+    """Check that DeepSpeed is installed.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
-            "engine.backend deepspeed, but DeepSpeed is not installed: nothing would divide what trains. Install it with "
-            "pip install 'agnews_dist[deepspeed]', or set --engine.backend ddp."
+            "engine.backend deepspeed: DeepSpeed is not installed. Install it with pip install 'agnews_dist[deepspeed]', "
+            "or set --engine.backend ddp."
         )
 
 
-def make_ready(world: World, device: str) -> None:
-    """What must be in place before accelerate starts DeepSpeed.
+def prepare_deepspeed(world: World, device: str) -> None:
+    """Set the environment and the options that DeepSpeed reads when accelerate starts it.
 
     Raises:
-        UserError: it is not installed, or would take a GPU although `device` is cpu.
+        UserError: DeepSpeed is not installed, or would use a GPU although `device` is cpu.
     """
     require_deepspeed()
     if device == "cpu" and torch.cuda.is_available():
         raise UserError(
-            "engine.device cpu with engine.backend deepspeed, but there is a GPU: DeepSpeed takes it whatever is asked. "
-            "Hide it with CUDA_VISIBLE_DEVICES='', or use --engine.backend ddp."
+            "engine.device cpu with engine.backend deepspeed: DeepSpeed uses a GPU wherever it finds one. "
+            "Hide it with CUDA_VISIBLE_DEVICES='', or set --engine.backend ddp."
         )
-    # DeepSpeed calls torch's collectives by names that torch 2.13 calls old, twice per step.
+    # DeepSpeed 0.19 calls collectives that torch 2.13 deprecates, twice per step.
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
         warnings.filterwarnings("ignore", rf".*{name}. is deprecated", FutureWarning)
     if world.num_ranks == 1:
-        # DeepSpeed wants a process group even for one process.
+        # DeepSpeed needs a process group even for one process.
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
     import deepspeed.ops
 
-    # Otherwise every start on a CPU compiles an extension for a minute, and ends where there is no compiler.
+    # Otherwise every start on a CPU compiles an extension for a minute, and fails without a compiler.
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
-def fetch_whole_blocks(suffix: nn.Module) -> None:
-    """Have stage 3 fetch a block's weights when the block is called: it uses them without calling the layers they belong to."""
+def mark_leaf_blocks(suffix: nn.Module) -> None:
+    """Make stage 3 gather a whole block at once. Blocks use weights of layers that they never call."""
     from deepspeed.utils import set_z3_leaf_modules
 
     kinds = list({type(block) for block in suffix.get_submodule("h").children()})
@@ -68,7 +68,7 @@ def fetch_whole_blocks(suffix: nn.Module) -> None:
 
 
 class DeepSpeedStrategy(Strategy):
-    """What trains under ZeRO: divided over the ranks are the optimizer's state, from stage 2 gradients, in stage 3 weights."""
+    """The trainable part under ZeRO. Sharded are the moments, from stage 2 the gradients, in stage 3 the weights."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class DeepSpeedStrategy(Strategy):
         """`module`: DeepSpeed's engine around `suffix`.
 
         Raises:
-            UserError: DeepSpeed runs with something else than it was told, or would lose track of the optimizer's state.
+            UserError: DeepSpeed runs with other settings than given, or the optimizer's state could not be read back.
         """
         super().__init__(world, module, suffix, optimizer, device, max_grad_norm=max_grad_norm, first_loss_scale=None)
         self._engine, self._zero = module, zero
@@ -94,7 +94,7 @@ class DeepSpeedStrategy(Strategy):
         if first_loss_scale is not None:
             from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-            # What DeepSpeed makes for weights in half precision, here for fp32 weights under fp16 autocast.
+            # DeepSpeed creates this for half-precision weights only; here weights are fp32 under fp16 autocast.
             module.optimizer.loss_scaler = DynamicLossScaler(
                 init_scale=first_loss_scale,
                 scale_window=2000,
@@ -107,24 +107,24 @@ class DeepSpeedStrategy(Strategy):
             self.load_scaling(first_loss_scale, 0)
 
     def __call__(self, *features: Tensor) -> Tensor:
-        """As `Strategy`."""
+        """Compute logits_BC from `Features`."""
         if self._zero.stage == 3:
-            # Stage 3 lets go of a block's weights when the gradient of the block's input is there: without such a gradient, at
-            # once, in the middle of the block's backward pass.
+            # Stage 3 frees a block's weights once the gradient of the block's input exists. Without such a gradient it would
+            # free them in the middle of the block's backward pass.
             features = tuple(part.detach().requires_grad_() if part.is_floating_point() else part for part in features)
         return super().__call__(*features)
 
-    def accumulating(self, *, is_last: bool) -> AbstractContextManager[object]:
-        """Around one micro-batch: the boundary is told to DeepSpeed, whose own count of micro-batches is 1."""
+    def accumulate(self, *, is_last: bool) -> AbstractContextManager[object]:
+        """Wrap one micro-batch, see `Strategy.accumulate`. DeepSpeed itself counts one micro-batch per step."""
         self._engine.set_gradient_accumulation_boundary(is_last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of an already normalised loss."""
+        """Accumulate the gradients of a loss that is already normalised."""
         self._engine.backward(loss)
 
     def update(self) -> float:
-        """As `Strategy.update`; DeepSpeed itself leaves out an update whose norm is not finite, on all ranks alike."""
+        """Update the weights, see `Strategy.update`. DeepSpeed skips a non-finite update on all ranks together."""
         self._engine.step()
         if self._engine.optimizer.overflow:
             self.load_scaling(self.loss_scale, 0)
@@ -133,28 +133,32 @@ class DeepSpeedStrategy(Strategy):
 
     @property
     def loss_scale(self) -> float:
-        """As `Strategy.loss_scale`."""
+        """Loss scale, see `Strategy.loss_scale`."""
         return float(self._engine.optimizer.loss_scale)
 
     @property
     def scaling(self) -> tuple[float, int]:
-        """As `Strategy.scaling`."""
+        """Loss scale and its clean steps, see `Strategy.scaling`."""
         scaler = self._engine.optimizer.loss_scaler
         clean_steps = (scaler.cur_iter - scaler.last_overflow_iter - 2) % scaler.scale_window if scaler.dynamic else 0
         return self.loss_scale, clean_steps
 
     def load_scaling(self, scale: float, clean_steps: int) -> None:
-        """As `Strategy.load_scaling`."""
+        """Restore `scaling`. Does nothing without fp16."""
         scaler = self._engine.optimizer.loss_scaler
         if scaler.dynamic:
-            # After an overflow DeepSpeed waits one step longer than torch before it raises the scale: here it does not.
+            # -2 makes DeepSpeed raise the scale after as many clean steps as torch; by default it waits one longer.
             scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = scale, clean_steps, -2
 
-    def _updated(self) -> list[Tensor]:
-        # Stage 3 shows its parts to the optimizer one by one, while it updates them.
-        return self._engine.optimizer.fp32_partitioned_groups_flat if self._zero.stage == 3 else super()._updated()
+    def _optimizer_weights(self) -> list[Tensor]:
+        # Stage 3 passes its shards to the optimizer one by one, during the update only.
+        return (
+            self._engine.optimizer.fp32_partitioned_groups_flat
+            if self._zero.stage == 3
+            else super()._optimizer_weights()
+        )
 
-    def _shape(self, weight: Tensor) -> torch.Size:
+    def _full_shape(self, weight: Tensor) -> torch.Size:
         return cast(Any, weight).ds_shape if self._zero.stage == 3 else weight.shape
 
     def _gather(self, weight: Tensor, kind: str) -> Tensor:
@@ -166,29 +170,29 @@ class DeepSpeedStrategy(Strategy):
             self._link(weight)
         return cast(Tensor, safe_get_full_optimizer_state(weight, _key(kind))).detach()
 
-    def _put(self, weight: Tensor, kind: str, value: Tensor) -> None:
+    def _scatter(self, weight: Tensor, kind: str, value: Tensor) -> None:
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        is_divided = self._zero.stage == 3
+        is_sharded = self._zero.stage == 3
         if kind == WEIGHT:
-            with torch.no_grad(), GatheredParameters([weight], modifier_rank=0, enabled=is_divided):
+            with torch.no_grad(), GatheredParameters([weight], modifier_rank=0, enabled=is_sharded):
                 weight.copy_(value)
-        if not is_divided:
+        if not is_sharded:
             if kind != WEIGHT:
                 self._link(weight)
             safe_set_full_optimizer_state(weight, value, _key(kind))
             return
-        # Not from the whole: on a last rank whose part is shorter that fails.
+        # Setting it from the whole value fails on a last rank with a shorter shard.
         size = cast(Any, weight).ds_tensor.numel()
-        mine = value.flatten()[self._world.rank * size :][:size]
-        part = nn.functional.pad(mine, (0, size - mine.numel()))
-        safe_set_local_optimizer_state(weight, part, _key(kind))
+        values = value.flatten()[self._world.rank * size :][:size]
+        shard = nn.functional.pad(values, (0, size - values.numel()))
+        safe_set_local_optimizer_state(weight, shard, _key(kind))
 
     def _link(self, weight: Tensor) -> None:
-        """Tell a weight of stage 1 or 2 which part of this rank's moments is its own.
+        """Link a weight of stage 1 or 2 to its range of this rank's flat moments.
 
-        DeepSpeed does so after the first update of its first group of weights, when the second has no moments yet (0.19.8).
+        DeepSpeed 0.19.8 links all weights after the first update of the first group, before the second group has moments.
         """
         mapping = cast(Any, weight)._hp_mapping
         if mapping is not None:
@@ -197,31 +201,31 @@ class DeepSpeedStrategy(Strategy):
 
 
 def _key(kind: str) -> str | None:
-    """DeepSpeed's name for it among the optimizer's state, where None is the fp32 copy of the weight itself."""
+    """Return DeepSpeed's key for it in the optimizer's state; None is the fp32 copy of the weight."""
     return None if kind == WEIGHT else kind
 
 
 def _check_state(engine: Any, optimizer: torch.optim.Optimizer, zero: ZeroOptions, max_grad_norm: float) -> None:
-    """What DeepSpeed was told and what it does have differed before, in silence."""
-    found = {
+    """Check that DeepSpeed runs with the given settings. It has ignored some before without a warning."""
+    actual = {
         "stage": (int(engine.zero_optimization_stage()), zero.stage),
         "gradient_clipping": (float(engine.gradient_clipping()), float(max_grad_norm)),
         "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), 1),
         "optimizer": (type(engine.optimizer.optimizer), type(optimizer)),
         "type of the weights": (engine.optimizer.dtype, torch.float32),
     }
-    wrong = [f"{name} {is_now} instead of {wanted}" for name, (is_now, wanted) in found.items() if is_now != wanted]
+    wrong = [f"{name} {found} instead of {wanted}" for name, (found, wanted) in actual.items() if found != wanted]
     if wrong:
         raise UserError(
-            f"DeepSpeed runs with {', '.join(wrong)}: the result would be another one than under DDP. Use the DeepSpeed of "
-            "requirements.lock, and leave these keys out of engine.deepspeed_config."
+            f"DeepSpeed runs with {', '.join(wrong)}: the result would differ from DDP's. Install the DeepSpeed of "
+            "requirements.lock, and remove these keys from engine.deepspeed_config."
         )
 
 
 def _check_readable(engine: Any, zero: ZeroOptions) -> None:
-    """DeepSpeed 0.19.8 trains well with this setting, and links weights with the wrong parts of the optimizer's state."""
+    """Reject round_robin_gradients. DeepSpeed 0.19.8 then links weights to the wrong ranges of the moments."""
     if zero.stage < 3 and engine.optimizer.round_robin_gradients:
         raise UserError(
-            "engine.deepspeed_config has zero_optimization.round_robin_gradients true: DeepSpeed does not find the moments of "
-            "a weight again, and a checkpoint would hold another's. Leave the key out."
+            "engine.deepspeed_config zero_optimization.round_robin_gradients true: checkpoints would hold the moments of "
+            "other weights. Remove the key."
         )

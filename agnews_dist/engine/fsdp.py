@@ -1,4 +1,4 @@
-"""The only door to torch's FSDP2: weights, gradients and moments divided over the ranks as by ZeRO-3, without DeepSpeed."""
+"""FSDP2: weights, gradients and moments sharded over the ranks as under ZeRO-3. The only module that imports torch's FSDP."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -14,7 +14,7 @@ from agnews_dist.engine.strategy import Strategy
 
 
 class FSDPStrategy(Strategy):
-    """What trains, every weight divided over the ranks and put together while its block computes."""
+    """The trainable part under FSDP2. Every weight is sharded, and gathered while its block computes."""
 
     def __init__(
         self,
@@ -26,29 +26,29 @@ class FSDPStrategy(Strategy):
         max_grad_norm: float,
         compress_gradients: bool,
     ) -> None:
-        """`optimizer`: of the whole weights, whose parts it gets; `compress_gradients`: they meet in bf16."""
+        """`optimizer`: made for the whole weights, gets the shards instead; `compress_gradients`: reduce them in bf16."""
         mesh = init_device_mesh(device.type, (world.num_ranks,))
         policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if compress_gradients else None)
         whole = list(suffix.parameters())
         for module in (*suffix.get_submodule("h").children(), suffix):
-            # Scoring makes no backward pass, after which the outermost module would divide its weights again.
+            # True for the outermost module too: scoring has no backward pass that would reshard its weights.
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         parts = {id(old): new for old, new in zip(whole, suffix.parameters(), strict=True)}
         for group in optimizer.param_groups:
             group["params"] = [parts[id(weight)] for weight in group["params"]]
         super().__init__(world, suffix, suffix, optimizer, device, max_grad_norm=max_grad_norm, first_loss_scale=None)
 
-    def accumulating(self, *, is_last: bool) -> AbstractContextManager[object]:
-        """As `Strategy.accumulating`."""
+    def accumulate(self, *, is_last: bool) -> AbstractContextManager[object]:
+        """Wrap one micro-batch, see `Strategy.accumulate`."""
         cast(Any, self.module).set_requires_gradient_sync(is_last)
         return nullcontext()
 
-    def _global(self, norm: Tensor) -> Tensor:
+    def _sum_norm(self, norm: Tensor) -> Tensor:
         return cast(DTensor, norm).full_tensor()
 
     def _gather(self, weight: Tensor, kind: str) -> Tensor:
-        return cast(DTensor, self._held(weight, kind)).full_tensor()
+        return cast(DTensor, self._local(weight, kind)).full_tensor()
 
-    def _put(self, weight: Tensor, kind: str, value: Tensor) -> None:
-        part = cast(DTensor, self._held(weight, kind))
+    def _scatter(self, weight: Tensor, kind: str, value: Tensor) -> None:
+        part = cast(DTensor, self._local(weight, kind))
         part.copy_(distribute_tensor(value, part.device_mesh, part.placements, src_data_rank=None))

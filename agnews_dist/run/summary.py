@@ -1,6 +1,5 @@
-"""What a run says before its first step: what runs where, on what, in how many steps, and what it warns of."""
+"""The header of a run: where it runs, on what, in how many steps; and warnings about wasted hardware."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from agnews_dist.config.schema import BatchConfig, Config, EngineConfig
@@ -16,19 +15,18 @@ from agnews_dist.run.setup import TrainingInputs, plan_settings
 def log_summary(
     config: Config,
     engine: Engine,
-    sources: TrainingInputs,
-    features: FeatureCache,
-    memory: Estimate,
-    parameters: Mapping[str, tuple[int, int]],
+    inputs: TrainingInputs,
     loader: TrainLoader,
+    features: FeatureCache,
     *,
-    num_steps: int,
+    memory: Estimate,
     directory: Path,
     emit: Emit,
 ) -> None:
-    """The first panel, and warnings of what would waste the machine. Collective, as the plan's efficiency is."""
+    """Emit the header and the warnings. Collective, since the plan's efficiency is a sum over ranks."""
     expected = loader.expected_efficiency()
-    rows = ", ".join(f"{len(split):,} {name}" for name, split in sources.store.splits.items())
+    num_steps = loader.num_steps(config.optim.epochs)
+    rows = ", ".join(f"{len(split):,} {name}" for name, split in inputs.store.splits.items())
     facts = {
         "run": str(directory),
         "ranks": f"{engine.world.num_ranks} ({engine.world.ranks_per_node} per node)",
@@ -38,29 +36,29 @@ def log_summary(
         "memory": summary(memory),
         "model": f"{config.model.name} ({config.model.init}), trainable blocks: {config.model.trainable_blocks}",
         "data": f"{config.data.source}: {rows}",
-        "tokens": f"{'cached' if sources.store.was_cached else 'made now'}, at most {config.data.max_length} per text",
+        "tokens": f"{'cached' if inputs.store.was_cached else 'made now'}, at most {config.data.max_length} per text",
         "features": f"{features.choice.place}: {features.choice.why}",
         "batch": batch_text(config.batch),
-        "plan": f"{num_steps:,} steps, {expected.critical_path:.1%} of what the ranks compute or wait for is real tokens",
+        "plan": f"{num_steps:,} steps, {expected.critical_path:.1%} of the ranks' time goes to real tokens",
         "optimizer": f"AdamW, lr {config.optim.lr:g} ({config.optim.schedule}), {config.optim.epochs} epochs",
         "seed": str(config.run.seed),
     }
-    emit(RunStarted(facts=facts, parameters=parameters, num_steps=num_steps))
+    emit(RunStarted(facts=facts, parameters=inputs.parameters, num_steps=num_steps))
     warnings = [
         idle_warning(
             plan_settings(config.batch, config.run.seed),
-            num_examples=len(sources.store.splits["train"]),
+            num_examples=len(inputs.store.splits["train"]),
             num_ranks=engine.world.num_ranks,
             rank_balance=expected.rank_balance,
         ),
-        sharing_warning(engine),
+        deepspeed_warning(engine),
     ]
     for warning in filter(None, warnings):
         emit(Warned(message=warning))
 
 
 def engine_text(engine: EngineConfig) -> str:
-    """Who holds what of what trains.
+    """Describe the engine and how it shards the trainable part.
 
     >>> engine_text(EngineConfig(backend="deepspeed", zero_stage=3, offload="optimizer"))
     'DeepSpeed ZeRO-3, offload: optimizer'
@@ -75,21 +73,21 @@ def engine_text(engine: EngineConfig) -> str:
     return ", ".join(parts)
 
 
-def sharing_warning(engine: Engine) -> str | None:
-    """Where DeepSpeed works but has nothing to gain."""
+def deepspeed_warning(engine: Engine) -> str | None:
+    """Return a warning where DeepSpeed saves no memory; None elsewhere."""
     if engine.zero is None or (engine.device.type == "cuda" and engine.world.num_ranks > 1):
         return None
     if engine.device.type != "cuda":
-        where = "on a CPU: the ranks of a node share its memory, so what one of them saves another one takes"
+        where = "on a CPU: the ranks of a node share its memory"
     elif engine.zero.offload == "none":
-        where = "on one rank: there is nobody to divide with"
+        where = "on one rank: there is nothing to shard"
     else:
         return None
-    return f"engine.backend deepspeed {where}. It computes the same as ddp and saves nothing."
+    return f"engine.backend deepspeed {where}. It saves no memory here and computes the same as ddp; use ddp."
 
 
 def batch_text(batch: BatchConfig) -> str:
-    """What one optimiser step takes in."""
+    """Describe the global batch."""
     if batch.global_token_budget is None:
         return f"{batch.global_batch_size:,} examples per step over all ranks"
     return f"at most {batch.global_token_budget:,} tokens per step over all ranks"

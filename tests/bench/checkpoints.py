@@ -63,7 +63,7 @@ class Ours:
         self.lengths_B, self.labels_B = torch.full((TEXTS,), TOKENS), torch.arange(TEXTS) % CLASSES
 
     def step(self) -> None:
-        with self.wrapped.accumulating(is_last=True):
+        with self.wrapped.accumulate(is_last=True):
             logits_BC = self.wrapped(self.hidden_BTD, self.lengths_B)
             self.wrapped.backward(nn.functional.cross_entropy(logits_BC, self.labels_B))
         self.wrapped.update()

@@ -60,7 +60,7 @@ def main() -> None:
             wrapped = engine.prepare(suffix, build_optimizer(suffix, lr=1e-4, weight_decay=0.01), max_grad_norm=1.0)
 
             def step() -> None:
-                with wrapped.accumulating(is_last=True):
+                with wrapped.accumulate(is_last=True):
                     wrapped.backward(nn.functional.cross_entropy(wrapped(hidden_BTD, lengths_B), labels_B))
                 wrapped.update()
 

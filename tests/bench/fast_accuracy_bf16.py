@@ -13,7 +13,7 @@ from agnews_dist.data.batching.loader import TokenTable, TrainLoader, scoring_ba
 from agnews_dist.data.batching.shares import quadratic_weight
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
-from agnews_dist.evaluation.evaluator import evaluate_split, rank_logits
+from agnews_dist.evaluation.evaluator import compute_rank_logits, evaluate_split
 from agnews_dist.evaluation.metrics import in_file_order
 from agnews_dist.events import silent
 from agnews_dist.features.gather import CachedFeatures
@@ -58,7 +58,7 @@ class Rows:
         classifier, _, class_names, _ = load_classifier(str(run))
         table, logits = self._tables[split], []
         for features in (self.features("fp32", split), self.features(kind, split)):
-            ids_N, logits_NC = rank_logits(
+            ids_N, logits_NC = compute_rank_logits(
                 classifier, table, self._engine, num_classes=len(class_names), features=features
             )
             logits.append(logits_NC[in_file_order(ids_N, len(table))])
@@ -132,7 +132,7 @@ class Rows:
             row_bytes=prefix.row_bytes,
         )
         computing = SplitFeatures(prefix, table, layout)
-        rows, pieces = computing.in_memory(torch.device("cpu"), computing.segment, lambda segment: None)
+        rows, pieces = computing.prepare_in_memory(torch.device("cpu"), computing.compute_segment, lambda segment: None)
         side_by_side(pieces, torch.device("cpu"))
         return CachedFeatures(rows, layout)
 

@@ -17,7 +17,7 @@ from support.toy import toy_classifier
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.model.dropout import step_key
-from agnews_dist.model.prefix import computed
+from agnews_dist.model.prefix import uncached_features
 from agnews_dist.run.setup import place
 from agnews_dist.training.step import train_step
 
@@ -31,11 +31,11 @@ def update(world: World, told: dict, name: str, max_tokens: int, *, checkpointin
     suffix.checkpointing = checkpointing
     wrapped = engine.prepare(suffix, torch.optim.SGD(suffix.parameters(), lr=1.0), max_grad_norm=0.0)
     (batches,) = make_loader(engine, told, max_tokens).steps(0)
-    before = wrapped.full_state()
+    before = wrapped.gather_weights()
     torch.manual_seed(10 * max_tokens + world.rank)
     key = step_key(told["seed"], told["step"])
-    train_step(engine, computed(classifier.prefix), wrapped, batches, dropout_key=key)
-    after = wrapped.full_state()
+    train_step(engine, uncached_features(classifier.prefix), wrapped, batches, dropout_key=key)
+    after = wrapped.gather_weights()
     return len(batches.micro_batches), {key: before[key] - after[key] for key in before}
 
 

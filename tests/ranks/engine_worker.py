@@ -28,7 +28,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.evaluation.evaluator import evaluate_split
 from agnews_dist.model.gpt2 import Classifier
-from agnews_dist.model.prefix import Features, FeatureSource, computed
+from agnews_dist.model.prefix import Features, FeatureSource, uncached_features
 from agnews_dist.run.setup import place
 from agnews_dist.training.optim import build_optimizer
 from agnews_dist.training.step import NonFiniteError, train_step
@@ -128,7 +128,7 @@ def train(world: World, told: dict, case: dict, output: Path) -> None:
     told = told | case
     engine = start(world, case["engine"])
     classifier, wrapped = prepare(engine, told, max_grad_norm=case["max_grad_norm"], sgd=case["sgd"])
-    loader, embed = make_loader(engine, told, case["max_tokens"]), computed(classifier.prefix)
+    loader, embed = make_loader(engine, told, case["max_tokens"]), uncached_features(classifier.prefix)
     losses, norms, micro, shares, step = [], [], [], [], 0
     for epoch in range(100):
         for batches in loader.steps(epoch):
@@ -144,7 +144,7 @@ def train(world: World, told: dict, case: dict, output: Path) -> None:
             step += 1
     table = TokenTable(toy_split(told["evaluation_lengths"]), pad_id=0, device=engine.device)
     scored = evaluate_split(classifier, table, engine, num_classes=CLASSES)
-    state = wrapped.full_state()
+    state = wrapped.gather_weights()
     assert bool(state) == world.is_main, "whole on rank 0, and there alone"
     if world.is_main:
         check_scored_weights(told, state, table, scored.probabilities_NC)
@@ -158,7 +158,7 @@ def train(world: World, told: dict, case: dict, output: Path) -> None:
         "confusion": scored.scores.confusion,
         **(facts_of(wrapped, engine) if not case["sgd"] else {}),
     }
-    if not engine.gathers_weights:
+    if not engine.is_forward_collective:
         copies = collectives.all_gather([held(weight).detach().clone() for weight in wrapped.suffix.parameters()])
         assert all(all(map(torch.equal, theirs, copies[0])) for theirs in copies), "ranks hold the same weights"
     # Of a mean of means no rank has the global loss.
@@ -175,7 +175,7 @@ def check_scored_weights(told: dict, state: dict[str, Tensor], table: TokenTable
     classifier = toy_classifier(told["trainable_blocks"])
     classifier.suffix.eval().load_state_dict(state)
     with torch.no_grad():
-        logits_NC = classifier.suffix(*computed(classifier.prefix)(table.batch(np.arange(len(table)))))
+        logits_NC = classifier.suffix(*uncached_features(classifier.prefix)(table.batch(np.arange(len(table)))))
     np.testing.assert_allclose(logits_NC.double().softmax(dim=1).numpy(), expected_NC, rtol=0, atol=1e-6)
 
 
@@ -183,17 +183,17 @@ def check_state_comes_back(world: World, told: dict, name: str) -> None:
     """What was saved comes back on all ranks, in the optimizer's own copies too: the next update starts from it."""
     engine = start(world, name)
     classifier, wrapped = prepare(engine, told, max_grad_norm=0.0, sgd=True)
-    loader, embed = make_loader(engine, told, 10_000), computed(classifier.prefix)
+    loader, embed = make_loader(engine, told, 10_000), uncached_features(classifier.prefix)
     first, second, *_ = loader.steps(0)
-    before = wrapped.full_state()
+    before = wrapped.gather_weights()
     train_step(engine, embed, wrapped, first)
-    after = wrapped.full_state()
+    after = wrapped.gather_weights()
     train_step(engine, embed, wrapped, second)
-    wrapped.load(before)
-    back = wrapped.full_state()
+    wrapped.load_weights(before)
+    back = wrapped.gather_weights()
     assert all(torch.equal(back[key], value) for key, value in before.items()), name
     train_step(engine, embed, wrapped, first)
-    again = wrapped.full_state()
+    again = wrapped.gather_weights()
     for key, value in after.items():
         assert not torch.equal(before[key], value) or key.endswith("c_attn.bias"), key
         torch.testing.assert_close(again[key], value, rtol=0, atol=1e-6, msg=lambda text: f"{name} {key}: {text}")  # noqa: B023
@@ -214,7 +214,7 @@ def check_non_finite(world: World, told: dict, name: str) -> None:
     """A bad loss on the last rank, then a bad gradient on the last rank: all say so, none moves."""
     engine = start(world, name)
     classifier, wrapped = prepare(engine, told, max_grad_norm=1.0)
-    (first, batches, good, *_), embed = make_loader(engine, told, 10_000).steps(0), computed(classifier.prefix)
+    (first, batches, good, *_), embed = make_loader(engine, told, 10_000).steps(0), uncached_features(classifier.prefix)
     is_last = world.rank == world.num_ranks - 1
 
     def poisoned(batch: Batch) -> Features:
@@ -236,7 +236,7 @@ def check_non_finite(world: World, told: dict, name: str) -> None:
     del wrapped, engine
     engine = start(world, name)
     classifier, wrapped = prepare(engine, told, max_grad_norm=1.0)
-    embed, factor = computed(classifier.prefix), [1.0]
+    embed, factor = uncached_features(classifier.prefix), [1.0]
     classifier.suffix.out_head.register_forward_hook(
         lambda module, arguments, output: ScaledBackward.apply(output, factor[0])
     )
@@ -263,7 +263,7 @@ def precisions(world: World, told: dict, output: Path) -> None:
                 continue
             engine = start(world, name, precision)
             classifier, wrapped = prepare(engine, told, max_grad_norm=1.0)
-            loader, embed = make_loader(engine, told, 10_000), computed(classifier.prefix)
+            loader, embed = make_loader(engine, told, 10_000), uncached_features(classifier.prefix)
             results = [train_step(engine, embed, wrapped, batches) for batches in loader.steps(0)]
             found[f"{precision} {name}"] = facts_of(wrapped, engine) | {
                 "losses": [result.loss for result in results],
@@ -274,9 +274,9 @@ def precisions(world: World, told: dict, output: Path) -> None:
     for name, compresses in (("ddp", True), ("zero2", True), ("fsdp", True), ("ddp", False)):
         engine = start(world, name, compress_gradients=compresses)
         classifier, wrapped = prepare(engine, told, max_grad_norm=0.0, sgd=True)
-        (batches, *_), before = make_loader(engine, told, 10_000).steps(0), wrapped.full_state()
-        train_step(engine, computed(classifier.prefix), wrapped, batches)
-        after = wrapped.full_state()
+        (batches, *_), before = make_loader(engine, told, 10_000).steps(0), wrapped.gather_weights()
+        train_step(engine, uncached_features(classifier.prefix), wrapped, batches)
+        after = wrapped.gather_weights()
         if world.is_main:
             kind = "compressed" if compresses else "exact"
             save_file({key: before[key] - after[key] for key in before}, output / f"{kind}-{name}.safetensors")
@@ -298,7 +298,7 @@ def check_reductions(world: World, told: dict) -> None:
     counts = []
     for max_tokens in (10_000, 60):
         (batches, *_), count = make_loader(engine, told, max_tokens).steps(0), 0
-        train_step(engine, computed(classifier.prefix), wrapped, batches)
+        train_step(engine, uncached_features(classifier.prefix), wrapped, batches)
         counts.append((len(batches.micro_batches), count))
     (one, buckets), (several, as_often) = counts
     assert one == 1 < several

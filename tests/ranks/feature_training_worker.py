@@ -17,7 +17,7 @@ from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import detect_world
 from agnews_dist.engine.engine import Engine
 from agnews_dist.evaluation import evaluator as scoring
-from agnews_dist.evaluation.evaluator import rank_logits
+from agnews_dist.evaluation.evaluator import compute_rank_logits
 from agnews_dist.evaluation.metrics import in_file_order
 from agnews_dist.events import Event, Warned
 from agnews_dist.features.manager import FeatureCache
@@ -67,7 +67,9 @@ def train(engine: Engine, told: dict, case: dict, output: Path, computed: list[s
 
     scored = {}
     for name in ("validation", "test"):
-        local = rank_logits(classifier, tables[name], engine, num_classes=CLASSES, features=features.source(name))
+        local = compute_rank_logits(
+            classifier, tables[name], engine, num_classes=CLASSES, features=features.source(name)
+        )
         ids_N, logits_NC = (np.concatenate(parts) for parts in zip(*collectives.all_gather(local), strict=True))
         scored[name] = torch.from_numpy(logits_NC[in_file_order(ids_N, len(tables[name]))])
 

@@ -21,7 +21,7 @@ from agnews_dist.engine.deepspeed_config import ZeroOptions
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.errors import UserError
 from agnews_dist.model.dropout import step_key
-from agnews_dist.model.prefix import FeatureSource, computed
+from agnews_dist.model.prefix import FeatureSource, uncached_features
 from agnews_dist.run.setup import place
 from agnews_dist.training.optim import build_optimizer
 from agnews_dist.training.step import train_step
@@ -52,7 +52,7 @@ class Run:
                 torch.nn.init.normal_(weight, generator=generator)
         optimizer = build_optimizer(suffix, lr=told["lr"], weight_decay=told["weight_decay"])
         self.wrapped: Strategy = self.engine.prepare(suffix, optimizer, max_grad_norm=1.0)
-        self.embed: FeatureSource = computed(self.classifier.prefix)
+        self.embed: FeatureSource = uncached_features(self.classifier.prefix)
         loader = make_loader(self.engine, told, told["max_tokens"])
         self.batches: list[StepBatches] = [batches for epoch in range(2) for batches in loader.steps(epoch)]
         assert len(self.batches) == 2 * HALF
@@ -72,7 +72,7 @@ class Run:
 
     def state(self) -> dict[str, Tensor]:
         """A copy, as a checkpoint makes it; empty but on rank 0."""
-        whole = {key: value.clone() for key, value in self.wrapped.whole_state()}
+        whole = {key: value.clone() for key, value in self.wrapped.gather_state()}
         return whole if self.world.is_main else {}
 
 
@@ -109,7 +109,7 @@ def check_resuming(world: World, told: dict, name: str, output: Path) -> None:
     fresh = run.state()
     first_losses = run.train(0, HALF)
     assert run.wrapped.num_updates == HALF
-    half, weights = run.state(), run.wrapped.full_state()
+    half, weights = run.state(), run.wrapped.gather_weights()
     facts = facts_of(run.wrapped, run.engine)
     if world.is_main:
         check_form(run, fresh, f"{name}, before the first step")

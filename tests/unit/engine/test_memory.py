@@ -1,6 +1,6 @@
-"""The memory estimate: its counts are the model's and autograd's own, what divides is divided, and what is proposed does fit.
+"""Memory estimate: counts equal those of the model and of autograd, engines shard as documented, proposed settings fit.
 
-Against measured peaks of whole runs: tests/bench/memory.py, RESULTS.md.
+tests/bench/memory.py compares it with measured peaks of whole runs (RESULTS.md).
 """
 
 from dataclasses import replace
@@ -11,7 +11,6 @@ from support.processes import REPOSITORY
 from transformers import GPT2Config, GPT2Model
 
 from agnews_dist.config.schema import BatchConfig, Config, DataConfig
-from agnews_dist.data.batching.loader import EVALUATION_TOKENS
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.memory import (
     MEAN_TOKENS,
@@ -20,13 +19,12 @@ from agnews_dist.engine.memory import (
     Setup,
     Shape,
     activation_bytes,
-    candidates,
     estimate,
-    misfit,
-    summary,
+    explain_misfit,
+    format_estimate,
+    propose_settings,
 )
 from agnews_dist.model.gpt2 import Backbone, split
-from agnews_dist.model.prefix import CALL_TOKENS
 from agnews_dist.run.memory_setup import build_shape, count_texts_per_rank
 
 XL = Shape(num_blocks=48, width=1600, inner=6400, num_heads=25, num_rows=50258, num_positions=1024)
@@ -35,7 +33,9 @@ XL = Shape(num_blocks=48, width=1600, inner=6400, num_heads=25, num_rows=50258, 
 def setup(**changed: object) -> Setup:
     given: dict[str, object] = {"trainable_blocks": 1, "num_ranks": 1, "ranks_per_node": 1, "backend": "ddp"}
     given |= {"zero_stage": 2, "offload": "none", "max_tokens_per_rank": 4096, "max_length": 64}
-    return Setup(**{**given, "device": "cuda", "half": False, **changed})  # type: ignore[arg-type]
+    return Setup(
+        **{**given, "device": "cuda", "half": False, "call_tokens": 65536, "evaluation_tokens": 8192, **changed}
+    )  # type: ignore[arg-type]
 
 
 def gpt2(**changed: object) -> GPT2Config:
@@ -45,20 +45,20 @@ def gpt2(**changed: object) -> GPT2Config:
 
 @pytest.mark.parametrize("inner", [None, 100])
 @pytest.mark.parametrize("blocks", [0, 1, 3, 4])
-def test_weights_are_counted_as_the_model_has_them(blocks: int, inner: int | None) -> None:
+def test_shape_counts_the_weights_of_the_model(blocks: int, inner: int | None) -> None:
     config = gpt2(n_inner=inner)
     shape = build_shape(config)
     classifier = split(Backbone(GPT2Model(config), None, None), trainable_blocks=blocks, num_classes=7, seed=0)
     assert shape.trained(blocks, 7) == sum(weight.numel() for weight in classifier.suffix.parameters())
-    pad_row = config.n_embd  # [PAD], which the story's tokenizer adds
+    pad_row = config.n_embd  # [PAD], which the tokenizer adds
     assert shape.frozen(blocks) == sum(weight.numel() for weight in classifier.prefix.parameters()) + pad_row
 
 
 @pytest.mark.parametrize("fast_path", [True, False])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("blocks", [1, 3])
-def test_activations_are_what_autograd_keeps(blocks: int, half: bool, fast_path: bool) -> None:
-    """Counted on Hugging Face's blocks with dropout, on a CPU, where attention keeps its scores."""
+def test_activation_bytes_are_close_to_what_autograd_keeps(blocks: int, half: bool, fast_path: bool) -> None:
+    """Count on Hugging Face's blocks with dropout, on a CPU, where attention keeps its scores."""
     config, texts, tokens = gpt2(n_embd=256, n_head=4, n_layer=blocks), 480 if blocks == 1 else 120, MEAN_TOKENS
     suffix = split(Backbone(GPT2Model(config), None, None), trainable_blocks="all", num_classes=4, seed=0).suffix
     suffix.autocast_dtype = torch.bfloat16 if half else None
@@ -74,28 +74,29 @@ def test_activations_are_what_autograd_keeps(blocks: int, half: bool, fast_path:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         suffix.train()(torch.randn(texts, tokens, config.n_embd), torch.full((texts,), tokens))
-    asked = setup(trainable_blocks=blocks, max_tokens_per_rank=texts * tokens, max_length=tokens, device="cpu")
-    estimated = activation_bytes(build_shape(config), replace(asked, half=half, fast_path=fast_path))
-    # The estimate holds the backward pass of a block too, and the features themselves.
+    base = setup(trainable_blocks=blocks, max_tokens_per_rank=texts * tokens, max_length=tokens, device="cpu")
+    base = replace(base, call_tokens=512)
+    estimated = activation_bytes(build_shape(config), replace(base, half=half, fast_path=fast_path))
+    # The estimate includes the backward pass of a block and the features.
     assert 0.9 * sum(kept.values()) < estimated < 2.1 * sum(kept.values())
-    less = activation_bytes(build_shape(config), replace(asked, half=half, fast_path=fast_path, checkpointing=True))
+    less = activation_bytes(build_shape(config), replace(base, half=half, fast_path=fast_path, checkpointing=True))
     assert less < estimated if blocks == 3 else less <= estimated
 
 
-def test_what_an_engine_divides() -> None:
-    """XL with all blocks, 8 ranks: 16 bytes per weight under DDP, and what ZeRO's paper says of its stages."""
+def test_estimate_shards_what_each_engine_shards() -> None:
+    """Check XL with all blocks on 8 ranks: 16 bytes per weight under DDP, less in each stage as in the ZeRO paper."""
     all_blocks = setup(trainable_blocks=48, num_ranks=8, ranks_per_node=8)
     total = XL.trained(48, 4)
     weights, gradients, optimizer = ("weights that train", "gradients", "optimizer")
     ddp = estimate(XL, all_blocks).device
     assert (ddp[weights], ddp[gradients], ddp[optimizer]) == (4 * total, 4 * total, 8 * total)
     stages = [estimate(XL, replace(all_blocks, backend="deepspeed", zero_stage=stage)).device for stage in (1, 2, 3)]
-    for name, divided_from in ((optimizer, 1), (gradients, 2), (weights, 3)):
+    for name, first_stage in ((optimizer, 1), (gradients, 2), (weights, 3)):
         for stage, found in enumerate(stages, 1):
-            if stage < divided_from:
+            if stage < first_stage:
                 assert found[name] == ddp[name]
             else:
-                # Stage 3 keeps up to a billion gathered weights until the backward pass: DeepSpeed's default.
+                # By default stage 3 keeps up to a billion gathered weights until the backward pass.
                 assert found[name] < (0.9 if name == weights else 0.4) * ddp[name]
     fsdp = estimate(XL, replace(all_blocks, backend="fsdp")).device
     assert sum(fsdp[name] for name in (weights, gradients, optimizer)) < 0.2 * 16 * total
@@ -106,7 +107,7 @@ def test_what_an_engine_divides() -> None:
     assert offloaded.device_bytes < estimate(XL, replace(all_blocks, backend="deepspeed", zero_stage=3)).device_bytes
 
 
-def test_on_a_cpu_everything_is_in_one_memory() -> None:
+def test_estimate_on_a_cpu_has_one_memory() -> None:
     on_gpu, on_cpu = (estimate(XL, setup(device=device, runtime_bytes=5)) for device in ("cuda", "cpu"))
     assert on_gpu.host == {"best epoch": 4 * XL.trained(1, 4), "checkpoint": 12 * XL.trained(1, 4)}
     assert on_cpu.host == {}
@@ -116,22 +117,15 @@ def test_on_a_cpu_everything_is_in_one_memory() -> None:
     half = estimate(XL, setup(half=True))
     assert half.device["frozen weights"] == 2 * XL.frozen(1)
     shared = estimate(XL, setup(device="cpu", ranks_per_node=4, shares_frozen=True))
-    embedding = 4 * XL.num_rows * XL.width  # grown by [PAD], so every rank's own
+    embedding = 4 * XL.num_rows * XL.width  # [PAD] makes a copy per rank
     assert shared.device["frozen weights"] == embedding + (4 * XL.frozen(1) - embedding) // 4
 
 
-def test_constants_of_other_modules() -> None:
-    from agnews_dist.engine import memory
-
-    assert memory.PACKED_CALL == CALL_TOKENS
-    assert memory.EVALUATION_TOKENS == EVALUATION_TOKENS
-
-
-def test_a_share_smaller_than_a_micro_batch_may_be() -> None:
-    """32 texts of 64 tokens on 8 ranks are 4 each, whatever one rank could take at once."""
-    asked = setup(trainable_blocks=4, max_tokens_per_rank=16384, device="cpu")
-    assert activation_bytes(XL, replace(asked, texts_per_rank=64)) < 0.3 * activation_bytes(XL, asked)
-    assert activation_bytes(XL, replace(asked, texts_per_rank=10**6)) == activation_bytes(XL, asked)
+def test_small_global_batches_need_less_memory() -> None:
+    """Check that a rank's share of a small global batch counts, not its token limit."""
+    base = setup(trainable_blocks=4, max_tokens_per_rank=16384, device="cpu")
+    assert activation_bytes(XL, replace(base, texts_per_rank=64)) < 0.3 * activation_bytes(XL, base)
+    assert activation_bytes(XL, replace(base, texts_per_rank=10**6)) == activation_bytes(XL, base)
     config = Config(batch=BatchConfig(global_batch_size=33))
     assert count_texts_per_rank(config, World(num_ranks=8), use_cuda=False) == 5
     assert 5 < (count_texts_per_rank(config, World(num_ranks=8), use_cuda=True) or 0) <= 33
@@ -139,44 +133,44 @@ def test_a_share_smaller_than_a_micro_batch_may_be() -> None:
     assert count_texts_per_rank(budget, World(), use_cuda=True) == 10
 
 
-def test_a_run_that_fits_is_let_alone() -> None:
+def test_explain_misfit_allows_for_the_error_of_the_estimate() -> None:
     needs = estimate(XL, setup()).device_bytes
-    assert misfit(XL, setup(), free_device=needs, free_host=10**12) is None
-    assert misfit(XL, setup(), free_device=int(needs * (1 - TOLERANCE)) + 1, free_host=10**12) is None
-    assert misfit(XL, setup(), free_device=int(needs * (1 - TOLERANCE)) - 10, free_host=10**12) is not None
+    assert explain_misfit(XL, setup(), free_device=needs, free_host=10**12) is None
+    assert explain_misfit(XL, setup(), free_device=int(needs * (1 - TOLERANCE)) + 1, free_host=10**12) is None
+    assert explain_misfit(XL, setup(), free_device=int(needs * (1 - TOLERANCE)) - 10, free_host=10**12) is not None
 
 
 @pytest.mark.parametrize("gigabytes", [16, 24, 40, 80])
-def test_what_is_proposed_does_fit(gigabytes: int) -> None:
-    """GPT-2 XL, all blocks, 8 ranks of a node: the first flags named are settings whose own estimate fits."""
-    asked = setup(trainable_blocks=48, num_ranks=8, ranks_per_node=8, max_tokens_per_rank=65536)
-    text = misfit(XL, asked, free_device=gigabytes * 10**9, free_host=10**12)
+def test_proposed_settings_fit(gigabytes: int) -> None:
+    """Check the first proposal for GPT-2 XL with all blocks on 8 ranks of a node."""
+    too_large = setup(trainable_blocks=48, num_ranks=8, ranks_per_node=8, max_tokens_per_rank=65536)
+    text = explain_misfit(XL, too_large, free_device=gigabytes * 10**9, free_host=10**12)
     assert text is not None
-    assert f"{gigabytes}.0 GB are free on this rank's device: it would break off in the middle." in text
+    assert f"{gigabytes}.0 GB are free on this rank's device: it would run out of memory." in text
     assert text.startswith("the run needs about ")
-    first = text.split("Any of these would fit: ")[1].split(";")[0].rstrip(".")
-    named = dict(candidates(asked))
-    assert estimate(XL, named[first]).device_bytes <= gigabytes * 10**9
+    first = text.split("Each of these would fit: ")[1].split(";")[0].rstrip(".")
+    proposed = dict(propose_settings(too_large))
+    assert estimate(XL, proposed[first]).device_bytes <= gigabytes * 10**9
 
 
-def test_nothing_fits_is_said_so() -> None:
-    text = misfit(XL, setup(), free_device=10**9, free_host=10**12)
+def test_explain_misfit_names_the_least_memory_if_nothing_fits() -> None:
+    text = explain_misfit(XL, setup(), free_device=10**9, free_host=10**12)
     assert text is not None
-    assert "Take a smaller model or more memory: with one trainable block it needs 10.8 GB." in text
+    assert "Use a smaller model or more memory: with one trainable block it needs 10.8 GB." in text
 
 
-def test_host_memory_that_offloading_would_exceed() -> None:
-    asked = setup(
+def test_explain_misfit_counts_host_memory_of_offloading() -> None:
+    too_large = setup(
         trainable_blocks=48, num_ranks=2, ranks_per_node=2, backend="deepspeed", offload="optimizer", half=True
     )
-    text = misfit(XL, asked, free_device=10**12, free_host=20 * 10**9)
+    text = explain_misfit(XL, too_large, free_device=10**12, free_host=20 * 10**9)
     assert text is not None
     assert "per rank in host memory; 20.0 GB are free in this node's memory" in text
 
 
-def test_words() -> None:
+def test_format_estimate_puts_the_largest_part_first() -> None:
     found = Estimate({"gradients": 10**6, "optimizer": 2 * 10**9})
-    assert summary(found) == "about 2.0 GB per rank: optimizer 2.0 GB, gradients 1 MB"
+    assert format_estimate(found) == "about 2.0 GB per rank: optimizer 2.0 GB, gradients 1 MB"
 
 
 SIZES = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20), "gpt2-xl": (1600, 48, 25)}
@@ -188,8 +182,11 @@ COLUMNS: tuple[dict[str, object], ...] = (
 )
 
 
-def table() -> list[str]:
-    """The README's rows: GB per rank, 8 GPUs of a node, bf16, default batches; activations recomputed for several blocks."""
+def memory_table() -> list[str]:
+    """Return the rows of the documented table.
+
+    GB per rank for 8 GPUs of a node, bf16 and default batches, with activation checkpointing from two trainable blocks on.
+    """
     rows = []
     for name, (width, blocks, heads) in SIZES.items():
         shape = Shape(
@@ -203,6 +200,7 @@ def table() -> list[str]:
     return rows
 
 
-def test_the_readmes_table_is_the_estimate() -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert [row for row in table() if row not in readme] == []
+def test_the_documented_memory_table_is_the_estimate() -> None:
+    pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    assert [row for row in memory_table() if row not in text] == []
