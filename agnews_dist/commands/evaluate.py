@@ -35,19 +35,20 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.data.batching.loader import TokenTable
     from agnews_dist.data.corpus import check_source
     from agnews_dist.distributed import collectives
-    from agnews_dist.engine.device import chooses_cuda
+    from agnews_dist.engine.device import should_use_cuda
     from agnews_dist.evaluation.evaluator import evaluate_split
     from agnews_dist.events import RunStarted
     from agnews_dist.model.gpt2 import parameter_table
     from agnews_dist.report.console import Console, Sinks
-    from agnews_dist.run.directory import open_output
-    from agnews_dist.run.fingerprints import fingerprint_of
+    from agnews_dist.run.directory import check_output
+    from agnews_dist.run.engine_setup import place_classifier, start_engine
+    from agnews_dist.run.evaluation_setup import EvaluationInputs, load_evaluation_inputs
+    from agnews_dist.run.fingerprints import weights_fingerprint
     from agnews_dist.run.results import write_scores
-    from agnews_dist.run.setup import EvaluationInputs, load_scored, place, start_engine
     from agnews_dist.training.timing import StageTimer
 
     config, options = loaded.config, loaded.options
-    chooses_cuda(world, config.engine.device)
+    should_use_cuda(world, config.engine.device)
     timer = StageTimer(start)
     with Sinks() as emit:
 
@@ -55,9 +56,9 @@ def run(world: World, loaded: cli.Loaded) -> None:
             if world.is_main:
                 emit.add(Console())
                 if options["output"] is not None:
-                    open_output(Path(options["output"]), overwrite=config.run.overwrite)
+                    check_output(Path(options["output"]), overwrite=config.run.overwrite)
             check_source(config.data.source)
-            return load_scored(
+            return load_evaluation_inputs(
                 config.data,
                 config.model,
                 split=options["split"],
@@ -68,11 +69,11 @@ def run(world: World, loaded: cli.Loaded) -> None:
             )
 
         outcome = collectives.catch(prepare)
-        engine = start_engine(config.engine, world, trains=False)
+        engine = start_engine(config.engine, world, is_training=False)
         sources = collectives.raise_if_any_failed(outcome)
-        prints = {"tokens": sources.fingerprint, "frozen_weights": fingerprint_of(sources.classifier.frozen_state)}
+        prints = {"tokens": sources.fingerprint, "frozen_weights": weights_fingerprint(sources.classifier.frozen_state)}
         collectives.check_equal(prints)
-        place(sources.classifier, engine, fast_path=config.engine.fast_path)
+        place_classifier(sources.classifier, engine, fast_path=config.engine.fast_path)
         table = TokenTable(sources.tokens, pad_id=sources.pad_id, device=engine.device)
         facts = {
             "model": config.model.name,

@@ -70,14 +70,14 @@ def run(world: World, loaded: cli.Loaded) -> None:
     # Imported here, not above: a missing file or an empty line must not wait seconds for torch.
     from agnews_dist.model.export import load_classifier
     from agnews_dist.model.gpt2 import check_max_length
-    from agnews_dist.run.setup import place, start_engine
+    from agnews_dist.run.engine_setup import place_classifier, start_engine
 
     classifier, tokenizer, class_names, max_length = load_classifier(config.model.name, revision=config.model.revision)
     if "data.max_length" in loaded.explicit:
         max_length = config.data.max_length
         check_max_length(max_length, classifier.config.n_positions)
-    engine = start_engine(config.engine, world, trains=False)
-    place(classifier, engine, fast_path=config.engine.fast_path)
+    engine = start_engine(config.engine, world, is_training=False)
+    place_classifier(classifier, engine, fast_path=config.engine.fast_path)
     answers = classify(rows, classifier, tokenizer, engine, max_length=max_length)
     as_table = options["format"] == "table" or (options["format"] is None and sys.stdout.isatty())
     try:
@@ -152,7 +152,7 @@ def classify(
 
     from agnews_dist.data.batching.loader import TokenTable
     from agnews_dist.data.tokens import TokenSplit, encode
-    from agnews_dist.evaluation.evaluator import log_softmax_NC, rank_logits
+    from agnews_dist.evaluation.evaluator import compute_rank_logits, log_softmax_NC
     from agnews_dist.evaluation.metrics import in_file_order
 
     num_cut, num_classes = 0, classifier.suffix.out_head.out_features
@@ -169,7 +169,7 @@ def classify(
             num_truncated=num_truncated,
         )
         table = TokenTable(split, pad_id=cast(int, tokenizer.pad_token_id), device=engine.device)
-        ids_N, logits_NC = rank_logits(classifier, table, engine, num_classes=num_classes)
+        ids_N, logits_NC = compute_rank_logits(classifier, table, engine, num_classes=num_classes)
         yield from zip(chunk, np.exp(log_softmax_NC(logits_NC[in_file_order(ids_N, len(chunk))])), strict=True)
     if num_cut:
         print(

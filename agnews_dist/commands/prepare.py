@@ -24,7 +24,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.data.corpus import check_source
     from agnews_dist.events import RunDone
     from agnews_dist.report.console import Console, Sinks
-    from agnews_dist.run.setup import load_sources
+    from agnews_dist.run.setup import load_training_inputs
     from agnews_dist.training.timing import StageTimer
 
     config = loaded.config
@@ -32,10 +32,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
         if world.is_main:
             emit.add(Console())
         check_source(config.data.source)
-        sources = load_sources(
-            config.data, config.model, seed=config.run.seed, emit=emit, timer=StageTimer(start), world=world
-        )
-        store = sources.store
+        store = load_training_inputs(config, world, emit, StageTimer(start)).store
         facts = {
             name: f"{len(split):,} texts, {int(split.lengths.sum()):,} tokens, longest {int(split.lengths.max())}, "
             f"{split.num_truncated:,} cut off at {config.data.max_length}"

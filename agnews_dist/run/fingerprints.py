@@ -1,4 +1,4 @@
-"""What the weights of a run are a function of: its settings, by name, and hashes of the data and the frozen weights."""
+"""The settings and hashes that a run's weights depend on."""
 
 import hashlib
 import json
@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.config.schema import Config
-from agnews_dist.run.setup import TrainingInputs
+from agnews_dist.model.gpt2 import Classifier
 
 
-def settings(config: Config) -> dict[str, object]:
-    """Dotted key -> value of all that shaped the weights; where it ran and where it wrote is left out."""
+def weight_settings(config: Config) -> dict[str, object]:
+    """Return dotted key -> value of every setting that the weights depend on. Devices and output locations are not among them."""
     sections = {"data": config.data, "model": config.model, "batch": config.batch, "optim": config.optim}
     named = {f"{section}.{key}": value for section, part in sections.items() for key, value in asdict(part).items()}
     for key in ("precision", "allow_tf32", "fast_path", "gradient_compression"):
@@ -24,8 +24,8 @@ def settings(config: Config) -> dict[str, object]:
     return named
 
 
-def fingerprint_of(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names and values."""
+def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of names and values."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode())
@@ -34,22 +34,24 @@ def fingerprint_of(state: Mapping[str, Tensor]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """sha256 of what turns text into ids."""
+    """Return the sha256 of everything that turns text into token ids."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    # The state of its last call.
+    # State of the last call, not of the tokenizer.
     content["padding"] = content["truncation"] = None
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def fingerprints(config: Config, sources: TrainingInputs) -> dict[str, str]:
-    """sha256 of what the weights depend on: settings, tokenizer, tokens, frozen weights.
+def run_fingerprints(
+    config: Config, classifier: Classifier, tokenizer: PreTrainedTokenizerFast, *, tokens: str
+) -> dict[str, str]:
+    """Return sha256 of settings, tokenizer, tokens and frozen weights; `tokens`: the token cache's own fingerprint.
 
-    Places (directories, ids) are left out of the settings: what they hold is in the others.
+    Directories and hub ids are left out of the settings: the other hashes cover what they hold.
     """
-    named = {key: value for key, value in settings(config).items() if key not in ("data.source", "model.name")}
+    named = {key: value for key, value in weight_settings(config).items() if key not in ("data.source", "model.name")}
     return {
         "config": hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest(),
-        "tokenizer": tokenizer_fingerprint(sources.tokenizer),
-        "tokens": sources.store.fingerprint,
-        "frozen_weights": fingerprint_of(sources.classifier.frozen_state),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "tokens": tokens,
+        "frozen_weights": weights_fingerprint(classifier.frozen_state),
     }

@@ -6,33 +6,28 @@ import psutil
 import torch
 from transformers import GPT2Config
 
-from agnews_dist.config.schema import Config, DataConfig, ModelConfig
+from agnews_dist.config.schema import Config
+from agnews_dist.data.batching.loader import EVALUATION_TOKENS
 from agnews_dist.distributed.world import World
-from agnews_dist.engine.device import choose_precision, chooses_cuda
+from agnews_dist.engine.device import choose_precision, should_use_cuda
 from agnews_dist.engine.memory import Setup, Shape
-from agnews_dist.model.gpt2 import load_shape
-from agnews_dist.model.pretrained import load_tokenizer
+from agnews_dist.model.prefix import CALL_TOKENS
+from agnews_dist.run.setup import read_model_files
 
 
 def read_memory_setup(config: Config, world: World) -> tuple[Shape, Setup]:
     """Read the model's config file and return the two arguments of the memory estimate.
 
     Raises:
-        ModelError: there is no such model, or it is not a GPT-2.
+        ModelError: the model cannot be found, or it is not GPT-2.
         UserError: the device or precision is not available here.
     """
-    gpt2 = read_model_config(config.model, config.data)
+    return build_memory_setup(config, read_model_files(config.model, config.data).config, world)
+
+
+def build_memory_setup(config: Config, gpt2: GPT2Config, world: World) -> tuple[Shape, Setup]:
+    """Return the two arguments of the memory estimate, from a model config that is already read."""
     return build_shape(gpt2), build_setup(config, gpt2, world)
-
-
-def read_model_config(model: ModelConfig, data: DataConfig) -> GPT2Config:
-    """Read the model's config, with a vocabulary that includes [PAD]. Reads no weights.
-
-    Raises:
-        ModelError: there is no such model, or it is not a GPT-2.
-    """
-    tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
-    return load_shape(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
 
 
 def build_shape(gpt2: GPT2Config) -> Shape:
@@ -50,7 +45,7 @@ def build_shape(gpt2: GPT2Config) -> Shape:
 def build_setup(config: Config, gpt2: GPT2Config, world: World) -> Setup:
     """Return the settings of this rank, on this machine, that its memory depends on."""
     engine, blocks = config.engine, config.model.trainable_blocks
-    use_cuda = chooses_cuda(world, engine.device)
+    use_cuda = should_use_cuda(world, engine.device)
     half = choose_precision(engine.precision, use_cuda=use_cuda) != "fp32"
     stored = str(gpt2.dtype or "float32").removeprefix("torch.")
     return Setup(
@@ -72,6 +67,8 @@ def build_setup(config: Config, gpt2: GPT2Config, world: World) -> Setup:
         checkpointing=engine.activation_checkpointing,
         compress_gradients=engine.gradient_compression == "bf16",
         runtime_bytes=psutil.Process().memory_info().rss,
+        call_tokens=CALL_TOKENS["cuda" if use_cuda else "cpu"],
+        evaluation_tokens=EVALUATION_TOKENS,
     )
 
 
@@ -83,6 +80,6 @@ def count_texts_per_rank(config: Config, world: World, *, use_cuda: bool) -> int
         texts = math.ceil(batch.global_token_budget / config.data.max_length)
     share = math.ceil(texts / num_ranks)
     if use_cuda and num_ranks > 1:
-        # With features sharded over the GPUs a rank takes the texts whose features it holds, a random number: mean + 4 deviations.
+        # With features sharded over GPUs a rank takes the texts whose features it holds: a random number, mean + 4 deviations.
         share = min(texts, share + math.ceil(4 * math.sqrt(share)))
     return share

@@ -1,7 +1,7 @@
-"""Whether and where a run goes on: the checkpoint that is used, and what forbids it: other settings, data or weights.
+"""Resuming: the checkpoint that a start continues from, and the differences that forbid it (settings, data, weights).
 
-A checkpoint is valid on any number of ranks and under every engine. What would make its next steps those of another training is
-refused by name; what may be meant is accepted with --accept.
+A checkpoint is valid on any number of ranks and under every engine. A difference that would change its next steps is
+refused by name. Some differences may be intended: `--accept` allows those.
 """
 
 from collections.abc import Collection, Mapping
@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from agnews_dist.errors import Done, UserError
 from agnews_dist.run.status import read_status
 from agnews_dist.training.checkpoint import Checkpoint, DamagedError, best_name, checkpoints, read_checkpoint
+from agnews_dist.training.checkpoint_manager import OnDisk
 
 FOLDER = "checkpoints"
-"""Where a run's directory has its checkpoints."""
+"""Name of the folder of checkpoints in a run's directory."""
 ACCEPTABLE = (
     "optim.lr",
     "optim.epochs",
@@ -27,48 +30,89 @@ ACCEPTABLE = (
     "engine.fast_path",
     "engine.gradient_compression",
 )
-"""Settings that --accept lets differ: from here on the training is another one, on the same examples in the same order."""
+"""Settings that `--accept` allows to differ: another training from then on, on the same examples in the same order."""
 IGNORED = {
-    # Places: what they hold is compared by its fingerprint.
+    # Locations: the fingerprints compare what they hold.
     "data.source",
     "data.revision",
     "model.name",
     "model.revision",
-    # Nothing that the numbers depend on, but for the order of additions.
+    # These change no result, apart from the order of additions.
     "batch.max_tokens_per_rank",
     "batch.longest_first",
     "optim.nonfinite",
 }
-"""Settings that may differ without a word."""
-WHAT_PRINTS_MEAN = {
+"""Settings that may differ without a message."""
+FINGERPRINT_NAMES = {
     "tokens": "data (or data.max_length)",
     "tokenizer": "tokenizer",
     "frozen_weights": "frozen weights of the model",
 }
+RESTART_REMEDY = "or train from the start with --checkpoint.resume never and another --run.name (or --run.overwrite)"
+
+Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where to go on."""
+    """The checkpoint that a start continues from."""
 
     checkpoint: Checkpoint | None
     """None: the run began, but was stopped before its first checkpoint."""
     best: Checkpoint | None
     """The best epoch so far, with its weights and predictions."""
     is_own: bool
-    """The run goes on in its own directory; else a new run starts from another one's checkpoint."""
+    """True: the run continues in its own directory. False: a new run starts from another run's checkpoint."""
     attempt: int
-    """Starts of this run, this one included."""
+    """Number of starts of this run, including this one."""
     warnings: tuple[str, ...]
 
+    @property
+    def step(self) -> int:
+        """Steps done before this start."""
+        return self.checkpoint.state["step"] if self.checkpoint else 0
 
-def look(
-    directory: Path, *, resume: str, overwrite: bool, settings: Mapping[str, object], accept: Collection[str]
-) -> ResumePoint | None:
-    """What `checkpoint.resume` finds for the run in `directory`, whether or not that exists; None: start anew.
+    @property
+    def on_disk(self) -> OnDisk | None:
+        """The checkpoint as the run's own manager finds it; None: the folder holds none of this run."""
+        if self.checkpoint is None or not self.is_own:
+            return None
+        return OnDisk(self.checkpoint.path.name, self.step, best_name(self.checkpoint.state))
+
+    @property
+    def tensors(self) -> tuple[Groups, Groups]:
+        """Groups of tensors of the checkpoint and of its best epoch."""
+        return (
+            self.checkpoint.tensors if self.checkpoint else {},
+            self.best.tensors if self.best else {},
+        )
+
+
+def parse_accept(text: str) -> list[str]:
+    """Return the settings that `--accept` names.
 
     Raises:
-        Done: the run is finished, and nothing differs.
+        UserError: one of them cannot be accepted.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in ACCEPTABLE:
+            raise UserError(
+                f"--accept {name}: this setting cannot change on resume. Choose among {', '.join(ACCEPTABLE)}."
+            )
+    return names
+
+
+def find_resume_point(
+    directory: Path, *, resume: str, overwrite: bool, settings: Mapping[str, object], accept: Collection[str]
+) -> ResumePoint | None:
+    """Find the checkpoint that `checkpoint.resume` means for the run in `directory`, which need not exist.
+
+    Returns:
+        None if the run starts from the beginning.
+
+    Raises:
+        Done: the run is finished, and no setting differs.
         UserError: a path without a checkpoint, or settings that differ from the checkpoint's.
     """
     if resume == "never":
@@ -86,31 +130,33 @@ def look(
     is_finished = status.state == "finished"
     if checkpoint is None:
         return None if is_finished else ResumePoint(None, None, True, attempt, tuple(warnings))
-    found = differences(checkpoint.state["settings"], settings)
-    if overwrite and (is_finished or found):
+    differing = differing_settings(checkpoint.state["settings"], settings)
+    if overwrite and (is_finished or differing):
         return None
     warnings += check_settings(checkpoint, settings, accept)
-    if is_finished and not found:
+    if is_finished and not differing:
         raise Done(
-            f"{directory} is finished ({status.step} steps): nothing is left to do. Its result is in result.json; "
-            "--run.overwrite trains it again, a larger --optim.epochs goes on from its end."
+            f"{directory} is finished ({status.step} steps): nothing is left to do. Read its result.json; train it again with "
+            "--run.overwrite, or longer with a larger --optim.epochs."
         )
     return ResumePoint(checkpoint, best, True, attempt, tuple(warnings))
 
 
-def wanted_later(directory: Path, job: str | None, resume: str, *, overwrite: bool) -> tuple[str, bool]:
-    """(checkpoint.resume, run.overwrite) as a later start of `job` is to take them: they said what it was to begin from, and
-    what it has done since goes on."""
+def settings_after_restart(directory: Path, job: str | None, resume: str, *, overwrite: bool) -> tuple[str, bool]:
+    """Return (checkpoint.resume, run.overwrite) for a restart of `job`: keep the job's own progress.
+
+    The values given apply to the job's first start. A later start continues what the first one did.
+    """
     status = read_status(directory)
     if status is None or status.job != job:
-        return resume, overwrite  # it was stopped before it began
+        return resume, overwrite  # stopped before the run began
     if resume in ("auto", "never") or checkpoints(directory / FOLDER):
         return "auto", False
     return resume, True  # stopped before its first checkpoint
 
 
 def _read_path(path: Path) -> tuple[Checkpoint, Checkpoint | None, list[str]]:
-    """The checkpoint at `path`, or the newest of the run at `path`.
+    """Read the checkpoint at `path`, or the newest one of the run at `path`.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -123,85 +169,85 @@ def _read_path(path: Path) -> tuple[Checkpoint, Checkpoint | None, list[str]]:
             raise DamagedError("; ".join(warnings))
     if not path.is_dir():
         raise UserError(
-            f"checkpoint.resume {path}: no such directory, so there is nothing to go on from. Give the path of a checkpoint "
-            "(runs/NAME/checkpoints/step-...) or of a run, or auto."
+            f"checkpoint.resume {path}: no such directory. Give the path of a checkpoint (runs/NAME/checkpoints/step-...) or "
+            "of a run, or auto."
         )
     checkpoint = read_checkpoint(path)
-    return checkpoint, _best_of(checkpoint), []
+    return checkpoint, _read_best(checkpoint), []
 
 
 def read_newest_usable(folder: Path) -> tuple[Checkpoint | None, Checkpoint | None, list[str]]:
-    """(the newest whole checkpoint, the best epoch that it refers to, a warning for each damaged one that was skipped)."""
+    """Read the newest undamaged checkpoint in `folder` and its best epoch, with a warning per damaged one skipped."""
     warnings: list[str] = []
     paths = checkpoints(folder)
     for path in paths:
         try:
             checkpoint = read_checkpoint(path)
-            return checkpoint, _best_of(checkpoint), warnings
+            return checkpoint, _read_best(checkpoint), warnings
         except DamagedError as error:
-            instead = "there is none before it" if path == paths[-1] else "the one before it is used"
-            warnings.append(f"{error} It is skipped, and {instead}.")
+            instead = "there is no earlier one" if path == paths[-1] else "the one before it is used"
+            warnings.append(f"{error} It is skipped; {instead}.")
     return None, None, warnings
 
 
-def _best_of(checkpoint: Checkpoint) -> Checkpoint | None:
+def _read_best(checkpoint: Checkpoint) -> Checkpoint | None:
     name = best_name(checkpoint.state)
     return read_checkpoint(checkpoint.path.with_name(name)) if name else None
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Setting -> (value in the checkpoint, value now), of those that matter."""
+def differing_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return setting -> (value in the checkpoint, value now) for those that matter and differ."""
     keys = [key for key in {**saved, **now} if key not in IGNORED]
     return {key: (saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)}
 
 
 def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], accept: Collection[str]) -> list[str]:
-    """Warnings of what differs and is accepted.
+    """Return warnings about settings that differ and are accepted.
 
     Raises:
-        UserError: something differs that was not accepted, or that cannot be.
+        UserError: a setting differs that was not accepted, or cannot be.
     """
     warnings: list[str] = []
     refused: list[str] = []
     acceptable: list[str] = []
-    for key, (saved, now) in differences(checkpoint.state["settings"], settings).items():
+    for key, (saved, now) in differing_settings(checkpoint.state["settings"], settings).items():
         line = f"{key} was {saved}, is {now}"
         if key == "optim.epochs" and now > saved:
             warnings.append(
-                f"{line}: the learning rate follows the schedule of {now} epochs from here on, so the steps done until now had "
-                "lower rates than in a run of that length."
+                f"{line}: the learning rate now follows the schedule of {now} epochs. The steps done so far had lower rates "
+                "than in a run of that length."
             )
         elif key in accept:
-            warnings.append(f"{line}, as accepted: from here on it is another training than the one that began.")
+            warnings.append(f"{line}, as accepted: from here on this is a different training.")
         else:
             refused.append(line)
             if key in ACCEPTABLE:
                 acceptable.append(key)
     if refused:
-        remedy = "Restore what was"
+        remedy = "Restore these settings, "
         if len(acceptable) == len(refused):
-            remedy += f", go on all the same with --accept {','.join(acceptable)}"
+            remedy += f"continue with --accept {','.join(acceptable)}, "
         raise UserError(
-            f"{checkpoint.path} cannot be continued ({'; '.join(refused)}): its next steps would be those of another training. "
-            f"{remedy}, or start anew with --checkpoint.resume never and another --run.name (or --run.overwrite)."
+            f"{checkpoint.path} cannot be continued ({'; '.join(refused)}): the next steps would differ. "
+            f"{remedy}{RESTART_REMEDY}."
         )
     return warnings
 
 
-def check_prints(checkpoint: Checkpoint, prints: Mapping[str, str]) -> None:
-    """Make sure that what does not train is what it was.
+def check_fingerprints(checkpoint: Checkpoint, fingerprints: Mapping[str, str]) -> None:
+    """Check that data, tokenizer and frozen weights are unchanged.
 
     Raises:
-        UserError: other data, another tokenizer, or other frozen weights.
+        UserError: one of them is another than the checkpoint's.
     """
     saved = checkpoint.state["fingerprints"]
     differing = [
-        f"the {what} had the fingerprint {str(saved.get(name))[:12]}, now {prints[name][:12]}"
-        for name, what in WHAT_PRINTS_MEAN.items()
-        if saved.get(name) != prints[name]
+        f"the {what} had the fingerprint {str(saved.get(name))[:12]}, now {fingerprints[name][:12]}"
+        for name, what in FINGERPRINT_NAMES.items()
+        if saved.get(name) != fingerprints[name]
     ]
     if differing:
         raise UserError(
-            f"{checkpoint.path} cannot be continued: {'; '.join(differing)}: what trains has learnt on the former. Restore the "
-            "files that were, or start anew with --checkpoint.resume never and another --run.name (or --run.overwrite)."
+            f"{checkpoint.path} cannot be continued ({'; '.join(differing)}): its weights were fitted to the old files. "
+            f"Restore them, {RESTART_REMEDY}."
         )

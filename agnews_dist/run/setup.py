@@ -1,155 +1,81 @@
-"""What a run starts from: classifier, tokenizer and tokenised data, loaded before the ranks meet."""
+"""A training's objects from its configuration: model and tokens, loader, features, trainer. The only place that unpacks it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
-from agnews_dist.config.schema import BatchConfig, Config, DataConfig, EngineConfig, ModelConfig
-from agnews_dist.data.batching.epoch_plan import PlanSettings
-from agnews_dist.data.batching.loader import TokenTable
+from agnews_dist.config.schema import BatchConfig, Config, DataConfig, ModelConfig
+from agnews_dist.data.batching.loader import TokenTable, TrainLoader
+from agnews_dist.data.batching.settings import PlanSettings
+from agnews_dist.data.batching.shares import quadratic_weight
 from agnews_dist.data.corpus import Corpus, load_corpus
-from agnews_dist.data.rows import fingerprint
-from agnews_dist.data.tokens import TokenSplit, TokenStore, open_or_build
+from agnews_dist.data.tokens import TokenStore, open_or_build
 from agnews_dist.distributed.world import World
-from agnews_dist.engine.deepspeed import require_deepspeed
-from agnews_dist.engine.deepspeed_config import ZeroOptions, deepspeed_dictionary, read_settings
-from agnews_dist.engine.device import choose_precision, chooses_cuda
-from agnews_dist.engine.engine import Engine, refuse_foreign_settings
-from agnews_dist.errors import DataError
-from agnews_dist.events import Emit, Progress, Warned
-from agnews_dist.features.manager import FeatureCache
-from agnews_dist.features.placement import Wanted
-from agnews_dist.model.export import load_classifier
-from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, split
+from agnews_dist.engine.engine import Engine
+from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
+from agnews_dist.events import Emit, Progress
+from agnews_dist.features.manager import CacheSettings, FeatureCache
+from agnews_dist.features.placement import RequestedPlace
+from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, load_shape, parameter_table, split
 from agnews_dist.model.pretrained import load_tokenizer
-from agnews_dist.storage.locations import cache_root
+from agnews_dist.run.engine_setup import place_classifier
+from agnews_dist.run.fingerprints import run_fingerprints
+from agnews_dist.storage.directories import cache_root
+from agnews_dist.training.diagnostics import dry_run, overfit_one_batch
+from agnews_dist.training.loop import Monitors, Trainer, TrainerSettings
 from agnews_dist.training.timing import StageTimer
 
 
 @dataclass(frozen=True)
+class ModelFiles:
+    """The small files of a model: tokenizer and config, read once per process."""
+
+    tokenizer: PreTrainedTokenizerFast
+    config: GPT2Config
+
+
+@dataclass(frozen=True)
 class TrainingInputs:
-    """Equal on every rank."""
+    """Everything a training starts from, equal on every rank."""
 
     classifier: Classifier
     tokenizer: PreTrainedTokenizerFast
     store: TokenStore
+    fingerprints: Mapping[str, str]
+    parameters: Mapping[str, tuple[int, int]]
+    """Part of the model -> (trainable, frozen) parameters."""
 
     @property
-    def pad_id(self) -> int:
-        """What fills a batch behind a text's last token."""
-        return _pad_id(self.tokenizer)
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, in label order."""
+        return self.store.class_names
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+def pad_id_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the token id that fills a batch after a text's last token."""
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)
     return pad_id
 
 
-def plan_settings(batch: BatchConfig, seed: int) -> PlanSettings:
-    """What decides the global batches."""
-    return PlanSettings(
-        global_batch_size=batch.global_batch_size,
-        global_token_budget=batch.global_token_budget,
-        bucket_window=batch.bucket_window,
-        seed=seed,
-    )
-
-
-def zero_of(engine: EngineConfig) -> ZeroOptions | None:
-    """How DeepSpeed is to divide what trains, with the user's own settings read; None: another engine.
+def read_model_files(model: ModelConfig, data: DataConfig) -> ModelFiles:
+    """Read tokenizer and config of `model.name`, without its weights.
 
     Raises:
-        ConfigError: the user's DeepSpeed JSON cannot be read.
+        ModelError: they cannot be read, are not GPT-2's, or `data.max_length` is too large for the model.
     """
-    if engine.backend != "deepspeed":
-        return None
-    own = read_settings(engine.deepspeed_config) if engine.deepspeed_config is not None else {}
-    return ZeroOptions(stage=engine.zero_stage, offload=engine.offload, settings=own)
-
-
-def check_engine(config: Config, world: World) -> None:
-    """All that can be said of the engine before anything is loaded.
-
-    Raises:
-        UserError: no such device or precision, DeepSpeed not installed, or settings of its own that contradict ours.
-    """
-    engine = config.engine
-    choose_precision(engine.precision, use_cuda=chooses_cuda(world, engine.device))
-    zero = zero_of(engine)
-    refuse_foreign_settings(zero)
-    if zero is not None:
-        require_deepspeed()
-        deepspeed_dictionary(
-            zero,
-            num_ranks=world.num_ranks,
-            num_parameters=1,
-            max_grad_norm=config.optim.max_grad_norm,
-            compress_gradients=engine.gradient_compression == "bf16",
-            pin_memory=False,
-        )
-
-
-def start_engine(engine: EngineConfig, world: World, *, trains: bool = True) -> Engine:
-    """Device, precision and process group. What only scores (`trains` false) has nothing for DeepSpeed to divide.
-
-    Raises:
-        UserError: see `Engine`.
-    """
-    return Engine(
-        world,
-        device=engine.device,
-        precision=engine.precision,
-        allow_tf32=engine.allow_tf32,
-        timeout_seconds=engine.timeout_seconds,
-        zero=zero_of(engine) if trains else None,
-        fsdp=trains and engine.backend == "fsdp",
-        compress_gradients=engine.gradient_compression == "bf16",
-    )
-
-
-def place(classifier: Classifier, engine: Engine, *, fast_path: bool, checkpointing: bool = False) -> None:
-    """Put both halves where they compute: the frozen one in its own type, what trains in fp32."""
-    classifier.use_fast_path(fast_path)
-    classifier.prefix.to(engine.device, engine.frozen_dtype)
-    classifier.suffix.autocast_dtype = engine.autocast_dtype
-    classifier.suffix.checkpointing = checkpointing
-    if not engine.divides_weights:
-        classifier.suffix.to(engine.device)
-
-
-def open_features(
-    config: Config,
-    sources: TrainingInputs,
-    tables: Mapping[str, TokenTable],
-    engine: Engine,
-    *,
-    frozen_weights: str,
-    wanted: Wanted,
-) -> FeatureCache:
-    """Where the frozen part's output is kept; decided, not yet computed. Collective. `frozen_weights`: their fingerprint."""
-    num_tokens = sum(int(table.lengths_N.sum()) for table in tables.values())
-    sources.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=config.engine.compile)
-    return FeatureCache(
-        sources.classifier,
-        tables,
-        engine,
-        wanted=wanted,
-        num_epochs=config.optim.epochs,
-        directory=cache_root(config.data.cache_dir) / "features",
-        limit_bytes=int(config.engine.feature_cache_gigabytes * 1e9),
-        frozen_weights=frozen_weights,
-        model_name=config.model.name,
-    )
+    tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
+    gpt2 = load_shape(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
+    check_max_length(data.max_length, gpt2.n_positions)
+    return ModelFiles(tokenizer, gpt2)
 
 
 def load_text(data: DataConfig, *, hold_out: bool = True) -> Corpus:
-    """The rows that `data` names.
+    """Load the rows of `data.source`; `hold_out`: make a validation split if there is none.
 
     Raises:
-        DataError: they cannot be had, or are not what they should be.
+        DataError: the source cannot be read, or a row is wrong.
     """
     return load_corpus(
         data.source,
@@ -170,7 +96,7 @@ def open_tokens(
     emit: Emit,
     world: World,
 ) -> TokenStore:
-    """The tokens of `corpus`, from the cache or made now by one process per node while the others wait at a file lock."""
+    """Open the token cache of `corpus`. If there is none, one process per node builds it while the others wait at a lock."""
     return open_or_build(
         corpus,
         tokenizer,
@@ -181,99 +107,156 @@ def open_tokens(
     )
 
 
-def load_sources(
-    data: DataConfig,
-    model: ModelConfig,
-    *,
-    seed: int,
-    emit: Emit,
-    timer: StageTimer,
-    world: World,
+def load_training_inputs(
+    config: Config, world: World, emit: Emit, timer: StageTimer, *, files: ModelFiles | None = None
 ) -> TrainingInputs:
-    """Model first: it is quick to fail, and tokenising may take minutes.
+    """Load weights and tokens. The model comes first: it fails fast, and tokenising may take minutes.
+
+    `files`: the model's, if they are read already.
 
     Raises:
         UserError: any fault of the model's or the data's files.
     """
+    data, model, seed = config.data, config.model, config.run.seed
     emit(Progress(task=f"load {model.name}", done=0, total=0))
-    tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
-    backbone = load_backbone(model.name, revision=model.revision, init=model.init, seed=seed, tokenizer=tokenizer)
-    check_max_length(data.max_length, backbone.model.config.n_positions)
+    files = files or read_model_files(model, data)
+    backbone = load_backbone(model.name, revision=model.revision, init=model.init, seed=seed, tokenizer=files.tokenizer)
     emit(Progress(task=f"load {data.source}", done=0, total=0))
     corpus = load_text(data)
     classifier = split(
         backbone, trainable_blocks=model.trainable_blocks, num_classes=len(corpus.class_names), seed=seed
     )
     with timer.stage("tokenize"):
-        store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world)
-    return TrainingInputs(classifier, tokenizer, store)
+        store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
+    fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
+    return TrainingInputs(classifier, files.tokenizer, store, fingerprints, parameter_table(classifier))
 
 
-@dataclass(frozen=True)
-class EvaluationInputs:
-    """A saved classifier and the split it is to score; equal on every rank."""
+def place_inputs(config: Config, inputs: TrainingInputs, engine: Engine) -> dict[str, TokenTable]:
+    """Move model and tokens to the device; return the splits' token tables."""
+    place_classifier(
+        inputs.classifier,
+        engine,
+        fast_path=config.engine.fast_path,
+        checkpointing=config.engine.activation_checkpointing,
+    )
+    if not engine.world.is_main:
+        # Only rank 0 exports. Elsewhere this would be a second copy of the model in the node's memory.
+        inputs.classifier.frozen_state.clear()
+    pad_id = pad_id_of(inputs.tokenizer)
+    return {
+        name: TokenTable(tokens, pad_id=pad_id, device=engine.device) for name, tokens in inputs.store.splits.items()
+    }
 
-    classifier: Classifier
-    tokenizer: PreTrainedTokenizerFast
-    class_names: tuple[str, ...]
-    tokens: TokenSplit
-    fingerprint: str
-    """Of the tokens."""
 
-    @property
-    def pad_id(self) -> int:
-        """What fills a batch behind a text's last token."""
-        return _pad_id(self.tokenizer)
+def plan_settings(batch: BatchConfig, seed: int) -> PlanSettings:
+    """Return the settings that define the global batches."""
+    return PlanSettings(
+        global_batch_size=batch.global_batch_size,
+        global_token_budget=batch.global_token_budget,
+        bucket_window=batch.bucket_window,
+        seed=seed,
+    )
 
 
-def load_scored(
-    data: DataConfig,
-    model: ModelConfig,
+def build_loader(config: Config, classifier: Classifier, table: TokenTable, world: World) -> TrainLoader:
+    """Build this rank's loader of the training split."""
+    return TrainLoader(
+        table,
+        world,
+        plan_settings(config.batch, config.run.seed),
+        max_tokens_per_rank=config.batch.max_tokens_per_rank,
+        quadratic=quadratic_weight(classifier.config.n_embd),
+        max_length=config.data.max_length,
+    )
+
+
+def open_features(
+    config: Config,
+    inputs: TrainingInputs,
+    tables: Mapping[str, TokenTable],
+    engine: Engine,
     *,
-    split: str | None,
-    max_length: int | None,
-    emit: Emit,
-    timer: StageTimer,
-    world: World,
-) -> EvaluationInputs:
-    """A classifier and one tokenised split. `split` None: test, or the whole of a single file.
+    requested: RequestedPlace,
+) -> FeatureCache:
+    """Decide where the frozen part's output is kept, without computing it yet. Collective."""
+    num_tokens = sum(int(table.lengths_N.sum()) for table in tables.values())
+    inputs.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=config.engine.compile)
+    settings = CacheSettings(
+        requested=requested,
+        num_epochs=config.optim.epochs,
+        directory=cache_root(config.data.cache_dir) / "features",
+        limit_bytes=int(config.engine.feature_cache_gigabytes * 1e9),
+        frozen_weights=inputs.fingerprints["frozen_weights"],
+        model_name=config.model.name,
+    )
+    return FeatureCache(inputs.classifier, tables, engine, settings)
 
-    `max_length` None takes the length the model was trained with; another one is obeyed, with a warning.
+
+def build_features(features: FeatureCache, loader: TrainLoader, monitors: Monitors) -> None:
+    """Compute the features, or open those on disk, and shard the loader's batches as they are sharded. Collective."""
+    monitors.timer.end_setup()
+    with monitors.timer.stage("prefix"):
+        features.build(monitors.emit)
+    # Where device memory was too small after all, the features are elsewhere and no rank owns texts any more.
+    loader.owner_N = features.owner_N
+
+
+def build_evaluation(
+    inputs: TrainingInputs,
+    tables: Mapping[str, TokenTable],
+    engine: Engine,
+    features: FeatureCache,
+    monitors: Monitors,
+) -> Callable[[str], SplitScores]:
+    """Return a function that scores a split by its name. Collective; it raises `Stopped` when the run must stop."""
+
+    def evaluate(split: str) -> SplitScores:
+        with monitors.timer.stage("eval"):
+            return evaluate_split(
+                inputs.classifier,
+                tables[split],
+                engine,
+                num_classes=len(inputs.class_names),
+                features=features.source(split),
+                is_stopping=lambda: monitors.preemption.is_stopping,
+            )
+
+    return evaluate
+
+
+def check_first_step(
+    config: Config, classifier: Classifier, table: TokenTable, loader: TrainLoader, engine: Engine, emit: Emit
+) -> None:
+    """Run the checks that the configuration asks for before the first step: overfit one batch, dry-run the largest step.
 
     Raises:
-        UserError: no classifier, no such split, classes that do not fit, or any fault of the files.
+        UserError: one of them failed.
     """
-    classifier, tokenizer, class_names, trained_length = load_classifier(model.name, revision=model.revision)
-    if max_length is not None and max_length != trained_length:
-        check_max_length(max_length, classifier.config.n_positions)
-        emit(
-            Warned(
-                message=f"data.max_length {max_length}: the model was saved with {trained_length}, scores may differ"
-            )
-        )
-    corpus = load_text(data, hold_out=False)
-    if split in ("train", "validation") and "validation" not in corpus.splits:
-        corpus = load_text(data)
-    name = split or _only_split(data.source, corpus)
-    if name not in corpus.splits:
-        raise DataError(
-            f"{data.source} has no {name} split (only {', '.join(corpus.splits)}): there is nothing to score. Choose one of "
-            "these with --split; a single file is scored whole without it."
-        )
-    has_names = class_names != tuple(f"LABEL_{i}" for i in range(len(class_names)))
-    if len(corpus.class_names) != len(class_names) or (has_names and corpus.class_names != class_names):
-        raise DataError(
-            f"{data.source} has the classes {', '.join(corpus.class_names)}, the model {', '.join(class_names)}: a label would "
-            "not mean the same class. Score the model on data with its own classes, in its own order."
-        )
-    wanted = {name: corpus.splits[name]}
-    corpus = Corpus(wanted, corpus.class_names, fingerprint(wanted, corpus.class_names))
-    with timer.stage("tokenize"):
-        length = max_length or trained_length
-        store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world)
-    return EvaluationInputs(classifier, tokenizer, class_names, store.splits[name], store.fingerprint)
+    if config.run.debug:
+        emit(overfit_one_batch(classifier, table, engine, lr=config.optim.lr))
+    if config.batch.longest_first:
+        dry_run(classifier, loader.largest_step(0), engine, emit)
 
 
-def _only_split(source: str, corpus: Corpus) -> str:
-    """What to score when nothing was said: a single file whole, else the test split."""
-    return next(iter(corpus.splits)) if Path(source).expanduser().is_file() else "test"
+def build_trainer(
+    config: Config,
+    inputs: TrainingInputs,
+    engine: Engine,
+    loader: TrainLoader,
+    monitors: Monitors,
+) -> Trainer:
+    """Hand the trainable part to the engine and build the training loop. Collective."""
+    optim = config.optim
+    settings = TrainerSettings(
+        num_epochs=optim.epochs,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        warmup_ratio=optim.warmup_ratio,
+        schedule=optim.schedule,
+        max_grad_norm=optim.max_grad_norm,
+        nonfinite=optim.nonfinite,
+        seed=config.run.seed,
+        class_names=inputs.class_names,
+    )
+    return Trainer(inputs.classifier, engine, loader, settings, monitors)

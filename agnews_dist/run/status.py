@@ -7,13 +7,10 @@ the run was killed: failed.
 import json
 import os
 import socket
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, cast
-
-import psutil
 
 from agnews_dist.errors import UserError
 from agnews_dist.report.result_files import write_json
@@ -34,34 +31,11 @@ class Status:
     reason: str
     """Why it is in this state, in words."""
     job: str | None
-    """What starts of one job have in common (see `job_of`)."""
+    """What starts of one job have in common (see `identify_job`)."""
     host: str
     pid: int
     time: str
     """ISO 8601, UTC."""
-
-
-def job_of(environ: Mapping[str, str]) -> str | None:
-    """What a job and its restarts have in common: Slurm's job, torchrun's run, or its agent; None: started by hand.
-
-    A requeued Slurm job keeps its number. Without a rendezvous id of its own torchrun calls every run `none`.
-    """
-    slurm = environ.get("SLURM_JOB_ID")
-    if slurm:
-        return f"slurm {slurm}"
-    run = environ.get("TORCHELASTIC_RUN_ID")
-    if run is None:
-        return None
-    if run not in ("", "none"):
-        return f"torchrun {run}"
-    agent = os.getppid()
-    return f"torchrun on {socket.gethostname()}, process {agent} of {psutil.Process(agent).create_time():.0f}"
-
-
-def is_later_start(environ: Mapping[str, str]) -> bool:
-    """Whether Slurm or torchrun has started this job before, with these very arguments."""
-    counts = (environ.get(name, "") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-    return any(count.isdecimal() and int(count) > 0 for count in counts)
 
 
 def read_status(directory: Path) -> Status | None:

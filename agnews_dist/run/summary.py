@@ -1,14 +1,13 @@
 """The header of a run: where it runs, on what, in how many steps; and warnings about wasted hardware."""
 
-from pathlib import Path
-
 from agnews_dist.config.schema import BatchConfig, Config, EngineConfig
 from agnews_dist.data.batching.forecast import idle_warning
 from agnews_dist.data.batching.loader import TrainLoader
 from agnews_dist.engine.engine import Engine
-from agnews_dist.engine.memory import Estimate, summary
-from agnews_dist.events import Emit, RunStarted, Warned
+from agnews_dist.engine.memory import Estimate, format_estimate
+from agnews_dist.events import RunStarted, Warned
 from agnews_dist.features.manager import FeatureCache
+from agnews_dist.run.attempt import Attempt
 from agnews_dist.run.setup import TrainingInputs, plan_settings
 
 
@@ -20,29 +19,29 @@ def log_summary(
     features: FeatureCache,
     *,
     memory: Estimate,
-    directory: Path,
-    emit: Emit,
+    attempt: Attempt,
 ) -> None:
     """Emit the header and the warnings. Collective, since the plan's efficiency is a sum over ranks."""
     expected = loader.expected_efficiency()
     num_steps = loader.num_steps(config.optim.epochs)
     rows = ", ".join(f"{len(split):,} {name}" for name, split in inputs.store.splits.items())
     facts = {
-        "run": str(directory),
+        "run": str(attempt.directory),
         "ranks": f"{engine.world.num_ranks} ({engine.world.ranks_per_node} per node)",
         "device": engine.description,
         "precision": engine.precision,
         "engine": engine_text(config.engine),
-        "memory": summary(memory),
+        "memory": format_estimate(memory),
         "model": f"{config.model.name} ({config.model.init}), trainable blocks: {config.model.trainable_blocks}",
         "data": f"{config.data.source}: {rows}",
         "tokens": f"{'cached' if inputs.store.was_cached else 'made now'}, at most {config.data.max_length} per text",
-        "features": f"{features.choice.place}: {features.choice.why}",
+        "features": f"{features.choice.place}: {features.choice.reason}",
         "batch": batch_text(config.batch),
         "plan": f"{num_steps:,} steps, {expected.critical_path:.1%} of the ranks' time goes to real tokens",
         "optimizer": f"AdamW, lr {config.optim.lr:g} ({config.optim.schedule}), {config.optim.epochs} epochs",
         "seed": str(config.run.seed),
     }
+    emit = attempt.monitors.emit
     emit(RunStarted(facts=facts, parameters=inputs.parameters, num_steps=num_steps))
     warnings = [
         idle_warning(

@@ -1,4 +1,4 @@
-"""The best epoch so far, kept beside training, and the totals of the steps."""
+"""The best epoch so far: its weights and its validation scores; and running totals over the steps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,62 +11,76 @@ from agnews_dist.evaluation.evaluator import SplitScores
 
 
 class BestEpoch:
-    """Keeps what trains as it was after the epoch with the highest validation accuracy; ties go to the lower loss."""
+    """The trainable weights after the epoch with the highest validation accuracy. Ties go to the lower loss."""
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
-        self.state: dict[str, Tensor] = {}
-        """Its weights, on rank 0 alone: the others get theirs back from there."""
+        self.weights: dict[str, Tensor] = {}
+        """Name -> weight, on rank 0 alone; empty on the other ranks."""
         self.epoch = 0
+        """The epoch's number, from 1; 0 before the first evaluation."""
         self._step = 0
-        self._scored: SplitScores | None = None
+        self._scores: SplitScores | None = None
 
     @property
     def name(self) -> str:
-        """Its directory among the checkpoints."""
+        """The name of its directory next to the checkpoints."""
         return f"best-{self._step:08d}"
 
     @property
-    def scored(self) -> SplitScores:
-        """The validation split as the best epoch scored it."""
-        assert self._scored is not None
-        return self._scored
+    def scores(self) -> SplitScores:
+        """The scores of the validation split after that epoch."""
+        assert self._scores is not None
+        return self._scores
 
-    def entry(self) -> dict[str, object] | None:
-        """What a checkpoint says of it, but for its tensors; None before the first epoch's end."""
-        if self._scored is None:
-            return None
-        return {"name": self.name, "epoch": self.epoch, "step": self._step, **self._scored.rest()}
+    def update(self, epoch: int, scores: SplitScores, *, step: int) -> None:
+        """Keep a copy of the weights if this epoch, which ended with `step`, is better. Collective.
 
-    def recall(self, entry: Mapping[str, Any], scored: Mapping[str, Tensor], state: dict[str, Tensor]) -> None:
-        """Be what gave this `entry()`; `state`: read on rank 0 alone."""
-        self.epoch, self._step = entry["epoch"], entry["step"]
-        self._scored, self.state = SplitScores.of(scored, entry), state
-
-    def offer(self, epoch: int, scored: SplitScores, *, step: int) -> None:
-        """Keep a copy if this epoch, which ended with `step`, is better; every rank decides alike, from the same integers.
-        Collective."""
-        new, old = scored.scores, self._scored.scores if self._scored else None
+        Every rank decides from the same integers, so all decide alike.
+        """
+        new, old = scores.scores, self._scores.scores if self._scores else None
         if old is None or (new.num_correct, -new.loss) > (old.num_correct, -old.loss):
-            self.epoch, self._step, self._scored = epoch, step, scored
-            # The older copy first: there is room for one.
-            self.state = {}
-            self.state = self._strategy.full_state()
+            self.epoch, self._step, self._scores = epoch, step, scores
+            # Drop the old copy before making the new one: memory need hold only one.
+            self.weights = {}
+            self.weights = self._strategy.gather_weights()
 
     def restore(self) -> None:
-        """Put the best epoch's weights back. Collective."""
-        self._strategy.load(self.state)
+        """Load the best epoch's weights into the strategy. Collective."""
+        self._strategy.load_weights(self.weights)
+
+    def state_dict(self) -> dict[str, object] | None:
+        """Return the JSON part of the state; None before the first evaluation."""
+        if self._scores is None:
+            return None
+        return {"name": self.name, "epoch": self.epoch, "step": self._step, **self._scores.state_dict()}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], score_tensors: Mapping[str, Tensor], weights: dict[str, Tensor]
+    ) -> None:
+        """Restore from `state_dict()`, the score tensors (on every rank) and the weights (on rank 0)."""
+        self.epoch, self._step = state["epoch"], state["step"]
+        self._scores, self.weights = SplitScores.restore(score_tensors, state), weights
 
 
 class RunningTotals:
-    """Tokens and seconds of the steps so far; the same on every rank but for the seconds."""
+    """Tokens and seconds of all steps so far. Equal on every rank, except for the seconds."""
 
     def __init__(self, seconds: float = 0.0) -> None:
-        """`seconds`: what the features took before the first step; tokens per second are those of all that training needed."""
+        """Start from `seconds`, which the features took before the first step: training needed them too."""
         self.seconds = seconds
         self.tally = Tally()
 
     def add(self, share: Share, seconds: float) -> None:
-        """Take in one step."""
+        """Add one step."""
         self.seconds += seconds
         self.tally.add(share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready state."""
+        return {"seconds": self.seconds, "tally": vars(self.tally)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Add what earlier attempts counted."""
+        self.seconds += state["seconds"]
+        self.tally = Tally(**state["tally"])

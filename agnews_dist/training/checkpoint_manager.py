@@ -1,6 +1,6 @@
-"""Checkpoints of a run: copied into host memory between two steps, written by a thread while training goes on.
+"""Checkpoints of a run: copied to host memory between two steps, written by a thread while training continues.
 
-Rank 0 alone writes. What cannot be written is warned of and tried again at the next occasion; training never ends for it.
+Only rank 0 writes. A failed write is reported and tried again when the next checkpoint is due; it never stops training.
 """
 
 import json
@@ -23,73 +23,93 @@ from agnews_dist.training.best_epoch import BestEpoch
 from agnews_dist.training.checkpoint import STATE, best_name, checkpoints, prune, sweep, write_checkpoint
 
 SLOW_SECONDS = 10.0
-"""A checkpoint that takes longer is warned of, if the next one waits for it."""
+"""Writing time after which a warning is due, if the next checkpoint already waits."""
 WEIGHT = "weight."
-"""Before the names of weights in `Strategy.whole_state`."""
+"""Prefix of weights among the names of `Strategy.gather_state`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """When checkpoints are due and how many are kept."""
+
+    keep: int
+    every_steps: int | None
+    every_minutes: float | None
 
 
 @dataclass(frozen=True)
-class _Writing:
-    """A checkpoint on its way to the disk."""
+class OnDisk:
+    """Verified checkpoints that an earlier attempt left in the folder."""
+
+    name: str
+    step: int
+    best: str | None
+    """Directory of the best epoch that the checkpoint refers to."""
+
+
+@dataclass(frozen=True)
+class _Write:
+    """A checkpoint that the thread is writing."""
 
     name: str
     step: int
     stall: float
+    """Seconds for which training stopped."""
     started: float
-    outcome: Future[int]
+    result: Future[int]
 
 
 class CheckpointManager:
-    """The checkpoints of one run. Every rank has one and calls `save` at the same points; rank 0's does the work."""
+    """The checkpoints of one run. Every rank has one and calls `save` at the same points; rank 0 writes."""
 
     def __init__(
         self,
         folder: Path,
         strategy: Strategy,
+        settings: CheckpointSettings,
         *,
-        keep: int,
-        every_steps: int | None,
-        every_minutes: float | None,
+        metadata: Mapping[str, Any],
         log: EventLog | None,
         emit: Emit,
-        found: str | None = None,
-        last_saved: int = 0,
-        best: str | None = None,
+        on_disk: OnDisk | None = None,
     ) -> None:
-        """`log`: its length is part of a checkpoint; only rank 0 has one. `found`: the checkpoint that the run goes on from, of
-        `last_saved` steps, which refers to the best epoch `best`; both are known to be whole.
+        """Prepare to write to `folder`, after the checkpoint `on_disk` that the run resumes from.
+
+        `metadata`: what every checkpoint says besides position and weights (settings, fingerprints, versions). `log`: the
+        event log, whose length is part of a checkpoint; only rank 0 has one.
         """
         self._folder, self._strategy, self._log, self._emit = folder, strategy, log, emit
-        self._keep, self._every_steps = keep, every_steps
-        self._every_seconds = 60 * every_minutes if every_minutes is not None else float("inf")
+        self._metadata = metadata
+        self._keep, self._every_steps = settings.keep, settings.every_steps
+        self._every_seconds = float("inf") if settings.every_minutes is None else 60 * settings.every_minutes
         self._buffers: dict[str, Tensor] = {}
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._writing: _Writing | None = None
-        self._asked, self._best_on_disk = found, best
-        self._last_try = time.monotonic()
-        self._warned_of: int | None = None
-        self.last_saved = last_saved
-        """Steps of the newest checkpoint that is on disk; on rank 0."""
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._write_in_progress: _Write | None = None
+        self._newest_name = on_disk.name if on_disk else None
+        self._best_on_disk = on_disk.best if on_disk else None
+        self._last_attempt = time.monotonic()
+        self._warned_step: int | None = None
+        self.last_saved = on_disk.step if on_disk else 0
+        """Steps of the newest checkpoint on disk; valid on rank 0."""
         if log is not None:
             sweep(folder)
 
-    def due(self, step: int) -> bool:
-        """Whether rank 0 asks for a checkpoint after `step` steps; one due while another is being written has to wait."""
+    def is_due(self, step: int) -> bool:
+        """Return whether rank 0 requests a checkpoint after `step` steps. While one is being written, none is due."""
         if self._log is None:
             return False
         self.poll()
         now = time.monotonic()
-        if now - self._last_try < self._every_seconds and (self._every_steps is None or step % self._every_steps):
+        if now - self._last_attempt < self._every_seconds and (self._every_steps is None or step % self._every_steps):
             return False
-        writing = self._writing
-        if writing is None:
+        write = self._write_in_progress
+        if write is None:
             return True
-        if now - writing.started > SLOW_SECONDS and self._warned_of != writing.step:
-            self._warned_of = writing.step
+        if now - write.started > SLOW_SECONDS and self._warned_step != write.step:
+            self._warned_step = write.step
             message = (
-                f"the checkpoint of step {writing.step} has been written for {now - writing.started:.0f} s and is not "
-                f"finished: the next one, due after step {step}, waits for it. Set a larger checkpoint.every_minutes (or "
-                "every_steps), or a faster disk with --run.dir."
+                f"checkpoint of step {write.step}: being written for {now - write.started:.0f} s, so the one due after step "
+                f"{step} waits. Set a larger checkpoint.every_minutes (or every_steps), or a faster disk with --run.dir."
             )
             self._emit(Warned(message=message))
         return False
@@ -97,23 +117,27 @@ class CheckpointManager:
     def save(
         self, step: int, state: Mapping[str, Any], best: BestEpoch, *, is_scored: bool, wait: bool = False
     ) -> None:
-        """Copy what trains and have it written; collective. What was saved already is not saved again.
+        """Copy weights and moments and start writing them, unless this very checkpoint is saved already. Collective.
 
-        `state`: all else that a checkpoint holds; `is_scored`: an epoch has just been evaluated; `wait`: until it is on the
-        disk, or has failed to be.
+        Args:
+            step: steps done so far.
+            state: the JSON part of the checkpoint.
+            best: the best epoch so far, which is written once.
+            is_scored: the epoch's evaluation is done and part of the state.
+            wait: return only when the checkpoint is on disk, or has failed.
         """
         name = f"step-{step:08d}{'-scored' if is_scored else ''}"
-        if name != self._asked:
-            self._asked = name
+        if name != self._newest_name:
+            self._newest_name = name
             self._start(name, step, state, best)
         if wait:
-            self.settle()
+            self.wait()
 
     def _start(self, name: str, step: int, state: Mapping[str, Any], best: BestEpoch) -> None:
         begin = time.monotonic()
-        # The buffers are one checkpoint large: the one before must have left them.
-        self.settle()
-        for key, tensor in self._strategy.whole_state():
+        # There is one set of buffers, and the previous write may still read it.
+        self.wait()
+        for key, tensor in self._strategy.gather_state():
             if self._log is not None:
                 if key not in self._buffers:
                     self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -122,65 +146,65 @@ class CheckpointManager:
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        kept = (best.name, {"weights": best.state, "scored": best.scored.tensors()}) if best.epoch else None
-        content = {**state, "step": step, "log_bytes": self._log.num_bytes, "best": best.entry()}
-        self._last_try = time.monotonic()
-        outcome = self._writer.submit(self._write, name, content, kept, self._log)
-        self._writing = _Writing(name, step, self._last_try - begin, self._last_try, outcome)
+        best_files = (best.name, {"weights": best.weights, "scored": best.scores.tensors()}) if best.epoch else None
+        content = {**self._metadata, **state, "step": step, "log_bytes": self._log.num_bytes, "best": best.state_dict()}
+        self._last_attempt = time.monotonic()
+        result = self._thread.submit(self._write, name, content, best_files, self._log)
+        self._write_in_progress = _Write(name, step, self._last_attempt - begin, self._last_attempt, result)
 
     def _write(
         self,
         name: str,
         content: Mapping[str, Any],
-        best: tuple[str, Mapping[str, Mapping[str, Tensor]]] | None,
+        best_files: tuple[str, Mapping[str, Mapping[str, Tensor]]] | None,
         log: EventLog,
     ) -> int:
-        """Runs in the thread; the bytes written.
+        """Write one checkpoint and prune the old ones, in the thread; return the bytes written.
 
         Raises:
             OSError: something cannot be written.
         """
-        # First: a checkpoint must never know of more lines than a crash leaves in the log.
+        # The log first: a checkpoint must never count more lines than the log holds after a crash.
         log.sync(content["log_bytes"])
         num_bytes = 0
-        if best is not None and best[0] != self._best_on_disk:
-            num_bytes += write_checkpoint(self._folder / best[0], best[1], {"best": None})
-            self._best_on_disk = best[0]
+        if best_files is not None and best_files[0] != self._best_on_disk:
+            num_bytes += write_checkpoint(self._folder / best_files[0], best_files[1], {"best": None})
+            self._best_on_disk = best_files[0]
         weights = {key.removeprefix(WEIGHT): value for key, value in self._buffers.items() if key.startswith(WEIGHT)}
         moments = {key: value for key, value in self._buffers.items() if not key.startswith(WEIGHT)}
         num_bytes += write_checkpoint(self._folder / name, {"weights": weights, "moments": moments}, content)
-        prune(self._folder, self._keep, also={name, *_best_names(self._folder, self._keep)})
+        prune(self._folder, self._keep, also={name, *_referenced_best(self._folder, self._keep)})
         return num_bytes
 
     def poll(self) -> None:
-        """Tell of a checkpoint that was written, or could not be, since the last call."""
-        if self._writing is not None and self._writing.outcome.done():
-            self.settle()
+        """Report the write in progress, if it has ended."""
+        if self._write_in_progress is not None and self._write_in_progress.result.done():
+            self.wait()
 
-    def settle(self) -> None:
-        """Wait until nothing is being written, and tell of it."""
-        writing, self._writing = self._writing, None
-        if writing is None:
+    def wait(self) -> None:
+        """Wait for the write in progress and report how it ended."""
+        write, self._write_in_progress = self._write_in_progress, None
+        if write is None:
             return
         try:
-            num_bytes = writing.outcome.result()
+            num_bytes = write.result.result()
         except OSError as error:
-            self._asked = None
+            self._newest_name = None
             message = (
-                f"the checkpoint of step {writing.step} could not be written to {self._folder} ({error.strerror or error}): a "
-                f"run killed now would go on from step {self.last_saved}. Training goes on, and the next one is tried when "
-                "it is due; free space there, or make it writable."
+                f"checkpoint of step {write.step}: cannot be written to {self._folder} ({error.strerror or error}); a restart "
+                f"would resume from step {self.last_saved}. Training continues, and the next one is tried when it is due. Free "
+                "space there, or make it writable."
             )
             self._emit(Warned(message=message))
             return
-        self.last_saved = writing.step
+        self.last_saved = write.step
         self._emit(
             CheckpointSaved(
-                path=str(self._folder / writing.name),
-                step=writing.step,
+                path=str(self._folder / write.name),
+                step=write.step,
                 num_bytes=num_bytes,
-                stall=writing.stall,
-                seconds=time.monotonic() - writing.started,
+                stall=write.stall,
+                seconds=time.monotonic() - write.started,
             )
         )
 
@@ -190,23 +214,23 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """What is being written is finished, also where training failed."""
-        self.settle()
-        self._writer.shutdown()
+        """Wait for the write in progress, also where training failed."""
+        self.wait()
+        self._thread.shutdown()
 
 
 def load_weights(strategy: Strategy, tensors: Mapping[str, Mapping[str, Tensor]], num_updates: int) -> None:
-    """Give `strategy` what a checkpoint has of it; collective, `tensors` are read on rank 0 alone."""
+    """Load a checkpoint's weights and moments into `strategy`. Collective; only rank 0's `tensors` are read."""
     weights = {WEIGHT + name: value for name, value in tensors.get("weights", {}).items()}
     strategy.load_state({**weights, **tensors.get("moments", {})}, num_updates)
 
 
-def _best_names(folder: Path, keep: int) -> set[str]:
-    """The best epochs that the newest checkpoints refer to."""
+def _referenced_best(folder: Path, keep: int) -> set[str]:
+    """Return the names of the best epochs that the newest `keep` checkpoints refer to."""
     names: set[str] = set()
     with suppress(OSError):
         for path in checkpoints(folder)[:keep]:
-            # Of a damaged one it does not matter.
+            # A damaged checkpoint refers to nothing.
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 names.add(best_name(json.loads((path / STATE).read_bytes())) or "")
     return names

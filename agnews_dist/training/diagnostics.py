@@ -1,4 +1,4 @@
-"""Debug mode: everything deterministic and loud, and first a check that one batch can be learnt by heart."""
+"""Checks and traces around training: deterministic mode, overfitting one batch, a dry run of the largest step, a profile."""
 
 import copy
 import os
@@ -22,8 +22,8 @@ OVERFIT_EXAMPLES = 8
 OVERFIT_STEPS = 100
 
 
-def be_deterministic() -> None:
-    """Deterministic algorithms and anomaly detection for the whole process; call before the first CUDA work."""
+def make_deterministic() -> None:
+    """Switch the whole process to deterministic algorithms and anomaly detection. Call it before the first CUDA work."""
     # cuBLAS needs a fixed workspace to be deterministic, and reads this only once.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -31,12 +31,13 @@ def be_deterministic() -> None:
 
 
 def overfit_one_batch(classifier: Classifier, table: TokenTable, engine: Engine, *, lr: float) -> OverfitChecked:
-    """Train a copy of the suffix, without dropout, on a few examples until it knows them by heart.
+    """Train a copy of the suffix, without dropout, on a few examples until it classifies them all.
 
-    A model that cannot is broken (labels shifted, gradients cut, learning rate absurd), and a long run would only hide it.
+    A model that cannot do this is broken: shifted labels, cut gradients, an absurd learning rate. A long run would only
+    hide it.
 
     Raises:
-        UserError: blocks train, and the examples are still not all classified right after `OVERFIT_STEPS` steps.
+        UserError: a block is trainable, and some example is still wrong after `OVERFIT_STEPS` steps.
     """
     suffix = copy.deepcopy(classifier.suffix).to(engine.device).eval()
     batch = table.batch(torch.arange(min(OVERFIT_EXAMPLES, len(table))).numpy())
@@ -55,12 +56,11 @@ def overfit_one_batch(classifier: Classifier, table: TokenTable, engine: Engine,
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    # A norm and a head alone may be unable by nature: two texts whose last tokens look alike to the frozen part.
+    # Norm and head alone may fail without a fault: the frozen part may give two texts nearly equal last tokens.
     if accuracy < 1.0 and len(classifier.suffix.h):
         raise UserError(
-            f"{num_examples} examples could not be learnt in {OVERFIT_STEPS} steps (accuracy {accuracy:.2f}, loss "
-            f"{losses[0]:.3f} -> {losses[-1]:.3f}): a run on all data would not learn either. Check optim.lr ({lr}), the "
-            "labels, and model.trainable_blocks."
+            f"run.debug: {num_examples} examples not learnt in {OVERFIT_STEPS} steps (accuracy {accuracy:.2f}, loss "
+            f"{losses[0]:.3f} -> {losses[-1]:.3f}). Check optim.lr ({lr}), the labels, and model.trainable_blocks."
         )
     return OverfitChecked(
         num_examples=num_examples,
@@ -71,32 +71,33 @@ def overfit_one_batch(classifier: Classifier, table: TokenTable, engine: Engine,
     )
 
 
-def rehearse(classifier: Classifier, batches: StepBatches, engine: Engine, emit: Emit = silent) -> None:
-    """Forward and backward of one step with room taken for the optimizer's moments; weights, gradients and random state stay.
+def dry_run(classifier: Classifier, batches: StepBatches, engine: Engine, emit: Emit = silent) -> None:
+    """Run forward and backward of one step, with memory allocated for the optimizer's moments.
 
-    Called before `engine.prepare`: no rank talks to another, so a rank that runs out of memory leaves none waiting.
+    Weights, gradients and random state stay as they were. Call it before `engine.prepare`: then no rank communicates, and
+    none waits for a rank that ran out of memory.
 
     Raises:
         SharedError: on all ranks, if any rank ran out of memory.
     """
     rows, tokens = max((batch.tokens_BT.shape for batch in batches.micro_batches), key=lambda shape: shape.numel())
-    task = f"rehearse the largest step ({rows} x {tokens} tokens)"
+    task = f"dry run of the largest step ({rows} x {tokens} tokens)"
 
-    def attempted() -> None:
+    def run() -> None:
         try:
             _forward_and_backward(classifier, batches, engine)
         except RuntimeError as error:
-            # CUDA has an error class of its own, the CPU's allocator and cuBLAS have not.
+            # CUDA has its own error class; the CPU allocator and cuBLAS raise a plain RuntimeError.
             words = ("allocate memory", "ALLOC_FAILED")
             if not isinstance(error, torch.OutOfMemoryError) and not any(word in str(error) for word in words):
                 raise
             raise UserError(
-                f"the largest step needs more memory than there is ({rows} x {tokens} tokens at once): the run would break off "
-                "at its longest texts. Lower batch.max_tokens_per_rank, data.max_length or model.trainable_blocks."
+                f"largest step ({rows} x {tokens} tokens at once): out of memory. Lower batch.max_tokens_per_rank, "
+                "data.max_length or model.trainable_blocks."
             ) from error
 
     emit(Progress(task=task, done=0, total=1))
-    collectives.raise_if_any_failed(collectives.catch(attempted))
+    collectives.raise_if_any_failed(collectives.catch(run))
     emit(Progress(task=task, done=1, total=1))
 
 
@@ -115,26 +116,27 @@ def _forward_and_backward(classifier: Classifier, batches: StepBatches, engine: 
         suffix.train(was_training)
 
 
-# Skip the first steps (allocator, lazy initialisation), let the profiler itself settle, then record.
 WAIT, WARM_UP, ACTIVE = 2, 1, 4
+"""Steps skipped (allocator, lazy initialisation), steps for the profiler itself, steps recorded."""
 
 
 class NoProfiler:
-    """Takes the place of the profiler where nothing is recorded."""
+    """A profiler that records nothing."""
 
     def step(self) -> None:
         """Do nothing."""
 
 
 @contextmanager
-def profiling(
-    wanted: bool, directory: Path, *, device: torch.device, num_steps: int, emit: Emit
+def profile_steps(
+    is_enabled: bool, directory: Path, device: torch.device, num_steps: int, emit: Emit
 ) -> Generator[profile | NoProfiler, None, None]:
-    """Around the training loop, which calls `step()` after every step; writes `<directory>/profile/trace.json`.
+    """Profile a few of the steps inside the `with` block and write `<directory>/profile/trace.json`.
 
-    `num_steps` is that of the whole run; a run too short for the usual window is recorded from its first step.
+    The block calls `step()` on the yielded object after every step. `num_steps`: steps of the whole run; a run shorter
+    than the usual window is recorded from its first step.
     """
-    if not wanted:
+    if not is_enabled:
         yield NoProfiler()
         return
 

@@ -1,20 +1,21 @@
-"""The training loop: from where a run stands to its end, epoch after epoch, or to where all ranks agree to stop.
+"""The training loop: from a run's position to its end, or to the step at which all ranks agree to stop.
 
-A run's position is (epoch, steps done in it, steps done in all); with all of an epoch's steps done, its evaluation is what
-comes next. Nothing else outlives a step but weights, moments and loss scale: the learning rate, the order of the examples and
-all random numbers are functions of the seed and the position.
+The position is (epoch, steps done in it, steps done in all). When all steps of an epoch are done, its evaluation comes next.
+Besides the position only weights, moments and the loss scale outlive a step. Learning rate, order of examples and random
+numbers are functions of seed and position.
 """
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from agnews_dist.config.schema import Config
 from agnews_dist.data.batching.loader import StepBatches, TrainLoader
 from agnews_dist.data.batching.position import load_position, save_position
-from agnews_dist.data.batching.shares import Tally
+from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
@@ -23,114 +24,165 @@ from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.events import Emit, NonFinite, StepDone
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.gpt2 import Classifier
+from agnews_dist.model.prefix import FeatureSource
 from agnews_dist.training.best_epoch import BestEpoch, RunningTotals
-from agnews_dist.training.checkpoint_manager import CheckpointManager
-from agnews_dist.training.optim import learning_rate, set_lr
+from agnews_dist.training.checkpoint_manager import CheckpointManager, load_weights
+from agnews_dist.training.optim import Schedule, build_optimizer, learning_rate, set_lr
 from agnews_dist.training.step import NonFiniteError, StepResult, train_step
 from agnews_dist.training.timing import StageTimer, TimedFeatures
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """The settings of the optimisation. `run.setup` fills them in from the configuration."""
+
+    num_epochs: int
+    lr: float
+    weight_decay: float
+    warmup_ratio: float
+    schedule: Schedule
+    max_grad_norm: float
+    nonfinite: Literal["stop", "skip"]
+    seed: int
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Monitors:
+    """Objects that watch a run: who receives its events, where its time goes, whether it must stop."""
+
+    emit: Emit
+    timer: StageTimer
+    preemption: PreemptionHandler
+
+
 class Trainer:
-    """One run's training; every rank has one."""
+    """One run's training. Every rank has one."""
 
     def __init__(
         self,
-        config: Config,
-        engine: Engine,
         classifier: Classifier,
-        strategy: Strategy,
-        optimizer: torch.optim.Optimizer,
+        engine: Engine,
         loader: TrainLoader,
-        embed: TimedFeatures,
-        *,
-        about: Mapping[str, Any],
-        built_seconds: float,
-        num_steps: int,
-        timer: StageTimer,
-        preemption: PreemptionHandler,
-        emit: Emit,
+        settings: TrainerSettings,
+        monitors: Monitors,
     ) -> None:
-        """`about`: what every checkpoint says beside the position; `built_seconds`: what the features took before."""
-        self._config, self._engine, self._classifier = config, engine, classifier
-        self._strategy, self._optimizer, self._loader, self._embed = strategy, optimizer, loader, embed
-        self._about, self._built_seconds, self._num_steps = about, built_seconds, num_steps
-        self._timer, self._preemption, self._emit = timer, preemption, emit
-        self._epoch, self._done = 0, 0
+        """Hand the trainable part to the engine. Collective."""
+        self._classifier, self._engine, self._loader, self._settings = classifier, engine, loader, settings
+        self._emit, self._timer, self._preemption = monitors.emit, monitors.timer, monitors.preemption
+        self._optimizer = build_optimizer(classifier.suffix, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.strategy: Strategy = engine.prepare(
+            classifier.suffix, self._optimizer, max_grad_norm=settings.max_grad_norm
+        )
+        self.num_steps = loader.num_steps(settings.num_epochs)
+        """Steps of the whole run."""
+        self._epoch, self._epoch_step = 0, 0
         self.step = 0
-        """Steps done in all."""
-        self.best, self.totals = BestEpoch(strategy), RunningTotals(built_seconds)
+        """Steps done so far, in all epochs."""
+        self.best, self.totals = BestEpoch(self.strategy), RunningTotals()
+        self._features: TimedFeatures | None = None
 
-    def go_on_from(self, state: Mapping[str, Any]) -> None:
-        """Take over the position and what belongs to it; weights, moments and the best epoch are loaded elsewhere.
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, in label order."""
+        return self._settings.class_names
 
-        Raises:
-            UserError: the position belongs to another plan.
-        """
-        self._epoch, self._done = load_position(state["position"], self._loader.fingerprint)
-        self.step = state["step"]
-        totals = state["totals"]
-        self.totals.seconds += totals["seconds"]
-        self.totals.tally = Tally(**totals["tally"])
-        self._timer.before = dict(state["seconds"])
-        if self._engine.precision == state["precision"]:
-            self._strategy.load_scaling(*state["scaling"])
+    def use_features(self, source: FeatureSource) -> None:
+        """Train on the features of `source`. The time that computing them took so far counts as training."""
+        self._features = TimedFeatures(source)
+        self._seconds_before = self._timer.seconds["prefix"]
+        self.totals.seconds += self._seconds_before
 
-    def run(
-        self, score: Callable[[str], SplitScores], saver: CheckpointManager, after_step: Callable[[], None]
+    def load_state(
+        self,
+        state: Mapping[str, Any],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        best_tensors: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
-        """Train to the end; `score` evaluates a split, `after_step` is called after every step.
+        """Resume from a checkpoint: position, totals, loss scale, weights, moments and best epoch. Collective.
+
+        Args:
+            state: the checkpoint's JSON part, equal on every rank.
+            tensors: its groups of tensors; read on rank 0 alone.
+            best_tensors: the groups of its best epoch; read on rank 0 alone.
 
         Raises:
-            Stopped: all ranks have agreed to stop, and a checkpoint was saved.
+            SharedError: the position belongs to another plan.
+        """
+        collectives.raise_if_any_failed(collectives.catch(lambda: self._load_position(state)))
+        self.step = state["step"]
+        self.totals.load_state_dict(state["totals"])
+        self._timer.earlier_seconds = dict(state["seconds"])
+        if self._engine.precision == state["precision"]:
+            self.strategy.load_scaling(*state["scaling"])
+        load_weights(self.strategy, tensors, state["num_updates"])
+        if state["best"] is not None:
+            scores: dict[str, Tensor] = collectives.all_gather(dict(best_tensors.get("scored", {})))[0]
+            self.best.load_state_dict(state["best"], scores, dict(best_tensors.get("weights", {})))
+
+    def _load_position(self, state: Mapping[str, Any]) -> None:
+        self._epoch, self._epoch_step = load_position(state["position"], self._loader.fingerprint)
+
+    def fit(
+        self,
+        validate: Callable[[], SplitScores],
+        checkpoints: CheckpointManager,
+        after_step: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Train to the end. `validate` scores the validation split after each epoch. Collective.
+
+        Raises:
+            Stopped: all ranks agreed to stop, and a checkpoint was saved.
             NonFiniteError: see `train_step`.
         """
         try:
-            while self._epoch < self._config.optim.epochs:
-                for batches in self._loader.steps(self._epoch, self._done):
-                    result = self._step(batches, saver)
+            while self._epoch < self._settings.num_epochs:
+                for batches in self._loader.steps(self._epoch, self._epoch_step):
+                    result = self._train_step(batches, checkpoints)
                     after_step()
                     if result.stop:
                         raise Stopped
                     if result.save:
-                        self._save(saver)
-                self._evaluate(score)
-                self._save(saver, is_scored=True)
+                        self._save(checkpoints)
+                self._end_epoch(validate())
+                self._save(checkpoints, is_scored=True)
         except Stopped:
-            self._preemption.leaving()
-            self._save(saver, wait=True)
+            self._preemption.begin_exit()
+            self._save(checkpoints, wait=True)
             raise
 
-    def _step(self, batches: StepBatches, saver: CheckpointManager) -> StepResult:
+    def _train_step(self, batches: StepBatches, checkpoints: CheckpointManager) -> StepResult:
         begin = time.perf_counter()
-        optim, world = self._config.optim, self._engine.world
+        settings, world = self._settings, self._engine.world
         lr = learning_rate(
             self.step,
-            num_steps=self._num_steps,
-            peak=optim.lr,
-            warmup_ratio=optim.warmup_ratio,
-            schedule=optim.schedule,
+            num_steps=self.num_steps,
+            peak=settings.lr,
+            warmup_ratio=settings.warmup_ratio,
+            schedule=settings.schedule,
         )
         set_lr(self._optimizer, lr)
-        key = step_key(self._config.run.seed, self.step)
-        # For the blocks below the last one, and the plain path: they draw from torch. Each rank its own, none from before.
+        key = step_key(settings.seed, self.step)
+        # Blocks below the last one, and the plain path, draw dropout from torch: seed it per step and rank.
         torch.manual_seed(step_key(key, world.rank) % 2**63)
         self._classifier.suffix.train()
+        assert self._features is not None, "use_features comes first"
         try:
             result = train_step(
                 self._engine,
-                self._embed,
-                self._strategy,
+                self._features,
+                self.strategy,
                 batches,
                 dropout_key=key,
-                nonfinite=optim.nonfinite,
+                nonfinite=settings.nonfinite,
                 stop=self._preemption.is_stopping,
-                save=saver.due(self.step + 1),
+                save=checkpoints.is_due(self.step + 1),
             )
         except NonFiniteError as error:
             self._emit(NonFinite(step=self.step + 1, epoch=self._epoch + 1, ids=error.ids))
             raise
         self.step += 1
-        self._done += 1
+        self._epoch_step += 1
         seconds = time.perf_counter() - begin
         self.totals.add(batches.share, seconds)
         self._emit(
@@ -149,27 +201,24 @@ class Trainer:
             self._emit(NonFinite(step=self.step, epoch=self._epoch + 1, ids=result.bad_ids))
         return result
 
-    def _evaluate(self, score: Callable[[str], SplitScores]) -> None:
-        validation = score("validation")
-        self._emit(validation.event("validation", self._epoch + 1, self._about["class_names"]))
-        self.best.offer(self._epoch + 1, validation, step=self.step)
-        self._epoch, self._done = self._epoch + 1, 0
+    def _end_epoch(self, validation: SplitScores) -> None:
+        self._emit(validation.event("validation", self._epoch + 1, self._settings.class_names))
+        self.best.update(self._epoch + 1, validation, step=self.step)
+        self._epoch, self._epoch_step = self._epoch + 1, 0
 
-    def _save(self, saver: CheckpointManager, *, is_scored: bool = False, wait: bool = False) -> None:
-        self._time()
-        position = save_position(self._epoch, self._done, self._loader.fingerprint)
-        tally = self.totals.tally
+    def _save(self, checkpoints: CheckpointManager, *, is_scored: bool = False, wait: bool = False) -> None:
+        self._update_timer()
         state = {
-            **self._about,
-            "position": position,
-            "num_updates": self._strategy.num_updates,
-            "scaling": self._strategy.scaling,
-            "totals": {"seconds": self.totals.seconds, "tally": vars(tally)},
-            "seconds": self._timer.stop(),
+            "position": save_position(self._epoch, self._epoch_step, self._loader.fingerprint),
+            "num_updates": self.strategy.num_updates,
+            "scaling": self.strategy.scaling,
+            "totals": self.totals.state_dict(),
+            "seconds": self._timer.totals(),
         }
-        saver.save(self.step, state, self.best, is_scored=is_scored, wait=wait)
+        checkpoints.save(self.step, state, self.best, is_scored=is_scored, wait=wait)
 
-    def _time(self) -> None:
-        """Bring the clock up to date; `prefix` is a part of `train`."""
-        self._timer.seconds["train"] = self.totals.seconds - self._timer.before["train"]
-        self._timer.seconds["prefix"] = self._built_seconds + self._embed.seconds()
+    def _update_timer(self) -> None:
+        """Enter the seconds of training; `prefix` is part of `train`."""
+        assert self._features is not None
+        self._timer.seconds["train"] = self.totals.seconds - self._timer.earlier_seconds["train"]
+        self._timer.seconds["prefix"] = self._seconds_before + self._features.seconds()

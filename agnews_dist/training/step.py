@@ -1,4 +1,4 @@
-"""One optimiser step: losses summed over micro-batches and ranks, divided once by the global count, voted on, applied."""
+"""One optimiser step: sum the losses over micro-batches and ranks, divide once by the global count, vote, update."""
 
 import math
 from collections.abc import Sequence
@@ -23,64 +23,65 @@ class NonFiniteError(SharedError):
     """A loss or gradient is NaN or infinite; raised on all ranks before the update."""
 
     def __init__(self, what: str, ids: tuple[int, ...], rank: int = 0) -> None:
-        """`what` ends where the names of the examples `ids` are to follow; `rank` has seen it."""
+        """Describe the fault: the message is `what` and the names of the examples `ids`; `rank` saw it first."""
         super().__init__(
-            f"{what} {name_ids(ids)}: the update would destroy the weights, so no rank made it. Lower optim.lr or "
-            "optim.max_grad_norm; if engine.precision is bf16 or fp16, try fp32; --optim.nonfinite skip goes on without such "
-            "steps.",
+            f"{what} {name_ids(ids)}: no rank updated its weights. Lower optim.lr or optim.max_grad_norm, try "
+            "engine.precision fp32, or set optim.nonfinite skip.",
             rank,
         )
         self.ids = ids
-        """The examples it came from; all of the global batch where only the gradient shows it."""
+        """The examples it came from: the whole global batch where only the gradient shows it."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """The same on every rank."""
+    """The outcome of a step, the same on every rank."""
 
     loss: float
     """Mean over the global batch (nats), before the update; NaN where it was not finite."""
     grad_norm: float | None
-    """Global norm before clipping; None: no update was made. In fp16 it overflowed, and the loss scale was lowered; or
-    `bad_ids` says why."""
+    """Global norm before clipping. None: no update was made, because of an fp16 overflow or of `bad_ids`."""
     bad_ids: tuple[int, ...] = ()
-    """Examples for whose sake the update was left out."""
+    """Examples with a non-finite loss or gradient; the update was skipped."""
     stop: bool = False
-    """Whether any rank asked for the run to stop."""
+    """True if any rank requested a stop."""
     save: bool = False
-    """Whether rank 0 asked for a checkpoint."""
+    """True if rank 0 requested a checkpoint."""
 
 
 def example_losses(logits_BC: Tensor, batch: Batch) -> Tensor:
-    """losses_B: the cross-entropy of every example times its weight, at least in fp32."""
+    """Return losses_B: each example's cross-entropy times its weight, in fp32 or wider."""
     logits_BC = logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32))
     losses_B = functional.cross_entropy(logits_BC, batch.labels_B, reduction="none")
     return losses_B * batch.weights_B.to(losses_B.dtype)
 
 
 def summed_loss(logits_BC: Tensor, batch: Batch) -> Tensor:
-    """Sum of the weighted per-example cross-entropies."""
+    """Return the sum of the weighted per-example cross-entropies."""
     return example_losses(logits_BC, batch).sum()
 
 
 def accumulate_gradients(
     engine: Engine, embed: FeatureSource, strategy: Strategy, batches: StepBatches, *, dropout_key: int | None = None
 ) -> tuple[float, list[int]]:
-    """Leave the gradient of the global mean loss in `strategy`; (this rank's sum of losses, examples whose loss is not finite).
+    """Accumulate the gradient of the global mean loss in `strategy`.
 
-    Every engine averages gradients over ranks, so the local sum is scaled by `num_ranks / num_examples`: the average of these
-    is the sum over all ranks divided by the global count. A mean per rank or per micro-batch would weigh examples by the size
-    of the share they happened to land in.
+    Every engine averages gradients over ranks. So the local sum is scaled by `num_ranks / num_examples`, and the average
+    over ranks becomes the sum over all ranks divided by the global count. A mean per rank or per micro-batch would weigh
+    each example by the size of its share.
+
+    Returns:
+        This rank's sum of losses, and its examples with a non-finite loss.
     """
     loss_sum, bad_ids = 0.0, list[int]()
     last = len(batches.micro_batches) - 1
     for index, batch in enumerate(batches.micro_batches):
         features = embed(batch)
         keys = () if dropout_key is None else (example_keys(dropout_key, batch.ids_B),)
-        with strategy.accumulating(is_last=index == last):
+        with strategy.accumulate(is_last=index == last):
             losses_B = example_losses(strategy(*features, *keys), batch)
             loss = losses_B.sum()
-            # An infinite loss may have finite gradients. So that every engine leaves the update out, they must not be.
+            # An infinite loss may have finite gradients: make them NaN, so that every engine skips the update.
             ratio = loss.new_tensor(engine.world.num_ranks / batches.num_examples)
             strategy.backward(loss * torch.where(loss.detach().isfinite(), ratio, math.nan))
         value = loss.detach().double().item()
@@ -101,10 +102,17 @@ def train_step(
     stop: bool = False,
     save: bool = False,
 ) -> StepResult:
-    """Gradients of one global batch, clipped by global norm, then one update on all ranks or on none.
+    """Compute the gradients of one global batch, clip them by global norm, and update on all ranks or on none.
 
-    `embed` gives the features of a micro-batch at the freeze boundary, without autograd. `dropout_key`: see
-    `model.dropout.step_key`. `stop` and `save`: what this rank asks for; the vote on the losses carries it to the others.
+    Args:
+        engine: this rank's engine.
+        embed: returns the features of a micro-batch at the freeze boundary, without autograd.
+        strategy: the trainable part.
+        batches: this rank's micro-batches of the global batch.
+        dropout_key: see `model.dropout.step_key`.
+        nonfinite: what to do about a loss or gradient that is not finite.
+        stop: this rank requests that the run stops; the vote on the losses carries it to the others.
+        save: this rank requests a checkpoint; carried along like `stop`, but only rank 0's counts.
 
     Raises:
         NonFiniteError: on all ranks, if any rank saw a non-finite loss or gradient and `nonfinite` is 'stop'; parameters and
@@ -133,15 +141,18 @@ def train_step(
 
 
 def _from_all(ids: Sequence[int]) -> tuple[int, ...]:
-    """The ids that any rank has, in their order."""
+    """Gather the ids of all ranks, sorted."""
     return tuple(sorted(example for mine in collectives.all_gather(list(ids)) for example in mine))
 
 
 def _vote(engine: Engine, loss_sum: float, *, stop: bool, save: bool) -> tuple[float, list[int], bool, bool]:
-    """(the sum of losses over ranks, ranks with a non-finite one, whether to stop, whether to save): one reduction for all.
+    """Reduce losses, faults and requests of all ranks at once.
 
-    Once the gradients have met, a NaN of one rank is in the norm of all; the losses tell where it came from. The wishes ride
-    along, so that every rank acts on them after the same step.
+    After the gradient reduction a NaN of one rank is in the norm of all ranks; only the losses show where it came from. The
+    requests are part of the same reduction, so that every rank acts on them after the same step.
+
+    Returns:
+        The sum of losses over ranks, the ranks with a non-finite loss, the stop request, the save request.
     """
     world = engine.world
     flags = [0.0] * world.num_ranks

@@ -1,4 +1,4 @@
-"""Where the time goes: seconds per stage of a run, and the features timed without stopping a GPU."""
+"""Wall-clock seconds per stage of a run, and timed features that do not synchronise a GPU."""
 
 import time
 from collections.abc import Generator
@@ -13,38 +13,39 @@ STAGES = ("total", "setup", "tokenize", "prefix", "train", "eval")
 
 
 class StageTimer:
-    """Wall seconds by stage; `prefix` is a part of `train`, everything is a part of `total`."""
+    """Seconds by stage. `prefix` is part of `train`; every stage is part of `total`."""
 
     def __init__(self, start: float) -> None:
-        """`start`: `time.perf_counter()` at the beginning of the process's work."""
+        """Start at `start`, a value of `time.perf_counter()`: when the process began its work."""
         self._start = start
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
-        self.before: dict[str, float] = dict.fromkeys(STAGES, 0.0)
-        """Those of the attempts that this one goes on from."""
+        """Seconds of this attempt."""
+        self.earlier_seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        """Seconds of the attempts before the checkpoint that this one resumed from."""
 
     @contextmanager
     def stage(self, name: str) -> Generator[None, None, None]:
-        """Add the time inside to a stage."""
+        """Add the time of the `with` block to a stage."""
         begin = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - begin
 
-    def end_of_setup(self) -> None:
-        """Everything so far that was not tokenising was setup: imports, loading, the process group."""
+    def end_setup(self) -> None:
+        """Count everything so far, except tokenising, as `setup`: imports, loading, process group."""
         self.seconds["setup"] = time.perf_counter() - self._start - self.seconds["tokenize"]
 
-    def stop(self) -> dict[str, float]:
-        """The seconds of every stage so far, `total` and former attempts included, rounded to milliseconds."""
+    def totals(self) -> dict[str, float]:
+        """Return the seconds of every stage so far, earlier attempts included, rounded to milliseconds."""
         self.seconds["total"] = time.perf_counter() - self._start
-        return {name: round(value + self.before[name], 3) for name, value in self.seconds.items()}
+        return {name: round(value + self.earlier_seconds[name], 3) for name, value in self.seconds.items()}
 
 
 class TimedFeatures:
-    """Where features come from, as a function that knows how long it ran: the frozen part, or a copy of what it made before.
+    """A feature source that measures its own time.
 
-    On CUDA the time is read from events after the step has synchronised anyway, so measuring does not slow the run.
+    On CUDA the time comes from events, read only after a step has synchronised anyway, so measuring costs nothing.
     """
 
     def __init__(self, source: FeatureSource) -> None:
@@ -66,7 +67,7 @@ class TimedFeatures:
         return features
 
     def seconds(self) -> float:
-        """Total so far; call between steps, when the device has caught up (training does after every epoch)."""
+        """Return the seconds so far. Call it between steps, when the device is idle."""
         for begin, end in self._pending:
             self._seconds += begin.elapsed_time(end) / 1000
         self._pending.clear()

@@ -32,11 +32,11 @@ from batch_mix import BATCH, EPOCHS, ORDERS, global_batches, statistics_rows
 from torch import Tensor, nn
 from torch.nn import functional
 
-from agnews_dist.config.schema import BatchConfig, DataConfig, ModelConfig
+from agnews_dist.config.schema import BatchConfig, Config, DataConfig, ModelConfig, RunConfig
 from agnews_dist.data.batching.batch import Batch
-from agnews_dist.data.batching.epoch_plan import Ints
 from agnews_dist.data.batching.loader import EVALUATION_TOKENS
 from agnews_dist.data.batching.shares import plan_evaluation
+from agnews_dist.data.rows import Ints
 from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.distributed.world import World
 from agnews_dist.evaluation.evaluator import log_softmax_NC
@@ -44,7 +44,7 @@ from agnews_dist.evaluation.metrics import Scores, compute_scores, confusion_mat
 from agnews_dist.events import silent
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.suffix import Suffix
-from agnews_dist.run.setup import TrainingInputs, load_sources
+from agnews_dist.run.setup import TrainingInputs, load_training_inputs
 from agnews_dist.training.optim import build_optimizer, learning_rate, set_lr
 from agnews_dist.training.step import summed_loss
 from agnews_dist.training.timing import StageTimer
@@ -219,7 +219,8 @@ def open_sources(seed: int) -> TrainingInputs:
     shared = Path(os.environ.get("AGNEWS_SHARED", REPOSITORY.parent / "shared"))
     data = DataConfig(source=str(shared / "data" / "ag_news"))
     model = ModelConfig(name=str(shared / "checkpoints" / "gpt2-mini"))
-    return load_sources(data, model, seed=seed, emit=silent, clock=StageTimer(time.perf_counter()), world=World())
+    config = Config(data=data, model=model, run=RunConfig(seed=seed))
+    return load_training_inputs(config, World(), silent, StageTimer(time.perf_counter()))
 
 
 def runs(orders: list[str], seeds: list[int], done: set[tuple[str, int]]) -> Iterator[dict[str, Any]]:

@@ -2,12 +2,13 @@
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from agnews_dist.config.schema import Config, DataConfig, EngineConfig, ModelConfig
+from agnews_dist.config.schema import Config, DataConfig, EngineConfig, ModelConfig, RunConfig
 from agnews_dist.data.batching.batch import Batch
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader, scoring_batches
 from agnews_dist.data.batching.shares import quadratic_weight
@@ -22,8 +23,7 @@ from agnews_dist.features.precompute import SplitFeatures
 from agnews_dist.model.export import load_classifier
 from agnews_dist.model.packed import side_by_side
 from agnews_dist.model.prefix import Features, FeatureSource
-from agnews_dist.run.fingerprints import fingerprint_of
-from agnews_dist.run.setup import TrainingInputs, load_sources, open_features, plan_settings
+from agnews_dist.run.setup import TrainingInputs, load_training_inputs, open_features, pad_id_of, plan_settings
 from agnews_dist.training.optim import build_optimizer, learning_rate, set_lr
 from agnews_dist.training.step import train_step
 from agnews_dist.training.timing import StageTimer
@@ -45,11 +45,10 @@ class Rows:
         sources = self._sources(0)
         self._prefix = sources.classifier.prefix.float()  # a checkpoint may be stored in bf16
         self._tables = {
-            name: TokenTable(split, pad_id=sources.pad_id, device=self._engine.device)
+            name: TokenTable(split, pad_id=pad_id_of(sources.tokenizer), device=self._engine.device)
             for name, split in sources.store.splits.items()
         }
-        weights = fingerprint_of(sources.classifier.frozen_state)
-        self._cache = open_features(self._config, sources, self._tables, self._engine, weights)
+        self._cache = open_features(self._config, sources, self._tables, self._engine, requested="disk")
         self._cache.build(silent)
         assert self._cache.choice.place == "disk"
 
@@ -137,9 +136,8 @@ class Rows:
         return CachedFeatures(rows, layout)
 
     def _sources(self, seed: int) -> TrainingInputs:
-        clock = StageTimer(time.perf_counter())
-        data, model = self._config.data, self._config.model
-        return load_sources(data, model, seed=seed, emit=silent, clock=clock, world=World())
+        config = replace(self._config, run=RunConfig(seed=seed))
+        return load_training_inputs(config, World(), silent, StageTimer(time.perf_counter()))
 
 
 def rounded(kept: FeatureSource, batch: Batch) -> Features:

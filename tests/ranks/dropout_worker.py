@@ -18,7 +18,7 @@ from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.prefix import uncached_features
-from agnews_dist.run.setup import place
+from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.training.step import train_step
 
 
@@ -26,7 +26,7 @@ def update(world: World, told: dict, name: str, max_tokens: int, *, checkpointin
     """Number of micro-batches, what the weights moved by (whole on rank 0)."""
     engine = start(world, name)
     classifier = toy_classifier(dropout=told["p"])
-    place(classifier, engine, fast_path=True)
+    place_classifier(classifier, engine, fast_path=True)
     suffix = classifier.suffix.train()
     suffix.checkpointing = checkpointing
     wrapped = engine.prepare(suffix, torch.optim.SGD(suffix.parameters(), lr=1.0), max_grad_norm=0.0)

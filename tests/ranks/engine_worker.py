@@ -19,8 +19,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 
 from agnews_dist.data.batching.batch import Batch
-from agnews_dist.data.batching.epoch_plan import PlanSettings
 from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoader
+from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.engine.deepspeed_config import ZeroOptions
@@ -29,7 +29,7 @@ from agnews_dist.engine.strategy import Strategy
 from agnews_dist.evaluation.evaluator import evaluate_split
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features, FeatureSource, uncached_features
-from agnews_dist.run.setup import place
+from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.training.optim import build_optimizer
 from agnews_dist.training.step import NonFiniteError, train_step
 
@@ -56,7 +56,7 @@ def start(world: World, name: str, precision: str = "fp32", **options: bool) -> 
 def prepare(engine: Engine, told: dict, *, max_grad_norm: float, sgd: bool = False) -> tuple[Classifier, Strategy]:
     classifier = toy_classifier(told["trainable_blocks"])
     before = [weight.data_ptr() for weight in classifier.prefix.parameters()]
-    place(classifier, engine, fast_path=True)
+    place_classifier(classifier, engine, fast_path=True)
     if engine.precision == "fp32":
         after = [weight.data_ptr() for weight in classifier.prefix.parameters()]
         assert after == before, "what is frozen is not copied: it may be pages of a file that the ranks share"

@@ -22,7 +22,7 @@ from agnews_dist.engine.strategy import Strategy
 from agnews_dist.errors import UserError
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.prefix import FeatureSource, uncached_features
-from agnews_dist.run.setup import place
+from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.training.optim import build_optimizer
 from agnews_dist.training.step import train_step
 
@@ -43,7 +43,7 @@ class Run:
         """`is_other`: with other first weights than the toy's, and on every rank others."""
         self.world, self.engine = world, start(world, name, precision)
         self.classifier = toy_classifier(told["trainable_blocks"], told["dropout"])
-        place(self.classifier, self.engine, fast_path=True)
+        place_classifier(self.classifier, self.engine, fast_path=True)
         suffix = self.classifier.suffix.train()
         self.shapes = {name: weight.shape for name, weight in suffix.named_parameters()}
         if is_other:

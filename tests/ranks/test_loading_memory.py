@@ -17,7 +17,7 @@ import psutil
 import torch
 from agnews_dist.model.gpt2 import load_backbone, split
 from agnews_dist.model.pretrained import load_tokenizer
-from agnews_dist.run.fingerprints import fingerprint_of
+from agnews_dist.run.fingerprints import weights_fingerprint
 
 def say_and_wait():
     print(flush=True)
@@ -32,7 +32,7 @@ backbone = load_backbone(sys.argv[1], revision=None, init="pretrained", seed=0, 
 classifier = split(backbone, trainable_blocks=1, num_classes=4, seed=0)
 if sys.argv[2] == "copied":
     classifier.prefix._apply(torch.clone)
-fingerprint_of(classifier.frozen_state)  # reads every frozen weight, as a run does
+weights_fingerprint(classifier.frozen_state)  # reads every frozen weight, as a run does
 say_and_wait()
 """
 

@@ -8,15 +8,15 @@ import torch
 from support.toy import reference_gradients, toy_classifier, toy_split
 
 from agnews_dist.data.batching.batch import Batch
-from agnews_dist.data.batching.epoch_plan import PlanSettings
 from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoader
+from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import DTYPES
 from agnews_dist.engine.engine import FIRST_LOSS_SCALE, Engine, bucket_megabytes
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features, uncached_features
-from agnews_dist.run.setup import place
+from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.training.optim import build_optimizer
 from agnews_dist.training.step import NonFiniteError, accumulate_gradients, train_step
 
@@ -53,7 +53,7 @@ def make_strategy(
 def test_types_of_weights_products_and_gradients(precision: str) -> None:
     """Check the documented table: the type in which each tensor is stored, computed and reduced."""
     engine, classifier = engine_of(precision), toy_classifier(2)
-    place(classifier, engine, fast_path=True)
+    place_classifier(classifier, engine, fast_path=True)
     low, full = DTYPES[precision], torch.float32
     assert {weight.dtype for weight in classifier.prefix.parameters()} == {low}, "frozen weights"
     batches = one_step()

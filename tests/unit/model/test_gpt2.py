@@ -29,7 +29,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import ModelError
 from agnews_dist.model.gpt2 import Backbone, check_max_length, load_backbone, parameter_table, split
 from agnews_dist.model.pretrained import load_tokenizer
-from agnews_dist.run.setup import place
+from agnews_dist.run.engine_setup import place_classifier
 
 NUM_TOKENS = 2000
 CLASS_NAMES = ("World", "Sports", "Business", "Sci/Tech")
@@ -211,7 +211,7 @@ def test_half_precision_checkpoint_trains_in_exact_fp32_and_stays_frozen_as_stor
     for name, weight in saved.items():
         assert torch.equal((frozen | trained)[name][:50257].float(), weight.float()), name
     assert classifier.prefix.wte.num_embeddings == 50258
-    place(
+    place_classifier(
         classifier,
         Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60),
         fast_path=True,

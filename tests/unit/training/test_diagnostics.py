@@ -8,11 +8,11 @@ import torch
 from support.processes import python
 from support.toy import toy_classifier, toy_split
 
-from agnews_dist.data.batching.epoch_plan import PlanSettings
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader
+from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
-from agnews_dist.model.prefix import computed
+from agnews_dist.model.prefix import uncached_features
 from agnews_dist.training.diagnostics import rehearse
 from agnews_dist.training.step import train_step
 
@@ -40,7 +40,7 @@ def trained(engine: Engine, *, rehearsed: bool) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.SGD(classifier.suffix.parameters(), lr=0.1)
     wrapped = engine.prepare(classifier.suffix.train(), optimizer, max_grad_norm=0.0)
     for batches in loader.steps(0):
-        train_step(engine, computed(classifier.prefix), wrapped, batches)
+        train_step(engine, uncached_features(classifier.prefix), wrapped, batches)
     return {name: value.detach() for name, value in classifier.suffix.named_parameters()}
 
 
@@ -83,12 +83,12 @@ import torch
 from support.toy import toy_classifier
 from agnews_dist.engine.engine import Engine
 from agnews_dist.training.diagnostics import rehearse
-from agnews_dist.run.setup import place
+from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.distributed.world import World
 
 engine = Engine(World(), device="cpu", precision="bf16", allow_tf32=False, timeout_seconds=60)
 classifier, kinds = toy_classifier(), set()
-place(classifier, engine, fast_path=True)
+place_classifier(classifier, engine, fast_path=True)
 block = next(iter(classifier.suffix.h.values()))
 block.mlp.c_fc.register_forward_hook(lambda module, args, output: kinds.add(output.dtype))
 rehearse(classifier, make_loader(engine).largest_step(0), engine)
@@ -105,7 +105,7 @@ import resource
 import numpy as np
 import torch
 from support.toy import toy_classifier, toy_split
-from agnews_dist.data.batching.epoch_plan import PlanSettings
+from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import UserError

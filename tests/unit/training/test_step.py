@@ -11,11 +11,11 @@ import torch
 from support.toy import reference_gradients, toy_classifier, toy_split
 
 from agnews_dist.data.batching.batch import Batch
-from agnews_dist.data.batching.epoch_plan import PlanSettings
 from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoader
+from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
-from agnews_dist.model.prefix import Features, computed
+from agnews_dist.model.prefix import Features, uncached_features
 from agnews_dist.training.step import NonFiniteError, train_step
 
 LENGTHS = [int(length) for length in np.random.default_rng(1).integers(1, 31, 24)]
@@ -50,7 +50,7 @@ def test_update_is_the_references_whatever_the_micro_batches(engine, reference, 
     before = {name: value.detach().clone() for name, value in suffix.named_parameters()}
     optimizer = torch.optim.SGD(suffix.parameters(), lr=1.0)
     wrapped = engine.prepare(suffix, optimizer, max_grad_norm=max_grad_norm)
-    result = train_step(engine, computed(prefix), wrapped, batches)
+    result = train_step(engine, uncached_features(prefix), wrapped, batches)
 
     norm = math.sqrt(sum(float(value.square().sum()) for value in reference.values()))
     assert norm > 0.2
@@ -67,14 +67,14 @@ def test_a_non_finite_loss_leaves_parameters_and_moments_alone(engine, bad):
     suffix = classifier.suffix
     optimizer = torch.optim.AdamW(suffix.parameters())
     wrapped = engine.prepare(suffix, optimizer, max_grad_norm=1.0)
-    train_step(engine, computed(classifier.prefix), wrapped, batches)
+    train_step(engine, uncached_features(classifier.prefix), wrapped, batches)
     moments = [state[key] for state in optimizer.state.values() for key in ("step", "exp_avg", "exp_avg_sq")]
     assert len(moments) == 3 * 16
     watched = [*(value.detach() for value in suffix.parameters()), *moments]
     before = [value.clone() for value in watched]
 
     def poisoned(batch: Batch) -> Features:
-        hidden_BTD, lengths_B = computed(classifier.prefix)(batch)
+        hidden_BTD, lengths_B = uncached_features(classifier.prefix)(batch)
         return Features(hidden_BTD * bad, lengths_B)
 
     (batch,) = batches.micro_batches
@@ -87,7 +87,7 @@ def test_a_non_finite_loss_leaves_parameters_and_moments_alone(engine, bad):
     result = train_step(engine, poisoned, wrapped, batches, nonfinite="skip")
     assert (math.isnan(result.loss), result.grad_norm, result.bad_ids) == (True, None, raised.value.ids)
     assert all(torch.equal(value, old) for value, old in zip(watched, before, strict=True))
-    train_step(engine, computed(classifier.prefix), wrapped, batches)
+    train_step(engine, uncached_features(classifier.prefix), wrapped, batches)
     assert not any(torch.equal(value, old) for value, old in zip(watched[:16], before, strict=False))
 
 
@@ -96,7 +96,7 @@ def test_the_one_example_whose_loss_is_not_finite_is_named(engine):
     wrapped = engine.prepare(classifier.suffix, torch.optim.AdamW(classifier.suffix.parameters()), max_grad_norm=1.0)
 
     def poisoned(batch: Batch) -> Features:
-        hidden_BTD, lengths_B = computed(classifier.prefix)(batch)
+        hidden_BTD, lengths_B = uncached_features(classifier.prefix)(batch)
         return Features(hidden_BTD.masked_fill((batch.ids_B == 5)[:, None, None], math.nan), lengths_B)
 
     assert len(batches.micro_batches) > 3
@@ -108,5 +108,5 @@ def test_a_step_carries_the_wishes_to_stop_and_to_save(engine, stop, save):
     classifier = toy_classifier()
     optimizer = torch.optim.AdamW(classifier.suffix.parameters())
     wrapped = engine.prepare(classifier.suffix, optimizer, max_grad_norm=1.0)
-    result = train_step(engine, computed(classifier.prefix), wrapped, one_step(10_000), stop=stop, save=save)
+    result = train_step(engine, uncached_features(classifier.prefix), wrapped, one_step(10_000), stop=stop, save=save)
     assert (result.stop, result.save) == (stop, save)
