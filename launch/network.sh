@@ -6,7 +6,7 @@
 # the one that leads to the first node. ADDRESS is this node's own there, which the others are told.
 interface=${GLOO_SOCKET_IFNAME:-}
 if [[ -z $interface || -z ${ADDRESS:-} ]]; then
-    read -r found own < <("${python[@]}" -m agnews_dist doctor "${place[@]}" --print_interface)
+    read -r found own < <("${python[@]}" -m agnews_dist.preflight.rendezvous_check "${place[@]}" --print_interface)
     interface=${interface:-$found} ADDRESS=${ADDRESS:-$own}
 fi
 # gloo: the CPU ranks' collectives, and every engine's side channel.

@@ -64,7 +64,7 @@ if ((NODES == 1)); then
 else
     place=(--endpoint "$HEAD:$PORT" --nodes "$NODES" --node "$NODE")
     if [[ -z ${DRY_RUN:-} ]]; then
-        [[ ${PREFLIGHT:-} == off ]] || "${python[@]}" -m agnews_dist doctor "${place[@]}" || give_up $?
+        [[ ${PREFLIGHT:-} == off ]] || "${python[@]}" -m agnews_dist.preflight.rendezvous_check "${place[@]}" || give_up $?
         # shellcheck source=launch/network.sh
         source "$root/launch/network.sh"
     fi

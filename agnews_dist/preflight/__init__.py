@@ -1,1 +1,1 @@
-"""What `doctor` looks at before a job: each module one kind of thing that goes wrong on clusters."""
+"""Checks of machine, disks and network before a job: `rendezvous_check` by itself, the rest for `doctor`."""

@@ -1,4 +1,4 @@
-"""Can the run leave here what it has to leave? A file written, fsynced, renamed, mapped, locked and removed again, for real."""
+"""Check that a run can use its directories: write, fsync, rename, map, lock and remove a real file in each."""
 
 import errno
 import fcntl
@@ -12,78 +12,79 @@ from dataclasses import replace
 from pathlib import Path
 
 from agnews_dist.preflight.findings import Finding
-from agnews_dist.storage.capacity import free_disk_bytes, gigabytes
+from agnews_dist.storage.capacity import gigabytes
+from agnews_dist.storage.directories import free_disk_bytes
 
 PROBE_BYTES = 1 << 20
 SLOW_SECONDS = 2.0
-"""For one such file; a checkpoint's is hundreds of times as large."""
+"""Limit for one file of PROBE_BYTES. A checkpoint is hundreds of times larger."""
 SHARED_SECONDS = 5.0
-"""Network file systems may hide a new file from other nodes for some seconds."""
+"""Wait for a file written on another node: network file systems may show it some seconds later."""
 
 
-def probe(what: str, directory: Path, needed_bytes: int, *, better: int = 0) -> Finding:
-    """Whether `directory` can take what the run writes there, about `needed_bytes`; leaves nothing behind but the directory.
+def probe_directory(name: str, directory: Path, needed_bytes: int, *, optional_bytes: int = 0) -> Finding:
+    """Check that `directory` takes what the run writes there. Leaves nothing behind but the directory.
 
-    `better`: what it writes besides if there is room for it.
+    `optional_bytes`: written in addition to `needed_bytes` if there is space.
     """
-    check, start = f"disk: {what}", time.perf_counter()
+    check, start = f"disk: {name}", time.perf_counter()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _write_and_read(directory)
     except OSError as error:
-        refusal = _refusal(check, directory, error)
+        failure = _explain_failure(check, directory, error)
         is_optional = not needed_bytes and directory.is_dir()
-        return replace(refusal, verdict="warn") if is_optional else refusal
+        return replace(failure, verdict="warn") if is_optional else failure
     seconds, free = time.perf_counter() - start, free_disk_bytes(directory)
-    found = f"{directory}: {gigabytes(free)} free, the run writes about {gigabytes(needed_bytes + better)}"
-    if free < needed_bytes + better:
+    found = f"{directory}: {gigabytes(free)} free, the run writes about {gigabytes(needed_bytes + optional_bytes)}"
+    if free < needed_bytes + optional_bytes:
         remedy = "Free some space, or choose another directory"
         return Finding(check=check, verdict="fail" if free < needed_bytes else "warn", found=found, remedy=remedy)
     if seconds > SLOW_SECONDS:
-        remedy = "Checkpoints are written beside training, but evaluate and export wait: choose a faster file system"
+        remedy = "Choose a faster file system: export and evaluation wait for the disk, checkpoints do not"
         return Finding(check=check, verdict="warn", found=f"{found}; 1 MiB took {seconds:.1f} s", remedy=remedy)
     return Finding(check=check, verdict="ok", found=found)
 
 
-def missing_parents(directory: Path) -> list[Path]:
-    """What making `directory` would make, innermost first; noted before the first probe."""
+def list_missing_parents(directory: Path) -> list[Path]:
+    """Return the directories that creating `directory` would create, innermost first. Call it before the first probe."""
     return [path for path in (directory, *directory.parents) if not path.exists()]
 
 
 def remove_empty(directories: Sequence[Path]) -> None:
-    """Remove those of them that are still empty, in this order; when no rank writes there any more."""
+    """Remove the directories that are still empty, in this order. Call it when no rank writes there any more."""
     for path in directories:
-        with suppress(OSError):  # somebody else's file in it meanwhile
+        with suppress(OSError):  # another process has written into it
             path.rmdir()
 
 
 def _write_and_read(directory: Path) -> None:
-    """All that a run does with its files there.
+    """Do everything that a run does with its files.
 
     Raises:
-        OSError: some of it cannot be done; `strerror` says which where the system does not.
+        OSError: a step failed; `strerror` names the step if the system's message does not.
     """
     content = os.urandom(PROBE_BYTES)
-    begun, whole = (directory / f".doctor-{uuid.uuid4().hex}" for _ in range(2))
+    partial, complete = (directory / f".doctor-{uuid.uuid4().hex}" for _ in range(2))
     try:
-        with begun.open("wb") as file:
+        with partial.open("wb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise OSError(error.errno, f"no file locks: {error.strerror}", str(begun)) from error
+                raise OSError(error.errno, f"without file locks: {error.strerror}", str(partial)) from error
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        begun.rename(whole)
-        with whole.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        partial.rename(complete)
+        with complete.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             if mapped[:] != content:
-                raise OSError(errno.EIO, "what was written is not what is read", str(whole))
+                raise OSError(errno.EIO, "corrupt: a file reads back differently", str(complete))
     finally:
-        begun.unlink(missing_ok=True)
-        whole.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+        complete.unlink(missing_ok=True)
 
 
-def _refusal(check: str, directory: Path, error: OSError) -> Finding:
+def _explain_failure(check: str, directory: Path, error: OSError) -> Finding:
     why, remedy = error.strerror or str(error), "Choose a directory that this user may write"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         why, remedy = f"full: {why}", "Free some space there, or choose another directory"
@@ -92,8 +93,8 @@ def _refusal(check: str, directory: Path, error: OSError) -> Finding:
     return Finding(check=check, verdict="fail", found=f"{directory} is {why}", remedy=remedy)
 
 
-def leave_mark(directory: Path, name: str) -> bool:
-    """Leave a file for other ranks to find; whether that went well."""
+def write_marker(directory: Path, name: str) -> bool:
+    """Create an empty file for other ranks to find. Returns whether that succeeded."""
     try:
         (directory / name).touch()
     except OSError:
@@ -101,20 +102,20 @@ def leave_mark(directory: Path, name: str) -> bool:
     return True
 
 
-def find_mark(directory: Path, name: str) -> bool:
-    """Whether another rank's file is seen from here."""
+def wait_for_marker(directory: Path, name: str) -> bool:
+    """Wait up to SHARED_SECONDS for another rank's file. Returns whether it appeared."""
     deadline = time.monotonic() + SHARED_SECONDS
     while True:
         with suppress(OSError):
-            # Listing the directory makes NFS ask the server.
-            if name in os.listdir(directory):  # noqa: PTH208 (a mark in a directory of thousands of runs)
+            # Listing the directory makes an NFS client ask the server; looking up one name may use its cache.
+            if name in os.listdir(directory):  # noqa: PTH208
                 return True
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
 
 
-def remove_mark(directory: Path, name: str) -> None:
-    """Take the file away again."""
+def remove_marker(directory: Path, name: str) -> None:
+    """Remove the file that `write_marker` made."""
     with suppress(OSError):
         (directory / name).unlink()

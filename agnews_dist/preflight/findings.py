@@ -1,12 +1,13 @@
-"""What a check found, as a verdict with a remedy; equal findings of several ranks become one."""
+"""Results of checks: a verdict with a fix. Equal results of several ranks become one row."""
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
 Verdict = Literal["ok", "warn", "fail"]
 WORST_FIRST: Sequence[Verdict] = ("fail", "warn", "ok")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,23 +15,19 @@ class Finding:
     """One row of the doctor's table."""
 
     check: str
-    """What was looked at: `disk runs`."""
+    """Name of the check, such as `disk: run.dir`."""
     verdict: Verdict
-    """ok; warn: the job would run, worse or with a risk; fail: it would not run, or go astray."""
+    """warn: the job runs, slower or with a risk. fail: the job does not run, or its results are wrong."""
     found: str
-    """What is so, with its values."""
+    """Facts with their values."""
     remedy: str = ""
-    """What to do; empty where all is well."""
+    """Fix; empty if the verdict is ok, or if `found` is a complete error message."""
     ranks: tuple[int, ...] = ()
-    """Which ranks found it; empty: all of them together."""
-
-    def to_dict(self) -> Mapping[str, object]:
-        """For JSON."""
-        return asdict(self)
+    """Ranks with this result; empty: all of them together."""
 
 
-def merged(by_rank: Sequence[Iterable[Finding]]) -> list[Finding]:
-    """What the ranks found, equal rows once with all their ranks, in the order of the first rank that has them."""
+def merge_findings(by_rank: Sequence[Iterable[Finding]]) -> list[Finding]:
+    """Join equal rows into one that lists its ranks. Checks keep the order in which they first occur."""
     ranks: dict[Finding, list[int]] = {}
     for rank, findings in enumerate(by_rank):
         for finding in findings:
@@ -40,8 +37,8 @@ def merged(by_rank: Sequence[Iterable[Finding]]) -> list[Finding]:
     return sorted(rows, key=lambda row: checks.index(row.check))
 
 
-def worst(findings: Iterable[Finding]) -> Verdict:
-    """The verdict on all of them."""
+def worst_verdict(findings: Iterable[Finding]) -> Verdict:
+    """Return the worst verdict; ok without findings."""
     verdicts = {finding.verdict for finding in findings}
     for verdict in WORST_FIRST:
         if verdict in verdicts:
@@ -49,42 +46,45 @@ def worst(findings: Iterable[Finding]) -> Verdict:
     return "ok"
 
 
-def rank_words(ranks: Sequence[int], num_ranks: int) -> str:
-    """`all`, `rank 3`, `ranks 0-2, 5`."""
+def format_ranks(ranks: Sequence[int], num_ranks: int) -> str:
+    """Format rank numbers.
+
+    >>> format_ranks((0, 1, 2, 5), 8), format_ranks((3,), 8), format_ranks((0, 1), 2)
+    ('ranks 0-2, 5', 'rank 3', 'all')
+    """
     if not ranks or len(ranks) == num_ranks:
         return "all"
-    runs: list[list[int]] = []
+    spans: list[list[int]] = []
     for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
+        if spans and rank == spans[-1][-1] + 1:
+            spans[-1].append(rank)
         else:
-            runs.append([rank])
-    words = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {words}"
-
-
-T = TypeVar("T")
-NO_END = "no end within"
-_left_behind: list[threading.Thread] = []
+            spans.append([rank])
+    listed = ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
 
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """What came of it: either of the two."""
+    """Value or error of a call with a time limit."""
 
     value: T | None
     error: str | None
-    """The first line of an exception's text, or that there was no end."""
+    """First line of the exception's text, or that the time limit passed."""
+    timed_out: bool = False
 
 
-def within(seconds: float, work: Callable[[], T]) -> Outcome[T]:
-    """Do `work`, for `seconds` at most; what it raises is its outcome, if it is a system's or a driver's (RuntimeError)."""
-    outcome: Outcome[T] = Outcome(None, f"{NO_END} {seconds:g} s")
+_unfinished: list[threading.Thread] = []
+
+
+def run_with_timeout(seconds: float, call: Callable[[], T]) -> Outcome[T]:
+    """Run `call` in a thread and wait `seconds` at most. Catches OSError and RuntimeError, which drivers raise."""
+    outcome: Outcome[T] = Outcome(None, f"no answer within {seconds:g} s", timed_out=True)
 
     def run() -> None:
         nonlocal outcome
         try:
-            outcome = Outcome(work(), None)
+            outcome = Outcome(call(), None)
         except (OSError, RuntimeError) as error:
             outcome = Outcome(None, (str(error).strip().splitlines() or [type(error).__name__])[0])
 
@@ -92,15 +92,10 @@ def within(seconds: float, work: Callable[[], T]) -> Outcome[T]:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        _left_behind.append(thread)
+        _unfinished.append(thread)
     return outcome
 
 
-def is_no_end(error: str) -> bool:
-    """Whether an outcome's error is that time was over."""
-    return error.startswith(NO_END)
-
-
-def is_anything_left_behind() -> bool:
-    """Whether some work still hangs; then only os._exit ends this process for sure."""
-    return any(thread.is_alive() for thread in _left_behind)
+def has_unfinished_calls() -> bool:
+    """Return whether a call still hangs in a driver. Then only os._exit ends this process for sure."""
+    return any(thread.is_alive() for thread in _unfinished)

@@ -1,6 +1,5 @@
 """Check that a run fits into this machine: compare its memory estimate with the free memory, before any weight is loaded."""
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -8,10 +7,10 @@ import torch
 
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import free_device_bytes
-from agnews_dist.engine.memory import Estimate, Setup, Shape, estimate, misfit
+from agnews_dist.engine.memory import Estimate, Setup, Shape, estimate, explain_misfit
 from agnews_dist.errors import ModelError
 from agnews_dist.report.result_files import versions
-from agnews_dist.storage.capacity import free_host_bytes, gigabytes
+from agnews_dist.storage.capacity import free_host_bytes
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Diagnosis:
     """Memory estimate of a run, next to the free memory of this machine."""
 
     facts: Mapping[str, str]
-    """Versions and machine, for bug reports."""
+    """Versions, for bug reports."""
     setting: str
     """Model, trainable blocks, engine and ranks of the estimate."""
     estimate: Estimate
@@ -46,7 +45,7 @@ def check_fits(shape: Shape, setup: Setup, world: World) -> Estimate:
         ModelError: the run cannot fit. The message names settings that fit.
     """
     free_device, free_host = free_bytes(setup, world)
-    problem = misfit(shape, setup, free_device=free_device, free_host=free_host)
+    problem = explain_misfit(shape, setup, free_device=free_device, free_host=free_host)
     if problem is not None:
         raise ModelError(problem)
     return estimate(shape, setup)
@@ -55,15 +54,14 @@ def check_fits(shape: Shape, setup: Setup, world: World) -> Estimate:
 def diagnose(model_name: str, shape: Shape, setup: Setup, world: World) -> Diagnosis:
     """Return the memory estimate and the free memory, whether or not the run fits."""
     free_device, free_host = free_bytes(setup, world)
-    deepspeed = "installed" if importlib.util.find_spec("deepspeed") else "not installed: use engine.backend ddp or fsdp"
     blocks = f"{setup.trainable_blocks} of {shape.num_blocks} blocks train"
     return Diagnosis(
-        facts={**versions(), "DeepSpeed": deepspeed, "free host memory": gigabytes(free_host)},
+        facts=versions(),
         setting=f"{model_name}, {blocks}, engine {setup.backend}, {world.num_ranks} rank(s)",
         estimate=estimate(shape, setup),
         free_device=free_device,
         free_host=free_host,
-        problem=misfit(shape, setup, free_device=free_device, free_host=free_host),
+        problem=explain_misfit(shape, setup, free_device=free_device, free_host=free_host),
     )
 
 

@@ -1,247 +1,201 @@
-"""Do the ranks hear each other right, how fast, and is one of them slow? Collective: every rank calls each function here."""
+"""Check the network and the speed of the ranks. Collective: every rank calls each function that takes a `World`."""
 
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World
-from agnews_dist.preflight.findings import Finding, is_no_end, rank_words, within
+from agnews_dist.preflight.findings import Finding, format_ranks, run_with_timeout
 
 NUMBERS = 1 << 18
-"""Of 4 bytes: 1 MiB, as much as a bucket of gradients of a small block."""
+"""fp32 numbers of a message: 1 MiB, as much as a gradient bucket of a small block."""
 REPEATS = 4
 SUM_SECONDS = 20.0
-"""NCCL's first collective makes its connections."""
+"""Limit for the all-reduces: NCCL opens its connections in the first collective."""
 PAIRS_SECONDS = 15.0
-"""For all of them; what is left then is not looked at."""
+"""Limit for all pairs together; the rest is skipped."""
 ALL_PAIRS_UP_TO = 8
-SLOW_PAIR = 4.0
-"""A pair this much slower than others of its kind is told."""
 SLOW_RANK = 1.5
 STARVED = 1 / SLOW_RANK
-"""Of the time; a rank that runs for less is told even if all the others run as little."""
+"""Share of CPU time below which a rank is reported, even if all ranks are as slow."""
 WORK_SECONDS = 1.5
-"""Long beside the tenths of a second in which a limit on CPU time comes and goes."""
+"""Several periods of the scheduler: a CPU-time limit pauses a process for tenths of a second."""
 SKEW_WARN, SKEW_FAIL = 1.0, 10.0
-"""Seconds. torchrun's agents compare each other's clocks: after 15 s without a heartbeat a node counts as dead."""
+"""Seconds. torchrun's agents compare clocks: they count a node as dead after 15 s without a heartbeat."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a rank computed in some seconds."""
+    """Speed of a rank's matrix products."""
 
     rate: float
     """Floating-point operations per second."""
     share: float | None
-    """Of the time in which its main thread was let run; None on a GPU, where it only waits."""
+    """CPU time of the main thread per wall-clock time; None on a GPU, where the thread only waits."""
 
 
-def check_sum(world: World, device: torch.device) -> tuple[Finding, float | None]:
-    """An all-reduce whose result is known, and its bytes per second; None with one rank, or where it fails."""
+def check_sum(world: World, device: torch.device) -> Finding:
+    """Check all-reduces with known results."""
     if world.num_ranks == 1:
-        return Finding(check="all-reduce", verdict="ok", found="one rank: nothing to add up"), None
-    mine = within(SUM_SECONDS, lambda: _sums(world, device))
-    by_rank = collectives.all_gather(mine)
-    over = "NCCL" if device.type == "cuda" else "gloo"
-    broken = {rank: outcome.error for rank, outcome in enumerate(by_rank) if outcome.error is not None}
-    if broken:
-        # Others only wait for the one that has an error.
-        told = sorted(broken.items(), key=lambda item: is_no_end(item[1]))
-        errors = "; ".join(f"{error} on {rank_words([rank], 0)}" for rank, error in told[:4])
-        remedy = "Look at NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME (launch/network.sh) and for a firewall between the nodes"
-        return Finding(
-            check="all-reduce", verdict="fail", found=f"fails over {over}: {errors}", remedy=remedy, ranks=tuple(broken)
-        ), None
-    values = [outcome.value for outcome in by_rank if outcome.value is not None]
+        return Finding(check="all-reduce", verdict="ok", found="one rank: nothing to add up")
+    outcomes = collectives.all_gather(run_with_timeout(SUM_SECONDS, lambda: _add_up(world, device)))
+    backend = "NCCL" if device.type == "cuda" else "gloo"
+    failed = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome.error is not None}
+    if failed:
+        # Real errors first: a rank that timed out may only have waited for another.
+        by_cause = sorted(failed.items(), key=lambda item: item[1].timed_out)
+        errors = "; ".join(f"{outcome.error} on rank {rank}" for rank, outcome in by_cause[:4])
+        remedy = "Set NCCL_DEBUG=INFO, check NCCL_SOCKET_IFNAME (launch/network.sh) and firewalls between the nodes"
+        found = f"fails over {backend}: {errors}"
+        return Finding(check="all-reduce", verdict="fail", found=found, remedy=remedy, ranks=tuple(failed))
+    values = [outcome.value for outcome in outcomes if outcome.value is not None]
+    wrong = [rank for rank, (num_wrong, _) in enumerate(values) if num_wrong]
+    if wrong:
+        found = f"wrong sums on {format_ranks(wrong, 0)}"
+        remedy = "Have network cards and memory of these nodes tested: gradients would be wrong as well"
+        return Finding(check="all-reduce", verdict="fail", found=found, remedy=remedy, ranks=tuple(wrong))
     rate = 4 * NUMBERS / max(seconds for _, seconds in values)
-    bad = [rank for rank, (wrong, _) in enumerate(values) if wrong]
-    if bad:
-        found = f"wrong sums on {len(bad)} of {world.num_ranks} ranks, first on rank {bad[0]}"
-        remedy = "Gradients would be wrong as well: have network cards and memory of these nodes tested"
-        return Finding(check="all-reduce", verdict="fail", found=found, remedy=remedy, ranks=tuple(bad)), rate
-    return Finding(check="all-reduce", verdict="ok", found=f"right, {rate / 1e6:,.0f} MB/s over {over}"), rate
+    return Finding(check="all-reduce", verdict="ok", found=f"right, {rate / 1e6:,.0f} MB/s over {backend}")
 
 
-def _sums(world: World, device: torch.device) -> tuple[int, float]:
-    """(wrong numbers, seconds of the fastest) of some all-reduces. Nothing else is asked of other ranks: they may hang."""
-    _settle(device)
-    places = torch.arange(NUMBERS, device=device) % 7
-    right = places * world.num_ranks + world.num_ranks * (world.num_ranks - 1) // 2
+def _add_up(world: World, device: torch.device) -> tuple[int, float]:
+    """Return (wrong numbers, seconds of the fastest) of REPEATS all-reduces."""
+    _select_gpu(device)
+    base = torch.arange(NUMBERS, device=device) % 7
+    expected = base * world.num_ranks + world.num_ranks * (world.num_ranks - 1) // 2
     seconds: list[float] = []
-    wrong = 0
+    num_wrong = 0
     for _ in range(REPEATS):
-        numbers = (places + world.rank).float()
-        _wait_for(device)
+        numbers = (base + world.rank).float()
+        _synchronise(device)
         start = time.perf_counter()
         collectives.all_reduce(numbers)
-        _wait_for(device)
+        _synchronise(device)
         seconds.append(time.perf_counter() - start)
-        wrong += int((numbers != right).sum())
-    return wrong, min(seconds)
+        num_wrong += int((numbers != expected).sum())
+    return num_wrong, min(seconds)
 
 
-def pairs_that_matter(hosts: Sequence[str]) -> list[tuple[int, int]]:
-    """All pairs of up to 8 ranks; of more, neighbours in the ring that reductions take, and the first ranks of the nodes."""
+def choose_pairs(hosts: Sequence[str]) -> list[tuple[int, int]]:
+    """Return all pairs of up to 8 ranks. Of more: neighbours in the reduction ring, and the first ranks of the nodes."""
     num_ranks = len(hosts)
     if num_ranks <= ALL_PAIRS_UP_TO:
         return [(a, b) for a in range(num_ranks) for b in range(a + 1, num_ranks)]
-    first = list({host: rank for rank, host in reversed(list(enumerate(hosts)))}.values())
-    leaders = sorted(first)
+    leaders = sorted({host: rank for rank, host in reversed(list(enumerate(hosts)))}.values())
     ring = [(rank, (rank + 1) % num_ranks) for rank in range(num_ranks)]
-    of_nodes = [(leaders[0], leader) for leader in leaders[1:]]
-    return sorted({(min(pair), max(pair)) for pair in ring + of_nodes})
+    between_nodes = [(leaders[0], leader) for leader in leaders[1:]]
+    return sorted({(min(pair), max(pair)) for pair in ring + between_nodes})
 
 
 def check_pairs(world: World, device: torch.device, hosts: Sequence[str]) -> Finding:
-    """Bytes per second between ranks, both ways at the same time, one pair after the other: others share their way."""
-    pairs = pairs_that_matter(hosts)
+    """Check that the two ranks of each pair reach each other, one pair after the other."""
+    pairs = choose_pairs(hosts)
     if not pairs:
         return Finding(check="pairs of ranks", verdict="ok", found="one rank")
-    mine: dict[tuple[int, int], float] = {}
-    problem: str | None = None
-    begun, num_done = time.monotonic(), 0
-    for pair in pairs:
-        # One for all, so that all stop at the same pair.
-        if (
-            collectives.all_gather((problem, time.monotonic() - begun > PAIRS_SECONDS))
-            != [(None, False)] * world.num_ranks
-        ):
+    start, num_done = time.monotonic(), 0
+    for a, b in pairs:
+        # Rank 0's clock decides for all, so that all stop at the same pair.
+        if collectives.all_gather(time.monotonic() - start > PAIRS_SECONDS)[0]:
             break
         num_done += 1
-        if world.rank in pair:
-            peer = pair[1] if world.rank == pair[0] else pair[0]
-            outcome = within(SUM_SECONDS, partial(_exchanges, peer, device))
-            problem = outcome.error
-            if outcome.value is not None and world.rank == pair[0]:
-                mine[pair] = 2 * 4 * NUMBERS / outcome.value
-    broken = [(rank, error) for rank, error in enumerate(collectives.all_gather(problem)) if error is not None]
-    if broken:
-        a, b = pairs[num_done - 1]
-        found = f"ranks {a} ({hosts[a]}) and {b} ({hosts[b]}) cannot talk: {broken[0][1]}"
-        remedy = "Leave one of the two nodes out (sbatch --exclude), and have their network looked at"
-        return Finding(check="pairs of ranks", verdict="fail", found=found, remedy=remedy, ranks=(a, b))
-    rates = {pair: rate for found in collectives.all_gather(mine) for pair, rate in found.items()}
-    judged = judge_pairs(rates, hosts)
-    left = (
-        f"; {len(pairs) - num_done} of {len(pairs)} pairs left out, for want of time" if num_done < len(pairs) else ""
-    )
-    return replace(judged, found=judged.found + left)
+        error: str | None = None
+        if world.rank in (a, b):
+            error = run_with_timeout(SUM_SECONDS, partial(_exchange, a + b - world.rank, device)).error
+        errors = [each for each in collectives.all_gather(error) if each is not None]
+        if errors:
+            found = f"ranks {a} ({hosts[a]}) and {b} ({hosts[b]}) cannot talk: {errors[0]}"
+            remedy = "Exclude one of the two nodes (sbatch --exclude), and have their network checked"
+            return Finding(check="pairs of ranks", verdict="fail", found=found, remedy=remedy, ranks=(a, b))
+    found = f"{num_done} of {len(pairs)} pairs exchange data"
+    return Finding(check="pairs of ranks", verdict="ok", found=found)
 
 
-def _exchanges(peer: int, device: torch.device) -> float:
-    """Seconds of the fastest of some exchanges with `peer`."""
-    _settle(device)
+def _exchange(peer: int, device: torch.device) -> None:
+    """Send and receive a message at the same time."""
+    _select_gpu(device)
     sent, received = torch.zeros(NUMBERS, device=device), torch.empty(NUMBERS, device=device)
-    seconds: list[float] = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        collectives.exchange(sent, received, peer)
-        _wait_for(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    collectives.exchange(sent, received, peer)
+    _synchronise(device)
 
 
-def judge_pairs(rates: dict[tuple[int, int], float], hosts: Sequence[str]) -> Finding:
-    """The slowest pair named, if it is much slower than others of its kind: within a node, or between nodes."""
-    slow: list[str] = []
-    spans: list[str] = []
-    for kind, inside in (("within a node", True), ("between nodes", False)):
-        own = {pair: rate for pair, rate in rates.items() if (hosts[pair[0]] == hosts[pair[1]]) == inside}
-        if not own:
-            continue
-        typical = statistics.median(own.values())
-        spans.append(f"{kind} {min(own.values()) / 1e6:,.0f} to {max(own.values()) / 1e6:,.0f} MB/s")
-        slow += [
-            f"ranks {a} ({hosts[a]}) and {b} ({hosts[b]}): {rate / 1e6:,.0f} MB/s, others {typical / 1e6:,.0f}"
-            for (a, b), rate in own.items()
-            if rate * SLOW_PAIR < typical
-        ]
-    if not slow:
-        return Finding(check="pairs of ranks", verdict="ok", found=", ".join(spans))
-    remedy = (
-        "Every step waits for the slowest way: leave that node out (sbatch --exclude), or look at its cable and card"
-    )
-    return Finding(check="pairs of ranks", verdict="warn", found="; ".join(slow[:4]), remedy=remedy)
-
-
-def work(device: torch.device, dtype: torch.dtype) -> Work:
-    """Matrix products in the run's own type, on all ranks at the same time."""
+def measure_work(device: torch.device, dtype: torch.dtype) -> Work:
+    """Measure matrix products in the run's precision, on all ranks at the same time."""
     side = 4096 if device.type == "cuda" else 384
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     torch.mm(left, right)
-    _wait_for(device)
+    _synchronise(device)
     collectives.all_gather(None)
-    count, start, ran = 0, time.perf_counter(), time.thread_time()
+    count, start, cpu_start = 0, time.perf_counter(), time.thread_time()
     while (seconds := time.perf_counter() - start) < WORK_SECONDS:
         for _ in range(8):
             torch.mm(left, right)
-        _wait_for(device)
+        _synchronise(device)
         count += 8
-    share = (time.thread_time() - ran) / seconds
+    share = (time.thread_time() - cpu_start) / seconds
     return Work(count * 2 * side**3 / seconds, None if device.type == "cuda" else share)
 
 
-def judge_work(done: Sequence[Work], hosts: Sequence[str], cores: Sequence[int]) -> Finding:
-    """The ranks that are slow beside the others, or are not let run, each with its host and its cores."""
-    rates = [own.rate for own in done]
+def judge_work(works: Sequence[Work], hosts: Sequence[str], num_cores: Sequence[int]) -> Finding:
+    """Name the ranks that are slower than the others, or get too little CPU time, with host and cores."""
+    rates = [work.rate for work in works]
     typical = max(rates) if len(rates) < 3 else statistics.median(rates)
-    told: dict[int, str] = {}
-    for rank, own in enumerate(done):
-        words: list[str] = []
-        if own.rate * SLOW_RANK < typical:
-            words.append(f"computes {typical / own.rate:.1f} times as slowly as others")
-            if cores[rank] < max(cores):
-                words.append(f"has {cores[rank]} core(s) instead of {max(cores)}")
-        if own.share is not None and own.share < STARVED:
-            words.append(f"gets {own.share:.0%} of the time on its core")
-        if words:
-            told[rank] = f"rank {rank} on {hosts[rank]} {', '.join(words)}"
-    if not told:
+    slow: dict[int, str] = {}
+    for rank, work in enumerate(works):
+        faults: list[str] = []
+        if work.rate * SLOW_RANK < typical:
+            faults.append(f"computes {typical / work.rate:.1f} times as slowly as others")
+            if num_cores[rank] < max(num_cores):
+                faults.append(f"has {num_cores[rank]} core(s) instead of {max(num_cores)}")
+        if work.share is not None and work.share < STARVED:
+            faults.append(f"gets {work.share:.0%} of the time on its core")
+        if faults:
+            slow[rank] = f"rank {rank} on {hosts[rank]} {', '.join(faults)}"
+    if not slow:
         return Finding(check="speed", verdict="ok", found=f"{typical / 1e9:,.0f} GFLOP/s per rank")
-    remedy = "Every step waits for it: look there for other programs, a limit on CPU time, bound cores, or heat"
-    found = "; ".join(list(told.values())[:8])
-    return Finding(check="speed", verdict="warn", found=found, remedy=remedy, ranks=tuple(told))
+    remedy = (
+        "Look there for other programs, CPU-time limits, bound cores or heat: every step waits for the slowest rank"
+    )
+    found = "; ".join(list(slow.values())[:8])
+    return Finding(check="speed", verdict="warn", found=found, remedy=remedy, ranks=tuple(slow))
 
 
-def clock_offsets(world: World) -> list[float]:
-    """How far each rank's clock is ahead of rank 0's, in seconds, on every rank; right within the time of a meeting."""
+def measure_clock_offsets(world: World) -> list[float]:
+    """Return the seconds that each rank's clock is ahead of rank 0's; exact to the time of a collective."""
     rounds: list[list[float]] = []
     for _ in range(5):
-        collectives.all_gather(None)  # all leave it within a moment
+        collectives.all_gather(None)  # all ranks leave it at about the same moment
         rounds.append(collectives.all_gather(time.time()))
     return [statistics.median(times[rank] - times[0] for times in rounds) for rank in range(world.num_ranks)]
 
 
 def judge_clocks(offsets: Sequence[float], hosts: Sequence[str]) -> Finding:
-    """The clocks that are wrong beside the others'."""
+    """Name the clocks that differ from the majority."""
     middle = statistics.median(offsets)
     skews = [offset - middle if len(offsets) > 2 else offset for offset in offsets]
-    worst = max(map(abs, skews))
-    if worst <= SKEW_WARN:
-        return Finding(check="clocks", verdict="ok", found=f"together within {max(worst, 0.01):.2f} s")
+    largest = max(map(abs, skews))
+    if largest <= SKEW_WARN:
+        return Finding(check="clocks", verdict="ok", found=f"equal within {max(largest, 0.01):.2f} s")
     wrong = [rank for rank, skew in enumerate(skews) if abs(skew) > SKEW_WARN]
-    told = "; ".join(
+    found = "; ".join(
         f"rank {rank} on {hosts[rank]} is {abs(skews[rank]):,.1f} s {'ahead' if skews[rank] > 0 else 'behind'}"
         for rank in wrong[:8]
     )
-    remedy = (
-        "Have the node's clock set (chronyc tracking, timedatectl): torchrun takes nodes with wrong clocks for dead"
-    )
-    verdict = "fail" if worst > SKEW_FAIL else "warn"
-    return Finding(check="clocks", verdict=verdict, found=told, remedy=remedy, ranks=tuple(wrong))
+    remedy = "Set the node's clock (chronyc tracking, timedatectl): torchrun takes nodes with wrong clocks for dead"
+    verdict = "fail" if largest > SKEW_FAIL else "warn"
+    return Finding(check="clocks", verdict=verdict, found=found, remedy=remedy, ranks=tuple(wrong))
 
 
-def _settle(device: torch.device) -> None:
-    """The current GPU is a thread's own."""
+def _select_gpu(device: torch.device) -> None:
+    """Set the current GPU, which is a property of each thread."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
-def _wait_for(device: torch.device) -> None:
+def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,10 +1,14 @@
-"""Can this node meet the others at the first one? Names, interfaces, ports: asked before torchrun, which would wait a minute,
-or end with a traceback. Knows no torch.
+"""Check that this node can meet the others at the first node, before torchrun, which waits a minute or prints a traceback.
+
+`python -m agnews_dist.preflight.rendezvous_check --endpoint HOST:PORT --nodes N --node I [--print_interface]`; loads no torch.
 """
 
+import argparse
 import errno
 import ipaddress
 import socket
+import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -13,129 +17,143 @@ import psutil
 from agnews_dist.errors import ConfigError, UserError
 from agnews_dist.preflight.findings import Finding
 
-CHECK = "rendezvous"
 CONNECT_SECONDS = 3.0
 ANYWHERE = ("198.51.100.1", 9)
-"""An address of nobody (RFC 5737): the way there is the default route. Nothing is sent."""
+"""An unused address (RFC 5737), reached over the default route. Nothing is sent to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Meeting:
-    """Where the nodes of a job meet, seen from one of them."""
+class Rendezvous:
+    """Endpoint of a job's nodes, from one node's point of view."""
 
     host: str
     port: int
     num_nodes: int
     node: int
-    """This one's number; 0 is the first, where they meet."""
-
-    @property
-    def is_head(self) -> bool:
-        """Whether they meet here."""
-        return self.node == 0
+    """Number of this node; the endpoint is on node 0."""
 
 
-def parse_endpoint(endpoint: str, *, num_nodes: int, node: int) -> Meeting:
-    """`HOST:PORT`, as torchrun takes it.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the rendezvous, or print interface and address for a script. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="rendezvous_check", description="Check that this node can meet the others.")
+    parser.add_argument("--endpoint", required=True, help="HOST:PORT on the first node.")
+    parser.add_argument("--nodes", type=int, default=1, help="Number of nodes.")
+    parser.add_argument("--node", type=int, default=0, help="Number of this node, from 0.")
+    parser.add_argument(
+        "--print_interface", action="store_true", help="Print this node's interface and address instead."
+    )
+    options = parser.parse_args(argv)
+    try:
+        rendezvous = parse_endpoint(options.endpoint, num_nodes=options.nodes, node=options.node)
+        if options.print_interface:
+            print(*find_route(rendezvous))
+            return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    finding = check_rendezvous(rendezvous)
+    if finding.remedy:
+        label = "error" if finding.verdict == "fail" else "warning"
+        print(f"{label}: rendezvous: {finding.found}. {finding.remedy}.", file=sys.stderr)
+    return int(finding.verdict == "fail")
+
+
+def parse_endpoint(endpoint: str, *, num_nodes: int, node: int) -> Rendezvous:
+    """Parse `HOST:PORT`, in torchrun's form.
 
     Raises:
-        ConfigError: it is none, or the numbers do not fit.
+        ConfigError: it has another form, or the node's number is out of range.
     """
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(
-            f"--endpoint {endpoint!r} is no HOST:PORT: there would be nowhere to meet. Give a name or address and a port from "
-            "1 to 65535, node1:29400 for example."
+            f"--endpoint {endpoint!r}: must be HOST:PORT, with a port from 1 to 65535. Give for example node1:29400."
         )
     if not 0 <= node < num_nodes:
-        raise ConfigError(
-            f"--node {node} of --nodes {num_nodes}: nodes count from 0, so nobody waits for this one. Lower --node."
-        )
-    return Meeting(host=host.strip("[]"), port=int(port), num_nodes=num_nodes, node=node)
+        raise ConfigError(f"--node {node} of --nodes {num_nodes}: nodes count from 0. Lower --node.")
+    return Rendezvous(host=host.strip("[]"), port=int(port), num_nodes=num_nodes, node=node)
 
 
-def look(meeting: Meeting) -> Finding:
-    """What stands between this node and the meeting, if anything does; at most some seconds."""
-    here = socket.gethostname()
+def check_rendezvous(rendezvous: Rendezvous) -> Finding:
+    """Check names, addresses and the port. Takes a few seconds at most."""
+    this_host, host = socket.gethostname(), rendezvous.host
     try:
-        addresses = _resolve(meeting)
+        addresses = _resolve(rendezvous)
     except OSError as error:
         return _fail(
-            f"{meeting.host} does not resolve on {here} ({error.strerror or error})",
-            "Take an address instead of the name, or have it put into DNS or /etc/hosts of every node",
+            f"{host} does not resolve on {this_host} ({error.strerror or error})",
+            "Give an address instead of the name, or add the name to DNS or /etc/hosts of every node",
         )
     loopback = [address for address in addresses if ipaddress.ip_address(address.split("%")[0]).is_loopback]
-    if loopback and meeting.num_nodes > 1 and (not meeting.is_head or _is_this_machine_by_name(meeting.host)):
+    is_head = rendezvous.node == 0
+    if loopback and rendezvous.num_nodes > 1 and (not is_head or _is_always_loopback(host)):
         return _fail(
-            f"{meeting.host} is {loopback[0]} on {here}: every node's own, so each would wait for itself",
+            f"{host} is {loopback[0]} on {this_host}, which means each node itself",
             "Name the first node as the others see it",
         )
-    return _look_here(meeting, addresses, loopback) if meeting.is_head else _look_there(meeting, addresses)
+    return _check_head(rendezvous, addresses, loopback) if is_head else _check_other(rendezvous, addresses)
 
 
-def _look_here(meeting: Meeting, addresses: list[str], loopback: list[str]) -> Finding:
-    here = socket.gethostname()
+def _check_head(rendezvous: Rendezvous, addresses: list[str], loopback: list[str]) -> Finding:
+    """Check the first node: the address is its own, and the port is free."""
+    this_host, host, port = socket.gethostname(), rendezvous.host, rendezvous.port
     own = {found.address.split("%")[0] for interface in psutil.net_if_addrs().values() for found in interface}
     if not loopback and not own & set(addresses):
         return _fail(
-            f"{meeting.host} is {addresses[0]}, which is not {here}, though this is node 0",
-            "Number the nodes so that 0 is the one they meet at, or name this one",
+            f"{host} is {addresses[0]}, which is not {this_host}, though this is node 0",
+            "Give node 0 to the host that HEAD names, or name this host",
         )
     try:
-        # What torch's store does too. Connections of an earlier job that fade away do not count, a listener does.
-        with closing(socket.create_server(("", meeting.port), reuse_port=False)):
+        # Listen as torch's store does: closing connections of an earlier job do not count, a listener does.
+        with closing(socket.create_server(("", port), reuse_port=False)):
             pass
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            return _fail(f"port {meeting.port} of {here} cannot be opened ({error.strerror})", "Choose another PORT")
+            return _fail(f"port {port} of {this_host} cannot be opened ({error.strerror})", "Choose another PORT")
         return _fail(
-            f"port {meeting.port} of {here} is taken{_owner(meeting.port)}: the nodes would talk to that program",
-            "Choose another PORT, or end that program",
+            f"port {port} of {this_host} is taken{_find_owner(port)}", "Choose another PORT, or end that program"
         )
-    if loopback and meeting.num_nodes > 1:
-        return Finding(
-            check=CHECK,
-            verdict="warn",
-            found=f"{meeting.host} is {loopback[0]} on itself, and must be another address on the other nodes",
-            remedy="Have the name's line in /etc/hosts give the address that the others see",
-        )
-    return Finding(check=CHECK, verdict="ok", found=f"{meeting.host}:{meeting.port} is free, on {_way(meeting)}")
+    if loopback and rendezvous.num_nodes > 1:
+        found = f"{host} is {loopback[0]} on itself, and must be another address on the other nodes"
+        remedy = "Set the name's address in /etc/hosts to the one that the others see"
+        return Finding(check="rendezvous", verdict="warn", found=found, remedy=remedy)
+    return Finding(check="rendezvous", verdict="ok", found=f"{host}:{port} is free")
 
 
-def _look_there(meeting: Meeting, addresses: list[str]) -> Finding:
-    here = socket.gethostname()
+def _check_other(rendezvous: Rendezvous, addresses: list[str]) -> Finding:
+    """Check another node: the first node can be reached."""
     reasons: list[str] = []
     for address in addresses:
         try:
-            with closing(socket.create_connection((address, meeting.port), timeout=CONNECT_SECONDS)):
+            with closing(socket.create_connection((address, rendezvous.port), timeout=CONNECT_SECONDS)):
                 pass
         except ConnectionRefusedError:
-            pass  # it answers; its torchrun has not begun to listen yet
+            pass  # the host answers; its torchrun does not listen yet
         except OSError as error:
             reasons.append(f"{address}: {error.strerror or error}")
             continue
-        return Finding(check=CHECK, verdict="ok", found=f"{meeting.host} answers, over {_way(meeting)}")
+        return Finding(check="rendezvous", verdict="ok", found=f"{rendezvous.host} answers")
     return _fail(
-        f"{meeting.host} cannot be reached from {here} ({'; '.join(reasons)})",
-        f"Look for a firewall that closes port {meeting.port}, or take an address of a network that all nodes share",
+        f"{rendezvous.host} cannot be reached from {socket.gethostname()} ({'; '.join(reasons)})",
+        f"Open port {rendezvous.port} in firewalls, or give an address of a network that all nodes share",
     )
 
 
-def route(meeting: Meeting) -> tuple[str, str]:
-    """(interface, own address) of the way from this node to the first.
+def find_route(rendezvous: Rendezvous) -> tuple[str, str]:
+    """Return (interface, own address) of the route from this node to the first.
 
     Raises:
-        UserError: there is none.
+        UserError: no route was found.
     """
     try:
-        target = _resolve(meeting)[0]
-        own = _source((target, meeting.port))
-        if meeting.num_nodes > 1 and ipaddress.ip_address(own).is_loopback:
-            own = _source(ANYWHERE)
+        target = _resolve(rendezvous)[0]
+        own = _find_source_address((target, rendezvous.port))
+        if rendezvous.num_nodes > 1 and ipaddress.ip_address(own).is_loopback:
+            own = _find_source_address(ANYWHERE)
     except OSError as error:
         raise UserError(
-            f"no way from {socket.gethostname()} to {meeting.host} ({error.strerror or error}): the ranks could not talk. Run "
-            "the doctor with the same --endpoint, which says why."
+            f"no route from {socket.gethostname()} to {rendezvous.host} ({error.strerror or error}): the ranks could not talk. "
+            "Check the name, the address and the network."
         ) from error
     for name, addresses in psutil.net_if_addrs().items():
         if own in {found.address.split("%")[0] for found in addresses}:
@@ -143,29 +161,21 @@ def route(meeting: Meeting) -> tuple[str, str]:
     return "lo", own
 
 
-def _resolve(meeting: Meeting) -> list[str]:
-    found = socket.getaddrinfo(meeting.host, meeting.port, type=socket.SOCK_STREAM)
+def _resolve(rendezvous: Rendezvous) -> list[str]:
+    found = socket.getaddrinfo(rendezvous.host, rendezvous.port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
-def _source(target: tuple[str, int]) -> str:
-    """The address that packets to `target` would come from; none is sent."""
+def _find_source_address(target: tuple[str, int]) -> str:
+    """Return the source address of packets to `target`. Connecting a UDP socket sends nothing."""
     family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)
         return str(probe.getsockname()[0])
 
 
-def _way(meeting: Meeting) -> str:
-    try:
-        interface, address = route(meeting)
-    except UserError:
-        return "an unknown interface"
-    return f"{interface} ({address})"
-
-
-def _is_this_machine_by_name(host: str) -> bool:
-    """Whether the name means this machine on every machine; a node's own name may mean loopback on itself alone."""
+def _is_always_loopback(host: str) -> bool:
+    """Return whether the name is loopback on every machine. A node's own name may be loopback on that node alone."""
     if host == "localhost" or host.startswith("localhost."):
         return True
     try:
@@ -174,15 +184,20 @@ def _is_this_machine_by_name(host: str) -> bool:
         return False
 
 
-def _owner(port: int) -> str:
+def _find_owner(port: int) -> str:
+    """Return ` by process PID (NAME)` of the program that listens, or nothing if another user owns it."""
     try:
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and tuple(connection.laddr)[1:] == (port,) and connection.pid:
                 return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
-    except (psutil.Error, OSError):  # another user's
+    except (psutil.Error, OSError):  # no permission
         pass
     return ""
 
 
 def _fail(found: str, remedy: str) -> Finding:
-    return Finding(check=CHECK, verdict="fail", found=found, remedy=remedy)
+    return Finding(check="rendezvous", verdict="fail", found=found, remedy=remedy)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
