@@ -1,9 +1,11 @@
-"""The batches before any job: steps, padding, balance, text lengths. `python -m agnews_dist plan --config FILE --ranks 8`.
+"""Forecast of the batches before a job: steps, padding, balance of the ranks, text lengths.
 
-Takes the same configuration as the training it foretells; needs the text and the model's config and tokenizer, not its weights.
+    python -m agnews_dist plan --config FILE --ranks 8
 
---ranks    ranks of that training; default: those of this launch
---json     one JSON object on standard output, everything else on standard error
+Takes the configuration of the training. Needs the text and the model's config and tokenizer, but no weights.
+
+--ranks    ranks of the training; default: those of this launch
+--json     print one JSON object on standard output and everything else on standard error
 """
 
 import json
@@ -17,24 +19,24 @@ from agnews_dist.errors import ConfigError
 
 OPTIONS = (
     cli.Option("--ranks", type=int | None, help="Ranks of the training; default: those of this launch."),
-    cli.Option("--json", type=bool, default=False, help="Print one JSON object instead of the picture for people."),
+    cli.Option("--json", type=bool, default=False, help="Print one JSON object instead of a table and bars."),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the story; returns the exit code."""
+    """Run the command; returns the exit code."""
     return run_command("plan", argv, run, OPTIONS)
 
 
 def run(world: World, loaded: cli.Loaded) -> None:
-    """Open or build the token cache, plan the training and show what comes of it, on rank 0 alone."""
+    """Open or build the token cache and show the forecast, on rank 0 only."""
     config, as_json = loaded.config, loaded.options["json"]
     num_ranks = world.num_ranks if loaded.options["ranks"] is None else loaded.options["ranks"]
     if num_ranks < 1:
-        raise ConfigError(f"--ranks {num_ranks}: a training has at least one rank. Set it to 1 or more.")
+        raise ConfigError(f"--ranks {num_ranks}: must be at least 1. Set it to 1 or more.")
     if not world.is_main:
         return
-    # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
+    # Imported here, so that --help and wrong settings do not wait seconds for torch.
     from rich.console import Console as Output
 
     from agnews_dist.data.batching.forecast import forecast, idle_warning
@@ -48,7 +50,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
 
     data, model, batch = config.data, config.model, config.batch
     settings = plan_settings(batch, config.run.seed)
-    # FORCE_COLOR, set for other tools, must not put cursor movements into a log file.
+    # FORCE_COLOR, set for other tools, must not write cursor movements into a log file.
     stream = sys.stderr if as_json else sys.stdout
     out = Output(file=stream, force_terminal=stream.isatty())
     with Console(out) as emit:
@@ -59,7 +61,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
         corpus = load_text(data)
         store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world)
         split = store.splits["train"]
-        foretold = forecast(
+        estimate = forecast(
             split.lengths,
             settings,
             num_epochs=config.optim.epochs,
@@ -70,17 +72,17 @@ def run(world: World, loaded: cli.Loaded) -> None:
         )
         emit.close()
         if as_json:
-            told = {**foretold.to_dict(), "num_truncated": split.num_truncated, "max_length": data.max_length}
-            print(json.dumps(told, indent=2, allow_nan=False))
+            fields = {**estimate.to_dict(), "num_truncated": split.num_truncated, "max_length": data.max_length}
+            print(json.dumps(fields, indent=2, allow_nan=False))
         else:
             show_plan(
-                foretold,
+                estimate,
                 title=f"{model.name} on {data.source}, ranks: {num_ranks}, epochs: {config.optim.epochs}",
                 num_truncated=split.num_truncated,
                 max_length=data.max_length,
                 out=out,
             )
-        balance = foretold.efficiency.rank_balance
+        balance = estimate.efficiency.rank_balance
         warning = idle_warning(settings, num_examples=len(split), num_ranks=num_ranks, rank_balance=balance)
         if warning:
             emit(Warned(message=warning))

@@ -1,8 +1,8 @@
-"""Where the features of a split lie and in which pieces they are computed: a pure function of the lengths. Pure numpy.
+"""Order of a split's features, and the pieces in which they are computed: a pure function of the lengths, without torch.
 
-The frozen part has an order of its own: texts sorted by length, whatever the training order is. Texts form calls (one run of
-the packed prefix), calls form segments (what is stored, checked, and dealt to processes). Neither depends on the number of
-ranks or on restarts, so a text's features are the same to the last bit whoever computes them.
+Texts form calls: one call is one run of the packed prefix. Calls form segments: one segment is stored, checked and assigned to
+a process as a whole. Neither depends on the training order, the number of ranks or restarts. So a text's features are the same
+to the last bit on every process.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agnews_dist.data.batching.epoch_plan import Ints
+from agnews_dist.data.rows import Ints
 from agnews_dist.model.packed import call_bounds
 
 SEGMENT_BYTES = 64 << 20
-"""A segment is no larger (one call at the least): what a killed builder loses."""
+"""Largest segment, unless a single call is larger. A killed process loses at most one segment per thread."""
 NUM_SEGMENTS = 256
-"""Small splits are cut into about so many segments, so that many ranks find work."""
+"""Approximate number of segments of a small split: enough work for many ranks."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Layout:
     texts: tuple[Ints, ...]
     """Ids of the texts of each call."""
     begin_N: Ints
-    """First row of text i; -1 where the layout does not hold it."""
+    """First row of text i; -1 if the layout does not contain it."""
     rows_N: Ints
-    """Number of rows of text i: its tokens, or 1."""
+    """Number of rows of text i: its number of tokens, or 1."""
     calls_S: Ints
     """Segment s is the calls `calls_S[s]` to `calls_S[s + 1]`: shape (S + 1,)."""
     bounds_S: Ints
@@ -36,31 +36,37 @@ class Layout:
 
     @property
     def num_rows(self) -> int:
-        """Of all segments."""
+        """Rows of all segments."""
         return int(self.bounds_S[-1])
 
     @property
     def num_segments(self) -> int:
-        """At least 1, unless there is no text."""
+        """Number of segments; 0 without texts."""
         return len(self.bounds_S) - 1
 
     def calls(self, segment: int) -> tuple[Ints, ...]:
-        """Ids of the texts of each call of a segment."""
+        """Return the ids of the texts of each call of a segment."""
         return self.texts[self.calls_S[segment] : self.calls_S[segment + 1]]
 
 
-def longest_first(lengths_N: Ints) -> Ints:
-    """All ids, longest text first; equally long ones in file order."""
+def order_longest_first(lengths_N: Ints) -> Ints:
+    """Return all ids, longest text first; texts of equal length in file order."""
     return np.argsort(-lengths_N.astype(np.int64), kind="stable")
 
 
 def lay_out(
     lengths_N: Ints, groups: Sequence[Ints], *, call_tokens: int, row_bytes: int, one_row_per_text: bool = False
 ) -> Layout:
-    """Calls of at most `call_tokens` tokens, none across the border of two `groups` of ids (disjoint, each in order of length).
+    """Cut texts into calls of at most `call_tokens` tokens and calls into segments; no call contains texts of two groups.
 
-    For training one group: all texts, longest first. For a split that is scored: the scoring micro-batches, so that a text's
-    call, and with it the last bit of its result, is the same whether features are kept or not.
+    The training split is one group, longest text first. The groups of an evaluated split are its evaluation micro-batches. Then
+    the calls, and with them the last bits of the scores, are the same with and without a cache.
+
+    Args:
+        groups: ids of texts, disjoint, each in order of length.
+        call_tokens: limit of a call; a longer text is a call of its own.
+        row_bytes: size of one row of features.
+        one_row_per_text: features of the last token only.
     """
     texts = tuple(ids[begin:end] for ids in groups for begin, end in call_bounds(lengths_N[ids], call_tokens))
     rows_N = np.ones_like(lengths_N) if one_row_per_text else lengths_N.astype(np.int64)
@@ -73,13 +79,16 @@ def lay_out(
     limit = max(1, min(SEGMENT_BYTES // row_bytes, -(-int(rows_of_calls[-1]) // NUM_SEGMENTS)))
     while calls_S[-1] < len(texts):
         begin = calls_S[-1]
-        fitting = int(np.searchsorted(rows_of_calls, rows_of_calls[begin] + limit, side="right")) - 1
-        calls_S.append(max(begin + 1, fitting))
+        last_fitting = int(np.searchsorted(rows_of_calls, rows_of_calls[begin] + limit, side="right")) - 1
+        calls_S.append(max(begin + 1, last_fitting))
     return Layout(texts, begin_N, rows_N, np.array(calls_S), rows_of_calls[calls_S])
 
 
-def round_robin(lengths_N: Ints, num_ranks: int) -> Ints:
-    """The rank that owns each text when memory is divided: every length spread evenly, so that global batches are too."""
+def assign_owners(lengths_N: Ints, num_ranks: int) -> Ints:
+    """Assign texts to ranks in turn, longest first: the rank of each text when features are sharded over device memories.
+
+    Every rank gets its share of every length, so its shares of the global batches are balanced too.
+    """
     owner_N = np.empty(len(lengths_N), np.int64)
-    owner_N[longest_first(lengths_N)] = np.arange(len(lengths_N)) % num_ranks
+    owner_N[order_longest_first(lengths_N)] = np.arange(len(lengths_N)) % num_ranks
     return owner_N

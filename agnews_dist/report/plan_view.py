@@ -1,4 +1,4 @@
-"""A plan as one screen: facts, what other batches would cost, and the lengths of the texts as bars."""
+"""One screen for a forecast: facts about the batches, and the lengths of the texts as bars."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,55 +7,55 @@ from rich.table import Table
 from rich.text import Text
 
 from agnews_dist.data.batching.forecast import Bin, Forecast, Spread
-from agnews_dist.report.console import draws
-from agnews_dist.report.formatting import share, visible
+from agnews_dist.report.formatting import can_draw, escape_text, format_ratio
 
-_LEAST_BAR = 4
-"""Columns below which bars tell nothing."""
+_MIN_BAR_WIDTH = 4
+"""Fewer columns are too few for bars."""
 
 
 def show_plan(plan: Forecast, *, title: str, num_truncated: int, max_length: int, out: rich.console.Console) -> None:
-    """Print it to `out`, as wide as that is; plain ASCII where that is no terminal, or one without Unicode."""
-    facts = _facts(plan, num_truncated=num_truncated, max_length=max_length)
+    """Print the forecast in the width of `out`; plain ASCII unless `out` is a terminal with Unicode."""
+    facts = _list_facts(plan, num_truncated=num_truncated, max_length=max_length)
     for part in (
-        Text(visible(title, out.encoding), style="bold", overflow="fold"),
-        _grid(facts),
+        Text(escape_text(title, out.encoding), style="bold", overflow="fold"),
+        _lay_out(facts),
         Text(),
-        _comparison(plan),
-        Text(),
-        _bars(plan.histogram, width=out.width, in_blocks=draws(out)),
+        _draw_bars(plan.histogram, width=out.width, in_blocks=can_draw(out)),
     ):
         out.print(part, highlight=False)
 
 
-def _facts(plan: Forecast, *, num_truncated: int, max_length: int) -> dict[str, str]:
+def _list_facts(plan: Forecast, *, num_truncated: int, max_length: int) -> dict[str, str]:
     num_texts, settings = plan.num_examples, plan.settings
     mean = plan.num_tokens / max(1, num_texts)
     budget, window = settings.global_token_budget, settings.bucket_window
     batch = f"{settings.global_batch_size:,} texts" if budget is None else f"at most {budget:,} tokens"
-    reach = "the whole epoch" if window == "epoch" else f"{window:,} batches"
-    texts, tokens, micro = plan.examples_per_step, plan.tokens_per_step, plan.micro_batches_per_step
+    span = "the whole epoch" if window == "epoch" else f"{window:,} batches"
+    ratios, texts = plan.efficiency, plan.examples_per_step
+    tokens, micro = plan.tokens_per_step, plan.micro_batches_per_step
     facts = {
         "data": f"{num_texts:,} texts, {plan.num_tokens:,} tokens per epoch (mean {mean:.1f}, longest {plan.longest:,})",
         "cut off": f"{num_truncated:,} texts ({num_truncated / max(1, num_texts):.2%}), at {max_length:,} tokens",
-        "batches": f"{batch} over all ranks, sorted within {reach}",
+        "batches": f"{batch} over all ranks, sorted within {span}",
         "steps": f"{plan.num_steps_per_epoch:,} per epoch, {plan.num_steps:,} in all",
-        "per step": f"{_span(texts)} texts, {_span(tokens)} tokens",
-        "per rank": f"micro-batches per step: {_span(micro)}; steps without a text: {plan.idle_share:.1%}",
+        "per step": f"{_format_spread(texts)} texts, {_format_spread(tokens)} tokens",
+        "per rank": f"micro-batches per step: {_format_spread(micro)}; steps without a text: {plan.idle_share:.1%}",
+        "efficiency": f"critical path {format_ratio(ratios.critical_path)}, padding {format_ratio(ratios.padding)}, "
+        f"balance {format_ratio(ratios.rank_balance)}",
     }
     if plan.num_steps_dealt < plan.num_steps:
         facts["measured"] = f"on the first {plan.num_steps_dealt:,} steps"
     return facts
 
 
-def _span(figure: Spread) -> str:
-    """`31.9 (7-32)`, or the one value that it always has."""
+def _format_spread(figure: Spread) -> str:
+    """Format as `31.9 (7-32)`, or as one value if all are equal."""
     if figure.min == figure.max:
         return f"{figure.min:,}"
     return f"{figure.mean:,.1f} ({figure.min:,}-{figure.max:,})"
 
 
-def _grid(facts: Mapping[str, str]) -> Table:
+def _lay_out(facts: Mapping[str, str]) -> Table:
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", overflow="fold")
     rows.add_column(overflow="fold")
@@ -64,43 +64,27 @@ def _grid(facts: Mapping[str, str]) -> Table:
     return rows
 
 
-def _comparison(plan: Forecast) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column(Text("efficiency"), overflow="fold")
-    for name in ("critical path", "padding", "balance"):
-        table.add_column(Text(name), justify="right", overflow="fold")
-    for name, figures, style in (
-        ("this plan", plan.efficiency, "bold green"),
-        ("bucket_window epoch", plan.limit, ""),
-        ("bucket_window 1 (random batches)", plan.random, ""),
-        ("random, equal rows per rank", plan.equal_counts, ""),
-    ):
-        cells = (share(figures.critical_path), share(figures.padding), share(figures.rank_balance))
-        table.add_row(Text(name), *map(Text, cells), style=style)
-    return table
-
-
-def _bars(bins: Sequence[Bin], *, width: int, in_blocks: bool) -> Table:
+def _draw_bars(bins: Sequence[Bin], *, width: int, in_blocks: bool) -> Table:
     labels = [(f"{each.first:,}-{each.last:,}", f"{each.num_texts:,}") for each in bins]
-    room = width - sum(max(map(len, column)) + 2 for column in zip(("tokens", "texts"), *labels, strict=True))
+    bar_width = width - sum(max(map(len, column)) + 2 for column in zip(("tokens", "texts"), *labels, strict=True))
     most = max((each.num_texts for each in bins), default=0)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     table.add_column(Text("tokens"), justify="right", overflow="fold")
     table.add_column(Text("texts"), justify="right", overflow="fold")
-    has_bars = room >= _LEAST_BAR
+    has_bars = bar_width >= _MIN_BAR_WIDTH
     if has_bars:
         table.add_column(no_wrap=True, style="cyan")
-    for each, (span, count) in zip(bins, labels, strict=True):
-        bars = [Text(bar(each.num_texts / most * room, in_blocks=in_blocks))] if has_bars else []
-        table.add_row(Text(span), Text(count), *bars)
+    for each, (lengths, count) in zip(bins, labels, strict=True):
+        bars = [Text(draw_bar(each.num_texts / most * bar_width, in_blocks=in_blocks))] if has_bars else []
+        table.add_row(Text(lengths), Text(count), *bars)
     return table
 
 
-def bar(length: float, *, in_blocks: bool) -> str:
-    """A bar of `length` columns, in eighths where those can be drawn; the least one shows for anything above 0.
+def draw_bar(length: float, *, in_blocks: bool) -> str:
+    """Draw a bar of `length` columns, in eighths of a block or in whole `#`; any length above 0 is visible.
 
-    >>> bar(2.5, in_blocks=True), bar(2.5, in_blocks=False), bar(0.01, in_blocks=False), bar(0.0, in_blocks=False)
-    ('\u2588\u2588\u258c', '##', '#', '')
+    >>> draw_bar(2.5, in_blocks=True), draw_bar(2.5, in_blocks=False), draw_bar(0.01, in_blocks=False)
+    ('\u2588\u2588\u258c', '##', '#')
     """
     if not in_blocks:
         return "#" * (max(1, round(length)) if length else 0)

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from agnews_dist.data.batching.epoch_plan import Ints, PlanSettings, plan
-from agnews_dist.data.batching.shares import efficiency, share
+from agnews_dist.data.batching.epoch_plan import plan
+from agnews_dist.data.batching.settings import PlanSettings
+from agnews_dist.data.batching.shares import measure_efficiency, share_batch
+from agnews_dist.data.rows import Ints
 
 BY_LENGTH, ONE_LABEL = "shortest first", "one label per batch"
 ORDERS = ("1", "4", "16", "64", "128", "256", "epoch", BY_LENGTH, ONE_LABEL)
@@ -91,6 +93,8 @@ def statistics_rows(lengths_N: Ints, labels_N: Ints, *, num_seeds: int = 10) -> 
         }
         for name, of_N, batches in (("", lengths_N, runs[0][0]), ("_resampled", resampled_N, large[0])):
             descending = [-np.sort(-of_N[ids]) for ids in batches]
-            row[f"padding{name}"] = efficiency(share(rows, num_ranks=1) for rows in descending).padding
-            row[f"critical_path{name}"] = efficiency(share(rows, num_ranks=2) for rows in descending).critical_path
+            row[f"padding{name}"] = measure_efficiency(share_batch(rows, num_ranks=1) for rows in descending).padding
+            row[f"critical_path{name}"] = measure_efficiency(
+                share_batch(rows, num_ranks=2) for rows in descending
+            ).critical_path
         yield row

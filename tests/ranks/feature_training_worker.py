@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from support.toy import CLASSES, toy_classifier, toy_split
 
-from agnews_dist.data.batching.epoch_plan import PlanSettings
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader
+from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import detect_world
 from agnews_dist.engine.engine import Engine
@@ -23,7 +23,7 @@ from agnews_dist.events import Event, Warned
 from agnews_dist.features.manager import FeatureCache
 from agnews_dist.features.precompute import SplitFeatures
 from agnews_dist.model import prefix as prefix_module
-from agnews_dist.run.fingerprints import fingerprint_of
+from agnews_dist.run.fingerprints import weights_fingerprint
 from agnews_dist.training.optim import build_optimizer
 from agnews_dist.training.step import train_step
 
@@ -58,7 +58,7 @@ def train(engine: Engine, told: dict, case: dict, output: Path, computed: list[s
         num_epochs=told["epochs"],
         directory=output / f"cache-of-{world.num_ranks}",
         limit_bytes=10**9,
-        frozen_weights=fingerprint_of(classifier.frozen_state),
+        frozen_weights=weights_fingerprint(classifier.frozen_state),
         model_name="toy",
     )
     features.build(events.append)

@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 from support.toy import toy_classifier, toy_split
 
 from agnews_dist.data.batching.batch import Batch
-from agnews_dist.data.batching.epoch_plan import PlanSettings
 from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoader
+from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import detect_world
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
-from agnews_dist.model.prefix import Features, computed
+from agnews_dist.model.prefix import Features, uncached_features
 from agnews_dist.training.step import NonFiniteError, accumulate_gradients, summed_loss, train_step
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     engine = Engine(world, device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
     classifier = toy_classifier()
     prefix, suffix = classifier.prefix.double(), classifier.suffix.double().eval()
-    optimizer, embed = torch.optim.SGD(suffix.parameters(), lr=1.0), computed(prefix)
+    optimizer, embed = torch.optim.SGD(suffix.parameters(), lr=1.0), uncached_features(prefix)
     wrapped = engine.prepare(suffix, optimizer, max_grad_norm=0.1)
 
     def one_step(max_tokens: int, lengths: list[int] = lengths) -> StepBatches:

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_sampler_loop.py: the training loop of the batch sampler's docstring, as it stands there."""
+"""Worker of test_sampler_loop.py: runs the training loop of the batch sampler's docstring unchanged."""
 
 import importlib
 import inspect
@@ -13,17 +13,16 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from agnews_dist.data.batching.epoch_plan import PlanSettings
-from agnews_dist.data.batching.sampler import LengthBucketedBatchSampler
+from agnews_dist.data.batching import LengthBucketedBatchSampler, PlanSettings
 
 NUM_EXAMPLES, NUM_CLASSES, NUM_EPOCHS, LEARNING_RATE = 21, 3, 2, 0.5
 MAX_TOKENS_PER_RANK = 24
-# The last batch of an epoch holds one example: all ranks but one are without.
+# The last batch of an epoch holds one example, so all other ranks have none.
 SETTINGS = PlanSettings(global_batch_size=5, bucket_window=2, seed=3)
 
 
 class BagOfTokens(torch.nn.Module):
-    """Classifies the mean embedding of the real tokens; fp64."""
+    """Classifier of the mean embedding of the real tokens, in fp64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,14 +36,14 @@ class BagOfTokens(torch.nn.Module):
         return self.head(torch.tanh(sums_BD / lengths_B[:, None]))
 
 
-def examples() -> list[tuple[torch.Tensor, int]]:
+def make_examples() -> list[tuple[torch.Tensor, int]]:
     rng = np.random.default_rng(5)
     lengths = rng.integers(1, 20, NUM_EXAMPLES).tolist()
     return [(torch.from_numpy(rng.integers(1, 30, length)), int(rng.integers(NUM_CLASSES))) for length in lengths]
 
 
-def documented_loop(directory: Path, name: str, change: tuple[str, str] | None = None) -> ModuleType:
-    """The indented code of the docstring, imported from a file, as whoever pastes it would; `change`: (from, to)."""
+def import_documented_loop(directory: Path, name: str, change: tuple[str, str] | None = None) -> ModuleType:
+    """Import the indented code of the docstring from a file; `change`: (old, new) text."""
     _, _, below = inspect.getdoc(LengthBucketedBatchSampler).partition("::\n\n")
     lines = below.splitlines()
     end = next(number for number, line in enumerate(lines) if line and not line.startswith("    "))
@@ -57,7 +56,7 @@ def documented_loop(directory: Path, name: str, change: tuple[str, str] | None =
 
 
 class KilledError(Exception):
-    """What ends a run in the middle."""
+    """Simulated kill of a run."""
 
 
 def main() -> None:
@@ -66,11 +65,11 @@ def main() -> None:
     own = output / f"rank{rank}"
     own.mkdir()
     sys.path.insert(0, str(own))
-    dataset = examples()
+    dataset = make_examples()
     lengths = [len(tokens) for tokens, _ in dataset]
 
     def run(loop: ModuleType, name: str, start: dict | None = None, stop: int | None = None) -> dict:
-        """Train and write first gradient and last weights; `stop`: the number of steps after which it is killed."""
+        """Train and write the first gradient and last weights; `stop`: number of steps before a simulated kill."""
         model = BagOfTokens()
         sampler = LengthBucketedBatchSampler(
             lengths, num_ranks=num_ranks, rank=rank, settings=SETTINGS, max_tokens_per_rank=MAX_TOKENS_PER_RANK
@@ -99,12 +98,12 @@ def main() -> None:
         save_file(last["weights"], output / f"{name}-weights-rank{rank}of{num_ranks}.safetensors")
         return last
 
-    loop = documented_loop(own, "documented")
+    loop = import_documented_loop(own, "documented")
     run(loop, "documented")
     run(loop, "resumed", start=run(loop, "killed", stop=3))
-    # What people write: the mean over the examples of a micro-batch, averaged by DDP (and in the test, over the micro-batches).
+    # The usual loss: mean over the examples of a micro-batch, averaged over ranks by DDP, here also over micro-batches.
     scale = "num_ranks / micro.num_examples if micro.ids else 0.0"
-    run(documented_loop(own, "mean_of_means", (scale, "1 / max(1, len(micro.ids))")), "mean_of_means")
+    run(import_documented_loop(own, "mean_of_means", (scale, "1 / max(1, len(micro.ids))")), "mean_of_means")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import fork_server as warm
+from support import fork_server
 from support.processes import REPOSITORY
 from support.toy import CLASSES, our_name, toy_reference_groups, toy_reference_model, toy_split
 
-from agnews_dist.data.batching.epoch_plan import Ints, PlanSettings, plan
+from agnews_dist.data.batching.epoch_plan import plan
+from agnews_dist.data.batching.settings import PlanSettings
+from agnews_dist.data.rows import Ints
 from agnews_dist.engine.engine import bucket_megabytes
 
 RANKS = (1, 2, 3)
@@ -97,7 +99,7 @@ def launch(tmp_path_factory) -> Callable[[int], Path]:
         path = directory / "told.json"
         path.write_text(json.dumps(told))
         worker = REPOSITORY / "tests" / "ranks" / "engine_worker.py"
-        warm.ranks(num_ranks, str(worker), str(directory), str(path), TORCH_EXTENSIONS_DIR=str(extensions))
+        fork_server.run_ranks(num_ranks, str(worker), str(directory), str(path), TORCH_EXTENSIONS_DIR=str(extensions))
         return directory
 
     return launched

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import fork_server as warm
+from support import fork_server
 from support.processes import REPOSITORY
 from support.toy import (
     our_name,
@@ -22,7 +22,8 @@ from support.toy import (
     toy_split,
 )
 
-from agnews_dist.data.batching.epoch_plan import PlanSettings, plan
+from agnews_dist.data.batching.epoch_plan import plan
+from agnews_dist.data.batching.settings import PlanSettings
 
 RNG = np.random.default_rng(7)
 LENGTHS = {name: RNG.integers(1, 31, size).tolist() for name, size in (("train", 64), ("validation", 33), ("test", 21))}
@@ -66,7 +67,7 @@ def saved(tmp_path_factory) -> Path:
     (directory / "told.json").write_text(json.dumps(told | sizes | {"cases": cases}), encoding="utf-8")
     worker = REPOSITORY / "tests" / "ranks" / "feature_training_worker.py"
     for num_ranks in RANKS:
-        warm.ranks(num_ranks, str(worker), str(directory), str(directory / "told.json"))
+        fork_server.run_ranks(num_ranks, str(worker), str(directory), str(directory / "told.json"))
     return directory
 
 

@@ -1,4 +1,4 @@
-"""The training loop of the batch sampler's docstring, run by real ranks, against plain training on whole global batches."""
+"""Training loop of the batch sampler's docstring on real ranks, compared with plain training on global batches."""
 
 from pathlib import Path
 
@@ -12,19 +12,18 @@ from sampler_worker import (
     NUM_EXAMPLES,
     SETTINGS,
     BagOfTokens,
-    examples,
+    make_examples,
 )
-from support import fork_server as warm
+from support import fork_server
 from support.processes import REPOSITORY
 
-from agnews_dist.data.batching.epoch_plan import plan
-from agnews_dist.data.batching.sampler import LengthBucketedBatchSampler
+from agnews_dist.data.batching import LengthBucketedBatchSampler, plan
 
-LENGTHS = [len(tokens) for tokens, _ in examples()]
+LENGTHS = [len(tokens) for tokens, _ in make_examples()]
 
 
 def micro_batches(num_ranks: int) -> list[list]:
-    """Of the first epoch, by rank."""
+    """List the micro-batches of the first epoch, by rank."""
     options = {"num_ranks": num_ranks, "settings": SETTINGS, "max_tokens_per_rank": MAX_TOKENS_PER_RANK}
     return [
         list(LengthBucketedBatchSampler(LENGTHS, rank=rank, **options).micro_batches()) for rank in range(num_ranks)
@@ -33,8 +32,8 @@ def micro_batches(num_ranks: int) -> list[list]:
 
 @pytest.fixture(scope="module")
 def reference() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Gradient of the first global batch and last weights, one example after the other, without padding or a sampler."""
-    model, dataset, first = BagOfTokens(), examples(), {}
+    """Gradient of the first global batch and last weights, computed one example at a time without padding or sampler."""
+    model, dataset, first = BagOfTokens(), make_examples(), {}
     for epoch in range(NUM_EPOCHS):
         for ids in plan(torch.tensor(LENGTHS).numpy(), SETTINGS, epoch=epoch).global_batches():
             losses = []
@@ -53,12 +52,12 @@ def reference() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module", params=[1, 2, 3])
 def saved(request, tmp_path_factory) -> tuple[int, Path]:
     directory = tmp_path_factory.mktemp(f"ranks{request.param}")
-    warm.ranks(request.param, str(REPOSITORY / "tests" / "ranks" / "sampler_worker.py"), str(directory))
+    fork_server.run_ranks(request.param, str(REPOSITORY / "tests" / "ranks" / "sampler_worker.py"), str(directory))
     return request.param, directory
 
 
 def largest_difference(saved: tuple[int, Path], name: str, expected: dict[str, torch.Tensor]) -> float:
-    """Over all ranks and values."""
+    """Return the largest difference over all ranks and values."""
     num_ranks, directory = saved
     found = [load_file(directory / f"{name}-rank{rank}of{num_ranks}.safetensors") for rank in range(num_ranks)]
     assert all(values.keys() == expected.keys() for values in found)
@@ -66,7 +65,7 @@ def largest_difference(saved: tuple[int, Path], name: str, expected: dict[str, t
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_the_case_is_about_unequal_and_empty_shares(num_ranks):
+def test_case_has_unequal_and_empty_shares(num_ranks):
     by_rank = micro_batches(num_ranks)
     assert len({len(micros[0].ids) for micros in by_rank}) > 1, "equal shares of the first batch"
     assert any(not micro.ids for micros in by_rank for micro in micros)
@@ -74,22 +73,22 @@ def test_the_case_is_about_unequal_and_empty_shares(num_ranks):
     assert sum(len(micro.ids) for micros in by_rank for micro in micros) == NUM_EXAMPLES
 
 
-def test_gradient_of_the_first_global_batch(saved, reference):
+def test_documented_loop_computes_the_gradient_of_the_global_batch(saved, reference):
     gradient, _ = reference
     assert max(float(value.abs().max()) for value in gradient.values()) > 1e-2
     assert largest_difference(saved, "documented-gradient", gradient) < 1e-12
 
 
-def test_weights_after_two_epochs(saved, reference):
+def test_documented_loop_computes_the_weights_after_two_epochs(saved, reference):
     assert largest_difference(saved, "documented-weights", reference[1]) < 1e-12
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_been(saved, reference):
+def test_documented_loop_resumes_exactly(saved, reference):
     assert largest_difference(saved, "resumed-weights", reference[1]) < 1e-12
 
 
-def test_mean_of_means_is_told_apart(saved, reference):
-    """The negative control: with unequal micro-batches the usual loss has another gradient, and this test would see it."""
+def test_gradient_check_fails_a_mean_of_means(saved, reference):
+    """Negative control: with unequal micro-batches the usual loss has another gradient."""
     steps = [micro.step for micro in micro_batches(saved[0])[0]]
     means = {name: steps.count(0) * value for name, value in reference[0].items()}
     error = largest_difference(saved, "mean_of_means-gradient", means)

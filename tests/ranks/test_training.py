@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import fork_server as warm
+from support import fork_server
 from support.processes import REPOSITORY
 from support.toy import our_name, toy_reference_model, toy_split
 
-from agnews_dist.data.batching.epoch_plan import PlanSettings, plan
+from agnews_dist.data.batching.epoch_plan import plan
+from agnews_dist.data.batching.settings import PlanSettings
 
 LENGTHS = np.random.default_rng(7).integers(1, 31, 64).tolist()
 RANKS = (1, 2, 3)
@@ -35,7 +36,9 @@ def saved(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("training")
     told = json.dumps({"lengths": LENGTHS, "cases": [case_for_worker(name) for name in CASES]})
     for num_ranks in RANKS:
-        warm.ranks(num_ranks, str(REPOSITORY / "tests" / "ranks" / "training_worker.py"), str(directory), told)
+        fork_server.run_ranks(
+            num_ranks, str(REPOSITORY / "tests" / "ranks" / "training_worker.py"), str(directory), told
+        )
     return directory
 
 

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import save_file
 from support.toy import toy_classifier, toy_split
 
-from agnews_dist.data.batching.epoch_plan import PlanSettings
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader
+from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import detect_world
 from agnews_dist.engine.engine import Engine
-from agnews_dist.model.prefix import computed
+from agnews_dist.model.prefix import uncached_features
 from agnews_dist.training.step import train_step
 
 
@@ -28,7 +28,7 @@ def train(engine: Engine, lengths: list[int], case: dict, output: Path) -> None:
     seen, losses = [], []
     for epoch in range(case["epochs"]):
         for batches in loader.steps(epoch):
-            result = train_step(engine, computed(classifier.prefix), wrapped, batches)
+            result = train_step(engine, uncached_features(classifier.prefix), wrapped, batches)
             mine = [batch.ids_B[batch.weights_B > 0].tolist() for batch in batches.micro_batches]
             seen.append(collectives.all_gather(mine))
             losses.append(result.loss)

@@ -1,32 +1,32 @@
-"""What a plan will cost, known before any job: steps, padding, balance of the ranks, and what would change it. Pure numpy.
+"""Forecast of a training's batches before any job: steps, padding, balance of the ranks. Pure numpy.
 
-The first steps of the training are dealt out as the training will deal them, so the figures are those of its result. Global
-batches come in random order: where there are very many, the first ones stand for all.
+The first steps are planned and shared exactly as the training will do it, so the figures equal those of its result. Global
+batches come in random order: in a long training the first ones stand for all.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agnews_dist.data.batching.epoch_plan import Plan, PlanSettings, plan, shuffle
+from agnews_dist.data.batching.epoch_plan import Plan, plan
 from agnews_dist.data.batching.position import fingerprint
-from agnews_dist.data.batching.shares import Efficiency, Share, Tally, efficiency, share
+from agnews_dist.data.batching.settings import PlanSettings
+from agnews_dist.data.batching.shares import Efficiency, Share, Tally, share_batch
 
 MAX_STEPS = 12_000
-"""Steps dealt out at most: three epochs of AG News in batches of 32, in a second."""
-MAX_STEPS_COMPARED = 1_000
-"""The same for the plans compared with: a sample, good for two decimals."""
+"""Maximum of steps that are measured: three epochs of AG News in batches of 32, in a second."""
 NUM_BINS = 8
-"""Of equal width; one more takes the longest hundredth of the texts."""
-WAITING_WORTH_A_WARNING = 0.05
+"""Bins of equal width in the histogram; one more holds the longest hundredth of the texts."""
+MIN_WAITING = 0.05
+"""Share of the machine that must wait before a warning."""
 
 
 class Spread(NamedTuple):
-    """Of a figure over the steps; zeros when there is no step."""
+    """Range and mean of a figure over the steps; zeros without steps."""
 
     min: int
     mean: float
@@ -34,7 +34,7 @@ class Spread(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """Texts of `first` to `last` tokens, both included."""
+    """Number of texts of `first` to `last` tokens, both included."""
 
     first: int
     last: int
@@ -43,50 +43,41 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What is known of a training's batches before it starts."""
+    """Figures of a training's batches."""
 
     settings: PlanSettings
     num_ranks: int
     max_tokens_per_rank: int
     num_epochs: int
     num_examples: int
-    """Per epoch."""
+    """Texts per epoch."""
     num_tokens: int
-    """Real ones, per epoch."""
+    """Real tokens per epoch."""
     longest: int
+    """Tokens of the longest text."""
     num_steps_per_epoch: int
-    """Of the first epoch; with a token budget the others may have some more or less."""
+    """Steps of the first epoch; under a token budget the number varies between epochs."""
     num_steps: int
-    """Of all epochs."""
+    """Steps of all epochs."""
     num_steps_dealt: int
-    """How many steps, from the first on, the figures below are measured over: all, up to `MAX_STEPS`."""
+    """First steps over which the figures below are measured: all, up to `MAX_STEPS`."""
     efficiency: Efficiency
     idle_share: float
-    """Share of the (step, rank) pairs without a row: that rank computes a filler row and waits."""
+    """Share of the (step, rank) pairs without a text: that rank computes a filler row and waits."""
     examples_per_step: Spread
     tokens_per_step: Spread
-    """Real ones."""
+    """Real tokens of all ranks."""
     micro_batches_per_step: Spread
-    limit: Efficiency
-    """With bucket_window 'epoch': what longer windows could still gain, since no split of a batch has a cheaper largest slice.
-    It can be the lower one where a batch does not divide among the ranks: equal rows are then the hardest to deal out."""
-    random: Efficiency
-    """With bucket_window 1: random batches, split as ours are."""
-    equal_counts: Efficiency
-    """Random batches, the same number of rows on every rank: what a plain distributed sampler gives."""
     histogram: tuple[Bin, ...]
     plan_fingerprint: dict[str, int | str | None]
 
     def to_dict(self) -> dict[str, object]:
-        """The object that `--json` prints, all but what the lengths do not tell."""
-        settings, figures = self.settings, self.efficiency
+        """Return the object of `plan --json`, except for the keys that the lengths do not determine."""
+        settings = self.settings
         return {
-            "critical_path_efficiency": figures.critical_path,
-            "padding_efficiency": figures.padding,
-            "rank_balance": figures.rank_balance,
-            "critical_path_limit": self.limit.critical_path,
-            "critical_path_random": self.random.critical_path,
-            "critical_path_equal_counts": self.equal_counts.critical_path,
+            "critical_path_efficiency": self.efficiency.critical_path,
+            "padding_efficiency": self.efficiency.padding,
+            "rank_balance": self.efficiency.rank_balance,
             "idle_share": self.idle_share,
             "num_steps": self.num_steps,
             "num_steps_per_epoch": self.num_steps_per_epoch,
@@ -118,38 +109,30 @@ def forecast(
     quadratic: float,
     max_length: int | None = None,
 ) -> Forecast:
-    """Plan a training on `num_ranks` ranks; see `plan` for `max_length`, `share` for `max_tokens_per_rank` and `quadratic`.
+    """Forecast a training; `max_length`: see `plan`; `max_tokens_per_rank` and `quadratic`: see `share_batch`.
 
     Raises:
-        UserError: what `plan` and `share` refuse.
+        UserError: errors of `plan` and `share_batch`.
     """
 
-    def epochs(chosen: PlanSettings) -> Iterator[Plan]:
-        return (plan(lengths_N, chosen, epoch=epoch, max_length=max_length) for epoch in range(num_epochs))
+    def epoch_plans() -> Iterator[Plan]:
+        # A generator, because every Plan that was asked for a batch holds the order of all examples.
+        return (plan(lengths_N, settings, epoch=epoch, max_length=max_length) for epoch in range(num_epochs))
 
-    def dealt(chosen: PlanSettings, max_steps: int) -> Iterator[Share]:
-        batches = chain.from_iterable(epoch.global_batches() for epoch in epochs(chosen))
-        return (
-            share(lengths_N[ids], num_ranks=num_ranks, max_tokens_per_rank=max_tokens_per_rank, quadratic=quadratic)
-            for ids in islice(batches, max_steps)
-        )
-
-    def compared(window: int | Literal["epoch"]) -> Efficiency:
-        other = replace(settings, bucket_window=window)
-        return figures if other == settings else efficiency(dealt(other, MAX_STEPS_COMPARED))
-
-    steps_E = [epoch.num_steps for epoch in epochs(settings)]
+    num_steps_E = [each.num_steps for each in epoch_plans()]
     tally, num_idle = Tally(), 0
     examples_K: list[int] = []
     tokens_K: list[int] = []
     micro_batches_K: list[int] = []
-    for each in dealt(settings, MAX_STEPS):
-        tally.add(each)
-        num_idle += _num_idle(each)
-        examples_K.append(int(each.bounds_S[-1]))
-        tokens_K.append(each.num_real_tokens)
-        micro_batches_K.append(each.num_micro_batches)
-    figures, examples = tally.efficiency, _spread(examples_K)
+    for ids in islice(chain.from_iterable(each.global_batches() for each in epoch_plans()), MAX_STEPS):
+        share = share_batch(
+            lengths_N[ids], num_ranks=num_ranks, max_tokens_per_rank=max_tokens_per_rank, quadratic=quadratic
+        )
+        tally.add(share)
+        num_idle += _count_idle_ranks(share)
+        examples_K.append(len(ids))
+        tokens_K.append(share.num_real_tokens)
+        micro_batches_K.append(share.num_micro_batches)
     return Forecast(
         settings=settings,
         num_ranks=num_ranks,
@@ -158,18 +141,15 @@ def forecast(
         num_examples=len(lengths_N),
         num_tokens=int(lengths_N.sum(dtype=np.int64)),
         longest=int(lengths_N.max(initial=0)),
-        num_steps_per_epoch=steps_E[0],
-        num_steps=sum(steps_E),
+        num_steps_per_epoch=num_steps_E[0],
+        num_steps=sum(num_steps_E),
         num_steps_dealt=len(examples_K),
-        efficiency=figures,
+        efficiency=tally.efficiency,
         idle_share=num_idle / max(1, len(examples_K) * num_ranks),
-        examples_per_step=examples,
+        examples_per_step=_spread(examples_K),
         tokens_per_step=_spread(tokens_K),
         micro_batches_per_step=_spread(micro_batches_K),
-        limit=compared("epoch"),
-        random=compared(1),
-        equal_counts=_equal_counts(lengths_N, max(1, round(examples.mean)), num_ranks=num_ranks, seed=settings.seed),
-        histogram=tuple(_histogram(lengths_N)),
+        histogram=tuple(_count_lengths(lengths_N)),
         plan_fingerprint=fingerprint(lengths_N, settings),
     )
 
@@ -177,23 +157,23 @@ def forecast(
 def idle_warning(
     settings: PlanSettings, *, num_examples: int, num_ranks: int, rank_balance: float | None = None
 ) -> str | None:
-    """Which part of the machine waits for the rest because the batches are too small for it; None where it is little.
+    """Warn if batches are too small for the number of ranks; None if little of the machine waits.
 
-    `num_examples`: of an epoch; they can be fewer than a batch is to have. A batch size tells by itself; of a token budget it
-    must be measured: `rank_balance`, as in `Forecast.efficiency`.
+    `num_examples`: examples per epoch, which can be fewer than a batch should have. A token budget is judged by `rank_balance`,
+    measured as in `Forecast.efficiency`.
     """
     size, budget = settings.global_batch_size, settings.global_token_budget
     if num_examples < num_ranks and (budget is not None or num_examples < size):
         idle = num_ranks - num_examples
         return (
             f"{num_examples} training texts on {num_ranks} ranks: {idle} of {num_ranks} ranks compute a filler row at every "
-            f"step, {idle / num_ranks:.0%} of the machine waits. Use no more than {num_examples} of the ranks."
+            f"step, {idle / num_ranks:.0%} of the machine waits. Use at most {num_examples} ranks."
         )
     if budget is not None:
-        if rank_balance is None or 1 - rank_balance < WAITING_WORTH_A_WARNING:
+        if rank_balance is None or 1 - rank_balance < MIN_WAITING:
             return None
         return (
-            f"batch.global_token_budget {budget} on {num_ranks} ranks: a step has too few texts to deal out evenly, "
+            f"batch.global_token_budget {budget} on {num_ranks} ranks: too few texts per step for an even split, "
             f"{1 - rank_balance:.0%} of the machine waits. Raise batch.global_token_budget, or use fewer ranks."
         )
     most = -(-size // num_ranks)
@@ -202,22 +182,21 @@ def idle_warning(
         idle = num_ranks - size
         return (
             f"batch.global_batch_size {size} on {num_ranks} ranks: {idle} of {num_ranks} ranks compute a filler row at every "
-            f"step, {waiting:.0%} of the machine waits. Raise batch.global_batch_size to {num_ranks} or more, or use no more "
-            f"than {size} of the ranks."
+            f"step, {waiting:.0%} of the machine waits. Raise batch.global_batch_size to {num_ranks} or more, or use at most "
+            f"{size} ranks."
         )
-    if waiting < WAITING_WORTH_A_WARNING:
+    if waiting < MIN_WAITING:
         return None
     return (
-        f"batch.global_batch_size {size} on {num_ranks} ranks: texts of one batch are of similar length, so ranks with "
-        f"{most} rows hold up those with fewer, and up to {waiting:.0%} of the machine waits. Set batch.global_batch_size to "
-        f"a multiple of {num_ranks}, such as {most * num_ranks}."
+        f"batch.global_batch_size {size} on {num_ranks} ranks: ranks with fewer than {most} rows of similar length wait, up to "
+        f"{waiting:.0%} of the machine. Set batch.global_batch_size to a multiple of {num_ranks}, such as {most * num_ranks}."
     )
 
 
-def _num_idle(dealt: Share) -> int:
-    """Ranks that have no row in any micro-batch."""
-    num_micro, num_ranks = dealt.tokens_MR.shape
-    has_rows_R = (np.diff(dealt.bounds_S).reshape(num_micro, num_ranks) > 0).any(axis=0)
+def _count_idle_ranks(share: Share) -> int:
+    """Count the ranks without a row in any micro-batch."""
+    num_micro, num_ranks = share.tokens_MR.shape
+    has_rows_R = (np.diff(share.bounds_S).reshape(num_micro, num_ranks) > 0).any(axis=0)
     return num_ranks - int(np.count_nonzero(has_rows_R))
 
 
@@ -225,23 +204,11 @@ def _spread(values: Sequence[int]) -> Spread:
     return Spread(min(values), sum(values) / len(values), max(values)) if values else Spread(0, 0.0, 0)
 
 
-def _equal_counts(lengths_N: NDArray[Any], batch_size: int, *, num_ranks: int, seed: int) -> Efficiency:
-    """Of one epoch at most; a rank without a row computes one token."""
-    shuffled_N = lengths_N[shuffle(len(lengths_N), np.random.PCG64(seed))][: batch_size * MAX_STEPS_COMPARED]
-    begin_K = np.arange(0, len(shuffled_N), batch_size)
-    rows_K = np.minimum(batch_size, len(shuffled_N) - begin_K)
-    bounds_KR = begin_K[:, None] + rows_K[:, None] * np.arange(num_ranks + 1) // num_ranks
-    rows_KR, longest_KR = np.diff(bounds_KR), np.zeros((len(begin_K), num_ranks), np.int64)
-    if len(shuffled_N):
-        longest_KR[rows_KR > 0] = np.maximum.reduceat(shuffled_N, bounds_KR[:, :-1][rows_KR > 0])
-    tokens_KR = np.maximum(rows_KR * longest_KR, 1)
-    slowest = int(tokens_KR.max(axis=1).sum()) * num_ranks
-    return Tally(int(shuffled_N.sum(dtype=np.int64)), int(tokens_KR.sum()), slowest).efficiency
+def _count_lengths(lengths_N: NDArray[Any]) -> list[Bin]:
+    """Count texts in bins of equal width up to the 99th percentile, and in one bin for the rest.
 
-
-def _histogram(lengths_N: NDArray[Any]) -> list[Bin]:
-    """Bins of equal width from the shortest text to the 99th percentile, and one for the rest, lest a few long texts leave
-    all others in one bin."""
+    Without that percentile a few long texts would push all others into one bin.
+    """
     if not len(lengths_N):
         return []
     shortest, longest = int(lengths_N.min()), int(lengths_N.max())

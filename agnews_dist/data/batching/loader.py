@@ -1,4 +1,4 @@
-"""A rank's view of the plan: token arrays on the device, cut into padded micro-batches without a loop over examples."""
+"""Micro-batches of one rank, for training and for scoring, gathered on the device without a loop over examples."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,15 +11,27 @@ import torch
 from torch import Tensor
 
 from agnews_dist.data.batching.batch import Batch
-from agnews_dist.data.batching.epoch_plan import Ints, Plan, PlanSettings, plan
+from agnews_dist.data.batching.epoch_plan import Plan, plan
 from agnews_dist.data.batching.position import fingerprint
-from agnews_dist.data.batching.shares import Efficiency, Share, efficiency, plan_evaluation, share, share_by_owner
+from agnews_dist.data.batching.settings import PlanSettings
+from agnews_dist.data.batching.shares import (
+    Efficiency,
+    Share,
+    measure_efficiency,
+    plan_evaluation,
+    share_batch,
+    share_by_owner,
+)
+from agnews_dist.data.rows import Ints
 from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.distributed.world import World
 
+EVALUATION_TOKENS = 8192
+"""Padded tokens per scoring call. A constant, because the size of a call decides the last bits of a result."""
+
 
 class TokenTable:
-    """A split's tokens on the device: all of AG News is some 24 MB, so batches are gathered there, without workers."""
+    """Tokens of a split on the device. All of AG News is some 24 MB, so batches are gathered there, without workers."""
 
     def __init__(self, split: TokenSplit, *, pad_id: int, device: torch.device) -> None:
         self.name = split.name
@@ -27,7 +39,7 @@ class TokenTable:
         self.labels_N: Ints = np.array(split.labels, dtype=np.int64)
         self._begin_N: Ints = np.array(split.offsets[:-1], dtype=np.int64)
         self._pad_id = pad_id
-        # torch cannot index with uint16; int32 halves what int64 would take.
+        # torch cannot index with uint16. int32 takes half the memory of int64.
         self._tokens = torch.from_numpy(np.asarray(split.tokens).astype(np.int32)).to(device)
         self._offsets = torch.from_numpy(np.array(split.offsets, dtype=np.int64)).to(device)
         self._labels = torch.from_numpy(self.labels_N).to(device)
@@ -37,16 +49,13 @@ class TokenTable:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over the tokens and where each text begins."""
+        """sha256 over the tokens and the first token of each text."""
         digest = hashlib.sha256(self._tokens.cpu().numpy().tobytes())
         digest.update(self._begin_N.tobytes())
         return digest.hexdigest()
 
     def batch(self, ids_B: Ints) -> Batch:
-        """The examples `ids_B`, right-padded to the longest; for no ids, one valid filler row of weight 0.
-
-        The filler exists because Hugging Face's blocks refuse a batch of 0 rows while the other ranks would wait.
-        """
+        """Gather the examples `ids_B`, right-padded to the longest; without ids, one filler row (see `Batch`)."""
         device = self._tokens.device
         if not len(ids_B):
             one = torch.ones(1, dtype=torch.int64, device=device)
@@ -62,7 +71,7 @@ class TokenTable:
         return Batch(tokens_BT, lengths_B, self._labels[ids], torch.ones(len(ids_B), device=device), ids)
 
     def pack(self, ids_B: Ints) -> tuple[Tensor, list[int]]:
-        """The examples `ids_B` end to end without padding: tokens_P on the device, and their lengths."""
+        """Gather the examples `ids_B` end to end without padding; returns tokens_P on the device and the lengths."""
         lengths_B = self.lengths_N[ids_B]
         first_B = self._begin_N[ids_B] - (np.cumsum(lengths_B) - lengths_B)
         index_P = np.repeat(first_B, lengths_B) + np.arange(int(lengths_B.sum()))
@@ -71,17 +80,17 @@ class TokenTable:
 
 @dataclass(frozen=True)
 class StepBatches:
-    """What one rank computes in one optimiser step."""
+    """Micro-batches of one rank in one optimiser step."""
 
     micro_batches: tuple[Batch, ...]
-    """The same number on every rank."""
+    """Equal in number on all ranks."""
     num_examples: int
-    """Examples of the global batch: the divisor of the loss."""
+    """Examples of the global batch: the divisor of the summed loss."""
     share: Share
 
 
 class TrainLoader:
-    """The training split dealt to this rank, one epoch at a time; epochs and steps count from 0."""
+    """This rank's micro-batches of the training split. Epochs and steps count from 0."""
 
     def __init__(
         self,
@@ -93,63 +102,56 @@ class TrainLoader:
         quadratic: float,
         max_length: int | None = None,
     ) -> None:
-        """`max_tokens_per_rank`, `quadratic`: see `share`; `max_length`: see `plan`."""
+        """Prepare the plan; `max_tokens_per_rank` and `quadratic`: see `share_batch`; `max_length`: see `plan`."""
         self.owner_N: Ints | None = None
-        """The rank that holds each text's features, where each rank holds a part; None: shares of equal cost."""
+        """Rank that holds each text's features, if every rank holds a part of them; None: shares of equal cost."""
         self._table, self._world, self._settings = table, world, settings
         self._max_tokens_per_rank, self._quadratic, self._max_length = max_tokens_per_rank, quadratic, max_length
 
     @cached_property
     def fingerprint(self) -> dict[str, int | str | None]:
-        """Of the plan, whatever the number of ranks: see `position.fingerprint`."""
+        """Fingerprint of the plan, independent of the number of ranks: see `position.fingerprint`."""
         return fingerprint(self._table.lengths_N, self._settings)
 
     def num_steps(self, num_epochs: int) -> int:
-        """Steps of so many epochs; with a token budget epochs may differ in theirs."""
+        """Count the steps of `num_epochs` epochs, which can differ under a token budget."""
         return sum(self._plan(epoch).num_steps for epoch in range(num_epochs))
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[StepBatches]:
-        """The epoch's steps in order, from `start` on; no batch before it is made."""
+        """Yield the steps of the epoch from `start`, without computing the earlier ones."""
         for ids in self._plan(epoch).global_batches(start):
-            yield self._deal(ids)
+            yield self._step_batches(ids)
 
     def expected_efficiency(self, max_steps: int = 1000) -> Efficiency:
-        """Of the first epoch, or of its first steps where it has more: they come in random order and stand for all."""
-        return efficiency(self._share(ids) for ids in islice(self._plan(0).global_batches(), max_steps))
+        """Measure the first `max_steps` steps of the first epoch. Steps come in random order, so these stand for all."""
+        return measure_efficiency(self._share(ids)[1] for ids in islice(self._plan(0).global_batches(), max_steps))
 
     def largest_step(self, epoch: int) -> StepBatches:
-        """The step with the largest micro-batch of the epoch: what needs the most memory."""
+        """Find the step of the epoch with the largest micro-batch, which needs the most memory."""
         batches = list(self._plan(epoch).global_batches())
-        largest = max(range(len(batches)), key=lambda step: int(self._share(batches[step]).tokens_MR.max()))
-        return self._deal(batches[largest])
+        largest = max(range(len(batches)), key=lambda step: int(self._share(batches[step])[1].tokens_MR.max()))
+        return self._step_batches(batches[largest])
 
     def _plan(self, epoch: int) -> Plan:
         return plan(self._table.lengths_N, self._settings, epoch=epoch, max_length=self._max_length)
 
-    def _share(self, ids: Ints) -> Share:
-        return self._dealt(ids)[1]
-
-    def _dealt(self, ids: Ints) -> tuple[Ints, Share]:
-        """The ids in the order of the share's slices, and the share."""
+    def _share(self, ids: Ints) -> tuple[Ints, Share]:
+        """Split a global batch among the ranks; returns the ids in the order of the share's slices, and the share."""
         lengths_B, num_ranks = self._table.lengths_N[ids], self._world.num_ranks
         limit, quadratic = self._max_tokens_per_rank, self._quadratic
         if self.owner_N is None:
-            return ids, share(lengths_B, num_ranks=num_ranks, max_tokens_per_rank=limit, quadratic=quadratic)
-        order_B, dealt = share_by_owner(
+            return ids, share_batch(lengths_B, num_ranks=num_ranks, max_tokens_per_rank=limit, quadratic=quadratic)
+        order_B, share = share_by_owner(
             lengths_B, self.owner_N[ids], num_ranks=num_ranks, max_tokens_per_rank=limit, quadratic=quadratic
         )
-        return ids[order_B], dealt
+        return ids[order_B], share
 
-    def _deal(self, ids: Ints) -> StepBatches:
-        ids, dealt = self._dealt(ids)
-        mine = dealt.slices(self._world.rank)
-        return StepBatches(tuple(self._table.batch(ids[rows]) for rows in mine), len(ids), dealt)
+    def _step_batches(self, ids: Ints) -> StepBatches:
+        ids, share = self._share(ids)
+        micro_batches = tuple(self._table.batch(ids[rows]) for rows in share.slices(self._world.rank))
+        return StepBatches(micro_batches, len(ids), share)
 
 
 def scoring_batches(table: TokenTable) -> list[Ints]:
-    """The micro-batches in which a split is scored, rank r those from r on in steps of the number of ranks."""
+    """Plan the micro-batches in which a split is scored; rank r computes every R-th from number r."""
     return plan_evaluation(table.lengths_N, max_tokens=EVALUATION_TOKENS)
-
-
-# Padded tokens per scoring call. A constant: a knob would let the hardware decide the last bits of a result.
-EVALUATION_TOKENS = 8192

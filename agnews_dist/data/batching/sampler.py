@@ -1,4 +1,4 @@
-"""The plan as a batch sampler for a plain torch DataLoader, for training loops that want this part alone."""
+"""The plan as a batch sampler for a torch DataLoader, for training loops other than this package's."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -10,31 +10,31 @@ from torch.utils.data import Sampler
 
 from agnews_dist.data.batching.epoch_plan import Plan, plan
 from agnews_dist.data.batching.position import fingerprint, load_position, save_position
-from agnews_dist.data.batching.settings import Lengths, PlanSettings, as_lengths, chunks
-from agnews_dist.data.batching.shares import share
+from agnews_dist.data.batching.settings import Lengths, PlanSettings, as_lengths, iterate_chunks
+from agnews_dist.data.batching.shares import share_batch
 from agnews_dist.errors import UserError
 
 
 class MicroBatch(NamedTuple):
-    """What one rank computes at once, and its place in the epoch."""
+    """Examples of one forward pass of one rank, and their step."""
 
     ids: list[int]
-    """Indices into the data set, longest example first; none where this rank's share of the step is empty."""
+    """Indices into the data set, longest example first; empty if this rank has no example."""
     step: int
-    """The optimiser step it belongs to, from 0 in every epoch."""
+    """Optimiser step, from 0 in every epoch."""
     num_examples: int
-    """Examples of the step's global batch, over all ranks: the divisor of the loss."""
+    """Examples of the global batch, over all ranks: the divisor of the summed loss."""
     is_last: bool
-    """Whether the step's gradients are complete after it, on every rank alike."""
+    """True for the last micro-batch of the step, on every rank."""
 
 
 class LengthBucketedBatchSampler(Sampler[list[int]]):
-    """This rank's micro-batches of every epoch, as lists of indices for `DataLoader(dataset, batch_sampler=...)`.
+    """Batch sampler of one rank: micro-batches as lists of indices, for `DataLoader(dataset, batch_sampler=...)`.
 
-    At every optimiser step the ranks together get the plan's global batch: the same examples on any number of ranks, every
-    example once per epoch. A rank's share has the number of examples that makes its padded cost equal to the others', and all
-    ranks get the same number of micro-batches. One without examples is `[]`: `collate_fn` must make a filler row of it, because
-    torch's own fails there while the other ranks wait.
+    At every optimiser step the ranks together get the plan's global batch. It holds the same examples on any number of ranks,
+    and every example comes once per epoch. Ranks get unequal numbers of examples at equal padded cost, and equal numbers of
+    micro-batches. A micro-batch without examples is `[]`. `collate_fn` must make a filler row of it: torch's own fails, and the
+    other ranks would wait.
 
     >>> two_ranks = [
     ...     LengthBucketedBatchSampler([9, 1, 1, 1, 5], num_ranks=2, rank=rank, settings=PlanSettings(global_batch_size=4))
@@ -43,8 +43,8 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
     >>> [list(sampler) for sampler in two_ranks]
     [[[4], [0]], [[3, 1, 2], []]]
 
-    A loop whose gradients are those of the mean loss over the global batch. `dataset[i]` is a tensor of tokens and a label;
-    `save` keeps the position beside the weights, and `sampler.load_state_dict` takes it back before `train`::
+    This loop computes the gradients of the mean loss over the global batch. `dataset[i]` is a tensor of tokens and a label.
+    `save` stores the position with the weights; `sampler.load_state_dict` restores it before `train`::
 
         import contextlib
 
@@ -56,7 +56,7 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
 
 
         def collate(rows):
-            tokens, labels = zip(*rows or [(torch.tensor([0]), 0)])  # an empty share: any one valid row, weighted 0 below
+            tokens, labels = zip(*rows or [(torch.tensor([0]), 0)])  # no example: any valid row, weighted 0 below
             lengths_B = torch.tensor([len(row) for row in tokens])
             return pad_sequence(tokens, batch_first=True), lengths_B, torch.tensor(labels)
 
@@ -70,7 +70,7 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
             for epoch in range(sampler.epoch, num_epochs):
                 sampler.set_epoch(epoch)
                 for (tokens_BT, lengths_B, labels_B), micro in zip(loader, sampler.micro_batches(), strict=True):
-                    # DDP averages over the ranks: x num_ranks makes that a sum.
+                    # DDP averages over the ranks; x num_ranks makes it a sum.
                     scale = num_ranks / micro.num_examples if micro.ids else 0.0
                     with contextlib.nullcontext() if micro.is_last else model.no_sync():
                         loss = cross_entropy(model(tokens_BT, lengths_B), labels_B, reduction="sum") * scale
@@ -80,12 +80,12 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
                         optimizer.zero_grad()
                         save(sampler.state_dict(micro.step + 1))
 
-    Epochs are named, never counted: a second iteration without `set_epoch` is an error. Repeating the epoch in silence would
-    keep one order for ever, and counting iterations would part the ranks as soon as one of them takes a look at a batch.
+    Call `set_epoch` before every iteration: a second iteration without it is an error. Repeating the epoch would keep one order
+    for ever. Counting iterations would desynchronise the ranks when one of them looks at a batch.
 
-    The DataLoader's workers fetch ahead, so the loop alone knows where training stands: it gives the step to `state_dict`, and
-    `micro_batches` goes beside the DataLoader, in the same order (leave `in_order` at True). The data are dealt out here: do
-    not pass the DataLoader to `accelerator.prepare`, and set Lightning's `use_distributed_sampler` to False.
+    The DataLoader's workers fetch ahead, so only the loop knows the current step: it passes the step to `state_dict`. Iterate
+    `micro_batches` in parallel with the DataLoader, and leave `in_order` at True. This class already shards the data: do not
+    pass the DataLoader to `accelerator.prepare`, and set Lightning's `use_distributed_sampler` to False.
     """
 
     def __init__(
@@ -99,84 +99,86 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
         max_tokens_per_rank: int | None = None,
         quadratic: float = 0.0,
     ) -> None:
-        """Nothing but `rank` may differ between the ranks.
+        """Plan epoch 0. All arguments except `rank` must be equal on all ranks.
 
         Args:
             lengths: tokens of `dataset[i]`.
             num_ranks: processes that train together.
-            rank: which of them this is, from 0.
-            settings: what decides the global batches.
-            accumulation: the least number of micro-batches per step.
-            max_tokens_per_rank: padded tokens of a micro-batch at most; steps get more micro-batches where they need them.
-            quadratic: see `share`.
+            rank: number of this process, from 0.
+            settings: decide the global batches.
+            accumulation: minimum of micro-batches per step.
+            max_tokens_per_rank: maximum of padded tokens per micro-batch; steps get as many micro-batches as they need.
+            quadratic: see `share_batch`.
 
         Raises:
-            UserError: a rank that is none, and what `plan` and `share` refuse.
+            UserError: `rank` is out of range; errors of `plan` and `share_batch`.
         """
         if not 0 <= rank < num_ranks:
-            raise UserError(
-                f"rank {rank} of {num_ranks}: it would get no share, or another's. Set rank from 0 to num_ranks - 1."
-            )
+            raise UserError(f"rank {rank} of {num_ranks}: out of range. Set rank from 0 to num_ranks - 1.")
         self._lengths = as_lengths(lengths)
         self._rank, self._settings = rank, settings
         self._share = partial(
-            share,
+            share_batch,
             num_ranks=num_ranks,
             accumulation=accumulation,
             max_tokens_per_rank=max_tokens_per_rank,
             quadratic=quadratic,
         )
         self._micro_batches_per_step = accumulation if max_tokens_per_rank is None else None
-        self._move(0, 0)
-        # What `share` refuses is refused here, not at the step that has the longest example, hours from now.
-        longest = max((int(chunk.max()) for _, chunk in chunks(self._lengths)), default=1) if max_tokens_per_rank else 1
+        self._seek(0, 0)
+        # Check the arguments of `share_batch` now, not hours later at the step with the longest example.
+        longest = 1
+        if max_tokens_per_rank:
+            longest = max((int(chunk.max()) for _, chunk in iterate_chunks(self._lengths)), default=1)
         self._share(np.array([longest]))
 
     @property
     def epoch(self) -> int:
-        """The epoch of the next or current iteration, from 0."""
+        """Epoch of the current or next iteration, from 0."""
         return self._epoch
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps of the epoch, those before a loaded position included; epochs differ only with a token budget."""
+        """Optimiser steps of the epoch, including those before a loaded position. They differ only under a token budget."""
         return self._plan.num_steps
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration be this epoch, whole; of the epoch of a loaded position, what that left.
+        """Set the epoch of the next iteration. The epoch of a loaded position continues there.
 
         Raises:
             UserError: an epoch below 0.
         """
         if epoch < 0:
-            raise UserError(f"epoch {epoch}: there is no plan for it. Count epochs from 0.")
+            raise UserError(f"epoch {epoch}: must be at least 0. Count epochs from 0.")
         if epoch != self._epoch:
-            self._move(epoch, 0)
-        self._begun = False
+            self._seek(epoch, 0)
+        self._has_begun = False
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """The position after `step` optimiser steps of the current epoch, JSON-ready; valid on any number of ranks.
+        """Return the position after `step` steps of the current epoch, ready for JSON, valid on any number of ranks.
 
         Raises:
-            UserError: the epoch has fewer steps.
+            UserError: `step` is out of range.
         """
         _check_step(step, self.num_steps)
         return save_position(self._epoch, step, self._fingerprint)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration begin where `state` was saved. An epoch that was over by then is followed by the next.
+        """Restore a position from `state_dict`: the next iteration begins there, or at the next epoch if that one was over.
 
         Raises:
-            UserError: not a position, or one of another plan; names what differs.
+            UserError: `state` is not a position, or belongs to another plan; names the fields that differ.
         """
         epoch, step = load_position(state, self._fingerprint)
         num_steps = plan(self._lengths, self._settings, epoch=epoch).num_steps
         _check_step(step, num_steps)
-        self._move(*((epoch + 1, 0) if step == num_steps > 0 else (epoch, step)))
+        self._seek(*((epoch + 1, 0) if step == num_steps > 0 else (epoch, step)))
 
     def __len__(self) -> int:
-        """Micro-batches of the next or current iteration, equal on all ranks. With `max_tokens_per_rank` the first call plans
-        the whole epoch."""
+        """Return the micro-batches of the current or next iteration, equal on all ranks.
+
+        With `max_tokens_per_rank` the first call plans the whole epoch.
+        """
         if self._micro_batches_per_step is not None:
             return (self.num_steps - self._start) * self._micro_batches_per_step
         if self._length is None:
@@ -185,23 +187,23 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
         return self._length
 
     def __iter__(self) -> Iterator[list[int]]:
-        """This rank's micro-batches.
+        """Yield this rank's micro-batches.
 
         Raises:
-            UserError: the second time for one `set_epoch`.
+            UserError: a second iteration without `set_epoch`.
         """
-        # A generator, so that only the first `next` counts: a DataLoader with workers makes two iterators and uses one.
-        if self._begun:
+        # A generator runs at the first `next`: a DataLoader with workers makes two iterators and uses one.
+        if self._has_begun:
             raise UserError(
                 f"epoch {self._epoch} is iterated a second time: the same batches would come in the same order. "
                 f"Call set_epoch({self._epoch + 1}) before the next epoch, or set_epoch({self._epoch}) to repeat this one."
             )
-        self._begun = True
+        self._has_begun = True
         for micro_batch in self.micro_batches():
             yield micro_batch.ids
 
     def micro_batches(self) -> Iterator[MicroBatch]:
-        """What the iteration of this epoch yields, in its order, with what the loop must know to get the gradients right."""
+        """Yield the micro-batches of the iteration in its order, with the step and divisor of each."""
         return self._micro_batches(self._plan, self._start)
 
     def _micro_batches(self, epoch_plan: Plan, start: int) -> Iterator[MicroBatch]:
@@ -210,10 +212,10 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
             for number, rows in enumerate(slices, 1):
                 yield MicroBatch(ids[rows].tolist(), step, len(ids), number == len(slices))
 
-    def _move(self, epoch: int, step: int) -> None:
+    def _seek(self, epoch: int, step: int) -> None:
         self._epoch, self._start = epoch, step
         self._plan = plan(self._lengths, self._settings, epoch=epoch)
-        self._begun = False
+        self._has_begun = False
         self._length: int | None = None
 
     @cached_property
@@ -224,6 +226,6 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
 def _check_step(step: int, num_steps: int) -> None:
     if not 0 <= step <= num_steps:
         raise UserError(
-            f"step {step} of an epoch of {num_steps} steps: no position can be there. "
+            f"step {step} of an epoch of {num_steps} steps: out of range. "
             "Give the number of steps done in this epoch, not since the start of training."
         )

@@ -24,8 +24,9 @@ sys.path[:0] = [str(HERE), str(HERE.parents[2])]
 
 from measure import forget_peak, memory  # noqa: E402
 
-from agnews_dist.data.batching.epoch_plan import PlanSettings, plan
-from agnews_dist.data.batching.shares import Tally, share
+from agnews_dist.data.batching.epoch_plan import plan  # noqa: E402
+from agnews_dist.data.batching.settings import PlanSettings  # noqa: E402
+from agnews_dist.data.batching.shares import Tally, share_batch  # noqa: E402
 
 IN_MEMORY = {"global_batch_size": 256}, 8, (120_000, 1_000_000, 10_000_000, 100_000_000)
 BLOCK_WISE = (
@@ -74,7 +75,7 @@ def run(table_file: str, num_examples: int, num_ranks: int, named: dict[str, Any
     tally, sums, shared = Tally(), np.zeros(3, np.uint64), 0.0
     for ids in plan(lengths, settings, epoch=0).global_batches():
         lengths_B, start = lengths[ids], time.perf_counter()
-        tally.add(share(lengths_B, num_ranks=num_ranks))
+        tally.add(share_batch(lengths_B, num_ranks=num_ranks))
         shared += time.perf_counter() - start
         whole = ids.astype(np.uint64)
         sums += np.array([whole.sum(), (whole * whole).sum(), (whole * whole * whole).sum()])

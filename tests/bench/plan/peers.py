@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agnews_dist.data.batching.epoch_plan import PlanSettings, plan
-from agnews_dist.data.batching.shares import share
+from agnews_dist.data.batching.epoch_plan import plan
+from agnews_dist.data.batching.settings import PlanSettings
+from agnews_dist.data.batching.shares import share_batch
 
 Batches = list[Sequence[int] | NDArray[np.int64]]
 """The example ids of one rank's batches, one per step."""
@@ -53,14 +54,14 @@ class Ours(Sampler):
     def rank(self, rank: int, epoch: int) -> Batches:
         batches: Batches = []
         for ids in plan(self.lengths_N, self.settings, epoch=epoch).global_batches():
-            dealt = share(self.lengths_N[ids], num_ranks=self.num_ranks)
+            dealt = share_batch(self.lengths_N[ids], num_ranks=self.num_ranks)
             batches.extend(ids[rows] for rows in dealt.slices(rank))
         return batches
 
     def all_ranks(self, epoch: int) -> list[Batches]:
         ranks: list[Batches] = [[] for _ in range(self.num_ranks)]
         for ids in plan(self.lengths_N, self.settings, epoch=epoch).global_batches():
-            dealt = share(self.lengths_N[ids], num_ranks=self.num_ranks)
+            dealt = share_batch(self.lengths_N[ids], num_ranks=self.num_ranks)
             for rank, batches in enumerate(ranks):
                 batches.extend(ids[rows] for rows in dealt.slices(rank))
         return ranks

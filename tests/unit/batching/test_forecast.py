@@ -1,25 +1,25 @@
-"""The forecast says what a training of these lengths will do, step by step; and what it says of batches too small is true."""
+"""Forecast: its figures equal those counted over the planned steps; its warning about small batches is true."""
 
-import itertools
 import json
 
 import numpy as np
 import pytest
 
 from agnews_dist.data.batching import forecast as module
-from agnews_dist.data.batching.epoch_plan import PlanSettings, plan, shuffle
+from agnews_dist.data.batching.epoch_plan import plan
 from agnews_dist.data.batching.forecast import Forecast, forecast, idle_warning
-from agnews_dist.data.batching.shares import share
+from agnews_dist.data.batching.settings import PlanSettings
+from agnews_dist.data.batching.shares import Efficiency, share_batch
 from agnews_dist.errors import UserError
 
 QUADRATIC = 1 / 768
 
 
-def texts(num: int, seed: int = 0) -> np.ndarray:
+def make_lengths(num: int, seed: int = 0) -> np.ndarray:
     return np.clip(np.random.default_rng(seed).lognormal(3.9, 0.4, num), 1, 200).astype(np.int64)
 
 
-def foretold(
+def make_forecast(
     lengths: np.ndarray, settings: PlanSettings, *, ranks: int, epochs: int = 2, tokens: int = 300
 ) -> Forecast:
     return forecast(
@@ -27,13 +27,15 @@ def foretold(
     )
 
 
-def computed(lengths: np.ndarray, settings: PlanSettings, *, ranks: int, epochs: int, tokens: int) -> list[list[list]]:
-    """Step -> rank -> lengths of the rows of each micro-batch, as a training asks for them."""
+def rows_by_rank(
+    lengths: np.ndarray, settings: PlanSettings, *, ranks: int, epochs: int, tokens: int
+) -> list[list[list]]:
+    """Step -> rank -> lengths of the rows of each micro-batch, as a training computes them."""
     found = []
     for epoch in range(epochs):
         for ids in plan(lengths, settings, epoch=epoch).global_batches():
-            dealt = share(lengths[ids], num_ranks=ranks, max_tokens_per_rank=tokens, quadratic=QUADRATIC)
-            found.append([[lengths[ids[rows]] for rows in dealt.slices(rank)] for rank in range(ranks)])
+            share = share_batch(lengths[ids], num_ranks=ranks, max_tokens_per_rank=tokens, quadratic=QUADRATIC)
+            found.append([[lengths[ids[rows]] for rows in share.slices(rank)] for rank in range(ranks)])
     return found
 
 
@@ -48,16 +50,16 @@ def computed(lengths: np.ndarray, settings: PlanSettings, *, ranks: int, epochs:
     ],
     ids=["examples", "few", "tokens", "few tokens"],
 )
-def test_every_figure_is_counted_over_the_whole_training(settings: PlanSettings, ranks: int) -> None:
-    lengths = texts(331)
-    steps = computed(lengths, settings, ranks=ranks, epochs=2, tokens=300)
+def test_forecast_counts_every_step_of_the_training(settings: PlanSettings, ranks: int) -> None:
+    lengths = make_lengths(331)
+    steps = rows_by_rank(lengths, settings, ranks=ranks, epochs=2, tokens=300)
     padded = np.array(
         [[sum(max(rows.max(initial=0) * len(rows), 1) for rows in rank) for rank in step] for step in steps]
     )
     rows_of = np.array([[sum(map(len, rank)) for rank in step] for step in steps])
     real_of = np.array([sum(int(rows.sum()) for rank in step for rows in rank) for step in steps])
     micro_of = np.array([len(step[0]) for step in steps])
-    found = foretold(lengths, settings, ranks=ranks)
+    found = make_forecast(lengths, settings, ranks=ranks)
     assert real_of.sum() == 2 * lengths.sum() == 2 * found.num_tokens
     assert found.efficiency.padding == real_of.sum() / padded.sum()
     assert found.efficiency.critical_path == real_of.sum() / (ranks * padded.max(axis=1).sum())
@@ -74,83 +76,51 @@ def test_every_figure_is_counted_over_the_whole_training(settings: PlanSettings,
     assert (found.num_examples, found.longest) == (331, lengths.max())
 
 
-def test_the_cases_cover_what_they_should() -> None:
-    """Several micro-batches, and ranks without a row: else the test above would say nothing of them."""
-    lengths = texts(331)
-    assert foretold(lengths, PlanSettings(global_batch_size=24), ranks=1).micro_batches_per_step.min > 1
-    assert foretold(lengths, PlanSettings(global_batch_size=5), ranks=8).idle_share > 0.3
+def test_forecast_cases_include_several_micro_batches_and_idle_ranks() -> None:
+    """Control of the test above."""
+    lengths = make_lengths(331)
+    assert make_forecast(lengths, PlanSettings(global_batch_size=24), ranks=1).micro_batches_per_step.min > 1
+    assert make_forecast(lengths, PlanSettings(global_batch_size=5), ranks=8).idle_share > 0.3
 
 
-def test_equal_lengths_by_hand() -> None:
+def test_forecast_of_equal_lengths_by_hand() -> None:
     same = np.full(64, 10)
-    even = foretold(same, PlanSettings(global_batch_size=16), ranks=8)
-    for figures in (even.efficiency, even.limit, even.random, even.equal_counts):
-        assert (figures.critical_path, figures.padding, figures.rank_balance) == (1, 1, 1)
+    even = make_forecast(same, PlanSettings(global_batch_size=16), ranks=8)
+    assert even.efficiency == Efficiency(1, 1, 1)
     assert even.idle_share == 0
     # 4 rows of 10 tokens and 4 filler rows of 1: 40 real tokens of 44, while every rank waits for 10.
-    few = foretold(same, PlanSettings(global_batch_size=4), ranks=8)
-    for figures in (few.efficiency, few.limit, few.random, few.equal_counts):
-        assert (figures.critical_path, figures.padding) == (0.5, 40 / 44)
+    few = make_forecast(same, PlanSettings(global_batch_size=4), ranks=8)
+    assert (few.efficiency.critical_path, few.efficiency.padding) == (0.5, 40 / 44)
     assert few.idle_share == 0.5
 
 
-@pytest.mark.parametrize(("size", "ranks"), [(24, 1), (24, 8), (7, 3), (5, 8)])
-def test_a_plain_sampler_is_reckoned_as_it_works(size: int, ranks: int) -> None:
-    lengths = texts(331)
-    order = shuffle(len(lengths), np.random.PCG64(9))
-    costs = []
-    for begin in range(0, len(order), size):
-        rows = lengths[order[begin : begin + size]]
-        bounds = [len(rows) * rank // ranks for rank in range(ranks + 1)]
-        parts = [rows[a:b] for a, b in itertools.pairwise(bounds)]
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-        costs.append([max(len(part) * part.max(initial=0), 1) for part in parts])
-    found = foretold(lengths, PlanSettings(global_batch_size=size, seed=9), ranks=ranks).equal_counts
-    assert found.padding == lengths.sum() / np.sum(costs)
-    assert found.critical_path == lengths.sum() / (ranks * np.max(costs, axis=1).sum())
-
-
-def test_longer_windows_gain_and_plain_batches_lose() -> None:
-    found = foretold(texts(4000), PlanSettings(global_batch_size=32, bucket_window=16), ranks=8, epochs=1, tokens=9999)
-    figures = [found.limit, found.efficiency, found.random, found.equal_counts]
-    assert [f.critical_path for f in figures] == sorted((f.critical_path for f in figures), reverse=True)
-    assert found.limit.critical_path > found.efficiency.critical_path + 0.005
-    assert found.efficiency.critical_path > found.random.critical_path + 0.05
-
-
-@pytest.mark.parametrize(("window", "same"), [("epoch", "limit"), (1, "random")])
-def test_a_plan_is_its_own_comparison(window, same: str) -> None:
-    found = foretold(texts(331), PlanSettings(global_batch_size=24, bucket_window=window), ranks=3)
-    assert getattr(found, same) == found.efficiency
-    assert found.limit.critical_path > found.random.critical_path
-
-
-def test_of_a_long_training_only_the_first_steps_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forecast_measures_the_first_steps_of_a_long_training(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(module, "share", lambda *args, **kwargs: calls.append(1) or share(*args, **kwargs))
+    monkeypatch.setattr(module, "share_batch", lambda *args, **kwargs: calls.append(1) or share_batch(*args, **kwargs))
     monkeypatch.setattr(module, "MAX_STEPS", 20)
-    monkeypatch.setattr(module, "MAX_STEPS_COMPARED", 7)
-    lengths, settings = texts(331), PlanSettings(global_batch_size=24)
-    found = foretold(lengths, settings, ranks=2, epochs=5000)
-    assert len(calls) == 20 + 2 * 7
+    lengths, settings = make_lengths(331), PlanSettings(global_batch_size=24)
+    found = make_forecast(lengths, settings, ranks=2, epochs=5000)
+    assert len(calls) == 20
     assert (found.num_steps_per_epoch, found.num_steps, found.num_steps_dealt) == (14, 14 * 5000, 20)
-    first = computed(lengths, settings, ranks=2, epochs=2, tokens=300)[:20]
+    first = rows_by_rank(lengths, settings, ranks=2, epochs=2, tokens=300)[:20]
     padded = [[sum(int(rows.max()) * len(rows) for rows in rank) for rank in step] for step in first]
     real = sum(int(rows.sum()) for step in first for rank in step for rows in rank)
     assert found.efficiency.padding == real / np.sum(padded)
 
 
-def test_steps_of_a_token_budget_differ_from_epoch_to_epoch_and_are_all_counted() -> None:
-    lengths, settings = texts(331), PlanSettings(global_token_budget=300, bucket_window=8)
+def test_forecast_counts_steps_that_differ_between_epochs() -> None:
+    lengths, settings = make_lengths(331), PlanSettings(global_token_budget=300, bucket_window=8)
     steps = [sum(1 for _ in plan(lengths, settings, epoch=epoch).global_batches()) for epoch in range(8)]
     assert len(set(steps)) > 1
-    found = foretold(lengths, settings, ranks=2, epochs=8)
+    found = make_forecast(lengths, settings, ranks=2, epochs=8)
     assert (found.num_steps, found.num_steps_per_epoch) == (sum(steps), steps[0])
 
 
-@pytest.mark.parametrize("lengths", [texts(331), np.array([7]), np.array([3, 3, 3]), np.append(texts(500), 199_999)])
-def test_the_histogram_holds_every_text_once(lengths: np.ndarray) -> None:
-    bins = foretold(lengths, PlanSettings(), ranks=1, tokens=10**6).histogram
+@pytest.mark.parametrize(
+    "lengths", [make_lengths(331), np.array([7]), np.array([3, 3, 3]), np.append(make_lengths(500), 199_999)]
+)
+def test_histogram_holds_every_text_once(lengths: np.ndarray) -> None:
+    bins = make_forecast(lengths, PlanSettings(), ranks=1, tokens=10**6).histogram
     assert bins[0].first == lengths.min()
     assert bins[-1].last == lengths.max()
     assert [each.first for each in bins[1:]] == [each.last + 1 for each in bins[:-1]]
@@ -160,21 +130,21 @@ def test_the_histogram_holds_every_text_once(lengths: np.ndarray) -> None:
     assert len(bins) <= module.NUM_BINS + 1
 
 
-def test_one_long_text_does_not_hide_the_shape_of_the_others() -> None:
-    bins = foretold(np.append(texts(500), 199_999), PlanSettings(), ranks=1, tokens=10**6).histogram
+def test_histogram_keeps_its_shape_with_one_very_long_text() -> None:
+    bins = make_forecast(np.append(make_lengths(500), 199_999), PlanSettings(), ranks=1, tokens=10**6).histogram
     assert max(each.num_texts for each in bins) < 250
 
 
-def test_no_text_no_steps() -> None:
-    found = foretold(np.empty(0, np.int64), PlanSettings(), ranks=4)
+def test_forecast_without_texts_has_no_steps() -> None:
+    found = make_forecast(np.empty(0, np.int64), PlanSettings(), ranks=4)
     assert (found.num_steps, found.num_steps_dealt, found.num_tokens, found.longest) == (0, 0, 0, 0)
     assert (found.idle_share, found.histogram, found.tokens_per_step) == (0, (), (0, 0, 0))
-    assert found.efficiency.critical_path == found.equal_counts.critical_path == 1.0
+    assert found.efficiency.critical_path == 1.0
 
 
-def test_what_the_plan_refuses_is_refused_here() -> None:
-    with pytest.raises(UserError, match=r"max_tokens_per_rank 8 is below the longest text \(9 tokens\).*Raise it"):
-        foretold(np.array([9, 1]), PlanSettings(), ranks=1, tokens=8)
+def test_forecast_raises_the_errors_of_the_plan() -> None:
+    with pytest.raises(UserError, match=r"max_tokens_per_rank 8 is below the longest text \(9 tokens\).*Raise batch"):
+        make_forecast(np.array([9, 1]), PlanSettings(), ranks=1, tokens=8)
     with pytest.raises(UserError, match=r"example 0 has 9 tokens, more than the maximum of 8.*Truncate it"):
         forecast(
             np.array([9, 1]),
@@ -194,51 +164,50 @@ def test_what_the_plan_refuses_is_refused_here() -> None:
         (PlanSettings(global_token_budget=900), ("global_token_budget", 900), "global_batch_size"),
     ],
 )
-def test_the_dictionary_is_strict_json(settings: PlanSettings, decides: tuple[str, int], absent: str) -> None:
-    found = foretold(texts(331), settings, ranks=3)
+def test_forecast_to_dict_is_strict_json(settings: PlanSettings, decides: tuple[str, int], absent: str) -> None:
+    found = make_forecast(make_lengths(331), settings, ranks=3)
     read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert (read[decides[0]], read[absent]) == (decides[1], None)
     assert read["critical_path_efficiency"] == found.efficiency.critical_path
-    assert read["critical_path_limit"] == found.limit.critical_path
-    assert read["critical_path_random"] == found.random.critical_path
+    assert not {"critical_path_limit", "critical_path_random", "critical_path_equal_counts"} & set(read)
     assert read["tokens_per_step"] == found.tokens_per_step._asdict()
     assert read["length_histogram"][0] == found.histogram[0]._asdict()
     assert read["plan_fingerprint"]["num_examples"] == read["num_examples"] == 331
 
 
-# --- the warning
+# --- idle_warning
 
 
-def test_a_batch_smaller_than_the_ranks_says_what_it_costs() -> None:
+def test_idle_warning_for_fewer_rows_than_ranks() -> None:
     assert idle_warning(PlanSettings(global_batch_size=4), num_examples=10_000, num_ranks=8) == (
         "batch.global_batch_size 4 on 8 ranks: 4 of 8 ranks compute a filler row at every step, 50% of the machine waits. "
-        "Raise batch.global_batch_size to 8 or more, or use no more than 4 of the ranks."
+        "Raise batch.global_batch_size to 8 or more, or use at most 4 ranks."
     )
     almost = idle_warning(PlanSettings(global_batch_size=63), num_examples=10_000, num_ranks=64)
     assert almost is not None
     assert "1 of 64 ranks compute a filler row at every step, 2% of the machine waits" in almost
 
 
-def test_a_batch_that_does_not_divide_among_the_ranks_says_so_where_it_matters() -> None:
+def test_idle_warning_for_rows_that_do_not_divide_among_the_ranks() -> None:
     warning = idle_warning(PlanSettings(global_batch_size=10), num_examples=10_000, num_ranks=8)
     assert warning is not None
     assert warning.startswith("batch.global_batch_size 10 on 8 ranks: ")
-    assert "ranks with 2 rows hold up those with fewer, and up to 38% of the machine waits" in warning
+    assert "ranks with fewer than 2 rows of similar length wait, up to 38% of the machine." in warning
     assert warning.endswith("Set batch.global_batch_size to a multiple of 8, such as 16.")
-    # What it says is what the plan does with texts of one length.
-    same = foretold(np.full(80, 50), PlanSettings(global_batch_size=10), ranks=8)
+    # The plan of texts of one length confirms the figure.
+    same = make_forecast(np.full(80, 50), PlanSettings(global_batch_size=10), ranks=8)
     assert same.efficiency.critical_path == 1 - 0.375
 
 
-def test_a_token_budget_is_judged_by_what_was_measured() -> None:
+def test_idle_warning_for_a_token_budget_uses_the_measured_balance() -> None:
     settings = PlanSettings(global_token_budget=201)
-    balance = foretold(texts(331), settings, ranks=8).efficiency.rank_balance
+    balance = make_forecast(make_lengths(331), settings, ranks=8).efficiency.rank_balance
     warning = idle_warning(settings, num_examples=10_000, num_ranks=8, rank_balance=balance)
     assert warning is not None
     assert warning.startswith("batch.global_token_budget 201 on 8 ranks: ")
     assert f", {1 - balance:.0%} of the machine waits. Raise batch.global_token_budget, or use fewer ranks." in warning
     assert balance < 0.8
-    # The batch size, which a budget replaces, is not held against it.
+    # A token budget replaces the batch size, which is then not judged.
     assert (
         idle_warning(PlanSettings(global_token_budget=99, global_batch_size=1), num_examples=10_000, num_ranks=8)
         is None
@@ -248,16 +217,16 @@ def test_a_token_budget_is_judged_by_what_was_measured() -> None:
 @pytest.mark.parametrize(
     "settings", [PlanSettings(), PlanSettings(global_token_budget=9000)], ids=["examples", "tokens"]
 )
-def test_fewer_texts_than_ranks_are_a_warning_however_large_a_batch_may_be(settings: PlanSettings) -> None:
+def test_idle_warning_for_fewer_texts_than_ranks(settings: PlanSettings) -> None:
     assert idle_warning(settings, num_examples=6, num_ranks=8, rank_balance=0.7) == (
         "6 training texts on 8 ranks: 2 of 8 ranks compute a filler row at every step, 25% of the machine waits. "
-        "Use no more than 6 of the ranks."
+        "Use at most 6 ranks."
     )
-    assert foretold(texts(6), settings, ranks=8, tokens=9000).idle_share == 0.25
+    assert make_forecast(make_lengths(6), settings, ranks=8, tokens=9000).idle_share == 0.25
 
 
 @pytest.mark.parametrize(("size", "ranks"), [(1, 1), (8, 8), (32, 8), (256, 8), (250, 8), (4096, 64)])
-def test_batches_that_fit_are_no_warning(size: int, ranks: int) -> None:
+def test_idle_warning_is_silent_for_batches_that_fit(size: int, ranks: int) -> None:
     assert idle_warning(PlanSettings(global_batch_size=size), num_examples=10_000, num_ranks=ranks) is None
     assert (
         idle_warning(PlanSettings(global_token_budget=size), num_examples=10_000, num_ranks=ranks, rank_balance=0.97)

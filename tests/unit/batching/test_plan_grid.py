@@ -1,6 +1,6 @@
-"""The plan over a grid of topologies: thousands of them, without a process.
+"""Plan and shares over a grid of thousands of topologies, without processes.
 
-Each is checked in the arithmetic of whole arrays, where test_batching.py and test_sharing.py look at every row.
+Checks use whole arrays; test_epoch_plan.py and test_shares.py check every row.
 """
 
 import itertools
@@ -9,8 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agnews_dist.data.batching.epoch_plan import Ints, PlanSettings, plan
-from agnews_dist.data.batching.shares import Share, share
+from agnews_dist.data.batching.epoch_plan import plan
+from agnews_dist.data.batching.settings import PlanSettings
+from agnews_dist.data.batching.shares import Share, share_batch
+from agnews_dist.data.rows import Ints
 
 NUM_EXAMPLES = (0, 1, 2, 3, 5, 7, 8, 13, 31, 64, 97, 251)
 NO_EXAMPLES = np.empty(0, np.int64)
@@ -23,17 +25,17 @@ BUDGETS = (
 )
 
 
-def lengths_of(num: int) -> Ints:
+def draw_lengths(num: int) -> Ints:
     return np.random.default_rng(num).integers(1, 301, num)
 
 
 def check_topology(
     lengths_N: Ints, batches: list[Ints], shares: list[Share], num_ranks: int, accumulation: int
 ) -> None:
-    assert len(shares) == len(batches), "every rank takes every step"
+    assert len(shares) == len(batches), "one share per step"
     for ids_B, found in zip(batches, shares, strict=True):
         lengths_B, rows_S = lengths_N[ids_B], np.diff(found.bounds_S)
-        # Slices that follow each other from the first row to the last hold every row once.
+        # Consecutive slices from the first row to the last hold every row once.
         assert found.bounds_S[0] == 0
         assert found.bounds_S[-1] == len(ids_B)
         assert rows_S.min() >= 0
@@ -46,15 +48,15 @@ def check_topology(
 
 
 def check_grid(change) -> int:
-    """`change` harms the shares of a topology, or not. Returns how many topologies were checked."""
+    """Check all topologies after `change` to their shares; returns the number of topologies."""
     num_checked = 0
     for num, budget in itertools.product(NUM_EXAMPLES, BUDGETS):
-        lengths_N = lengths_of(num)
+        lengths_N = draw_lengths(num)
         batches = list(plan(lengths_N, budget, epoch=0).global_batches())
         assert (np.sort(np.concatenate([NO_EXAMPLES, *batches])) == np.arange(num)).all()
         for num_ranks, accumulation, limit in itertools.product(RANKS, ACCUMULATION, LIMITS):
             shares = [
-                share(lengths_N[ids], num_ranks=num_ranks, accumulation=accumulation, max_tokens_per_rank=limit)
+                share_batch(lengths_N[ids], num_ranks=num_ranks, accumulation=accumulation, max_tokens_per_rank=limit)
                 for ids in batches
             ]
             assert limit is None or all(found.tokens_MR.max() <= limit for found in shares)
@@ -63,19 +65,19 @@ def check_grid(change) -> int:
     return num_checked
 
 
-def test_thousands_of_topologies_compute_every_example_once():
+def test_grid_computes_every_example_once():
     assert check_grid(lambda shares: shares) == 12 * 5 * 6 * 3 * 2 == 2160
 
 
-def without_the_last_row(shares: list[Share]) -> list[Share]:
+def drop_last_row(shares: list[Share]) -> list[Share]:
     return [replace(s, bounds_S=np.minimum(s.bounds_S, s.bounds_S[-1] - 1)) for s in shares]
 
 
-def without_a_step(shares: list[Share]) -> list[Share]:
+def drop_last_step(shares: list[Share]) -> list[Share]:
     return shares[:-1]
 
 
-@pytest.mark.parametrize("harm", [without_the_last_row, without_a_step], ids=lambda f: f.__name__)
-def test_a_lost_row_or_step_does_not_pass(harm):
+@pytest.mark.parametrize("harm", [drop_last_row, drop_last_step], ids=lambda f: f.__name__)
+def test_grid_check_fails_a_lost_row_or_step(harm):
     with pytest.raises(AssertionError):
         check_grid(harm)

@@ -1,4 +1,4 @@
-"""Positions: one pair of whole numbers, good on any number of ranks, refused by name under a plan with other batches."""
+"""Positions: a pair of whole numbers, valid on any number of ranks, refused under a plan with other batches."""
 
 import json
 import re
@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.plans import plan_batches
 
-from agnews_dist.data.batching.epoch_plan import Ints, Lengths, PlanSettings, plan
 from agnews_dist.data.batching.position import ALGORITHM, fingerprint, load_position, save_position
+from agnews_dist.data.batching.settings import Lengths, PlanSettings
+from agnews_dist.data.rows import Ints
 from agnews_dist.errors import UserError
 
 LENGTHS = np.arange(200) * 7 % 53 + 1
@@ -24,7 +26,7 @@ CHANGED: dict[str, Any] = {
 
 
 def batches(lengths: Lengths, chosen: PlanSettings) -> list[list[int]]:
-    return [ids.tolist() for ids in plan(lengths, chosen, epoch=1).global_batches()]
+    return [ids.tolist() for ids in plan_batches(lengths, chosen, epoch=1)]
 
 
 def changed_length() -> Ints:
@@ -33,11 +35,11 @@ def changed_length() -> Ints:
     return lengths
 
 
-def test_a_position_survives_json_and_is_two_whole_numbers():
+def test_save_position_gives_json_without_ranks():
     saved = json.loads(json.dumps(save_position(2, 17, fingerprint(LENGTHS, CHOSEN))))
     assert load_position(saved, fingerprint(LENGTHS, CHOSEN)) == (2, 17)
     assert list(saved) == ["epoch", "step", "plan"]
-    # Nothing in it knows of ranks, micro-batches or workers.
+    # It holds nothing about ranks, micro-batches or workers.
     assert set(saved["plan"]) == {
         "algorithm",
         *(field.name for field in fields(PlanSettings)),
@@ -47,7 +49,7 @@ def test_a_position_survives_json_and_is_two_whole_numbers():
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(PlanSettings)])
-def test_every_setting_decides_the_batches_and_is_in_the_fingerprint(name):
+def test_load_position_refuses_every_other_setting(name):
     other = replace(CHOSEN, **{name: CHANGED[name]})
     assert batches(LENGTHS, other) != batches(LENGTHS, CHOSEN)
     saved = save_position(0, 3, fingerprint(LENGTHS, CHOSEN))
@@ -56,9 +58,11 @@ def test_every_setting_decides_the_batches_and_is_in_the_fingerprint(name):
         load_position(saved, fingerprint(LENGTHS, other))
     message = str(refused.value)
     assert f"{name} was {was}, is {is_now}" in message
-    assert message.startswith("the saved position (epoch 0, step 3) belongs to another plan (")
-    assert message.endswith("some twice and some never. Restore these settings and data, or start anew.")
-    # Only what differs is named; under a token budget the batch size it replaces is absent.
+    assert message.startswith("saved position (epoch 0, step 3) belongs to another plan (")
+    assert message.endswith(
+        "some examples would come twice and some never. Restore these settings and data, or start a new training."
+    )
+    # Equal fields are not named. Under a token budget the batch size is absent.
     assert message.count(" was ") == (2 if name == "global_token_budget" else 1)
 
 
@@ -70,15 +74,15 @@ def test_every_setting_decides_the_batches_and_is_in_the_fingerprint(name):
         (LENGTHS[:-1], ["num_examples", "lengths_sha256"]),
     ],
 )
-def test_other_data_is_refused(lengths, named):
+def test_load_position_refuses_other_data(lengths, named):
     assert batches(lengths, CHOSEN) != batches(LENGTHS, CHOSEN)
     saved = save_position(0, 3, fingerprint(LENGTHS, CHOSEN))
-    with pytest.raises(UserError, match=r"belongs to another plan.*or start anew") as refused:
+    with pytest.raises(UserError, match=r"belongs to another plan.*or start a new training") as refused:
         load_position(saved, fingerprint(lengths, CHOSEN))
     assert re.findall(r"(\w+) was ", str(refused.value)) == named
 
 
-def test_all_that_differs_is_named_at_once():
+def test_load_position_names_all_differences():
     saved = save_position(1, 5, fingerprint(LENGTHS, CHOSEN))
     now = fingerprint(LENGTHS[:40], PlanSettings(global_batch_size=16, bucket_window="epoch", seed=3))
     with pytest.raises(UserError) as refused:
@@ -87,7 +91,7 @@ def test_all_that_differs_is_named_at_once():
         assert part in str(refused.value)
 
 
-def test_a_batch_size_that_a_token_budget_replaces_does_not_matter():
+def test_fingerprint_omits_a_batch_size_under_a_token_budget():
     first, second = (PlanSettings(global_batch_size=size, global_token_budget=90, seed=3) for size in (8, 9))
     assert batches(LENGTHS, first) == batches(LENGTHS, second)
     saved = save_position(0, 2, fingerprint(LENGTHS, first))
@@ -95,22 +99,23 @@ def test_a_batch_size_that_a_token_budget_replaces_does_not_matter():
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.uint64, ">i8"])
-def test_how_lengths_are_stored_does_not_matter(kind):
+def test_fingerprint_is_independent_of_the_storage_type(kind):
     assert fingerprint(LENGTHS.astype(kind), CHOSEN) == fingerprint(LENGTHS, CHOSEN)
 
 
-def test_lengths_beyond_one_look_are_all_in_the_fingerprint():
+def test_fingerprint_covers_all_chunks():
     lengths = np.full((1 << 20) + 5, 9, dtype=np.uint8)
     before = fingerprint(lengths, CHOSEN)
     lengths[-1] += 1
     assert fingerprint(lengths, CHOSEN) != before
 
 
-def test_a_position_of_another_algorithm_is_refused():
+def test_load_position_refuses_another_algorithm():
     now = fingerprint(LENGTHS, CHOSEN)
     saved = save_position(0, 3, {**now, "algorithm": 0, "retired_setting": 5})
     with pytest.raises(
-        UserError, match=rf"algorithm was 0, is {ALGORITHM}; retired_setting was 5, is absent\): .*or start anew"
+        UserError,
+        match=rf"algorithm was 0, is {ALGORITHM}; retired_setting was 5, is absent\): .*or start a new training",
     ):
         load_position(saved, now)
 
@@ -129,14 +134,14 @@ def test_a_position_of_another_algorithm_is_refused():
     ],
     ids=str,
 )
-def test_what_is_no_position_is_refused(harm):
+def test_load_position_refuses_wrong_types(harm):
     now = fingerprint(LENGTHS, CHOSEN)
     with pytest.raises(
-        UserError, match=r"^the saved position \{.*\} is none: it needs epoch and step .*Give one that save_position"
+        UserError, match=r"^saved position \{.*\}: epoch and step must be .*Give a position that save_position"
     ):
         load_position({**save_position(0, 3, now), **harm}, now)
 
 
-def test_an_empty_file_is_no_position():
-    with pytest.raises(UserError, match=r"^the saved position \{\} is none"):
+def test_load_position_refuses_an_empty_object():
+    with pytest.raises(UserError, match=r"^saved position \{\}: epoch and step must be"):
         load_position({}, fingerprint(LENGTHS, CHOSEN))

@@ -1,4 +1,4 @@
-"""The batch sampler in a real DataLoader: the plan's batches, one order for the loop and the workers, exact resuming."""
+"""Batch sampler in a real DataLoader: the plan's batches, equal order for loop and workers, exact resuming."""
 
 import doctest
 import json
@@ -12,13 +12,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from agnews_dist.data.batching import LengthBucketedBatchSampler, PlanSettings, plan
 from agnews_dist.data.batching import sampler as sampler_module
-from agnews_dist.data.batching.epoch_plan import PlanSettings, plan
-from agnews_dist.data.batching.sampler import LengthBucketedBatchSampler
-from agnews_dist.data.batching.shares import share
+from agnews_dist.data.batching.shares import share_batch
 from agnews_dist.errors import UserError
 
-# Neither a small machine nor Python 3.12's warning of every fork is what these tests are about.
+# These tests ignore warnings of a small machine and of Python 3.12 at every fork.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
@@ -39,12 +38,12 @@ def make(lengths=LENGTHS, *, num_ranks: int = 3, rank: int = 0, settings=SETTING
 
 
 def load(sampler: LengthBucketedBatchSampler, **workers) -> DataLoader:
-    """Batches are the lists of indices themselves."""
+    """Make a DataLoader whose batches are the lists of indices."""
     return DataLoader(range(len(LENGTHS)), batch_sampler=sampler, collate_fn=list, **workers)
 
 
 def epoch_of(sampler: LengthBucketedBatchSampler, loader: DataLoader, epoch: int) -> list[list[list[int]]]:
-    """What the loader gives in one epoch: micro-batches by step, as the loop sees them."""
+    """Read the micro-batches of one epoch, by step, as a training loop does."""
     sampler.set_epoch(epoch)
     steps: list[list[list[int]]] = [[]]
     for batch, micro in zip(loader, sampler.micro_batches(), strict=True):
@@ -58,25 +57,25 @@ def epoch_of(sampler: LengthBucketedBatchSampler, loader: DataLoader, epoch: int
 
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_all_ranks_take_the_plans_global_batches(workers, options):
+def test_ranks_together_take_the_global_batches(workers, options):
     samplers = [make(rank=rank, **options) for rank in range(3)]
     loaders = [load(sampler, **workers) for sampler in samplers]
     for epoch in (0, 1):
         by_rank = [epoch_of(sampler, loader, epoch) for sampler, loader in zip(samplers, loaders, strict=True)]
-        # numpy integers would print and pickle as what they are not
+        # numpy integers would change how batches print and pickle
         assert all(type(i) is int for steps in by_rank for step in steps for batch in step for i in batch)
         expected = list(plan(LENGTHS, SETTINGS, epoch=epoch).global_batches())
         assert [len(steps) for steps in by_rank] == [len(expected)] * 3
         for step, ids in enumerate(expected):
-            dealt = share(LENGTHS[ids], num_ranks=3, **options)
+            share = share_batch(LENGTHS[ids], num_ranks=3, **options)
             for rank in range(3):
-                assert by_rank[rank][step] == [ids[rows].tolist() for rows in dealt.slices(rank)]
+                assert by_rank[rank][step] == [ids[rows].tolist() for rows in share.slices(rank)]
         assert sorted(i for steps in by_rank for step in steps for batch in step for i in batch) == list(range(149))
         assert {len(loader) for loader in loaders} == {sum(len(step) for step in by_rank[0])}
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_loop_is_told_the_global_count_and_the_last_micro_batch(options):
+def test_micro_batches_give_global_count_and_last_of_the_step(options):
     by_rank = [list(make(rank=rank, **options).micro_batches()) for rank in range(3)]
     batches = list(plan(LENGTHS, SETTINGS, epoch=0).global_batches())
     counts_of_micro_batches = set()
@@ -89,11 +88,11 @@ def test_the_loop_is_told_the_global_count_and_the_last_micro_batch(options):
             assert [micro.is_last for micro in micros] == [False] * (len(micros) - 1) + [True]
     assert len(batches) == 10
     if "max_tokens_per_rank" in options:
-        assert len(counts_of_micro_batches) > 1, "the case is about steps of unequal numbers of micro-batches"
+        assert len(counts_of_micro_batches) > 1, "control: numbers of micro-batches differ"
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 5, 8])
-def test_the_number_of_ranks_does_not_change_the_global_batches(num_ranks):
+def test_global_batches_are_independent_of_the_number_of_ranks(num_ranks):
     def batches(num_ranks, **options):
         found: dict[int, list[int]] = {}
         for rank in range(num_ranks):
@@ -108,7 +107,7 @@ def test_the_number_of_ranks_does_not_change_the_global_batches(num_ranks):
 
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("count", [0, 1, 4])
-def test_fewer_examples_than_ranks(count, workers):
+def test_sampler_with_fewer_examples_than_ranks(count, workers):
     samplers = [make(LENGTHS[:count], num_ranks=6, rank=rank) for rank in range(6)]
     by_rank = [list(load(sampler, **workers)) for sampler in samplers]
     assert [len(batches) for batches in by_rank] == [len(sampler) for sampler in samplers] == [min(count, 1)] * 6
@@ -116,7 +115,7 @@ def test_fewer_examples_than_ranks(count, workers):
     assert sum(batches == [[]] for batches in by_rank) == (6 - count if count else 0)
 
 
-def test_a_token_budget_gives_epochs_of_their_own_length():
+def test_length_differs_between_epochs_under_a_token_budget():
     settings = PlanSettings(global_token_budget=150, bucket_window=3)
     sampler = make(settings=settings, accumulation=2)
     lengths = {}
@@ -128,7 +127,7 @@ def test_a_token_budget_gives_epochs_of_their_own_length():
 
 
 class Counting(LengthBucketedBatchSampler):
-    """Counts what the DataLoader has taken."""
+    """Sampler that counts the batches the DataLoader has taken."""
 
     taken = 0
 
@@ -140,7 +139,7 @@ class Counting(LengthBucketedBatchSampler):
 
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("done", [0, 1, 4, 9, 10], ids="after_{}_of_10".format)
-def test_resuming_goes_on_with_the_rest_in_order(done, workers):
+def test_load_state_dict_continues_with_the_rest_in_order(done, workers):
     options = {"num_ranks": 3, "rank": 1, "settings": SETTINGS, "max_tokens_per_rank": 190}
     whole = LengthBucketedBatchSampler(LENGTHS, **options)
     loader = load(whole, **workers)
@@ -153,7 +152,7 @@ def test_resuming_goes_on_with_the_rest_in_order(done, workers):
     before = list(islice(load(interrupted, **workers), used))
     assert before == [batch for step in uninterrupted[1][:done] for batch in step]
     if workers["num_workers"] and 0 < done < 9:
-        assert interrupted.taken > used, "the case is about workers that have fetched ahead"
+        assert interrupted.taken > used, "control: workers have fetched ahead"
     state = json.loads(json.dumps(interrupted.state_dict(done)))
 
     resumed = LengthBucketedBatchSampler(LENGTHS, **options)
@@ -169,7 +168,7 @@ def test_resuming_goes_on_with_the_rest_in_order(done, workers):
     assert lengths == [sum(len(step) for step in steps) for steps in expected]
 
 
-def test_a_position_is_good_on_any_number_of_ranks():
+def test_position_is_valid_on_any_number_of_ranks():
     state = make(num_ranks=3).state_dict(6)
     resumed = [make(num_ranks=2, rank=rank) for rank in range(2)]
     for sampler in resumed:
@@ -179,7 +178,7 @@ def test_a_position_is_good_on_any_number_of_ranks():
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_second_iteration_of_an_epoch_must_be_asked_for(workers):
+def test_second_iteration_needs_set_epoch(workers):
     sampler = make()
     loader = load(sampler, **workers)
     first = list(loader)
@@ -194,17 +193,17 @@ def test_a_second_iteration_of_an_epoch_must_be_asked_for(workers):
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_an_epoch_left_early_leaves_nothing_behind(workers):
+def test_epoch_left_early_does_not_change_the_next(workers):
     sampler = make(max_tokens_per_rank=190)
     loader = load(sampler, **workers)
     expected = epoch_of(sampler, load(sampler), 1)
     sampler.set_epoch(0)
-    # What the loader has fetched ahead of a break must not come in the next epoch.
+    # Batches fetched ahead of a break must not come in the next epoch.
     assert len(list(islice(loader, 3))) == 3
     assert epoch_of(sampler, loader, 1) == expected
 
 
-def test_looking_at_a_batch_does_not_lose_a_loaded_position():
+def test_reading_a_batch_keeps_a_loaded_position():
     sampler = make()
     sampler.load_state_dict(make().state_dict(4))
     look = next(iter(sampler))
@@ -214,7 +213,7 @@ def test_looking_at_a_batch_does_not_lose_a_loaded_position():
     assert len(rest) == len(sampler) == 6
 
 
-def test_a_position_of_another_plan_is_refused_by_name():
+def test_load_state_dict_refuses_another_plan():
     sampler = make()
     sampler.load_state_dict(make().state_dict(4))
     for other, named in [
@@ -225,12 +224,12 @@ def test_a_position_of_another_plan_is_refused_by_name():
     ]:
         with pytest.raises(UserError, match=rf"another plan \(.*{named}.*Restore these settings and data"):
             sampler.load_state_dict(other.state_dict(2))
-    with pytest.raises(UserError, match=r"is none: .* Give one that save_position made"):
+    with pytest.raises(UserError, match=r"epoch and step must be .* Give a position that save_position made"):
         sampler.load_state_dict({})
-    assert len(list(sampler)) == 6, "what was refused must not have moved it"
+    assert len(list(sampler)) == 6, "a refused position changes nothing"
 
 
-def test_a_step_beyond_the_epoch_is_refused():
+def test_state_dict_refuses_a_step_outside_the_epoch():
     sampler = make()
     wrong = r"step {} of an epoch of 10 steps: .* Give the number of steps done in this epoch"
     for step in (-1, 11):
@@ -246,21 +245,21 @@ def test_a_step_beyond_the_epoch_is_refused():
         (LENGTHS, {"rank": 3}, "rank 3 of 3: .* Set rank from 0 to num_ranks - 1"),
         (LENGTHS, {"rank": -1}, "rank -1 of 3: .* Set rank"),
         (LENGTHS, {"accumulation": 0}, "accumulation 0: .* Set both to 1 or more"),
-        (LENGTHS, {"max_tokens_per_rank": 50}, r"50 is below the longest text \(89 tokens\): .* Raise it"),
+        (LENGTHS, {"max_tokens_per_rank": 50}, r"50 is below the longest text \(89 tokens\): .* Raise batch"),
         ([5, 0, 3], {}, "example 1 has 0 tokens: .* Remove the row"),
     ],
 )
-def test_bad_arguments(lengths, changes, message):
+def test_sampler_refuses_wrong_arguments(lengths, changes, message):
     with pytest.raises(UserError, match=message):
         make(lengths, **changes)
 
 
-def test_a_negative_epoch():
+def test_set_epoch_refuses_a_negative_epoch():
     with pytest.raises(UserError, match=r"epoch -1: .* Count epochs from 0"):
         make().set_epoch(-1)
 
 
-def test_lengths_may_come_in_any_form(tmp_path):
+def test_sampler_accepts_lists_tensors_and_mapped_arrays(tmp_path):
     np.save(tmp_path / "lengths.npy", LENGTHS.astype(np.uint16))
     tensors = [torch.tensor(LENGTHS), torch.tensor(LENGTHS, dtype=torch.int32)]
     forms = [LENGTHS.tolist(), *tensors, np.load(tmp_path / "lengths.npy", mmap_mode="r")]
@@ -270,7 +269,7 @@ def test_lengths_may_come_in_any_form(tmp_path):
         sampler.load_state_dict(make().state_dict(1))
 
 
-def test_a_pickled_sampler_goes_on_where_it_was():
+def test_pickled_sampler_continues_at_its_position():
     sampler = make()
     sampler.load_state_dict(make().state_dict(4))
     expected = [micro.ids for micro in sampler.micro_batches()]
@@ -280,25 +279,25 @@ def test_a_pickled_sampler_goes_on_where_it_was():
         assert pool.apply(list, (sampler,)) == expected
 
 
-def test_the_documented_example_is_true():
+def test_docstring_example():
     done = doctest.testmod(sampler_module)
     assert done.attempted >= 2
     assert done.failed == 0
 
 
-def test_no_examples_make_no_batches():
+def test_sampler_without_examples_has_no_batches():
     sampler = LengthBucketedBatchSampler([], num_ranks=2, rank=0, settings=PlanSettings(), max_tokens_per_rank=100)
     assert (len(sampler), list(sampler)) == (0, [])
 
 
 @pytest.mark.parametrize("lengths", [[2.5, 1.0], torch.tensor([2.5, 1.0])], ids=["list", "tensor"])
-def test_lengths_that_are_no_whole_numbers_are_refused(lengths):
+def test_sampler_refuses_lengths_that_are_not_integers(lengths):
     with pytest.raises(UserError, match=r"^lengths of 1 dimension\(s\) and type float.*Give one whole number"):
         LengthBucketedBatchSampler(lengths, num_ranks=1, rank=0, settings=PlanSettings())
 
 
-def test_a_series_is_read_by_position_whatever_its_labels():
-    """A data frame that was filtered keeps the labels of its rows."""
+def test_sampler_reads_a_series_by_position():
+    """A filtered data frame keeps the labels of its rows."""
     rows = pandas.Series([9, 1, 5, 3, 7, 2])
     settings = PlanSettings(global_batch_size=2, bucket_window="epoch")
     found, expected = (
@@ -309,6 +308,6 @@ def test_a_series_is_read_by_position_whatever_its_labels():
 
 
 @pytest.mark.parametrize("wrong", [{"quadratic": -1.0}, {"max_tokens_per_rank": 0}], ids=str)
-def test_what_share_refuses_is_refused_at_once(wrong):
+def test_sampler_checks_arguments_of_share_batch_at_once(wrong):
     with pytest.raises(UserError, match=rf"^{next(iter(wrong))} "):
         LengthBucketedBatchSampler([3, 2], num_ranks=1, rank=0, settings=PlanSettings(), **wrong)

@@ -1,4 +1,4 @@
-"""The picture of a plan: content, one screen, any width, plain ASCII where nothing can be drawn."""
+"""Screen of a forecast: content, one screen, any width, plain ASCII without a capable terminal."""
 
 import dataclasses
 import io
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import rich.console
 
-from agnews_dist.data.batching.epoch_plan import PlanSettings
 from agnews_dist.data.batching.forecast import Bin, Forecast, Spread, forecast
+from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.data.batching.shares import Efficiency
-from agnews_dist.report.plan_view import bar, show_plan
+from agnews_dist.report.plan_view import draw_bar, show_plan
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -39,7 +39,7 @@ def plan() -> Forecast:
     )
 
 
-def shown(plan: Forecast, *, terminal: bool, width: int = 80, encoding: str = "utf-8", **environ: str) -> str:
+def render(plan: Forecast, *, terminal: bool, width: int = 80, encoding: str = "utf-8", **environ: str) -> str:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
     out = rich.console.Console(
@@ -51,8 +51,8 @@ def shown(plan: Forecast, *, terminal: bool, width: int = 80, encoding: str = "u
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["plain", "terminal"])
-def test_it_says_what_the_plan_says(plan: Forecast, terminal: bool) -> None:
-    text = ANSI.sub("", shown(plan, terminal=terminal))
+def test_show_plan_prints_the_figures(plan: Forecast, terminal: bool) -> None:
+    text = ANSI.sub("", render(plan, terminal=terminal))
     for expected in (
         "gpt2 on caf\xe9 [red]rows[/red]",
         "1,000 texts, 100,500 tokens per epoch (mean 100.5, longest 199)",
@@ -63,22 +63,18 @@ def test_it_says_what_the_plan_says(plan: Forecast, terminal: bool) -> None:
         "micro-batches per step: 2; steps without a text: 12.5%",
     ):
         assert expected in text
-    assert re.search(r"critical path +padding +balance", text)
-    assert re.search(r"this plan +0\.750 +0\.875 +0\.625", text)
-    for label, figures in (("epoch", plan.limit), (r"1 \(random batches\)", plan.random)):
-        assert re.search(rf"bucket_window {label} +{figures.critical_path:.3f}", text)
-    assert re.search(rf"equal rows per rank +{plan.equal_counts.critical_path:.3f}", text)
+    assert re.search(r"efficiency +critical path 0\.750, padding 0\.875, balance 0\.625", text)
     assert "measured" not in text
 
 
-def test_other_settings_are_named(plan: Forecast) -> None:
+def test_show_plan_prints_a_token_budget_and_the_measured_steps(plan: Forecast) -> None:
     settings = PlanSettings(global_token_budget=4096, bucket_window="epoch")
-    text = shown(dataclasses.replace(plan, settings=settings, num_steps_dealt=12), terminal=False)
+    text = render(dataclasses.replace(plan, settings=settings, num_steps_dealt=12), terminal=False)
     assert "at most 4,096 tokens over all ranks, sorted within the whole epoch" in text
     assert "on the first 12 steps" in text
 
 
-def bars(text: str) -> dict[str, tuple[int, str]]:
+def read_bars(text: str) -> dict[str, tuple[int, str]]:
     found = re.findall(r"^ *([\d,]+-[\d,]+) +([\d,]+)(?:  ([^\n]*?))? *$", ANSI.sub("", text), flags=re.MULTILINE)
     return {span: (int(count.replace(",", "")), drawn) for span, count, drawn in found}
 
@@ -86,8 +82,8 @@ def bars(text: str) -> dict[str, tuple[int, str]]:
 @pytest.mark.parametrize("width", [40, 80, 132])
 def test_bars_fill_the_width_in_proportion(plan: Forecast, width: int) -> None:
     for terminal, block in ((True, "\u2588"), (False, "#")):
-        text = shown(plan, terminal=terminal, width=width)
-        drawn = bars(text)
+        text = render(plan, terminal=terminal, width=width)
+        drawn = read_bars(text)
         assert {span: count for span, (count, _) in drawn.items()} == {
             "1-10": 400,
             "11-20": 100,
@@ -103,12 +99,12 @@ def test_bars_fill_the_width_in_proportion(plan: Forecast, width: int) -> None:
         assert drawn["31-1,999"][1] == ""
 
 
-def test_a_pipe_a_dumb_terminal_and_one_without_unicode_get_ascii(plan: Forecast) -> None:
+def test_show_plan_prints_ascii_to_a_pipe_a_dumb_terminal_and_without_unicode(plan: Forecast) -> None:
     texts = [
-        shown(plan, terminal=False),
-        shown(plan, terminal=True, TERM="dumb"),
-        shown(plan, terminal=True, encoding="latin-1", NO_COLOR="1"),
-        shown(plan, terminal=True, encoding="ascii"),
+        render(plan, terminal=False),
+        render(plan, terminal=True, TERM="dumb"),
+        render(plan, terminal=True, encoding="latin-1", NO_COLOR="1"),
+        render(plan, terminal=True, encoding="ascii"),
     ]
     for text in texts:
         assert ANSI.sub("", text).replace("caf\xe9", "").isascii()
@@ -117,35 +113,35 @@ def test_a_pipe_a_dumb_terminal_and_one_without_unicode_get_ascii(plan: Forecast
     assert "\x1b" not in texts[0] + texts[1]
 
 
-def test_colour_is_for_terminals_that_want_it(plan: Forecast) -> None:
-    assert "\x1b[1;32m" in shown(plan, terminal=True)
-    assert "\x1b[1;32m" not in shown(plan, terminal=True, NO_COLOR="1")
-    assert "\u2588\u2588\u2588" in shown(plan, terminal=True, NO_COLOR="1")
+def test_show_plan_colours_only_terminals_that_allow_it(plan: Forecast) -> None:
+    assert "\x1b[36m" in render(plan, terminal=True)
+    assert "\x1b[36m" not in render(plan, terminal=True, NO_COLOR="1")
+    assert "\u2588\u2588\u2588" in render(plan, terminal=True, NO_COLOR="1")
 
 
-def test_it_fits_one_screen() -> None:
+def test_show_plan_fits_one_screen() -> None:
     lengths = np.clip(np.random.default_rng(0).lognormal(3.9, 0.4, 20_000), 1, 1000).astype(np.int64)
     made = forecast(
         lengths, PlanSettings(), num_epochs=3, num_ranks=8, max_tokens_per_rank=16384, quadratic=0.0, max_length=1000
     )
-    lines = shown(made, terminal=True).rstrip("\n").split("\n")
-    assert 20 < len(lines) <= 24
+    lines = render(made, terminal=True).rstrip("\n").split("\n")
+    assert 16 < len(lines) <= 24
 
 
 @pytest.mark.parametrize("width", [1, 10, 24, 40])
 @pytest.mark.parametrize("terminal", [False, True], ids=["plain", "terminal"])
-def test_narrow_terminals_and_no_texts_are_no_error(plan: Forecast, width: int, terminal: bool) -> None:
-    assert shown(plan, terminal=terminal, width=width)
+def test_show_plan_accepts_narrow_terminals_and_no_texts(plan: Forecast, width: int, terminal: bool) -> None:
+    assert render(plan, terminal=terminal, width=width)
     nothing = forecast(
         np.empty(0, np.int64), PlanSettings(), num_epochs=1, num_ranks=1, max_tokens_per_rank=1, quadratic=0.0
     )
-    assert shown(nothing, terminal=terminal, width=width)
+    assert render(nothing, terminal=terminal, width=width)
 
 
-def test_a_bar_is_drawn_in_eighths() -> None:
-    assert bar(2.5, in_blocks=True) == "\u2588\u2588\u258c"
-    assert bar(3.0, in_blocks=True) == "\u2588" * 3
-    assert bar(0.01, in_blocks=True) == "\u258f"
-    assert [len(bar(eighths / 8, in_blocks=True)) for eighths in range(1, 17)] == [1] * 8 + [2] * 8
-    assert bar(2.6, in_blocks=False) == "###"
-    assert bar(0.0, in_blocks=True) == bar(0.0, in_blocks=False) == ""
+def test_draw_bar_in_eighths_or_whole_signs() -> None:
+    assert draw_bar(2.5, in_blocks=True) == "\u2588\u2588\u258c"
+    assert draw_bar(3.0, in_blocks=True) == "\u2588" * 3
+    assert draw_bar(0.01, in_blocks=True) == "\u258f"
+    assert [len(draw_bar(eighths / 8, in_blocks=True)) for eighths in range(1, 17)] == [1] * 8 + [2] * 8
+    assert draw_bar(2.6, in_blocks=False) == "###"
+    assert draw_bar(0.0, in_blocks=True) == draw_bar(0.0, in_blocks=False) == ""
