@@ -1,22 +1,22 @@
-"""What features are a function of, as one key: two caches of the same key hold the same features."""
+"""Keys of feature caches: a hash over everything that features depend on, so equal keys mean equal features."""
 
 import hashlib
-import inspect
 import json
-from types import ModuleType
 
 import numpy as np
 import torch
 from transformers import GPT2Config
 
 from agnews_dist.data.batching.loader import TokenTable
-from agnews_dist.features import layout as calls
 from agnews_dist.features.layout import Layout
-from agnews_dist.model import last_token, packed, prefix
 
-# Computing and laying out: with their source in the key, a change of the code cannot meet features of the old one.
-_CODE: tuple[ModuleType, ...] = (calls, last_token, packed, prefix)
-_SHAPE = (
+FORMAT = 2
+"""Version of the computation and of the files.
+
+Raise it with every change of code that moves a bit of a feature, the order of the rows, or the files on disk. Caches of other
+versions are then never read; eviction removes them. Version 1 hashed source code instead.
+"""
+_CONFIG_FIELDS = (
     "n_embd",
     "n_head",
     "n_inner",
@@ -25,32 +25,40 @@ _SHAPE = (
     "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx",
 )
+"""Fields of the model's config that change what the frozen weights compute."""
 
 
 def features_key(
     *, frozen_weights: str, config: GPT2Config, num_blocks: int, table: TokenTable, layout: Layout, dtype: torch.dtype
 ) -> str:
-    """sha256 over the frozen weights (`frozen_weights`: their fingerprint) and how the config reads them, the number of frozen
-    blocks, the split's tokens, the order of the rows and the calls that make them, their type, and the source text of what
-    computes them."""
+    """Return the key of one split's features: 64 hexadecimal digits.
+
+    Args:
+        frozen_weights: fingerprint of the frozen weights.
+        config: the model's.
+        num_blocks: number of frozen blocks.
+        table: tokens of the split.
+        layout: order of the rows, and the calls that compute them.
+        dtype: type of the features.
+    """
     texts_of_calls = np.array([len(ids) for ids in layout.texts], np.int64)
     parts: list[object] = [
         frozen_weights,
-        [getattr(config, name) for name in _SHAPE],
+        [getattr(config, name) for name in _CONFIG_FIELDS],
         num_blocks,
         table.fingerprint,
-        _digest(np.concatenate([layout.begin_N, layout.rows_N, layout.bounds_S, texts_of_calls])),
-        [str(dtype), _rounds_products(dtype)],
-        [hashlib.sha256(inspect.getsource(module).encode()).hexdigest() for module in _CODE],
+        _hash_numbers(np.concatenate([layout.begin_N, layout.rows_N, layout.bounds_S, texts_of_calls])),
+        [str(dtype), _uses_tf32(dtype)],
+        FORMAT,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _rounds_products(dtype: torch.dtype) -> bool:
-    """Whether fp32 products are TF32, which has bf16's precision."""
+def _uses_tf32(dtype: torch.dtype) -> bool:
+    """Return whether fp32 products are computed in TF32, which has a mantissa of 10 bits."""
     on_gpu = dtype == torch.float32 and torch.cuda.is_available()
     return on_gpu and bool(torch.backends.cuda.matmul.allow_tf32)
 
 
-def _digest(numbers: np.ndarray[tuple[int], np.dtype[np.int64]]) -> str:
+def _hash_numbers(numbers: np.ndarray[tuple[int], np.dtype[np.int64]]) -> str:
     return hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Where the features are kept: a decision from sizes alone, with its reason in words. Pure."""
+"""The placement of a run's features: device, host memory, disk, or none. Decided from sizes alone, without torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,92 +6,97 @@ from typing import Literal
 from agnews_dist.storage.capacity import gigabytes
 
 Place = Literal["device", "host", "disk", "off"]
-Wanted = Literal["auto", "device", "host", "disk", "off"]
+RequestedPlace = Literal["auto", "device", "host", "disk", "off"]
 MEMORY_SHARE = 0.6
-"""Of free memory that features may take: training needs some too, and so does what else runs there."""
+"""Largest share of free memory for features. Training and other processes need the rest."""
 DISK_SHARE = 0.9
+"""Largest share of free disk space for features."""
 
 
 @dataclass(frozen=True)
-class FreeSpace:
-    """Free bytes, the least over all ranks, so that every rank decides alike."""
+class Resources:
+    """Ranks and free bytes of a job. The bytes are the minimum over all ranks, so every rank decides the same."""
 
-    device: int
-    """Per rank."""
-    host: int
-    """Per node."""
-    shared: int
-    """The part of the host's memory that several ranks of a node can share."""
-    disk: int
-    """Below the cache's directory."""
-    disk_limit: int
-    """What all feature caches on disk may take together."""
+    num_ranks: int
+    ranks_per_node: int
+    has_gpu: bool
+    device_bytes: int
+    """Free memory of each rank's device."""
+    host_bytes: int
+    """Free memory of each node."""
+    shared_bytes: int
+    """Free memory of each node that its ranks can share."""
+    disk_bytes: int
+    """Free space of the cache directory's file system."""
+    disk_limit_bytes: int
+    """Limit of all feature caches on disk together."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The place and why it is that one; `refused` says why an explicit wish was not obeyed."""
+    """The chosen place, and the reason for the log."""
 
     place: Place
-    why: str
-    refused: str | None = None
+    reason: str
+    refusal: str | None = None
+    """Message if another place was requested."""
 
 
 def choose(
-    wanted: Wanted,
+    requested: RequestedPlace,
     num_bytes: int,
-    room: FreeSpace,
+    resources: Resources,
     *,
-    num_ranks: int,
-    ranks_per_node: int,
     num_epochs: int,
-    has_gpu: bool,
     is_on_disk: bool,
     failed: frozenset[Place] = frozenset(),
 ) -> Choice:
-    """The first place in which `num_bytes` of features fit.
+    """Choose the first place where `num_bytes` of features fit.
 
-    auto: what a former run left whole on disk; the device, if it is a GPU; the host; the disk; computing at every use. Another
-    wish comes first, then what auto would take. `failed`: places that turned out not to work.
+    The order of auto: complete files of an earlier run (`is_on_disk`), a GPU's memory, host memory, disk, off. Auto computes
+    features at every use if there is one epoch. Another requested place comes before this order.
+
+    Args:
+        num_bytes: size of the features, over all ranks.
+        num_epochs: how often training reads each text.
+        is_on_disk: complete files for these features exist.
+        failed: places where storing the features has failed.
     """
-    if wanted == "off":
-        return Choice("off", "as asked: computed anew at every use")
-    if wanted in ("auto", "disk") and is_on_disk and "disk" not in failed:
-        # Not asked whether it fits: what is there has its space, which is no longer free.
-        return Choice("disk", f"{gigabytes(num_bytes)}, kept by a former run")
-    if wanted == "auto" and num_epochs == 1:
-        return Choice("off", "computed as they are needed: one epoch needs each once")
-    automatic: list[Place] = ["device", "host", "disk"] if has_gpu else ["host", "disk"]
-    first: list[Place] = [] if wanted == "auto" else [wanted]
-    places = first + [place for place in automatic if place not in first]
+    if requested == "off":
+        return Choice("off", "as requested, computed at every use")
+    if requested in ("auto", "disk") and is_on_disk and "disk" not in failed:
+        # The free space does not matter: the files exist.
+        return Choice("disk", f"{gigabytes(num_bytes)}, cached by an earlier run")
+    if requested == "auto" and num_epochs == 1:
+        return Choice("off", "computed at every use, which is once in one epoch")
+    automatic: list[Place] = ["device", "host", "disk"] if resources.has_gpu else ["host", "disk"]
+    first: list[Place] = [] if requested == "auto" else [requested]
     misfits: list[str] = []
-    for place in places:
-        if place in failed:
-            misfits.append(f"{place} failed")
-            continue
-        misfit = _misfit(place, num_bytes, room, num_ranks=num_ranks, ranks_per_node=ranks_per_node)
+    for place in first + [place for place in automatic if place not in first]:
+        misfit = f"{place} failed" if place in failed else _explain_misfit(place, num_bytes, resources)
         if misfit is None:
-            asked = "as asked" if place == wanted else "; ".join(misfits) or "fits"
-            refused = None if wanted in ("auto", place) else f"{'; '.join(misfits)}: kept in {place} instead"
-            return Choice(place, f"{gigabytes(num_bytes)}, {asked}", refused)
+            reason = "as requested" if place == requested else "; ".join(misfits) or "fits"
+            refusal = None if requested in ("auto", place) else f"{'; '.join(misfits)}. Features are cached in {place}"
+            return Choice(place, f"{gigabytes(num_bytes)}, {reason}", refusal)
         misfits.append(misfit)
-    nowhere = "; ".join(misfits)
-    refused = None if wanted == "auto" else f"{nowhere}: computed anew at every use"
-    return Choice("off", f"computed anew at every use: {gigabytes(num_bytes)} fit nowhere ({nowhere})", refused)
+    reasons = "; ".join(misfits)
+    refusal = None if requested == "auto" else f"{reasons}. Features are computed at every use"
+    return Choice("off", f"computed at every use: {gigabytes(num_bytes)} fit nowhere ({reasons})", refusal)
 
 
-def _misfit(place: Place, num_bytes: int, room: FreeSpace, *, num_ranks: int, ranks_per_node: int) -> str | None:
-    """Why the features do not fit there, or None."""
+def _explain_misfit(place: Place, num_bytes: int, resources: Resources) -> str | None:
+    """Return why the features do not fit in this place; None if they do."""
     if place == "device":
-        need, limit, what = -(-num_bytes // num_ranks), MEMORY_SHARE * room.device, "free device memory per rank"
-    elif place == "host" and ranks_per_node > 1 and room.shared < room.host:
-        need, limit, what = num_bytes, MEMORY_SHARE * room.shared, "free shared memory of the node"
+        needed, free = -(-num_bytes // resources.num_ranks), resources.device_bytes
+        share, memory = MEMORY_SHARE, "device memory per rank"
+    elif place == "host" and resources.ranks_per_node > 1 and resources.shared_bytes < resources.host_bytes:
+        needed, free, share, memory = num_bytes, resources.shared_bytes, MEMORY_SHARE, "shared memory of the node"
     elif place == "host":
-        need, limit, what = num_bytes, MEMORY_SHARE * room.host, "free host memory"
-    elif room.disk_limit < num_bytes:
-        return f"{gigabytes(num_bytes)} exceed engine.feature_cache_gigabytes ({gigabytes(room.disk_limit)})"
+        needed, free, share, memory = num_bytes, resources.host_bytes, MEMORY_SHARE, "host memory"
+    elif resources.disk_limit_bytes < num_bytes:
+        return f"{gigabytes(num_bytes)} exceed engine.feature_cache_gigabytes ({gigabytes(resources.disk_limit_bytes)})"
     else:
-        need, limit, what = num_bytes, DISK_SHARE * room.disk, "free disk space"
-    if need <= limit:
+        needed, free, share, memory = num_bytes, resources.disk_bytes, DISK_SHARE, "disk space"
+    if needed <= share * free:
         return None
-    return f"{gigabytes(need)} exceed what may be taken of the {what} ({gigabytes(int(limit))})"
+    return f"{gigabytes(needed)} exceed {share:.0%} of the free {memory} ({gigabytes(int(share * free))})"

@@ -1,7 +1,7 @@
-"""The features of one split, computed segment by segment: in this process's memory, or into a file that processes share."""
+"""Computation of one split's features, segment by segment, into memory or into a file that processes share."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from agnews_dist.model.prefix import Prefix
 
 
 class SplitFeatures:
-    """What the frozen part makes of a split, in the order of a layout."""
+    """The frozen part's output for one split, in the order of a layout."""
 
     def __init__(self, prefix: Prefix, table: TokenTable, layout: Layout) -> None:
         self._prefix, self._table, self.layout = prefix, table, layout
@@ -24,67 +24,66 @@ class SplitFeatures:
 
     @property
     def width(self) -> int:
-        """D."""
+        """Numbers per row."""
         return self._prefix.wte.embedding_dim
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the frozen weights."""
+        """Type of the frozen weights and of the features."""
         return self._prefix.wte.weight.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Of all rows."""
+        """Size of all rows."""
         return self.layout.num_rows * self.width * self.dtype.itemsize
 
-    def segment(self, number: int) -> Tensor:
-        """The rows of one segment, on the prefix's device."""
-        return torch.cat([self._prefix.rows(*self._table.pack(ids)) for ids in self.layout.calls(number)])
+    def compute_segment(self, segment: int) -> Tensor:
+        """Compute the rows of one segment, on the prefix's device."""
+        return torch.cat([self._prefix.rows(*self._table.pack(ids)) for ids in self.layout.calls(segment)])
 
-    def segment_tokens(self, number: int) -> int:
-        """Tokens that go into it."""
-        return sum(int(self._table.lengths_N[ids].sum()) for ids in self.layout.calls(number))
+    def read_or_compute(self, file: FeatureFile | None, segment: int) -> Tensor:
+        """Read the rows of a segment from an earlier run's file; compute them if they are missing or damaged there."""
+        rows = file.read_segment(segment) if file is not None else None
+        return self.compute_segment(segment) if rows is None else rows
 
-    def in_memory(
-        self, device: torch.device, rows_of: Callable[[int], Tensor], done: Callable[[int], None]
+    def segment_tokens(self, segment: int) -> int:
+        """Count the tokens of a segment's texts."""
+        return sum(int(self._table.lengths_N[ids].sum()) for ids in self.layout.calls(segment))
+
+    def prepare_in_memory(
+        self, device: torch.device, get_rows: Callable[[int], Tensor], on_segment: Callable[[int], None]
     ) -> tuple[Tensor, list[Callable[[], None]]]:
-        """Room for all rows on `device`, and the pieces of work that fill it, a segment each.
+        """Allocate all rows on `device`, and return them with one task per segment that fills them.
 
-        `rows_of` gives a segment's rows, `done` hears of each segment.
+        Args:
+            get_rows: returns the rows of a segment.
+            on_segment: called after each segment.
         """
         rows = torch.empty(self.layout.num_rows, self.width, dtype=self.dtype, device=device)
         bounds_S = self.layout.bounds_S
 
         def fill(segment: int) -> None:
-            rows[bounds_S[segment] : bounds_S[segment + 1]] = rows_of(segment)
-            done(segment)
+            rows[bounds_S[segment] : bounds_S[segment + 1]] = get_rows(segment)
+            on_segment(segment)
 
         return rows, [partial(fill, segment) for segment in range(self.layout.num_segments)]
 
 
-class Meter:
-    """Progress of the frozen part over all splits, in tokens; segments may end in any thread."""
+class FeatureProgress:
+    """Progress over all splits, in tokens. Any thread may report a segment."""
 
-    def __init__(self, emit: Emit, total: int, found: int) -> None:
-        """`found`: tokens of what was there before, which is no part of the rate."""
-        self._emit, self._total, self._done = emit, total, found
+    def __init__(self, emit: Emit, *, num_tokens: int, num_cached: int) -> None:
+        """`num_cached`: tokens whose features existed at the start; they do not count towards the rate."""
+        self._emit, self._total, self._done = emit, num_tokens, num_cached
         self._lock = threading.Lock()
-        self.add(0)
+        self._add(0)
 
-    def add(self, num_tokens: int) -> None:
-        """So many more are there."""
+    def add_segment(self, split: SplitFeatures, cached: Set[int], segment: int) -> None:
+        """Count a segment, unless it is one of those that existed at the start."""
+        if segment not in cached:
+            self._add(split.segment_tokens(segment))
+
+    def _add(self, num_tokens: int) -> None:
         with self._lock:
             self._done += num_tokens
             self._emit(Progress(task="frozen part", done=self._done, total=self._total, unit="tokens"))
-
-
-def read_or_compute(split: SplitFeatures, former: FeatureFile | None, segment: int) -> Tensor:
-    """A segment's rows, from a file of a former run or try if they are whole there."""
-    found = former.read(segment) if former is not None else None
-    return split.segment(segment) if found is None else found
-
-
-def count(split: SplitFeatures, found: frozenset[int], meter: Meter, segment: int) -> None:
-    """Tell the meter of a segment that was not there before."""
-    if segment not in found:
-        meter.add(split.segment_tokens(segment))

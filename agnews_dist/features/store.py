@@ -68,7 +68,7 @@ class FeatureFile:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every segment is marked as finished and the file has its size; the bytes are not verified."""
+        """True if every segment is marked as finished and the file has its size; the bytes are not verified."""
         return has_all_segments(self.directory, num_segments=self.num_segments, num_bytes=self.num_bytes)
 
     def allocate(self) -> None:

@@ -1,1 +1,6 @@
-"""The classifier: a frozen prefix and a trainable suffix made from GPT-2, and its way back to Hugging Face's format."""
+"""GPT-2 as a classifier: a frozen prefix and a trainable suffix, export to Hugging Face's format and back."""
+
+from agnews_dist.model.export import export_model, load_classifier
+from agnews_dist.model.gpt2 import Classifier
+
+__all__ = ["Classifier", "export_model", "load_classifier"]

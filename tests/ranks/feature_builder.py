@@ -1,7 +1,7 @@
-"""Run by test_feature_builders.py: builds one feature file of known rows, slowly, and says what it computed.
+"""A slow builder of one feature file with known rows, run by test_feature_builders.py.
 
-Arguments: directory, number of segments, seconds per segment, threads, log file. Every segment that is computed is a line in
-the log: `<pid> <segment>`.
+Arguments: directory, number of segments, seconds per segment, threads, log file. Each computed segment adds the line
+`<pid> <segment>` to the log.
 """
 
 import os
@@ -19,7 +19,7 @@ KEY = "a" * 64
 
 
 def rows_of(segment: int) -> torch.Tensor:
-    """What a segment must hold: every number tells its place."""
+    """Return the rows of a segment: consecutive numbers over all segments."""
     begin = segment * ROWS_PER_SEGMENT * WIDTH
     return torch.arange(begin, begin + ROWS_PER_SEGMENT * WIDTH, dtype=torch.float32).view(-1, WIDTH)
 
@@ -46,13 +46,13 @@ def main() -> None:
 
     file = feature_file(directory, num_segments)
     file.allocate()
-    work = file.worker(compute)
-    threads = [threading.Thread(target=work) for _ in range(num_threads)]
+    worker = file.make_worker(compute)
+    threads = [threading.Thread(target=worker) for _ in range(num_threads)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert torch.equal(file.rows(), expected(num_segments))
+    assert torch.equal(file.map_rows(), expected(num_segments))
 
 
 if __name__ == "__main__":

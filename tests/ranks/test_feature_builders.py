@@ -1,4 +1,4 @@
-"""Real processes that know nothing of each other build, lose and finish one feature file."""
+"""Independent processes build one feature file together, are killed, and continue it."""
 
 import os
 import random
@@ -28,12 +28,12 @@ def start(directory: Path, log: Path, *, seconds: float = 0.02, threads: int = 1
 
 
 def finish(builder: subprocess.Popen[str]) -> None:
-    _, said = builder.communicate(timeout=60)
-    assert builder.returncode == 0, said
+    _, errors = builder.communicate(timeout=60)
+    assert builder.returncode == 0, errors
 
 
 def computed(log: Path) -> list[tuple[int, int]]:
-    """(pid, segment) in order."""
+    """Return (pid, segment) of every computed segment, in order."""
     lines = log.read_text().splitlines() if log.exists() else []
     return [(int(pid), int(segment)) for pid, segment in map(str.split, lines)]
 
@@ -45,51 +45,51 @@ def wait_for(log: Path, count: int) -> None:
         time.sleep(0.005)
 
 
-def assert_right(directory: Path) -> None:
+def assert_complete(directory: Path) -> None:
     file = feature_file(directory, NUM_SEGMENTS)
     assert file.is_complete
-    assert torch.equal(file.rows(), expected(NUM_SEGMENTS))
-    assert all(file.read(segment) is not None for segment in range(NUM_SEGMENTS)), "as its checksum says"
+    assert torch.equal(file.map_rows(), expected(NUM_SEGMENTS))
+    assert all(file.read_segment(segment) is not None for segment in range(NUM_SEGMENTS)), "every checksum matches"
     file.close()
 
 
 @pytest.mark.parametrize(("num_builders", "threads"), [(1, 3), (3, 1), (2, 2)])
-def test_builders_at_once_share_the_work(tmp_path, num_builders, threads):
+def test_concurrent_builders_share_the_work(tmp_path, num_builders, threads):
     directory, log = tmp_path / ("a" * 64), tmp_path / "log"
     builders = [start(directory, log, seconds=0.05, threads=threads) for _ in range(num_builders)]
     for builder in builders:
         finish(builder)
-    assert_right(directory)
+    assert_complete(directory)
     found = computed(log)
-    assert Counter(segment for _, segment in found) == Counter(range(NUM_SEGMENTS)), "each segment by one of them"
+    assert Counter(segment for _, segment in found) == Counter(range(NUM_SEGMENTS)), "each segment is computed once"
     if num_builders > 1:
-        assert len({pid for pid, _ in found}) == num_builders, "nobody was idle"
+        assert len({pid for pid, _ in found}) == num_builders, "every builder computed some"
 
 
-def test_a_killed_builder_loses_no_finished_segment(tmp_path):
+def test_killed_builder_loses_no_finished_segment(tmp_path):
     seed = random.randrange(2**32)
     print(f"seed {seed}")
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     directory, log = tmp_path / ("a" * 64), tmp_path / "log"
     num_kills = 5
     for _ in range(num_kills):
         builder = start(directory, log)
-        wait_for(log, len(computed(log)) + chance.randint(1, 5))
-        time.sleep(chance.random() * 0.03)
+        wait_for(log, len(computed(log)) + rng.randint(1, 5))
+        time.sleep(rng.random() * 0.03)
         builder.send_signal(signal.SIGKILL)
         builder.communicate()
     before = computed(log)
     assert not feature_file(directory, NUM_SEGMENTS).is_complete, "killed before the end"
     finish(start(directory, log))
-    assert_right(directory)
+    assert_complete(directory)
     again = Counter(segment for _, segment in computed(log))
     assert set(again) == set(range(NUM_SEGMENTS))
-    # At most the one that was being written when the kill came.
+    # A kill loses at most the segment that was being written.
     assert sum(again.values()) - NUM_SEGMENTS <= num_kills
     assert len(before) > num_kills
 
 
-def test_a_killed_builders_segment_is_taken_over_by_a_living_one(tmp_path):
+def test_living_builder_takes_over_the_segment_of_a_killed_one(tmp_path):
     directory, log = tmp_path / ("a" * 64), tmp_path / "log"
     stuck = start(directory, log, seconds=1000)
     while not (directory / "marks" / "00000").exists():
@@ -97,9 +97,9 @@ def test_a_killed_builders_segment_is_taken_over_by_a_living_one(tmp_path):
     living = start(directory, log)
     wait_for(log, NUM_SEGMENTS - 1)
     time.sleep(0.3)
-    assert living.poll() is None, "it waits for the segment that the other has"
+    assert living.poll() is None, "it waits for the segment that the other has locked"
     assert not feature_file(directory, NUM_SEGMENTS).is_complete
     stuck.kill()
     stuck.communicate()
     finish(living)
-    assert_right(directory)
+    assert_complete(directory)

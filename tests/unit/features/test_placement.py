@@ -1,148 +1,150 @@
-"""Where features are kept: every rule of the decision in a table, and reasons that hold the numbers."""
+"""The choice of a place: every rule in a table, and reasons with the numbers."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from agnews_dist.features.placement import Choice, FreeSpace, choose
+from agnews_dist.features.placement import Choice, Resources, choose
 from agnews_dist.storage.capacity import gigabytes
 
 GB = 10**9
-NEED = 6 * GB
-ROOMY = FreeSpace(device=100 * GB, host=100 * GB, shared=100 * GB, disk=100 * GB, disk_limit=100 * GB)
-TIGHT = FreeSpace(device=GB, host=GB, shared=GB, disk=GB, disk_limit=100 * GB)
+NEEDED = 6 * GB
+PLENTY = Resources(
+    num_ranks=1,
+    ranks_per_node=1,
+    has_gpu=False,
+    device_bytes=100 * GB,
+    host_bytes=100 * GB,
+    shared_bytes=100 * GB,
+    disk_bytes=100 * GB,
+    disk_limit_bytes=100 * GB,
+)
+SCARCE = replace(PLENTY, device_bytes=GB, host_bytes=GB, shared_bytes=GB, disk_bytes=GB)
+WITH_GPU = replace(PLENTY, has_gpu=True)
+TWO_RANKS = replace(PLENTY, num_ranks=2, ranks_per_node=2)
+EIGHT_GPUS = replace(PLENTY, num_ranks=8, ranks_per_node=8, has_gpu=True)
 
 
-def decide(wanted: Any = "auto", room: FreeSpace = ROOMY, num_bytes: int = NEED, **facts: Any) -> Choice:
-    usual = {"num_ranks": 1, "ranks_per_node": 1, "num_epochs": 3, "has_gpu": False, "is_on_disk": False}
-    return choose(wanted, num_bytes, room, **{**usual, **facts})
+def decide(requested: Any = "auto", resources: Resources = PLENTY, num_bytes: int = NEEDED, **facts: Any) -> Choice:
+    return choose(requested, num_bytes, resources, **{"num_epochs": 3, "is_on_disk": False, **facts})
 
 
-NO_HOST = "6.0 GB exceed what may be taken of the free host memory (600 MB)"
-NO_DEVICE = "6.0 GB exceed what may be taken of the free device memory per rank (600 MB)"
-NO_DISK = "6.0 GB exceed what may be taken of the free disk space (900 MB)"
+NO_HOST = "6.0 GB exceed 60% of the free host memory (600 MB)"
+NO_DEVICE = "6.0 GB exceed 60% of the free device memory per rank (600 MB)"
+NO_SHARED = "6.0 GB exceed 60% of the free shared memory of the node (600 MB)"
+NO_DISK = "6.0 GB exceed 90% of the free disk space (900 MB)"
+NO_LIMIT = "6.0 GB exceed engine.feature_cache_gigabytes (1.0 GB)"
 
 
 @pytest.mark.parametrize(
-    ("facts", "place", "why"),
+    ("facts", "place", "reason"),
     [
-        # auto: with a GPU its memory, without one the host's; what does not fit goes to the next place.
-        ({"has_gpu": True}, "device", "6.0 GB, fits"),
+        # auto: a GPU's memory or the host's first; features that do not fit go to the next place.
+        ({"resources": WITH_GPU}, "device", "6.0 GB, fits"),
         ({}, "host", "6.0 GB, fits"),
-        ({"has_gpu": True, "room": replace(ROOMY, device=GB)}, "host", f"6.0 GB, {NO_DEVICE}"),
-        ({"room": replace(ROOMY, host=GB)}, "disk", f"6.0 GB, {NO_HOST}"),
-        ({"has_gpu": True, "room": replace(ROOMY, device=GB, host=GB)}, "disk", f"6.0 GB, {NO_DEVICE}; {NO_HOST}"),
+        ({"resources": replace(WITH_GPU, device_bytes=GB)}, "host", f"6.0 GB, {NO_DEVICE}"),
+        ({"resources": replace(PLENTY, host_bytes=GB)}, "disk", f"6.0 GB, {NO_HOST}"),
         (
-            {"room": TIGHT},
-            "off",
-            f"computed anew at every use: 6.0 GB fit nowhere ({NO_HOST}; {NO_DISK})",
+            {"resources": replace(WITH_GPU, device_bytes=GB, host_bytes=GB)},
+            "disk",
+            f"6.0 GB, {NO_DEVICE}; {NO_HOST}",
         ),
-        # What a former run left is there at once, even for one epoch, and however little room there is for more.
-        ({"is_on_disk": True, "has_gpu": True}, "disk", "6.0 GB, kept by a former run"),
-        ({"is_on_disk": True, "num_epochs": 1, "room": TIGHT}, "disk", "6.0 GB, kept by a former run"),
-        ({"is_on_disk": True, "wanted": "disk", "room": TIGHT}, "disk", "6.0 GB, kept by a former run"),
+        ({"resources": SCARCE}, "off", f"computed at every use: 6.0 GB fit nowhere ({NO_HOST}; {NO_DISK})"),
+        # Complete files come first, even for one epoch and on a full disk.
+        ({"is_on_disk": True, "resources": WITH_GPU}, "disk", "6.0 GB, cached by an earlier run"),
+        ({"is_on_disk": True, "num_epochs": 1, "resources": SCARCE}, "disk", "6.0 GB, cached by an earlier run"),
+        ({"is_on_disk": True, "requested": "disk", "resources": SCARCE}, "disk", "6.0 GB, cached by an earlier run"),
         ({"is_on_disk": True, "failed": frozenset({"disk"})}, "host", "6.0 GB, fits"),
-        # One epoch reads each once; an explicit wish is obeyed all the same.
-        ({"num_epochs": 1}, "off", "computed as they are needed: one epoch needs each once"),
-        ({"num_epochs": 1, "wanted": "disk"}, "disk", "6.0 GB, as asked"),
+        # With one epoch, auto caches nothing; another requested place is taken.
+        ({"num_epochs": 1}, "off", "computed at every use, which is once in one epoch"),
+        ({"num_epochs": 1, "requested": "disk"}, "disk", "6.0 GB, as requested"),
         ({"num_epochs": 2}, "host", "6.0 GB, fits"),
-        # As asked, wherever a GPU or a former run would lead.
-        ({"wanted": "off", "is_on_disk": True, "has_gpu": True}, "off", "as asked: computed anew at every use"),
-        ({"wanted": "device"}, "device", "6.0 GB, as asked"),
-        ({"wanted": "host", "has_gpu": True, "is_on_disk": True}, "host", "6.0 GB, as asked"),
-        ({"wanted": "disk", "has_gpu": True}, "disk", "6.0 GB, as asked"),
-        # Ranks of a node share the host's memory only where shared memory has the room.
+        # A requested place comes before a GPU and before complete files.
         (
-            {"num_ranks": 2, "ranks_per_node": 2, "room": replace(ROOMY, shared=GB)},
-            "disk",
-            "6.0 GB, 6.0 GB exceed what may be taken of the free shared memory of the node (600 MB)",
+            {"requested": "off", "is_on_disk": True, "resources": WITH_GPU},
+            "off",
+            "as requested, computed at every use",
         ),
-        ({"num_ranks": 2, "ranks_per_node": 2}, "host", "6.0 GB, fits"),
-        ({"num_ranks": 2, "ranks_per_node": 1, "room": replace(ROOMY, shared=0)}, "host", "6.0 GB, fits"),
+        ({"requested": "device"}, "device", "6.0 GB, as requested"),
+        ({"requested": "host", "is_on_disk": True, "resources": WITH_GPU}, "host", "6.0 GB, as requested"),
+        ({"requested": "disk", "resources": WITH_GPU}, "disk", "6.0 GB, as requested"),
+        # Several ranks of a node need shared memory.
+        ({"resources": replace(TWO_RANKS, shared_bytes=GB)}, "disk", f"6.0 GB, {NO_SHARED}"),
+        ({"resources": TWO_RANKS}, "host", "6.0 GB, fits"),
+        ({"resources": replace(PLENTY, num_ranks=2, shared_bytes=0)}, "host", "6.0 GB, fits"),
+        ({"resources": replace(TWO_RANKS, host_bytes=GB)}, "disk", f"6.0 GB, {NO_HOST}"),
+        # A device holds its rank's part, the host all parts.
+        ({"resources": replace(EIGHT_GPUS, device_bytes=2 * GB)}, "device", "6.0 GB, fits"),
         (
-            {"num_ranks": 2, "ranks_per_node": 2, "room": replace(ROOMY, host=GB)},
-            "disk",
-            f"6.0 GB, {NO_HOST}",
-        ),
-        # A device holds a rank's part, the host all of them.
-        (
-            {"has_gpu": True, "num_ranks": 8, "ranks_per_node": 8, "room": replace(ROOMY, device=2 * GB)},
-            "device",
-            "6.0 GB, fits",
-        ),
-        (
-            {"has_gpu": True, "num_ranks": 8, "ranks_per_node": 8, "room": replace(ROOMY, device=GB)},
+            {"resources": replace(EIGHT_GPUS, device_bytes=GB)},
             "host",
-            "6.0 GB, 750 MB exceed what may be taken of the free device memory per rank (600 MB)",
+            f"6.0 GB, {NO_DEVICE.replace('6.0 GB', '750 MB')}",
         ),
-        # A place that failed is not tried again, asked for or not.
+        # A place that failed is not tried again.
         ({"failed": frozenset({"host"})}, "disk", "6.0 GB, host failed"),
         (
             {"failed": frozenset({"host", "disk"})},
             "off",
-            "computed anew at every use: 6.0 GB fit nowhere (host failed; disk failed)",
+            "computed at every use: 6.0 GB fit nowhere (host failed; disk failed)",
         ),
     ],
 )
-def test_the_place_and_why_it_is_that_one(facts, place, why):
+def test_choose_gives_place_and_reason(facts, place, reason):
     found = decide(**facts)
-    assert (found.place, found.why) == (place, why)
-    assert found.refused is None
+    assert (found.place, found.reason) == (place, reason)
+    assert found.refusal is None
 
 
 @pytest.mark.parametrize(
-    ("facts", "place", "refused"),
+    ("requested", "facts", "place", "misfits"),
     [
-        ({"wanted": "device", "room": replace(ROOMY, device=GB)}, "host", f"{NO_DEVICE}: kept in host instead"),
-        ({"wanted": "host", "room": replace(ROOMY, host=GB)}, "disk", f"{NO_HOST}: kept in disk instead"),
-        (
-            {"wanted": "host", "has_gpu": True, "room": replace(ROOMY, host=GB)},
-            "device",
-            f"{NO_HOST}: kept in device instead",
-        ),
-        ({"wanted": "disk", "room": replace(ROOMY, disk=GB)}, "host", f"{NO_DISK}: kept in host instead"),
-        (
-            {"wanted": "disk", "room": replace(ROOMY, disk_limit=GB)},
-            "host",
-            "6.0 GB exceed engine.feature_cache_gigabytes (1.0 GB): kept in host instead",
-        ),
-        ({"wanted": "disk", "failed": frozenset({"disk"})}, "host", "disk failed: kept in host instead"),
-        ({"wanted": "disk", "room": TIGHT}, "off", f"{NO_DISK}; {NO_HOST}: computed anew at every use"),
+        ("device", {"resources": replace(PLENTY, device_bytes=GB)}, "host", NO_DEVICE),
+        ("host", {"resources": replace(PLENTY, host_bytes=GB)}, "disk", NO_HOST),
+        ("host", {"resources": replace(WITH_GPU, host_bytes=GB)}, "device", NO_HOST),
+        ("disk", {"resources": replace(PLENTY, disk_bytes=GB)}, "host", NO_DISK),
+        ("disk", {"resources": replace(PLENTY, disk_limit_bytes=GB)}, "host", NO_LIMIT),
+        ("disk", {"failed": frozenset({"disk"})}, "host", "disk failed"),
+        ("disk", {"resources": SCARCE}, "off", f"{NO_DISK}; {NO_HOST}"),
     ],
 )
-def test_a_wish_that_cannot_be_obeyed_is_refused_with_numbers(facts, place, refused):
-    found = decide(**facts)
-    assert (found.place, found.refused) == (place, refused)
-    # The negative control: where there is room it is obeyed.
-    assert decide(facts["wanted"]) == Choice(facts["wanted"], "6.0 GB, as asked")
+def test_choose_explains_why_it_refuses_the_requested_place(requested, facts, place, misfits):
+    found = decide(requested, **facts)
+    end = "computed at every use" if place == "off" else f"cached in {place}"
+    assert (found.place, found.refusal) == (place, f"{misfits}. Features are {end}")
+    # The control: with enough space the requested place is taken.
+    assert decide(requested) == Choice(requested, "6.0 GB, as requested")
 
 
-def test_a_limit_of_nothing_keeps_auto_off_the_disk():
-    found = decide(room=replace(ROOMY, host=0, disk_limit=0))
+def test_choose_keeps_auto_off_a_disk_with_limit_0():
+    found = decide(resources=replace(PLENTY, host_bytes=0, disk_limit_bytes=0))
     assert found.place == "off"
-    assert "6.0 GB exceed engine.feature_cache_gigabytes (0 kB)" in found.why
-    assert decide(room=replace(ROOMY, host=0, disk_limit=NEED)).place == "disk"
+    assert "6.0 GB exceed engine.feature_cache_gigabytes (0 kB)" in found.reason
+    assert decide(resources=replace(PLENTY, host_bytes=0, disk_limit_bytes=NEEDED)).place == "disk"
 
 
 @pytest.mark.parametrize(
-    ("wanted", "name", "least"),
-    [("device", "device", NEED / 0.6), ("host", "host", NEED / 0.6), ("disk", "disk", NEED / 0.9)],
+    ("requested", "field", "least"),
+    [
+        ("device", "device_bytes", NEEDED / 0.6),
+        ("host", "host_bytes", NEEDED / 0.6),
+        ("disk", "disk_bytes", NEEDED / 0.9),
+    ],
 )
-def test_a_part_of_what_is_free_is_left_to_others(wanted, name, least):
-    """60 % of memory, 90 % of the disk: the borders."""
-    assert decide(wanted, replace(ROOMY, **{name: int(least) + 2})).place == wanted
-    assert decide(wanted, replace(ROOMY, **{name: int(least) - 2})).place != wanted
+def test_choose_takes_60_percent_of_memory_and_90_percent_of_the_disk(requested, field, least):
+    assert decide(requested, replace(PLENTY, **{field: int(least) + 2})).place == requested
+    assert decide(requested, replace(PLENTY, **{field: int(least) - 2})).place != requested
 
 
-def test_the_most_that_each_rank_holds_counts_where_it_does_not_divide_evenly():
-    assert decide("device", replace(TIGHT, device=10), num_bytes=12, num_ranks=2).place == "device"
-    assert decide("device", replace(TIGHT, device=10), num_bytes=13, num_ranks=2).place == "host"
+def test_choose_rounds_the_part_of_a_rank_up():
+    resources = replace(SCARCE, num_ranks=2, device_bytes=10)
+    assert decide("device", resources, num_bytes=12).place == "device"
+    assert decide("device", resources, num_bytes=13).place == "host"
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "words"),
+    ("num_bytes", "text"),
     [(0, "0 kB"), (1, "1 kB"), (999_999, "1000 kB"), (10**6, "1 MB"), (12_340 * GB, "12,340.0 GB")],
 )
-def test_sizes_in_words(num_bytes, words):
-    assert gigabytes(num_bytes) == words
+def test_gigabytes_formats_a_size(num_bytes, text):
+    assert gigabytes(num_bytes) == text
