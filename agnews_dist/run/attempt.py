@@ -40,7 +40,7 @@ from agnews_dist.run.resume import (
 from agnews_dist.run.status import State, StatusFile, run_of_job
 from agnews_dist.storage.atomic import discard
 from agnews_dist.training.checkpoint import checkpoints
-from agnews_dist.training.checkpoint_manager import CheckpointManager, CheckpointSettings
+from agnews_dist.training.checkpoint_manager import CheckpointManager, CheckpointSettings, OnDisk
 from agnews_dist.training.loop import Monitors, Trainer
 from agnews_dist.training.timing import StageTimer
 
@@ -74,6 +74,8 @@ class Attempt:
         self._is_ended_early = False
         self._resume_state: dict[str, Any] | None = None
         """JSON part of the checkpoint to resume from, on every rank."""
+        self._on_disk: OnDisk | None = None
+        """The checkpoint to resume from, as a `CheckpointManager` takes it, on every rank."""
 
     @property
     def directory(self) -> Path:
@@ -149,13 +151,15 @@ class Attempt:
         is_main = self._engine.world.is_main
         collectives.raise_if_any_failed(collectives.catch(begin_on_main) if is_main else None)
         self._has_begun = True
-        self._resume_state = collectives.all_gather(self._resume_state)[0]
+        # All ranks need the name on disk: saving is collective, and each rank skips what is saved already.
+        self._resume_state, self._on_disk = collectives.all_gather((self._resume_state, self._on_disk))[0]
 
     def _begin(self, fingerprints: Mapping[str, str]) -> None:
         directory, status, point = self._directory, self._status, self._resume_point
         assert directory is not None
         assert status is not None
         checkpoint = point.checkpoint if point else None
+        self._on_disk = point.on_disk if point else None
         if checkpoint is not None:
             check_fingerprints(checkpoint, fingerprints)
         if point is None or not point.is_own:
@@ -180,8 +184,8 @@ class Attempt:
         """Remove checkpoints newer than the one resumed from: the next start would take them for the newest."""
         assert self._directory is not None
         folder = self._directory.directory / FOLDER
-        chosen = self._resume_point.on_disk if self._resume_point else None
-        later = list(takewhile(lambda path: chosen is None or path.name != chosen.name, checkpoints(folder)))
+        chosen = self._on_disk.name if self._on_disk else None
+        later = list(takewhile(lambda path: path.name != chosen, checkpoints(folder)))
         discard(later)
         for path in later:
             self._sinks(Warned(message=f"{path} is removed: the run resumes from step {step}, before it."))
@@ -226,7 +230,7 @@ class Attempt:
             metadata=self._metadata(fingerprints, features, trainer.class_names),
             log=self._log,
             emit=self._sinks,
-            on_disk=point.on_disk if point else None,
+            on_disk=self._on_disk,
         )
         if self._resume_state is not None:
             trainer.load_state(self._resume_state, *(point.tensors if point else ({}, {})))
