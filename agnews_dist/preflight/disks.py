@@ -93,29 +93,14 @@ def _explain_failure(check: str, directory: Path, error: OSError) -> Finding:
     return Finding(check=check, verdict="fail", found=f"{directory} is {why}", remedy=remedy)
 
 
-def write_marker(directory: Path, name: str) -> bool:
-    """Create an empty file for other ranks to find. Returns whether that succeeded."""
-    try:
-        (directory / name).touch()
-    except OSError:
-        return False
-    return True
-
-
-def wait_for_marker(directory: Path, name: str) -> bool:
+def wait_for_file(path: Path) -> bool:
     """Wait up to SHARED_SECONDS for another rank's file. Returns whether it appeared."""
     deadline = time.monotonic() + SHARED_SECONDS
     while True:
         with suppress(OSError):
             # Listing the directory makes an NFS client ask the server; looking up one name may use its cache.
-            if name in os.listdir(directory):  # noqa: PTH208
+            if path.name in os.listdir(path.parent):  # noqa: PTH208
                 return True
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
-
-
-def remove_marker(directory: Path, name: str) -> None:
-    """Remove the file that `write_marker` made."""
-    with suppress(OSError):
-        (directory / name).unlink()

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -115,7 +114,7 @@ def check_device(planned: PlannedRun) -> tuple[Finding, DeviceInfo]:
         remedy = "Look for another program on it with nvidia-smi, or exclude this node (sbatch --exclude)"
         return Finding(check="device", verdict="fail", found=found, remedy=remedy), UNUSABLE
     name, found = outcome.value
-    found += f", runs in {precision}; driver {_read_driver_version()}, CUDA {torch.version.cuda}"
+    found += f", runs in {precision}, CUDA {torch.version.cuda}"
     info, num_visible = DeviceInfo("cuda", precision, name), torch.cuda.device_count()
     if num_visible > world.ranks_per_node:
         remedy = "Start one rank per GPU: --nproc_per_node, or NPROC"
@@ -149,15 +148,6 @@ def _multiply_on_gpu(index: int) -> tuple[str, str]:
     has_bf16 = "has bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "has no bf16"
     nccl = ".".join(map(str, nccl_version()))
     return properties.name, f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, {has_bf16}, NCCL {nccl}"
-
-
-def _read_driver_version() -> str:
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return (done.stdout.splitlines() or ["unknown"])[0].strip()
 
 
 def check_compiler(compile_setting: str) -> Finding:

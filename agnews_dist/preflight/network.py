@@ -53,32 +53,25 @@ def check_sum(world: World, device: torch.device) -> Finding:
         remedy = "Set NCCL_DEBUG=INFO, check NCCL_SOCKET_IFNAME (launch/network.sh) and firewalls between the nodes"
         found = f"fails over {backend}: {errors}"
         return Finding(check="all-reduce", verdict="fail", found=found, remedy=remedy, ranks=tuple(failed))
-    values = [outcome.value for outcome in outcomes if outcome.value is not None]
-    wrong = [rank for rank, (num_wrong, _) in enumerate(values) if num_wrong]
+    wrong = [rank for rank, outcome in enumerate(outcomes) if outcome.value]
     if wrong:
         found = f"wrong sums on {format_ranks(wrong, 0)}"
         remedy = "Have network cards and memory of these nodes tested: gradients would be wrong as well"
         return Finding(check="all-reduce", verdict="fail", found=found, remedy=remedy, ranks=tuple(wrong))
-    rate = 4 * NUMBERS / max(seconds for _, seconds in values)
-    return Finding(check="all-reduce", verdict="ok", found=f"right, {rate / 1e6:,.0f} MB/s over {backend}")
+    return Finding(check="all-reduce", verdict="ok", found=f"right over {backend}")
 
 
-def _add_up(world: World, device: torch.device) -> tuple[int, float]:
-    """Return (wrong numbers, seconds of the fastest) of REPEATS all-reduces."""
+def _add_up(world: World, device: torch.device) -> int:
+    """Return the number of wrong sums in some all-reduces."""
     _select_gpu(device)
     base = torch.arange(NUMBERS, device=device) % 7
     expected = base * world.num_ranks + world.num_ranks * (world.num_ranks - 1) // 2
-    seconds: list[float] = []
     num_wrong = 0
     for _ in range(REPEATS):
         numbers = (base + world.rank).float()
-        _synchronise(device)
-        start = time.perf_counter()
         collectives.all_reduce(numbers)
-        _synchronise(device)
-        seconds.append(time.perf_counter() - start)
         num_wrong += int((numbers != expected).sum())
-    return num_wrong, min(seconds)
+    return num_wrong
 
 
 def choose_pairs(hosts: Sequence[str]) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ import torch
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.node_resources import Cores, find_cores
 from agnews_dist.distributed.world import World, is_launched
-from agnews_dist.preflight.disks import remove_marker, wait_for_marker, write_marker
+from agnews_dist.preflight.disks import wait_for_file
 from agnews_dist.preflight.findings import Finding, format_ranks
 from agnews_dist.preflight.machine import DeviceInfo
 from agnews_dist.report.result_files import versions
@@ -110,15 +110,19 @@ def judge_cores(facts: Sequence[RankFacts]) -> Finding:
 def check_shared(name: str, directory: Path, world: World, hosts: Sequence[str]) -> Finding:
     """Check that every node sees a file that rank 0 writes into `directory`."""
     check = f"shared: {name}"
-    marker = f".doctor-{uuid.uuid4().hex}"
-    # Rank 0's marker for all; empty if rank 0 could not write it.
-    marker = collectives.all_gather(marker if not world.is_main or write_marker(directory, marker) else "")[0]
-    seen = collectives.all_gather(bool(marker) and (world.is_main or wait_for_marker(directory, marker)))
-    if world.is_main and marker:
-        remove_marker(directory, marker)
-    if len(set(hosts)) == 1 or not marker:
-        found = "one node" if marker else "rank 0 cannot write there: see above"
-        return Finding(check=check, verdict="ok", found=found)
+    # Rank 0's file for all ranks; None if rank 0 could not write it.
+    path: Path | None = directory / f".doctor-{uuid.uuid4().hex}"
+    if world.is_main:
+        try:
+            path.touch()
+        except OSError:
+            path = None
+    path = collectives.all_gather(path)[0]
+    seen = collectives.all_gather(path is not None and (world.is_main or wait_for_file(path)))
+    if path is None:
+        return Finding(check=check, verdict="ok", found="rank 0 cannot write there: see above")
+    if world.is_main:
+        path.unlink(missing_ok=True)
     blind = list(dict.fromkeys(host for host, sees in zip(hosts, seen, strict=True) if not sees))
     if not blind:
         return Finding(check=check, verdict="ok", found="visible on every node")

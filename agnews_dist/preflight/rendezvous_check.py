@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import psutil
 
-from agnews_dist.errors import ConfigError, UserError
 from agnews_dist.preflight.findings import Finding
 
 CONNECT_SECONDS = 3.0
@@ -39,39 +38,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--endpoint", required=True, help="HOST:PORT on the first node.")
     parser.add_argument("--nodes", type=int, default=1, help="Number of nodes.")
     parser.add_argument("--node", type=int, default=0, help="Number of this node, from 0.")
-    parser.add_argument(
-        "--print_interface", action="store_true", help="Print this node's interface and address instead."
-    )
+    parser.add_argument("--print_interface", action="store_true", help="Print this node's interface and address.")
     options = parser.parse_args(argv)
-    try:
-        rendezvous = parse_endpoint(options.endpoint, num_nodes=options.nodes, node=options.node)
-        if options.print_interface:
+    host, _, port = options.endpoint.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        parser.error(
+            f"--endpoint {options.endpoint}: must be HOST:PORT with a port from 1 to 65535, such as node1:29400"
+        )
+    rendezvous = Rendezvous(host=host.strip("[]"), port=int(port), num_nodes=options.nodes, node=options.node)
+    if options.print_interface:
+        try:
             print(*find_route(rendezvous))
-            return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        except OSError as error:
+            print(f"error: no route to {host}: {error.strerror or error}. Check name and network.", file=sys.stderr)
+            return 1
+        return 0
     finding = check_rendezvous(rendezvous)
     if finding.remedy:
         label = "error" if finding.verdict == "fail" else "warning"
         print(f"{label}: rendezvous: {finding.found}. {finding.remedy}.", file=sys.stderr)
     return int(finding.verdict == "fail")
-
-
-def parse_endpoint(endpoint: str, *, num_nodes: int, node: int) -> Rendezvous:
-    """Parse `HOST:PORT`, in torchrun's form.
-
-    Raises:
-        ConfigError: it has another form, or the node's number is out of range.
-    """
-    host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(
-            f"--endpoint {endpoint!r}: must be HOST:PORT, with a port from 1 to 65535. Give for example node1:29400."
-        )
-    if not 0 <= node < num_nodes:
-        raise ConfigError(f"--node {node} of --nodes {num_nodes}: nodes count from 0. Lower --node.")
-    return Rendezvous(host=host.strip("[]"), port=int(port), num_nodes=num_nodes, node=node)
 
 
 def check_rendezvous(rendezvous: Rendezvous) -> Finding:
@@ -143,18 +129,11 @@ def find_route(rendezvous: Rendezvous) -> tuple[str, str]:
     """Return (interface, own address) of the route from this node to the first.
 
     Raises:
-        UserError: no route was found.
+        OSError: the name does not resolve, or no route was found.
     """
-    try:
-        target = _resolve(rendezvous)[0]
-        own = _find_source_address((target, rendezvous.port))
-        if rendezvous.num_nodes > 1 and ipaddress.ip_address(own).is_loopback:
-            own = _find_source_address(ANYWHERE)
-    except OSError as error:
-        raise UserError(
-            f"no route from {socket.gethostname()} to {rendezvous.host} ({error.strerror or error}): the ranks could not talk. "
-            "Check the name, the address and the network."
-        ) from error
+    own = _find_source_address((_resolve(rendezvous)[0], rendezvous.port))
+    if rendezvous.num_nodes > 1 and ipaddress.ip_address(own).is_loopback:
+        own = _find_source_address(ANYWHERE)
     for name, addresses in psutil.net_if_addrs().items():
         if own in {found.address.split("%")[0] for found in addresses}:
             return name, own

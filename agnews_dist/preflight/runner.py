@@ -1,9 +1,6 @@
 """Checks that the ranks make together: form a process group, compare facts, measure network and speed. Collective."""
 
 import os
-import sys
-import threading
-from contextlib import suppress
 
 import torch
 
@@ -11,13 +8,9 @@ from agnews_dist.distributed import collectives
 from agnews_dist.distributed.rendezvous import open_process_group
 from agnews_dist.distributed.world import World, is_launched
 from agnews_dist.engine.device import DTYPES
-from agnews_dist.errors import UserError
 from agnews_dist.preflight import network, ranks
 from agnews_dist.preflight.findings import Finding
 from agnews_dist.preflight.machine import PlannedRun, RankReport
-from agnews_dist.preflight.rendezvous_check import Rendezvous, find_route
-
-NOTICE_SECONDS = 10.0
 
 
 def form_group(world: World, report: RankReport, timeout_seconds: int) -> torch.device:
@@ -27,37 +20,15 @@ def form_group(world: World, report: RankReport, timeout_seconds: int) -> torch.
         UserError: not all ranks came within `timeout_seconds`.
     """
     if world.num_ranks > 1:
-        _choose_interface(world)
         # By default NCCL's watchdog ends the process if a collective hangs, and all findings would be lost.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         # Both: the ranks must be able to exchange findings even if the GPUs cannot.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        notice = f"waiting for the other {world.num_ranks - 1} rank(s), {timeout_seconds} s at most"
-        timer = threading.Timer(NOTICE_SECONDS, lambda: print(notice, file=sys.stderr, flush=True))
-        if world.is_main:
-            timer.start()
-        try:
-            open_process_group(world, backend, timeout_seconds)
-        finally:
-            timer.cancel()
+        open_process_group(world, backend, timeout_seconds)
     if not all(collectives.all_gather(report.device.device == "cuda")):
         return torch.device("cpu")
     torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)
-
-
-def _choose_interface(world: World) -> None:
-    """Set gloo's and NCCL's interface as launch/network.sh does, for ranks that a bare srun started on several nodes.
-
-    By default gloo resolves this machine's host name, which may be loopback or unknown.
-    """
-    if world.ranks_per_node == world.num_ranks or "GLOO_SOCKET_IFNAME" in os.environ:
-        return
-    host, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
-    with suppress(UserError):  # joining the process group reports it
-        interface, _ = find_route(Rendezvous(host=host, port=port, num_nodes=2, node=min(world.rank, 1)))
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
 def check_job(
