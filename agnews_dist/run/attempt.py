@@ -39,7 +39,7 @@ from agnews_dist.run.resume import (
 )
 from agnews_dist.run.status import State, StatusFile, run_of_job
 from agnews_dist.storage.atomic import discard
-from agnews_dist.training.checkpoint import checkpoints
+from agnews_dist.training.checkpoint import list_checkpoints
 from agnews_dist.training.checkpoint_manager import CheckpointManager, CheckpointSettings, OnDisk
 from agnews_dist.training.loop import Monitors, Trainer
 from agnews_dist.training.timing import StageTimer
@@ -185,7 +185,7 @@ class Attempt:
         assert self._directory is not None
         folder = self._directory.directory / FOLDER
         chosen = self._on_disk.name if self._on_disk else None
-        later = list(takewhile(lambda path: path.name != chosen, checkpoints(folder)))
+        later = list(takewhile(lambda path: path.name != chosen, list_checkpoints(folder)))
         discard(later)
         for path in later:
             self._sinks(Warned(message=f"{path} is removed: the run resumes from step {step}, before it."))

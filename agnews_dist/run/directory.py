@@ -38,15 +38,15 @@ def run_name(name: str | None, model_name: str, now: datetime) -> str:
 class RunDirectory:
     """The directory of one run, as a context manager: `lock()`, then `create()` or `reopen()`, then `commit()`.
 
-    Before `commit()` a new run writes to a hidden staging directory, and a resumed run writes nothing. So a run that is
-    refused for a bad row, or killed while it starts, neither blocks its name nor loses the results it was to replace.
+    Before `commit()` a new run writes to a hidden staging directory, and a resumed run writes nothing. If the run is
+    refused or killed before that, its name stays free, and the results that it was to replace are kept.
     """
 
     def __init__(self, runs: Path, name: str, *, overwrite: bool, config_yaml: str) -> None:
         """Touch nothing on disk yet. `overwrite`: existing results under this name may be lost."""
         self.directory = runs / name
         self.staging = runs / f".{name}.starting"
-        """Where a new run writes until `commit()` renames it; files opened there stay valid."""
+        """Hidden directory in which a new run writes until `commit()` renames it. Files opened there stay valid."""
         self._replaced = runs / f".{name}.replaced"
         self.overwrite, self._config_yaml = overwrite, config_yaml
         self._is_staged, self._is_reopened = False, False
@@ -106,15 +106,15 @@ class RunDirectory:
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
-            f"run.dir {self.directory.parent}: {self.directory} cannot be written ({error.strerror or error}). Set --run.dir to a "
-            "writable directory."
+            f"run.dir {self.directory.parent}: {self.directory} cannot be written ({error.strerror or error}). Set --run.dir to "
+            "a writable directory."
         )
 
     def _check_replaceable(self) -> None:
         if not self.overwrite:
             raise UserError(
-                f"{self.directory} exists: its results would be lost. Choose another --run.name, pass --run.overwrite, or continue "
-                "it with --checkpoint.resume auto."
+                f"{self.directory} exists: its results would be lost. Choose another --run.name, pass --run.overwrite, or "
+                "continue it with --checkpoint.resume auto."
             )
         if not (self.directory / CONFIG_FILE).is_file():
             raise UserError(

@@ -27,7 +27,7 @@ class EvaluationInputs:
     class_names: tuple[str, ...]
     tokens: TokenSplit
     fingerprint: str
-    """Of the tokens."""
+    """sha256 of the tokens."""
 
     @property
     def pad_id(self) -> int:
@@ -77,7 +77,7 @@ def _load_split(data: DataConfig, split: str | None) -> Corpus:
     """Load a corpus of one split.
 
     Raises:
-        DataError: there is no such split, or the source cannot be read.
+        DataError: the split does not exist, or the source cannot be read.
     """
     corpus = load_text(data, hold_out=False)
     if split in ("train", "validation") and "validation" not in corpus.splits:

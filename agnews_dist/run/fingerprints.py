@@ -14,7 +14,7 @@ from agnews_dist.model.gpt2 import Classifier
 
 
 def weight_settings(config: Config) -> dict[str, object]:
-    """Return dotted key -> value of every setting that the weights depend on. Devices and output locations are not among them."""
+    """Return dotted key -> value of every setting that the weights depend on: without devices and output locations."""
     sections = {"data": config.data, "model": config.model, "batch": config.batch, "optim": config.optim}
     named = {f"{section}.{key}": value for section, part in sections.items() for key, value in asdict(part).items()}
     for key in ("precision", "allow_tf32", "fast_path", "gradient_compression"):

@@ -13,34 +13,37 @@ from agnews_dist.storage.atomic import write_text
 
 @dataclass(frozen=True)
 class Start:
-    """One start of the job, as it was when it began."""
+    """The state of the run when one start of the job began."""
 
     attempt: int
-    """Starts of the run that had begun before; fewer than those of the job."""
+    """Earlier attempts of the run. A start that failed before it began the run is not among them."""
     step: int
-    """Steps that were saved."""
+    """Optimiser steps saved by then."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the batch script is to do, and why."""
+    """Instruction for the batch script, with its reason."""
 
     word: Literal["again", "finished", "give_up"]
     reason: str
 
 
-def at_begin(starts: Sequence[Start], limit: int) -> Answer:
-    """Whether the last of `starts` should go ahead. A start that was killed has said nothing at its end, so it shows here."""
-    if fruitless(starts) >= limit:
+def decide_at_begin(starts: Sequence[Start], limit: int) -> Answer:
+    """Decide whether the last of `starts` may proceed.
+
+    `limit`: starts in a row that may save nothing new. A killed start cannot decide at its end, so it is counted here.
+    """
+    if count_fruitless(starts) >= limit:
         return Answer("give_up", _nothing_new(starts, limit))
     return Answer("again", f"start {len(starts)}, {starts[-1].step} steps are saved")
 
 
-def at_end(status: Status | None, starts: Sequence[Start], limit: int, *, was_stopped: bool) -> Answer:
-    """What follows on a start that has ended; `status` is what the run wrote last."""
+def decide_at_end(status: Status | None, starts: Sequence[Start], limit: int, *, was_stopped: bool) -> Answer:
+    """Decide what follows a start that has ended. `status`: the last one the run wrote."""
     if status is not None and status.state == "finished":
         return Answer("finished", f"after {status.attempt} attempt(s), {status.step} steps")
-    if fruitless([*starts, start_of(status)]) >= limit:
+    if count_fruitless([*starts, start_from_status(status)]) >= limit:
         return Answer("give_up", _nothing_new(starts, limit))
     if was_stopped or (status is not None and status.state == "preempted"):
         return Answer("again", "it was stopped before its end")
@@ -51,8 +54,8 @@ def at_end(status: Status | None, starts: Sequence[Start], limit: int, *, was_st
     return Answer("again", f"it failed ({status.reason}) and may get further from step {status.step}")
 
 
-def fruitless(starts: Sequence[Start]) -> int:
-    """How many starts in a row were followed by one that began no further."""
+def count_fruitless(starts: Sequence[Start]) -> int:
+    """Count the latest starts in a row that saved nothing new: the next start began at the same step."""
     count = 0
     for earlier, later in zip(reversed(starts[:-1]), reversed(starts), strict=False):
         if later.step > earlier.step:
@@ -63,16 +66,16 @@ def fruitless(starts: Sequence[Start]) -> int:
 
 def _nothing_new(starts: Sequence[Start], limit: int) -> str:
     step = starts[-1].step if starts else 0
-    return f"{limit} starts in a row have saved nothing beyond step {step}: another would be no better. See their errors above"
+    return f"{limit} starts in a row have saved nothing beyond step {step}: another would do no better. See their errors above"
 
 
-def start_of(status: Status | None) -> Start:
+def start_from_status(status: Status | None) -> Start:
     """Return the start that `status` describes."""
     return Start(status.attempt, status.step) if status is not None else Start(0, 0)
 
 
 def read_starts(file: Path) -> list[Start]:
-    """Those counted so far; a line that a kill cut short is left out."""
+    """Read the starts counted so far, without a line that a kill cut short."""
     found: list[Start] = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -88,7 +91,7 @@ def read_starts(file: Path) -> list[Start]:
 
 
 def write_starts(file: Path, starts: Sequence[Start]) -> None:
-    """Replace the file.
+    """Replace the file `file`.
 
     Raises:
         UserError: it cannot be written.

@@ -14,7 +14,7 @@ from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.events import Emit, RunDone
 from agnews_dist.features.manager import FeatureCache
 from agnews_dist.model.export import export_model
-from agnews_dist.report.model_card import model_card
+from agnews_dist.report.model_card import ModelCard
 from agnews_dist.report.result_files import Result, Seconds, versions, write_json, write_predictions
 from agnews_dist.run.attempt import Attempt
 from agnews_dist.run.fingerprints import weight_settings
@@ -109,7 +109,7 @@ def _export(
     directory: Path,
 ) -> None:
     """Export the best epoch as a directory that Hugging Face loads, with its model card."""
-    card = model_card(
+    card = ModelCard(
         name=directory.name,
         base_model=config.model.name,
         dataset=config.data.source,
@@ -120,7 +120,7 @@ def _export(
         settings=weight_settings(config),
         versions=versions(),
         fingerprints=inputs.fingerprints,
-    )
+    ).to_markdown()
     export_model(
         directory / "model",
         inputs.classifier,

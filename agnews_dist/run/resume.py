@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agnews_dist.errors import Done, UserError
 from agnews_dist.run.status import read_status
-from agnews_dist.training.checkpoint import Checkpoint, DamagedError, best_name, checkpoints, read_checkpoint
+from agnews_dist.training.checkpoint import Checkpoint, DamagedError, best_name, list_checkpoints, read_checkpoint
 from agnews_dist.training.checkpoint_manager import OnDisk
 
 FOLDER = "checkpoints"
@@ -150,7 +150,7 @@ def settings_after_restart(directory: Path, job: str | None, resume: str, *, ove
     status = read_status(directory)
     if status is None or status.job != job:
         return resume, overwrite  # stopped before the run began
-    if resume in ("auto", "never") or checkpoints(directory / FOLDER):
+    if resume in ("auto", "never") or list_checkpoints(directory / FOLDER):
         return "auto", False
     return resume, True  # stopped before its first checkpoint
 
@@ -162,7 +162,7 @@ def _read_path(path: Path) -> tuple[Checkpoint, Checkpoint | None, list[str]]:
         UserError: there is none, or it is damaged.
     """
     for folder in (path / FOLDER, path):
-        if checkpoints(folder):
+        if list_checkpoints(folder):
             checkpoint, best, warnings = read_newest_usable(folder)
             if checkpoint is not None:
                 return checkpoint, best, warnings
@@ -179,13 +179,13 @@ def _read_path(path: Path) -> tuple[Checkpoint, Checkpoint | None, list[str]]:
 def read_newest_usable(folder: Path) -> tuple[Checkpoint | None, Checkpoint | None, list[str]]:
     """Read the newest undamaged checkpoint in `folder` and its best epoch, with a warning per damaged one skipped."""
     warnings: list[str] = []
-    paths = checkpoints(folder)
+    paths = list_checkpoints(folder)
     for path in paths:
         try:
             checkpoint = read_checkpoint(path)
             return checkpoint, _read_best(checkpoint), warnings
         except DamagedError as error:
-            instead = "there is no earlier one" if path == paths[-1] else "the one before it is used"
+            instead = "no earlier one exists" if path == paths[-1] else "the one before it is used"
             warnings.append(f"{error} It is skipped; {instead}.")
     return None, None, warnings
 

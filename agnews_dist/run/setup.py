@@ -1,4 +1,4 @@
-"""A training's objects from its configuration: model and tokens, loader, features, trainer. The only place that unpacks it."""
+"""A training's objects from its configuration: model and tokens, loader, features, trainer."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,14 @@ from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
 from agnews_dist.events import Emit, Progress
 from agnews_dist.features.manager import CacheSettings, FeatureCache
 from agnews_dist.features.placement import RequestedPlace
-from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, load_shape, parameter_table, split
+from agnews_dist.model.gpt2 import (
+    Classifier,
+    check_max_length,
+    count_parameters,
+    load_backbone,
+    load_model_config,
+    split_model,
+)
 from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.run.fingerprints import run_fingerprints
@@ -66,7 +73,7 @@ def read_model_files(model: ModelConfig, data: DataConfig) -> ModelFiles:
         ModelError: they cannot be read, are not GPT-2's, or `data.max_length` is too large for the model.
     """
     tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
-    gpt2 = load_shape(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
+    gpt2 = load_model_config(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
     check_max_length(data.max_length, gpt2.n_positions)
     return ModelFiles(tokenizer, gpt2)
 
@@ -123,13 +130,13 @@ def load_training_inputs(
     backbone = load_backbone(model.name, revision=model.revision, init=model.init, seed=seed, tokenizer=files.tokenizer)
     emit(Progress(task=f"load {data.source}", done=0, total=0))
     corpus = load_text(data)
-    classifier = split(
+    classifier = split_model(
         backbone, trainable_blocks=model.trainable_blocks, num_classes=len(corpus.class_names), seed=seed
     )
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
-    return TrainingInputs(classifier, files.tokenizer, store, fingerprints, parameter_table(classifier))
+    return TrainingInputs(classifier, files.tokenizer, store, fingerprints, count_parameters(classifier))
 
 
 def place_inputs(config: Config, inputs: TrainingInputs, engine: Engine) -> dict[str, TokenTable]:
@@ -246,7 +253,7 @@ def build_trainer(
     loader: TrainLoader,
     monitors: Monitors,
 ) -> Trainer:
-    """Hand the trainable part to the engine and build the training loop. Collective."""
+    """Build the training loop, which hands the trainable part to the engine. Collective."""
     optim = config.optim
     settings = TrainerSettings(
         num_epochs=optim.epochs,

@@ -1,7 +1,7 @@
-"""status.json: how a run stands, for the scripts that decide whether to start it again.
+"""status.json: the state of a run, for the scripts that decide whether to start it again.
 
-torchrun turns every exit code into 1, so codes cannot tell. A file that says `running` when nothing runs any more means that
-the run was killed: failed.
+Exit codes are no use for that: torchrun turns each of them into 1. If the file says `running` but no process runs, the run
+was killed, which counts as failed.
 """
 
 import json
@@ -21,7 +21,7 @@ State = Literal["running", "finished", "preempted", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """What status.json holds."""
+    """The content of status.json."""
 
     state: State
     attempt: int
@@ -29,9 +29,9 @@ class Status:
     step: int
     """Optimiser steps that a new start would not repeat: those of the newest checkpoint, or of the whole finished run."""
     reason: str
-    """Why it is in this state, in words."""
+    """The cause of the state, for people."""
     job: str | None
-    """What starts of one job have in common (see `identify_job`)."""
+    """Name that all starts of one job share (see `identify_job`)."""
     host: str
     pid: int
     time: str
@@ -39,7 +39,7 @@ class Status:
 
 
 def read_status(directory: Path) -> Status | None:
-    """The status of the run in `directory`; None if it has none that can be read."""
+    """Read the status of the run in `directory`; None: it has no readable one."""
     try:
         content = json.loads((directory / FILE).read_bytes())
         return Status(**cast("dict[str, Any]", content))
@@ -48,7 +48,7 @@ def read_status(directory: Path) -> Status | None:
 
 
 def run_of_job(runs: Path, job: str | None) -> str | None:
-    """The name of the newest run below `runs` that `job` left unfinished."""
+    """Return the name of the newest run below `runs` that `job` left unfinished; None: there is none."""
     found: list[tuple[str, str]] = []
     for path in runs.glob(f"*/{FILE}") if job is not None else ():
         status = read_status(path.parent)
@@ -58,10 +58,10 @@ def run_of_job(runs: Path, job: str | None) -> str | None:
 
 
 class StatusFile:
-    """The status of the run of this process; only rank 0 has one."""
+    """Writer of this run's status. Only rank 0 has one."""
 
     def __init__(self, directory: Path, *, attempt: int, step: int, job: str | None) -> None:
-        """`directory`: that of the run, which may be renamed: set it anew."""
+        """`directory`: the run's; assign the attribute when it is renamed. `attempt`, `step`, `job`: see `Status`."""
         self.directory, self.attempt, self.step, self._job = directory, attempt, step, job
 
     def write(self, state: State, reason: str) -> None:
@@ -83,7 +83,7 @@ class StatusFile:
         write_json(self.directory / FILE, asdict(status))
 
     def try_to_write(self, state: State, reason: str) -> None:
-        """As `write`; where that fails the old file stays, and its state, now stale, means the same as failed."""
+        """Write, ignoring errors: then the old file stays, and its stale state `running` counts as failed."""
         try:
             self.write(state, reason)
         except UserError:

@@ -1,10 +1,10 @@
-"""A checkpoint: a directory of tensors and state that is on disk whole, or not at all.
+"""The format of a checkpoint: a directory of tensors and state, written whole or not at all, verified before it is used.
 
-    step-00000123/weights.safetensors   one file per group of tensors, as the safetensors library reads it
-    step-00000123/state.json            all else
-    step-00000123/MANIFEST              `sha256 bytes name` of each of these files, then the sha256 of those lines
+    step-00000123/weights.safetensors   one file per group of tensors, in the format of the safetensors library
+    step-00000123/state.json            everything else
+    step-00000123/MANIFEST              `sha256 bytes name` of each file above, then the sha256 of these lines
 
-It is written and fsynced under a hidden name, and then renamed. Nothing of it is used before all of it is verified.
+The directory is written and fsynced under a hidden name, then renamed.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ MANIFEST = "MANIFEST"
 STATE = "state.json"
 SUFFIX = ".safetensors"
 PIECE_BYTES = 4 << 20
-"""What is hashed and written at once."""
+"""Size of the pieces in which a tensor is hashed and written."""
 
 _NAME = re.compile(r"(?P<prefix>step|best)-(?P<number>[0-9]{8,18})(?P<scored>-scored)?")
 _ENTRY = re.compile(rb"([0-9a-f]{64}) ([0-9]{1,18}) ([!-~]+)")
@@ -37,113 +37,122 @@ _TYPES = {
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL"},
     **{torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8"},
 }
-"""What safetensors calls them."""
+"""torch dtype -> its name in a safetensors header."""
 
 
 class DamagedError(UserError):
-    """A directory is not the checkpoint that was once written there."""
+    """A checkpoint directory is incomplete, changed or unreadable."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a directory holds, verified."""
+    """The verified content of a checkpoint directory."""
 
     path: Path
     tensors: dict[str, dict[str, Tensor]]
-    """By group and name; on the CPU."""
+    """Group -> name -> tensor, on the CPU."""
     state: dict[str, Any]
+    """The content of state.json."""
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> int:
-    """Put a checkpoint at `path`, in the place of whatever is there; the bytes written.
+    """Write a checkpoint to `path`, replacing what is there; return the bytes written. May run in a thread.
 
-    `tensors`: by group and name, contiguous, on the CPU, unchanged until this returns; `state`: what JSON can hold. May run in
-    a thread. A kill or a loss of power at any instant leaves `path` whole or absent, or, if it is damaged now, as it is.
+    After a kill or a loss of power at any instant, `path` holds the old content or the new one, or is absent.
+
+    Args:
+        path: the directory, with a name that `list_checkpoints` finds.
+        tensors: group -> name -> tensor; contiguous, on the CPU, unchanged until this returns.
+        state: JSON-ready content of state.json.
 
     Raises:
-        OSError: something cannot be written; `path` is as it was. Where only the last fsync failed, it is the new one.
-        ValueError: a name or a tensor that cannot be stored; nothing was written.
+        OSError: something cannot be written; `path` is as it was, unless only the last fsync failed.
+        ValueError: a name or a tensor cannot be stored; nothing was written.
     """
     for name, form in {path.name: _NAME, **dict.fromkeys(tensors, _GROUP)}.items():
         if not form.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a checkpoint or of a group of tensors")
-    parts = {group + SUFFIX: _safetensors(named) for group, named in tensors.items()}
+            raise ValueError(f"{name!r} is not a name for a checkpoint or a group of tensors")
+    parts = {group + SUFFIX: _encode_tensors(named) for group, named in tensors.items()}
     parts[STATE] = [memoryview(json.dumps(dict(state), indent=1).encode())]
     with atomic.new_directory(path, sync_files=False) as staging:
         entries = {name: _write(staging / name, parts[name]) for name in sorted(parts)}
-        manifest = _manifest(entries)
+        manifest = _format_manifest(entries)
         _write(staging / MANIFEST, [memoryview(manifest)])
     return sum(size for _, size in entries.values()) + len(manifest)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`.
+    """Read and verify the checkpoint at `path`.
 
     Raises:
-        DamagedError: it is not, or not all of it, what was written, or cannot be read.
+        DamagedError: it is incomplete, changed or unreadable.
     """
-    contents = _verified_contents(path)
+    contents = _read_verified(path)
     try:
         state: Any = json.loads(contents.pop(STATE))
         if not isinstance(state, dict):
             raise TypeError(f"{STATE} holds no object")
-        # Each file's bytes are let go once there are tensors of them.
+        # `pop` frees each file's bytes as soon as its tensors exist.
         groups = sorted(contents)
         tensors = {name.removesuffix(SUFFIX): safetensors.torch.load(contents.pop(name)) for name in groups}
     except MemoryError:
         raise
     except Exception as error:
-        # Whatever the parsers raise: the checksums are right, so another program, or another version, has written this.
-        raise _damaged(path, f"its content is not of this format, {type(error).__name__}") from error
+        # The checksums are right, so another program or version wrote this; the parsers may raise anything.
+        raise _damaged(path, f"its content has another format, {type(error).__name__}") from error
     return Checkpoint(path, tensors, dict[str, Any](state))
 
 
-def checkpoints(directory: Path, prefix: str = "step") -> list[Path]:
-    """The checkpoints of one kind (`step` or `best`) by their names, newest first; of one step, the scored one first.
+def list_checkpoints(directory: Path, prefix: str = "step") -> list[Path]:
+    """List the checkpoints with names `<prefix>-...`, newest first. Of one step, the scored one comes first.
 
     Raises:
-        OSError: the directory is there and cannot be listed.
+        OSError: the directory exists and cannot be listed.
     """
     try:
         paths = [path for path in directory.iterdir() if path.name.startswith(f"{prefix}-")]
     except (FileNotFoundError, NotADirectoryError):
         return []
     paths = [path for path in paths if _NAME.fullmatch(path.name)]
-    return sorted(paths, key=lambda path: (step_of(path), path.name), reverse=True)
+    return sorted(paths, key=lambda path: (parse_step(path), path.name), reverse=True)
 
 
-def step_of(path: Path) -> int:
-    """The number in a checkpoint's name.
+def parse_step(path: Path) -> int:
+    """Return the number in a checkpoint's name.
 
     Raises:
-        ValueError: it is not the name of one.
+        ValueError: it is not a checkpoint's name.
     """
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise ValueError(f"{path.name} is no name of a checkpoint")
+        raise ValueError(f"{path.name} is not a name for a checkpoint")
     return int(match["number"])
 
 
 def prune(directory: Path, keep: int, also: Collection[str]) -> None:
-    """Remove all but the newest `keep` checkpoints and those named in `also`; of `best-` ones, all but the latter."""
+    """Remove all checkpoints except the newest `keep` and those named in `also`; of best epochs, all except the latter."""
     try:
-        outdated = [*checkpoints(directory)[keep:], *checkpoints(directory, "best")]
+        outdated = [*list_checkpoints(directory)[keep:], *list_checkpoints(directory, "best")]
     except OSError:
         return
     atomic.discard([path for path in outdated if path.name not in also])
 
 
 def sweep(directory: Path) -> None:
-    """Remove what killed processes left half written or half removed; no other process may be writing."""
+    """Remove checkpoints that killed processes left half written or half removed. No other process may be writing."""
     atomic.sweep(directory, _NAME.pattern)
 
 
-def _safetensors(tensors: Mapping[str, Tensor]) -> list[memoryview]:
-    """A safetensors file in parts: its header, and the tensors' own memory."""
+def _encode_tensors(tensors: Mapping[str, Tensor]) -> list[memoryview]:
+    """Return a safetensors file in parts: its header, and the memory of each tensor, which is not copied.
+
+    Raises:
+        ValueError: a tensor cannot be stored.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     parts: list[memoryview] = []
     offset = 0
-    # The widest numbers first, so that each tensor lies at a multiple of its own width, where a reader may map it.
+    # Widest numbers first: then each tensor starts at a multiple of its item size, and readers can map it.
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
         if name in header or tensor.dtype not in _TYPES or tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise ValueError(f"{name!r} ({tensor.dtype}, {tensor.device}, strides {tensor.stride()}) cannot be stored")
@@ -156,44 +165,52 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> list[memoryview]:
     return [memoryview(len(text).to_bytes(8, "little") + text), *parts]
 
 
-def _manifest(entries: Mapping[str, tuple[str, int]]) -> bytes:
-    """The one text that tells of files with these checksums and sizes."""
+def _format_manifest(entries: Mapping[str, tuple[str, int]]) -> bytes:
+    """Format MANIFEST. `entries`: file name -> (sha256, size in bytes)."""
     lines = "".join(f"{sha256} {size} {name}\n" for name, (sha256, size) in sorted(entries.items())).encode()
     return lines + hashlib.sha256(lines).hexdigest().encode() + b"\n"
 
 
-def _verified_contents(path: Path) -> dict[str, bytes]:
-    """The files of the checkpoint at `path`, where nothing is missing, additional, different or unreadable."""
+def _read_verified(path: Path) -> dict[str, bytes]:
+    """Read the files of a checkpoint: name -> content.
+
+    Raises:
+        DamagedError: a file is missing, additional, changed or unreadable.
+    """
     try:
         names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
     except OSError as error:
         raise _damaged(path, f"it cannot be listed, {error.strerror}") from error
-    manifest = _bytes_of(path, MANIFEST)
+    manifest = _read_file(path, MANIFEST)
     matches = [match for match in map(_ENTRY.fullmatch, manifest.split(b"\n")) if match]
     entries = {match[3].decode(): (match[1].decode(), int(match[2])) for match in matches}
-    # Written again from what was understood of it: no other text is right, whatever may differ.
-    if _manifest(entries) != manifest:
-        raise _damaged(path, f"{MANIFEST} is not as it was written")
+    # Formatting the parsed entries again must give the same bytes: this finds any difference.
+    if _format_manifest(entries) != manifest:
+        raise _damaged(path, f"{MANIFEST} is changed")
     for name in sorted((names ^ {*entries, MANIFEST}) | ({STATE} - {*entries})):
         raise _damaged(path, f"{name} is missing" if name not in names else f"{name} does not belong there")
     contents: dict[str, bytes] = {}
     for name, (sha256, size) in entries.items():
-        contents[name] = _bytes_of(path, name, size)
+        contents[name] = _read_file(path, name, size)
         if hashlib.sha256(contents[name]).hexdigest() != sha256:
-            raise _damaged(path, f"{name} has another checksum than {MANIFEST} tells")
+            raise _damaged(path, f"{name} has another checksum than in {MANIFEST}")
     return contents
 
 
-def _bytes_of(path: Path, name: str, size: int | None = None) -> bytes:
-    """All of a file that should have `size` bytes."""
+def _read_file(path: Path, name: str, size: int | None = None) -> bytes:
+    """Read the file `name` of the checkpoint at `path`. `size`: the bytes it must have.
+
+    Raises:
+        DamagedError: it is missing, has another size or cannot be read.
+    """
     file = path / name
     try:
         if not file.is_file():
             raise _damaged(path, f"{name} is missing")
-        # Asked before, lest something huge be read.
-        there = file.stat().st_size
-        if size not in (None, there):
-            raise _damaged(path, f"{name} has {there} bytes instead of {size}")
+        # Before reading: the file may be huge.
+        actual = file.stat().st_size
+        if size not in (None, actual):
+            raise _damaged(path, f"{name} has {actual} bytes instead of {size}")
         return file.read_bytes()
     except OSError as error:
         raise _damaged(path, f"{name} cannot be read, {error.strerror}") from error
@@ -201,13 +218,12 @@ def _bytes_of(path: Path, name: str, size: int | None = None) -> bytes:
 
 def _damaged(path: Path, what: str) -> DamagedError:
     return DamagedError(
-        f"{path} is damaged ({what}): what goes on from it would be another training. Restore the directory from a copy, or "
-        "remove it."
+        f"{path} is damaged ({what}): no run can resume from it. Restore the directory from a copy, or remove it."
     )
 
 
 def _write(file: Path, parts: Sequence[memoryview]) -> tuple[str, int]:
-    """Write and fsync a new file; its sha256 and its size."""
+    """Write and fsync a new file; return its sha256 and its size in bytes."""
     sha256, size = hashlib.sha256(), 0
     with file.open("xb", buffering=0) as stream:
         for part in parts:
@@ -222,6 +238,6 @@ def _write(file: Path, parts: Sequence[memoryview]) -> tuple[str, int]:
 
 
 def best_name(state: Mapping[str, Any]) -> str | None:
-    """The directory of the best epoch that a checkpoint with this `state` refers to, beside it."""
+    """Return the name of the best epoch's directory, next to the checkpoint with this `state`; None: no epoch is scored yet."""
     best = state.get("best")
     return best["name"] if best else None

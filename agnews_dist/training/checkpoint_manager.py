@@ -20,7 +20,7 @@ from agnews_dist.engine.strategy import Strategy
 from agnews_dist.events import CheckpointSaved, Emit, Warned
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.training.best_epoch import BestEpoch
-from agnews_dist.training.checkpoint import STATE, best_name, checkpoints, prune, sweep, write_checkpoint
+from agnews_dist.training.checkpoint import STATE, best_name, list_checkpoints, prune, sweep, write_checkpoint
 
 SLOW_SECONDS = 10.0
 """Writing time after which a warning is due, if the next checkpoint already waits."""
@@ -30,7 +30,7 @@ WEIGHT = "weight."
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """When checkpoints are due and how many are kept."""
+    """Intervals between checkpoints, and the number of checkpoints to keep."""
 
     keep: int
     every_steps: int | None
@@ -39,7 +39,7 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class OnDisk:
-    """Verified checkpoints that an earlier attempt left in the folder."""
+    """The verified checkpoint that a run resumes from, if it is one of its own."""
 
     name: str
     step: int
@@ -229,7 +229,7 @@ def _referenced_best(folder: Path, keep: int) -> set[str]:
     """Return the names of the best epochs that the newest `keep` checkpoints refer to."""
     names: set[str] = set()
     with suppress(OSError):
-        for path in checkpoints(folder)[:keep]:
+        for path in list_checkpoints(folder)[:keep]:
             # A damaged checkpoint refers to nothing.
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 names.add(best_name(json.loads((path / STATE).read_bytes())) or "")
