@@ -5,45 +5,64 @@
 
 import ast
 import io
+import itertools
 import re
 import sys
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "agnews_dist"
 MAX_MODULE, MIN_MODULE, MAX_FUNCTION, MAX_PARAMETERS, MAX_SENTENCE = 400, 40, 80, 8, 25
-VERBS = frozenset(
-    """
-    accept accumulate acquire add adjust advance allocate answer append apply ask assert assign attach attend average await
-    balance begin bind bound broadcast build bypass calculate call cancel cap cast check choose claim clamp classify clear clip
-    close collect combine commit compare compile complete compute concatenate configure connect continue convert copy count
-    create cut deal decide decode delete deliver describe detect disable discard dispatch display distribute divide do draw drop
-    emit enable encode end ensure enter escape estimate evaluate evict exchange exclude exit expand explain export expose extend
-    fail feed fetch fill filter find finish fit flush fold forecast format forward free freeze gather generate get give group
-    handle hash hide hold ignore import infer initialise insert invert iterate join keep kill label launch lay leave let limit
-    link list listen load locate lock log look lower make map mark match measure merge monitor move multiply name normalise note
-    notify open order pack pad parse pass pick pin place plan poll prepare print probe process profile propose prune publish put
-    quote raise rank read rebuild receive record redraw reduce refill refuse register rehearse reject release remember remove
-    render reopen repeat replace report requeue request require reserve reset resolve restart restore resume return reuse rewind
-    round run sample save scale scan schedule score select send serve set shard share shorten show shuffle signal silence size
-    skip sort split start stop store strip subtract suggest sum summarise suppress sweep switch swap sync take test tell time
-    tokenise trace track train translate transpose trim truncate try turn unfreeze unlock unpack unwrap update use validate
-    verify vote wait wake walk warn weigh widen withhold wrap write yield
-    """.split()
-)
+_VERBS = """
+accept accumulate acquire add adjust advance allocate answer append apply ask assert assign attach attend average await
+balance begin bind block bound bring broadcast build bypass calculate call cancel cap cast check choose claim clamp classify
+clear clip close collect combine commit compare compile complete compute concatenate configure connect continue convert copy
+count create cut deal decide decode delete deliver describe destroy detect disable discard dispatch display distribute
+divide do draw drop emit enable encode end ensure enter escape estimate evaluate evict exchange exclude exit expand explain
+export expose extend fail feed fetch fill filter find finish fit flush fold forecast format forward free freeze gather
+generate get give group handle hash hide hold ignore import infer initialise insert invert iterate join keep kill label
+launch lay leave let limit link list listen load locate lock log look lower make map mark match measure merge monitor move
+multiply name normalise note notify open order overwrite pack pad parse pass pick pin place plan poll prepare print probe
+process profile propose prune publish put quote raise rank read rebuild receive record redraw reduce refill refuse register
+rehearse reject release remember remove rename render reopen repeat replace report request requeue require reserve reset
+resolve restart restore resume return reuse rewind round run sample save scale scan schedule score select send serve set
+shard share shorten show shuffle signal silence size skip sleep sort split start stop store strip subtract suggest sum
+summarise suppress swap sweep switch sync take tell test time tokenise trace track train translate transpose trim truncate
+try turn unfreeze unlock unpack unwrap update use validate verify vote wait wake walk warn weigh widen withhold wrap write
+yield
+"""
+VERBS = frozenset(_VERBS.split())
 """First words of functions' docstrings."""
-WRONG_STARTS = ("What", "Whether", "Of", "How", "Where", "Be", "Have", "So", "When", "Which", "Who", "That", "Why", "As", "Its")
+WRONG_STARTS = (
+    "What",
+    "Whether",
+    "Of",
+    "How",
+    "Where",
+    "Be",
+    "Have",
+    "So",
+    "When",
+    "Which",
+    "Who",
+    "That",
+    "Why",
+    "As",
+    "Its",
+)
 """First words that no docstring has."""
 BANNED = re.compile(
     r"\b(?:told|mend(?:s|ed|ing)?|lest|nobody|whoever|somebody|beside|anew|astray|for want of|(?:goes|go|going) on|stands|shall"
-    r"|in words|what trains|is no(?! longer\b| more than\b| less than\b| later than\b)(?= [a-z])|so many|stor(?:y|ies)|doors?)\b",
+    r"|in words|what trains|is no(?! longer\b| more than\b| less than\b| later than\b)(?= [a-z])|so many"
+    r"|stor(?:y|ies)|doors?)\b",
     re.IGNORECASE,
 )
 """Words for which plain ones exist."""
 
 Violation = str
+Rule = Callable[[Path], Iterator[Violation]]
 
 
 def python_files(paths: Iterable[Path]) -> list[Path]:
@@ -63,7 +82,9 @@ def functions_of(tree: ast.Module) -> list[tuple[ast.FunctionDef | ast.AsyncFunc
     """Every function, and whether it is a method."""
     methods = {id(part) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for part in node.body}
     return [
-        (node, id(node) in methods) for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        (node, id(node) in methods)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
 
 
@@ -95,7 +116,7 @@ def docstrings_of(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
                 yield node.body[0].lineno, text, is_called and not node.name.startswith("__")
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            for before, after in zip(body, body[1:], strict=False):
+            for before, after in itertools.pairwise(body):
                 if isinstance(before, (ast.Assign, ast.AnnAssign)) and isinstance(after, ast.Expr):
                     value = after.value
                     if isinstance(value, ast.Constant) and isinstance(value.value, str):
@@ -141,6 +162,35 @@ def banned_words(path: Path) -> Iterator[Violation]:
     for line, piece in pieces:
         for match in BANNED.finditer(" ".join(piece.split())):
             yield f"{line}: {match[0]!r}"
+
+
+def repeated_names(modules: Iterable[Path]) -> list[str]:
+    """Names that two modules share. A package's `__init__` has none; train.py is the command's second entry."""
+    names = [path.stem for path in modules if path.name != "__init__.py" and path != PACKAGE / "train.py"]
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+def prose_files() -> list[Path]:
+    """Documents, scripts and shipped configurations."""
+    patterns = ("*.md", "docs/*.md", "tests/*.md", "slurm/*", "launch/*", "configs/**/*.yaml", ".ci/run", "Makefile")
+    found = {path for pattern in patterns for path in REPOSITORY.glob(pattern) if path.is_file()}
+    return sorted(found - {REPOSITORY / "LICENSE", REPOSITORY / "slurm" / "site.env"})
+
+
+def test_names() -> list[str]:
+    """Names of all test functions."""
+    files = python_files([REPOSITORY / "tests"])
+    return [name for file in files for name in re.findall(r"^\s*def (test_\w+)", file.read_text("utf-8"), re.MULTILINE)]
+
+
+def mutant_names() -> list[str]:
+    """Names of all mutants."""
+    return [path.stem for path in (REPOSITORY / "tests" / "mutants").glob("*.patch")]
+
+
+def banned_in_names(names: Iterable[str]) -> list[str]:
+    """Those of `names` that contain BANNED words."""
+    return [name for name in names if BANNED.search(re.sub(r"[-_]", " ", name))]
 
 
 RULES = (module_lengths, function_sizes, first_words, long_sentences, banned_words)

@@ -1,4 +1,7 @@
-"""The rules that keep the package small and one-way, held by tests: budgets, doors, import cost, form of messages."""
+"""The rules of the house, held by tests: what is where, layers, sizes, names, words, messages, import cost.
+
+Each rule is a function of tests/support/house.py that lists violations; for each there is a control that is red.
+"""
 
 import ast
 import subprocess
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from support import house
 
 from agnews_dist.config.fields import all_sections, all_settings
 from agnews_dist.distributed.world import LAUNCHER_VARIABLES
@@ -16,6 +20,8 @@ from agnews_dist.distributed.world import LAUNCHER_VARIABLES
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "agnews_dist"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+MAX_MESSAGE = 160
+"""Characters of an error message; each value in it counts as one."""
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "deepspeed", "numpy", "pyarrow", "rich", "tokenizers")
 
 
@@ -55,33 +61,120 @@ def reaches(path: Path, module: str) -> bool:
 
 
 def test_there_is_something_to_check() -> None:
-    assert len(MODULES) > 10
+    assert len(MODULES) > 80
+    assert len(house.prose_files()) > 25
+    assert len(house.test_names()) > 500
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_module_is_short_and_says_its_job(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= 310, "split it: one module, one job"
-    if text.strip():
-        assert ast.get_docstring(tree_of(path)), "the first docstring line states the module's job"
-    assert path.stem not in ("utils", "util", "helpers", "common", "misc")
+def test_the_package_shows_its_architecture() -> None:
+    """Folders, and the four modules that are more than a folder's."""
+    folders = "commands config data distributed engine evaluation features model preflight report run storage training"
+    entries = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert entries == {*folders.split(), "__init__.py", "__main__.py", "errors.py", "events.py", "train.py"}
+    top = {path.name for path in REPOSITORY.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    assert {"agnews_dist", "launch", "configs", "tests", "slurm", "docs"} <= top
+
+
+def test_the_package_is_small() -> None:
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in MODULES) <= 15_000
+
+
+def test_module_names_are_unique() -> None:
+    assert house.repeated_names(MODULES) == []
+    assert house.repeated_names([Path("a/runner.py"), Path("b/runner.py"), Path("b/c.py")]) == ["runner"]
+
+
+@pytest.mark.parametrize("rule", house.RULES, ids=lambda rule: rule.__name__)
+def test_every_module_follows_the_rule(rule: house.Rule) -> None:
+    assert [f"{name_of(path)}:{violation}" for path in MODULES for violation in rule(path)] == []
+
+
+CONTROLS = {
+    house.module_lengths: ["x = 1\n" * 401, "x = 1\n" * 39],
+    house.function_sizes: [
+        "def f():\n" + "    x = 1\n" * 80,
+        "class A:\n    def f(self, a, b, c, d, e, f, g, h, i): ...\n",
+        "def f(a, b, c, d, *, e, f, g, h, i): ...\n",
+    ],
+    house.first_words: [
+        'def f():\n    """The sum."""\n',
+        'def f():\n    """Returns the sum."""\n',
+        'class A:\n    """What a step leaves."""\n',
+        'x = 1\n"""Where it is."""\n',
+        '"""How it works."""\n',
+    ],
+    house.long_sentences: [f'"""{"word " * 26}"""\n', f'"""Short. {"word " * 26}"""\n'],
+    house.banned_words: [
+        "# nobody waits\n",
+        "x = 'it goes on'\n",
+        'x = f"{y} is no number"\n',
+        '"""The story."""\n',
+        "# beside the file\n",
+    ],
+}
+
+
+def test_the_rules_have_controls() -> None:
+    assert set(CONTROLS) == set(house.RULES)
+
+
+@pytest.mark.parametrize("rule", house.RULES, ids=lambda rule: rule.__name__)
+def test_a_module_that_breaks_the_rule_is_found(rule: house.Rule, tmp_path: Path) -> None:
+    for number, text in enumerate(CONTROLS[rule]):
+        path = tmp_path / f"{number}.py"
+        path.write_text(text, encoding="utf-8")
+        assert list(rule(path)), text
+
+
+def test_a_module_that_follows_the_rules_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "fine.py"
+    path.write_text(
+        '"""A module."""\n\n\nclass Batch:\n    """A batch."""\n\n    size = 1\n    """Examples, besides padding."""\n\n'
+        '    @property\n    def width(self):\n        """The width; it is no longer 0."""\n        return 1\n\n\n'
+        'def add(a, b):\n    """Return the sum."""\n    return a + b\n' + "\n" * 40,
+        encoding="utf-8",
+    )
+    assert [violation for rule in house.RULES for violation in rule(path)] == []
+
+
+def test_prose_and_scripts_use_plain_words(tmp_path: Path) -> None:
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{violation}"
+        for path in house.prose_files()
+        for violation in house.banned_words(path)
+    ]
+    assert found == []
+    control = tmp_path / "a.md"
+    control.write_text("Wait.\nWhoever asks is told.\n", encoding="utf-8")
+    assert list(house.banned_words(control)) == ["2: 'Whoever'", "2: 'told'"]
+
+
+def test_names_of_tests_and_mutants_use_plain_words() -> None:
+    assert house.banned_in_names([*house.test_names(), *house.mutant_names()]) == []
+    assert len(house.mutant_names()) >= 60
+    names = ["test_nobody_waits", "peers-tell-every-story", "test_a_run_goes_on", "test_scores_are_equal"]
+    assert house.banned_in_names(names) == names[:3]
+
+
+def test_the_readme_is_short() -> None:
+    assert (REPOSITORY / "README.md").read_text(encoding="utf-8").count("\n") <= 160
 
 
 @pytest.mark.parametrize(
-    ("module", "doors"),
+    ("module", "users"),
     [
         ("torch.distributed", "distributed/collectives.py distributed/rendezvous.py engine/fsdp.py"),
         ("accelerate", "engine/engine.py"),
         ("deepspeed", "engine/deepspeed.py"),
     ],
 )
-def test_one_door(module: str, doors: str) -> None:
-    """torch.distributed has three: how ranks find each other, its collectives, and FSDP2, which is an engine."""
+def test_one_module_imports_it(module: str, users: str) -> None:
+    """torch.distributed has three users: rendezvous, collectives, and FSDP2, which is an engine."""
     assert len(MODULES) > 10
-    assert sorted(name_of(path) for path in MODULES if reaches(path, module)) == doors.split()
+    assert sorted(name_of(path) for path in MODULES if reaches(path, module)) == users.split()
 
 
-def test_the_door_test_sees_every_way_in(tmp_path: Path) -> None:
+def test_every_way_of_importing_is_seen(tmp_path: Path) -> None:
     ways = (
         "import torch.distributed",
         "import torch.distributed as dist",
@@ -119,8 +212,8 @@ def test_field_budget_and_texts() -> None:
 
 def test_light_imports() -> None:
     code = (
-        "import sys, agnews_dist, agnews_dist.__main__, agnews_dist.config.command_line, agnews_dist.config, agnews_dist.errors, "
-        "agnews_dist.distributed.world, agnews_dist.events\n"
+        "import sys, agnews_dist, agnews_dist.__main__, agnews_dist.config.command_line, agnews_dist.config.schema\n"
+        "import agnews_dist.errors, agnews_dist.distributed.world, agnews_dist.events, agnews_dist.train\n"
         "agnews_dist.config.command_line.load('train', ['--optim.lr', '1e-4'])\n"
         f"print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     )
@@ -193,6 +286,8 @@ def test_user_errors_say_what_why_and_what_to_do() -> None:
     assert len(texts) >= 4
     wrong = [f"{place}: {text}" for place, text in texts if not has_the_form(str(text))]
     assert wrong == []
+    long = [f"{place}: {len(str(text))} characters: {text}" for place, text in texts if len(str(text)) > MAX_MESSAGE]
+    assert long == []
 
 
 def test_the_form() -> None:
