@@ -95,18 +95,26 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalDone:
-    """One split scored over all ranks. `confusion[i][j]`: examples of true class i predicted as j."""
+class Scores:
+    """Scores of a split. `confusion[i][j]` counts the examples of true class i that were predicted as class j."""
 
-    split: str
-    epoch: int
-    """Epoch after which it was scored; 0 outside training."""
     num_examples: int
     num_correct: int
     accuracy: float
     macro_f1: float
     loss: float
+    """Mean loss per example (nats)."""
     confusion: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDone:
+    """One split was evaluated over all ranks. The event log writes the fields of `scores` in place of `scores`."""
+
+    split: str
+    epoch: int
+    """Number of the training epoch before the evaluation; 0 outside training."""
+    scores: Scores
     class_names: tuple[str, ...]
     seconds: float
 

@@ -1,7 +1,7 @@
-"""Scoring a split over all ranks: every example exactly once, results in file order, equal on every rank.
+"""Evaluation of a split over all ranks: every example once, results in file order, equal on every rank.
 
-The micro-batches are fixed by the lengths alone and dealt out whole, so an example's logits come from the same matrix products
-on any number of ranks: at equal thread counts they are equal to the last bit.
+Micro-batches depend on the text lengths alone and are never divided. So an example's logits come from the same matrix products
+on any number of ranks. With equal thread counts they are equal to the last bit.
 """
 
 import time
@@ -18,20 +18,20 @@ from agnews_dist.data.batching.loader import TokenTable, scoring_batches
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import Stopped
-from agnews_dist.evaluation.metrics import Scores, confusion_matrix, in_file_order, summarize
-from agnews_dist.events import Emit, EvalDone, Progress, silent
+from agnews_dist.evaluation.metrics import compute_scores, confusion_matrix, in_file_order
+from agnews_dist.events import Emit, EvalDone, Progress, Scores, silent
 from agnews_dist.model.gpt2 import Classifier
-from agnews_dist.model.prefix import FeatureSource, computed
+from agnews_dist.model.prefix import FeatureSource, uncached_features
 
 
 def never() -> bool:
-    """Where nobody stops."""
+    """Return False: never stop (default)."""
     return False
 
 
 @dataclass(frozen=True)
 class SplitScores:
-    """A split's results, rows in file order."""
+    """Scores of a split and the predictions behind them, rows in file order."""
 
     labels_N: NDArray[np.int64]
     predictions_N: NDArray[np.int64]
@@ -40,52 +40,40 @@ class SplitScores:
     seconds: float
 
     def tensors(self) -> dict[str, Tensor]:
-        """All but the scores, for a checkpoint."""
+        """Return the arrays as tensors, for a checkpoint."""
         return {
             "labels": torch.from_numpy(self.labels_N),
             "predictions": torch.from_numpy(self.predictions_N),
             "probabilities": torch.from_numpy(self.probabilities_NC),
         }
 
-    def rest(self) -> dict[str, object]:
-        """The scores and the seconds, JSON-ready."""
+    def state_dict(self) -> dict[str, object]:
+        """Return the JSON part of the state: scores and seconds."""
         return {"scores": asdict(self.scores), "seconds": self.seconds}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> "SplitScores":
-        """What gave these `tensors()` and this `rest()`."""
-        scores = dict[str, Any](rest["scores"])
+    def restore(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> "SplitScores":
+        """Restore from `tensors()` and `state_dict()`."""
+        scores = dict[str, Any](state["scores"])
         scores["confusion"] = tuple(tuple(row) for row in scores["confusion"])
         labels_N, predictions_N, probabilities_NC = (
             tensors[name].numpy() for name in ("labels", "predictions", "probabilities")
         )
-        return cls(labels_N, predictions_N, probabilities_NC, Scores(**scores), rest["seconds"])
+        return cls(labels_N, predictions_N, probabilities_NC, Scores(**scores), state["seconds"])
 
     def event(self, split: str, epoch: int, class_names: tuple[str, ...]) -> EvalDone:
-        """What the sinks are told."""
-        scores = self.scores
-        return EvalDone(
-            split=split,
-            epoch=epoch,
-            num_examples=scores.num_examples,
-            num_correct=scores.num_correct,
-            accuracy=scores.accuracy,
-            macro_f1=scores.macro_f1,
-            loss=scores.loss,
-            confusion=scores.confusion,
-            class_names=class_names,
-            seconds=self.seconds,
-        )
+        """Return the event that reports these scores."""
+        return EvalDone(split=split, epoch=epoch, scores=self.scores, class_names=class_names, seconds=self.seconds)
 
 
 def log_softmax_NC(logits_NC: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Log-probabilities in float64, shifted by the largest logit so that nothing overflows."""
+    """Compute log-probabilities in float64. Shifting by the largest logit prevents overflow."""
     wide_NC = logits_NC.astype(np.float64)
     wide_NC -= wide_NC.max(axis=1, keepdims=True)
     return wide_NC - np.log(np.exp(wide_NC).sum(axis=1, keepdims=True))
 
 
-def rank_logits(
+def compute_rank_logits(
     classifier: Classifier,
     table: TokenTable,
     engine: Engine,
@@ -95,14 +83,17 @@ def rank_logits(
     emit: Emit = silent,
     is_stopping: Callable[[], bool] = never,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """This rank's part of a split: (ids, logits_NC), in the order computed, without dropout; `emit` hears of the progress.
+    """Compute this rank's share of a split: (ids, logits_NC), in computing order, without dropout.
 
-    `features` of a batch come from the classifier's prefix if not from elsewhere.
+    Args:
+        features: returns the features of a batch; None: the classifier's frozen part computes them.
+        emit: receives the progress.
+        is_stopping: asked before every batch.
 
     Raises:
-        Stopped: `is_stopping` became true, here or, where a forward pass is collective, on any rank.
+        Stopped: `is_stopping` returned True here, or on any rank if a forward pass is collective.
     """
-    features = features or computed(classifier.prefix)
+    features = features or uncached_features(classifier.prefix)
     ids: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     logits: list[NDArray[np.float32]] = [np.empty((0, num_classes), np.float32)]
     was_training = classifier.suffix.training
@@ -112,26 +103,26 @@ def rank_logits(
     num_done, num_rows = 0, sum(map(len, plan))
     with torch.no_grad():
         for ids_B in plan:
-            _stop_here(engine, is_stopping)
+            _raise_if_stopping(engine, is_stopping)
             batch = table.batch(ids_B)
             ids.append(ids_B)
             logits.append(classifier.suffix(*features(batch)).float().cpu().numpy())
             num_done += len(ids_B)
             emit(Progress(task=f"score {table.name}", done=num_done, total=num_rows))
-        if engine.gathers_weights and len(plan) < -(-len(batches) // num_ranks):
-            # The other ranks score one batch more, and cannot put the weights together without this one.
-            _stop_here(engine, is_stopping)
+        if engine.is_forward_collective and len(plan) < -(-len(batches) // num_ranks):
+            # The other ranks compute one more batch, and cannot gather the weights without this rank.
+            _raise_if_stopping(engine, is_stopping)
             classifier.suffix(*features(table.batch(batches[0])))
     classifier.suffix.train(was_training)
     return np.concatenate(ids), np.concatenate(logits)
 
 
-def _stop_here(engine: Engine, is_stopping: Callable[[], bool]) -> None:
-    stops = is_stopping()
-    if engine.gathers_weights:
-        # Every rank must make a forward pass or none.
-        stops = collectives.all_sum([float(stops)], engine.device)[0] > 0
-    if stops:
+def _raise_if_stopping(engine: Engine, is_stopping: Callable[[], bool]) -> None:
+    must_stop = is_stopping()
+    if engine.is_forward_collective:
+        # All ranks must make the forward pass, or none.
+        must_stop = collectives.all_sum([float(must_stop)], engine.device)[0] > 0
+    if must_stop:
         raise Stopped
 
 
@@ -145,16 +136,16 @@ def evaluate_split(
     emit: Emit = silent,
     is_stopping: Callable[[], bool] = never,
 ) -> SplitScores:
-    """Logits of every example, gathered once; counts are integers, the loss is a float64 sum in file order.
+    """Evaluate a split over all ranks. Collective. The loss is a float64 sum in file order.
 
-    `features` and `is_stopping`: see `rank_logits`.
+    `features`, `emit` and `is_stopping`: see `compute_rank_logits`.
 
     Raises:
-        Stopped: on all ranks, if any rank was to stop.
+        Stopped: on all ranks, if `is_stopping` returned True on any rank.
     """
     start = time.perf_counter()
     try:
-        local = rank_logits(
+        local = compute_rank_logits(
             classifier,
             table,
             engine,
@@ -173,7 +164,7 @@ def evaluate_split(
     labels_N = table.labels_N
     predictions_N = log_probabilities_NC.argmax(axis=1)
     losses_N = -log_probabilities_NC[np.arange(len(labels_N)), labels_N]
-    scores = summarize(confusion_matrix(labels_N, predictions_N, num_classes), float(losses_N.sum()))
+    scores = compute_scores(confusion_matrix(labels_N, predictions_N, num_classes), float(losses_N.sum()))
     return SplitScores(
         labels_N, predictions_N, np.exp(log_probabilities_NC), scores, seconds=time.perf_counter() - start
     )

@@ -1,4 +1,4 @@
-"""The console: live on a terminal, plain lines everywhere else."""
+"""Console: live display on a terminal, plain lines elsewhere. `Sinks` passes events to console and event log."""
 
 import sys
 import time
@@ -10,21 +10,16 @@ from typing import Protocol
 import rich.console
 
 from agnews_dist.events import Event, Warned
+from agnews_dist.report.formatting import can_draw, create_output
 from agnews_dist.report.plain import PlainLines
 from agnews_dist.report.terminal import TerminalDisplay
 
 
-def draws(out: rich.console.Console) -> bool:
-    """Whether it is a terminal that can move the cursor and has the characters to draw with."""
-    return out.is_terminal and not out.is_dumb_terminal and out.encoding.startswith("utf")
-
-
 class Console:
-    """Sink that shows events to a person; a context manager, so that an exception finds the terminal in order.
+    """Sink that shows events to a person. As a context manager it restores the terminal after an exception.
 
-    A terminal gets panels, tables and a live progress line; a file, a pipe, a dumb terminal or one without Unicode
-    gets plain lines (see `PlainLines` for how many). `out` is where to, default standard output. `NO_COLOR` switches
-    the colours off.
+    A terminal gets panels, tables and a live display. A file, a pipe, a dumb terminal or one without Unicode gets the lines
+    of `PlainLines`. `out`: default standard output. `NO_COLOR` turns colours off.
     """
 
     def __init__(
@@ -36,9 +31,8 @@ class Console:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if out is None:
-            # FORCE_COLOR, set for other tools, must not put cursor movements into a log file.
-            out = rich.console.Console(file=sys.stdout, force_terminal=sys.stdout.isatty())
-        if draws(out):
+            out = create_output(sys.stdout)
+        if can_draw(out):
             self._sink = TerminalDisplay(out, every_step=every_step, clock=clock)
         else:
             self._sink = PlainLines(
@@ -53,7 +47,7 @@ class Console:
         self._sink(event)
 
     def close(self) -> None:
-        """End the live display and give the terminal back; further calls do nothing."""
+        """End the live display and restore the terminal. Further calls do nothing."""
         self._sink.close()
 
     def __enter__(self) -> "Console":
@@ -66,21 +60,21 @@ class Console:
 
 
 class Sink(Protocol):
-    """Consumes events until it is closed."""
+    """Consumer of events."""
 
     def __call__(self, event: Event) -> None:
-        """Take one event."""
+        """Consume one event."""
         ...
 
     def close(self) -> None:
-        """Release what the sink holds."""
+        """Release files and the terminal."""
         ...
 
 
 class Sinks:
-    """Passes every event to each sink, in the order they were added; with none it is silent (ranks other than 0).
+    """Sink that passes every event to its sinks, in the order they were added. Only rank 0 adds any.
 
-    A sink that cannot write, to a full disk for example, does not end the run: the others are told, once.
+    If a sink cannot write, for example to a full disk, the run continues, and the other sinks get one warning.
     """
 
     def __init__(self) -> None:
@@ -89,7 +83,7 @@ class Sinks:
         self._failing: set[int] = set()
 
     def add(self, sink: Sink) -> None:
-        """From now on `sink` gets every event; it is closed with this object."""
+        """Add a sink. It gets every later event and is closed with this object."""
         self._sinks.append(sink)
         self._stack.callback(sink.close)
 
@@ -100,14 +94,14 @@ class Sinks:
             except OSError as error:
                 if number not in self._failing:
                     self._failing.add(number)
-                    self._tell_others(number, error)
+                    self._warn_others(number, error)
             else:
                 self._failing.discard(number)
 
-    def _tell_others(self, failing: int, error: OSError) -> None:
+    def _warn_others(self, failing: int, error: OSError) -> None:
         message = (
-            f"{error.filename or type(self._sinks[failing]).__name__} cannot be written ({error.strerror or error}): what the "
-            "run says now is kept in memory and written when it can be. Free some space there."
+            f"{error.filename or type(self._sinks[failing]).__name__} cannot be written ({error.strerror or error}): "
+            "events are kept in memory until it can be. Free space there."
         )
         for number, sink in enumerate(self._sinks):
             if number not in self._failing:

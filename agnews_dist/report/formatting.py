@@ -1,29 +1,42 @@
-"""How text and numbers are put into words, the same in plain lines, on the terminal and in the model card."""
+"""Text forms of durations, ratios and events, and safe output of untrusted text to terminals."""
 
 import math
 import re
+from typing import TextIO
+
+import rich.console
 
 from agnews_dist.errors import name_ids
-from agnews_dist.events import CheckpointSaved, NonFinite, Resumed
+from agnews_dist.events import CheckpointSaved, NonFinite, OverfitChecked, Resumed
 
-# What would move the cursor, ring the bell or turn the reading direction of a terminal; tab and newline stay.
+# Characters that move the cursor, ring the bell or change the reading direction; tab and newline are allowed.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
-def visible(text: str, encoding: str) -> str:
-    """`text` with control characters, and what `encoding` cannot hold, as backslash escapes: safe to print anywhere.
+def create_output(stream: TextIO) -> rich.console.Console:
+    """Create rich's console for a stream. FORCE_COLOR is ignored: it would put cursor movements into log files."""
+    return rich.console.Console(file=stream, force_terminal=stream.isatty())
 
-    >>> visible("a \\x1b[31m red \\u2713 tick", "ascii")
+
+def can_draw(out: rich.console.Console) -> bool:
+    """Return True for a terminal that can move the cursor and print Unicode."""
+    return out.is_terminal and not out.is_dumb_terminal and out.encoding.startswith("utf")
+
+
+def escape_text(text: str, encoding: str) -> str:
+    """Replace control characters, and characters that `encoding` lacks, by backslash escapes.
+
+    >>> escape_text("a \\x1b[31m red \\u2713 tick", "ascii")
     'a \\\\x1b[31m red \\\\u2713 tick'
     """
     escaped = _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds; a short time with a decimal.
+def format_duration(seconds: float) -> str:
+    """Format seconds, minutes and hours.
 
-    >>> duration(3.21), duration(75), duration(7384)
+    >>> format_duration(3.21), format_duration(75), format_duration(7384)
     ('3.2 s', '1:15', '2:03:04')
     """
     if seconds < 60 and round(seconds, 1) < 60:
@@ -33,29 +46,34 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def share(value: float) -> str:
-    """A figure between 0 and 1 with three decimals; `-` for NaN, a ratio of nothing.
+def format_ratio(value: float) -> str:
+    """Format a number between 0 and 1 with three decimals; NaN as `-`.
 
-    >>> share(0.5), share(float("nan"))
+    >>> format_ratio(0.5), format_ratio(float("nan"))
     ('0.500', '-')
     """
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
-def happened(event: NonFinite | Resumed | CheckpointSaved) -> str:
-    """One line about what interrupts a training, or guards it."""
+def describe_event(event: NonFinite | Resumed | CheckpointSaved | OverfitChecked) -> str:
+    """Describe an event in one line."""
     match event:
         case NonFinite():
-            return f"step {event.step} made no update: a loss or gradient was not finite, from {name_ids(event.ids)}"
+            return f"step {event.step} skipped its update: loss or gradient not finite, {name_ids(event.ids)}"
         case Resumed():
-            return f"goes on from step {event.step}, attempt {event.attempt}: {event.path}"
+            return f"resumed from step {event.step}, attempt {event.attempt}: {event.path}"
         case CheckpointSaved():
             return (
-                f"step {event.step} saved: {event.num_bytes / 1e6:,.1f} MB in {duration(event.seconds)}, training stood still "
-                f"for {1000 * event.stall:.0f} ms"
+                f"checkpoint of step {event.step} written: {event.num_bytes / 1e6:,.1f} MB in "
+                f"{format_duration(event.seconds)} (stall {1000 * event.stall:.0f} ms)"
+            )
+        case OverfitChecked():
+            return (
+                f"overfit check: {event.num_examples} examples, {event.num_steps} steps: loss "
+                f"{event.first_loss:.4f} -> {event.last_loss:.4f}, accuracy {event.accuracy:.3f}"
             )
 
 
-def when(split: str, epoch: int) -> str:
-    """Which evaluation: `epoch 2 validation`, or only the split outside training (epoch 0)."""
+def name_evaluation(split: str, epoch: int) -> str:
+    """Name an evaluation: `epoch 2 validation`, or the split alone outside training (epoch 0)."""
     return f"epoch {epoch} {split}" if epoch else split

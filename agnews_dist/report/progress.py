@@ -1,20 +1,20 @@
-"""Events of steps and of long work -> the few numbers worth watching: a steady loss, a rate, time left."""
+"""Progress of training steps and of long tasks: smoothed loss, rate, time left."""
 
 import time
 from collections import deque
 from collections.abc import Callable
 
 from agnews_dist.events import Progress, StepDone
-from agnews_dist.report.formatting import duration
+from agnews_dist.report.formatting import format_duration
 
 WINDOW = 20
-"""Steps over which loss and tokens/s are averaged: one step's loss jumps too much to be read."""
-SECONDS_WORTH_A_RATE = 0.1
-"""Over less time a rate is chance."""
+"""Steps over which loss and tokens/s are averaged."""
+MIN_RATE_SECONDS = 0.1
+"""Shortest time over which a rate is computed."""
 
 
 class StepProgress:
-    """Running figures of a training of `num_steps` steps (0: unknown)."""
+    """Progress of a training of `num_steps` steps (0: unknown)."""
 
     def __init__(self, num_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.num_steps = num_steps
@@ -29,30 +29,30 @@ class StepProgress:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the newest step was the last of the run."""
+        """True after the last step of the run."""
         return self.last.step == self.num_steps
 
     def add(self, event: StepDone) -> None:
-        """Take in one step."""
+        """Add one step."""
         self._recent.append(event)
         if self._first is None:
-            # The time left is judged from the end of the first step: the first one also warms everything up.
+            # The first step includes warm-up, so the time left is computed from its end.
             self._first = (event.step, self._clock())
 
     @property
     def mean_loss(self) -> float:
-        """Mean of the window's losses."""
+        """Mean loss over the last WINDOW steps."""
         return sum(event.loss for event in self._recent) / len(self._recent)
 
     @property
     def tokens_per_second(self) -> float:
-        """Real tokens over all ranks per second of stepping, in the window."""
+        """Real tokens of all ranks per second of the last WINDOW steps."""
         seconds = sum(event.seconds for event in self._recent)
         return sum(event.num_tokens for event in self._recent) / seconds if seconds > 0 else 0.0
 
     @property
     def eta(self) -> float | None:
-        """Seconds until the last step, evaluations between included at their past rate; None: not known yet."""
+        """Seconds until the last step, evaluations included; None: unknown."""
         if self._first is None or self.num_steps <= 0:
             return None
         first_step, first_time = self._first
@@ -61,30 +61,30 @@ class StepProgress:
             return None
         return (self._clock() - first_time) / since * max(self.num_steps - self.last.step, 0)
 
-    def words(self, *, exact: bool = False) -> list[str]:
-        """The figures as short texts; `exact`: the newest step's own loss instead of the window's mean."""
+    def format_figures(self, *, exact: bool = False) -> list[str]:
+        """Format the figures as short texts. `exact`: the newest step's loss instead of the mean."""
         loss = self.last.loss if exact else self.mean_loss
         return [
             f"epoch {self.last.epoch}",
             f"loss {loss:.4f}" if exact else f"mean loss {loss:.4f}",
             f"lr {self.last.lr:.2e}",
-            "update left out" if self.last.grad_norm is None else f"grad norm {self.last.grad_norm:.3g}",
+            "update skipped" if self.last.grad_norm is None else f"grad norm {self.last.grad_norm:.3g}",
             f"{self.tokens_per_second:,.0f} tokens/s",
         ]
 
-    def step_words(self) -> str:
-        """`step 12/375`, the number padded so that lines stand under each other."""
+    def format_step(self) -> str:
+        """Format `step 12/375`, with the number padded for alignment."""
         total = f"{self.num_steps}" if self.num_steps else ""
         number = f"{self.last.step:>{len(total)}}"
         return f"step {number}/{total}" if total else f"step {number}"
 
-    def eta_words(self) -> str | None:
-        """`ETA 0:42`, or None where it is not known or over."""
-        return None if self.eta is None or self.is_complete else f"ETA {duration(self.eta)}"
+    def format_eta(self) -> str | None:
+        """Format `ETA 0:42`; None if it is unknown or the training is complete."""
+        return None if self.eta is None or self.is_complete else f"ETA {format_duration(self.eta)}"
 
 
 class TaskProgress:
-    """Running figures of one long task. The work of its first report was found done: only what follows makes the rate."""
+    """Progress of one long task. Work of the first report was already done and does not count for the rate."""
 
     def __init__(self, first: Progress, clock: Callable[[], float] = time.monotonic) -> None:
         self.last = first
@@ -93,16 +93,16 @@ class TaskProgress:
         self._base = (self._started, first.done)
 
     def add(self, event: Progress) -> None:
-        """Take in one report."""
+        """Add one report."""
         self.last = event
         now = self._clock()
-        if now - self._started < SECONDS_WORTH_A_RATE:
-            # What was found done may also come piece by piece, in no time: taken as work, it would promise an early end.
+        if now - self._started < MIN_RATE_SECONDS:
+            # Work that was already done may be reported in pieces. Counting it would make the rate too high.
             self._base = (now, event.done)
 
     @property
     def is_complete(self) -> bool:
-        """Whether all is done; never, where the total is unknown."""
+        """True when all work is done; always False if the total is unknown."""
         return 0 < self.last.total <= self.last.done
 
     @property
@@ -112,39 +112,39 @@ class TaskProgress:
 
     @property
     def rate(self) -> float | None:
-        """Units per second; None: not known yet."""
+        """Units per second; None: unknown."""
         base_time, base_done = self._base
         seconds, done = self._clock() - base_time, self.last.done - base_done
-        return done / seconds if done > 0 and seconds >= SECONDS_WORTH_A_RATE else None
+        return done / seconds if done > 0 and seconds >= MIN_RATE_SECONDS else None
 
     @property
     def eta(self) -> float | None:
-        """Seconds until all is done; None: not known yet."""
+        """Seconds until all work is done; None: unknown."""
         rate = self.rate
         return (self.last.total - self.last.done) / rate if rate and self.last.total > 0 else None
 
-    def count_words(self) -> str:
-        """`1,000/6,000 tokens`."""
+    def format_count(self) -> str:
+        """Format `1,000/6,000 tokens`."""
         total = f"/{self.last.total:,}" if self.last.total > 0 else ""
         unit = f" {self.last.unit}" if self.last.unit else ""
         return f"{self.last.done:,}{total}{unit}"
 
-    def rate_words(self) -> str | None:
-        """`12,345 tokens/s`, or None where it is not known or the task has no unit."""
+    def format_rate(self) -> str | None:
+        """Format `12,345 tokens/s`; None if it is unknown or the task has no unit."""
         rate = self.rate
         return None if rate is None or not self.last.unit else f"{rate:,.0f} {self.last.unit}/s"
 
-    def eta_words(self) -> str | None:
-        """`ETA 0:42`, or None where it is not known, where all is done, or the task has no unit."""
+    def format_eta(self) -> str | None:
+        """Format `ETA 0:42`; None if it is unknown, the task is complete or has no unit."""
         eta = self.eta
-        return None if eta is None or self.is_complete or not self.last.unit else f"ETA {duration(eta)}"
+        return None if eta is None or self.is_complete or not self.last.unit else f"ETA {format_duration(eta)}"
 
-    def line(self) -> str:
-        """`tokenize: 1,000/6,000 (17%) after 10.0 s` of a task under way, `tokenize: 6,000 done in 1:00` of an ended one."""
+    def format_line(self) -> str:
+        """Format `tokenize: 1,000/6,000 (17%) after 10.0 s`, or at the end `tokenize: 6,000 done in 1:00`."""
         last = self.last
         if self.is_complete:
-            state = f"{last.done:,}{f' {last.unit}' if last.unit else ''} done in {duration(self.elapsed)}"
+            state = f"{last.done:,}{f' {last.unit}' if last.unit else ''} done in {format_duration(self.elapsed)}"
         else:
             percent = f" ({last.done / last.total:.0%})" if last.total > 0 else ""
-            state = f"{self.count_words()}{percent} after {duration(self.elapsed)}"
-        return ", ".join(filter(None, [f"{last.task}: {state}", self.rate_words(), self.eta_words()]))
+            state = f"{self.format_count()}{percent} after {format_duration(self.elapsed)}"
+        return ", ".join(filter(None, [f"{last.task}: {state}", self.format_rate(), self.format_eta()]))

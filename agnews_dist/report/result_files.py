@@ -1,4 +1,4 @@
-"""result.json: the figures of a whole run in one object, for people and scripts."""
+"""Result files of a run: result.json and predictions-<split>.jsonl."""
 
 import dataclasses
 import json
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import agnews_dist
-from agnews_dist.evaluation.metrics import Scores
-from agnews_dist.storage.atomic import plain, write_text
+from agnews_dist.events import Scores
+from agnews_dist.storage.atomic import to_json_value, write_text
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 OPTIONAL_PACKAGES = ("deepspeed",)
@@ -22,58 +22,58 @@ OPTIONAL_PACKAGES = ("deepspeed",)
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """Where a run's wall time went, on rank 0."""
+    """Wall time of a run by stage, on rank 0."""
 
     total: float
     setup: float
-    """Imports to the first useful work."""
+    """From the imports to the first training step or evaluation."""
     tokenize: float
     prefix: float
-    """In the frozen part of the model."""
+    """Computing features with the frozen part."""
     train: float
     eval: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What `result.json` holds; a value that does not apply to the run is None (null in the file)."""
+    """Content of result.json. A value that does not apply is None (null)."""
 
     splits: Mapping[str, Scores]
-    """Split -> scores of the model that was exported."""
+    """Split -> scores of the exported model."""
     num_steps: int
     num_ranks: int
     global_batch_size: int | None
-    """Examples per optimiser step; None where a token budget decided."""
+    """Examples per optimiser step; None with a token budget."""
     global_token_budget: int | None
     padding_efficiency: float | None
-    """Real tokens / tokens computed over all ranks, padding included, in the whole training."""
+    """Real tokens / padded tokens, over all ranks and steps."""
     critical_path_efficiency: float | None
-    """Real tokens / (ranks x tokens of the slowest rank at each step): the share of the waiting that was work."""
+    """Real tokens / (ranks x padded tokens of the slowest rank), over all steps."""
     rank_balance: float | None
-    """Mean padded share / largest padded share; 1 where no rank waits for another."""
+    """Padded tokens of the mean rank / of the slowest rank; 1 if no rank waits."""
     seconds: Seconds
     tokens_per_second: float | None
-    """Real tokens per second of training, over all ranks."""
+    """Real tokens of all ranks per second of training."""
     peak_memory_bytes: int | None
-    """The largest over the ranks."""
+    """Maximum over the ranks."""
     feature_cache: str | None
-    """Where the frozen part's output was kept: device, host, disk, or off."""
+    """Place of the cached features: device, host, disk or off."""
     feature_cache_bytes: int | None
-    """What that took, over all ranks."""
+    """Bytes of the cached features, over all ranks."""
     versions: Mapping[str, str]
     fingerprints: Mapping[str, str]
-    """What the result depends on (config, tokens, backbone ...) -> its hash."""
+    """Input of the run (config, tokens, frozen weights ...) -> its hash."""
 
-    def to_dict(self) -> dict[str, object]:
-        """The object of `result.json`, keys in the order of the fields."""
-        named: dict[str, object] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        named["splits"] = {split: dataclasses.asdict(scores) for split, scores in self.splits.items()}
-        named["seconds"] = dataclasses.asdict(self.seconds)
-        return named
+    def to_dict(self) -> dict[str, Any]:
+        """Return the object of result.json, keys in the order of the fields."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
+            "splits": {split: dataclasses.asdict(scores) for split, scores in self.splits.items()},
+            "seconds": dataclasses.asdict(self.seconds),
+        }
 
 
 def versions() -> dict[str, str]:
-    """Version of Python, of this package and of the libraries that decide the numbers."""
+    """Look up the versions of Python, this package and the libraries that results depend on."""
     found = {"python": platform.python_version(), "agnews_dist": agnews_dist.__version__}
     for package in (*PACKAGES, *OPTIONAL_PACKAGES):
         try:
@@ -85,13 +85,13 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, obj: Mapping[str, object]) -> None:
-    """Write `obj` to `path` as strict, indented JSON, whole or not at all; NaN and infinities become null.
+    """Write `obj` as strict, indented JSON, whole or not at all. NaN and infinities become null.
 
     Raises:
         UserError: the file cannot be written.
-        TypeError: `obj` holds something without a JSON form.
+        TypeError: `obj` contains a value without a JSON form.
     """
-    write_text(path, [json.dumps(plain(obj), indent=2, allow_nan=False), "\n"])
+    write_text(path, [json.dumps(to_json_value(obj), indent=2, allow_nan=False), "\n"])
 
 
 def write_predictions(
@@ -101,13 +101,12 @@ def write_predictions(
     predictions_N: NDArray[np.integer[Any]],
     probabilities_NC: NDArray[np.floating[Any]],
 ) -> None:
-    """Write `{"id", "label", "prediction", "probabilities"}` per row, whole or not at all; labels None become null.
+    """Write `{"id", "label", "prediction", "probabilities"}` per row, whole or not at all. `labels_N` None: labels are null.
 
-    Probabilities are written as the shortest text of their float32 value (further digits would be rounding noise of the
-    float32 logits), a non-finite one as null.
+    A probability is the shortest text of its float32 value: the float32 logits have no more digits. Non-finite ones are null.
 
     Raises:
-        ValueError: the arrays differ in length, or the ids do not ascend, as row numbers in file order do.
+        ValueError: the arrays differ in length, or the ids do not ascend.
         UserError: the file cannot be written.
     """
     lengths = [len(ids_N), len(predictions_N), len(probabilities_NC)] + ([] if labels_N is None else [len(labels_N)])
@@ -117,21 +116,21 @@ def write_predictions(
         )
     if bool(np.any(np.diff(ids_N) <= 0)):
         raise ValueError("the ids do not ascend: the rows are not in file order")
-    write_text(path, _lines(ids_N, labels_N, predictions_N, probabilities_NC))
+    write_text(path, _format_lines(ids_N, labels_N, predictions_N, probabilities_NC))
 
 
-def _lines(
+def _format_lines(
     ids_N: NDArray[np.integer[Any]],
     labels_N: NDArray[np.integer[Any]] | None,
     predictions_N: NDArray[np.integer[Any]],
     probabilities_NC: NDArray[np.floating[Any]],
 ) -> Iterator[str]:
-    # numpy makes all the texts at once: several times faster than json.dumps on every row of a large split.
+    # numpy formats all numbers at once, several times faster than json.dumps per row.
     texts_NC = probabilities_NC.astype(np.float32).astype(np.str_)
     texts_NC[~np.isfinite(probabilities_NC)] = "null"
     labels = ["null"] * len(ids_N) if labels_N is None else labels_N.tolist()
     for row, label, prediction, texts_C in zip(
         ids_N.tolist(), labels, predictions_N.tolist(), texts_NC.tolist(), strict=True
     ):
-        shares = ", ".join(texts_C)
-        yield f'{{"id": {row}, "label": {label}, "prediction": {prediction}, "probabilities": [{shares}]}}\n'
+        probabilities = ", ".join(texts_C)
+        yield f'{{"id": {row}, "label": {label}, "prediction": {prediction}, "probabilities": [{probabilities}]}}\n'

@@ -6,16 +6,16 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.events import read_events
 from support.processes import torchrun
 from support.random_gpt2 import assert_close, mask_of, ours_like, ragged_batch, random_reference
 from torch import Tensor
 
 from agnews_dist.model import packed
 from agnews_dist.model.gpt2 import load_backbone
-from agnews_dist.model.last_token import last_rows
+from agnews_dist.model.last_token import select_last_rows
 from agnews_dist.model.prefix import CALL_TOKENS
 from agnews_dist.model.pretrained import load_tokenizer
-from agnews_dist.report.event_log import read_run_log
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DATA = ["--data.source", "synthetic", "--data.limit_train", "1200", "--data.limit_test", "400"]
@@ -26,7 +26,7 @@ def test_one_rank_trains_in_bf16_and_agrees_with_fp32(tmp_path):
     places = ["--run.dir", str(tmp_path), "--run.name", "gpu", "--data.cache_dir", str(tmp_path / "cache")]
     torchrun(1, *command, *places, "--engine.device", "cuda", CUDA_VISIBLE_DEVICES="0")
     directory = tmp_path / "gpu"
-    (started,) = [event for event in read_run_log(directory / "events.jsonl") if event["event"] == "RunStarted"]
+    (started,) = [event for event in read_events(directory / "events.jsonl") if event["event"] == "RunStarted"]
     assert started["facts"]["precision"] == "bf16"
     result = json.loads((directory / "result.json").read_text())
     assert result["splits"]["test"]["accuracy"] > 0.6
@@ -74,8 +74,8 @@ def spied(monkeypatch) -> list[str]:
     def noting(name, function):
         return lambda *arguments: seen.append(name) or function(*arguments)
 
-    monkeypatch.setattr(packed, "_by_kernel", noting("kernel", packed._by_kernel))
-    monkeypatch.setattr(packed, "_by_runs", noting("runs", packed._by_runs))
+    monkeypatch.setattr(packed, "_attend_by_kernel", noting("kernel", packed._attend_by_kernel))
+    monkeypatch.setattr(packed, "_attend_by_runs", noting("runs", packed._attend_by_runs))
     return seen
 
 
@@ -83,16 +83,16 @@ def spied(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_variable_length_attention_is_attention_in_runs(dtype, factor, spied):
     """The kernel in half precision against runs of equal lengths in fp64 on the same rounded numbers."""
-    assert packed._varlen() is not None, "this release of torch has no variable-length attention"
+    assert packed._find_varlen_kernel() is not None, "this release of torch has no variable-length attention"
     generator = torch.Generator().manual_seed(1)
     qkv_P = torch.randn(sum(LENGTHS), 3 * 128, generator=generator).to(CUDA, dtype)
-    attended_PD = packed.packed_attention(LENGTHS, CUDA, dtype)(qkv_P, 2, factor)
+    attended_PD = packed.make_packed_attention(LENGTHS, CUDA, dtype)(qkv_P, 2, factor)
     assert spied == ["kernel"]
-    exact_PD = packed.packed_attention(LENGTHS, CUDA, torch.float64)(qkv_P.double(), 2, factor)
+    exact_PD = packed.make_packed_attention(LENGTHS, CUDA, torch.float64)(qkv_P.double(), 2, factor)
     assert spied == ["kernel", "runs"]
     assert attended_PD.dtype == dtype
     assert_close(attended_PD.double(), exact_PD, "attention", relative=4 * torch.finfo(dtype).eps)
-    shifted_PD = packed.packed_attention(LENGTHS[1:] + LENGTHS[:1], CUDA, dtype)(qkv_P, 2, factor)
+    shifted_PD = packed.make_packed_attention(LENGTHS[1:] + LENGTHS[:1], CUDA, dtype)(qkv_P, 2, factor)
     with pytest.raises(AssertionError, match="attention"):  # the negative control: texts that begin elsewhere
         assert_close(shifted_PD.double(), exact_PD, "attention", relative=4 * torch.finfo(dtype).eps)
 
@@ -115,7 +115,7 @@ def test_bf16_rows_are_huggingface_s(trainable_blocks, spied):
         handle.remove()
         output = outputs[0]
         hidden_BTD = (output[0] if isinstance(output, tuple) else output).cpu()
-        return last_rows(hidden_BTD, lengths_B) if half.one_row_per_text else packed_of(hidden_BTD, lengths_B)
+        return select_last_rows(hidden_BTD, lengths_B) if half.one_row_per_text else packed_of(hidden_BTD, lengths_B)
 
     exact = hidden(reference.transformer, torch.device("cpu"))
     rounded = hidden(reference.transformer.to(CUDA, torch.bfloat16), CUDA)
@@ -146,12 +146,12 @@ def test_attention_of_a_text_depends_on_no_pack_mate(spied):
     long, length = 4096, 900
     generator = torch.Generator().manual_seed(1)
     qkv_P = torch.randn(length + long, 3 * 128, generator=generator).to(CUDA, torch.bfloat16)
-    alone_PD = packed.packed_attention([length], CUDA, torch.bfloat16)(qkv_P[:length], 2, 0.125)
+    alone_PD = packed.make_packed_attention([length], CUDA, torch.bfloat16)(qkv_P[:length], 2, 0.125)
     mates = {"behind": [length, long], "many": [length, *[64] * 64], "one token": [length, 1]}
     for name, lengths in mates.items():
-        together_PD = packed.packed_attention(lengths, CUDA, torch.bfloat16)(qkv_P[: sum(lengths)], 2, 0.125)
+        together_PD = packed.make_packed_attention(lengths, CUDA, torch.bfloat16)(qkv_P[: sum(lengths)], 2, 0.125)
         assert torch.equal(together_PD[:length], alone_PD), name
-    first = packed.packed_attention([long, length], CUDA, torch.bfloat16)(qkv_P.roll(long, dims=0), 2, 0.125)
+    first = packed.make_packed_attention([long, length], CUDA, torch.bfloat16)(qkv_P.roll(long, dims=0), 2, 0.125)
     assert torch.equal(first[long:], alone_PD), "before"
     assert set(spied) == {"kernel"}
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support import fork_server as warm
+from support import fork_server
+from support.events import read_events
 from support.processes import REPOSITORY, torchrun
 from support.processes import python as start
-
-from agnews_dist.report.event_log import read_run_log
 
 # Far below engine.timeout_seconds (600): a rank left waiting in a collective would be seen.
 SOON = 150
@@ -25,7 +24,7 @@ CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def train(
-    directory: Path, *launched: str, source: str = "synthetic", launch=warm.ranks
+    directory: Path, *launched: str, source: str = "synthetic", launch=fork_server.run_ranks
 ) -> subprocess.CompletedProcess[str]:
     places = ["--run.dir", str(directory), "--data.cache_dir", str(directory / "cache"), "--data.source", source]
     return launch(2, *launched, *SMALL, *places, check=False, timeout=SOON, **CPU)
@@ -42,7 +41,7 @@ def marked(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def events_of(run: Path, kind: str) -> list[dict]:
-    return [event for event in read_run_log(run / "events.jsonl") if event["event"] == kind]
+    return [event for event in read_events(run / "events.jsonl") if event["event"] == kind]
 
 
 def steps_of(run: Path) -> list[int]:
@@ -56,7 +55,7 @@ def test_a_bad_row_is_said_once_by_rank_0(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = train(tmp_path / "runs", "-m", "agnews_dist.train", source=str(file), launch=torchrun)
     (line,) = errors(done)
-    assert line.startswith("[rank 0/2] error: label is no class in 1 row (rows.jsonl row 17: 4)")
+    assert line.startswith("[rank 0/2] error: label is not a class in 1 row (rows.jsonl row 17: 4)")
     assert "Correct these rows." in line
     assert marked(done) == [line], "no traceback of ours"
     assert 'File "' + str(REPOSITORY / "agnews_dist") not in done.stderr
@@ -124,7 +123,7 @@ def test_a_loss_that_is_not_finite_is_skipped_by_all_ranks_if_asked(tmp_path):
 
 
 # One that is suspended: tests/faults.
-@pytest.mark.parametrize(("change", "launch"), [("vanish", torchrun), ("hang", warm.ranks)])
+@pytest.mark.parametrize(("change", "launch"), [("vanish", torchrun), ("hang", fork_server.run_ranks)])
 def test_a_rank_that_dies_or_hangs_ends_all_within_the_timeout(tmp_path, change, launch):
     start = time.monotonic()
     done = train(tmp_path, ODD_RANK, "1", change, "train", "--engine.timeout_seconds", "8", launch=launch)
@@ -150,7 +149,9 @@ def few(tmp_path_factory) -> tuple[Path, Path, subprocess.CompletedProcess[str],
     written = (cache / "meta.json").stat().st_mtime_ns
     words += ["--optim.epochs", "3", "--engine.precision", "bf16", "--profile", "--batch.longest_first"]
     words += ["--batch.global_batch_size", "2"]
-    done = warm.ranks(3, "-m", "agnews_dist.train", *words, "--run.dir", str(directory), "--run.name", "few", **CPU)
+    done = fork_server.run_ranks(
+        3, "-m", "agnews_dist.train", *words, "--run.dir", str(directory), "--run.name", "few", **CPU
+    )
     return directory / "few", cache, done, written
 
 
@@ -159,7 +160,7 @@ def test_fewer_examples_than_ranks_train_and_are_scored(few):
     result = json.loads((directory / "result.json").read_text())
     assert (result["num_ranks"], result["num_steps"]) == (3, 3)
     assert {name: split["num_examples"] for name, split in result["splits"].items()} == {"validation": 2, "test": 1}
-    steps = [event for event in read_run_log(directory / "events.jsonl") if event["event"] == "StepDone"]
+    steps = [event for event in read_events(directory / "events.jsonl") if event["event"] == "StepDone"]
     assert [event["num_examples"] for event in steps] == [2, 2, 2]
     # The mean over two examples, whatever the third rank computed for its filler row: about ln 4 at the start.
     assert steps[0]["loss"] == pytest.approx(1.386, abs=0.3)
@@ -174,7 +175,7 @@ def test_the_largest_step_is_rehearsed_when_asked_for(few):
 
 def test_a_batch_too_small_for_the_ranks_is_warned_of(few):
     directory, _, _, _ = few
-    warnings = [event["message"] for event in read_run_log(directory / "events.jsonl") if event["event"] == "Warned"]
+    warnings = [event["message"] for event in read_events(directory / "events.jsonl") if event["event"] == "Warned"]
     (message,) = [warning for warning in warnings if "global_batch_size" in warning]
     assert (
         "batch.global_batch_size 2 on 3 ranks: 1 of 3 ranks compute a filler row at every step, 33% of the" in message

@@ -6,10 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import fork_server as warm
+from support import fork_server
 from support import processes as launching
-
-from agnews_dist.report.event_log import read_run_log
+from support.events import read_events
 
 
 def debug(directory: Path, python=launching.python) -> subprocess.CompletedProcess[str]:
@@ -22,7 +21,7 @@ def debug(directory: Path, python=launching.python) -> subprocess.CompletedProce
 def twice(tmp_path_factory) -> list[tuple[Path, subprocess.CompletedProcess[str]]]:
     directories = [tmp_path_factory.mktemp("debug") for _ in range(2)]
     # In a process of its own, and in one that was forked.
-    doors = (launching.python, warm.python)
+    doors = (launching.python, fork_server.run_python)
     return [(directory / "debug", debug(directory, door)) for directory, door in zip(directories, doors, strict=True)]
 
 
@@ -32,10 +31,10 @@ def test_says_the_overfit_check_and_every_step(twice):
     (check,) = (line for line in done.stdout.splitlines() if "overfit check" in line)
     assert "8 examples" in check
     assert "accuracy 1.000" in check
-    (checked,) = (event for event in read_run_log(directory / "events.jsonl") if event["event"] == "OverfitChecked")
+    (checked,) = (event for event in read_events(directory / "events.jsonl") if event["event"] == "OverfitChecked")
     assert 0 < checked["num_steps"] < 100
     assert checked["last_loss"] < 0.1 < 1.0 < checked["first_loss"]
-    steps = [event for event in read_run_log(directory / "events.jsonl") if event["event"] == "StepDone"]
+    steps = [event for event in read_events(directory / "events.jsonl") if event["event"] == "StepDone"]
     assert len(steps) >= 8
     printed = re.findall(rf" step +(\d+)/{len(steps)} .* loss ([\d.]+) ", done.stdout)
     assert [(int(number), float(loss)) for number, loss in printed] == [
@@ -50,7 +49,7 @@ def test_is_the_same_every_time(twice):
     assert set(results[0]["splits"]) == {"validation", "test"}
     # A checkpoint is told of when the disk has it, which is a matter of time.
     told = [
-        [plain(event) for event in read_run_log(directory / "events.jsonl") if event["event"] != "CheckpointSaved"]
+        [plain(event) for event in read_events(directory / "events.jsonl") if event["event"] != "CheckpointSaved"]
         for directory, _ in twice
     ]
     assert len(told[0]) > 10
@@ -76,7 +75,7 @@ def test_a_batch_that_cannot_be_learnt_stops_the_run(tmp_path):
         print(torch.are_deterministic_algorithms_enabled(), torch.is_anomaly_enabled())
         raise SystemExit(code)
     """
-    done = warm.python("-c", code, check=False, XDG_CACHE_HOME=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    done = fork_server.run_python("-c", code, check=False, XDG_CACHE_HOME=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "True True"
     (line,) = done.stderr.splitlines()

@@ -17,12 +17,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from support import fork_server as warm
+from support import fork_server
+from support.events import read_events
 from support.processes import REPOSITORY, environment
 from transformers import GPT2Model
 
-from agnews_dist.model.embedded import embedded_config, embedded_tokenizer, spread_embeddings
-from agnews_dist.report.event_log import read_run_log
+from agnews_dist.model.embedded import embedded_config, embedded_tokenizer, scale_embeddings
 
 STORY = [
     *("train", "--data.source", "synthetic", "--optim.epochs", "3"),
@@ -59,7 +59,7 @@ class Run:
         return np.array([json.loads(row)["probabilities"] for row in rows])
 
     def said(self, event: str) -> list[dict]:
-        return [each for each in read_run_log(self.directory / "events.jsonl") if each["event"] == event]
+        return [each for each in read_events(self.directory / "events.jsonl") if each["event"] == event]
 
     @property
     def header(self) -> str:
@@ -80,7 +80,7 @@ def model(tmp_path_factory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         gpt2 = GPT2Model(config)
-    spread_embeddings(gpt2)
+    scale_embeddings(gpt2)
     gpt2.save_pretrained(directory)
     embedded_tokenizer().save_pretrained(directory)
     return directory
@@ -103,25 +103,14 @@ Train = Callable[..., Run]
 
 
 @pytest.fixture(scope="module")
-def tell() -> Iterator[Callable[[list[str]], tuple[int, str, str]]]:
-    """Runs a command in one long-lived process of one thread without a GPU, so that the imports are paid once."""
-    process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "tests" / "run" / "storyteller.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment(),
-        cwd=REPOSITORY,
-        encoding="utf-8",
-    )
+def tell() -> Callable[[list[str]], tuple[int, str, str]]:
+    """Run a command in a forked process; return exit code, standard output and standard error."""
 
-    def run(story: list[str]) -> tuple[int, str, str]:
-        process.stdin.write(json.dumps(story) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
+    def run(words: list[str]) -> tuple[int, str, str]:
+        done = fork_server.run_python("-m", "agnews_dist", *words, check=False)
+        return done.returncode, done.stdout, done.stderr
 
-    with process:
-        yield run
-        process.stdin.close()
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +298,6 @@ def small_disk(tmp_path, runs) -> Iterator[Path]:
     if os.getuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("no small file system can be mounted here (it takes root)")
     yield mount_point
-    # The storyteller has its files mapped.
     subprocess.run(["umount", "--lazy", str(mount_point)], check=True)
 
 
@@ -463,7 +451,7 @@ def test_two_ranks_share_the_hosts_memory_and_leave_nothing_there(tmp_path, runs
 
     def two_ranks(name: str, wanted: str) -> Run:
         story = words(tmp_path, name, "--engine.feature_cache", wanted)
-        done = warm.ranks(2, "-m", "agnews_dist.train", *story[1:])
+        done = fork_server.run_ranks(2, "-m", "agnews_dist.train", *story[1:])
         return Run(tmp_path / name, done.stdout)
 
     before = shared_jobs(keys)

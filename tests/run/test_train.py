@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from support import fork_server as warm
+from support import fork_server
+from support.events import read_events
 from support.processes import python, torchrun
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from agnews_dist.data.corpus import load_corpus
-from agnews_dist.report.event_log import read_run_log
 
 CLASS_NAMES = ("World", "Sports", "Business", "Sci/Tech")
 LIMITS = ("--data.limit_train", "480", "--data.limit_validation", "101", "--data.limit_test", "103")
@@ -84,7 +84,7 @@ def test_result_json_is_whole_and_true(trained):
 
 def test_events_tell_the_whole_run(trained):
     directory, _ = trained
-    events = read_run_log(directory / "events.jsonl")
+    events = read_events(directory / "events.jsonl")
     steps = [event for event in events if event["event"] == "StepDone"]
     assert [event["step"] for event in steps] == list(range(1, 61))
     assert sum(event["num_examples"] for event in steps[:20]) == 480
@@ -146,7 +146,9 @@ def evaluated(trained, tmp_path_factory) -> dict[int, Path]:
     for num_ranks in (1, 2, 3):
         output = tmp_path_factory.mktemp(f"evaluated{num_ranks}")
         arguments = ["--model.name", str(directory), *DATA, "--split", "test", "--output", str(output)]
-        warm.ranks(num_ranks, "-m", "agnews_dist", "evaluate", *arguments, XDG_CACHE_HOME=str(directory.parent))
+        fork_server.run_ranks(
+            num_ranks, "-m", "agnews_dist", "evaluate", *arguments, XDG_CACHE_HOME=str(directory.parent)
+        )
         found[num_ranks] = output
     return found
 
@@ -167,8 +169,8 @@ def test_predict_reads_arguments_and_standard_input(trained):
     directory, _ = trained
     texts = ["The striker scored twice in the final.", "Shares fell after the bank cut its forecast."]
     command = ["-m", "agnews_dist", "predict", "--model.name", str(directory), "--format", "jsonl"]
-    by_argument = warm.python(*command, *texts).stdout
-    by_stdin = warm.python(*command, stdin="\n".join(texts) + "\n").stdout
+    by_argument = fork_server.run_python(*command, *texts).stdout
+    by_stdin = fork_server.run_python(*command, stdin="\n".join(texts) + "\n").stdout
     rows = [json.loads(line) for line in by_argument.splitlines()]
     assert [json.loads(line)["probabilities"] for line in by_stdin.splitlines()] == [
         row["probabilities"] for row in rows

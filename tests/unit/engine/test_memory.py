@@ -11,6 +11,7 @@ from support.processes import REPOSITORY
 from transformers import GPT2Config, GPT2Model
 
 from agnews_dist.config.schema import BatchConfig, Config, DataConfig
+from agnews_dist.data.batching.loader import EVALUATION_TOKENS
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.memory import (
     MEAN_TOKENS,
@@ -24,18 +25,19 @@ from agnews_dist.engine.memory import (
     format_estimate,
     propose_settings,
 )
-from agnews_dist.model.gpt2 import Backbone, split
+from agnews_dist.model.gpt2 import Backbone, split_model
+from agnews_dist.model.prefix import CALL_TOKENS
 from agnews_dist.run.memory_setup import build_shape, count_texts_per_rank
 
 XL = Shape(num_blocks=48, width=1600, inner=6400, num_heads=25, num_rows=50258, num_positions=1024)
 
 
 def setup(**changed: object) -> Setup:
-    given: dict[str, object] = {"trainable_blocks": 1, "num_ranks": 1, "ranks_per_node": 1, "backend": "ddp"}
-    given |= {"zero_stage": 2, "offload": "none", "max_tokens_per_rank": 4096, "max_length": 64}
-    return Setup(
-        **{**given, "device": "cuda", "half": False, "call_tokens": 65536, "evaluation_tokens": 8192, **changed}
-    )  # type: ignore[arg-type]
+    values: dict[str, object] = {"trainable_blocks": 1, "num_ranks": 1, "ranks_per_node": 1, "backend": "ddp"}
+    values |= {"zero_stage": 2, "offload": "none", "max_tokens_per_rank": 4096, "max_length": 64}
+    device = str(changed.get("device", "cuda"))
+    values |= {"device": device, "half": False, "call_tokens": CALL_TOKENS[device]}
+    return Setup(**{**values, "evaluation_tokens": EVALUATION_TOKENS, **changed})  # type: ignore[arg-type]
 
 
 def gpt2(**changed: object) -> GPT2Config:
@@ -48,7 +50,7 @@ def gpt2(**changed: object) -> GPT2Config:
 def test_shape_counts_the_weights_of_the_model(blocks: int, inner: int | None) -> None:
     config = gpt2(n_inner=inner)
     shape = build_shape(config)
-    classifier = split(Backbone(GPT2Model(config), None, None), trainable_blocks=blocks, num_classes=7, seed=0)
+    classifier = split_model(Backbone(GPT2Model(config), None, None), trainable_blocks=blocks, num_classes=7, seed=0)
     assert shape.trained(blocks, 7) == sum(weight.numel() for weight in classifier.suffix.parameters())
     pad_row = config.n_embd  # [PAD], which the tokenizer adds
     assert shape.frozen(blocks) == sum(weight.numel() for weight in classifier.prefix.parameters()) + pad_row
@@ -60,7 +62,7 @@ def test_shape_counts_the_weights_of_the_model(blocks: int, inner: int | None) -
 def test_activation_bytes_are_close_to_what_autograd_keeps(blocks: int, half: bool, fast_path: bool) -> None:
     """Count on Hugging Face's blocks with dropout, on a CPU, where attention keeps its scores."""
     config, texts, tokens = gpt2(n_embd=256, n_head=4, n_layer=blocks), 480 if blocks == 1 else 120, MEAN_TOKENS
-    suffix = split(Backbone(GPT2Model(config), None, None), trainable_blocks="all", num_classes=4, seed=0).suffix
+    suffix = split_model(Backbone(GPT2Model(config), None, None), trainable_blocks="all", num_classes=4, seed=0).suffix
     suffix.autocast_dtype = torch.bfloat16 if half else None
     suffix.use_fast_path(fast_path)
     weights = {weight.untyped_storage().data_ptr() for weight in suffix.parameters()}
@@ -75,7 +77,6 @@ def test_activation_bytes_are_close_to_what_autograd_keeps(blocks: int, half: bo
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         suffix.train()(torch.randn(texts, tokens, config.n_embd), torch.full((texts,), tokens))
     base = setup(trainable_blocks=blocks, max_tokens_per_rank=texts * tokens, max_length=tokens, device="cpu")
-    base = replace(base, call_tokens=512)
     estimated = activation_bytes(build_shape(config), replace(base, half=half, fast_path=fast_path))
     # The estimate includes the backward pass of a block and the features.
     assert 0.9 * sum(kept.values()) < estimated < 2.1 * sum(kept.values())

@@ -1,4 +1,4 @@
-"""The run log: strict JSON lines, whole after a kill, continued by a resumed run."""
+"""Event log: strict JSON lines, complete after a kill, continued by a resumed run; and `Sinks`."""
 
 import dataclasses
 import errno
@@ -13,6 +13,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from support.events import read_events
 
 from agnews_dist.errors import UserError
 from agnews_dist.events import (
@@ -23,11 +24,12 @@ from agnews_dist.events import (
     Progress,
     RunDone,
     RunStarted,
+    Scores,
     StepDone,
     Warned,
 )
 from agnews_dist.report.console import Sinks
-from agnews_dist.report.event_log import EventLog, read_run_log
+from agnews_dist.report.event_log import EventLog
 
 STEP = StepDone(
     step=1, epoch=1, loss=1.25, lr=1e-3, grad_norm=2.0, num_examples=32, num_tokens=1664, seconds=0.5
@@ -39,12 +41,9 @@ EVENTS: list[Event] = [
     EvalDone(
         split="validation",
         epoch=1,
-        num_examples=3,
-        num_correct=2,
-        accuracy=2 / 3,
-        macro_f1=0.6,
-        loss=0.7,
-        confusion=((1, 1), (0, 1)),
+        scores=Scores(
+            num_examples=3, num_correct=2, accuracy=2 / 3, macro_f1=0.6, loss=0.7, confusion=((1, 1), (0, 1))
+        ),
         class_names=("World", "Sci/Tech"),
         seconds=0.1,
     ),
@@ -54,28 +53,40 @@ EVENTS: list[Event] = [
 ]
 
 
-def test_every_event_comes_back(tmp_path: Path) -> None:
+def test_every_event_is_written_with_its_fields(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     before = datetime.now(timezone.utc)
     with EventLog(path) as log:
         for event in EVENTS:
             log(event)
-    found = read_run_log(path)
+    found = read_events(path)
     assert len(found) == len(EVENTS) == 7
     for line, event in zip(found, EVENTS, strict=True):
         assert list(line)[:2] == ["event", "time"]
         assert line.pop("event") == type(event).__name__
-        when = datetime.fromisoformat(line.pop("time"))
-        assert when.utcoffset() == timedelta(0)
-        assert abs(when - before) < timedelta(minutes=1)
-        assert line == json.loads(json.dumps(dataclasses.asdict(event)))
+        written = datetime.fromisoformat(line.pop("time"))
+        assert written.utcoffset() == timedelta(0)
+        assert abs(written - before) < timedelta(minutes=1)
+        fields = dataclasses.asdict(event)
+        fields |= fields.pop("scores", {})
+        assert line == json.loads(json.dumps(fields))
+
+
+def test_scores_are_fields_of_the_line_in_their_place(tmp_path: Path) -> None:
+    with EventLog(tmp_path / "events.jsonl") as log:
+        log(EVENTS[3])
+    (line,) = read_events(tmp_path / "events.jsonl")
+    assert list(line) == [
+        "event", "time", "split", "epoch", "num_examples", "num_correct", "accuracy", "macro_f1", "loss", "confusion",
+        "class_names", "seconds",
+    ]  # fmt: skip
 
 
 def test_progress_is_not_written(tmp_path: Path) -> None:
     with EventLog(tmp_path / "events.jsonl") as log:
         log(Progress(task="tokenising", done=1, total=2))
         log(STEP)
-    assert [line["event"] for line in read_run_log(tmp_path / "events.jsonl")] == ["StepDone"]
+    assert [line["event"] for line in read_events(tmp_path / "events.jsonl")] == ["StepDone"]
 
 
 def test_non_finite_numbers_are_null(tmp_path: Path) -> None:
@@ -84,7 +95,7 @@ def test_non_finite_numbers_are_null(tmp_path: Path) -> None:
     text = (tmp_path / "events.jsonl").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
-    (line,) = read_run_log(tmp_path / "events.jsonl")
+    (line,) = read_events(tmp_path / "events.jsonl")
     assert line["loss"] is None
     assert line["grad_norm"] is None
     assert line["lr"] == 1e-3
@@ -102,30 +113,30 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_killed_process_leaves_every_event_before(tmp_path: Path) -> None:
+def test_a_killed_process_loses_no_event(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(path)], check=False, env={**os.environ, "PYTHONPATH": str(root)}, timeout=60
     )
     assert done.returncode == -signal.SIGKILL
-    assert [line["message"] for line in read_run_log(path)] == [f"event {number}" for number in range(100)]
+    assert [line["message"] for line in read_events(path)] == [f"event {number}" for number in range(100)]
 
 
-def test_a_resumed_run_continues_after_a_torn_line(tmp_path: Path) -> None:
+def test_a_half_written_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     with EventLog(path) as log:
         log(Warned(message="before"))
     with path.open("a") as file:
         file.write('{"event": "Warned", "ti')
-    assert [line["message"] for line in read_run_log(path)] == ["before"]
+    assert [line["message"] for line in read_events(path)] == ["before"]
     with EventLog(path) as log:
         log(Warned(message="after"))
-    assert [line["message"] for line in read_run_log(path)] == ["before", "after"]
+    assert [line["message"] for line in read_events(path)] == ["before", "after"]
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
 
 
-def test_what_came_after_a_checkpoint_is_cut_off(tmp_path: Path) -> None:
+def test_keep_bytes_drops_what_came_after_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     with EventLog(path) as log:
         log(Warned(message="before"))
@@ -135,27 +146,27 @@ def test_what_came_after_a_checkpoint_is_cut_off(tmp_path: Path) -> None:
     with EventLog(path, keep_bytes=kept) as log:
         assert log.num_bytes == kept
         log(Warned(message="repeated"))
-    assert [line["message"] for line in read_run_log(path)] == ["before", "repeated"]
-    # Shorter than a checkpoint says: nobody can bring back what is lost, but no line may be torn.
+    assert [line["message"] for line in read_events(path)] == ["before", "repeated"]
+    # The log may be shorter than the checkpoint recorded.
     with EventLog(path, keep_bytes=10**6) as log:
         log(Warned(message="after"))
-    assert [line["message"] for line in read_run_log(path)] == ["before", "repeated", "after"]
+    assert [line["message"] for line in read_events(path)] == ["before", "repeated", "after"]
 
 
-def test_lines_that_cannot_be_written_wait_and_no_checkpoint_counts_on_them(tmp_path: Path) -> None:
+def test_lines_that_cannot_be_written_are_kept_and_sync_fails(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with EventLog(path) as log:
         log(Warned(message="first"))
         log.sync(log.num_bytes)
         try:
-            # The file may grow by half a line: that half must not stay there.
+            # The file may grow by half a line, which must be overwritten later.
             resource.setrlimit(resource.RLIMIT_FSIZE, (log.num_bytes + 20, limits[1]))
             for message in ("second", "third"):
                 with pytest.raises(OSError, match=r"File too large|No space left") as raised:
                     log(Warned(message=message))
                 assert raised.value.filename == str(path)
-            assert [line["message"] for line in read_run_log(path)] == ["first"]
+            assert [line["message"] for line in read_events(path)] == ["first"]
             assert path.stat().st_size < log.num_bytes
             with pytest.raises(OSError, match=r"File too large|No space left"):
                 log.sync(log.num_bytes)
@@ -163,11 +174,11 @@ def test_lines_that_cannot_be_written_wait_and_no_checkpoint_counts_on_them(tmp_
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         log(Warned(message="fourth"))
         log.sync(log.num_bytes)
-    assert [line["message"] for line in read_run_log(path)] == ["first", "second", "third", "fourth"]
+    assert [line["message"] for line in read_events(path)] == ["first", "second", "third", "fourth"]
 
 
-def test_a_sink_that_cannot_write_does_not_end_the_run_and_the_others_are_told_once(tmp_path: Path) -> None:
-    told: list[Event] = []
+def test_a_failing_sink_does_not_end_the_run_and_others_get_one_warning(tmp_path: Path) -> None:
+    received: list[Event] = []
 
     class Full:
         path = "/full/events.jsonl"
@@ -180,7 +191,7 @@ def test_a_sink_that_cannot_write_does_not_end_the_run_and_the_others_are_told_o
 
     class Screen:
         def __call__(self, event: Event) -> None:
-            told.append(event)
+            received.append(event)
 
         def close(self) -> None:
             pass
@@ -190,22 +201,11 @@ def test_a_sink_that_cannot_write_does_not_end_the_run_and_the_others_are_told_o
         emit.add(Screen())
         emit(STEP)
         emit(STEP)
-    assert [event for event in told if event == STEP] == [STEP, STEP]
-    (warning,) = [event for event in told if isinstance(event, Warned)]
+    assert [event for event in received if event == STEP] == [STEP, STEP]
+    (warning,) = [event for event in received if isinstance(event, Warned)]
     assert warning.message.startswith("/full/events.jsonl cannot be written (No space left on device): ")
 
 
-def test_damaged_or_missing_logs_are_user_errors(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    for damaged in (
-        b'{"event": "Warned"}\nnot json\n',
-        b'{"event": "Warned"}\n[1]\n',
-        b'{"event": "Warned"}\n"\xff"\n',
-    ):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"events.jsonl line 2 is no JSON object.*Remove that line"):
-            read_run_log(path)
-    with pytest.raises(UserError, match=r"cannot read .*none.jsonl .*Give the path of a run's log"):
-        read_run_log(tmp_path / "none.jsonl")
+def test_a_log_that_cannot_be_opened_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot open .*choose another with --run.dir"):
         EventLog(tmp_path / "no" / "events.jsonl")

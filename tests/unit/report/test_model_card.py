@@ -1,4 +1,4 @@
-"""The model card: front matter the hub's own reader accepts, tables that survive odd names, a snippet that runs."""
+"""Model card: front matter that the hub's reader accepts, tables with odd names, a snippet that runs."""
 
 import os
 import re
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
-from agnews_dist.evaluation.metrics import summarize
-from agnews_dist.report.model_card import model_card
+from agnews_dist.evaluation.metrics import compute_scores
+from agnews_dist.report.model_card import ModelCard
 
-VALIDATION = summarize(np.array([[9, 1], [2, 8]]), 8.0)
-TEST = summarize(np.array([[40, 10], [5, 45]]), 50.0)
+VALIDATION = compute_scores(np.array([[9, 1], [2, 8]]), 8.0)
+TEST = compute_scores(np.array([[40, 10], [5, 45]]), 50.0)
 
 
 def card(**changes: Any) -> str:
@@ -29,7 +29,7 @@ def card(**changes: Any) -> str:
         "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
         "fingerprints": {"config": "c0ffee", "tokens": "beef"},
     }
-    return model_card(**{**arguments, **changes})
+    return ModelCard(**{**arguments, **changes}).to_markdown()
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def snippet(text: str) -> str:
     return blocks[0]
 
 
-def test_front_matter_holds_what_the_hub_reads() -> None:
+def test_front_matter_has_the_keys_of_the_hub() -> None:
     front = front_matter(card())
     assert front["pipeline_tag"] == "text-classification"
     assert front["library_name"] == "transformers"
@@ -54,11 +54,11 @@ def test_front_matter_holds_what_the_hub_reads() -> None:
     assert "license" not in front
 
 
-def test_the_hubs_own_reader_finds_the_scores() -> None:
+def test_hub_reader_finds_the_scores() -> None:
     from huggingface_hub import ModelCard
 
     text = card()
-    # Raises on an index it cannot read, unless told to ignore errors.
+    # Raises on an index it cannot read.
     found = ModelCard(text, ignore_metadata_errors=False)
     assert found.data.model_name == "gpt2-2026-08-01"
     results = found.data.eval_results
@@ -73,7 +73,7 @@ def test_the_hubs_own_reader_finds_the_scores() -> None:
     assert {r.task_type for r in results} == {"text-classification"}
 
 
-def test_the_text_has_results_training_limits_and_fingerprints() -> None:
+def test_text_has_results_training_limits_and_fingerprints() -> None:
     text = card()
     for expected in (
         "| validation | 20 | 0.8500 | 0.8496 | 0.4000 |",
@@ -93,8 +93,8 @@ def test_the_text_has_results_training_limits_and_fingerprints() -> None:
         assert expected in text
 
 
-def test_local_paths_are_neither_ids_nor_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # `models/mini` reads like owner/name, but is a directory here.
+def test_local_paths_are_neither_hub_ids_nor_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # `models/mini` looks like owner/name, but is a directory here.
     (tmp_path / "models" / "mini").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     text = card(base_model="models/mini", dataset=str(tmp_path / "rows.csv"))
@@ -108,7 +108,7 @@ def test_local_paths_are_neither_ids_nor_shown(tmp_path: Path, monkeypatch: pyte
     assert "/home/someone" not in text
 
 
-def test_what_was_made_on_the_spot_is_named_but_no_id() -> None:
+def test_generated_model_and_data_are_not_hub_ids() -> None:
     text = card(base_model="embedded", dataset="synthetic")
     front = front_matter(text)
     assert "base_model" not in front
@@ -117,7 +117,7 @@ def test_what_was_made_on_the_spot_is_named_but_no_id() -> None:
     assert "non-commercial" not in text
 
 
-def test_odd_names_stay_in_their_cells_and_in_the_yaml() -> None:
+def test_odd_names_are_escaped() -> None:
     name = "run: 'a' | \"b\" #1\n---"
     text = card(name=name, class_names=("a|b", "c\nd"))
     assert front_matter(text)["model-index"][0]["name"] == name
@@ -134,17 +134,17 @@ def test_a_card_without_scores_is_valid() -> None:
     assert "scored once" not in text
 
 
-def test_the_snippet_compiles_and_truncates() -> None:
+def test_snippet_compiles_and_truncates() -> None:
     compile(snippet(card()), "README.md", "exec")
     assert 'pipeline("text-classification", model=".")' in snippet(card())
     assert "truncation=True" in snippet(card())
 
 
 @pytest.mark.filterwarnings("default")
-def test_the_snippet_runs_in_a_model_directory(
+def test_snippet_runs_in_a_model_directory(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And what the card says of truncation is so: a bare pipeline crashes on a text longer than the positions."""
+    """Check also that without truncation the pipeline crashes on a text longer than the positions."""
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, pipeline
 

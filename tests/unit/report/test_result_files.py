@@ -1,4 +1,4 @@
-"""result.json and predictions: strict JSON, whole or not at all, the keys the design promises."""
+"""result.json and predictions: strict JSON, written whole or not at all, with the documented keys."""
 
 import importlib.util
 import json
@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 
 from agnews_dist.errors import UserError
-from agnews_dist.evaluation.metrics import summarize
+from agnews_dist.evaluation.metrics import compute_scores
 from agnews_dist.report.result_files import Result, Seconds, versions, write_json, write_predictions
 from agnews_dist.storage.atomic import write_text
 
 
-def strict(text: str) -> object:
+def parse_strictly(text: str) -> object:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
 
 
-def a_result() -> Result:
+def make_result() -> Result:
     return Result(
-        splits={"test": summarize(np.array([[3, 1], [0, 4]]), 4.0)},
+        splits={"test": compute_scores(np.array([[3, 1], [0, 4]]), 4.0)},
         num_steps=10,
         num_ranks=2,
         global_batch_size=32,
@@ -44,9 +44,9 @@ def a_result() -> Result:
     )
 
 
-def test_result_has_the_promised_keys(tmp_path: Path) -> None:
-    write_json(tmp_path / "result.json", a_result().to_dict())
-    found = strict((tmp_path / "result.json").read_text())
+def test_result_has_the_documented_keys(tmp_path: Path) -> None:
+    write_json(tmp_path / "result.json", make_result().to_dict())
+    found = parse_strictly((tmp_path / "result.json").read_text())
     assert isinstance(found, dict)
     assert list(found) == [
         "splits", "num_steps", "num_ranks", "global_batch_size", "global_token_budget", "padding_efficiency",
@@ -68,21 +68,21 @@ def test_result_has_the_promised_keys(tmp_path: Path) -> None:
     assert found["critical_path_efficiency"] is None
 
 
-def test_write_json_is_strict_and_takes_numpy(tmp_path: Path) -> None:
+def test_write_json_is_strict_and_accepts_numpy(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_json(path, {"a": math.nan, "b": (np.float32("inf"), np.int64(3), np.bool_(True)), "c": Path("d"), "é": 0.1})
-    assert strict(path.read_text()) == {"a": None, "b": [None, 3, True], "c": "d", "é": 0.1}
+    assert parse_strictly(path.read_text()) == {"a": None, "b": [None, 3, True], "c": "d", "é": 0.1}
     with pytest.raises(TypeError, match="set has no JSON form"):
         write_json(path, {"a": {1}})
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_write_text_keeps_the_old_file_if_it_fails(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     write_text(path, ["old"])
 
     def pieces():
         yield "new, " * 100_000
-        raise RuntimeError("stopped half-way")
+        raise RuntimeError("failed half-way")
 
     with pytest.raises(RuntimeError, match="half-way"):
         write_text(path, pieces())
@@ -90,17 +90,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_a_reader_of_the_old_file_never_sees_half_of_the_new(tmp_path: Path) -> None:
+def test_write_text_does_not_change_an_open_file(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     write_text(path, ["old"])
     with path.open() as reader:
         write_text(path, ["new, and longer"])
-        # The new file took the name; the one that was open is untouched.
         assert reader.read() == "old"
     assert path.read_text() == "new, and longer"
 
 
-def test_a_directory_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
+def test_write_json_to_a_bad_directory_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     with pytest.raises(UserError, match=r"cannot write .*file/result.json .*choose another with --run.dir"):
         write_json(tmp_path / "file" / "result.json", {})
@@ -108,7 +107,7 @@ def test_a_directory_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> N
         write_json(tmp_path / "missing" / "result.json", {})
 
 
-def test_versions_are_those_installed() -> None:
+def test_versions_are_the_installed_ones() -> None:
     found = versions()
     always = {"python", "agnews_dist", "torch", "transformers", "datasets", "accelerate", "numpy"}
     assert set(found) == always | ({"deepspeed"} if importlib.util.find_spec("deepspeed") else set())
@@ -117,14 +116,14 @@ def test_versions_are_those_installed() -> None:
     assert found["torch"] == metadata.version("torch")
 
 
-def test_predictions_come_back_exactly(tmp_path: Path) -> None:
+def test_predictions_are_exact_in_float32(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(50, 4)) * 20
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     ids, labels, predictions = np.arange(50) * 2, rng.integers(0, 4, 50), probabilities.argmax(1)
     path = tmp_path / "predictions-test.jsonl"
     write_predictions(path, ids, labels, predictions, probabilities)
-    rows = [strict(line) for line in path.read_text().splitlines()]
+    rows = [parse_strictly(line) for line in path.read_text().splitlines()]
     assert len(rows) == 50
     assert all(isinstance(row, dict) and list(row) == ["id", "label", "prediction", "probabilities"] for row in rows)
     assert [row["id"] for row in rows] == ids.tolist()
@@ -138,7 +137,7 @@ def test_predictions_come_back_exactly(tmp_path: Path) -> None:
 def test_predictions_without_labels_and_with_nan(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     write_predictions(path, np.array([0]), None, np.array([1]), np.array([[np.nan, 1.0]]))
-    assert strict(path.read_text()) == {"id": 0, "label": None, "prediction": 1, "probabilities": [None, 1.0]}
+    assert parse_strictly(path.read_text()) == {"id": 0, "label": None, "prediction": 1, "probabilities": [None, 1.0]}
     write_predictions(path, np.empty(0, int), None, np.empty(0, int), np.empty((0, 4)))
     assert path.read_text() == ""
 
@@ -154,12 +153,12 @@ def test_rows_out_of_order_or_uneven_are_refused(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_whole_training_split_is_written_in_seconds(tmp_path: Path) -> None:
+def test_120_000_predictions_are_written_in_seconds(tmp_path: Path) -> None:
     num_examples = 120_000
     probabilities = np.random.default_rng(0).dirichlet(np.ones(4), num_examples)
     start = time.perf_counter()
     classes = probabilities.argmax(1)
     write_predictions(tmp_path / "p.jsonl", np.arange(num_examples), classes, classes, probabilities)
-    # About 1 s on one slow core; the bound only has to catch a change of the order of magnitude.
+    # About 1 s on one slow core. The limit catches a change of the order of magnitude.
     assert time.perf_counter() - start < 15
     assert (tmp_path / "p.jsonl").read_bytes().count(b"\n") == num_examples

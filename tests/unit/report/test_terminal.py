@@ -1,0 +1,77 @@
+"""Console of a real process: in a terminal, and with a pipe as its output."""
+
+import os
+import re
+import subprocess
+import sys
+
+from support.processes import REPOSITORY, in_a_terminal
+
+ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def test_pipes_are_plain_despite_force_color() -> None:
+    code = (
+        "from agnews_dist.report.console import Console\nfrom agnews_dist.events import Warned, Progress\n"
+        "with Console() as console:\n    console(Warned(message='careful'))\n"
+        "    console(Progress(task='t', done=1, total=2))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True, timeout=60)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d warning: careful\n", done.stdout)
+
+
+IN_A_TERMINAL = """
+import sys
+from agnews_dist.report.console import Console
+from agnews_dist.events import Progress, RunStarted, StepDone
+try:
+    with Console() as console:
+        console(RunStarted(facts={}, parameters={}, num_steps=5))
+        for n in (1, 2, 3):
+            console(StepDone(step=n, epoch=1, loss=1, lr=1, grad_norm=1, num_examples=1, num_tokens=1, seconds=1))
+        print("other output")
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    pass
+assert sys.stdout is sys.__stdout__ and sys.stderr is sys.__stderr__
+print("after")
+"""
+
+
+TASK_IN_A_TERMINAL = """
+import time
+from agnews_dist.report.console import Console
+from agnews_dist.events import Progress
+with Console() as console:
+    for done in range(0, 4_000, 400):
+        console(Progress(task="frozen prefix", done=done, total=4_000, unit="tokens"))
+        time.sleep(0.22)
+    console(Progress(task="frozen prefix", done=4_000, total=4_000, unit="tokens"))
+"""
+
+
+def test_a_real_terminal_has_rate_and_eta_and_ends_with_one_line() -> None:
+    text = in_a_terminal("-c", TASK_IN_A_TERMINAL)
+    rates = [int(found.replace(",", "")) for found in re.findall(r"tokens.{2}([\d,]+) tokens/s", ANSI.sub("", text))]
+    # 400 tokens per 0.22 s are 1,818 per second. A busy machine may be slower, never faster.
+    assert len(rates) >= 5
+    assert all(0 < rate <= 1_819 for rate in rates)
+    assert re.search(r"% +ETA \d", ANSI.sub("", text))
+    last = text[text.rfind("\x1b[2K") :]
+    assert re.search(r"frozen prefix: 4,000 tokens done in [\d.:]+( s)?, [\d,]+ tokens/s", ANSI.sub("", last))
+    assert "ETA" not in last
+
+
+def test_an_exception_restores_a_real_terminal() -> None:
+    text = in_a_terminal("-c", IN_A_TERMINAL)
+    assert "step 3/5" in text or "step 1/5" in text
+    # The cursor is visible, also between two redraws, and the live lines are erased.
+    hidden, visible = text.rfind("\x1b[?25l"), text.rfind("\x1b[?25h")
+    assert visible > hidden
+    first_hidden = text.find("\x1b[?25l")
+    assert first_hidden == -1 or text.find("\x1b[?25h", first_hidden) < text.find("step 1/5")
+    assert text.index("other output") < text.index("after")
+    last_bar = text.rfind("mean loss")
+    assert "\x1b[2K" in text[last_bar:]
+    assert text.endswith("after\r\n")
