@@ -1,6 +1,6 @@
-"""The only door to torch.distributed: sums, gathers and votes. With one rank each is the identity.
+"""Collectives: sums, gathers, broadcasts and votes over all ranks. With one rank each is the identity.
 
-The process group itself is made by engine.py (accelerate does it) and closed here.
+rendezvous.py creates the process group; `close` here destroys it.
 """
 
 import os
@@ -22,12 +22,12 @@ T = TypeVar("T")
 
 
 def is_distributed() -> bool:
-    """True once there is a process group."""
+    """Return whether there is a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
-    """Element-wise sum over ranks, in float64."""
+    """Return the element-wise sum over ranks, in float64."""
     if not is_distributed():
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -37,22 +37,22 @@ def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
 
 def average_in_bf16(
     group: dist.ProcessGroup,
-    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]  # DDP insists on this type
+    bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]  # DDP checks this annotation
 ) -> torch.futures.Future[Tensor]:
-    """DDP's communication hook: gradients are rounded to bf16, averaged over the ranks in it, and given back in fp32."""
-    # torch's own, but under its own name DDP takes it on NCCL alone; gloo can do it too.
+    """Average gradients over the ranks in bf16 and return them in fp32: a communication hook for DDP."""
+    # A wrapper: DDP accepts torch's own function only with NCCL, although gloo can run it.
     return bf16_compress_hook(group, bucket)
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """Rank 0's tensor, on every rank, in place of what is there."""
+    """Overwrite a tensor with rank 0's, in place."""
     if is_distributed():
         dist.broadcast(tensor, src=0)
     return tensor
 
 
 def all_gather(value: T) -> list[T]:
-    """Every rank's value (any picklable object), in rank order, on every rank."""
+    """Return every rank's value (any picklable object), in rank order."""
     if not is_distributed():
         return [value]
     gathered: list[T | None] = [None] * dist.get_world_size()
@@ -61,23 +61,25 @@ def all_gather(value: T) -> list[T]:
 
 
 def exchange(sent: Tensor, received: Tensor, peer: int) -> None:
-    """Send to `peer` and fill `received` with what it sends, at the same time; both must call it, after an `all_reduce` of all
-    ranks on such a device: NCCL then uses the same communicator again."""
+    """Send a tensor to `peer` and receive one from it at the same time; both ranks must call this.
+
+    All ranks must have called `all_reduce` on such a device before: NCCL then reuses its communicator.
+    """
     for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, received, peer)]):
         work.wait()
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """The element-wise sum over ranks, in place."""
+    """Sum a tensor element-wise over ranks, in place."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
-def side_channel(timeout_seconds: float) -> Store:
-    """This rank's client of a key-value store that rank 0 hosts while it holds its own. Collective.
+def connect_store(timeout_seconds: float) -> Store:
+    """Return this rank's client of a new key-value store, which rank 0 hosts while its client exists. Collective.
 
-    Not the process group's own store: a launcher hosts that, and what the ranks have to say when it dies would die with it.
+    The launcher hosts the process group's own store. This one lets the ranks communicate after the launcher has died.
     """
     host, timeout, is_host = os.environ["MASTER_ADDR"], timedelta(seconds=timeout_seconds), dist.get_rank() == 0
     connect = partial(dist.TCPStore, host, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]  # documented as public
@@ -87,24 +89,23 @@ def side_channel(timeout_seconds: float) -> Store:
 
 
 def catch(work: Callable[[], T]) -> T | UserError:
-    """Run `work`; an error is returned, so that it can be voted on instead of leaving the other ranks waiting."""
+    """Run `work` and return its result or error, to vote on instead of leaving the other ranks waiting."""
     try:
         return work()
     except UserError as error:
         return error
     except OSError as error:
-        # A full disk or a vanished mount is the user's to mend, and often one rank's alone.
+        # A full disk or a lost mount is the user's to fix, and often one rank's alone.
         return UserError(
-            f"{error.filename or 'a file'} failed with {error.strerror or error}: what the run needs or leaves there is lost. "
-            "Check the disk's space and permissions."
+            f"{error.filename or 'a file'}: {error.strerror or error}. Check the disk's space and permissions."
         )
 
 
 def raise_if_any_failed(outcome: T | UserError) -> T:
-    """Vote on what `attempt` returned.
+    """Vote on what `catch` returned. Collective.
 
     Raises:
-        SharedError: on all ranks, if any rank failed, with the message of the lowest such rank.
+        SharedError: on all ranks, if any rank failed; it has the message of the lowest such rank.
     """
     failure = (str(outcome), outcome.exit_code) if isinstance(outcome, UserError) else None
     for rank, failed in enumerate(all_gather(failure)):
@@ -115,31 +116,31 @@ def raise_if_any_failed(outcome: T | UserError) -> T:
 
 
 def check_equal(fingerprints: Mapping[str, str]) -> None:
-    """Make sure that every rank starts from the same things.
+    """Check that all ranks have the same fingerprints. Collective.
 
     Raises:
-        SharedError: on all ranks, naming what differs and the first rank that has another one than rank 0.
+        SharedError: on all ranks; it names what differs and the first rank that differs from rank 0.
     """
     gathered = all_gather(dict(fingerprints))
     for rank, theirs in enumerate(gathered):
         differing = [name for name, value in gathered[0].items() if theirs.get(name) != value]
         if differing:
             raise SharedError(
-                f"rank {rank} has another {' and '.join(differing)} than rank 0: the ranks would train different models, and "
-                "no figure would show it. Give every rank the same configuration, data and model files.",
+                f"rank {rank} has another {' and '.join(differing)} than rank 0: the ranks would train different models. "
+                "Give every rank the same configuration, data and model files.",
                 rank,
             )
 
 
-# Long enough for a thread that waits for the interpreter lock; a rank that never leaves costs the whole job.
 SETTLING_SECONDS = 0.1
+"""Pause before the process group is destroyed: enough for a thread that waits for the interpreter lock."""
 
 
 def close() -> None:
-    """Leave the process group, so that a normal end prints no warning about leaked resources."""
+    """Destroy the process group, so that a normal end prints no warning about leaked resources."""
     if is_distributed():
-        # gloo's thread drops the tensors of the last collective only after it has woken us, and needs the interpreter lock for
-        # that; DDP's reducer, when it outlives the group, joins that thread while holding the lock (pytorch#56297). Without a
-        # pause that releases it the two wait for ever: torch 2.13, one of three runs that ended right after a collective.
+        # gloo's thread drops the tensors of the last collective after it has woken us, and needs the interpreter lock for that.
+        # DDP's reducer, if it outlives the group, joins that thread while it holds the lock (pytorch#56297). The pause releases
+        # the lock. Without it one of three runs that ended right after a collective hung (torch 2.13).
         time.sleep(SETTLING_SECONDS)
         dist.destroy_process_group()

@@ -1,10 +1,10 @@
-"""How many ranks this node should run, with which threads and cores. Prints shell assignments: launch/ranks.sh evaluates them.
+"""Ranks, threads and cores of this node, printed as shell assignments that launch/ranks.sh evaluates.
 
-NPROC            what the user says; else one per GPU that the job shows; else one
-OMP_NUM_THREADS  what the user says; else the cores that the job has here, divided among the ranks
-RANK_CORES       one list of cores per rank, in the form of `taskset --cpu-list`; empty: ranks are not bound
+NPROC            the user's value, else one rank per GPU that the job shows, else one
+OMP_NUM_THREADS  the user's value, else the job's cores on this node divided by the ranks
+RANK_CORES       one list of cores per rank, as for `taskset --cpu-list`; empty: ranks are not bound to cores
 
-CUDA shows a process one MIG instance, and NCCL connects no two of one GPU: instances count as one device.
+MIG instances count as one device: CUDA shows a process only one of them, and NCCL does not connect two of one GPU.
 """
 
 import os
@@ -17,69 +17,71 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from agnews_dist.distributed.slurm import is_slurm_job, slurm_count
 from agnews_dist.errors import UserError
 
 CORES = Path("/sys/devices/system/cpu")
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 PORTS = range(20000, 30000)
-"""Of what a job opens. Those that the system gives to connections by itself lie above: one of them could be taken before rank 0
-listens there, even by a rank that looks for it, which then hears itself."""
+"""Ports that a job may open, below the range from which the system takes ports for outgoing connections.
+
+A port of that range could be taken before rank 0 listens there, even by a rank that tries to connect to it.
+"""
 NO_DEVICES = ("", "-1", "NoDevFiles")
-"""What hides all GPUs: the last is an old Slurm's word."""
+"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs; old versions of Slurm set the last one."""
 
 
 @dataclass(frozen=True)
 class Cores:
-    """The cores this process may use."""
+    """CPU cores that this process may use."""
 
     allowed: tuple[int, ...]
-    """Numbers, neighbours on the chip beside each other."""
+    """Core numbers; hardware threads of one core, and cores of one socket, follow each other."""
     count: int
-    """How many of them are the job's: fewer where a limit of time, not of cores, holds, or where Slurm does not confine."""
+    """Cores that the job was given. Fewer if a CPU quota holds, or if Slurm does not confine the job to its cores."""
 
     @property
-    def are_ours(self) -> bool:
-        """Whether no other job computes on them: only then ranks may be bound."""
+    def is_exclusive(self) -> bool:
+        """True if no other job computes on these cores, so that ranks can be bound to them."""
         return self.count == len(self.allowed)
 
 
 def count_devices(environ: Mapping[str, str]) -> int:
-    """GPUs that a process here would see, without asking CUDA where the environment tells."""
+    """Return the number of GPUs that a process here sees; asks CUDA only if no variable says it."""
     shown = environ.get("CUDA_VISIBLE_DEVICES")
     if shown is not None:
         names = [name.strip() for name in shown.split(",")]
         if names[0] in NO_DEVICES:
             return 0
         return 1 if names[0].startswith("MIG-") else len(names)
-    if environ.get("SLURM_GPUS_ON_NODE", "").isdecimal():
-        return int(environ["SLURM_GPUS_ON_NODE"])
-    if "SLURM_JOB_ID" in environ:
-        return 0  # a job that asked for none
-    import torch  # seconds: only where nothing else tells
+    if (num_gpus := slurm_count(environ, "SLURM_GPUS_ON_NODE")) is not None:
+        return num_gpus
+    if is_slurm_job(environ):
+        return 0  # the job did not request any
+    import torch  # here, as it takes seconds
 
     return torch.cuda.device_count()
 
 
 def find_cores(environ: Mapping[str, str]) -> Cores:
-    """The cores that this process, its control group and its Slurm job may use."""
+    """Return the cores that this process, its control group and its Slurm job may use."""
     if not hasattr(os, "sched_getaffinity"):  # macOS
         count = os.cpu_count() or 1
         return Cores(tuple(range(count)), count)
-    allowed = tuple(sorted(os.sched_getaffinity(0), key=_place))
+    allowed = tuple(sorted(os.sched_getaffinity(0), key=_locate))
     count = len(allowed)
-    of_job = environ.get("SLURM_CPUS_ON_NODE", "")
-    if of_job.isdecimal():
-        count = min(count, int(of_job))
+    if (num_cpus := slurm_count(environ, "SLURM_CPUS_ON_NODE")) is not None:
+        count = min(count, num_cpus)
     try:
         quota, period = QUOTA.read_text().split()
         count = min(count, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no control groups, or "max"
+    except (OSError, ValueError):  # no control group, or its limit is "max"
         pass
     return Cores(allowed, count)
 
 
-def _place(core: int) -> tuple[int, int, int]:
-    """Socket and physical core, so that siblings are neighbours."""
+def _locate(core: int) -> tuple[int, int, int]:
+    """Return (socket, physical core, number): a sort key by which hardware threads of one core are neighbours."""
     found: list[int] = []
     for name in ("physical_package_id", "core_id"):
         try:
@@ -90,7 +92,7 @@ def _place(core: int) -> tuple[int, int, int]:
 
 
 def free_port() -> int:
-    """One of `PORTS` that nothing uses here at the moment.
+    """Return a port of `PORTS` that is free on this node now.
 
     Raises:
         UserError: all are taken.
@@ -102,36 +104,34 @@ def free_port() -> int:
         except OSError:
             continue
     raise UserError(
-        f"no port from {PORTS[0]} to {PORTS[-1]} is free on {socket.gethostname()}: the ranks would have nowhere to meet. End "
-        "what listens there (ss --listening --tcp)."
+        f"no port from {PORTS[0]} to {PORTS[-1]} is free on {socket.gethostname()}: the ranks cannot meet. "
+        "End programs that listen there (ss --listening --tcp)."
     )
 
 
-def settings(environ: Mapping[str, str], cores: Cores, launcher: str) -> dict[str, str]:
-    """The variables of the module's text.
+def choose_variables(environ: Mapping[str, str], cores: Cores, launcher: str) -> dict[str, str]:
+    """Return the variables that the module's docstring lists.
 
     Raises:
-        UserError: NPROC is no count.
+        UserError: NPROC is not a number above 0.
     """
     given = environ.get("NPROC") or str(max(1, count_devices(environ)))
     if not given.isdecimal() or int(given) < 1:
-        raise UserError(
-            f"NPROC={given!r} is no count: {launcher} would not know how many ranks to start. Give a number such as NPROC=2."
-        )
+        raise UserError(f"NPROC={given!r}: {launcher} needs a number of ranks, at least 1. Set NPROC=2, for example.")
     num_ranks = int(given)
     threads = environ.get("OMP_NUM_THREADS") or str(max(1, cores.count // num_ranks))
     share = len(cores.allowed) // num_ranks
     bound: list[str] = []
-    if cores.are_ours and "SLURM_JOB_ID" in environ and num_ranks > 1 and share >= 1:
+    if cores.is_exclusive and is_slurm_job(environ) and num_ranks > 1 and share >= 1:
         bound = [",".join(map(str, cores.allowed[i * share : (i + 1) * share])) for i in range(num_ranks)]
     return {"NPROC": str(num_ranks), "OMP_NUM_THREADS": threads, "RANK_CORES": " ".join(bound)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the assignments; the only argument is the launcher's name, for messages. Returns the exit code."""
+    """Print the assignments and return the exit code. The only argument is the launcher's name, for messages."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        found = settings(os.environ, find_cores(os.environ), arguments[0] if arguments else "torchrun")
+        found = choose_variables(os.environ, find_cores(os.environ), arguments[0] if arguments else "torchrun")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

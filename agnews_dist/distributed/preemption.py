@@ -1,11 +1,12 @@
-"""When a run has to end before its end, and that it does: signals, a vanished launcher, time limits, dead or failed ranks.
+"""Stopping a run before its end: signals, time limits, a vanished launcher, dead or failed ranks.
 
-The main thread asks `PreemptionHandler.is_stopping` at every step, where all ranks vote, save and leave. But it may be in a collective, a
-compiler or an import for long, so a second thread receives the signals, and a third (peers.py) tells the other ranks.
+The main thread reads `PreemptionHandler.is_stopping` at every step, where all ranks vote, save and exit. It may be busy for
+long in a collective, a compiler or an import. So a second thread receives the signals, and a third one (coordinator.py) informs
+the other ranks.
 
-before the first step   all end as soon as each of them knows: there is nothing to save
-while training          the main thread has the grace time to save and leave; then it is ended
-a second signal         all end at once
+before the first step   all ranks exit as soon as each of them knows: there is nothing to save
+during training         the main thread has the grace time to save and exit; then the process is ended
+at a second signal      all ranks exit at once
 """
 
 import os
@@ -18,269 +19,282 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from agnews_dist.distributed.coordinator import ANSWER_SECONDS, AWAY_SECONDS, Coordinator, Failure
-from agnews_dist.distributed.heartbeat import HOST_GONE, Store, silence_message
+from agnews_dist.distributed.coordinator import ANSWER_SECONDS, PAUSE_SECONDS, Coordinator, Failure
+from agnews_dist.distributed.heartbeat import HOST_GONE, Store, format_silence
 from agnews_dist.distributed.world import LAUNCHER_VARIABLES, World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 TICK_SECONDS = 0.2
-AGAIN_SECONDS = 2.0
-"""A signal this much after the first is a second one: a terminal's Ctrl-C comes twice, directly and through the launcher."""
-FAILING_SECONDS = 5.0
-"""In which the main thread may end by itself after another rank failed."""
-LAST_WORDS_SECONDS = 3.0
+"""Interval between two checks of the launcher, the deadline and the other ranks."""
+REPEAT_SECONDS = 2.0
+"""Age of the first signal from which another one counts: a terminal sends Ctrl-C directly and through the launcher."""
+FAILURE_GRACE_SECONDS = 5.0
+"""Time for the main thread to end by itself after another rank failed."""
+CALLBACK_SECONDS = 3.0
+"""Time for `before_exit`."""
 LAUNCHER_GONE = "the launcher is gone"
-TRY_AGAIN_LATER = 75
-"""EX_TEMPFAIL of sysexits.h."""
+EXIT_TEMPFAIL = 75
+"""EX_TEMPFAIL of sysexits.h: try again later."""
 
 
 def preempted_exit_code(environ: Mapping[str, str]) -> int:
-    """Of a process that was asked to stop: 75, but 0 under torchrun, which would take any other for a failure."""
-    return 0 if "TORCHELASTIC_RUN_ID" in environ else TRY_AGAIN_LATER
-
-
-def slurm_seconds_left(environ: Mapping[str, str], now: float) -> float | None:
-    """Until the job's time limit, at the time `now` (Unix seconds); None: no job, or no limit that could be true."""
-    try:
-        left = int(environ["SLURM_JOB_END_TIME"]) - now
-    except (KeyError, ValueError):
-        return None
-    return left if left > 0 else None
+    """Return the exit code of a stopped process: 75, or 0 under torchrun, which treats every other code as a failure."""
+    return 0 if "TORCHELASTIC_RUN_ID" in environ else EXIT_TEMPFAIL
 
 
 class PreemptionHandler:
-    """One per process, from `start()` to `close()`; both are called in the main thread."""
+    """The process's handler of stops and failures, from `start()` to `close()`; both are called in the main thread."""
 
     def __init__(self, environ: Mapping[str, str], *, grace_seconds: float = 25.0) -> None:
-        """`grace_seconds`: what the main thread has to save and leave; torchrun kills after 30."""
+        """`grace_seconds`: time for the main thread to save and exit. torchrun kills after 30 s."""
         rank, size = (environ.get(name, "") for name in LAUNCHER_VARIABLES[:2])
         self._environ, self._grace_seconds = environ, grace_seconds
         self._num_ranks = int(size) if size.isdecimal() else 1
         # Without a launcher a run may outlive the shell that started it.
         self._launcher = os.getppid() if rank else None
-        self.last_words: Callable[[str, str], None] | None = None
-        """Called as last_words(state, reason) before the process is ended; state: preempted or failed."""
-        self.nothing_to_save = True
-        """Until `saves_from_now()`."""
+        self.before_exit: Callable[[str, str], None] | None = None
+        """Called as before_exit(state, reason) before this handler ends the process; state: preempted or failed."""
         self._coordinator: Coordinator | None = None
-        self._asked: str | None = None
-        self._deadline, self._why = float("inf"), ""
-        self._known_at, self._failed_at, self._signalled_at = float("inf"), float("inf"), float("inf")
-        self._is_hurried, self._is_leaving, self._is_failing, self._is_closed = False, False, False, False
-        self._has_agreed, self._is_ending, self._has_told = False, False, False
+        self._stop_reason: str | None = None
+        self._deadline, self._deadline_reason = float("inf"), ""
+        self._stopping_since, self._failed_since, self._signalled_at = float("inf"), float("inf"), float("inf")
+        self._is_training, self._is_exiting, self._has_failed, self._is_closed = False, False, False, False
+        self._must_exit_now = False
+        self._has_agreed_to_exit = False
+        """This rank has answered that it can exit without saving."""
+        self._is_ending_process, self._has_printed_error = False, False
         self._lock = threading.Lock()
-        self._before: list[tuple[signal.Signals, Any]] = []
-        self._wakeup_before: int | None = None
+        self._previous_handlers: list[tuple[signal.Signals, Any]] = []
+        self._previous_wakeup_fd: int | None = None
 
     def start(self) -> None:
-        """Watch from now on."""
+        """Receive signals from now on."""
         self._receiver, self._sender = socket.socketpair()
         self._receiver.settimeout(TICK_SECONDS)
         self._sender.setblocking(False)
         if threading.current_thread() is threading.main_thread():
-            # Python tells a handler only between two instructions of the main thread; the numbers come at once.
-            self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+            # Python calls a handler only between two instructions of the main thread; the wakeup fd gets numbers at once.
+            self._previous_wakeup_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
             for number in SIGNALS:
-                self._before.append((number, signal.signal(number, lambda _number, _frame: None)))
-                # Libraries that do not expect a system call to be interrupted are many.
+                self._previous_handlers.append((number, signal.signal(number, lambda _number, _frame: None)))
+                # Many libraries do not expect a system call to be interrupted.
                 signal.siginterrupt(number, False)
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="preemption", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """The story has ended by itself: nothing is watched any more, and signals do what they did before."""
+        """Restore the previous signal handlers: the command has ended by itself."""
         self._is_closed = True
         if self._coordinator is not None:
             self._coordinator.close()
-        for number, handler in self._before:
+        for number, handler in self._previous_handlers:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if self._wakeup_before is not None:
-            signal.set_wakeup_fd(self._wakeup_before)
+        if self._previous_wakeup_fd is not None:
+            signal.set_wakeup_fd(self._previous_wakeup_fd)
         self._wake()
         self._thread.join()
         self._receiver.close()
         self._sender.close()
 
     @property
-    def asked(self) -> str | None:
-        """Why the run is to stop, once this rank knows of it: `SIGTERM`, `the launcher is gone`, or what a deadline says."""
-        return self._asked
+    def stop_reason(self) -> str | None:
+        """Reason of the stop that this rank knows of: `SIGTERM`, `the launcher is gone`, or the deadline's."""
+        return self._stop_reason
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the run is to stop."""
-        return self._asked is not None
+        """True once the run is to stop."""
+        return self._stop_reason is not None
 
-    def set_deadline(self, seconds_from_now: float, why: str) -> None:
-        """Ask for a stop then, `why`; of several the earliest counts."""
-        self._deadline, self._why = min((self._deadline, self._why), (time.monotonic() + seconds_from_now, why))
+    def set_deadline(self, seconds_from_now: float, reason: str) -> None:
+        """Request a stop at a later time; the earliest of several deadlines counts."""
+        deadline = (time.monotonic() + seconds_from_now, reason)
+        self._deadline, self._deadline_reason = min((self._deadline, self._deadline_reason), deadline)
 
-    def meet(self, store: Store, rank: int, num_ranks: int, timeout_seconds: float) -> None:
-        """Share all from now on with the other ranks, each of which calls this with its client of a store that rank 0 hosts and
-        nobody else uses; a rank silent for `timeout_seconds` has failed.
+    def connect(self, store: Store, rank: int, num_ranks: int, timeout_seconds: float) -> None:
+        """Exchange stops and failures with the other ranks from now on; every rank calls this.
+
+        `store`: this rank's client of a store that rank 0 hosts and nothing else uses. A rank silent for `timeout_seconds` has
+        failed.
         """
         self._num_ranks = num_ranks
         coordinator = Coordinator(
-            store, rank, num_ranks, timeout_seconds, is_early=self._may_end_early, wake=self._wake
+            store, rank, num_ranks, timeout_seconds, can_exit_now=self._agree_to_exit, on_news=self._wake
         )
         with self._lock:
             self._coordinator = coordinator
-            if self._asked is not None:
-                coordinator.stop(self._asked)
+            if self._stop_reason is not None:
+                coordinator.request_stop(self._stop_reason)
 
-    def saves_from_now(self) -> None:
-        """Training begins: a stop is the main thread's own from now on, at a step after which all ranks leave."""
+    def begin_training(self) -> None:
+        """Leave a stop to the main thread from now on: it saves and exits at a step, together with all ranks."""
         with self._lock:
-            self.nothing_to_save = False
-        # If this rank has said that it may end at once, it must not begin unless another has begun.
-        self._wait_if_ending()
+            self._is_training = True
+        # A rank that has agreed to exit must not begin, unless another one already trains.
+        self._wait_while_exiting()
 
-    def leaving(self) -> None:
-        """The main thread leaves, together with all others: ranks may fall silent, but the grace time goes on."""
-        self._is_leaving = True
-        self._known_at = min(self._known_at, time.monotonic())
+    def begin_exit(self) -> None:
+        """Note that the main thread exits together with all ranks: they may fall silent, and the grace time runs on."""
+        self._is_exiting = True
+        self._stopping_since = min(self._stopping_since, time.monotonic())
         if self._coordinator is not None:
-            self._coordinator.judges = False
+            self._coordinator.detects_failures = False
 
-    def failed(self, error_text: str) -> str | None:
-        """What this rank is to say that ends with an error of which `error_text` is the gist; None: all about it, it is the
-        first that failed, or cannot ask.
+    def report_failure(self, error_text: str) -> str | None:
+        """Report that this rank ends with an error to the other ranks.
+
+        Returns:
+            The one-line message to print instead of the error. None: print the error in full, as it was the job's first or the
+            other ranks cannot be reached.
         """
-        self._is_failing, coordinator = True, self._coordinator
+        self._has_failed, coordinator = True, self._coordinator
         if coordinator is None:
             return None
-        # Other ranks may have ended already because of the same stop, which looks like a failure from here.
-        self._wait_if_ending()
-        failure = coordinator.fail(error_text)
-        if failure is not None and failure.by != coordinator.rank:
+        # The others may have exited because of a stop, which looks like a failure from here.
+        self._wait_while_exiting()
+        failure = coordinator.report_failure(error_text)
+        if failure is not None and failure.reported_by != coordinator.rank:
             return failure.consequence
         if failure is not None and failure.rank != coordinator.rank:
-            return self._tell_once(f"error: {failure.text}") or failure.consequence
-        ranks, seconds = coordinator.look_for_life()
+            return self._claim_error(f"error: {failure.text}") or failure.consequence
+        ranks, seconds = coordinator.find_silent_ranks()
         if not ranks:
             return None
-        told = f"error: {silence_message(ranks, seconds)}"
+        message = f"error: {format_silence(ranks, seconds)}"
         if seconds > coordinator.timeout_seconds / 2:
-            return f"{told} (Here it ended with {error_text})"
-        # Perhaps they are only slow, so the error itself is told as well.
-        self._say(told)
+            return f"{message} (Here it ended with {error_text})"
+        # The silent ranks may only be slow, so the caller prints this rank's error too.
+        self._print(message)
         return None
 
-    def _say(self, text: str) -> None:
-        """In a single write: the ranks share standard error."""
+    def _print(self, text: str) -> None:
+        # One write per message: the ranks share standard error.
         rank = self._coordinator.rank if self._coordinator is not None else 0
         sys.stderr.write(f"{World(rank=rank, num_ranks=self._num_ranks).label} {text}\n")
         sys.stderr.flush()
 
-    def _tell_once(self, text: str) -> str | None:
+    def _claim_error(self, text: str) -> str | None:
+        """Return `text` for the first thread that calls this, None for the other one: the error is printed once."""
         with self._lock:
-            has_told, self._has_told = self._has_told, True
-        return None if has_told else text
+            has_printed, self._has_printed_error = self._has_printed_error, True
+        return None if has_printed else text
 
-    def _may_end_early(self) -> bool:
-        """What this rank answers to a stop; it keeps to it."""
+    def _agree_to_exit(self) -> bool:
+        """Return whether this rank can exit without saving. The answer is binding."""
         with self._lock:
-            self._has_agreed = self.nothing_to_save
-            return self._has_agreed
+            self._has_agreed_to_exit = not self._is_training
+            return self._has_agreed_to_exit
 
-    def _wait_if_ending(self) -> None:
-        while self._is_ending or (self._has_agreed and not (self._coordinator and self._coordinator.agreement_is_off)):
+    def _wait_while_exiting(self) -> None:
+        """Block the main thread while the second thread ends the process, or may do so once all ranks have answered."""
+        while self._is_ending_process or (
+            self._has_agreed_to_exit and not (self._coordinator and self._coordinator.is_exit_cancelled)
+        ):
             time.sleep(0.02)
 
-    def _learn(self, reason: str) -> None:
-        """The first reason counts; what a launcher sends because a rank failed is none."""
+    def _request_stop(self, reason: str) -> None:
+        """Record and spread a stop. The first reason counts; a launcher's signal after a failure is not a stop."""
         with self._lock:
-            if self._asked is not None or (self._coordinator is not None and self._coordinator.failure is not None):
+            has_failure = self._coordinator is not None and self._coordinator.failure is not None
+            if self._stop_reason is not None or has_failure:
                 return
-            self._known_at = min(self._known_at, time.monotonic())
-            self._asked = reason
+            self._stopping_since = min(self._stopping_since, time.monotonic())
+            self._stop_reason = reason
             if self._coordinator is not None:
-                self._coordinator.stop(reason)
+                self._coordinator.request_stop(reason)
 
     def _wake(self) -> None:
-        with suppress(OSError):  # full, or closed: then nobody sleeps
+        with suppress(OSError):  # the pipe is full or closed: the thread is awake
             self._sender.send(b"\0")
 
     def _run(self) -> None:
-        seen_at = time.monotonic()
+        """Receive and enforce until `close`. The body of the second thread."""
+        last_round = time.monotonic()
         while not self._is_closed:
             numbers = b""
             with suppress(TimeoutError):
                 numbers = self._receiver.recv(4096)
             now = time.monotonic()
-            if now - seen_at > AWAY_SECONDS and self._coordinator is not None:
-                self._coordinator.forgive(now - seen_at)
-            seen_at = now
-            self._look(numbers, now)
+            if now - last_round > PAUSE_SECONDS and self._coordinator is not None:
+                self._coordinator.discount_pause(now - last_round)
+            last_round = now
+            self._read_signals(numbers, now)
+            self._check_sources(now)
             if not self._is_closed:
                 self._enforce(now)
 
-    def _look(self, numbers: bytes, now: float) -> None:
+    def _read_signals(self, numbers: bytes, now: float) -> None:
         for number in numbers:
             if number not in SIGNALS:
-                continue  # another program's handler
+                continue  # a signal that other code handles, or a wake-up
             if self._signalled_at == float("inf"):
                 self._signalled_at = now
-            elif now - self._signalled_at >= AGAIN_SECONDS:
-                self._is_hurried = True
-            self._learn(signal.Signals(number).name)
+            elif now - self._signalled_at >= REPEAT_SECONDS:
+                self._must_exit_now = True
+            self._request_stop(signal.Signals(number).name)
+
+    def _check_sources(self, now: float) -> None:
+        """Check the deadline, the launcher and the coordinator for a reason to stop."""
         if now >= self._deadline:
-            self._learn(self._why)
+            self._request_stop(self._deadline_reason)
         if self._launcher is not None and os.getppid() != self._launcher:
-            self._learn(LAUNCHER_GONE)
+            self._request_stop(LAUNCHER_GONE)
         coordinator = self._coordinator
         if coordinator is None:
             return
-        if coordinator.reason is not None:
-            self._learn(coordinator.reason)
-        if coordinator.rank != 0 and coordinator.host_silence() > coordinator.timeout_seconds and coordinator.judges:
-            coordinator.note(Failure(0, coordinator.rank, silence_message([0], coordinator.host_silence())))
+        if coordinator.stop_reason is not None:
+            self._request_stop(coordinator.stop_reason)
+        silence = coordinator.measure_host_silence()
+        if coordinator.rank != 0 and silence > coordinator.timeout_seconds and coordinator.detects_failures:
+            coordinator.record_failure(Failure(0, coordinator.rank, format_silence([0], silence)))
 
     def _enforce(self, now: float) -> None:
-        """End the process if it is time to."""
-        coordinator, waited = self._coordinator, now - self._known_at
-        is_over_time = waited > self._grace_seconds
+        """End the process if the main thread must not, or does not, do so itself."""
+        coordinator, reason = self._coordinator, self._stop_reason or ""
+        seconds = now - self._stopping_since
+        is_grace_over = seconds > self._grace_seconds
         if coordinator is None:
-            # Whose launcher is gone need not meet the others: they see it too, and the store went with it.
-            is_alone = self._num_ranks == 1 or self._asked == LAUNCHER_GONE
-            if self._is_hurried or is_over_time or (is_alone and self._asked and self._may_end_early()):
-                self._end("preempted" if is_alone else "failed", self._asked or "")
+            # If the launcher is gone, the other ranks see that themselves; the store ended with it.
+            is_alone = self._num_ranks == 1 or self._stop_reason == LAUNCHER_GONE
+            if self._must_exit_now or is_grace_over or (is_alone and self.is_stopping and self._agree_to_exit()):
+                self._end_process("preempted" if is_alone else "failed", reason)
             return
-        state = "preempted" if coordinator.all_know.is_set() else "failed"
-        if self._is_hurried and not coordinator.is_hurried:
-            coordinator.hurry()
-        if coordinator.all_early:
-            self._end(state, self._asked or "")
+        state = "preempted" if coordinator.all_answered.is_set() else "failed"
+        if self._must_exit_now and not coordinator.is_exit_requested:
+            coordinator.request_exit()
+        if coordinator.all_can_exit:
+            self._end_process(state, reason)
         elif coordinator.failure is not None:
-            self._enforce_failure(coordinator.failure, now)
-        elif coordinator.is_hurried or is_over_time:
-            self._end(state, self._asked or "")
-        elif self._has_agreed and not coordinator.all_know.is_set() and waited > 2 * ANSWER_SECONDS:
-            self._end("failed", f"{self._asked}, which not every rank has heard of")
+            self._enforce_failure(coordinator, coordinator.failure, now)
+        elif coordinator.is_exit_requested or is_grace_over:
+            self._end_process(state, reason)
+        elif self._has_agreed_to_exit and not coordinator.all_answered.is_set() and seconds > 2 * ANSWER_SECONDS:
+            self._end_process("failed", f"{reason}, which did not reach every rank")
 
-    def _enforce_failure(self, failure: Failure, now: float) -> None:
-        assert self._coordinator is not None
-        self._failed_at = min(self._failed_at, now)
-        is_mine = failure.by == self._coordinator.rank
-        is_verdict = is_mine and failure.rank != self._coordinator.rank
-        patience = self._grace_seconds if self._is_failing or self._is_leaving else FAILING_SECONDS
-        if is_verdict and failure.text != HOST_GONE and not self._is_failing:
-            patience = 0.0
-        if self._is_hurried or now - self._failed_at >= patience:
-            told = self._tell_once(f"error: {failure.text}") if is_verdict else None if is_mine else failure.consequence
-            self._end("failed", failure.reason, told)
+    def _enforce_failure(self, coordinator: Coordinator, failure: Failure, now: float) -> None:
+        self._failed_since = min(self._failed_since, now)
+        is_reporter = failure.reported_by == coordinator.rank
+        is_about_other = is_reporter and failure.rank != coordinator.rank
+        grace = self._grace_seconds if self._has_failed or self._is_exiting else FAILURE_GRACE_SECONDS
+        if is_about_other and failure.text != HOST_GONE and not self._has_failed:
+            grace = 0.0  # a rank is silent: the main thread may wait for it for ever
+        if self._must_exit_now or now - self._failed_since >= grace:
+            message = None if is_reporter else failure.consequence
+            if is_about_other:
+                message = self._claim_error(f"error: {failure.text}")
+            self._end_process("failed", failure.reason, message)
 
-    def _end(self, state: str, reason: str, line: str | None = None) -> NoReturn:
-        """End the process here and now, wherever its main thread is."""
-        self._is_ending = True
+    def _end_process(self, state: str, reason: str, message: str | None = None) -> NoReturn:
+        """End the process now, wherever its main thread is."""
+        self._is_ending_process = True
         code = preempted_exit_code(self._environ) if state == "preempted" else 1
 
-        def speak() -> None:
-            if line is not None:
-                self._say(line)
+        def report() -> None:
+            if message is not None:
+                self._print(message)
             try:
-                if self.last_words is not None:
-                    self.last_words(state, reason)
+                if self.before_exit is not None:
+                    self.before_exit(state, reason)
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -288,13 +302,14 @@ class PreemptionHandler:
         try:
             coordinator = self._coordinator
             if coordinator is not None and state == "preempted":
-                coordinator.gather()
-            speaker = threading.Thread(target=speak, daemon=True)
-            speaker.start()
-            speaker.join(LAST_WORDS_SECONDS)
+                coordinator.enter_barrier()
+            # In a thread of its own: it may hang in a lock that the main thread holds.
+            reporter = threading.Thread(target=report, daemon=True)
+            reporter.start()
+            reporter.join(CALLBACK_SECONDS)
             if coordinator is not None and state == "preempted":
-                coordinator.disperse()
+                coordinator.leave_barrier()
             elif coordinator is not None:
-                coordinator.see_off()
+                coordinator.wait_for_others()
         finally:
             os._exit(code)

@@ -1,4 +1,4 @@
-"""README's words on clusters, followed to the letter by a stranger on a real Slurm."""
+"""The Slurm section of docs/clusters.md, run line by line on a real Slurm."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from support.processes import REPOSITORY
 from support.slurm_cluster import Lab
 
 pytestmark = pytest.mark.timeout(900)
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-SECTION = README.split("\n## Clusters\n")[1].split("\n## ")[0]
+PAGE = (REPOSITORY / "docs" / "clusters.md").read_text(encoding="utf-8")
+SECTION = PAGE.split("\n## Slurm\n")[1].split("\n## ")[0]
 
 
 def commands() -> list[str]:
     """The lines of the section's first block, without their comments."""
-    block = SECTION.split("```\n")[1]
+    block = re.split(r"```(?:bash)?\n", SECTION)[1]
     return [re.split(r"\s{2,}#", line)[0] for line in block.splitlines() if line]
 
 
@@ -131,36 +131,3 @@ def test_without_a_network_on_the_nodes_it_is_prepared_where_one_submits(
     assert (done.returncode, done.stdout) == (2, "")
     assert "nowhere.yaml" in done.stderr
     assert len((clone / "asked").read_text().splitlines()) == 2
-
-
-def test_the_doctor_under_a_bare_srun(lab: Lab, environ: dict[str, str], quickstart: Path, tmp_path: Path) -> None:
-    command = ["srun", "--nodes=2", "--ntasks-per-node=1", str(REPOSITORY / ".venv" / "bin" / "python")]
-    done = subprocess.run(
-        [
-            *command,
-            "-m",
-            "agnews_dist",
-            "doctor",
-            "--config",
-            str(quickstart),
-            "--json",
-            "--run.dir",
-            str(tmp_path),
-        ],
-        env={**lab.environ, **environ},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        cwd=tmp_path,
-    )
-    found = {row["check"]: row for row in json.loads(done.stdout)["findings"]}
-    failures = {row["check"]: row["found"] for row in found.values() if row["verdict"] == "fail"}
-    if not lab.is_networked:  # two nodes, as Slurm says, with one host name
-        assert set(failures) == {"world"}
-        assert failures["world"].endswith("while Slurm gave the step 2 node(s)")
-        return
-    assert (done.returncode, failures) == (0, {}), done.stderr
-    assert found["world"]["found"].startswith("2 rank(s) on 2 node(s)")
-    assert found["shared: run.dir"]["found"] == "seen from every node"
-    assert found["pairs of ranks"]["found"].startswith("between nodes ")

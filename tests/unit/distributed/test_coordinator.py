@@ -1,34 +1,38 @@
-"""What one rank learns of the others through their store, in one process: the other rank is written by the test."""
+"""One rank's coordinator in one process; the test writes the other rank's keys into the store."""
 
 import time
 
 from torch.distributed import HashStore
 
-from agnews_dist.distributed.coordinator import LIFE_SECONDS, ROUND_SECONDS, Coordinator
+from agnews_dist.distributed.coordinator import POLL_SECONDS, SILENCE_SECONDS, Coordinator
 from agnews_dist.distributed.heartbeat import CLOSED
 
 
-def test_a_dead_ranks_last_beat_is_no_sign_of_life():
-    """It may be in the store unread when this rank fails: torchrun's own timing is not needed to see that."""
+def make_coordinator(store: HashStore, rank: int) -> Coordinator:
+    return Coordinator(store, rank, 2, 60.0, can_exit_now=lambda: False, on_news=lambda: None)
+
+
+def test_find_silent_ranks_ignores_a_dead_ranks_last_heartbeat():
+    """The dead rank's last heartbeat is in the store and unread when this rank fails."""
     store = HashStore()
-    peers = Coordinator(store, 0, 2, 60.0, is_early=lambda: False, wake=lambda: None)
-    store.set("beat/1", "1")
-    # Between two rounds, so that what follows is unread.
-    time.sleep(2.5 * ROUND_SECONDS)
-    store.set("beat/1", "2")
-    peers.fail("connection reset")
-    ranks, seconds = peers.look_for_life()
-    peers.close()
+    coordinator = make_coordinator(store, 0)
+    store.set("heartbeat/1", "1")
+    # Between two polls, so that the next value is unread.
+    time.sleep(2.5 * POLL_SECONDS)
+    store.set("heartbeat/1", "2")
+    coordinator.report_failure("connection reset")
+    ranks, seconds = coordinator.find_silent_ranks()
+    coordinator.close()
     assert ranks == [1]
-    assert LIFE_SECONDS < seconds < 2 * LIFE_SECONDS
+    assert SILENCE_SECONDS < seconds < 2 * SILENCE_SECONDS
 
 
-def test_of_two_that_fail_at_once_the_second_has_ended_by_itself():
-    """Else the first would take it for dead."""
+def test_report_failure_marks_the_second_of_two_failing_ranks_as_ended():
+    """Otherwise the first rank would report the second one as dead."""
     store = HashStore()
     store.compare_set("failure", "", "0 0\nfirst")
-    peers = Coordinator(store, 1, 2, 60.0, is_early=lambda: False, wake=lambda: None)
-    failure = peers.fail("second")
+    coordinator = make_coordinator(store, 1)
+    failure = coordinator.report_failure("second")
     assert failure is not None
-    assert (failure.by, failure.text) == (0, "first")
-    assert store.get("beat/1") == CLOSED
+    assert (failure.reported_by, failure.text) == (0, "first")
+    assert store.get("heartbeat/1") == CLOSED

@@ -1,4 +1,4 @@
-"""world: a launcher's variables become ranks; anything half set, or one of several without a rank, is refused."""
+"""Launchers' variables: complete ones become a `World`, incomplete or contradictory ones are refused."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.errors import UserError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-# The deepspeed launcher's, for the same rank.
+# The deepspeed launcher's variables of the same rank.
 DEEPSPEED = {
     **{"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "CROSS_RANK": "1", "CROSS_SIZE": "2"},
     **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"},
@@ -20,14 +20,14 @@ ACCELERATE_ON_A_CPU = {
 }
 
 
-def test_without_a_launcher_there_is_one_rank() -> None:
+def test_detect_world_without_a_launcher_is_one_rank() -> None:
     assert detect_world({}) == World() == World(rank=0, num_ranks=1, local_rank=0, ranks_per_node=1)
     assert World().is_main
-    # Empty is unset.
+    # An empty variable counts as unset.
     assert detect_world({"RANK": "", "LOCAL_WORLD_SIZE": ""}) == World()
 
 
-def test_torchruns_variables() -> None:
+def test_detect_world_reads_torchruns_variables() -> None:
     world = detect_world({**TORCHRUN, "SLURM_STEP_NUM_TASKS": "2"})
     assert world == World(rank=5, num_ranks=8, local_rank=1, ranks_per_node=4)
     assert world.label == "[rank 5/8]"
@@ -35,13 +35,13 @@ def test_torchruns_variables() -> None:
     assert detect_world({**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}).is_main
 
 
-def test_a_world_cannot_be_changed() -> None:
+def test_world_is_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         World().rank = 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("name", sorted(TORCHRUN))
-def test_a_missing_variable_is_named(name: str) -> None:
+def test_detect_world_names_a_missing_variable(name: str) -> None:
     environ = {key: value for key, value in TORCHRUN.items() if key != name}
     with pytest.raises(UserError, match=rf"but {name} missing: .* Start with torchrun, or unset"):
         detect_world(environ)
@@ -49,8 +49,8 @@ def test_a_missing_variable_is_named(name: str) -> None:
 
 @pytest.mark.parametrize("value", ["x", "-1", "1.5", " 1"])
 @pytest.mark.parametrize("name", sorted(TORCHRUN))
-def test_no_number_is_named(name: str, value: str) -> None:
-    with pytest.raises(UserError, match=rf"{name}='{value}' is no count: .* Start the job with torchrun\."):
+def test_detect_world_names_a_value_that_is_not_a_number(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"{name}='{value}': must be a whole number\. Start the job with torchrun\."):
         detect_world({**TORCHRUN, name: value})
 
 
@@ -58,8 +58,8 @@ def test_no_number_is_named(name: str, value: str) -> None:
     ("name", "value"),
     [("RANK", "8"), ("WORLD_SIZE", "5"), ("LOCAL_RANK", "4"), ("LOCAL_WORLD_SIZE", "9"), ("LOCAL_WORLD_SIZE", "0")],
 )
-def test_a_rank_outside_the_world_is_named(name: str, value: str) -> None:
-    with pytest.raises(UserError, match=rf"\b{name}={value}\b.* do not match: .* Start the job with torchrun"):
+def test_detect_world_names_a_rank_outside_the_world(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"\b{name}={value}\b.*: these do not match\. Start the job with torchrun"):
         detect_world({**TORCHRUN, name: value})
 
 
@@ -72,40 +72,40 @@ def test_a_rank_outside_the_world_is_named(name: str, value: str) -> None:
         ("MV2_COMM_WORLD_SIZE", "mpirun", "mpirun -ppn 1 torchrun"),
     ],
 )
-def test_several_tasks_without_torchrun_are_refused(name: str, starter: str, remedy: str) -> None:
+def test_detect_world_refuses_several_tasks_without_torchrun(name: str, starter: str, remedy: str) -> None:
     with pytest.raises(UserError, match=rf"{starter} started 4 tasks without torchrun: .* '{remedy} "):
         detect_world({name: "4"})
-    # One task is one rank; with ranks the count is another program's business.
+    # One task is one rank; with a launcher's ranks the count does not matter.
     assert detect_world({name: "1"}) == World()
     assert detect_world({**TORCHRUN, name: "4"}).rank == 5
 
 
-def test_the_deepspeed_launchers_variables() -> None:
+def test_detect_world_reads_the_deepspeed_launchers_variables() -> None:
     assert detect_world(DEEPSPEED) == detect_world(TORCHRUN)
-    # Its launcher copies its own environment, in which there may be an equal leftover.
+    # That launcher passes on its own environment, which may hold an equal value.
     assert detect_world({**DEEPSPEED, "LOCAL_WORLD_SIZE": "4"}) == detect_world(TORCHRUN)
-    # Alone the variable says nothing about us.
+    # Alone the variable may be another program's.
     assert detect_world({"LOCAL_SIZE": "4"}) == World()
 
 
-def test_two_launchers_at_odds_are_refused() -> None:
-    with pytest.raises(UserError, match=r"LOCAL_WORLD_SIZE=2 but LOCAL_SIZE=4: .* Unset both before"):
+def test_detect_world_refuses_contradictory_launchers() -> None:
+    with pytest.raises(UserError, match=r"LOCAL_WORLD_SIZE=2 .* and LOCAL_SIZE=4 .* Unset both before"):
         detect_world({**DEEPSPEED, "LOCAL_WORLD_SIZE": "2"})
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
-def test_a_missing_variable_of_the_deepspeed_launcher_is_named(name: str) -> None:
+def test_detect_world_names_a_missing_variable_of_deepspeed(name: str) -> None:
     environ = {key: value for key, value in DEEPSPEED.items() if key != name}
     with pytest.raises(UserError, match=rf"but {name} missing: .* Start with torchrun, or unset"):
         detect_world(environ)
 
 
-def test_accelerates_silent_single_process_is_refused() -> None:
+def test_detect_world_refuses_accelerates_silent_single_process() -> None:
     with pytest.raises(
         UserError, match=r"asked for several processes \(MASTER_PORT=29500\) .* Use launch/accelerate\.sh, or unset"
     ):
         detect_world(ACCELERATE_ON_A_CPU)
-    # With ranks it is a job like any other; asked for one process it sets no port; a port alone is not accelerate's.
+    # Accepted: with ranks; without a port, for one process; a port without accelerate's variable.
     assert detect_world({**ACCELERATE_ON_A_CPU, **TORCHRUN}) == detect_world(TORCHRUN)
     for name in ("MASTER_PORT", "ACCELERATE_MIXED_PRECISION"):
         assert detect_world({key: value for key, value in ACCELERATE_ON_A_CPU.items() if key != name}) == World()

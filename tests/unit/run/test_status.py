@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agnews_dist.errors import UserError
-from agnews_dist.run.status import StatusFile, is_later_start, job_of, read_status, run_of_job
+from agnews_dist.run.status import StatusFile, read_status, run_of_job
 
 
 def leave(directory: Path, state: str, *, job: str | None = None, time: str | None = None) -> None:
@@ -44,15 +44,6 @@ def test_a_status_that_cannot_be_written_is_an_error_before_the_run_and_none_aft
     file.try_to_write("failed", "something")
 
 
-def test_a_job_is_known_by_its_scheduler_or_its_launcher():
-    assert job_of({}) is None
-    assert job_of({"SLURM_JOB_ID": "12", "TORCHELASTIC_RUN_ID": "x"}) == "slurm 12"
-    assert job_of({"TORCHELASTIC_RUN_ID": "mine"}) == "torchrun mine"
-    unnamed = job_of({"TORCHELASTIC_RUN_ID": "none"})
-    assert unnamed is not None
-    assert unnamed == job_of({"TORCHELASTIC_RUN_ID": "none"}), "all starts of one agent are the same job"
-
-
 def test_a_job_finds_its_newest_unfinished_run_and_nobody_elses(tmp_path):
     assert run_of_job(tmp_path / "nowhere", "slurm 7") is None
     leave(tmp_path / "old", "failed", job="slurm 7", time="2026-01-01T00:00:00+00:00")
@@ -64,18 +55,3 @@ def test_a_job_finds_its_newest_unfinished_run_and_nobody_elses(tmp_path):
     assert run_of_job(tmp_path, "slurm 8") == "other"
     assert run_of_job(tmp_path, "slurm 9") is None
     assert run_of_job(tmp_path, None) is None
-
-
-@pytest.mark.parametrize(
-    ("environ", "is_later"),
-    [
-        ({}, False),
-        # By hand in an allocation: the same job, and still what the arguments say.
-        ({"SLURM_JOB_ID": "7"}, False),
-        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "0", "TORCHELASTIC_RESTART_COUNT": "0"}, False),
-        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RESTART_COUNT": "0"}, True),
-        ({"TORCHELASTIC_RESTART_COUNT": "1"}, True),
-    ],
-)
-def test_a_later_start_is_one_that_a_launcher_counts(environ, is_later):
-    assert is_later_start(environ) is is_later
