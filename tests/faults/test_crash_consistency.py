@@ -1,6 +1,6 @@
-"""A save that is killed, or fails, at any of its calls to the kernel leaves the checkpoint before it, or itself, whole.
+"""A save that is killed or fails at any system call leaves the previous checkpoint, or itself, complete.
 
-Every call that changes something on the disk is counted by a library below the process (cut.c), and each is cut in each way.
+A library loaded before libc (fail_calls.c) counts every call that changes the disk; each call gets each kind of fault.
 """
 
 import errno
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from save_once import (
+from save_with_faults import (
     FAIL,
-    FOR_EVER,
+    FOREVER,
     KILL_AFTER,
     KILL_BEFORE,
     KILL_HALFWAY,
@@ -31,22 +31,22 @@ from save_once import (
 from support.processes import REPOSITORY, environment
 
 from agnews_dist.run.resume import read_newest_usable
-from agnews_dist.training.checkpoint import Checkpoint, checkpoints, read_checkpoint, step_of, sweep
+from agnews_dist.training.checkpoint import Checkpoint, list_checkpoints, parse_step, read_checkpoint, sweep
 
 HERE = Path(__file__).parent
 A, B, C = 7, 14, 21
-"""The steps of the checkpoint before, of the one that is cut, and of one saved afterwards."""
+"""Steps of the previous checkpoint, of the one that gets the fault, and of one saved later."""
 CHANGING = {"open", "mkdir", "write", "fsync", "close", "rename", "unlink", "rmdir"}
 ADDING = "open mkdir write fsync rename"
-"""What a full disk may refuse."""
+"""Calls that a full disk refuses."""
 
 Do = Callable[[Order], Answer]
 
 
 @pytest.fixture(scope="session")
-def shim(tmp_path_factory) -> Path:
-    """cut.c, compiled; where there is no compiler this fails, it does not skip."""
-    library = tmp_path_factory.mktemp("cut") / "cut.so"
+def library(tmp_path_factory) -> Path:
+    """fail_calls.c, compiled. Without a compiler this fails; it does not skip."""
+    shared_object = tmp_path_factory.mktemp("library") / "fail_calls.so"
     command = [
         "cc",
         "-O1",
@@ -56,20 +56,20 @@ def shim(tmp_path_factory) -> Path:
         "-shared",
         "-fPIC",
         "-o",
-        str(library),
-        str(HERE / "cut.c"),
+        str(shared_object),
+        str(HERE / "fail_calls.c"),
         "-ldl",
     ]
     subprocess.run(command, check=True)
-    return library
+    return shared_object
 
 
 @pytest.fixture(scope="session")
-def do(shim) -> Iterator[Do]:
-    """Has a warmed process, or its child, do something, and tells what came of it."""
+def do(library) -> Iterator[Do]:
+    """Send orders to one process of save_with_faults.py."""
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "save_once.py")],
-        env=environment(LD_PRELOAD=str(shim)),
+        [sys.executable, str(HERE / "save_with_faults.py")],
+        env=environment(LD_PRELOAD=str(library)),
         cwd=REPOSITORY,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -81,8 +81,8 @@ def do(shim) -> Iterator[Do]:
     def order(what: Order) -> Answer:
         process.stdin.write(json.dumps(asdict(what)) + "\n")
         process.stdin.flush()
-        said = json.loads(process.stdout.readline())
-        return Answer(**{**said, "trace": tuple(tuple(call) for call in said["trace"])})
+        answer = json.loads(process.stdout.readline())
+        return Answer(**{**answer, "trace": tuple(tuple(call) for call in answer["trace"])})
 
     with process:
         yield order
@@ -91,16 +91,16 @@ def do(shim) -> Iterator[Do]:
 
 
 def before_any(folder: Path) -> None:
-    """The first save of a run."""
+    """Prepare nothing: the first save of a run."""
 
 
 def before_the_next(folder: Path) -> None:
-    """There is one checkpoint."""
+    """Prepare one checkpoint."""
     save(folder, A)
 
 
 def before_a_repeated(folder: Path) -> None:
-    """There are one, and damaged ones of the number that is saved: a run that goes on from before them."""
+    """Prepare one checkpoint, and damaged ones of the step to be saved: the run resumed from before them."""
     save(folder, B)
     (folder / f"step-{B:08d}" / "weights.safetensors").write_bytes(b"damaged")
     (folder / f"best-{B:08d}" / "MANIFEST").unlink()
@@ -116,7 +116,7 @@ SCENARIOS = [before_any, before_the_next, before_a_repeated]
 
 
 class Disk:
-    """The folder of a scenario, put back before every cut."""
+    """The checkpoint folder of a scenario, restored before every fault."""
 
     def __init__(self, directory: Path, prepare: Callable[[Path], None], do: Do) -> None:
         self.prepared, self.root = directory / "prepared", directory / "root"
@@ -130,23 +130,22 @@ class Disk:
         assert (whole.status, whole.raised) == (0, "")
         self.trace = whole.trace
         assert self.newest()[0] == B
-        """What a save does that nobody cuts."""
         self.renamed = 1 + next(n for n, call in enumerate(self.trace) if renames_to(call, f"step-{B:08d}"))
-        """The number of the call that makes B the newest."""
+        """Number of the call that makes B the newest checkpoint."""
         self.moved_away = 1 + next(
             (n for n, call in enumerate(self.trace) if call[0] == "rename" and call[1].endswith(f"/step-{B:08d}")),
             10**9,
         )
-        """The number of the call before which a damaged B is still there."""
+        """Number of the call that moves a damaged B away."""
 
     def save(self, **cut: object) -> Answer:
-        """B, cut in this way, on the disk as it was prepared."""
+        """Save B with a fault on the disk as it was prepared."""
         shutil.rmtree(self.root, ignore_errors=True)
         shutil.copytree(self.prepared, self.root)
         return self.do(Order("save", str(self.folder), B, **cut))
 
     def newest(self) -> tuple[int | None, list[str]]:
-        """(step of the newest usable, its warnings), after a look at every bit of it and of its best epoch."""
+        """Return the step of the newest usable checkpoint and the warnings; check every bit of it and of its best epoch."""
         checkpoint, best, warnings = read_newest_usable(self.folder)
         if checkpoint is None:
             return None, warnings
@@ -160,29 +159,29 @@ class Disk:
         return step, warnings
 
     def check(self, *, is_b: bool, is_damaged_there: bool, where: str) -> None:
-        """B is the newest, or A; and no half of anything is taken for a checkpoint."""
+        """Check that B (or A) is the newest, and that nothing incomplete counts as a checkpoint."""
         step, warnings = self.newest()
         assert step == (B if is_b else A if self.has_a else None), where
         assert len(warnings) == is_damaged_there, f"{where}: {warnings}"
-        for path in [*checkpoints(self.folder), *checkpoints(self.folder, "best")]:
-            if not (self.is_repeated and step_of(path) == B):
-                assert step_of(read_checkpoint(path).path) in (A, B), where
+        for path in [*list_checkpoints(self.folder), *list_checkpoints(self.folder, "best")]:
+            if not (self.is_repeated and parse_step(path) == B):
+                assert parse_step(read_checkpoint(path).path) in (A, B), where
 
-    def check_going_on(self, where: str) -> None:
-        """The next attempt saves, and leaves nothing of what was."""
+    def check_next_save(self, where: str) -> None:
+        """Check that the next attempt saves and removes all leftovers."""
         assert self.do(Order("start_and_save", str(self.folder), C)).raised == "", where
         step, warnings = self.newest()
         assert (step, warnings) == (C, []), where
         assert sorted(path.name for path in self.folder.iterdir()) == [f"best-{C:08d}", f"step-{C:08d}"], where
 
     def hidden(self) -> list[str]:
-        """What a save has under way."""
+        """Return the temporary directories of a save."""
         return (
             [path.name for path in self.folder.iterdir() if path.name.startswith(".")] if self.folder.exists() else []
         )
 
     def calls(self, kind: str) -> list[int]:
-        """The numbers of the calls of this name."""
+        """Return the numbers of the calls of this name."""
         return [number for number, call in enumerate(self.trace, start=1) if call[0] == kind]
 
 
@@ -208,8 +207,8 @@ def next_disk(tmp_path_factory, do) -> Disk:
     return Disk(tmp_path_factory.mktemp("disk"), before_the_next, do)
 
 
-def test_the_library_sees_every_call(disk):
-    """As often as files were made, and with each of these and each directory fsynced."""
+def test_library_counts_every_call(disk):
+    """Compare the counts of calls with the files and directories on disk."""
     kinds = [call[0] for call in disk.trace]
     num_files = sum(path.is_file() for path in disk.folder.rglob("*"))
     assert set(kinds) <= CHANGING
@@ -217,17 +216,17 @@ def test_the_library_sees_every_call(disk):
     assert kinds.count("write") >= 7 + 2
     assert kinds.count("mkdir") == 2 + (not disk.has_a)
     assert kinds.count("fsync") >= num_files + 2 * 2
-    # Each directory that goes is renamed, emptied, removed.
+    # A removed directory is renamed, emptied, then removed.
     assert kinds.count("rmdir") == (4 if disk.is_repeated else 2 if disk.has_a else 0)
     assert kinds.count("rename") >= 2 + kinds.count("rmdir")
     assert len(kinds) > 35
 
 
 @pytest.mark.parametrize("mode", [KILL_BEFORE, KILL_AFTER, KILL_HALFWAY], ids=["before", "after", "halfway"])
-def test_a_kill_at_any_call_leaves_the_one_before_or_the_new_one(disk, mode):
+def test_kill_at_any_call_leaves_the_previous_or_the_new_checkpoint(disk, mode):
     calls = disk.calls("write") if mode == KILL_HALFWAY else range(1, len(disk.trace) + 1)
     if mode == KILL_AFTER:
-        # But for the last one, what is on the disk is what it is before the next.
+        # The state after a call is that before the next one, so only the last calls differ.
         calls = calls[-5:]
     for call in calls:
         where = f"call {call}: {disk.trace[call - 1]}"
@@ -235,11 +234,11 @@ def test_a_kill_at_any_call_leaves_the_one_before_or_the_new_one(disk, mode):
         num_done = call if mode == KILL_AFTER else call - 1
         is_damaged_there = disk.is_repeated and num_done < disk.moved_away
         disk.check(is_b=num_done >= disk.renamed, is_damaged_there=is_damaged_there, where=where)
-        disk.check_going_on(where)
-    assert disk.save(call=len(disk.trace) + 1, until=FOR_EVER, mode=KILL_BEFORE).status == 0, "all calls were cut"
+        disk.check_next_save(where)
+    assert disk.save(call=len(disk.trace) + 1, until=FOREVER, mode=KILL_BEFORE).status == 0, "every call got the fault"
 
 
-def test_a_call_that_fails_leaves_the_one_before_or_the_new_one_and_nothing_else(disk):
+def test_failing_call_leaves_the_previous_or_the_new_checkpoint_alone(disk):
     synced = next(n for n in disk.calls("fsync") if n > disk.renamed)
     for call in range(1, len(disk.trace) + 1):
         where = f"call {call}: {disk.trace[call - 1]}"
@@ -254,51 +253,51 @@ def test_a_call_that_fails_leaves_the_one_before_or_the_new_one_and_nothing_else
             assert disk.hidden() == [], where
         sweep(disk.folder)
         assert disk.hidden() == [], where
-        disk.check_going_on(where)
+        disk.check_next_save(where)
 
 
-def test_a_disk_that_is_full_from_some_call_on_is_left_as_it_was(disk):
+def test_full_disk_keeps_the_previous_checkpoint(disk):
     synced = next(n for n in disk.calls("fsync") if n > disk.renamed)
     for call in range(1, synced + 1):
         where = f"call {call}: {disk.trace[call - 1]}"
-        answer = disk.save(call=call, until=FOR_EVER, mode=FAIL, error=errno.ENOSPC, only=ADDING)
+        answer = disk.save(call=call, until=FOREVER, mode=FAIL, error=errno.ENOSPC, only=ADDING)
         assert (answer.raised, answer.error) == ("OSError", errno.ENOSPC), where
         step, _ = disk.newest()
         assert step == (B if call > disk.renamed else A if disk.has_a else None), where
-        disk.check_going_on(where)
+        disk.check_next_save(where)
 
 
-def test_a_disk_that_is_read_only_from_some_call_on_is_no_worse_than_a_kill(next_disk):
+def test_read_only_disk_keeps_the_previous_checkpoint(next_disk):
     for call in range(1, len(next_disk.trace) + 1):
         where = f"call {call}: {next_disk.trace[call - 1]}"
-        answer = next_disk.save(call=call, until=FOR_EVER, mode=FAIL, error=errno.EROFS)
+        answer = next_disk.save(call=call, until=FOREVER, mode=FAIL, error=errno.EROFS)
         synced = next(n for n in next_disk.calls("fsync") if n > next_disk.renamed)
         assert (answer.raised, answer.error) == (("OSError", errno.EROFS) if call <= synced else ("", None)), where
         next_disk.check(is_b=call > next_disk.renamed, is_damaged_there=False, where=where)
-        next_disk.check_going_on(where)
+        next_disk.check_next_save(where)
 
 
-def test_a_write_that_takes_only_half_is_finished(next_disk):
+def test_short_write_is_continued(next_disk):
     for call in next_disk.calls("write"):
         assert next_disk.save(call=call, until=call, mode=SHORT).raised == ""
         next_disk.check(is_b=True, is_damaged_there=False, where=f"call {call}")
-    answer = next_disk.save(call=1, until=FOR_EVER, mode=SHORT, only="write")
+    answer = next_disk.save(call=1, until=FOREVER, mode=SHORT, only="write")
     assert len(answer.trace) > len(next_disk.trace) + 20
     next_disk.check(is_b=True, is_damaged_there=False, where="every write")
 
 
-def test_a_file_system_that_cannot_fsync_directories_will_do(next_disk):
+def test_file_system_without_directory_fsync_is_accepted(next_disk):
     file = re.compile(r"/(\w+\.safetensors|state\.json|MANIFEST)$")
     directories = [call for call in next_disk.calls("fsync") if not file.search(next_disk.trace[call - 1][1])]
-    assert len(directories) == 5, "each of the two, the folder after each, and after the renaming of what is pruned"
+    assert len(directories) == 5, "both directories, the folder after each, and after what is pruned was renamed"
     for call in directories:
         path = next_disk.trace[call - 1][1]
         assert next_disk.save(call=call, until=call, mode=FAIL, error=errno.EINVAL).raised == "", path
         next_disk.check(is_b=True, is_damaged_there=False, where=path)
 
 
-def test_nothing_depends_on_what_a_loss_of_power_may_undo(disk):
-    """Without an fsync after it, anything may be lost, in any order."""
+def test_loss_of_power_undoes_nothing_that_later_changes_depend_on(disk):
+    """A change without a later fsync may be lost, in any order."""
     calls = list(enumerate(disk.trace))
     folder = str(disk.folder)
     is_fsynced = {n: call[1] for n, call in calls if call[0] == "fsync"}
@@ -315,7 +314,7 @@ def test_nothing_depends_on_what_a_loss_of_power_may_undo(disk):
         for path, last in changed.items():
             assert_fsynced(path, last, renamed)
         assert_fsynced(staging, max(n for n, call in below if call[0] == "open"), renamed)
-        # What it replaces, what refers to it, and what is pruned for it: all of that comes after.
+        # What it replaces, what names it and what is pruned for it must change later.
         later = [n for n, call in calls if n > renamed and call[0] in ("rename", "unlink", "rmdir", "mkdir")]
         assert_fsynced(folder, renamed, min(later, default=len(calls)))
     hidden = [n for n, call in calls if call[0] == "rename" and re.search(r"/\.old-[^/]*$", call[2])]
@@ -332,7 +331,7 @@ def test_nothing_depends_on_what_a_loss_of_power_may_undo(disk):
         assert_fsynced(str(disk.folder.parent), made, made + 2)
 
 
-def test_what_cannot_be_read_is_damaged(next_disk):
+def test_unreadable_checkpoint_is_damaged(next_disk):
     next_disk.save()
     folder = str(next_disk.folder)
     calls = next_disk.do(Order("read", folder, B, reads=True)).trace
@@ -345,15 +344,15 @@ def test_what_cannot_be_read_is_damaged(next_disk):
     assert next_disk.do(Order("read", folder, B, reads=True)).raised == ""
 
 
-def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(next_disk):
+def test_unlistable_folder_is_an_error_and_not_empty(next_disk):
     next_disk.save()
-    order = Order("list_them", str(next_disk.folder), B, 1, FOR_EVER, FAIL, errno.EIO, reads=True)
+    order = Order("list_folder", str(next_disk.folder), B, 1, FOREVER, FAIL, errno.EIO, reads=True)
     answer = next_disk.do(order)
     assert (answer.raised, answer.error) == ("OSError", errno.EIO)
 
 
-def test_what_only_removes_never_fails(next_disk):
-    """At any call, with any error, once or for ever."""
+def test_removing_leftovers_never_raises(next_disk):
+    """Try every call, with one failure or with all later ones failing."""
     next_disk.save()
     (next_disk.folder / f".step-{B:08d}.{'0' * 32}").mkdir()
     folder = str(next_disk.folder)
@@ -361,7 +360,7 @@ def test_what_only_removes_never_fails(next_disk):
     num_calls = len(next_disk.do(Order("tidy", folder, B, reads=True)).trace)
     assert num_calls > 10
     for number in range(1, num_calls + 1):
-        for until in (number, FOR_EVER):
+        for until in (number, FOREVER):
             shutil.rmtree(next_disk.root)
             shutil.copytree(next_disk.prepared.parent / "tidied", next_disk.root)
             answer = next_disk.do(Order("tidy", folder, B, number, until, FAIL, errno.EIO, reads=True))

@@ -1,4 +1,4 @@
-"""torchrun starts a job again after a failure: it goes on from the last checkpoint, also with fewer nodes."""
+"""torchrun restarts a failed job: it resumes from the last checkpoint, also with fewer nodes."""
 
 import re
 import signal
@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import psutil
-from support.jobs import wait_until
-from support.processes import REPOSITORY, environment
-from support.small_run import arguments, differences, finish, status
+from support.processes import REPOSITORY, TIMEOUT, environment, wait_until
+from support.small_run import arguments, differences, read_status, run_directory
 from support.timeline import Timeline
 
 from agnews_dist.distributed.node_resources import free_port
@@ -18,7 +17,7 @@ ODD_RANK = str(REPOSITORY / "tests" / "ranks" / "odd_rank.py")
 
 
 def agent(log: Path, *options: str, script: tuple[str, ...], **environ: str) -> subprocess.Popen:
-    """A torchrun agent, in a session of its own, so that all of a node can be killed."""
+    """Start a torchrun agent in its own session, so that a whole node can be killed."""
     with log.open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *options, *script],
@@ -31,8 +30,8 @@ def agent(log: Path, *options: str, script: tuple[str, ...], **environ: str) -> 
         )
 
 
-def take_away(node: subprocess.Popen) -> None:
-    """As a machine that loses its power: the agent and all that it has started."""
+def kill_node(node: subprocess.Popen) -> None:
+    """Kill an agent and all its processes at once, as a loss of power does."""
     if node.poll() is None:
         processes = [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]
         for process in processes:
@@ -42,30 +41,29 @@ def take_away(node: subprocess.Popen) -> None:
     node.wait(timeout=30)
 
 
-def test_a_rank_that_crashes_once_is_started_again_and_ends_as_if_it_had_not(tmp_path):
-    whole = finish(tmp_path / "whole")
+def test_rank_that_crashes_once_is_restarted_and_the_run_ends_the_same(whole, tmp_path):
     log, mark = tmp_path / "log.txt", tmp_path / "crashed"
-    # What it was to begin from is said to its first start.
-    anew = ("--checkpoint.resume", "never", "--run.overwrite", "true")
-    script = (ODD_RANK, "1", "crash once", "train", *arguments(tmp_path, *anew))
+    # These options apply to the first start only.
+    options = ("--checkpoint.resume", "never", "--run.overwrite", "true")
+    script = (ODD_RANK, "1", "crash once", "train", *arguments(tmp_path, *options))
     job = agent(
         log, "--standalone", "--nproc_per_node=2", "--max-restarts=2", script=script, CRASHED=str(mark), ODD_STEP="30"
     )
     try:
-        assert job.wait(timeout=150) == 0, log.read_text()[-6000:]
+        assert job.wait(timeout=TIMEOUT) == 0, log.read_text()[-6000:]
     finally:
-        take_away(job)
-    said = log.read_text()
+        kill_node(job)
+    output = log.read_text()
     assert mark.exists()
-    assert said.count("ZeroDivisionError: a bug on one rank") == 1
-    assert "goes on from step 28, attempt 2: " in said
-    assert status(tmp_path) == {**status(tmp_path), "state": "finished", "attempt": 2}
-    assert differences(tmp_path / "runs" / "small", whole) == []
+    assert output.count("ZeroDivisionError: a bug on one rank") == 1
+    assert "resumed from step 28, attempt 2: " in output
+    assert read_status(tmp_path) == {**read_status(tmp_path), "state": "finished", "attempt": 2}
+    assert differences(run_directory(tmp_path), run_directory(whole)) == []
 
 
-def test_our_launch_script_passes_on_what_clusters_send(tmp_path):
-    """torchrun by itself dies of USR1, and leaves its ranks behind."""
-    log, timeline = tmp_path / "log.txt", Timeline(tmp_path / "runs" / "small")
+def test_launch_script_forwards_signals_of_clusters(tmp_path):
+    """torchrun alone dies of USR1 and leaves its ranks running."""
+    log, timeline = tmp_path / "log.txt", Timeline(run_directory(tmp_path))
     with log.open("ab") as file:
         job = subprocess.Popen(
             ["bash", str(REPOSITORY / "launch" / "local.sh"), *arguments(tmp_path, "--optim.epochs", "300")],
@@ -77,19 +75,19 @@ def test_our_launch_script_passes_on_what_clusters_send(tmp_path):
             start_new_session=True,
         )
     try:
-        assert wait_until(lambda: timeline.steps > 10 or job.poll() is not None, 90, every=0.05)
+        assert wait_until(lambda: timeline.steps > 10 or job.poll() is not None, every=0.05)
         job.send_signal(signal.SIGUSR1)
-        job.wait(timeout=30)
+        job.wait(timeout=TIMEOUT)
     finally:
-        take_away(job)
+        kill_node(job)
     assert re.search(r"stopped \(SIGUSR1\) at step \d+, which is saved", log.read_text()), log.read_text()[-4000:]
-    assert status(tmp_path)["state"] == "preempted"
-    assert status(tmp_path)["step"] == timeline.steps
+    assert read_status(tmp_path)["state"] == "preempted"
+    assert read_status(tmp_path)["step"] == timeline.steps
 
 
-def test_a_node_that_is_lost_leaves_the_other_to_go_on(tmp_path):
-    """Two agents, one rank each; one is killed with its rank, as a machine that is taken away."""
-    # Who hosts the rendezvous must stay: without it nobody can meet again.
+def test_remaining_node_resumes_when_the_other_is_lost(tmp_path):
+    """Start two agents with one rank each and kill one of them with its rank."""
+    # The first agent hosts the rendezvous, so it must stay.
     rendezvous = "join_timeout=60,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,is_host="
     options = [
         *("--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=lost"),
@@ -99,20 +97,20 @@ def test_a_node_that_is_lost_leaves_the_other_to_go_on(tmp_path):
     logs = [tmp_path / "first.txt", tmp_path / "second.txt"]
     first = agent(logs[0], *options, f"--rdzv-conf={rendezvous}1", script=script)
     second = None
-    timeline = Timeline(tmp_path / "runs" / "small")
+    timeline = Timeline(run_directory(tmp_path))
     try:
         second = agent(logs[1], *options, f"--rdzv-conf={rendezvous}0", script=script)
-        assert wait_until(lambda: timeline.steps > 30, 90, every=0.05), logs[0].read_text()[-4000:]
-        take_away(second)
-        assert first.wait(timeout=150) == 0, logs[0].read_text()[-6000:]
+        assert wait_until(lambda: timeline.steps > 30, every=0.05), logs[0].read_text()[-4000:]
+        kill_node(second)
+        assert first.wait(timeout=TIMEOUT) == 0, logs[0].read_text()[-6000:]
     finally:
         for node in (first, second):
             if node is not None:
-                take_away(node)
-    assert re.search(r"goes on from step \d+, attempt 2: ", "".join(log.read_text() for log in logs))
+                kill_node(node)
+    assert re.search(r"resumed from step \d+, attempt 2: ", "".join(log.read_text() for log in logs))
     events = timeline.events()
     ranks = [event["facts"]["ranks"] for event in events if event["event"] == "RunStarted"]
     assert len(ranks) == 2
     steps = [event["step"] for event in events if event["event"] == "StepDone"]
     assert steps == list(range(1, len(steps) + 1))
-    assert status(tmp_path)["state"] == "finished"
+    assert read_status(tmp_path)["state"] == "finished"

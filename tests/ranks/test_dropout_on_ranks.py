@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import fork_server as warm
+from support import fork_server
 from support.dropout_reference import reference_keys, reference_with_dropout
 from support.processes import REPOSITORY
 
@@ -34,7 +34,7 @@ def test_an_update_with_dropout_knows_no_ranks_no_micro_batches_and_no_engine(tm
         "step": STEP,
     }
     worker = REPOSITORY / "tests" / "ranks" / "dropout_worker.py"
-    warm.ranks(
+    fork_server.run_ranks(
         num_ranks, str(worker), str(tmp_path), json.dumps(told), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions")
     )
     num_micro_batches = json.loads((tmp_path / "micro_batches.json").read_text())

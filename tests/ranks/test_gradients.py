@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import fork_server as warm
+from support import fork_server
 from support.processes import REPOSITORY
 from support.toy import reference_gradients
 
@@ -25,7 +25,7 @@ def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 def saved(request, tmp_path_factory) -> tuple[int, Path]:
     directory = tmp_path_factory.mktemp(f"ranks{request.param}")
     worker = REPOSITORY / "tests" / "ranks" / "gradient_worker.py"
-    warm.ranks(request.param, str(worker), str(directory), ",".join(map(str, LENGTHS)))
+    fork_server.run_ranks(request.param, str(worker), str(directory), ",".join(map(str, LENGTHS)))
     return request.param, directory
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import fork_server as warm
+from support import fork_server
 from support.processes import REPOSITORY
 from support.toy import our_name, toy_reference_groups, toy_reference_model, toy_split
 from test_engines import BATCH, LENGTHS, LR, PARTS, TOLERANCE, WEIGHT_DECAY, global_batches, without_key_bias
@@ -44,7 +44,7 @@ def launch(num_ranks: int, directory: Path, **told: object) -> Path:
         "scales": [],
     }
     path.write_text(json.dumps(settings | told))
-    warm.ranks(num_ranks, str(WORKER), str(directory), str(path))
+    fork_server.run_ranks(num_ranks, str(WORKER), str(directory), str(path))
     return directory
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from support.fork_server import python
+from support.fork_server import run_python
 from transformers import GPT2Config
 
 
@@ -17,7 +17,7 @@ def model(shared: Path, directory: Path, **sizes: int) -> Path:
 
 def test_a_run_that_fits(shared: Path, tmp_path: Path) -> None:
     name = str(model(shared, tmp_path / "small"))
-    done = python(
+    done = run_python(
         "-m",
         "agnews_dist",
         "doctor",
@@ -38,7 +38,7 @@ def test_a_run_that_fits(shared: Path, tmp_path: Path) -> None:
     assert found["estimate"]["device"]["optimizer"] == 8 * (7_087_872 + 2 * 768 + 4 * 769)
     assert found["device_bytes"] == sum(found["estimate"]["device"].values())
     assert found["facts"]["torch"]
-    shown = python("-m", "agnews_dist", "doctor", "--model.name", name, "--data.source", "synthetic").stdout
+    shown = run_python("-m", "agnews_dist", "doctor", "--model.name", name, "--data.source", "synthetic").stdout
     assert "frozen weights" in shown
     assert "It fits." in shown
 
@@ -48,7 +48,7 @@ def test_a_run_that_does_not_fit_is_refused_by_doctor_and_train_before_anything_
 ) -> None:
     name = str(model(shared, tmp_path / "huge", n_embd=12800, n_layer=96, n_head=100))
     for story in ("doctor", "train"):
-        done = python(
+        done = run_python(
             "-m", f"agnews_dist.{story}", "--model.name", name, "--data.source", "synthetic", check=False, timeout=60
         )
         assert done.returncode == 1, story
@@ -63,11 +63,11 @@ def test_mistakes(tmp_path: Path) -> None:
         (["--ranks", "0"], "--ranks 0: a training has at least one rank. Set it to 1 or more."),
         (["--ranks", "2", "--ranks_per_node", "3"], "--ranks_per_node 3 with --ranks 2: a node cannot have more"),
     ):
-        done = python("-m", "agnews_dist", "doctor", *arguments, check=False)
+        done = run_python("-m", "agnews_dist", "doctor", *arguments, check=False)
         assert done.returncode == 2
         assert said in done.stderr
     cuda = ("--model.name", "embedded", "--data.source", "synthetic", "--engine.device", "cuda", "--json")
-    done = python("-m", "agnews_dist", "doctor", *cuda, check=False)
+    done = run_python("-m", "agnews_dist", "doctor", *cuda, check=False)
     assert done.returncode == 1
     assert [row["check"] for row in json.loads(done.stdout)["findings"] if row["verdict"] == "fail"] == ["device"]
     assert "error: engine.device cuda, but torch" in done.stderr
@@ -77,7 +77,7 @@ def test_mistakes(tmp_path: Path) -> None:
     ):
         both = {"--model.name": "embedded", "--data.source": "synthetic", option: str(tmp_path / "nowhere")}
         words = [word for pair in both.items() for word in pair]
-        done = python("-m", "agnews_dist", "doctor", *words, "--json", check=False)
+        done = run_python("-m", "agnews_dist", "doctor", *words, "--json", check=False)
         assert done.returncode == 1
         (failure,) = (row for row in json.loads(done.stdout)["findings"] if row["verdict"] == "fail")
         assert failure["check"] == option[2:].split(".")[0]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import fork_server as warm
+from support import fork_server
 from support.processes import REPOSITORY, environment
 
 CONFIG = ("--config", str(REPOSITORY / "configs" / "quickstart.yaml"))
@@ -27,7 +27,7 @@ class Rank:
     """How one rank differs from the others."""
 
     before: Sequence[str] = ()
-    """Words before the interpreter; without any it starts warm, and what libraries read at their import is as in all tests."""
+    """Words before the interpreter; without any it starts from the fork server, and what libraries read at their import is as in all tests."""
     arguments: Sequence[str] = ()
     environ: dict[str, str] = field(default_factory=dict)
     after: Callable[[int], object] = lambda _: None
@@ -54,7 +54,7 @@ def doctor(
     program: Sequence[str] = ("-m", "agnews_dist", "doctor"),
 ) -> Told:
     """Run it on these ranks, each a process of its own; what they say goes to files in `place`."""
-    worlds = warm.rank_variables(len(ranks)) if len(ranks) > 1 else [{}]
+    worlds = fork_server.rank_variables(len(ranks)) if len(ranks) > 1 else [{}]
     ended = [
         start(rank, [*program, *arguments, "--json", *rank.arguments], world, place / f"rank {number}")
         for number, (rank, world) in enumerate(zip(ranks, worlds, strict=True))
@@ -72,7 +72,7 @@ def start(rank: Rank, command: list[str], world: Mapping[str, str], log: Path) -
     for path in (out, err):
         path.write_text("")
     if not rank.before:
-        process = warm.start(command, environ, out=out, err=err)
+        process = fork_server.start(command, environ, fork_server.Streams(out, err))
         rank.after(process.pid)
 
         def wait() -> int:
@@ -207,7 +207,7 @@ def test_disks_that_cannot_be_written_and_no_compiler(tmp_path: Path) -> None:
 
 def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
     impatient = "import sys; from agnews_dist.commands import doctor; doctor.MEETING_SECONDS = 4; sys.exit(doctor.main(sys.argv[1:]))"
-    environ = warm.rank_variables(2)[0]
+    environ = fork_server.rank_variables(2)[0]
     told = doctor(Rank(environ=environ), place=tmp_path, program=("-c", impatient))
     assert told.codes == [1]
     [(check, found)] = told.verdicts("fail").items()
@@ -314,7 +314,7 @@ def test_an_interface_that_is_none(tmp_path: Path) -> None:
     found = told.verdicts("fail")
     assert set(found) == {"rendezvous"}
     assert re.match(
-        r"the ranks came to 127\.0\.0\.1:\d+ and could not connect .*nonesuch0.* set GLOO_SOCKET_IFNAME",
+        r"the ranks met at 127\.0\.0\.1:\d+ but could not connect .*nonesuch0.* set GLOO_SOCKET_IFNAME",
         found["rendezvous"],
     )
     assert "Traceback" not in told.err

@@ -2,12 +2,12 @@
 
 import json
 
-from support import fork_server as warm
+from support import fork_server
 from transformers import pipeline
 
 
 def test_trains_on_real_rows(shared, tmp_path):
-    warm.ranks(
+    fork_server.run_ranks(
         2,
         *("-m", "agnews_dist.train", "--config", "configs/gpt2_mini_cpu.yaml"),
         *("--model.name", str(shared / "checkpoints" / "gpt2-mini"), "--data.source", str(shared / "data" / "ag_news")),

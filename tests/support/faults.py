@@ -1,8 +1,9 @@
-"""What happens to the ranks of a forked training, or is written down of them: functions for `ForkedJob(before=...)`.
+"""Faults injected into the ranks of a forked training: functions for `ForkedJob(fault="support.faults:NAME")`.
 
-Told by environment variables: on rank ON_RANK (default 0; `all`), at the beginning of its AT_STEPth step of this attempt (from
-1), WHAT happens: a signal of that name, `vote` (for a stop after this very step), `hang` (it says so and waits for ever), or
-`fill` (the disk of FILLED is full until step UNTIL). RECORD=DIR has every rank write down the examples of every step.
+`inject` reads environment variables. On rank ON_RANK (default 0; `all`), at the beginning of the AT_STEPth step of this attempt
+(from 1), FAULT happens: the name of a signal, `vote` (the rank votes to stop after this step), `hang` (it prints "hangs" and
+waits forever), or `fill` (the file system at FILLED is full until step UNTIL). With RECORD=DIR every rank writes the examples
+of each step to a file.
 """
 
 import errno
@@ -14,55 +15,77 @@ import threading
 from pathlib import Path
 
 
-def arrange() -> None:
+def inject() -> None:
     """Wrap the training step."""
-    from agnews_dist.training import loop as training
+    from agnews_dist.training import loop
 
-    make_step, num_calls = training.train_step, 0
+    make_step, num_calls = loop.train_step, 0
     rank, at_step = os.environ["RANK"], int(os.environ.get("AT_STEP", "0"))
     until = int(os.environ.get("UNTIL", "0"))
-    is_meant, what = os.environ.get("ON_RANK", "0") in (rank, "all"), os.environ.get("WHAT", "")
+    is_target, fault = os.environ.get("ON_RANK", "0") in (rank, "all"), os.environ.get("FAULT", "")
 
     def train_step(engine, embed, wrapped, batches, **options):
         nonlocal num_calls
         num_calls += 1
         if "RECORD" in os.environ:
-            record(Path(os.environ["RECORD"], f"rank{rank}.jsonl"), batches, options["dropout_key"])
-        if num_calls == at_step and is_meant and what == "vote":
+            _record(Path(os.environ["RECORD"], f"rank{rank}.jsonl"), batches, options["dropout_key"])
+        if num_calls == at_step and is_target and fault == "vote":
             options["stop"] = True
-        elif num_calls == at_step and is_meant:
-            happen(what)
-        if num_calls == until and is_meant:
+        elif num_calls == at_step and is_target:
+            _cause(fault)
+        if num_calls == until and is_target:
             Path(os.environ["FILLED"], "filling").unlink()
         return make_step(engine, embed, wrapped, batches, **options)
 
-    training.train_step = train_step
+    loop.train_step = train_step
 
 
-def record(file: Path, batches, key: int) -> None:
-    """A line for this rank's part of a global batch; `key`: equal for equal steps of equal seeds."""
+def hang() -> None:
+    """Let all ranks hang at step 30."""
+    os.environ.update(AT_STEP="30", ON_RANK="all", FAULT="hang")
+    inject()
+
+
+def fill_then_kill() -> None:
+    """Fill the disk at step 15 and kill every rank at step 25."""
+    _fill_then("KILL")
+
+
+def fill_then_stop() -> None:
+    """Fill the disk at step 15 and send TERM to rank 1 at step 25."""
+    _fill_then("TERM")
+
+
+def _fill_then(fault: str) -> None:
+    os.environ.update(AT_STEP="15", FAULT="fill")
+    inject()
+    os.environ.update(AT_STEP="25", FAULT=fault, ON_RANK="all" if fault == "KILL" else "1")
+    inject()
+
+
+def _record(file: Path, batches, key: int) -> None:
+    """Append this rank's part of a global batch; `key` is equal for equal steps of equal seeds."""
     ids = [example for batch in batches.micro_batches for example in batch.ids_B[batch.weights_B > 0].tolist()]
     with file.open("a") as lines:
         lines.write(json.dumps({"key": key, "ids": ids}) + "\n")
 
 
-def happen(what: str) -> None:
-    """See the module's text."""
-    if what == "hang":
+def _cause(fault: str) -> None:
+    if fault == "hang":
         print("hangs", file=sys.stderr, flush=True)
-        # Not interrupted by a Python-level handler, as a collective is not.
+        # Like a collective, a lock is not interrupted by a handler in Python.
         lock = threading.Lock()
         lock.acquire()
         while True:
             lock.acquire()
-    elif what == "fill":
-        fill(Path(os.environ["FILLED"], "filling"))
+    elif fault == "fill":
+        _fill(Path(os.environ["FILLED"], "filling"))
     else:
-        os.kill(os.getpid(), getattr(signal, f"SIG{what}"))
+        os.kill(os.getpid(), getattr(signal, f"SIG{fault}"))
 
 
-def fill(file: Path) -> None:
-    """Take all the space there is."""
+def _fill(file: Path) -> None:
+    """Write until the file system has no space left."""
     with file.open("wb", buffering=0) as filling:
         for size in (1 << 16, 1 << 12, 1):
             try:
@@ -71,26 +94,3 @@ def fill(file: Path) -> None:
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
-
-
-def hang() -> None:
-    """All ranks hang at step 30, where no vote is reached."""
-    os.environ.update(AT_STEP="30", ON_RANK="all", WHAT="hang")
-    arrange()
-
-
-def fill_then_kill() -> None:
-    """The disk is full from step 15 on, and at step 25 every rank is killed."""
-    _fill_then("KILL")
-
-
-def fill_then_stop() -> None:
-    """The disk is full from step 15 on, and at step 25 rank 1 gets TERM."""
-    _fill_then("TERM")
-
-
-def _fill_then(what: str) -> None:
-    os.environ.update(AT_STEP="15", WHAT="fill")
-    arrange()
-    os.environ.update(AT_STEP="25", WHAT=what, ON_RANK="all" if what == "KILL" else "1")
-    arrange()

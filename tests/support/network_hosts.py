@@ -1,4 +1,4 @@
-"""Machines on this machine: network namespaces with addresses, names and a hosts file of their own. Root only."""
+"""Simulated hosts: network namespaces with their own addresses, names and hosts file. They take root."""
 
 import os
 import shutil
@@ -10,31 +10,31 @@ from pathlib import Path
 
 
 def can_be_made() -> bool:
-    """Whether this user may make network namespaces."""
+    """Return whether this user can create network namespaces."""
     return os.geteuid() == 0 and shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is not None
 
 
 class Hosts:
-    """A context: hosts of these names, connected with each other and with this machine."""
+    """A context with hosts of these names, connected with each other and with this machine."""
 
     def __init__(self, names: Sequence[str], directory: Path) -> None:
-        """`directory`: for the hosts file; its path is visible to all of them."""
+        """`directory` holds the hosts file; all hosts see its path."""
         self.names, self.directory = list(names), directory
-        # At most 15 characters for an interface.
+        # An interface name has at most 15 characters.
         self._tag = f"{os.getpid():x}{id(self) >> 4 & 0xFFF:03x}"
         self._net = f"10.{200 + os.getpid() % 50}.{id(self) >> 4 & 0xFF}"
 
     @property
     def gateway(self) -> str:
-        """This machine's own address among them."""
+        """This machine's address in their network."""
         return f"{self._net}.1"
 
     def address(self, name: str) -> str:
-        """The host's."""
+        """Return the address of a host."""
         return f"{self._net}.{10 + self.names.index(name)}"
 
     def inside(self, name: str) -> list[str]:
-        """What runs a command as the host of that name; one that is none of them has only the hosts file."""
+        """Return the prefix that runs a command on a host. An unknown name gets only the hosts file, in the outer network."""
         net = ["nsenter", f"--net=/run/netns/{self._namespace(name)}"] if name in self.names else []
         setup = 'hostname "$0"; for file in hosts nsswitch.conf; do mount --bind "$HOSTS/$file" "/etc/$file"; done; exec "$@"'
         return [*net, "env", f"HOSTS={self.directory}", "unshare", "--uts", "--mount", "sh", "-ec", setup, name]
@@ -87,9 +87,9 @@ class Hosts:
 
 @contextmanager
 def listening(inside: Sequence[str], port: int) -> Iterator[int]:
-    """Some other program of the host that `inside` leads to has this port; the program's process."""
+    """Let another program listen at a port of the host of prefix `inside`; yield its process id."""
     listen = (
-        f"import socket, time; door = socket.create_server(('', {port})); print('open', flush=True); time.sleep(600)"
+        f"import socket, time; server = socket.create_server(('', {port})); print('open', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([*inside, sys.executable, "-c", listen], stdout=subprocess.PIPE, text=True)
     try:

@@ -1,66 +1,74 @@
-"""A training of some seconds, on text and a model made on the spot, and what it leaves that must not depend on its fate."""
+"""A training of some seconds on generated text and a generated model, and its results that no interruption may change."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from support.jobs import NUM_RANKS, ForkedJob, wait_until
+from support.jobs import NUM_RANKS, ForkedJob
+from support.processes import TIMEOUT, wait_until
 from support.timeline import Timeline
 
-EPOCHS, TIMEOUT = 3, 10
-SIZES = {"train": 1200, "validation": 300, "test": 300}
+EPOCHS = 3
+RANK_TIMEOUT = 10
+"""engine.timeout_seconds: a rank that is silent for this long has failed."""
+SIZES = {"train": 608, "validation": 150, "test": 150}
 GLOBAL_BATCH = 16
 EPOCH_STEPS = SIZES["train"] // GLOBAL_BATCH
 NUM_STEPS = EPOCHS * EPOCH_STEPS
 
 
+def run_directory(directory: Path) -> Path:
+    """Return the directory of the run `small` below `directory`."""
+    return directory / "runs" / "small"
+
+
 def arguments(directory: Path, *more: str) -> list[str]:
-    """Of the run in `directory`/runs/small; what is in `more` wins."""
+    """Return the command line of the run; options in `more` win."""
     limits = [word for split, size in SIZES.items() for word in (f"--data.limit_{split}", str(size))]
     return [
         *("--data.source", "synthetic", "--model.name", "embedded", *limits, "--optim.epochs", str(EPOCHS)),
         *("--run.dir", str(directory / "runs"), "--run.name", "small", "--data.cache_dir", str(directory / "cache")),
         *("--batch.global_batch_size", str(GLOBAL_BATCH), "--checkpoint.every_steps", "7", "--optim.lr", "2e-3"),
-        *("--engine.timeout_seconds", str(TIMEOUT), *more),
+        *("--engine.timeout_seconds", str(RANK_TIMEOUT), *more),
     ]
 
 
-def start(directory: Path, *more: str, num_ranks: int = NUM_RANKS, before: str = "", **environ: str) -> ForkedJob:
-    """An attempt; what its ranks say is in `directory`/log.txt."""
+def start(directory: Path, *more: str, num_ranks: int = NUM_RANKS, fault: str = "", **environ: str) -> ForkedJob:
+    """Start an attempt; its ranks write to `directory`/log.txt."""
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / "log.txt"
     log.unlink(missing_ok=True)
-    return ForkedJob(arguments(directory, *more), log, num_ranks, before=before, **environ)
+    return ForkedJob(arguments(directory, *more), log, num_ranks, fault=fault, **environ)
 
 
-def told(directory: Path) -> str:
-    """What the last attempt said."""
+def read_log(directory: Path) -> str:
+    """Return the output of the last attempt."""
     log = directory / "log.txt"
     return log.read_text() if log.exists() else ""
 
 
-def end(job: ForkedJob, directory: Path, codes: Sequence[int] | int = 0, timeout: float = 100) -> str:
-    """Wait for the end with these exit codes (one for all ranks, or one for each); what the attempt said."""
+def wait_for(job: ForkedJob, directory: Path, codes: Sequence[int] | int = 0, timeout: float = TIMEOUT) -> str:
+    """Wait for an end with these exit codes (one for all ranks, or one per rank); return the output."""
     try:
-        if not wait_until(job.ended, timeout, every=0.05):
-            job.say_where()
-            raise AssertionError(f"no end after {timeout} s:\n{told(directory)[-8000:]}")
+        if not wait_until(job.has_ended, timeout, every=0.05):
+            job.kill(with_stacks=True)
+            raise AssertionError(f"not ended after {timeout:.0f} s:\n{read_log(directory)[-8000:]}")
         expected = [codes] * len(job.pids) if isinstance(codes, int) else list(codes)
-        assert job.codes() == expected, f"exit codes {job.codes()}:\n{told(directory)[-8000:]}"
+        assert job.codes() == expected, f"exit codes {job.codes()}:\n{read_log(directory)[-8000:]}"
     finally:
         job.kill()
-    return told(directory)
+    return read_log(directory)
 
 
-def finish(directory: Path, *more: str, num_ranks: int = NUM_RANKS, before: str = "", **environ: str) -> Path:
-    """An attempt that nothing happens to; the run's directory."""
-    end(start(directory, *more, num_ranks=num_ranks, before=before, **environ), directory)
-    return directory / "runs" / "small"
+def finish(directory: Path, *more: str, num_ranks: int = NUM_RANKS, fault: str = "", **environ: str) -> Path:
+    """Run an attempt to its end; return the run's directory."""
+    wait_for(start(directory, *more, num_ranks=num_ranks, fault=fault, **environ), directory)
+    return run_directory(directory)
 
 
-def outcome(run: Path) -> dict[str, Any]:
-    """All that a run leaves which does not depend on the time of day."""
+def read_results(run: Path) -> dict[str, Any]:
+    """Return all results of a run that do not depend on the time."""
     timeless = [
         {key: value for key, value in event.items() if key not in ("time", "seconds")}
         for event in Timeline(run).events()
@@ -76,11 +84,11 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def differences(run: Path, other: Path) -> list[str]:
-    """The names of what they leave otherwise. Not the contents: pytest would compare megabytes line by line."""
-    left, right = outcome(run), outcome(other)
+    """Return the names of results that differ. pytest would compare megabytes of contents line by line."""
+    left, right = read_results(run), read_results(other)
     return [name for name in left if left[name] != right[name]]
 
 
-def status(directory: Path) -> dict[str, Any]:
-    """status.json of the run in `directory`."""
-    return json.loads((directory / "runs" / "small" / "status.json").read_text())
+def read_status(directory: Path) -> dict[str, Any]:
+    """Return status.json of the run below `directory`."""
+    return json.loads((run_directory(directory) / "status.json").read_text())
