@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# accelerate launch on this machine, with configs/accelerate/default.yaml; all arguments reach agnews_dist.train unchanged. The
-# engine is chosen by them, not by accelerate.
+# Start accelerate's launcher on this machine, with configs/accelerate/default.yaml. All arguments are the training's, which also
+# choose the engine.
 #
 #   launch/accelerate.sh --config configs/gpt2_ddp.yaml
 #   NPROC=4 launch/accelerate.sh --engine.backend deepspeed
@@ -9,7 +9,7 @@
 # OMP_NUM_THREADS  threads per rank; default: the cores divided among the ranks
 # DRY_RUN=1        print the command instead of running it
 #
-# Paths in the arguments are seen from the directory you are in, and so is runs/.
+# Paths in the arguments, and runs/, are relative to the current directory.
 set -euo pipefail
 # shellcheck source=launch/ranks.sh
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh" accelerate

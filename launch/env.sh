@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Make .venv with exactly the versions of requirements.lock and this package in it; nothing to do the second time.
+# Create .venv with exactly the versions of requirements.lock and this package. Does nothing if it is up to date.
 #
 #   bash launch/env.sh
 #   PYTHON=python3.11 bash launch/env.sh        another interpreter than python3
 #
-# On Linux pip takes torch's CUDA build. A machine without a GPU saves some gigabytes with the CPU build, which counts as
-# the same version for the lock file:
+# On Linux pip installs torch's CUDA build. The CPU build has the same version for the lock file and is some gigabytes smaller:
 #
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash launch/env.sh
 set -euo pipefail
@@ -17,25 +16,25 @@ fail() {
 }
 
 stamp=.venv/agnews_dist.stamp
-# The directory is part of the stamp: a moved or copied .venv points to the old place.
+# The directory is part of the stamp: a moved or copied .venv refers to its old location.
 wanted=$(pwd; cksum requirements.lock pyproject.toml)
 if [[ -x .venv/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     exit 0
 fi
 
-# A .venv that works here is brought up to date; one that was moved, or has another Python than asked for, is made anew.
+# A working .venv is updated. One that was moved, or has another Python than PYTHON, is created again.
 python=${PYTHON:-python3}
-made=$(.venv/bin/python -c 'import sys; print(sys.prefix)' 2>/dev/null || true)
-if [[ -z ${PYTHON:-} && $made -ef .venv ]]; then
+prefix=$(.venv/bin/python -c 'import sys; print(sys.prefix)' 2>/dev/null || true)
+if [[ -z ${PYTHON:-} && $prefix -ef .venv ]]; then
     python=.venv/bin/python
 fi
 command -v "$python" >/dev/null ||
-    fail "$python not found: the package runs on Python 3.10 or later. Install it, or name another with PYTHON=python3.11."
+    fail "$python not found: the package needs Python 3.10 or later. Install it, or name another with PYTHON=python3.11."
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     fail "$python is Python $version: the package needs 3.10 or later. Name another interpreter with PYTHON=python3.11."
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-    fail "$python has no venv module: no environment can be made. Install it (Debian and Ubuntu: apt install python$version-venv)."
+    fail "$python has no venv module. Install it (Debian and Ubuntu: apt install python$version-venv)."
 
 rm -f "$stamp"
 if [[ $python != .venv/bin/python ]]; then
@@ -43,6 +42,6 @@ if [[ $python != .venv/bin/python ]]; then
 fi
 echo "installing requirements.lock for Python $version into .venv; the first time takes minutes"
 .venv/bin/python -m pip install --quiet --requirement requirements.lock
-# The lock holds the build backend, so nothing unpinned comes in here.
+# The lock file includes the build backend: without build isolation nothing unpinned is installed.
 .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 echo "$wanted" >"$stamp"

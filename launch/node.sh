@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# This node's part of a job on one or several: torchrun, whose agents meet at the first node. All arguments reach the story
-# unchanged. Once per node, in any order:
+# Start torchrun on this node of a job. The agents of all nodes meet at the first node. All arguments are the command's. Run it
+# once per node, in any order:
 #
 #   NODES=2 NODE=0 HEAD=10.0.0.1 launch/node.sh --config my.yaml       on the first host
 #   NODES=2 NODE=1 HEAD=10.0.0.1 launch/node.sh --config my.yaml       on the second
-#   srun --ntasks-per-node=1 launch/node.sh --config my.yaml           Slurm tells the three
+#   srun --ntasks-per-node=1 launch/node.sh --config my.yaml           Slurm sets the three variables
 #
-# NODES, NODE, HEAD  how many there are, which is this (from 0), and the first one's name or address
-# PORT               where they meet on the first; default: 29400, under Slurm made from the job's number
+# NODES, NODE, HEAD  number of nodes, number of this node (from 0), name or address of the first node
+# PORT               port of the first node for the rendezvous; default: 29400, under Slurm derived from the job's number
 # COMMAND            train (default), evaluate, prepare or doctor
 # NPROC              ranks per node; default: one per GPU, or one without GPUs, where torch's threads already use all cores
 # OMP_NUM_THREADS    threads per rank; default: the cores divided among the ranks
 # LOGS               directory for one log per rank (rank.sh), and one of torchrun per node
-# MAX_RESTARTS       how often torchrun starts the ranks again after a failure; default 0
-# PREFLIGHT=off      do not look first whether the nodes can meet
+# MAX_RESTARTS       times that torchrun restarts the ranks after a failure; default 0
+# PREFLIGHT=off      skip the check that the nodes can meet
 # DRY_RUN=1          print the command instead of running it
 #
-# Paths in the arguments are seen from the directory you are in, and so is runs/.
+# Paths in the arguments, and runs/, are relative to the current directory.
 set -euo pipefail
 
 fail() {
@@ -24,58 +24,56 @@ fail() {
     exit 2
 }
 
-# This node cannot meet the others, and they shall not wait for it; hosts without Slurm must be ended by hand.
-give_up() {
+# cancel_step STATUS: end this node, and under Slurm the whole step: the other nodes would wait for this one.
+cancel_step() {
     if [[ -n ${SLURM_STEP_ID:-} ]]; then
-        # The number of an array's first task means the whole array.
+        # One task of an array has the array's own number, which means all tasks to scancel.
         local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
         scancel "${job:-$SLURM_JOB_ID}.$SLURM_STEP_ID" || true
     fi
     exit "$1"
 }
 
-# Read here, on each node: on the one that runs the batch script these variables would be its own.
+# Read on each node: in the batch script these variables describe its own node.
 if [[ -z ${NODES:-} && -n ${SLURM_STEP_NUM_NODES:-} ]]; then
     ((SLURM_STEP_NUM_TASKS == SLURM_STEP_NUM_NODES)) ||
-        fail "srun started $SLURM_STEP_NUM_TASKS tasks on $SLURM_STEP_NUM_NODES node(s): each would start all ranks of its node. Add --ntasks=$SLURM_STEP_NUM_NODES --ntasks-per-node=1."
+        fail "srun started $SLURM_STEP_NUM_TASKS tasks on $SLURM_STEP_NUM_NODES node(s): it must start one per node. Add --ntasks=$SLURM_STEP_NUM_NODES --ntasks-per-node=1."
     NODES=$SLURM_STEP_NUM_NODES NODE=$SLURM_NODEID
     read -r HEAD < <(scontrol show hostnames "$SLURM_STEP_NODELIST")
-    # Two jobs on one node have different numbers; below the ports that the system hands out by itself.
+    # Different for two jobs on one node, and below the system's ephemeral ports.
     PORT=${PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 fi
 NODES=${NODES:-1} NODE=${NODE:-0} PORT=${PORT:-29400} COMMAND=${COMMAND:-train}
-[[ -z ${STORY:-} ]] || fail "STORY=$STORY: renamed, so that train would be started instead. Set COMMAND=$STORY."
+[[ -z ${STORY:-} ]] || fail "STORY=$STORY: the variable is now COMMAND. Set COMMAND=$STORY."
 for name in NODES NODE PORT; do
-    [[ ${!name} =~ ^[0-9]+$ ]] ||
-        fail "$name='${!name}' is no number: the nodes could not meet. Give $name as a count such as 2."
+    [[ ${!name} =~ ^[0-9]+$ ]] || fail "$name='${!name}': must be a number. Set for example $name=2."
 done
-((NODE < NODES)) || fail "NODE=$NODE of NODES=$NODES: nodes count from 0, so this one would never be waited for. Lower NODE."
-((NODES == 1)) || [[ -n ${HEAD:-} ]] ||
-    fail "NODES=$NODES without HEAD: the nodes would not know where to meet. Set HEAD to the first node's name or address."
-# Of a rank. Operators of Kubernetes and other launchers tell a whole node these; torchrun tells the ranks their own.
+((NODE < NODES)) || fail "NODE=$NODE of NODES=$NODES: nodes count from 0. Lower NODE."
+((NODES == 1)) || [[ -n ${HEAD:-} ]] || fail "NODES=$NODES without HEAD. Set HEAD to the first node's name or address."
+# Kubernetes operators set these per node; torchrun sets them per rank.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
 # shellcheck source=launch/ranks.sh
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh" torchrun
 
 torchrun=("${python[@]}" -m torch.distributed.run --nproc_per_node "$NPROC" --max_restarts "${MAX_RESTARTS:-0}")
 if ((NODES == 1)); then
-    # Without the address it would tell the ranks this machine's name, and a minute would go by where that does not resolve.
+    # Without the address torchrun resolves this machine's name, which may take a minute to fail.
     torchrun+=(--standalone --local_addr 127.0.0.1)
 else
-    place=(--endpoint "$HEAD:$PORT" --nodes "$NODES" --node "$NODE")
+    rendezvous=(--endpoint "$HEAD:$PORT" --nodes "$NODES" --node "$NODE")
     if [[ -z ${DRY_RUN:-} ]]; then
-        [[ ${PREFLIGHT:-} == off ]] || "${python[@]}" -m agnews_dist.preflight.rendezvous_check "${place[@]}" || give_up $?
+        [[ ${PREFLIGHT:-} == off ]] || "${python[@]}" -m agnews_dist.preflight.rendezvous_check "${rendezvous[@]}" || cancel_step $?
         # shellcheck source=launch/network.sh
         source "$root/launch/network.sh"
     fi
-    # Told, not guessed: torchrun looks for the first node by comparing names, which nicknames and several interfaces defeat.
-    is_head=$((NODE == 0))
-    # Nodes come apart by what their file systems take to load Python: the default is a minute.
+    # Set is_host ourselves: torchrun compares host names, which fails with aliases or several interfaces.
+    is_host=$((NODE == 0))
     torchrun+=(--nnodes "$NODES" --rdzv_backend c10d --rdzv_endpoint "$HEAD:$PORT" --rdzv_id "${SLURM_JOB_ID:-agnews_dist}")
-    torchrun+=(--rdzv_conf "is_host=$is_head,read_timeout=300" ${ADDRESS:+--local_addr "$ADDRESS"})
+    # Nodes with a cold file system load Python minutes apart; the default read_timeout is 60 s.
+    torchrun+=(--rdzv_conf "is_host=$is_host,read_timeout=300" ${ADDRESS:+--local_addr "$ADDRESS"})
 fi
 if [[ -n ${LOGS:-} && -z ${DRY_RUN:-} ]]; then
-    # Its traceback at every stop would bury what rank 0 says last.
+    # torchrun prints a traceback at every stop, which would hide rank 0's last lines.
     mkdir -p "$LOGS"
     exec 2>>"$LOGS/torchrun-$NODE.log"
 fi

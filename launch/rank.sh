@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One rank, as torchrun starts it through node.sh: bound to its cores, with a log of its own, then the command it is given.
+# Run one rank's command, started by torchrun through node.sh: bind it to its cores and write its log.
 #
-# LOGS        directory of rank-N.log; rank 0 is shown as well, the others are only there. Unset: all ranks share the terminal
+# LOGS        directory of rank-N.log; rank 0 is also shown. Unset: all ranks write to the terminal
 # RANK_CORES  one list of cores per rank of this node
 set -euo pipefail
 
@@ -10,7 +10,7 @@ if [[ -n ${LOGS:-} ]]; then
     log=$LOGS/rank-$RANK.log
     echo "== rank $RANK of $WORLD_SIZE on $(hostname), $(date '+%F %T')${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}" >>"$log"
     if ((RANK == 0)); then
-        # Whoever stops the job signals every process of it; what the rank says last must still be written.
+        # Slurm and terminals signal every process of a job. tee must outlive the rank to write its last lines.
         exec > >(trap '' HUP INT TERM USR1 USR2; exec tee -a "$log") 2>&1
     else
         exec >>"$log" 2>&1

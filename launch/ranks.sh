@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
-# What every launcher here needs: root, INTERPRETER, NPROC, OMP_NUM_THREADS, RANK_CORES, the signals that reach the ranks, and `run`.
-# Sourced by node.sh, deepspeed.sh and accelerate.sh.
+# Set root, INTERPRETER, python, NPROC, OMP_NUM_THREADS, RANK_CORES, the signals that reach the ranks, and the function `run`.
+# Sourced by node.sh, deepspeed.sh and accelerate.sh with the launcher's name for messages: source ranks.sh torchrun
 #
-#   source ranks.sh torchrun      the name is for messages
-#
-# INTERPRETER  Python with the package; default: that of .venv
+# INTERPRETER  Python with the package's requirements; default: that of .venv
 # CONTAINER    words before it, such as "apptainer exec --nv image.sif"; the repository must be visible inside
 # DRY_RUN=1    print the last command instead of running it
 set -euo pipefail
@@ -15,24 +13,24 @@ read -r -a python <<<"${CONTAINER:-}"
 python+=("$INTERPRETER")
 if ! command -v "${python[0]}" >/dev/null; then
     if [[ ${python[0]} == "$root/.venv/bin/python" ]]; then
-        echo "error: $root/.venv is not there: nothing is installed yet. Run bash launch/env.sh first." >&2
+        echo "error: $root/.venv does not exist. Run bash launch/env.sh first." >&2
     else
-        echo "error: ${python[0]} is not there: nothing can be started. Set INTERPRETER or CONTAINER to what is installed." >&2
+        echo "error: ${python[0]} does not exist. Set INTERPRETER or CONTAINER to an existing program." >&2
     fi
     exit 1
 fi
-# Wherever the package is not installed, in a container for example, it is found in the repository.
+# The package need not be installed, in a container for example.
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 settings=$("${python[@]}" -m agnews_dist.distributed.node_resources "$1") || exit
 eval "$settings"
-# torchrun, and accelerate through it, pass only these on to the ranks. Without USR1 and USR2, which clusters send before they take
-# a node away, the agent would die of them and leave the ranks behind.
+# torchrun passes only these signals on to the ranks, also under accelerate. By default USR1 and USR2, which clusters send before
+# they take a node away, would end the agent and leave the ranks running.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}
 
-# Become the command, or print it.
+# run COMMAND ARGUMENTS...: replace this process by the command, or print it.
 run() {
     if [[ -n ${DRY_RUN:-} ]]; then
-        # One write: nodes share the output.
+        # A single write: several nodes share the output.
         printf '%s\n' "$(printf '%q ' "$@")"
         exit 0
     fi

@@ -1,25 +1,44 @@
 #!/usr/bin/env bash
-# Everything that is checked: lint, format, types, import layers, all tests. Needs Python 3.10+ and a C++ compiler;
-# tests that need root, Slurm or another tool (.ci/run installs them) are skipped without.
+# Run all checks: lint, format, types, import layers, then all tests. Needs Python 3.10 or later. Tests that need a system tool
+# (tools.sh) or root are skipped without.
 #
-#   bash launch/test.sh                     everything, as CI does
+#   bash launch/test.sh                     everything
+#   bash launch/test.sh --install           install the missing system tools first (as root, on Debian or Ubuntu)
 #   bash launch/test.sh tests/unit -k plan  the checks, and these tests only
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash launch/env.sh
+# shellcheck source=launch/tools.sh
+source launch/tools.sh
+if [[ ${1:-} == --install ]]; then
+    shift
+    install_missing_tools
+fi
+report_missing_tools
+
+# stage NAME COMMAND...: run a command and print how long it took.
+stage() {
+    local name=$1 start=$SECONDS status=0
+    shift
+    echo "== $name"
+    "$@" || status=$?
+    echo "== $name: $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s, exit status $status"
+    return "$status"
+}
+
 # One thread per process: the multi-process tests start several processes on the same cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 bin=.venv/bin
-$bin/ruff check agnews_dist tests
-$bin/ruff format --check agnews_dist tests
-$bin/basedpyright
-$bin/lint-imports
+stage environment bash launch/env.sh
+stage lint "$bin/ruff" check agnews_dist tests
+stage format "$bin/ruff" format --check agnews_dist tests
+stage types "$bin/basedpyright"
+stage layers "$bin/lint-imports"
 if (($# > 0)); then
-    exec $bin/python -m pytest "$@"
+    exec "$bin/python" -m pytest "$@"
 fi
-# Three at a time, also on two cores: most of them wait for imports and for other processes. The tests of a file share what it has
-# set up; the mutants are one file and share nothing.
-$bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/slurm tests/faults tests/ranks \
+# Three at a time, also on two cores: most tests wait for imports and for other processes. The tests of a file share its set-up;
+# the mutants are one file and share nothing.
+stage tests "$bin/python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/slurm tests/faults tests/ranks \
     tests/run tests/gpu tests/unit
-$bin/python -m pytest -n 3 tests/mutants
+stage mutants "$bin/python" -m pytest -n 3 tests/mutants

@@ -1,16 +1,15 @@
 # shellcheck shell=bash
-# What the batch scripts share: the site's environment, one `srun` per story, and the way back into the queue. Each of them sources
-# this file and calls `story` or `train_to_the_end`.
+# Shared by the batch scripts: they source it and call `run_command` or `run_training`. README.md in this folder explains it.
 #
-# TERM  Slurm takes the job away (preemption, requeue, scancel). It signals the ranks itself, and requeues what is to be requeued
-# USR1  `--signal=B:USR1@...`: the time limit is near, or the site warns of a preemption. Passed on to the ranks; then back into
-#       the queue, where the next start goes on
+# TERM  Slurm takes the job away (preemption, requeue, scancel). Slurm itself signals the ranks and requeues the job.
+# USR1  The time limit is near (`--signal=B:USR1@...`), or the site announces a preemption. The script passes the signal on to
+#       the ranks and then requeues the job.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 was_stopped=
-note_stop() {
+trap_stop_signals() {
     trap 'was_stopped=1' USR1 USR2 TERM
 }
-note_stop
+trap_stop_signals
 
 if [[ -f $root/slurm/site.env ]]; then
     # shellcheck source=slurm/site.env.example
@@ -19,19 +18,19 @@ fi
 if declare -F setup >/dev/null; then
     setup
 fi
-# Only now: what modules and conda have to run breaks where an unset variable is an error.
+# After setup: environment modules and conda use unset variables.
 set -uo pipefail
-# What another shell exported would win over what Slurm says (launch/node.sh).
+# launch/node.sh reads these from Slurm; values exported by a user's shell would override them.
 unset NODES NODE HEAD
 export INTERPRETER CONTAINER DRY_RUN PREFLIGHT NPROC MAX_RESTARTS
-# The first task of an array has the array's own number, with which Slurm's clients mean all of them.
+# One task of an array has the array's own number, which means all tasks to Slurm's clients.
 job=$SLURM_JOB_ID
 if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 fi
 
-# ask_slurm CLIENT ARGUMENTS...: its answer, waited for while the controller is busy or away.
-ask_slurm() {
+# call_slurm CLIENT ARGUMENTS...: run a Slurm client, again while the controller is busy or down.
+call_slurm() {
     local pause
     for pause in 2 5 10 20 0; do
         "$@" && return
@@ -40,97 +39,97 @@ ask_slurm() {
     return 1
 }
 
-# Slurm of 2022 and before does not tell a job its end; the ranks save and leave in time if they know it.
+# Slurm of 2022 and before does not set the end time of the job. The ranks need it to save in time.
 if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
-    SLURM_JOB_END_TIME=$(date -d "$(ask_slurm squeue --noheader --jobs "$job" --format %e)" +%s 2>/dev/null) &&
+    SLURM_JOB_END_TIME=$(date -d "$(call_slurm squeue --noheader --jobs "$job" --format %e)" +%s 2>/dev/null) &&
         export SLURM_JOB_END_TIME
 fi
 export LOGS=${LOGS:-$SLURM_SUBMIT_DIR/logs}/$SLURM_JOB_NAME-$SLURM_JOB_ID
 
-# story NAME ARGUMENTS...: on every node of the job; its exit status.
-story() {
+# run_command NAME ARGUMENTS...: run a command of agnews_dist on every node of the job; returns its exit status.
+run_command() {
     local name=$1 step status=0
     shift
-    # Prepare needs the network, and everything else can do without.
+    # Only prepare needs the network.
     [[ $name != prepare && -n ${OFFLINE:-} ]] && export HF_HUB_OFFLINE=1
-    # One task per node, whatever sbatch was told, and all that the job has there: ranks are bound to cores in rank.sh. A node
-    # whose torchrun was stopped ends with an error and must not take the others down, since rank 0 may still be saving; of
-    # failures the ranks tell each other. After --export=NONE to sbatch, srun would keep COMMAND and all that follows to itself.
+    # --ntasks-per-node=1  one torchrun per node, whatever sbatch was given
+    # --cpu-bind=none      all cores of the job; rank.sh binds the ranks
+    # --kill-on-bad-exit=0 a node that was stopped exits with an error while rank 0 may still be saving on another
+    # --export=ALL         after `sbatch --export=NONE` srun would drop COMMAND and all other variables
     COMMAND=$name srun --export=ALL --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 \
         --wait=900 "$root/launch/node.sh" "$@" &
     step=$!
     trap 'was_stopped=1; kill -USR1 "$step" 2>/dev/null' USR1 USR2
-    # A signal ends `wait`, not the step.
+    # A signal interrupts `wait`; the step goes on.
     while kill -0 "$step" 2>/dev/null; do
         wait "$step"
     done
     wait "$step"
     status=$?
-    note_stop
+    trap_stop_signals
     if ((status != 0)) && [[ -z $was_stopped ]]; then
         tail -n 12 "$LOGS"/torchrun-*.log 2>/dev/null
-        echo "error: $name ended with exit status $status. What each rank said is in $LOGS." >&2
+        echo "error: $name exited with status $status. The ranks' logs are in $LOGS." >&2
     fi
     return "$status"
 }
 
-# train_to_the_end ARGUMENTS...: one start of a training that may take several; exits. DOCTOR=1 has the cluster checked before
-# the first.
-train_to_the_end() {
-    # A name that every start of this job knows; one of your own, later in the arguments, wins.
+# run_training ARGUMENTS...: run one start of a training, then exit; requeues the job until the training is finished.
+run_training() {
+    # All starts of this job share the name; a --run.name in the arguments comes later and wins.
     set -- --run.name "$SLURM_JOB_NAME-$SLURM_JOB_ID" "$@"
     if [[ -n ${DRY_RUN:-} ]]; then
-        story train "$@"
+        run_command train "$@"
         exit
     fi
-    if [[ -n ${DOCTOR:-} && ${SLURM_RESTART_COUNT:-0} == 0 ]] && ! story doctor "$@"; then
-        [[ -z $was_stopped ]] || again
+    if [[ -n ${DOCTOR:-} && ${SLURM_RESTART_COUNT:-0} == 0 ]] && ! run_command doctor "$@"; then
+        [[ -z $was_stopped ]] || requeue_job
         exit 1
     fi
     local answer status=0
-    answer=$(judge begin "$@") || exit
+    answer=$(decide_restart begin "$@") || exit
     echo "job $job: ${answer#* }"
     [[ $answer != give_up* ]] || exit 1
-    [[ -z $was_stopped ]] || again
-    story train "$@" || status=$?
-    is_taken_away && was_stopped=1
-    answer=$(judge end ${was_stopped:+--was_stopped} "$@") || exit
-    echo "job $job: the training ended with exit status $status; ${answer%% *}: ${answer#* }"
+    [[ -z $was_stopped ]] || requeue_job
+    run_command train "$@" || status=$?
+    is_preempted && was_stopped=1
+    answer=$(decide_restart end ${was_stopped:+--was_stopped} "$@") || exit
+    echo "job $job: the training exited with status $status; ${answer%% *}: ${answer#* }"
     case $answer in
     finished*) exit 0 ;;
-    again*) again ;;
+    again*) requeue_job ;;
     *) exit 1 ;;
     esac
 }
 
-# Ask `agnews_dist restarts`; the first word of its answer is for this script.
-judge() {
+# decide_restart begin|end ARGUMENTS...: print the answer of `agnews_dist restarts`; its first word decides.
+decide_restart() {
     local at=$1
     shift
-    # shellcheck disable=SC2086  # CONTAINER is words
+    # shellcheck disable=SC2086  # CONTAINER is several words
     PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} ${CONTAINER:-} "${INTERPRETER:-$root/.venv/bin/python}" -m agnews_dist restarts \
         --at "$at" --starts "$LOGS/starts.jsonl" --limit "${MAX_FRUITLESS_STARTS:-3}" "$@"
 }
 
-# Whether Slurm is preempting the job: in its grace time only the ranks are signalled, and nothing reaches this script.
-is_taken_away() {
-    [[ $(ask_slurm scontrol show job "$job") == *PreemptTime=[0-9]* ]]
+# is_preempted: whether Slurm is preempting the job. In the grace time Slurm signals only the ranks, not this script.
+is_preempted() {
+    [[ $(call_slurm scontrol show job "$job") == *PreemptTime=[0-9]* ]]
 }
 
-# Back into the queue; exits.
-again() {
+# requeue_job: put the job back into the queue, then exit with 75 (EX_TEMPFAIL).
+requeue_job() {
     local state
-    state=$(ask_slurm squeue --noheader --jobs "$job" --format %T)
-    # A job that Slurm requeues, or a user has cancelled, is not running any more.
+    state=$(call_slurm squeue --noheader --jobs "$job" --format %T)
+    # Slurm is requeueing the job itself, or a user has cancelled it.
     if [[ -n $state && $state != RUNNING ]]; then
-        echo "job $job: it is left to Slurm"
+        echo "job $job: state $state, not requeued by this script"
         exit 75
     fi
-    trap '' TERM # of our own requeue
-    if ask_slurm scontrol requeue "$job"; then
+    trap '' TERM # from our own requeue
+    if call_slurm scontrol requeue "$job"; then
         echo "job $job: requeued"
         exit 75
     fi
-    echo "error: job $job was not requeued: it would go on where it was stopped. Submit it again with --run.name $SLURM_JOB_NAME-$SLURM_JOB_ID." >&2
+    echo "error: job $job: Slurm refused to requeue it. Submit it again with --run.name $SLURM_JOB_NAME-$SLURM_JOB_ID to resume." >&2
     exit 75
 }

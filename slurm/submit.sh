@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The whole journey as three jobs that wait for each other: prepare, train, evaluate on the test split. Prints their numbers. With
-# OFFLINE in site.env (compute nodes without a network) it prepares right here instead.
+# Submit three jobs that depend on each other: prepare, train, evaluate on the test split. Prints their numbers. With OFFLINE in
+# site.env (compute nodes without a network) it prepares on this machine instead.
 #
 #   slurm/submit.sh --config my.yaml
 #   slurm/submit.sh --nodes=4 --time=8:00:00 -- --config my.yaml --optim.lr 3e-4
 #
-# What stands before `--` is sbatch's, for the training; the rest are settings. Without `--` all are settings.
+# Options before `--` are sbatch's, for the training; options after it are settings. Without `--` all are settings.
 #
 # RUN        name of the run; default: agnews- and the time
 # RUNS       directory of all runs; default: runs
@@ -13,7 +13,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [[ -f $root/slurm/site.env ]]; then
-    # What a site writes there may not be as strict.
+    # A site's own commands may use unset variables or fail.
     set +eu
     # shellcheck source=slurm/site.env.example
     source "$root/slurm/site.env"
@@ -33,24 +33,24 @@ for word in "$@"; do
 done
 RUN=${RUN:-agnews-$(date +%Y%m%d-%H%M%S)} RUNS=${RUNS:-runs}
 
-# submit STORY WORDS...: prints the job's number, in a dry run the command and the story in its place.
+# submit COMMAND WORDS...: submit a job and print its number. A dry run prints the sbatch command, and COMMAND as the number.
 submit() {
-    local story=$1
+    local command=$1
     shift
     if [[ -n ${DRY_RUN:-} ]]; then
         printf '%s\n' "$(printf '%q ' sbatch --parsable "$@")" >&2
-        echo "$story"
+        echo "$command"
         return
     fi
-    # A cluster of several answers `number;cluster`.
+    # With several clusters sbatch prints `number;cluster`.
     local number
     number=$(sbatch --parsable "$@")
     echo "${number%%;*}"
 }
 
-# prepare_here ARGUMENTS...: what slurm/prepare.sbatch does, on this machine.
+# prepare_here ARGUMENTS...: fill the caches on this machine, as slurm/prepare.sbatch does on a node.
 prepare_here() {
-    # shellcheck disable=SC2206  # CONTAINER is words
+    # shellcheck disable=SC2206  # CONTAINER is several words
     local command=(${CONTAINER:-} "${INTERPRETER:-$root/.venv/bin/python}" -m agnews_dist prepare "$@")
     if [[ -n ${DRY_RUN:-} ]]; then
         printf '%s\n' "$(printf '%q ' "${command[@]}")" >&2
@@ -64,7 +64,7 @@ prepare_here() {
     PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "${command[@]}" >&2
 }
 
-# A job whose turn never comes, because the one before it failed, shall not wait for ever.
+# By default a job whose predecessor failed would stay in the queue for ever.
 after=(--kill-on-invalid-dep=yes)
 if [[ -n ${OFFLINE:-} ]]; then
     (prepare_here "$@")
