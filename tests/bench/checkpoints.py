@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=2 PYTHONPATH=. python tests/bench/checkpoints.py --directory DIR [--layers 12] [--width 768] [--rounds 5]
 
 GPT-2's shape with random weights; the last block, the final norm and a head train, after one step of AdamW. Taking turns: ours
-(`CheckpointManager`), accelerate's `save_state`, Trainer's `_save_checkpoint`. Ours fsyncs all files and directories and writes a manifest;
-the others leave the bytes to the page cache, so a third figure is theirs with `os.sync()` after it. Then a training loop with
+(`CheckpointManager`), accelerate's `save_state`, Trainer's `_save_checkpoint`. Ours fsyncs all files and directories and writes a
+manifest; the others leave the bytes to the page cache, so a third figure is theirs with `os.sync()` after it. Then a training loop with
 kept features, with a checkpoint every `--every` steps and without any, taking turns: the ratio is what saving costs. JSON
 lines.
 """
@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model, T
 
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
-from agnews_dist.model.gpt2 import Backbone, split
+from agnews_dist.model.gpt2 import Backbone, split_model
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.result_files import versions
 from agnews_dist.training.best_epoch import BestEpoch
@@ -45,7 +45,9 @@ class Ours:
 
     def __init__(self, config: GPT2Config, directory: Path, *, every_steps: int | None = None) -> None:
         engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
-        suffix = split(Backbone(GPT2Model(config), None, None), trainable_blocks=1, num_classes=CLASSES, seed=0).suffix
+        suffix = split_model(
+            Backbone(GPT2Model(config), None, None), trainable_blocks=1, num_classes=CLASSES, seed=0
+        ).suffix
         optimizer = build_optimizer(suffix, lr=1e-4, weight_decay=0.01)
         self.wrapped = engine.prepare(suffix, optimizer, max_grad_norm=1.0)
         directory.mkdir(parents=True)

@@ -1,11 +1,11 @@
-"""Kills real two-rank trainings at random instants, several times in a row, and compares what they end with bit for bit.
+"""A campaign that kills two-rank trainings at random instants and compares their final results bit for bit.
 
     PYTHONPATH=tests python tests/faults/kills.py --kills 60 --through_torchrun 10 [--seed 7] [--directory DIR] [--json FILE]
 
-Every phase gets its share (tokenise, features, train, save, evaluate, export), and so do the ways: TERM, USR1, USR2, INT, KILL
-and STOP, to one rank or to all; through torchrun, to the agent too. After each, every process must have ended by itself in
-time, and the run's status must say so; killed often enough, a run is left alone, and then its weights, predictions, scores
-and logged steps must equal those of a run that was never killed. A line per kill, and a summary; exit code 1 at a difference.
+Kills are spread evenly over the phases (tokenise, features, train, save, evaluate, export) and over the signals TERM, USR1,
+USR2, INT, KILL and STOP, to one rank or to all, and to the agent of torchrun. After a kill every process must end by itself in
+time, and status.json must be right. A run is killed several times, then left to finish. Its weights, predictions, scores and
+logged steps must equal those of a run that was never killed. It prints a line per kill and a summary; exit code 1 at a fault.
 """
 
 import argparse
@@ -17,27 +17,29 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support.jobs import ForkedJob, TorchrunJob, wait_until
-from support.small_run import EPOCHS, NUM_STEPS, TIMEOUT, arguments, finish, outcome
+from support.jobs import ForkedJob, TorchrunJob
+from support.processes import TIMEOUT, wait_until
+from support.small_run import EPOCHS, NUM_STEPS, RANK_TIMEOUT, arguments, finish, read_results
 from support.timeline import PHASES, Timeline
 
 from agnews_dist.run.status import Status, read_status
 
 SECONDS_TO_STOP = 30.0
-"""What the user was promised."""
+"""Time in which a run stops, as documented."""
 GRACEFUL = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "USR2": signal.SIGUSR2, "INT": signal.SIGINT}
 HARD = {"KILL": signal.SIGKILL, "STOP": signal.SIGSTOP}
-DELAYS = {"tokenise": 2.0, "features": 1.0, "train": 2.0, "save": 0.01, "evaluate": 0.1, "export": 0.3}
-"""Seconds after a phase's beginning up to which a kill may come."""
+DELAYS = {"tokenise": 2.0, "features": 1.0, "train": 1.0, "save": 0.01, "evaluate": 0.1, "export": 0.3}
+"""Longest time in seconds between the beginning of a phase and the kill."""
 
 
 @dataclass
 class Kill:
-    """One of them, and what came of it."""
+    """A kill and its outcome."""
 
     run: int
     through: str
@@ -47,21 +49,21 @@ class Kill:
     hit: str = ""
     step: int = 0
     seconds: float = 0.0
-    """Until the last process had ended."""
+    """Time until the last process had ended."""
     repeated: int = 0
-    """Steps done that no checkpoint held."""
+    """Number of steps that no checkpoint had."""
     status: str | None = None
     codes: list[int | None] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
 
 def is_at(timeline: Timeline, phase: str, step: int) -> bool:
-    """Whether the run is in `phase`, after `step` steps or more."""
+    """Return whether the run is in `phase` after at least `step` steps."""
     return timeline.phase(NUM_STEPS, EPOCHS) == phase and timeline.steps >= step
 
 
-def strike(kill: Kill, directory: Path, place: str, rng: random.Random) -> bool:
-    """Start an attempt and hit it; False if it ended before it could be hit."""
+def kill_attempt(kill: Kill, directory: Path, place: str, rng: random.Random) -> bool:
+    """Start an attempt and kill it; return False if it ended first."""
     run, log = directory / "runs" / "small", directory / "log.txt"
     if kill.aimed == "tokenise":
         shutil.rmtree(directory / "cache", ignore_errors=True)
@@ -73,27 +75,27 @@ def strike(kill: Kill, directory: Path, place: str, rng: random.Random) -> bool:
     )
     try:
         delay = rng.uniform(0, DELAYS[kill.aimed])
-        if kill.through == "torchrun" and not wait_until(lambda: job.ended() or len(job.workers()) > 1, 60):
+        if kill.through == "torchrun" and not wait_until(lambda: job.has_ended() or len(job.workers()) > 1):
             kill.faults.append("torchrun starts no workers")
             return True
         if kill.aimed != "tokenise":
             epoch = rng.randrange(EPOCHS) + 1 if kill.aimed == "evaluate" else 0
-            # Saving is short; else the two ranks should have their cores.
+            # Saving is short. In longer phases frequent polling would take cores from the ranks.
             every = 0.002 if kill.aimed == "save" else 0.02
             at_least = epoch * NUM_STEPS // EPOCHS
-            assert wait_until(lambda: job.ended() or is_at(timeline, kill.aimed, at_least), 120, every=every)
-        wait_until(job.ended, delay)
+            assert wait_until(lambda: job.has_ended() or is_at(timeline, kill.aimed, at_least), every=every)
+        wait_until(job.has_ended, delay, every=0.002)
         kill.hit, kill.step = timeline.phase(NUM_STEPS, EPOCHS), timeline.steps
-        if job.ended():
+        if job.has_ended():
             return False
         number = {**GRACEFUL, **HARD}[kill.how]
         start = time.monotonic()
-        hit = job.hit(kill.target, number)
+        pids = job.signal(kill.target, number)
         if kill.how == "STOP" and kill.target == "all":
-            # Nothing is left that could notice: a machine that hangs and is then reset.
+            # No process is left to notice: a machine that hangs and is then reset.
             job.kill()
-        besides = hit if kill.how == "STOP" else []
-        if not wait_until(lambda: job.ended(besides), limit(kill) + 15, every=0.01):
+        suspended = pids if kill.how == "STOP" else []
+        if not wait_until(lambda: job.has_ended(suspended), TIMEOUT, every=0.01):
             kill.faults.append("does not end")
         kill.seconds = time.monotonic() - start
         kill.codes = job.codes()
@@ -104,29 +106,29 @@ def strike(kill: Kill, directory: Path, place: str, rng: random.Random) -> bool:
 
 
 def limit(kill: Kill) -> float:
-    """Seconds within which everything has to end: torchrun, once a rank failed, waits 30 s for one that is suspended."""
-    return SECONDS_TO_STOP + (TIMEOUT + 10 if kill.through == "torchrun" and kill.how == "STOP" else 0)
+    """Return the seconds in which all must end. After a failure torchrun waits 30 s for a suspended rank."""
+    return SECONDS_TO_STOP + (RANK_TIMEOUT + 10 if kill.through == "torchrun" and kill.how == "STOP" else 0)
 
 
 def check(kill: Kill, timeline: Timeline, log: Path, earlier: Status | None) -> None:
-    """What must hold after every kill; `earlier`: the status before this attempt."""
+    """Check the state after a kill; `earlier`: the status before this attempt."""
     if kill.seconds > limit(kill):
         kill.faults.append(f"took {kill.seconds:.0f} s to stop")
     status = read_status(timeline.directory)
     kill.status = status.state if status is not None else None
     done = max(timeline.steps, kill.step)
     kill.repeated = done - timeline.saved() if kill.status != "finished" else 0
-    # A process that does not watch yet dies of the signal, and nothing has begun.
+    # Before its handlers are set, a process dies of the signal and nothing has begun.
     has_begun = kill.hit != "tokenise" or status != earlier
-    # The ranks of an agent that is killed live, see that it is gone, and save.
+    # Ranks survive their agent, notice that it is gone, and save.
     if (kill.how in GRACEFUL and not (kill.through == "torchrun" and kill.target == "all")) or kill.target == "agent":
         if kill.status not in ("preempted", "finished") and has_begun:
             kill.faults.append(f"status {kill.status} after {kill.how} to {kill.target}")
         if kill.repeated > 0:
             kill.faults.append(f"{kill.repeated} steps were done and not saved")
         right = [75, 75] if kill.status != "finished" else [0, 0]
-        is_unborn = not has_begun and any(code is not None and code < 0 for code in kill.codes)
-        if kill.through == "forked" and kill.codes != right and not is_unborn:
+        is_before_start = not has_begun and any(code is not None and code < 0 for code in kill.codes)
+        if kill.through == "forked" and kill.codes != right and not is_before_start:
             kill.faults.append(f"exit codes {kill.codes}")
     elif kill.how in HARD:
         if kill.status == "preempted" and kill.hit != "tokenise":
@@ -138,17 +140,17 @@ def check(kill: Kill, timeline: Timeline, log: Path, earlier: Status | None) -> 
         print(log.read_text()[-6000:], file=sys.stderr)
 
 
-def deck(rng: random.Random, cards: list[Any], size: int) -> list[Any]:
-    """`size` cards: every one as often as any other, in random order."""
+def deal(rng: random.Random, cards: list[Any], size: int) -> list[Any]:
+    """Return `size` cards in random order, each about equally often."""
     drawn = [cards[index % len(cards)] for index in range(-(-size // len(cards)) * len(cards))][:size]
     rng.shuffle(drawn)
     return drawn
 
 
 def plan_kills(rng: random.Random, num_kills: int, through_torchrun: int) -> list[Kill]:
-    """Which there will be; a run's own are sorted by phase."""
-    phases = deck(rng, list(PHASES), num_kills)
-    hows = deck(
+    """Return the kills of the campaign."""
+    phases = deal(rng, list(PHASES), num_kills)
+    hows = deal(
         rng, ["TERM", "KILL", "STOP", "TERM", "KILL", "USR1", "TERM", "KILL", "STOP", "USR2", "TERM", "INT"], num_kills
     )
     torchruns = set(rng.sample(range(num_kills), through_torchrun))
@@ -163,34 +165,32 @@ def plan_kills(rng: random.Random, num_kills: int, through_torchrun: int) -> lis
 
 
 def draw(todo: list[Kill], size: int) -> list[Kill]:
-    """Up to `size` kills for one run, taken out of `todo`, in the order of their phases."""
+    """Take up to `size` kills for one run out of `todo`; return them in the order of their phases."""
     drawn: list[Kill] = []
     for kill in list(todo):
         phases = {kill.aimed, *(other.aimed for other in drawn)}
-        # Where features are not kept there is no phase of computing them.
+        # A run that keeps no features has no phase that computes them.
         if len(drawn) < size and not {"features", "evaluate"} <= phases:
             drawn.append(kill)
             todo.remove(kill)
     return sorted(drawn, key=lambda kill: PHASES.index(kill.aimed))
 
 
-def main() -> int:
-    """The whole campaign; see the module's text."""
+def main(words: Sequence[str]) -> int:
+    """Run the campaign that the module's docstring describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=8)
     parser.add_argument("--through_torchrun", type=int, default=1)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--directory", type=Path, default=None)
     parser.add_argument("--json", type=Path, default=None)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
     print(f"seed {seed}", flush=True)
     rng = random.Random(seed)
     root = options.directory or Path(tempfile.mkdtemp(prefix="agnews-kills-"))
-    references: dict[str, dict[str, Any]] = {}
-    for place in ("host", "disk", "off"):
-        (root / f"reference-{place}").mkdir(parents=True)
-        references[place] = outcome(finish(root / f"reference-{place}", "--engine.feature_cache", place))
+    # Results do not depend on where features are kept.
+    reference = read_results(finish(root / "reference"))
     todo = plan_kills(rng, options.kills, options.through_torchrun)
     kills: list[Kill] = []
     begin, number = time.monotonic(), 0
@@ -198,21 +198,21 @@ def main() -> int:
     while todo:
         number += 1
         in_a_row = draw(todo, rng.randint(2, 4))
-        # With kept features an evaluation is over before it can be hit.
+        # With kept features an evaluation is too short to be killed.
         evaluates = any(kill.aimed == "evaluate" for kill in in_a_row)
         place = "off" if evaluates else rng.choice(["host", "disk"])
         directory = root / f"run-{number}"
         directory.mkdir()
         for kill in in_a_row:
             kill.run = number
-            if strike(kill, directory, place, rng):
+            if kill_attempt(kill, directory, place, rng):
                 kills.append(kill)
                 print(json.dumps(asdict(kill)), flush=True)
             else:
                 todo.append(kill)
                 print(f"run {number} ended before it could be hit in {kill.aimed}", flush=True)
-        reached = outcome(finish(directory, "--engine.feature_cache", place))
-        wrong = [name for name, value in references[place].items() if reached[name] != value]
+        results = read_results(finish(directory, "--engine.feature_cache", place))
+        wrong = [name for name, value in reference.items() if results[name] != value]
         if wrong:
             differing.append(
                 f"run {number} ({directory}) ends with other {', '.join(wrong)} than a run that was not killed"
@@ -234,7 +234,7 @@ def main() -> int:
 
 
 def summarise(kills: list[Kill], num_runs: int, seconds: float, seed: int) -> list[str]:
-    """Counts, time to stop, work repeated: by way."""
+    """Return lines with counts, times to stop and repeated steps per signal."""
     lines = [f"{len(kills)} kills of {num_runs} runs in {seconds / 60:.1f} min, seed {seed}"]
     for how in (*GRACEFUL, *HARD):
         mine = [kill for kill in kills if kill.how == how]
@@ -254,4 +254,4 @@ def summarise(kills: list[Kill], num_runs: int, seconds: float, seed: int) -> li
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
