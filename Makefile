@@ -1,14 +1,18 @@
-# What CI runs and what a developer runs are the same. `make check` is all of it, the other targets are its parts.
+# CI runs `make check`, which is everything; the other targets are its parts.
 
 BIN := .venv/bin
 CODE := agnews_dist tests
 # One thread per process: the multi-process tests start several processes on the same cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: check lint format format-check types imports test unit ranks runs faults slurm mutants lock wheel clean
+.PHONY: check quick lint format format-check types imports test unit ranks runs faults slurm mutants lock wheel clean
 
 check:
 	bash launch/test.sh
+
+# Lint, format and the fast unit tests: half a minute on two idle cores.
+quick: lint format-check
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests/unit
 
 lint:
 	$(BIN)/ruff check $(CODE)
@@ -26,7 +30,7 @@ types:
 imports:
 	$(BIN)/lint-imports
 
-# All tests but the mutants; then by what they cost: one process, processes that talk to each other, whole stories.
+# All tests but the mutants. The targets below are its parts: one process, several ranks, whole runs, faults, Slurm.
 test:
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/slurm tests/faults tests/ranks \
 	    tests/run tests/gpu tests/unit
@@ -43,15 +47,15 @@ runs:
 faults:
 	$(BIN)/python -m pytest tests/faults
 
-# On a real Slurm of two nodes, which the tests bring up; needs slurm-wlm and munge.
+# The tests start a real two-node Slurm; it takes slurm-wlm and munge.
 slurm:
 	$(BIN)/python -m pytest tests/slurm
 
-# The package broken on purpose, once per contract: each break must turn its test red.
+# Each patch breaks one contract of the package; the test of that contract must fail.
 mutants:
 	$(BIN)/python -m pytest -n 3 tests/mutants
 
-# Keeps the versions that are locked as far as pyproject.toml allows; `make lock UPGRADE=--upgrade` takes the newest.
+# Keep locked versions that pyproject.toml allows; `make lock UPGRADE=--upgrade` takes the newest.
 lock:
 	$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.10 --all-extras --no-annotate \
 	    --custom-compile-command "make lock" $(UPGRADE) --output-file requirements.lock

@@ -1,4 +1,4 @@
-"""What all tests share: where the shared data is, and a guard that no test is skipped unnoticed in CI."""
+"""Shared fixtures and settings of all tests, and a guard against unnoticed skips in CI."""
 
 import os
 from pathlib import Path
@@ -9,19 +9,21 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("AGNEWS_SHARED", REPOSITORY.parent / "shared"))
 
-# Tests never reach for the network: an accidental hub id must fail at once, not after retries.
+# Offline, an accidental hub id fails at once and not after retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-# No test asserts a time.
+# No test depends on a duration.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
+
+_skipped: list[str] = []
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The directory with real AG News rows, GPT-2's tokenizer and a small trained GPT-2."""
     if not SHARED.is_dir():
-        pytest.skip(f"shared test data not found at {SHARED}; set AGNEWS_SHARED")
+        pytest.skip(f"no shared test data at {SHARED}; set AGNEWS_SHARED")
     return SHARED
 
 
@@ -31,16 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.shared)
 
 
-_skipped: list[str] = []
-
-
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.skipped and not hasattr(report, "wasxfail"):
         _skipped.append(report.nodeid)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With AGNEWS_NO_SKIPS (set by CI) a skipped test fails the session; GPU tests may skip where there is no GPU."""
+    """Fail a session with skipped tests if AGNEWS_NO_SKIPS is set, as in CI. GPU tests may skip without a GPU."""
     skipped = [name for name in _skipped if not name.startswith("tests/gpu/")]
     if os.environ.get("AGNEWS_NO_SKIPS") and skipped:
         print(f"\nskipped although AGNEWS_NO_SKIPS is set: {', '.join(skipped)}")

@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=2 PYTHONPATH=. python tests/bench/checkpoints.py --directory DIR [--layers 12] [--width 768] [--rounds 5]
 
-GPT-2's shape with random weights; the last block, the final norm and a head train, after one step of AdamW. Taking turns: ours
-(`CheckpointManager`), accelerate's `save_state`, Trainer's `_save_checkpoint`. Ours fsyncs all files and directories and writes a
-manifest; the others leave the bytes to the page cache, so a third figure is theirs with `os.sync()` after it. Then a training loop with
-kept features, with a checkpoint every `--every` steps and without any, taking turns: the ratio is what saving costs. JSON
-lines.
+GPT-2's shape with random weights; the last block, the final norm and a head train, after one step of AdamW. Taking turns:
+ours (`CheckpointManager`), accelerate's `save_state`, Trainer's `_save_checkpoint`. Ours fsyncs all files and directories
+and writes a manifest; the others leave the bytes to the page cache, so a third figure is theirs with `os.sync()` after it.
+Then a training loop with kept features, with a checkpoint every `--every` steps and without any, taking turns: the ratio is
+what saving costs. JSON lines.
 """
 
 import argparse
