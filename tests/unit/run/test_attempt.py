@@ -1,96 +1,238 @@
-"""When a run has to end by itself: its own time limit and its job's, whichever comes first; and ending it while it begins."""
+"""One start of a run on rank 0 and on another rank: begin, resume, and every way to end."""
 
-import os
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-import psutil
 import pytest
+import torch
 
-from agnews_dist.config.schema import Config, RunConfig
+from agnews_dist.config.schema import CheckpointConfig, Config, RunConfig
 from agnews_dist.distributed.world import World
-from agnews_dist.report.console import Sinks
-from agnews_dist.run.attempt import SLURM_MARGIN_SECONDS, Attempt, set_deadline
+from agnews_dist.errors import Done, SharedError, Stopped
+from agnews_dist.events import Event, Warned
+from agnews_dist.run import attempt as attempt_module
+from agnews_dist.run.attempt import Attempt
+from agnews_dist.run.fingerprints import weight_settings
 from agnews_dist.run.status import StatusFile, read_status
+from agnews_dist.training.checkpoint import list_checkpoints, write_checkpoint
+from agnews_dist.training.checkpoint_manager import OnDisk
+from agnews_dist.training.timing import StageTimer
+
+FINGERPRINTS = {"config": "c", "tokenizer": "t", "tokens": "d", "frozen_weights": "f"}
 
 
-class Heard:
-    """In place of a `Watch`: what it is told."""
+class FakePreemptionHandler:
+    """Preemption handler without a thread."""
 
-    deadlines: tuple = ()
+    stop_reason: str | None = "SIGTERM"
+    before_exit: Any = None
+    is_training = False
 
-    def set_deadline(self, seconds_from_now: float, why: str) -> None:
-        self.deadlines += ((seconds_from_now, why),)
+    def begin_training(self) -> None:
+        """Record the call."""
+        self.is_training = True
 
 
-@pytest.mark.parametrize(
-    ("max_minutes", "left_of_job", "expected", "why"),
-    [
-        (None, None, None, ""),
-        # Counted from the start of the process, imports included; half a minute is for saving.
-        (60.0, None, 60 * 60 - 30, "run.max_minutes 60"),
-        (0.5, None, 30 - 3, "run.max_minutes 0.5"),
-        (None, 600, 600 - SLURM_MARGIN_SECONDS, "the time limit of the Slurm job"),
-        (60.0, 600, 600 - SLURM_MARGIN_SECONDS, "the time limit of the Slurm job"),
-        (2.0, 100_000, 120 - 12, "run.max_minutes 2"),
-    ],
-)
-def test_the_earliest_limit_counts(monkeypatch, max_minutes, left_of_job, expected, why):
-    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
-    if left_of_job is not None:
-        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + left_of_job))
-    watch = Heard()
-    set_deadline(watch, max_minutes)
-    if expected is None:
-        assert watch.deadlines == ()
-        return
-    ((seconds, said),) = watch.deadlines
-    age = time.time() - psutil.Process(os.getpid()).create_time()
-    assert said == why
-    assert seconds == pytest.approx(expected - (age if "max_minutes" in why else 0), abs=1.5)
+class FakeSink:
+    """Records events, and whether it was closed."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.is_closed = False
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        """Record the call."""
+        self.is_closed = True
+
+
+class FakeTrainer:
+    """Records what it resumes from; its strategy must not be asked for its state."""
+
+    strategy, class_names = None, ("a", "b")
+    loaded: Any = None
+
+    def load_state(self, *state: Any) -> None:
+        """Record the arguments."""
+        self.loaded = state
+
+
+def make_config(runs: Path, **changes: Any) -> Config:
+    """Return the configuration of the run `small`."""
+    return replace(Config(run=RunConfig(dir=str(runs), name="small")), **changes)
+
+
+def make_attempt(config: Config, world: World | None = None) -> Attempt:
+    """Return a start that is not entered yet."""
+    engine = SimpleNamespace(world=world or World(), precision="fp32")
+    return Attempt(config, engine, FakePreemptionHandler(), accept="", timer=StageTimer(0.0))  # pyright: ignore[reportArgumentType]
+
+
+def leave_checkpoint(runs: Path, step: int, **state: Any) -> Path:
+    """Leave the run `small`, preempted with a checkpoint of `step`."""
+    run = runs / "small"
+    settings = {**weight_settings(make_config(runs)), "engine.precision": "fp32"}
+    content = {"step": step, "settings": settings, "fingerprints": FINGERPRINTS, "best": None, "log_bytes": 0, **state}
+    path = run / "checkpoints" / f"step-{step:08d}"
+    write_checkpoint(path, {"weights": {"w": torch.full((2,), float(step))}}, content)
+    StatusFile(run, attempt=1, step=step, job=None).write("preempted", "")
+    return path
+
+
+def end_with(
+    attempt: Attempt, sink: FakeSink, error: BaseException | None, *, begin: bool = True
+) -> BaseException | None:
+    """Run a start that ends with `error`, before or after the run began; return the error that it passes on."""
+    try:
+        with attempt:
+            attempt._sinks.add(sink)
+            attempt.claim()
+            if begin:
+                attempt.begin(FINGERPRINTS)
+            if error is not None:
+                raise error
+    except BaseException as caught:
+        return caught
+    return None
 
 
 @pytest.fixture
-def attempt(tmp_path):
-    """Of a run that is about to begin, and its watch; as on rank 0."""
-    engine = SimpleNamespace(world=World(), precision="fp32")
-    config, watch = (
-        Config(run=RunConfig(dir=str(tmp_path), name="small")),
-        SimpleNamespace(asked="SIGTERM", last_words=None),
-    )
-    with Sinks() as emit, Attempt(config, engine, watch, emit, accept="") as attempt:
+def claimed(tmp_path):
+    """Yield a start of the run `small` that has claimed its directory, on rank 0."""
+    with make_attempt(make_config(tmp_path)) as attempt:
         attempt.claim()
-        yield attempt, watch
+        yield attempt
 
 
-@pytest.mark.parametrize("first", ["begins", "ends"])
-def test_a_run_that_is_ended_while_it_begins_says_so_whichever_comes_first(attempt, tmp_path, monkeypatch, first):
-    """The watch ends the process from another thread: what the main thread was about to write must not come after."""
-    attempt, watch = attempt
-    write, is_told, may_begin = StatusFile.write, threading.Event(), threading.Event()
+@pytest.mark.parametrize("first", ["begin", "end"])
+def test_attempt_that_is_ended_while_it_begins_records_the_end(claimed, tmp_path, monkeypatch, first):
+    """The preemption thread ends the process: whatever the main thread is writing, it must not overwrite the final status."""
+    write, is_ended, may_begin = StatusFile.write, threading.Event(), threading.Event()
 
-    def slow(self: StatusFile, state: str, reason: str) -> None:
+    def write_slowly(self: StatusFile, state: str, reason: str) -> None:
         if state == "running":
             may_begin.set()
-            is_told.wait(0.5)
+            is_ended.wait(0.5)
         write(self, state, reason)  # pyright: ignore[reportArgumentType]
         if state != "running":
-            is_told.set()
+            is_ended.set()
 
-    monkeypatch.setattr(StatusFile, "write", slow)
+    monkeypatch.setattr(StatusFile, "write", write_slowly)
     with ThreadPoolExecutor() as pool:
-        if first == "begins":
-            beginning = pool.submit(attempt.begin, {})
+        if first == "begin":
+            beginning = pool.submit(claimed.begin, {})
             assert may_begin.wait(5)
-        watch.last_words("preempted", "SIGTERM")
-        if first == "ends":
-            beginning = pool.submit(attempt.begin, {})
+        claimed.monitors.preemption.before_exit("preempted", "SIGTERM")
+        if first == "end":
+            beginning = pool.submit(claimed.begin, {})
         beginning.result(5)
     status = read_status(tmp_path / "small")
     assert status is not None
     assert (status.state, status.reason) == ("preempted", "SIGTERM")
-    assert not [path for path in tmp_path.glob(".small.*") if path.is_dir()], (
-        "neither a half begun nor a replaced run is left"
-    )
+    leftovers = [path for path in tmp_path.glob(".small.*") if path.is_dir()]
+    assert not leftovers, "neither a staging directory nor a replaced run is left"
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "reason"),
+    [
+        (None, "running", "it began"),
+        (ValueError("a fault\nwith details"), "failed", "a fault"),
+        (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
+        (Done("finished"), "running", "it began"),
+        (Stopped(), "preempted", "SIGTERM"),
+    ],
+)
+def test_attempt_exit_records_the_state_and_releases_everything(tmp_path, error, state, reason):
+    sink = FakeSink()
+    assert end_with(make_attempt(make_config(tmp_path)), sink, error) is error, "the error is passed on"
+    assert sink.is_closed
+    status = read_status(tmp_path / "small")
+    assert status is not None
+    assert (status.state, status.reason) == (state, reason)
+    assert not (tmp_path / ".small.lock").exists()
+    if isinstance(error, Stopped):
+        assert str(error) == "stopped (SIGTERM) before its first checkpoint. The same command resumes from there."
+
+
+def test_attempt_exit_closes_its_sinks_if_the_status_cannot_be_recorded(tmp_path, monkeypatch):
+    sink, lost = FakeSink(), SharedError("rank 1 is gone", 1)
+
+    def all_gather(value: object) -> list[object]:
+        if value == FakePreemptionHandler.stop_reason:
+            raise lost
+        return [value]
+
+    monkeypatch.setattr(attempt_module.collectives, "all_gather", all_gather)
+    assert end_with(make_attempt(make_config(tmp_path)), sink, Stopped()) is lost
+    assert sink.is_closed
+
+
+def test_attempt_that_never_began_leaves_nothing(tmp_path):
+    sink, error = FakeSink(), ValueError("a bad row")
+    assert end_with(make_attempt(make_config(tmp_path)), sink, error, begin=False) is error
+    assert sink.is_closed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_attempt_resumes_and_removes_later_checkpoints(tmp_path):
+    chosen, later = (leave_checkpoint(tmp_path, step, num_ranks=1, features="host") for step in (40, 50))
+    config = make_config(tmp_path, checkpoint=CheckpointConfig(resume=str(chosen)))
+    sink, trainer = FakeSink(), FakeTrainer()
+    with make_attempt(config) as attempt:
+        attempt._sinks.add(sink)
+        attempt.claim()
+        assert list_checkpoints(later.parent) == [later, chosen], "nothing is changed before the run begins"
+        attempt.begin(FINGERPRINTS)
+        assert list_checkpoints(later.parent) == [chosen]
+        assert attempt.requested_place() == "host", "features stay where they were"
+        checkpoints = attempt.open_checkpoints(trainer, FINGERPRINTS, "host")  # pyright: ignore[reportArgumentType]
+        assert checkpoints.last_saved == 40
+    state, tensors, best_tensors = trainer.loaded
+    assert (state["step"], tensors["weights"]["w"].tolist(), best_tensors) == (40, [40.0, 40.0], {})
+    assert attempt.monitors.preemption.is_training  # pyright: ignore[reportAttributeAccessIssue]
+    warning, resumed = sink.events
+    assert isinstance(warning, Warned)
+    assert warning.message == f"{later} is removed: the run resumes from step 40, before it."
+    assert (resumed.path, resumed.step, resumed.attempt) == (str(chosen), 40, 2)
+    status = read_status(tmp_path / "small")
+    assert status is not None
+    assert (status.state, status.attempt, status.step, status.reason) == ("running", 2, 40, "it resumed")
+
+
+@pytest.mark.parametrize(("place", "num_ranks", "expected"), [("auto", 2, "auto"), ("disk", 1, "disk")])
+def test_requested_place_is_the_setting_unless_it_is_auto_on_as_many_ranks(tmp_path, place, num_ranks, expected):
+    leave_checkpoint(tmp_path, 40, num_ranks=num_ranks, features="host")
+    config = make_config(tmp_path, checkpoint=CheckpointConfig(resume="auto"))
+    config = replace(config, engine=replace(config.engine, feature_cache=place))
+    with make_attempt(config) as attempt:
+        attempt.claim()
+        attempt.begin(FINGERPRINTS)
+        assert attempt.requested_place() == expected
+
+
+def test_every_rank_knows_the_checkpoint_on_disk(tmp_path, monkeypatch):
+    """Saving is collective: if only rank 0 skipped a checkpoint that is saved already, the other ranks would wait for ever."""
+    state = {"step": 40, "best": None}
+    on_disk = OnDisk("step-00000040", 40, None)
+    fakes = {
+        "check_equal": lambda _: None,
+        "catch": lambda work: work(),
+        "raise_if_any_failed": lambda outcome: outcome,
+    }
+    for name, fake in {**fakes, "all_gather": lambda value: [(state, on_disk), value]}.items():
+        monkeypatch.setattr(attempt_module.collectives, name, fake)
+    trainer = FakeTrainer()
+    with make_attempt(make_config(tmp_path), World(rank=1, num_ranks=2, local_rank=1, ranks_per_node=2)) as attempt:
+        attempt.claim()
+        attempt.begin(FINGERPRINTS)
+        with attempt.open_checkpoints(trainer, FINGERPRINTS, "host") as checkpoints:  # pyright: ignore[reportArgumentType]
+            checkpoints.save(40, {}, None, is_scored=False, wait=True)  # pyright: ignore[reportArgumentType]
+    assert trainer.loaded == (state, {}, {}), "only rank 0 has the tensors"
+    assert list(tmp_path.iterdir()) == [], "only rank 0 writes"

@@ -1,4 +1,4 @@
-"""Whether a run goes on, from which checkpoint, and what forbids it: on real checkpoints, without a training."""
+"""The checkpoint that a start resumes from, and the differences that forbid it: on real checkpoints, without training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,76 +9,94 @@ import torch
 
 from agnews_dist.config.schema import Config
 from agnews_dist.errors import Done, UserError
-from agnews_dist.run.attempt import accepted
-from agnews_dist.run.fingerprints import settings
-from agnews_dist.run.resume import ACCEPTABLE, IGNORED, check_prints, look, wanted_later
+from agnews_dist.run.fingerprints import weight_settings
+from agnews_dist.run.resume import (
+    ACCEPTABLE,
+    IGNORED,
+    ResumePoint,
+    check_fingerprints,
+    find_resume_point,
+    parse_accept,
+    settings_after_restart,
+)
 from agnews_dist.run.status import StatusFile
 from agnews_dist.training.checkpoint import DamagedError, write_checkpoint
 
-SETTINGS = {**settings(Config()), "engine.precision": "fp32"}
-PRINTS = {"config": "c" * 64, "tokenizer": "t" * 64, "tokens": "d" * 64, "frozen_weights": "f" * 64}
+SETTINGS = {**weight_settings(Config()), "engine.precision": "fp32"}
+FINGERPRINTS = {"config": "c" * 64, "tokenizer": "t" * 64, "tokens": "d" * 64, "frozen_weights": "f" * 64}
 
 
 def leave(run: Path, step: int, *, state: str = "preempted", best: int | None = None, scored: bool = False) -> Path:
-    """A run that stands at `step`."""
+    """Leave a run with a checkpoint of `step`; return the checkpoint."""
     folder = run / "checkpoints"
     entry = None if best is None else {"name": f"best-{best:08d}", "epoch": 1}
     if best is not None:
         write_checkpoint(folder / f"best-{best:08d}", {"weights": {"w": torch.full((2,), float(best))}}, {})
     path = folder / f"step-{step:08d}{'-scored' if scored else ''}"
-    content = {"step": step, "settings": SETTINGS, "fingerprints": PRINTS, "best": entry}
+    content = {"step": step, "settings": SETTINGS, "fingerprints": FINGERPRINTS, "best": entry}
     write_checkpoint(path, {"weights": {"w": torch.full((2,), float(step))}}, content)
     StatusFile(run, attempt=2, step=step, job=None).write(state, "")  # pyright: ignore[reportArgumentType]
     return path
 
 
-def found(run: Path, resume: str = "auto", *, overwrite: bool = False, accept: list[str] | None = None, **changed: Any):
-    """`changed`: settings, with `__` for the dot."""
+def find(
+    run: Path, resume: str = "auto", *, overwrite: bool = False, accept: list[str] | None = None, **changed: Any
+) -> ResumePoint:
+    """Find the point to resume from. `changed`: settings that differ, with `__` for the dot."""
+    point = find_or_none(run, resume, overwrite=overwrite, accept=accept, **changed)
+    assert point is not None
+    return point
+
+
+def find_or_none(
+    run: Path, resume: str = "auto", *, overwrite: bool = False, accept: list[str] | None = None, **changed: Any
+) -> ResumePoint | None:
+    """Find the point to resume from, if there is one."""
     now = {**SETTINGS, **{key.replace("__", "."): value for key, value in changed.items()}}
-    return look(run, resume=resume, overwrite=overwrite, settings=now, accept=accept or [])
+    return find_resume_point(run, resume=resume, overwrite=overwrite, settings=now, accept=accept or [])
 
 
 def damage(path: Path) -> None:
+    """Flip a bit of a checkpoint's weights."""
     file = path / "weights.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
 
 
-def test_nothing_is_found_where_nothing_is_or_if_it_is_not_wanted(tmp_path):
-    assert found(tmp_path / "run") is None
+def test_no_resume_point_without_a_run_or_under_never(tmp_path):
+    assert find_or_none(tmp_path / "run") is None
     leave(tmp_path / "run", 40)
-    assert found(tmp_path / "run", "never") is None
+    assert find_or_none(tmp_path / "run", "never") is None
 
 
-def test_the_newest_whole_checkpoint_is_found_with_its_best_epoch(tmp_path):
+def test_newest_undamaged_checkpoint_is_found_with_its_best_epoch(tmp_path):
     leave(tmp_path / "run", 40, best=30)
     newest = leave(tmp_path / "run", 50, best=30, scored=True)
-    here = found(tmp_path / "run")
-    assert here is not None
-    assert (here.checkpoint.path, here.attempt, here.is_own, here.warnings) == (newest, 3, True, ())
-    assert here.best.tensors["weights"]["w"].tolist() == [30.0, 30.0]
+    point = find(tmp_path / "run")
+    assert (point.checkpoint.path, point.attempt, point.is_own, point.warnings) == (newest, 3, True, ())
+    assert point.best.tensors["weights"]["w"].tolist() == [30.0, 30.0]
     damage(newest)
-    here = found(tmp_path / "run")
-    assert here.checkpoint.state["step"] == 40
-    (warning,) = here.warnings
+    point = find(tmp_path / "run")
+    assert point.checkpoint.state["step"] == 40
+    (warning,) = point.warnings
     assert warning.startswith(f"{newest} is damaged (weights.safetensors")
-    assert warning.endswith("It is skipped, and the one before it is used.")
+    assert warning.endswith("It is skipped; the one before it is used.")
 
 
-def test_a_checkpoint_without_its_best_epoch_is_damaged_too(tmp_path):
+def test_checkpoint_without_its_best_epoch_counts_as_damaged(tmp_path):
     leave(tmp_path / "run", 40)
     leave(tmp_path / "run", 50, best=45)
     damage(tmp_path / "run" / "checkpoints" / "best-00000045")
-    assert found(tmp_path / "run").checkpoint.state["step"] == 40
+    assert find(tmp_path / "run").checkpoint.state["step"] == 40
 
 
-def test_a_run_without_a_whole_checkpoint_starts_from_its_beginning_and_says_so(tmp_path):
+def test_run_with_only_damaged_checkpoints_starts_from_the_beginning_with_a_warning(tmp_path):
     path = leave(tmp_path / "run", 40)
     damage(path)
-    here = found(tmp_path / "run")
-    assert (here.checkpoint, here.is_own, here.attempt) == (None, True, 3)
-    assert here.warnings[0].endswith("It is skipped, and there is none before it.")
+    point = find(tmp_path / "run")
+    assert (point.checkpoint, point.is_own, point.attempt) == (None, True, 3)
+    assert point.warnings[0].endswith("It is skipped; no earlier one exists.")
 
 
 REFUSED = {
@@ -105,113 +123,113 @@ REFUSED = {
 }
 
 
-def test_every_setting_is_refused_or_silent():
-    """A new setting must be given its place."""
+def test_every_setting_is_refused_or_ignored():
+    """A new setting must be added to one of the lists."""
     assert {*REFUSED, *IGNORED, "data.limit_validation", "data.limit_test"} == {*SETTINGS}
     assert set(ACCEPTABLE) < set(REFUSED)
-    assert all(SETTINGS[key] != value for key, value in REFUSED.items()), "a difference that is none tests nothing"
+    assert all(SETTINGS[key] != value for key, value in REFUSED.items()), "each value must differ from the default"
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_another_training_is_refused_by_the_name_of_the_setting_with_both_values(tmp_path, key):
+def test_differing_setting_is_refused_by_name_with_both_values(tmp_path, key):
     path = leave(tmp_path / "run", 40)
     change = {key.replace(".", "__"): REFUSED[key]}
     with pytest.raises(UserError) as raised:
-        found(tmp_path / "run", **change)
+        find(tmp_path / "run", **change)
     message = str(raised.value)
     assert message.startswith(f"{path} cannot be continued ({key} was {SETTINGS[key]}, is {REFUSED[key]}): ")
-    assert (f"--accept {key}, or start anew" in message) == (key in ACCEPTABLE)
+    assert (f"continue with --accept {key}, or train from the start" in message) == (key in ACCEPTABLE)
     if key in ACCEPTABLE:
-        (warning,) = found(tmp_path / "run", accept=accepted(key), **change).warnings
+        (warning,) = find(tmp_path / "run", accept=parse_accept(key), **change).warnings
         assert warning.startswith(f"{key} was {SETTINGS[key]}, is {REFUSED[key]}, as accepted")
     else:
-        with pytest.raises(UserError, match=rf"--accept {key}: with another value the steps would not be those"):
-            accepted(key)
+        with pytest.raises(UserError, match=rf"--accept {key}: this setting cannot change on resume\. Choose among"):
+            parse_accept(key)
 
 
 @pytest.mark.parametrize(
-    ("job", "resume", "overwrite", "has_saved", "wanted"),
+    ("job", "resume", "overwrite", "has_saved", "expected"),
     [
-        # What the job has done since goes on, whatever it was to begin from.
+        # The job continues what it has done itself, whatever it was to begin from.
         ("slurm 7", "never", True, True, ("auto", False)),
         ("slurm 7", "never", False, False, ("auto", False)),
         ("slurm 7", "runs/other", False, True, ("auto", False)),
-        # Stopped before its first checkpoint: from that path once more, and nothing is lost.
+        # Stopped before its first checkpoint: resume from that path once more, and no progress is lost.
         ("slurm 7", "runs/other", False, False, ("runs/other", True)),
-        # Another job's run, which this one was to replace before it was stopped.
+        # The run of another job, which this one was to replace before it was stopped.
         ("slurm 8", "never", True, True, ("never", True)),
         (None, "never", False, True, ("never", False)),
     ],
 )
-def test_a_later_start_of_a_job_goes_on_with_what_it_has_begun(tmp_path, job, resume, overwrite, has_saved, wanted):
+def test_settings_after_restart_keep_the_progress_of_the_job(tmp_path, job, resume, overwrite, has_saved, expected):
     run = tmp_path / "run"
     run.mkdir()
     if has_saved:
         leave(run, 40)
     StatusFile(run, attempt=1, step=0, job="slurm 7").write("preempted", "")
-    assert wanted_later(run, job, resume, overwrite=overwrite) == wanted
-    assert wanted_later(tmp_path / "none", job, resume, overwrite=overwrite) == (resume, overwrite)
+    assert settings_after_restart(run, job, resume, overwrite=overwrite) == expected
+    assert settings_after_restart(tmp_path / "none", job, resume, overwrite=overwrite) == (resume, overwrite)
 
 
-def test_several_differences_are_told_at_once_and_accepted_at_once(tmp_path):
+def test_several_differences_are_reported_and_accepted_together(tmp_path):
     leave(tmp_path / "run", 40)
     change = {"optim__lr": 1.0, "optim__schedule": "cosine"}
     with pytest.raises(UserError, match=r"\(optim.lr was .*; optim.schedule was .*--accept optim.lr,optim.schedule"):
-        found(tmp_path / "run", **change)
-    assert len(found(tmp_path / "run", accept=accepted("optim.lr, optim.schedule"), **change).warnings) == 2
+        find(tmp_path / "run", **change)
+    assert len(find(tmp_path / "run", accept=parse_accept("optim.lr, optim.schedule"), **change).warnings) == 2
     with pytest.raises(UserError, match=r"run.seed was 0, is 1") as raised:
-        found(tmp_path / "run", accept=["optim.lr", "optim.schedule"], run__seed=1, **change)
+        find(tmp_path / "run", accept=["optim.lr", "optim.schedule"], run__seed=1, **change)
     assert "--accept" not in str(raised.value)
 
 
-def test_where_it_computes_and_where_its_data_lies_may_differ_silently(tmp_path):
+def test_ignored_settings_may_differ_without_a_warning(tmp_path):
     leave(tmp_path / "run", 40)
     change = {key.replace(".", "__"): "other" for key in IGNORED}
-    assert found(tmp_path / "run", **change).warnings == ()
+    assert find(tmp_path / "run", **change).warnings == ()
 
 
-def test_more_epochs_are_accepted_and_their_learning_rates_told(tmp_path):
+def test_more_epochs_are_accepted_with_a_warning_about_the_learning_rate(tmp_path):
     epochs = Config().optim.epochs
     for state in ("preempted", "finished"):
         leave(tmp_path / "run", 40, state=state)
-        (warning,) = found(tmp_path / "run", optim__epochs=epochs + 2).warnings
+        (warning,) = find(tmp_path / "run", optim__epochs=epochs + 2).warnings
         assert (
-            f"optim.epochs was {epochs}, is {epochs + 2}: the learning rate follows the schedule of {epochs + 2}"
+            f"optim.epochs was {epochs}, is {epochs + 2}: the learning rate now follows the schedule of {epochs + 2}"
             in warning
         )
 
 
-def test_a_finished_run_is_done_unless_it_is_to_be_replaced(tmp_path):
+def test_finished_run_is_done_unless_it_is_overwritten(tmp_path):
     leave(tmp_path / "run", 40, state="finished")
     with pytest.raises(Done, match=r"run is finished \(40 steps\): nothing is left to do.*--run.overwrite") as raised:
-        found(tmp_path / "run")
+        find(tmp_path / "run")
     assert raised.value.exit_code == 0
-    assert found(tmp_path / "run", overwrite=True) is None
+    assert find_or_none(tmp_path / "run", overwrite=True) is None
     with pytest.raises(UserError, match=r"run.seed was 0, is 1"):
-        found(tmp_path / "run", run__seed=1)
+        find(tmp_path / "run", run__seed=1)
 
 
-def test_overwriting_goes_on_with_an_unfinished_run_only_if_it_is_the_same(tmp_path):
-    """A job that is started again by its scheduler with --run.overwrite must not begin from nothing each time."""
+def test_overwrite_continues_an_unfinished_run_with_the_same_settings(tmp_path):
+    """A scheduler restarts a job with the same --run.overwrite: that must not lose the progress each time."""
     leave(tmp_path / "run", 40)
-    assert found(tmp_path / "run", overwrite=True).checkpoint.state["step"] == 40
-    assert found(tmp_path / "run", overwrite=True, run__seed=1) is None
+    assert find(tmp_path / "run", overwrite=True).checkpoint.state["step"] == 40
+    assert find_or_none(tmp_path / "run", overwrite=True, run__seed=1) is None
 
 
-def test_a_path_is_a_checkpoint_or_a_run(tmp_path):
+def test_resume_path_is_a_checkpoint_or_a_run(tmp_path):
     older = leave(tmp_path / "run", 40)
     leave(tmp_path / "run", 50)
-    own = found(tmp_path / "run", str(older))
+    own = find(tmp_path / "run", str(older))
     assert (own.checkpoint.path, own.is_own, own.attempt) == (older, True, 3)
-    other = found(tmp_path / "other", str(tmp_path / "run"))
+    other = find(tmp_path / "other", str(tmp_path / "run"))
     assert (other.checkpoint.state["step"], other.is_own, other.attempt) == (50, False, 1)
-    with pytest.raises(UserError, match=r"nowhere: no such directory, so there is nothing to go on from"):
-        found(tmp_path / "run", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"checkpoint\.resume .*nowhere: no such directory\. Give the path"):
+        find(tmp_path / "run", str(tmp_path / "nowhere"))
     damage(older)
     with pytest.raises(DamagedError, match=r"weights.safetensors"):
-        found(tmp_path / "run", str(older))
+        find(tmp_path / "run", str(older))
     with pytest.raises(UserError, match=r"run.seed was 0, is 1"):
-        found(tmp_path / "other", str(tmp_path / "run"), run__seed=1)
+        find(tmp_path / "other", str(tmp_path / "run"), run__seed=1)
 
 
 @pytest.mark.parametrize(
@@ -222,13 +240,13 @@ def test_a_path_is_a_checkpoint_or_a_run(tmp_path):
         ("frozen_weights", "frozen weights of the model"),
     ],
 )
-def test_other_data_and_weights_are_refused_by_what_they_are(tmp_path, name, what):
+def test_check_fingerprints_refuses_other_data_and_weights_by_name(tmp_path, name, what):
     leave(tmp_path / "run", 40)
-    checkpoint = found(tmp_path / "run").checkpoint
-    check_prints(checkpoint, PRINTS)
-    check_prints(checkpoint, {**PRINTS, "config": "0" * 64})
-    with pytest.raises(UserError, match=rf"cannot be continued: the {what} had the fingerprint \w{{12}}, now 0{{12}}"):
-        check_prints(checkpoint, {**PRINTS, name: "0" * 64})
+    checkpoint = find(tmp_path / "run").checkpoint
+    check_fingerprints(checkpoint, FINGERPRINTS)
+    check_fingerprints(checkpoint, {**FINGERPRINTS, "config": "0" * 64})
+    with pytest.raises(UserError, match=rf"cannot be continued \(the {what} had the fingerprint \w{{12}}, now 0{{12}}"):
+        check_fingerprints(checkpoint, {**FINGERPRINTS, name: "0" * 64})
     old = replace(checkpoint, state={**checkpoint.state, "fingerprints": {}})
     with pytest.raises(UserError, match="had the fingerprint None"):
-        check_prints(old, PRINTS)
+        check_fingerprints(old, FINGERPRINTS)

@@ -1,4 +1,4 @@
-"""status.json: replaced whole, found by the job that left the run unfinished."""
+"""status.json: replaced whole, and found by the job that left the run unfinished."""
 
 import json
 from datetime import datetime
@@ -11,6 +11,7 @@ from agnews_dist.run.status import StatusFile, read_status, run_of_job
 
 
 def leave(directory: Path, state: str, *, job: str | None = None, time: str | None = None) -> None:
+    """Leave a status in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     StatusFile(directory, attempt=2, step=40, job=job).write(state, "it was asked to")
     if time is not None:
@@ -18,7 +19,7 @@ def leave(directory: Path, state: str, *, job: str | None = None, time: str | No
         file.write_text(json.dumps({**json.loads(file.read_text()), "time": time}))
 
 
-def test_what_is_written_is_what_is_read(tmp_path):
+def test_status_is_read_as_it_was_written(tmp_path):
     assert read_status(tmp_path) is None
     leave(tmp_path, "preempted", job="slurm 7")
     content = json.loads((tmp_path / "status.json").read_text())
@@ -31,12 +32,12 @@ def test_what_is_written_is_what_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"state": "finished"}', '{"state": 1, "more": 2}'])
-def test_what_nobody_of_us_wrote_is_no_status(tmp_path, content):
+def test_read_status_ignores_other_content(tmp_path, content):
     (tmp_path / "status.json").write_text(content)
     assert read_status(tmp_path) is None
 
 
-def test_a_status_that_cannot_be_written_is_an_error_before_the_run_and_none_after_it(tmp_path):
+def test_unwritable_status_is_an_error_for_write_but_not_for_try_to_write(tmp_path):
     (tmp_path / "status.json").mkdir()
     file = StatusFile(tmp_path, attempt=1, step=0, job=None)
     with pytest.raises(UserError, match=r"status.json"):
@@ -44,7 +45,7 @@ def test_a_status_that_cannot_be_written_is_an_error_before_the_run_and_none_aft
     file.try_to_write("failed", "something")
 
 
-def test_a_job_finds_its_newest_unfinished_run_and_nobody_elses(tmp_path):
+def test_run_of_job_is_the_newest_unfinished_run_of_that_job(tmp_path):
     assert run_of_job(tmp_path / "nowhere", "slurm 7") is None
     leave(tmp_path / "old", "failed", job="slurm 7", time="2026-01-01T00:00:00+00:00")
     leave(tmp_path / "new", "running", job="slurm 7", time="2026-01-02T00:00:00+00:00")

@@ -1,0 +1,24 @@
+"""The command that batch scripts ask whether to start a job again."""
+
+import pytest
+
+from agnews_dist.commands import restarts
+from agnews_dist.run.restart_policy import read_starts
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_restarts_counts_starts_and_gives_up(tmp_path, capsys, monkeypatch, limit):
+    monkeypatch.chdir(tmp_path)
+    words = ("--starts", "starts.jsonl", "--limit", str(limit), "--run.name", "absent")
+    for start in range(limit):
+        assert restarts.main([*words, "--at", "begin"]) == 0
+        assert capsys.readouterr().out == f"again start {start + 1}, 0 steps are saved\n"
+    assert restarts.main([*words, "--at", "begin"]) == 0
+    assert capsys.readouterr().out.startswith(f"give_up {limit} starts in a row have saved nothing beyond step 0")
+    assert len(read_starts(tmp_path / "starts.jsonl")) == limit + 1
+
+
+def test_restarts_refuses_settings_that_train_refuses(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert restarts.main(["--optim.lr", "-1"]) == 2
+    assert "optim.lr" in capsys.readouterr().err
