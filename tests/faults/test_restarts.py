@@ -13,7 +13,7 @@ from support.timeline import Timeline
 
 from agnews_dist.distributed.node_resources import free_port
 
-ODD_RANK = str(REPOSITORY / "tests" / "ranks" / "odd_rank.py")
+FAULTY_RANK = str(REPOSITORY / "tests" / "ranks" / "faulty_rank.py")
 
 
 def agent(log: Path, *options: str, script: tuple[str, ...], **environ: str) -> subprocess.Popen:
@@ -45,9 +45,9 @@ def test_rank_that_crashes_once_is_restarted_and_the_run_ends_the_same(whole, tm
     log, mark = tmp_path / "log.txt", tmp_path / "crashed"
     # These options apply to the first start only.
     options = ("--checkpoint.resume", "never", "--run.overwrite", "true")
-    script = (ODD_RANK, "1", "crash once", "train", *arguments(tmp_path, *options))
+    script = (FAULTY_RANK, "1", "crash once", "train", *arguments(tmp_path, *options))
     job = agent(
-        log, "--standalone", "--nproc_per_node=2", "--max-restarts=2", script=script, CRASHED=str(mark), ODD_STEP="30"
+        log, "--standalone", "--nproc_per_node=2", "--max-restarts=2", script=script, CRASHED=str(mark), FAULT_STEP="30"
     )
     try:
         assert job.wait(timeout=TIMEOUT) == 0, log.read_text()[-6000:]
