@@ -1,7 +1,7 @@
-"""Defaults, YAML files and the command line become one `Config`; everything that is wrong is said at once.
+"""The `Config` of a command, from defaults, YAML files and arguments; all errors are reported at once.
 
-jsonargparse reads the values (settings.py) and prints `--help`. It stops at the first error, suggests nothing and takes
-`null` for a number, so the walk over the arguments is ours: it collects all errors, then raises.
+jsonargparse parses single values (fields.py) and prints `--help`. It would stop at the first error, without suggestions, and
+accept `null` for a number. So this module takes the command line apart itself.
 """
 
 import textwrap
@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from agnews_dist.config.fields import (
-    Given,
     Problems,
+    RawValue,
     WrongTypeError,
     all_sections,
     all_settings,
+    format_unknown_name,
+    format_value,
     parse_value,
-    unknown_name,
-    write_value,
 )
 from agnews_dist.config.schema import Config, validate
 from agnews_dist.config.yaml_file import read_config
@@ -25,37 +25,37 @@ from agnews_dist.errors import ConfigError
 
 SWITCHES = {
     "--help": "Show this text (-h is the same).",
-    "--print_config": "Print the resolved configuration as a YAML file for --config.",
-    "--debug": "Short for --config configs/debug.yaml: small, loud, deterministic.",
+    "--print_config": "Print the whole configuration as a YAML file for --config.",
+    "--debug": "Short for --config configs/debug.yaml: small, verbose, deterministic.",
 }
 DEEPSPEED_ARGUMENT = "--local_rank"
-"""What DeepSpeed's launcher adds to every rank's arguments, with `=` and its number."""
+"""Argument that DeepSpeed's launcher adds on every rank, with `=` and the local rank."""
 NULL_WORDS = ("null", "Null", "NULL", "~")
 BOOL_WORDS = ("true", "false", "yes", "no", "on", "off")
 
 
 @dataclass(frozen=True)
 class Option:
-    """A story's own argument: a flag (`--split`, or the bare `--json` of a bool) or, with `nargs="*"`, all positional
+    """An argument of one command: a flag (`--split`; `--json` without a value for a bool) or, with `nargs="*"`, all positional
     arguments (`text`)."""
 
     name: str
     help: str
     type: Any = str
-    """As a field's annotation: `str`, `int`, `str | None`."""
+    """Annotation, as for a field: `str`, `int`, `str | None`."""
     default: Any = None
     choices: tuple[str, ...] = ()
-    """The only values allowed; empty: all of the type."""
+    """Allowed values; empty: all of the type."""
     nargs: Literal["*"] | None = None
 
     @property
     def key(self) -> str:
-        """The name in `Loaded.options`: `split`."""
+        """Name in `Loaded.options`: `split`."""
         return self.name.lstrip("-")
 
     @property
     def usage(self) -> str:
-        """How it is written: `--split SPLIT`, `--json`, `TEXT ...`."""
+        """Form in the usage line: `--split SPLIT`, `--json`, `TEXT ...`."""
         if self.nargs:
             return f"{self.name.upper()} ..."
         return self.name if self.type is bool else f"{self.name} {self.key.upper()}"
@@ -68,55 +68,55 @@ class Option:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What `load` found."""
+    """The configuration and options of a command."""
 
     config: Config
     explicit: frozenset[str]
-    """Dotted keys that a YAML file or a flag set, to whatever value."""
+    """Dotted keys that a YAML file or a flag has set, even to the default."""
     options: Mapping[str, Any]
-    """The story's own arguments, defaults filled in; a positional list is a tuple of strings."""
+    """The command's own arguments, with defaults; positional arguments are a tuple of strings."""
 
 
-def load(story: str, argv: Sequence[str], options: Sequence[Option] = ()) -> Loaded:
-    """Defaults < each `--config FILE` in order < flags, wherever they stand on the command line.
+def load(command: str, argv: Sequence[str], options: Sequence[Option] = ()) -> Loaded:
+    """Build the configuration. Flags override `--config` files, later files override earlier ones, and all override defaults.
 
     Args:
-        story: for the usage line `python -m agnews_dist COMMAND`.
-        argv: the arguments after the program's name.
-        options: what this story takes besides the configuration.
+        command: name for the usage line.
+        argv: arguments after the command.
+        options: arguments that this command takes besides the configuration.
 
     Raises:
         ConfigError: everything that is wrong, one line each.
-        SystemExit: with 0, after `--help` or `--print_config` has printed.
+        SystemExit: with 0, after printing for `--help` or `--print_config`.
     """
     problems = Problems()
-    arguments = _scan(argv, options, problems)
+    arguments = _split_arguments(argv, options, problems)
     if "--help" in arguments.switches:
-        _print_help(story, options)
+        _print_help(command, options)
         raise SystemExit(0)
-    given = [item for path in arguments.files for item in read_config(path, problems)] + arguments.given
+    raw_values = [raw for path in arguments.files for raw in read_config(path, problems)] + arguments.values
     settings = all_settings()
     known = {key: (setting.type, setting.default) for key, setting in settings.items()}
     known |= {option.name: (option.value_type, option.default) for option in options if not option.nargs}
     values: dict[str, Any] = {name: default for name, (_, default) in known.items()}
     values |= {option.name: tuple(arguments.positionals) for option in options if option.nargs}
     unreadable: set[str] = set()
-    for item in given:
-        type_, default = known[item.name]
+    for raw in raw_values:
+        type_, default = known[raw.name]
         try:
-            values[item.name] = parse_value(type_, item)
+            values[raw.name] = parse_value(type_, raw)
         except WrongTypeError as error:
-            line = f"{item.place}: {error} Correct it; the default is {write_value(default)}."
-            problems.add(line, value_lost=False)
-            unreadable.add(item.name)
+            line = f"{raw.source}: {error} Correct it; the default is {format_value(default)}."
+            problems.add(line, loses_value=False)
+            unreadable.add(raw.name)
     config = Config(
         **{
             section: cls(**{s.name: values[key] for key, s in settings.items() if s.section == section})
             for section, (cls, _) in all_sections().items()
         }
     )
-    if not problems.value_lost:
-        # Where a value could not be read its default stands in, and what is said of that would be said of nothing.
+    if not problems.has_lost_values:
+        # An unreadable value is still the default here, so messages that name its setting are left out.
         found = validate(config)
         problems.lines.extend(line for line in found if not any(key in line for key in unreadable))
     if problems.lines:
@@ -124,40 +124,40 @@ def load(story: str, argv: Sequence[str], options: Sequence[Option] = ()) -> Loa
     if "--print_config" in arguments.switches:
         print(dump(config), end="")
         raise SystemExit(0)
-    explicit = frozenset(item.name for item in given if item.name in settings)
+    explicit = frozenset(raw.name for raw in raw_values if raw.name in settings)
     return Loaded(config, explicit, {option.key: values[option.name] for option in options})
 
 
 def dump(config: Config) -> str:
-    """The whole configuration as YAML, each field below its text; `--config` reads it back as an equal `Config`."""
+    """Format as YAML, with each field's help as a comment; `--config` reads it back as an equal `Config`."""
     lines: list[str] = []
     for section, values in asdict(config).items():
         lines += [f"# {all_sections()[section][1]}", f"{section}:"]
         for name, value in values.items():
-            lines += [f"  # {line}" for line in textwrap.wrap(all_settings()[f"{section}.{name}"].text, 116)]
-            lines.append(f"  {name}: {write_value(value)}")
+            lines += [f"  # {line}" for line in textwrap.wrap(all_settings()[f"{section}.{name}"].help, 116)]
+            lines.append(f"  {name}: {format_value(value)}")
         lines.append("")
     return "\n".join(lines)
 
 
 @dataclass
 class _Arguments:
-    """The command line taken apart, values still text."""
+    """Parts of the command line; values are text."""
 
     switches: set[str] = field(default_factory=set[str])
     files: list[str] = field(default_factory=list[str])
-    given: list[Given] = field(default_factory=list[Given])
+    values: list[RawValue] = field(default_factory=list[RawValue])
     positionals: list[str] = field(default_factory=list[str])
 
 
-def _scan(argv: Sequence[str], options: Sequence[Option], problems: Problems) -> _Arguments:
-    """Take the command line apart from left to right; no abbreviations."""
+def _split_arguments(argv: Sequence[str], options: Sequence[Option], problems: Problems) -> _Arguments:
+    """Take the command line apart, from left to right, without abbreviations."""
     found, rest = _Arguments(), list(argv)
     takes_positionals = any(option.nargs for option in options)
-    story_flags = {option.name for option in options if not option.nargs}
+    option_flags = {option.name for option in options if not option.nargs}
     bools = {f"--{key}" for key, setting in all_settings().items() if setting.type is bool}
     bools |= {option.name for option in options if option.type is bool}
-    valid = [*(f"--{key}" for key in all_settings()), "--config", *story_flags, *SWITCHES]
+    valid = [*(f"--{key}" for key in all_settings()), "--config", *option_flags, *SWITCHES]
     while rest:
         argument = rest.pop(0)
         name, equals, text = argument.partition("=")
@@ -169,51 +169,55 @@ def _scan(argv: Sequence[str], options: Sequence[Option], problems: Problems) ->
         if argument == "-" or not argument.startswith("-"):
             found.positionals.append(argument)
         elif name == DEEPSPEED_ARGUMENT and equals:
-            continue  # LOCAL_RANK says the same
+            continue  # the variable LOCAL_RANK has the same value
         elif name not in valid:
-            problems.add(unknown_name(name, f"unknown option {argument!r}", valid), value_lost=False)
+            problems.add(format_unknown_name(name, f"unknown option {argument!r}", valid), loses_value=False)
             if not equals and following and not following.startswith("-"):
                 rest.pop(0)  # the unknown option's value
         elif name in SWITCHES:
             if equals:
-                problems.add(f"{argument}: this switch takes no value. Write {name} alone, or leave it out.")
+                problems.add(f"{argument}: it takes no value. Write {name} alone, or leave it out.")
             found.switches.add(name)
             if name == "--debug":
                 found.files.append("configs/debug.yaml")
         else:
-            if not equals and name in bools and not _is_bool(following, or_anything=not takes_positionals):
+            if not equals and name in bools and not _is_bool(following, or_any=not takes_positionals):
                 text = "true"
             elif not equals and following is not None:
                 text = rest.pop(0)
             elif not equals or (name == "--config" and not text):
-                problems.add(f"{name} without a value: it would set nothing. Write {name} VALUE.")
+                problems.add(f"{name} without a value: it needs one. Write {name} VALUE.")
                 continue
             if name == "--config":
                 found.files.append(text)
             else:
-                key = name if name in story_flags else name[2:]
-                kind = "null" if text in NULL_WORDS else "plain"
-                found.given.append(Given(key, text, f"{name} {text!r}", kind))
+                key = name if name in option_flags else name[2:]
+                syntax = "null" if text in NULL_WORDS else "plain"
+                found.values.append(RawValue(key, text, f"{name} {text!r}", syntax))
     if not takes_positionals:
-        for stray in found.positionals:
-            hint = "Write --section.field VALUE"
-            if stray.partition("=")[0] in all_settings():
-                hint = f"Write --{stray}"
-            elif stray.endswith((".yaml", ".yml")):
-                hint = f"Write --config {stray}"
-            problems.add(f"argument {stray!r}: no setting takes it, as it follows no option. {hint}, or remove it.")
+        _refuse_positionals(found.positionals, problems)
     return found
 
 
-def _is_bool(text: str | None, *, or_anything: bool) -> bool:
-    """Whether the argument after `--run.overwrite` is its value: also a mistyped one, where it can be nothing else."""
-    return text is not None and (or_anything or text.lower() in BOOL_WORDS)
+def _refuse_positionals(positionals: Sequence[str], problems: Problems) -> None:
+    for argument in positionals:
+        fix = "Write --section.field VALUE"
+        if argument.partition("=")[0] in all_settings():
+            fix = f"Write --{argument}"
+        elif argument.endswith((".yaml", ".yml")):
+            fix = f"Write --config {argument}"
+        problems.add(f"argument {argument!r}: it follows no option that takes a value. {fix}, or remove it.")
 
 
-def _print_help(story: str, options: Sequence[Option]) -> None:
+def _is_bool(text: str | None, *, or_any: bool) -> bool:
+    """Return whether the argument after `--run.overwrite` is its value; `or_any`: it can be nothing else, even if mistyped."""
+    return text is not None and (or_any or text.lower() in BOOL_WORDS)
+
+
+def _print_help(command: str, options: Sequence[Option]) -> None:
     from jsonargparse import SUPPRESS, ArgumentParser
 
-    usage = [f"python -m agnews_dist {story}", "[--config FILE.yaml ...]", "[--section.field VALUE ...]"]
+    usage = [f"python -m agnews_dist {command}", "[--config FILE.yaml ...]", "[--section.field VALUE ...]"]
     usage += [f"[{option.usage}]" for option in options]
     parser = ArgumentParser(usage=" ".join(usage), add_help=False, default_env=False)
     general = parser.add_argument_group("general")
@@ -224,7 +228,7 @@ def _print_help(story: str, options: Sequence[Option]) -> None:
         "--config",
         metavar="FILE.yaml",
         default=SUPPRESS,
-        help="YAML with differences from the defaults; may be repeated.",
+        help="YAML file with differences from the defaults; may be repeated.",
     )
     for name, text in SWITCHES.items():
         general.add_argument(name, action="store_true", default=SUPPRESS, help=text)
@@ -232,5 +236,5 @@ def _print_help(story: str, options: Sequence[Option]) -> None:
         group = parser.add_argument_group(section, section_text)
         for key, setting in all_settings().items():
             if setting.section == section:
-                group.add_argument(f"--{key}", type=setting.type, default=setting.default, help=setting.text)
+                group.add_argument(f"--{key}", type=setting.type, default=setting.default, help=setting.help)
     parser.print_help()

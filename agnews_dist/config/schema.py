@@ -1,72 +1,71 @@
-"""Everything a user can set: frozen dataclasses, one section per stage of the journey.
+"""Every setting: frozen dataclasses, one per section, and the rules that their values must obey.
 
-The docstring under a field is its help text. Nothing changes a config after `cli.load` built it; library functions take
-plain arguments, the stories unpack the sections.
+The docstring under a field is its help text. Only `commands` and `run` read a `Config`; other parts take plain arguments.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the text comes from and how it becomes tokens."""
+    """Data set and tokens."""
 
     source: str = "fancyzhx/ag_news"
-    """Hub id, directory or file (parquet, csv, jsonl with 'text' and 'label'; or the original csv: class, title,
-    description), or 'synthetic': an embedded generator that needs no network."""
+    """Hub id, directory or file (parquet, csv or jsonl with 'text' and 'label', or the original csv: class, title,
+    description). 'synthetic': generated headlines, without a network."""
     revision: str | None = None
     """Commit or tag of the data set on the hub; null: the newest."""
     max_length: int = 256
-    """Tokens per text, the rest is cut off and counted. AG News: mean 52, longest about 323."""
+    """Tokens per text; longer texts are truncated and counted. AG News: mean 52, longest about 323."""
     pad_token: Literal["new", "eos"] = "new"
-    """'new' adds [PAD] as one frozen embedding row; 'eos' reuses <|endoftext|>. Logits do not depend on it."""
+    """'new' adds [PAD] as a frozen row of the embedding, 'eos' reuses <|endoftext|>. The logits do not depend on it."""
     validation_fraction: float = 0.05
-    """Share of the training rows held out (stratified by label) when the source has no validation split."""
+    """Share of the training rows, stratified by label, to hold out if the source has no validation split."""
     limit_train: int | None = None
-    """Use only this many training rows (a seeded, stratified choice); null: all."""
+    """Use only this many training rows, a seeded and stratified sample; null: all."""
     limit_validation: int | None = None
     """Use only this many validation rows; null: all."""
     limit_test: int | None = None
     """Use only this many test rows; null: all."""
     seed: int = 0
-    """Seed of the synthetic text, the held-out part and the limits. Apart from run.seed, so that runs with different seeds
-    are compared on the same examples."""
+    """Seed of the synthetic text, the held-out rows and the limits. It is not run.seed: runs with different seeds use the same
+    examples."""
     cache_dir: str | None = None
-    """Directory of the tokenised data, shared by the ranks of a node; null: $XDG_CACHE_HOME/agnews_dist."""
+    """Directory of the tokens and features kept on disk; null: $XDG_CACHE_HOME/agnews_dist."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which GPT-2, and how much of it trains."""
+    """GPT-2 checkpoint and its trainable part."""
 
     name: str = "gpt2"
-    """Hub id, directory (a GPT2Model, GPT2LMHeadModel or GPT2ForSequenceClassification checkpoint, or a run's directory),
-    or 'embedded': a small tokenizer and model made on the spot."""
+    """Hub id, or directory of a GPT2Model, GPT2LMHeadModel or GPT2ForSequenceClassification checkpoint or of a run.
+    'embedded': a small tokenizer and model, generated without files."""
     revision: str | None = None
     """Commit or tag of the model on the hub; null: the newest."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """'random' takes only the shape and draws the weights from run.seed (for tests and baselines)."""
+    """'random' takes only the shape and draws the weights with run.seed, for tests and baselines."""
     trainable_blocks: int | Literal["all"] = 1
-    """Train the last k blocks with the final norm and out_head; 0: norm and head only. Embeddings stay frozen."""
+    """Train the last k blocks, the final norm and out_head; 0: norm and head only. The embeddings stay frozen."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """How examples are grouped."""
+    """Grouping of examples into batches."""
 
     global_batch_size: int = 32
-    """Examples per optimiser step over all ranks; the same examples for every number of ranks."""
+    """Examples per optimiser step, over all ranks. The number of ranks does not change which examples."""
     global_token_budget: int | None = None
-    """Replaces global_batch_size: at most so many real tokens per optimiser step, whatever the number of examples."""
+    """Replaces global_batch_size: at most this many real tokens per optimiser step, with any number of examples."""
     max_tokens_per_rank: int = 16384
-    """Padded tokens a rank computes at once; a larger share is split into micro-batches (gradient accumulation)."""
+    """Padded tokens per micro-batch of a rank; a larger share is split (gradient accumulation)."""
     bucket_window: int | Literal["epoch"] = 256
-    """Global batches within which examples are sorted by length: 1 is random batches, larger means less padding, 'epoch'
-    sorts all."""
+    """Number of global batches over which examples are sorted by length: 1 gives random batches, more means less padding,
+    'epoch' sorts all examples."""
     longest_first: bool = False
-    """Before training, run the largest step of the first epoch forward and backward and forget it: what does not fit into
-    memory shows at once."""
+    """Before training, run the largest step of the first epoch once and discard it, to fail early if memory is too small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,99 +73,97 @@ class OptimConfig:
     """AdamW and its schedule."""
 
     lr: float = 1e-3
-    """Peak learning rate. Best of 3e-4, 1e-3, 3e-3 on a 6-block GPT-2 (tests/bench/RESULTS.md); not measured on larger ones."""
+    """Peak learning rate. Best of 3e-4, 1e-3 and 3e-3 on a 6-block GPT-2 (tests/bench/RESULTS.md); larger ones not measured."""
     epochs: int = 3
     """Passes over the training rows."""
     weight_decay: float = 0.01
-    """Decoupled decay per step and unit of learning rate, on matrices only (not on biases and norms)."""
+    """Decoupled decay per step and unit of learning rate, for matrices only (not for biases and norms)."""
     warmup_ratio: float = 0.0
     """Share of the steps over which the learning rate rises linearly from 0."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Decay from the peak to 0 after the warm-up."""
     max_grad_norm: float = 1.0
-    """Clip the global gradient norm to this value; 0: do not clip."""
+    """Clip the global gradient norm to this value; 0: no clipping."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What all ranks do when a loss or gradient is NaN or infinite: end the run, or leave that update out and go on. The
-    examples are written to events.jsonl in both cases."""
+    """Action of all ranks at a NaN or infinite loss or gradient: end the run, or skip that update. The examples are written to
+    events.jsonl in both cases."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What the ranks run on."""
+    """Devices, parallelism and precision."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """'auto' takes CUDA where there is one."""
+    """'auto' is CUDA if there is a GPU."""
     backend: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
-    """'ddp': every rank holds all that trains. 'fsdp': torch divides weights, gradients and the optimizer's state over the
-    ranks. 'deepspeed': ZeRO divides what zero_stage says. The results are the same."""
+    """'ddp': every rank holds the whole trainable part. 'fsdp': the ranks shard its weights, gradients and optimizer state.
+    'deepspeed': the ranks shard what zero_stage says. The results are the same."""
     zero_stage: Literal[1, 2, 3] = 2
-    """With deepspeed, what is divided: 1 the optimizer's state, 2 gradients too, 3 weights too."""
+    """With deepspeed, the ranks shard the optimizer state (1), also gradients (2), also weights (3)."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """With deepspeed, kept in host memory: 'optimizer' its state and the update, 'all' (stage 3) the weights that train too."""
+    """With deepspeed, host memory holds the optimizer state ('optimizer'), also the trainable weights ('all', stage 3 only)."""
     deepspeed_config: str | None = None
-    """JSON file with DeepSpeed's own settings (bucket sizes, overlap ...), merged with what the settings here decide; a
-    contradiction is an error."""
+    """JSON file with DeepSpeed's own settings (bucket sizes, overlap ...). One that contradicts a setting here is an error."""
     gradient_compression: Literal["none", "bf16"] = "none"
-    """'bf16' halves what the ranks send each other for the gradients, and rounds it; sums stay fp32 within a rank."""
+    """'bf16' rounds the gradients that ranks exchange and halves their size; sums within a rank stay fp32."""
     activation_checkpointing: bool = False
-    """Compute the trainable blocks' activations a second time in the backward pass instead of keeping them: less memory, a
-    third more time for those blocks."""
+    """Recompute the trainable blocks' activations in the backward pass: less memory, a third more time for those blocks."""
     precision: Literal["auto", "bf16", "fp32", "fp16"] = "auto"
-    """'auto' is bf16 on GPUs that have it, else fp32. bf16: autocast with fp32 master weights for what trains, bf16 storage
-    for what is frozen. fp16: the same in half precision with loss scaling, for GPUs without bf16."""
+    """'auto' is bf16 on GPUs that have it, else fp32. bf16: autocast with fp32 master weights for the trainable part, bf16
+    weights for the frozen part. fp16: the same with loss scaling, for GPUs without bf16."""
     allow_tf32: bool = True
-    """TF32 matrix products on CUDA for what is fp32 there."""
+    """Use TF32 for fp32 matrix products on CUDA."""
     fast_path: bool = True
-    """The frozen part without padding and without autograd, the last block for the last token only. false: Hugging Face's own
+    """Run the frozen part without padding and autograd, and the last block for the last token only. false: Hugging Face's own
     forward in both parts, the reference, several times slower."""
     feature_cache: Literal["auto", "device", "host", "disk", "off"] = "auto"
-    """Where the frozen part's output is kept between epochs: 'device' divides it over the ranks' memory, 'host' shares it among
-    the ranks of a node, 'disk' keeps it in data.cache_dir for later runs too, 'off' computes it at every use. 'auto' takes what
-    a former run left on disk, else the first place where it fits, and says why."""
+    """Place of the frozen part's output between epochs. 'device': sharded over the ranks' memory. 'host': shared by the ranks
+    of a node. 'disk': in data.cache_dir, also for later runs. 'off': computed at every use. 'auto': an earlier run's on disk,
+    else the first place where it fits."""
     feature_cache_gigabytes: float = 100.0
-    """What all feature caches on disk may take together; those longest unused go first."""
+    """Limit of all feature caches on disk together; the least recently used are evicted first."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """torch.compile for the frozen part's dense work; 'auto': where there is so much of it that compiling pays."""
+    """torch.compile for the frozen part's matrix products; 'auto': only where it saves more time than compiling takes."""
     timeout_seconds: int = 600
-    """How long a rank waits in a collective before the job fails."""
+    """Time that a rank waits in a collective before the job fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What a run that is stopped or killed goes on from."""
+    """Checkpoints and resuming."""
 
     every_steps: int | None = None
-    """Save after every so many steps; null: by the clock alone. The end of every epoch is saved in any case."""
+    """Save after this many steps; null: by time alone. The end of every epoch is always saved."""
     every_minutes: float | None = 5.0
-    """Save after so many minutes since the last time; null: by the steps alone."""
+    """Save this many minutes after the last checkpoint; null: by steps alone."""
     keep: int = 2
-    """So many checkpoints, the newest, and the best epoch's weights stay on disk."""
+    """Number of the newest checkpoints to keep, besides the best epoch's weights."""
     resume: str = "auto"
-    """'auto' goes on where the run of this name, or if it has none the run of this job, was stopped; 'never' starts anew; the
-    path of a checkpoint or of a run starts from there."""
+    """'auto' resumes the unfinished run of this name, or without a name that of this job. 'never' starts from the beginning. A
+    path of a checkpoint or a run starts from there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run: where it writes, and how loud it is."""
+    """Output, seed and limits of a run."""
 
     dir: str = "runs"
     """Directory of all runs."""
     name: str | None = None
-    """Directory of this run inside run.dir; null: made from the model's name and the time."""
+    """Directory of this run in run.dir; null: the model's name and the time."""
     seed: int = 0
     """Seed of weights, batch order and dropout."""
     overwrite: bool = False
-    """Replace an existing run of this name, unless it is this one, stopped before its end."""
+    """Replace an existing run of this name, unless it is this run, to be resumed."""
     max_minutes: float | None = None
-    """Save and stop before so many minutes have passed; null: no limit but the job's own, which Slurm tells."""
+    """Save and stop before this many minutes have passed; null: only before the time limit of a Slurm job."""
     debug: bool = False
-    """Deterministic algorithms, anomaly detection, every step printed, and first a check that one batch can be overfitted."""
+    """Use deterministic algorithms and anomaly detection, print every step, and first overfit one batch as a check."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All sections."""
+    """All settings, by section."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -178,116 +175,117 @@ class Config:
 
 
 def validate(config: Config) -> list[str]:
-    """What each field's type cannot say: values out of range and fields that exclude each other, one message each."""
-    data, model, batch, optim, engine = config.data, config.model, config.batch, config.optim, config.engine
-    found: list[str] = []
+    """Return one message per rule that the values break; their types were checked when they were read."""
+    return [
+        *_check_counts(config),
+        *_check_data_and_model(config),
+        *_check_batch(config),
+        *_check_engine(config.engine),
+        *_check_optim(config.optim),
+        *_check_checkpoint_and_run(config),
+    ]
 
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            found.append(message)
 
+def _check_counts(config: Config) -> Iterator[str]:
+    data, window = config.data, config.batch.bucket_window
     for key, value, least in (
         ("data.max_length", data.max_length, 1),
         ("data.limit_train", data.limit_train, 1),
         ("data.limit_validation", data.limit_validation, 1),
         ("data.limit_test", data.limit_test, 1),
-        ("batch.global_batch_size", batch.global_batch_size, 1),
-        ("batch.bucket_window", batch.bucket_window if batch.bucket_window != "epoch" else None, 1),
-        ("optim.epochs", optim.epochs, 1),
+        ("data.seed", data.seed, 0),
+        ("batch.global_batch_size", config.batch.global_batch_size, 1),
+        ("batch.bucket_window", None if window == "epoch" else window, 1),
+        ("optim.epochs", config.optim.epochs, 1),
         ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
         ("checkpoint.keep", config.checkpoint.keep, 1),
-        ("engine.timeout_seconds", engine.timeout_seconds, 1),
+        ("engine.timeout_seconds", config.engine.timeout_seconds, 1),
         ("run.seed", config.run.seed, 0),
-        ("data.seed", data.seed, 0),
     ):
-        require(
-            value is None or value >= least,
-            f"{key} {value}: a count below {least} has no meaning. Set it to {least} or more.",
+        if value is not None and value < least:
+            yield f"{key} {value}: too small. Set it to {least} or more."
+
+
+def _check_data_and_model(config: Config) -> Iterator[str]:
+    data, model = config.data, config.model
+    if not 0 < data.validation_fraction < 1:
+        yield (f"data.validation_fraction {data.validation_fraction}: both parts need rows. Set it between 0 and 1.")
+    if model.trainable_blocks != "all" and model.trainable_blocks < 0:
+        yield (
+            f"model.trainable_blocks {model.trainable_blocks}: too small. Set 0 (final norm and head only), a count, or all."
         )
-    require(
-        config.run.seed < 2**32,
-        f"run.seed {config.run.seed} is above 4294967295: times the number of ranks it could exceed what torch's generators "
-        "take. Set a smaller one.",
-    )
-    require(
-        0 < data.validation_fraction < 1,
-        f"data.validation_fraction {data.validation_fraction}: model selection needs a part of the rows and training the "
-        "rest. Set it between 0 and 1, 0.05 for example.",
-    )
-    require(
-        model.trainable_blocks == "all" or model.trainable_blocks >= 0,
-        f"model.trainable_blocks {model.trainable_blocks}: fewer than no blocks cannot train. Set 0 (final norm and head "
-        "only), a count, or all.",
-    )
-    require(
-        batch.max_tokens_per_rank >= data.max_length,
-        f"batch.max_tokens_per_rank {batch.max_tokens_per_rank} is below data.max_length {data.max_length}: a text of full "
-        "length would fit into no micro-batch. Raise the first or lower the second.",
-    )
-    require(
-        batch.global_token_budget is None or batch.global_token_budget >= data.max_length,
-        f"batch.global_token_budget {batch.global_token_budget} is below data.max_length {data.max_length}: a text of full "
-        "length would fit into no global batch. Raise the first or lower the second.",
-    )
-    require(
-        engine.fast_path or engine.feature_cache in ("auto", "off"),
-        f"engine.feature_cache {engine.feature_cache} with engine.fast_path false: the plain path is the reference and "
-        "computes everything at every step. Leave feature_cache at auto, or the fast path on.",
-    )
-    defaults = EngineConfig()
+    if data.source == "" or model.name == "":
+        key, embedded = ("data.source", "synthetic") if data.source == "" else ("model.name", "embedded")
+        yield f"{key} is empty: there is nothing to load. Set a hub id, a path, or {embedded}."
+
+
+def _check_batch(config: Config) -> Iterator[str]:
+    data, batch, backend = config.data, config.batch, config.engine.backend
+    if batch.max_tokens_per_rank < data.max_length:
+        yield (
+            f"batch.max_tokens_per_rank {batch.max_tokens_per_rank} is below data.max_length {data.max_length}: "
+            "a text may not fit into a micro-batch. Raise the first or lower the second."
+        )
+    if batch.global_token_budget is not None and batch.global_token_budget < data.max_length:
+        yield (
+            f"batch.global_token_budget {batch.global_token_budget} is below data.max_length {data.max_length}: "
+            "a text may not fit into a global batch. Raise the first or lower the second."
+        )
+    if batch.longest_first and backend != "ddp":
+        yield (
+            f"batch.longest_first with engine.backend {backend}: the trial step does not shard. "
+            "Leave it out; the memory estimate is checked before anything is loaded."
+        )
+
+
+def _check_engine(engine: EngineConfig) -> Iterator[str]:
+    if not engine.fast_path and engine.feature_cache not in ("auto", "off"):
+        yield (
+            f"engine.feature_cache {engine.feature_cache} with engine.fast_path false: the reference path has no cache. "
+            "Set engine.feature_cache auto, or engine.fast_path true."
+        )
     for key in ("zero_stage", "offload", "deepspeed_config"):
         value = getattr(engine, key)
-        require(
-            engine.backend == "deepspeed" or value == getattr(defaults, key),
-            f"engine.{key} {value} with engine.backend {engine.backend}: only DeepSpeed knows it, so it would do nothing. Set "
-            "engine.backend deepspeed, or leave it out.",
+        if engine.backend != "deepspeed" and value != getattr(EngineConfig, key):
+            yield (
+                f"engine.{key} {value} with engine.backend {engine.backend}: it is a setting of DeepSpeed. "
+                "Set engine.backend deepspeed, or leave it out."
+            )
+    if engine.offload == "all" and engine.zero_stage != 3:
+        yield (
+            f"engine.offload all with engine.zero_stage {engine.zero_stage}: only stage 3 offloads weights. "
+            "Set engine.zero_stage 3, or engine.offload optimizer."
         )
-    require(
-        engine.offload != "all" or engine.zero_stage == 3,
-        f"engine.offload all with engine.zero_stage {engine.zero_stage}: only stage 3 can take the weights out of the device. "
-        "Set engine.zero_stage 3, or engine.offload optimizer.",
-    )
-    require(
-        engine.precision != "fp16" or engine.backend != "fsdp",
-        "engine.precision fp16 with engine.backend fsdp: every rank would see overflows in its own part only, and scale its "
-        "losses alone. Set engine.backend deepspeed with zero_stage 3, or engine.precision fp32.",
-    )
-    require(
-        engine.backend == "ddp" or not batch.longest_first,
-        f"batch.longest_first with engine.backend {engine.backend}: the rehearsal would hold undivided what the ranks divide. "
-        "Leave it out; the memory estimate is checked before anything is loaded.",
-    )
-    require(
-        0 <= engine.feature_cache_gigabytes < float("inf"),
-        f"engine.feature_cache_gigabytes {engine.feature_cache_gigabytes}: it is a size. Set 0 (nothing on disk) or more.",
-    )
-    for key, rate in (
-        ("optim.lr", optim.lr),
-        ("optim.weight_decay", optim.weight_decay),
-        ("optim.max_grad_norm", optim.max_grad_norm),
-    ):
-        require(
-            0 <= rate < float("inf"),
-            f"{key} {rate}: the update would point uphill or be undefined. Set a finite number of at least 0.",
+    if engine.precision == "fp16" and engine.backend == "fsdp":
+        yield (
+            "engine.precision fp16 with engine.backend fsdp: ranks would not agree on overflows. "
+            "Set engine.backend deepspeed with zero_stage 3, or engine.precision fp32."
         )
-    require(
-        0 <= optim.warmup_ratio <= 1,
-        f"optim.warmup_ratio {optim.warmup_ratio}: it is a share of the steps. Set it between 0 and 1.",
-    )
+    if not 0 <= engine.feature_cache_gigabytes < float("inf"):
+        yield (
+            f"engine.feature_cache_gigabytes {engine.feature_cache_gigabytes}: must be finite and not negative. "
+            "Set 0 (nothing on disk) or more."
+        )
+
+
+def _check_optim(optim: OptimConfig) -> Iterator[str]:
+    for key in ("lr", "weight_decay", "max_grad_norm"):
+        value = getattr(optim, key)
+        if not 0 <= value < float("inf"):
+            yield f"optim.{key} {value}: must be finite and not negative. Set it to 0 or more."
+    if not 0 <= optim.warmup_ratio <= 1:
+        yield f"optim.warmup_ratio {optim.warmup_ratio}: it is a share of the steps. Set it between 0 and 1."
+
+
+def _check_checkpoint_and_run(config: Config) -> Iterator[str]:
     for key, minutes in (
         ("checkpoint.every_minutes", config.checkpoint.every_minutes),
         ("run.max_minutes", config.run.max_minutes),
     ):
-        require(
-            minutes is None or 0 < minutes < float("inf"),
-            f"{key} {minutes}: it is a time. Set a number of minutes above 0, or null.",
-        )
-    require(
-        config.checkpoint.resume != "",
-        "checkpoint.resume is empty: it could mean both to go on and to start anew. Set auto, never, or a path.",
-    )
-    require(
-        data.source != "" and model.name != "",
-        "data.source or model.name is empty: there is nothing to load. Give a hub id, a path, or synthetic / embedded.",
-    )
-    return found
+        if minutes is not None and not 0 < minutes < float("inf"):
+            yield f"{key} {minutes}: must be finite and above 0. Set a number of minutes, or null."
+    if config.checkpoint.resume == "":
+        yield "checkpoint.resume is empty: it must say whether to resume. Set auto, never, or a path."
+    if config.run.seed >= 2**32:
+        # Times the number of ranks, a larger one could exceed what torch's generators take.
+        yield f"run.seed {config.run.seed}: too large. Set it to 4294967295 or less."
