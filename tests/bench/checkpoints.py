@@ -30,7 +30,7 @@ from agnews_dist.model.gpt2 import Backbone, split_model
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.result_files import versions
 from agnews_dist.training.best_epoch import BestEpoch
-from agnews_dist.training.checkpoint_manager import CheckpointManager
+from agnews_dist.training.checkpoint_manager import CheckpointManager, CheckpointSettings
 from agnews_dist.training.optim import build_optimizer
 
 TEXTS, TOKENS, CLASSES = 32, 56, 4
@@ -49,30 +49,29 @@ class Ours:
             Backbone(GPT2Model(config), None, None), trainable_blocks=1, num_classes=CLASSES, seed=0
         ).suffix
         optimizer = build_optimizer(suffix, lr=1e-4, weight_decay=0.01)
-        self.wrapped = engine.prepare(suffix, optimizer, max_grad_norm=1.0)
+        self.strategy = engine.prepare(suffix, optimizer, max_grad_norm=1.0)
         directory.mkdir(parents=True)
-        self.saver = CheckpointManager(
+        self.manager = CheckpointManager(
             directory / "checkpoints",
-            self.wrapped,
-            keep=2,
-            every_steps=every_steps,
-            every_minutes=None,
+            self.strategy,
+            CheckpointSettings(keep=2, every_steps=every_steps, every_minutes=None),
+            metadata={},
             log=EventLog(directory / "events.jsonl"),
             emit=lambda event: None,
         )
-        self.best, self.num_steps = BestEpoch(self.wrapped), 0
+        self.best, self.num_steps = BestEpoch(self.strategy), 0
         self.hidden_BTD = torch.randn(TEXTS, TOKENS, config.n_embd)
         self.lengths_B, self.labels_B = torch.full((TEXTS,), TOKENS), torch.arange(TEXTS) % CLASSES
 
     def step(self) -> None:
-        with self.wrapped.accumulate(is_last=True):
-            logits_BC = self.wrapped(self.hidden_BTD, self.lengths_B)
-            self.wrapped.backward(nn.functional.cross_entropy(logits_BC, self.labels_B))
-        self.wrapped.update()
+        with self.strategy.accumulate(is_last=True):
+            logits_BC = self.strategy(self.hidden_BTD, self.lengths_B)
+            self.strategy.backward(nn.functional.cross_entropy(logits_BC, self.labels_B))
+        self.strategy.update()
         self.num_steps += 1
 
     def save(self) -> None:
-        self.saver.save(self.num_steps, {}, self.best, is_scored=False)
+        self.manager.save(self.num_steps, {}, self.best, is_scored=False)
 
 
 class Texts(Dataset):
@@ -117,8 +116,8 @@ def main() -> None:
 def compare_saves(given: argparse.Namespace, config: GPT2Config) -> None:
     ours = Ours(config, given.directory / "ours")
     ours.step()
-    ours.save()  # the buffers are made at the first
-    ours.saver.settle()
+    ours.save()  # allocates the buffers
+    ours.manager.wait()
 
     accelerator, theirs = Accelerator(cpu=True), huggingface(config)
     trained = [weight for weight in theirs.parameters() if weight.requires_grad]
@@ -145,7 +144,7 @@ def compare_saves(given: argparse.Namespace, config: GPT2Config) -> None:
         os.sync()
         ours.num_steps += 1
         stall = seconds_of(ours.save)
-        durable = stall + seconds_of(ours.saver.settle)
+        durable = stall + seconds_of(ours.manager.wait)
         newest = given.directory / "ours" / "checkpoints" / f"step-{ours.num_steps:08d}"
         note(found, "ours", stall, durable, size_of(newest))
 
@@ -185,10 +184,10 @@ def compare_loops(given: argparse.Namespace, config: GPT2Config) -> None:
             begin = time.perf_counter()
             for _ in range(given.steps):
                 ours.step()
-                if every is not None and ours.saver.due(ours.num_steps):
+                if every is not None and ours.manager.is_due(ours.num_steps):
                     ours.save()
             found[name].append(round(time.perf_counter() - begin, 4))
-            ours.saver.settle()
+            ours.manager.wait()
             shutil.rmtree(given.directory / f"loop-{name}-{number}")
     ratio = round(median(found["with"]) / median(found["without"]), 4)
     print(json.dumps({"loop": found, "checkpoints": given.steps // given.every, "median_with_over_without": ratio}))

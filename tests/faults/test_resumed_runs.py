@@ -220,7 +220,7 @@ def test_two_jobs_do_not_write_into_one_run(tmp_path):
         assert wait_until(second.has_ended)
         assert second.codes() == [1, 1]
         assert re.search(
-            r"error: \S+small is being written by another process \(process \d+ on \S+\)",
+            r"error: \S+small is being written by another process: process \d+ on \S+\. Wait",
             (tmp_path / "second.txt").read_text(),
         )
         first.signal("rank 0", signal.SIGTERM)

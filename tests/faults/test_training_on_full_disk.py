@@ -25,7 +25,7 @@ def test_training_continues_while_the_disk_is_full(whole, small_disk, tmp_path):
     fault = {"AT_STEP": "20", "FAULT": "fill", "UNTIL": "60", "FILLED": str(small_disk)}
     output = wait_for(start(tmp_path, *options, fault="support.faults:inject", **fault), tmp_path)
     run = run_directory(small_disk)
-    failed = r"warning: the checkpoint of step \d+ could not be written to \S+ \(No space left on device\)"
+    failed = r"warning: checkpoint of step \d+: cannot be written to \S+ \(No space left on device\)"
     assert len(re.findall(failed, output)) > 1
     assert re.search(r"warning: \S+events.jsonl cannot be written \(No space left on device\)", output)
     assert differences(run, run_directory(whole)) == [], "the log has every step, and the weights are the same"
@@ -50,6 +50,6 @@ def test_stop_on_a_full_disk_reports_the_step_that_is_saved(small_disk, tmp_path
     options = ("--run.dir", str(small_disk / "runs"))
     job = start(tmp_path, *options, fault="support.faults:fill_then_stop", FILLED=str(small_disk))
     output = wait_for(job, tmp_path, 75)
-    assert "could not be written" in output
+    assert "cannot be written to" in output
     assert re.search(r"stopped \(SIGTERM\) at step 14, which is saved", output)
     assert Timeline(run_directory(small_disk)).saved() == 14

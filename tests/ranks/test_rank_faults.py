@@ -161,7 +161,7 @@ def test_fewer_examples_than_ranks_train_and_are_scored(few):
 def test_longest_first_tries_the_largest_step(few):
     _, _, done, _ = few
     # Rank 0 has the longer of the two texts.
-    assert re.search(r"rehearse the largest step \(1 x \d\d+ tokens\): 1 done", done.stdout)
+    assert re.search(r"dry run of the largest step \(1 x \d\d+ tokens\): 1 done", done.stdout)
 
 
 def test_batch_smaller_than_the_ranks_is_a_warning(few):

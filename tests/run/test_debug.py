@@ -79,7 +79,7 @@ def test_a_batch_that_cannot_be_learnt_stops_the_run(tmp_path):
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "True True"
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: 8 examples could not be learnt in 100 steps (accuracy 0.")
+    assert line.startswith("error: run.debug: 8 examples not learnt in 100 steps (accuracy 0.")
     assert "Check optim.lr (0.0), the labels, and model.trainable_blocks." in line
     assert re.search(r" step +1/", done.stdout) is None
     assert not (tmp_path / "debug" / "result.json").exists()

@@ -195,7 +195,7 @@ def test_commands_refuse_damaged_models(run_command, odd, tmp_path, damage, part
 @pytest.mark.parametrize(
     ("words", "code", "parts"),
     [
-        (["--data.max_length", "513"], 1, ["data.max_length 513 is above the model's 512 positions", "at most 512"]),
+        (["--data.max_length", "513"], 1, ["data.max_length 513: the model has 512 positions", "at most 512"]),
         (["--model.trainable_blocks", "99"], 1, ["trainable_blocks 99", "has 4 blocks", "between 0 and 4, or to all"]),
         (["--model.trainable_blocks", "-1"], 2, ["model.trainable_blocks -1", "Set 0 "]),
         (["--engine.device", "cuda"], 1, ["sees no CUDA device", "--engine.device auto", "nvidia-smi"]),
@@ -334,13 +334,13 @@ def test_evaluate_refuses_unsuitable_models_data_and_outputs(run_command, odd, t
     output = tmp_path / "scores"
     assert run_command(*scored, "--data.source", alone, "--split", "test", "--output", output).returncode == 0
     again = run_command(*scored, "--data.source", alone, "--split", "test", "--output", output)
-    refused(again, "scores holds a result.json: other scores would be replaced", "--run.overwrite")
+    refused(again, "scores: holds a result.json of other scores", "--run.overwrite")
     refused(
         run_command(*scored, "--data.source", source / "test.jsonl", "--split", "test"), "has no test split", "--split"
     )
 
     done = run_command(*scored, *data, "--output", "/proc/nowhere")
-    refused(done, "/proc/nowhere cannot be written", "Set --output to a writable directory")
+    refused(done, "/proc/nowhere: cannot be written", "Set it to a writable directory")
     assert done.stdout == "", "refused before scoring"
     before = (run / "result.json").read_bytes()
     refused(run_command(*scored, *data, "--output", run), "is a run's directory", "Set --output to another directory")

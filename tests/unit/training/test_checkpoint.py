@@ -1,4 +1,4 @@
-"""A checkpoint comes back bit for bit, and whatever else lies there is told from one, by name."""
+"""Checkpoints: read back bit for bit; damage and foreign content are found, with the names of directory and file."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ from agnews_dist.storage.atomic import discard
 from agnews_dist.training.checkpoint import (
     PIECE_BYTES,
     DamagedError,
-    checkpoints,
+    list_checkpoints,
+    parse_step,
     prune,
     read_checkpoint,
-    step_of,
     sweep,
     write_checkpoint,
 )
@@ -96,7 +96,7 @@ def small(path: Path, step: int = 1) -> Path:
     return path
 
 
-def test_what_was_written_comes_back_bit_for_bit(path):
+def test_checkpoint_is_read_back_bit_for_bit(path):
     checkpoint = read_checkpoint(path)
     assert checkpoint.path == path
     assert all_bits(checkpoint.tensors) == all_bits(some_tensors())
@@ -104,20 +104,20 @@ def test_what_was_written_comes_back_bit_for_bit(path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int32", "int16", "int8", "uint64", "uint32", "uint16"])
-def test_the_other_types_too(folder, dtype):
+def test_checkpoint_holds_every_other_type(folder, dtype):
     tensors = {"weights": {"w": torch.tensor([[0, 1, 100]]).to(getattr(torch, dtype))}}
     write_checkpoint(folder / "step-00000001", tensors, {})
     assert all_bits(read_checkpoint(folder / "step-00000001").tensors) == all_bits(tensors)
 
 
-def test_a_tensor_that_is_written_in_pieces(folder):
+def test_large_tensor_is_written_in_pieces(folder):
     large = torch.arange(PIECE_BYTES // 4 * 2 + 3, dtype=torch.float32)
     num_bytes = write_checkpoint(folder / "step-00000001", {"weights": {"w": large}}, {})
     assert num_bytes > 2 * PIECE_BYTES
     assert torch.equal(read_checkpoint(folder / "step-00000001").tensors["weights"]["w"], large)
 
 
-def test_the_files_are_those_of_the_safetensors_library(path):
+def test_tensor_files_have_the_format_of_safetensors(path):
     for group, tensors in some_tensors().items():
         file = path / f"{group}.safetensors"
         assert all_bits({group: safetensors.torch.load_file(file)}) == all_bits({group: tensors})
@@ -132,7 +132,7 @@ def test_the_files_are_those_of_the_safetensors_library(path):
             assert header[name]["data_offsets"][0] % tensor.itemsize == 0, "a reader may map it"
 
 
-def test_the_manifest_names_every_file_with_its_checksum_and_size(folder):
+def test_manifest_lists_every_file_with_checksum_and_size(folder):
     path = folder / "best-00000100"
     num_bytes = write_checkpoint(path, some_tensors(), STATE)
     *lines, last, nothing = (path / "MANIFEST").read_text().split("\n")
@@ -148,7 +148,7 @@ def test_the_manifest_names_every_file_with_its_checksum_and_size(folder):
     assert json.loads((path / "state.json").read_bytes()) == STATE
 
 
-def test_it_can_be_read_by_whom_other_files_of_the_run_can(path):
+def test_checkpoint_has_the_permissions_of_other_files(path):
     plain = path.parent / "plain"
     plain.mkdir()
     (plain / "file").touch()
@@ -157,7 +157,7 @@ def test_it_can_be_read_by_whom_other_files_of_the_run_can(path):
 
 
 @pytest.mark.parametrize("name", ["MANIFEST", "state.json"])
-def test_a_flipped_bit_is_noticed_wherever_it_is(path, name):
+def test_flipped_bit_is_found_at_every_position(path, name):
     content = (path / name).read_bytes()
     assert len(content) > 100
     for position in range(len(content)):
@@ -170,7 +170,7 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(path, name):
     read_checkpoint(path)
 
 
-def test_a_flipped_bit_in_the_tensors_is_noticed(path):
+def test_flipped_bit_in_the_tensors_is_found(path):
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -257,26 +257,26 @@ DAMAGES = {
         lambda path: [(path / "state.json").unlink(), (path / "state.json").symlink_to("state.json")],
         "state.json",
     ),
-    "manifest emptied": (lambda path: edit(path, "MANIFEST", lambda text: b""), "MANIFEST is not"),
-    "manifest and a byte": (lambda path: edit(path, "MANIFEST", lambda text: text + b"\n"), "MANIFEST is not"),
-    "manifest less a byte": (lambda path: edit(path, "MANIFEST", lambda text: text[:-1]), "MANIFEST is not"),
+    "manifest emptied": (lambda path: edit(path, "MANIFEST", lambda text: b""), "MANIFEST is changed"),
+    "manifest and a byte": (lambda path: edit(path, "MANIFEST", lambda text: text + b"\n"), "MANIFEST is changed"),
+    "manifest less a byte": (lambda path: edit(path, "MANIFEST", lambda text: text[:-1]), "MANIFEST is changed"),
     "manifest with Windows' lines": (
         lambda path: edit(path, "MANIFEST", lambda text: text.replace(b"\n", b"\r\n")),
-        "MANIFEST is not",
+        "MANIFEST is changed",
     ),
     "manifest without its checksum": (
         lambda path: edit(path, "MANIFEST", lambda text: b"\n".join([*text.split(b"\n")[:-2], b""])),
-        "MANIFEST is not",
+        "MANIFEST is changed",
     ),
-    "manifest twice": (lambda path: edit(path, "MANIFEST", lambda text: text * 2), "MANIFEST is not"),
-    "manifest not UTF-8": (lambda path: edit(path, "MANIFEST", lambda text: b"\xff\xfe" + text), "MANIFEST is not"),
+    "manifest twice": (lambda path: edit(path, "MANIFEST", lambda text: text * 2), "MANIFEST is changed"),
+    "manifest not UTF-8": (lambda path: edit(path, "MANIFEST", lambda text: b"\xff\xfe" + text), "MANIFEST is changed"),
     "manifest in another order": (
         lambda path: edit(path, "MANIFEST", relined(lambda lines: lines[::-1])),
-        "MANIFEST is not",
+        "MANIFEST is changed",
     ),
     "manifest with a line twice": (
         lambda path: edit(path, "MANIFEST", relined(lambda lines: lines + lines[-1:])),
-        "MANIFEST is not",
+        "MANIFEST is changed",
     ),
     "manifest with a line less": (
         lambda path: edit(path, "MANIFEST", relined(lambda lines: lines[:-1])),
@@ -292,24 +292,22 @@ DAMAGES = {
     ),
     "manifest that leaves the directory": (
         lambda path: edit(path, "MANIFEST", relined(lambda lines: [*lines, b"0" * 64 + b" 1 ../z"])),
-        "MANIFEST is not|../z is missing",
+        "MANIFEST is changed|../z is missing",
     ),
     "manifest with a huge size": (
         lambda path: edit(path, "MANIFEST", relined(lambda lines: [*lines, b"0" * 64 + b" " + b"9" * 5000 + b" z"])),
-        "MANIFEST is not",
+        "MANIFEST is changed",
     ),
 }
 
 
 @pytest.mark.parametrize(("damage", "what"), DAMAGES.values(), ids=list(DAMAGES))
-def test_damage_is_told_by_the_names_of_directory_and_file(path, damage, what):
+def test_damage_is_reported_with_directory_and_file(path, damage, what):
     damage(path)
     with pytest.raises(DamagedError, match=what) as caught:
         read_checkpoint(path)
     assert str(caught.value).startswith(f"{path} is damaged (")
-    assert str(caught.value).endswith(
-        "): what goes on from it would be another training. Restore the directory from a copy, or remove it."
-    )
+    assert str(caught.value).endswith("): no run can resume from it. Restore the directory from a copy, or remove it.")
     checkpoint, best, warnings = read_newest_usable(path.parent)
     if damage is DAMAGES["gone"][0]:
         assert (checkpoint, warnings) == (None, [])
@@ -322,13 +320,13 @@ def test_damage_is_told_by_the_names_of_directory_and_file(path, damage, what):
         assert warnings[0].startswith(str(caught.value))
 
 
-def test_what_begins_with_a_dot_is_the_file_systems_own(path):
+def test_hidden_files_are_ignored(path):
     (path / ".nfs0001").touch()
     assert read_checkpoint(path).state == STATE
 
 
 def forge(path: Path, contents: dict[str, bytes]) -> Path:
-    """A directory with these files and the right checksums of them."""
+    """Make a directory with these files and their right checksums."""
     path.mkdir(parents=True)
     for name, content in contents.items():
         (path / name).write_bytes(content)
@@ -361,18 +359,18 @@ FORGED = {
 
 
 @pytest.mark.parametrize("contents", FORGED.values(), ids=list(FORGED))
-def test_content_that_nobody_of_us_wrote_is_damage_too(folder, contents):
-    with pytest.raises(DamagedError, match="its content is not of this format"):
+def test_content_of_another_format_counts_as_damage(folder, contents):
+    with pytest.raises(DamagedError, match="its content has another format"):
         read_checkpoint(forge(folder / "step-00000001", contents))
 
 
-def test_a_forged_directory_is_read_where_it_has_the_format(folder):
-    """The negative control of the test before."""
+def test_forged_directory_with_the_right_format_is_read(folder):
+    """Negative control of the test above."""
     contents = {"state.json": b"{}", "weights.safetensors": one_tensor()}
     assert read_checkpoint(forge(folder / "step-00000001", contents)).tensors["weights"]["w"].tolist() == [0.0]
 
 
-def test_a_damaged_one_is_skipped_and_the_one_before_is_used(folder):
+def test_newest_usable_skips_damaged_checkpoints(folder):
     for step in (1, 2, 3):
         small(folder / f"step-{step:08d}", step)
     edit(folder / "step-00000003", "state.json", lambda text: text + b" ")
@@ -389,7 +387,7 @@ def test_a_damaged_one_is_skipped_and_the_one_before_is_used(folder):
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_what_is_there_is_replaced(path, damaged):
+def test_write_replaces_an_existing_checkpoint(path, damaged):
     if damaged:
         (path / "MANIFEST").unlink()
         (path / "more").mkdir()
@@ -399,7 +397,7 @@ def test_what_is_there_is_replaced(path, damaged):
     assert hidden(path.parent) == []
 
 
-def test_a_file_of_that_name_is_replaced_too(folder):
+def test_write_replaces_a_file_of_that_name(folder):
     folder.mkdir()
     (folder / "step-00000001").write_text("a file")
     assert read_checkpoint(small(folder / "step-00000001")).state == {"step": 1}
@@ -418,13 +416,13 @@ NOT_STORED = {
 
 
 @pytest.mark.parametrize(("tensors", "state"), NOT_STORED.values(), ids=list(NOT_STORED))
-def test_what_could_not_be_read_again_is_not_written(folder, tensors, state):
-    with pytest.raises(ValueError, match=r"cannot be stored|is no name|surrogates"):
+def test_write_refuses_content_that_could_not_be_read_back(folder, tensors, state):
+    with pytest.raises(ValueError, match=r"cannot be stored|is not a name|surrogates"):
         write_checkpoint(folder / "step-00000001", tensors, state)
     assert not folder.exists()
 
 
-def test_a_state_that_is_no_json_is_not_written(folder):
+def test_write_refuses_a_state_that_json_cannot_hold(folder):
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_checkpoint(folder / "step-00000001", {}, {"a": object()})
     assert not folder.exists()
@@ -433,16 +431,16 @@ def test_a_state_that_is_no_json_is_not_written(folder):
 @pytest.mark.parametrize(
     "name", ["step-1", "step-00000001.old", ".step-00000001", "last", "step-00000001-done", "epoch-00000001"]
 )
-def test_a_name_that_would_not_be_found_is_refused(folder, name):
-    with pytest.raises(ValueError, match="is no name of a checkpoint"):
+def test_write_refuses_a_name_that_would_not_be_listed(folder, name):
+    with pytest.raises(ValueError, match="is not a name for a checkpoint"):
         write_checkpoint(folder / name, {}, {})
-    with pytest.raises(ValueError, match="is no name of a checkpoint"):
-        step_of(folder / name)
+    with pytest.raises(ValueError, match="is not a name for a checkpoint"):
+        parse_step(folder / name)
     assert not folder.exists()
 
 
-def test_the_newest_comes_first_and_the_scored_one_of_a_step_before_the_other(folder):
-    assert checkpoints(folder) == []
+def test_list_checkpoints_is_newest_first_and_scored_before_unscored(folder):
+    assert list_checkpoints(folder) == []
     folder.mkdir()
     ours = [
         "step-00000009",
@@ -464,18 +462,18 @@ def test_the_newest_comes_first_and_the_scored_one_of_a_step_before_the_other(fo
     for name in [*ours, *others]:
         (folder / name).mkdir()
     found = ["step-123456789", "step-00000100-scored", "step-00000100", "step-00000009", "step-00000002-scored"]
-    assert [path.name for path in checkpoints(folder)] == found
-    assert [step_of(path) for path in checkpoints(folder)] == [123456789, 100, 100, 9, 2]
-    assert checkpoints(folder, "best") == [folder / "best-00000100"]
-    assert checkpoints(folder / "events.jsonl" / "deeper") == []
+    assert [path.name for path in list_checkpoints(folder)] == found
+    assert [parse_step(path) for path in list_checkpoints(folder)] == [123456789, 100, 100, 9, 2]
+    assert list_checkpoints(folder, "best") == [folder / "best-00000100"]
+    assert list_checkpoints(folder / "events.jsonl" / "deeper") == []
 
 
-def test_a_folder_that_is_a_file_holds_none(tmp_path):
+def test_list_checkpoints_of_a_file_is_empty(tmp_path):
     (tmp_path / "file").touch()
-    assert checkpoints(tmp_path / "file") == []
+    assert list_checkpoints(tmp_path / "file") == []
 
 
-def test_prune_keeps_the_newest_and_what_is_named(folder):
+def test_prune_keeps_the_newest_and_those_named(folder):
     for name in (
         "step-00000001",
         "step-00000002",
@@ -497,7 +495,7 @@ def test_prune_keeps_the_newest_and_what_is_named(folder):
     assert names(folder) == ["notes", "step-00000001", "step-00000003", "step-00000003-scored"]
 
 
-def test_prune_and_sweep_find_nothing_without_a_word(tmp_path):
+def test_prune_and_sweep_ignore_a_missing_folder(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "absent", tmp_path / "file"):
         prune(folder, 1, also=())
@@ -506,14 +504,14 @@ def test_prune_and_sweep_find_nothing_without_a_word(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def test_discard_removes_what_it_is_given(folder):
+def test_discard_removes_the_given_paths(folder):
     small(folder / "step-00000001")
     small(folder / "step-00000002")
     discard([folder / "step-00000002", folder / "step-00000003"])
     assert names(folder) == ["step-00000001"]
 
 
-def test_sweep_removes_the_leftovers_of_killed_saves_and_nothing_else(path):
+def test_sweep_removes_only_leftovers_of_killed_saves(path):
     folder = path.parent
     number = "0" * 32
     for name in (f".step-00000008.{number}", f".old-step-00000007-scored.{number}", f".best-00000001.{number}"):

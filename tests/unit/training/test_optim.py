@@ -11,7 +11,7 @@ from agnews_dist.training.optim import build_optimizer, learning_rate, set_lr
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_warms_up_to_the_peak_and_decays_to_just_above_zero(schedule):
+def test_learning_rate_warms_up_to_the_peak_and_decays_to_just_above_zero(schedule):
     rates = [learning_rate(step, num_steps=100, peak=2.0, warmup_ratio=0.1, schedule=schedule) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10] == 2.0
@@ -22,7 +22,7 @@ def test_warms_up_to_the_peak_and_decays_to_just_above_zero(schedule):
     assert rates[middle] == pytest.approx(expected)
 
 
-def test_linear_equals_torch_lambda_schedule():
+def test_linear_schedule_equals_that_of_torch():
     parameter = nn.Parameter(torch.zeros(1))
     reference = torch.optim.SGD([parameter], lr=0.3)
     schedule = torch.optim.lr_scheduler.LinearLR(reference, start_factor=1.0, end_factor=0.0, total_iters=7)
@@ -33,12 +33,12 @@ def test_linear_equals_torch_lambda_schedule():
         schedule.step()
 
 
-def test_all_warm_up_is_allowed():
+def test_learning_rate_may_warm_up_in_all_steps():
     rates = [learning_rate(s, num_steps=4, peak=1.0, warmup_ratio=1.0, schedule="cosine") for s in range(4)]
     assert rates == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_only_matrices_decay_and_frozen_parameters_stay_out():
+def test_optimizer_decays_only_matrices_and_leaves_frozen_parameters_out():
     module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     module[0].weight.requires_grad_(False)
     optimizer = build_optimizer(module, lr=0.1, weight_decay=0.5)
