@@ -1,6 +1,6 @@
-"""One, two and three ranks train the same weights on the same global batches: Hugging Face's, trained in one plain loop.
+"""One, two and three ranks train the weights that a plain loop trains with Hugging Face's model on the same global batches.
 
-SGD, not Adam: the true gradient of the key bias is zero, and Adam would blow the rounding noise in it up to a full step.
+SGD, not Adam: the true gradient of the key bias is zero, and Adam would scale its rounding noise up to a full step.
 """
 
 import json
@@ -34,7 +34,7 @@ def case_for_worker(name: str) -> dict:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("training")
-    told = json.dumps({"lengths": LENGTHS, "cases": [case_for_worker(name) for name in CASES]})
+    task = json.dumps({"lengths": LENGTHS, "cases": [case_for_worker(name) for name in CASES]})
     for num_ranks in RANKS:
         fork_server.run_ranks(
             num_ranks, str(REPOSITORY / "tests" / "ranks" / "training_worker.py"), str(directory), told
@@ -52,7 +52,7 @@ def global_batches(name: str) -> list[list[int]]:
 
 
 def train_reference(batches: list[list[int]]) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Hugging Face's classifier with its attention mask, every global batch in one piece, mean loss, clipping at 1, SGD."""
+    """Train Hugging Face's classifier: attention mask, whole global batches, mean loss, clipping at 1, SGD."""
     model, tokens_NT, mask_NT = toy_reference_model(LENGTHS)
     labels_N = torch.from_numpy(toy_split(LENGTHS).labels)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -69,13 +69,13 @@ def train_reference(batches: list[list[int]]) -> tuple[dict[str, torch.Tensor], 
 
 
 def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest difference of a weight."""
+    """Return the largest difference of a weight."""
     assert found.keys() == expected.keys()
     return max(float((found[name] - expected[name]).abs().max()) for name in expected)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_number_of_ranks_sees_the_same_global_batches(saved, name):
+def test_ranks_see_the_same_global_batches(saved, name):
     expected = [sorted(ids) for ids in global_batches(name)]
     num_micro_batches, num_empty = set(), 0
     for num_ranks in RANKS:
@@ -91,7 +91,7 @@ def test_every_number_of_ranks_sees_the_same_global_batches(saved, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_weights_are_the_references(saved, name):
+def test_trained_weights_equal_the_reference(saved, name):
     batches = global_batches(name)
     expected, losses = train_reference(batches)
     assert len(losses) >= 20

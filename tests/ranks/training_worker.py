@@ -1,4 +1,4 @@
-"""Run under torchrun by test_training.py: some epochs of plain SGD through the loader, weights and batches saved."""
+"""The rank of test_training.py: some epochs of plain SGD through the loader; it saves weights and batches."""
 
 import json
 import os
@@ -42,10 +42,10 @@ def train(engine: Engine, lengths: list[int], case: dict, output: Path) -> None:
 
 
 def main() -> None:
-    output, told = Path(sys.argv[1]), json.loads(sys.argv[2])
+    output, task = Path(sys.argv[1]), json.loads(sys.argv[2])
     engine = Engine(detect_world(os.environ), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
-    for case in told["cases"]:
-        train(engine, told["lengths"], case, output)
+    for case in task["cases"]:
+        train(engine, task["lengths"], case, output)
 
 
 if __name__ == "__main__":

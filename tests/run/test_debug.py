@@ -1,4 +1,4 @@
-"""`--debug`: one command, small, loud and the same every time; it stops where a batch cannot be learnt by heart."""
+"""`--debug`: small, verbose and deterministic; it stops if the model cannot overfit a batch."""
 
 import json
 import re
@@ -6,26 +6,26 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import fork_server
-from support import processes as launching
+from support import fork_server, processes
 from support.events import read_events
 
 
-def debug(directory: Path, python=launching.python) -> subprocess.CompletedProcess[str]:
+def debug(directory: Path, python=processes.python) -> subprocess.CompletedProcess[str]:
     command = ["-m", "agnews_dist.train", "--debug", "--run.dir", str(directory), "--run.name", "debug"]
-    # A minute is promised; a machine that is busy with other tests may take longer.
-    return python(*command, timeout=180, XDG_CACHE_HOME=str(directory), CUDA_VISIBLE_DEVICES="")
+    return python(*command, XDG_CACHE_HOME=str(directory), CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory) -> list[tuple[Path, subprocess.CompletedProcess[str]]]:
     directories = [tmp_path_factory.mktemp("debug") for _ in range(2)]
-    # In a process of its own, and in one that was forked.
-    doors = (launching.python, fork_server.run_python)
-    return [(directory / "debug", debug(directory, door)) for directory, door in zip(directories, doors, strict=True)]
+    # In a cold process and in a forked one.
+    starts = (processes.python, fork_server.run_python)
+    return [
+        (directory / "debug", debug(directory, start)) for directory, start in zip(directories, starts, strict=True)
+    ]
 
 
-def test_says_the_overfit_check_and_every_step(twice):
+def test_debug_prints_the_overfit_check_and_every_step(twice):
     directory, done = twice[0]
     assert done.stderr == ""
     (check,) = (line for line in done.stdout.splitlines() if "overfit check" in line)
@@ -43,31 +43,31 @@ def test_says_the_overfit_check_and_every_step(twice):
     assert done.stdout.index("overfit check") < done.stdout.index(printed[0][1])
 
 
-def test_is_the_same_every_time(twice):
+def test_debug_is_deterministic(twice):
     results = [json.loads((directory / "result.json").read_text()) for directory, _ in twice]
     assert results[0]["splits"] == results[1]["splits"]
     assert set(results[0]["splits"]) == {"validation", "test"}
-    # A checkpoint is told of when the disk has it, which is a matter of time.
-    told = [
+    # The event of a checkpoint comes when the disk has it, which depends on time.
+    events = [
         [plain(event) for event in read_events(directory / "events.jsonl") if event["event"] != "CheckpointSaved"]
         for directory, _ in twice
     ]
-    assert len(told[0]) > 10
-    assert told[0] == told[1]
+    assert len(events[0]) > 10
+    assert events[0] == events[1]
     for name in ("predictions-test.jsonl", "model/model.safetensors"):
         first, second = ((directory / name).read_bytes() for directory, _ in twice)
         assert first == second, name
 
 
 def plain(event: dict[str, object]) -> dict[str, object]:
-    """Without what no two runs share: the time, and where they write."""
+    """Return an event without times and paths."""
     own = ("time", "seconds", "stall", "facts", "paths", "path", "num_bytes")
     return {key: value for key, value in event.items() if key not in own}
 
 
-def test_a_batch_that_cannot_be_learnt_stops_the_run(tmp_path):
+def test_failed_overfit_check_stops_the_run(tmp_path):
     words = ["--debug", "--optim.lr", "0", "--run.dir", str(tmp_path), "--run.name", "debug"]
-    # The switches are asked for in the process whose debug mode set them.
+    # The process reports which switches its debug mode has set.
     code = f"""if True:
         import torch
         from agnews_dist.commands.train import main

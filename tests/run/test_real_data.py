@@ -1,4 +1,4 @@
-"""Two ranks on real AG News rows with a small trained GPT-2: the frozen features carry the topic, and the run uses them."""
+"""A training of two ranks on real AG News rows with a small trained GPT-2."""
 
 import json
 
@@ -6,7 +6,7 @@ from support import fork_server
 from transformers import pipeline
 
 
-def test_trains_on_real_rows(shared, tmp_path):
+def test_training_on_real_rows_beats_random_features(shared, tmp_path):
     fork_server.run_ranks(
         2,
         *("-m", "agnews_dist.train", "--config", "configs/gpt2_mini_cpu.yaml"),
@@ -15,7 +15,7 @@ def test_trains_on_real_rows(shared, tmp_path):
         *("--run.dir", str(tmp_path), "--run.name", "mini", "--data.cache_dir", str(tmp_path / "cache")),
     )
     result = json.loads((tmp_path / "mini" / "result.json").read_text())
-    # The source has no test split: nothing is made up in its place.
+    # The source has no test split, so there are no test scores.
     assert set(result["splits"]) == {"validation"}
     assert result["splits"]["validation"]["num_examples"] == 500
     # Random weights of the same shape reach 0.35 with 2,000 rows and three epochs, chance is 0.25.

@@ -1,4 +1,4 @@
-"""The main job through the real door: two ranks under torchrun, then everything people do with what it leaves."""
+"""A training of two ranks under torchrun, and every use of its run directory."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ def trained(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     return directory / "two", done
 
 
-def test_the_directory_holds_what_the_readme_says(trained):
+def test_run_directory_has_the_documented_files(trained):
     directory, _ = trained
     names = {path.name for path in directory.iterdir()}
     files = {"config.yaml", "events.jsonl", "result.json", "predictions-validation.jsonl", "predictions-test.jsonl"}
@@ -53,7 +53,7 @@ def test_the_directory_holds_what_the_readme_says(trained):
     python("-m", "agnews_dist.train", "--config", str(directory / "config.yaml"), "--print_config")
 
 
-def test_result_json_is_whole_and_true(trained):
+def test_result_json_agrees_with_the_predictions(trained):
     directory, _ = trained
     result = json.loads((directory / "result.json").read_text())
     assert result["num_steps"] == 3 * 20
@@ -82,7 +82,7 @@ def test_result_json_is_whole_and_true(trained):
     assert result["splits"]["test"]["accuracy"] > 0.5, "three epochs should be well above chance (0.25)"
 
 
-def test_events_tell_the_whole_run(trained):
+def test_events_cover_the_whole_run(trained):
     directory, _ = trained
     events = read_events(directory / "events.jsonl")
     steps = [event for event in events if event["event"] == "StepDone"]
@@ -93,7 +93,7 @@ def test_events_tell_the_whole_run(trained):
     scored = [(event["split"], event["epoch"]) for event in events if event["event"] == "EvalDone"]
     assert scored[:3] == [("validation", 1), ("validation", 2), ("validation", 3)]
     assert [split for split, _ in scored].count("test") == 1
-    # The best epoch is what the result and the test score are of.
+    # The result and the test score come from the best epoch.
     best = max(
         (event for event in events if event["event"] == "EvalDone" and event["split"] == "validation"),
         key=lambda event: (event["num_correct"], -event["loss"]),
@@ -103,17 +103,17 @@ def test_events_tell_the_whole_run(trained):
     assert scored[3] == ("test", best["epoch"])
 
 
-def test_only_rank_0_speaks_in_plain_lines(trained):
+def test_only_rank_0_prints_and_without_escape_sequences(trained):
     _, done = trained
     assert "\x1b[" not in done.stdout
     assert done.stdout.count("run started") == 1
     assert "Self CPU" in done.stdout, "the profiler's table is printed"
-    # The profiler's C++ side writes two lines of its own.
-    said = [line for line in done.stderr.splitlines() if not line.startswith("USDT:")]
-    assert said == []
+    # The C++ part of the profiler writes two lines.
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("USDT:")]
+    assert lines == []
 
 
-def test_hugging_face_loads_the_model_and_agrees(trained):
+def test_hugging_face_loads_the_model_and_predicts_the_same(trained):
     directory, _ = trained
     model = AutoModelForSequenceClassification.from_pretrained(directory / "model")
     assert {parameter.dtype.itemsize for parameter in model.parameters()} == {4}
@@ -179,7 +179,7 @@ def test_predict_reads_arguments_and_standard_input(trained):
     assert {row["prediction"] for row in rows} <= set(CLASS_NAMES)
 
 
-def test_weights_of_the_frozen_part_are_the_sources(trained):
+def test_exported_frozen_weights_equal_the_source(trained):
     from agnews_dist.model.gpt2 import load_backbone
     from agnews_dist.model.pretrained import load_tokenizer
 
