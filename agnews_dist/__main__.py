@@ -1,4 +1,4 @@
-"""Dispatches a command: `agnews-dist COMMAND`, `python -m agnews_dist COMMAND` and `torchrun -m agnews_dist COMMAND`."""
+"""Command line: `agnews-dist COMMAND`, `python -m agnews_dist COMMAND` or `torchrun -m agnews_dist COMMAND`."""
 
 import importlib
 import sys
@@ -11,17 +11,17 @@ COMMANDS = {
     "train": "fine-tune, evaluate, and write a model that Hugging Face loads",
     "evaluate": "score a split of any source with a saved model",
     "predict": "classify texts from arguments, a file or standard input",
-    "plan": "show the batches before any job: steps, padding, balance of the ranks, text lengths",
+    "plan": "show the batches of a training: steps, padding, balance of the ranks, text lengths",
     "doctor": "check machine, cluster and settings before a job",
-    "prepare": "load and tokenise the data ahead of the job, where there is a network",
-    "restarts": "say whether a job that has ended should be started again (for batch scripts)",
-    "cache": "list or clear the tokens and features kept on disk",
+    "prepare": "load and tokenise the data before a job, on a machine with a network",
+    "restarts": "decide whether to restart a job that has ended (for batch scripts)",
+    "cache": "list or remove the tokens and features kept on disk",
 }
-"""Name -> one line of help. Each is a module of `agnews_dist.commands` with a function `main`."""
+"""Name -> one line of help. Each command is a module of `agnews_dist.commands` with a function `main`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the first argument names with the remaining arguments; return its exit code."""
+    """Run the command that the first argument names; return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
     if name in COMMANDS:

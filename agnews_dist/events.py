@@ -1,7 +1,7 @@
-"""Everything a run ever says, as plain records.
+"""Everything that a run reports, as plain records.
 
-The stories emit events; the sinks in report/ consume them (console, run log). Nothing flows back: a sink cannot change a run.
-Ranks other than 0 emit to no sink.
+Commands emit events, and the sinks in `report` consume them: console and event log. A sink cannot change a run. Only rank 0 has
+sinks.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,42 +11,42 @@ from typing import Union
 
 @dataclass(frozen=True, kw_only=True)
 class Warned:
-    """Something the user should know that does not stop the job."""
+    """A warning: the run continues."""
 
     message: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Long work that is not a training step: `done` of `total` units of `task` (total 0: unknown)."""
+    """Progress of long work other than training steps: `done` of `total` units of `task` (total 0: unknown)."""
 
     task: str
     done: int
     total: int
     unit: str = ""
-    """What is counted, "tokens" for example; with it, rate and time left are shown, judged from the first report on."""
+    """Counted unit, "tokens" for example; with a unit, sinks show the rate since the first report and the time left."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted:
-    """The header: what runs where. Values are ready to print."""
+    """The header of a run. Values are ready to print."""
 
     facts: Mapping[str, str]
-    """Label -> value: ranks, device, precision, model, data ..., in the order to show."""
+    """Label -> value: ranks, device, precision, model, data and others, in the order to show."""
     parameters: Mapping[str, tuple[int, int]]
     """Part of the model -> (trainable, frozen) parameter counts, bottom to top."""
     num_steps: int = 0
-    """Optimiser steps of the whole run; 0 when nothing trains."""
+    """Optimiser steps of the whole run; 0 without training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone:
-    """One optimiser step, the same numbers on every rank."""
+    """One optimiser step; every rank has the same numbers."""
 
     step: int
     """Steps done so far, from 1."""
     epoch: int
-    """Epoch this step belongs to, from 1."""
+    """Epoch of this step, from 1."""
     loss: float
     """Mean loss over the global batch, before the update (nats)."""
     lr: float
@@ -65,33 +65,33 @@ class NonFinite:
     """A step without update: a loss or gradient was NaN or infinite on some rank."""
 
     step: int
-    """The step that it was to be, from 1."""
+    """Number of the step, from 1."""
     epoch: int
     ids: tuple[int, ...]
-    """Rows of the training split, from 0, whose loss was not finite; all of the step where only the gradient was not."""
+    """Rows of the training split, from 0, whose loss was not finite; all of the step if only the gradient was not."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed:
-    """The run goes on from a checkpoint."""
+    """The run resumed from a checkpoint."""
 
     path: str
     step: int
     attempt: int
-    """Starts of this run so far, this one included."""
+    """Starts of this run so far, including this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved:
-    """A checkpoint is on the disk."""
+    """A checkpoint was written to disk."""
 
     path: str
     step: int
     num_bytes: int
     stall: float
-    """Seconds for which training stood still."""
+    """Seconds for which training was interrupted."""
     seconds: float
-    """In which it was written, beside training."""
+    """Seconds of writing, in parallel to training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +125,12 @@ class Profiled:
 
     path: str
     top_operators: str
-    """A ready table of the most expensive operators."""
+    """Table of the most expensive operators, ready to print."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OverfitChecked:
-    """Debug mode: one batch was trained alone until it was learnt (or not)."""
+    """Result of the debug check that trains on one batch alone until it is overfitted, or the steps run out."""
 
     num_examples: int
     num_steps: int
@@ -146,7 +146,7 @@ class RunDone:
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
     """Label -> value: accuracies, best epoch, seconds."""
     paths: Mapping[str, str] = field(default_factory=dict[str, str])
-    """What was written -> where."""
+    """Kind of file -> path."""
 
 
 Event = Union[
@@ -165,5 +165,5 @@ Event = Union[
 Emit = Callable[[Event], None]
 
 
-def silent(_: Event) -> None:
-    """Where nobody listens."""
+def ignore_event(_: Event) -> None:
+    """Ignore an event: the `Emit` of code without sinks."""

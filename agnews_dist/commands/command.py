@@ -1,4 +1,4 @@
-"""What every story has around it: find the world, load the config, report errors by rank, leave cleanly."""
+"""Running a command: detect the world, load the configuration, print errors once, choose the exit code."""
 
 import io
 import os
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 
 from agnews_dist.config.command_line import Loaded, Option, load
-from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
+from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code, print_line
 from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.errors import SharedError, Stopped, UserError
 
@@ -18,100 +18,93 @@ TRAINING_OPTIONS = (
     ),
     Option(
         "--accept",
-        "Settings that may differ from those of the checkpoint that is continued, such as optim.lr; several with commas.",
+        "Settings that may differ from those of the resumed checkpoint, separated by commas: optim.lr, for example.",
         default="",
     ),
 )
-"""Options of a training besides its configuration; commands that run before or after a training take them too."""
+"""Options of a training; commands that run before or after a training take them too."""
+Body = Callable[[World, Loaded], None]
 
 
 def run_command(
-    story: str,
+    command: str,
     argv: Sequence[str] | None,
-    body: Callable[[World, Loaded], None],
+    body: Body,
     options: Sequence[Option] = (),
     preemption: PreemptionHandler | None = None,
 ) -> int:
-    """Run `body` and return the process's exit code; `preemption`: what it is told by signals, watched from here on.
+    """Run `body` and return the exit code of the process.
 
-    A user error is printed without traceback. An error raised by all ranks together is printed once, by rank 0, and names the
-    rank that saw it; one in the arguments or the launcher's variables, the same for all, by the first rank of each node; any
-    other by the rank that has it.
+    A user error is printed without a traceback. Rank 0 prints an error that all ranks raise together. One rank per node prints
+    an error in the arguments or the launcher's variables, as all ranks have it. Every other error is printed by its own rank.
+
+    Args:
+        command: name for the usage line.
+        argv: arguments after the command; None: those of the process.
+        body: the command itself.
+        options: arguments that the command takes besides the configuration.
+        preemption: handler of signals while the command runs.
     """
-    if preemption is None:
-        return _tell(story, argv, body, options, None)
-    preemption.start()
+    if preemption is not None:
+        preemption.start()
     try:
-        return _tell(story, argv, body, options, preemption)
+        exit_code, ends_together = _run_body(command, argv, body, options, preemption)
+        # Here no traceback keeps the model alive: DDP's wrapper must be gone before its process group is.
+        if ends_together and "torch" in sys.modules:
+            from agnews_dist.distributed import collectives
+
+            collectives.close()
+        return exit_code
     finally:
-        preemption.close()
+        if preemption is not None:
+            preemption.close()
 
 
-def _tell(
-    story: str,
+def _run_body(
+    command: str,
     argv: Sequence[str] | None,
-    body: Callable[[World, Loaded], None],
+    body: Body,
     options: Sequence[Option],
     preemption: PreemptionHandler | None,
-) -> int:
-    world = World()
-    is_loaded = False
+) -> tuple[int, bool]:
+    """Return (exit code, whether all ranks end together). If not, other ranks may be in a collective with the process group."""
+    world, is_loaded = World(), False
     try:
         world = detect_world(os.environ)
-        # --help and --print_config print and end the process: once is enough.
+        # `--help` and `--print_config` print and end the process on every rank; rank 0's output is enough.
         with nullcontext() if world.is_main else redirect_stdout(io.StringIO()):
-            loaded = load(story, sys.argv[1:] if argv is None else argv, options)
+            loaded = load(command, sys.argv[1:] if argv is None else argv, options)
         is_loaded = True
         body(world, loaded)
-        exit_code = 0
     except SharedError as error:
         if world.is_main and error.exit_code == 0:
             print(error, flush=True)
         elif world.is_main:
-            _say(f"{_label(error.rank, world)}error: {error}")
-        exit_code = error.exit_code
+            print_line(f"{_label(error.rank, world)}error: {error}")
+        return error.exit_code, True
     except Stopped as stopped:
         if world.is_main:
-            _say(str(stopped))
-        exit_code = preempted_exit_code(os.environ)
+            print_line(str(stopped))
+        return preempted_exit_code(os.environ), True
     except UserError as error:
         if preemption is not None and is_loaded:
-            # So that the others, which will miss this rank in a collective, say why they end.
-            preemption.failed(str(error))
+            # Tells the ranks that wait for this one in a collective why they end.
+            preemption.report_failure(str(error))
         if is_loaded or world.local_rank == 0:
-            _say(f"{_label(world.rank, world)}error: {error}")
-        return error.exit_code
+            print_line(f"{_label(world.rank, world)}error: {error}")
+        return error.exit_code, False
     except KeyboardInterrupt:
         if world.is_main:
-            _say("interrupted")
-        return 130
+            print_line("interrupted")
+        return 130, False
     except Exception:
-        # A bug of ours: the whole traceback, every line marked with the rank, since ranks share one stderr. The process group
-        # is left as it is: the other ranks may be inside a collective, and closing it here could wait for them.
         text = traceback.format_exc()
-        # Of ranks that fail because another one did, one line is enough.
-        consequence = preemption.failed(text.strip().splitlines()[-1]) if preemption is not None else None
-        _say(_marked(consequence or text, world))
-        return 1
-    # After the except clauses, when no traceback keeps the wrapped model alive: it must be gone before its process group is.
-    # Only a process that loaded torch can have one.
-    if "torch" in sys.modules:
-        from agnews_dist.distributed import collectives
-
-        collectives.close()
-    return exit_code
-
-
-def _marked(text: str, world: World) -> str:
-    return "\n".join(f"{world.label} {line}" for line in text.splitlines())
+        # If another rank failed first, one line replaces the traceback.
+        consequence = preemption.report_failure(text.strip().splitlines()[-1]) if preemption is not None else None
+        print_line("\n".join(f"{world.label} {line}" for line in (consequence or text).splitlines()))
+        return 1, False
+    return 0, True
 
 
 def _label(rank: int, world: World) -> str:
     return f"[rank {rank}/{world.num_ranks}] " if world.num_ranks > 1 else ""
-
-
-def _say(text: str) -> None:
-    """On standard error in a single write: the ranks share it, and torchrun's are unbuffered, so that `print` would let another
-    rank speak between a line and its end."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()

@@ -42,6 +42,12 @@ def preempted_exit_code(environ: Mapping[str, str]) -> int:
     return 0 if "TORCHELASTIC_RUN_ID" in environ else EXIT_TEMPFAIL
 
 
+def print_line(text: str) -> None:
+    """Print to standard error in a single write: ranks share it, and `print` under torchrun would let their lines mix."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 class PreemptionHandler:
     """The process's handler of stops and failures, from `start()` to `close()`; both are called in the main thread."""
 
@@ -168,10 +174,8 @@ class PreemptionHandler:
         return None
 
     def _print(self, text: str) -> None:
-        # One write per message: the ranks share standard error.
         rank = self._coordinator.rank if self._coordinator is not None else 0
-        sys.stderr.write(f"{World(rank=rank, num_ranks=self._num_ranks).label} {text}\n")
-        sys.stderr.flush()
+        print_line(f"{World(rank=rank, num_ranks=self._num_ranks).label} {text}")
 
     def _claim_error(self, text: str) -> str | None:
         """Return `text` for the first thread that calls this, None for the other one: the error is printed once."""

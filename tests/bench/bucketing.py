@@ -41,7 +41,7 @@ from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.distributed.world import World
 from agnews_dist.evaluation.evaluator import log_softmax_NC
 from agnews_dist.evaluation.metrics import Scores, compute_scores, confusion_matrix, in_file_order
-from agnews_dist.events import silent
+from agnews_dist.events import ignore_event
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.suffix import Suffix
 from agnews_dist.run.setup import TrainingInputs, load_training_inputs
@@ -220,7 +220,7 @@ def open_sources(seed: int) -> TrainingInputs:
     data = DataConfig(source=str(shared / "data" / "ag_news"))
     model = ModelConfig(name=str(shared / "checkpoints" / "gpt2-mini"))
     config = Config(data=data, model=model, run=RunConfig(seed=seed))
-    return load_training_inputs(config, World(), silent, StageTimer(time.perf_counter()))
+    return load_training_inputs(config, World(), ignore_event, StageTimer(time.perf_counter()))
 
 
 def runs(orders: list[str], seeds: list[int], done: set[tuple[str, int]]) -> Iterator[dict[str, Any]]:

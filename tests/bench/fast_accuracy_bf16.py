@@ -16,12 +16,12 @@ from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.evaluation.evaluator import compute_rank_logits, evaluate_split
 from agnews_dist.evaluation.metrics import in_file_order
-from agnews_dist.events import silent
+from agnews_dist.events import ignore_event
 from agnews_dist.features.gather import CachedFeatures
 from agnews_dist.features.layout import lay_out
 from agnews_dist.features.precompute import SplitFeatures
 from agnews_dist.model.export import load_classifier
-from agnews_dist.model.packed import side_by_side
+from agnews_dist.model.packed import run_in_threads
 from agnews_dist.model.prefix import Features, FeatureSource
 from agnews_dist.run.setup import TrainingInputs, load_training_inputs, open_features, pad_id_of, plan_settings
 from agnews_dist.training.optim import build_optimizer, learning_rate, set_lr
@@ -49,7 +49,7 @@ class Rows:
             for name, split in sources.store.splits.items()
         }
         self._cache = open_features(self._config, sources, self._tables, self._engine, requested="disk")
-        self._cache.build(silent)
+        self._cache.build(ignore_event)
         assert self._cache.choice.place == "disk"
 
     def compare(self, run: Path, kind: Kind, split: str) -> dict[str, Any]:
@@ -132,12 +132,12 @@ class Rows:
         )
         computing = SplitFeatures(prefix, table, layout)
         rows, pieces = computing.prepare_in_memory(torch.device("cpu"), computing.compute_segment, lambda segment: None)
-        side_by_side(pieces, torch.device("cpu"))
+        run_in_threads(pieces, torch.device("cpu"))
         return CachedFeatures(rows, layout)
 
     def _sources(self, seed: int) -> TrainingInputs:
         config = replace(self._config, run=RunConfig(seed=seed))
-        return load_training_inputs(config, World(), silent, StageTimer(time.perf_counter()))
+        return load_training_inputs(config, World(), ignore_event, StageTimer(time.perf_counter()))
 
 
 def rounded(kept: FeatureSource, batch: Batch) -> Features:
