@@ -37,7 +37,7 @@ def saved(tmp_path_factory) -> Path:
     task = json.dumps({"lengths": LENGTHS, "cases": [case_for_worker(name) for name in CASES]})
     for num_ranks in RANKS:
         fork_server.run_ranks(
-            num_ranks, str(REPOSITORY / "tests" / "ranks" / "training_worker.py"), str(directory), told
+            num_ranks, str(REPOSITORY / "tests" / "ranks" / "training_worker.py"), str(directory), task
         )
     return directory
 

@@ -143,18 +143,12 @@ def test_every_command_and_hugging_face_agree_on_odd_texts(run_command, odd, tmp
 GOOD = [(f"News number {i}.", i % 4) for i in range(8)]
 
 
+# Every check of rows has its own test in tests/unit/data.
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
         ("rows.jsonl", b"", ["rows.jsonl is empty", "Check how it was written"]),
-        ("rows.csv", b"text,label\nalone,1\n", ["train has 1 row (rows.csv row 1)", "Add rows"]),
-        ("rows.jsonl", [*GOOD, ("Too high.", 4)], ["rows.jsonl row 9: 4", "classes are 0 to 3", "Correct these rows."]),
-        ("rows.jsonl", [("Too low.", -1), *GOOD], ["rows.jsonl row 1: -1", "Correct these rows."]),
         ("rows.jsonl", [*GOOD, ("A name.", "Sport")], ["rows.jsonl row 9: 'Sport'", "Did you mean 'Sports'?"]),
-        ("rows.csv", b"text,lable\na,1\nb,2\n", ["no column 'label' (found: 'text', 'lable')", "Rename the column"]),
-        ("rows.csv", b"text,label\ncaf\xe9,1\n", ["rows.csv line 2 has the byte 0xe9", "Save the file as UTF-8"]),
-        ("rows.jsonl", [*GOOD, ("", 1)], ["text is empty or only white space in 1 row (rows.jsonl row 9)", "Remove"]),
-        ("rows.jsonl", [*GOOD, (" \n\t\u2003", 1)], ["text is empty or only white space in 1 row (rows.jsonl row 9)"]),
     ],
 )
 def test_training_refuses_bad_files_and_leaves_no_run(run_command, tmp_path, name, content, parts):
@@ -240,15 +234,6 @@ def test_overwrite_replaces_a_run_once_the_new_one_begins(run_command, tmp_path)
     words = ["--run.name", "mine"]
     succeeded(train(run_command, tmp_path, *words))
     result = (tmp_path / "mine" / "result.json").read_bytes()
-    again = train(run_command, tmp_path, *words)
-    assert (again.returncode, again.stderr) == (0, "")
-    assert "/mine is finished (2 steps): nothing is left to do" in again.stdout
-    anew = train(run_command, tmp_path, *words, "--checkpoint.resume", "never")
-    refused(anew, "/mine exists: its results would be lost", "--run.overwrite")
-    other = train(run_command, tmp_path, *words, "--run.seed", "1")
-    refused(
-        other, "/mine/checkpoints/step-00000002-scored cannot be continued (run.seed was 0, is 1)", "--run.overwrite"
-    )
     refused(
         train(run_command, tmp_path, *words, "--run.overwrite", "--data.source", "/nowhere.csv"),
         "'/nowhere.csv' does not exist",
