@@ -14,7 +14,6 @@ import pytest
 from agnews_dist.errors import UserError
 from agnews_dist.evaluation.metrics import compute_scores
 from agnews_dist.report.result_files import Result, Seconds, versions, write_json, write_predictions
-from agnews_dist.storage.atomic import write_text
 
 
 def parse_strictly(text: str) -> object:
@@ -74,29 +73,6 @@ def test_write_json_is_strict_and_accepts_numpy(tmp_path: Path) -> None:
     assert parse_strictly(path.read_text()) == {"a": None, "b": [None, 3, True], "c": "d", "é": 0.1}
     with pytest.raises(TypeError, match="set has no JSON form"):
         write_json(path, {"a": {1}})
-
-
-def test_write_text_keeps_the_old_file_if_it_fails(tmp_path: Path) -> None:
-    path = tmp_path / "file.txt"
-    write_text(path, ["old"])
-
-    def pieces():
-        yield "new, " * 100_000
-        raise RuntimeError("failed half-way")
-
-    with pytest.raises(RuntimeError, match="half-way"):
-        write_text(path, pieces())
-    assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
-
-
-def test_write_text_does_not_change_an_open_file(tmp_path: Path) -> None:
-    path = tmp_path / "file.txt"
-    write_text(path, ["old"])
-    with path.open() as reader:
-        write_text(path, ["new, and longer"])
-        assert reader.read() == "old"
-    assert path.read_text() == "new, and longer"
 
 
 def test_write_json_to_a_bad_directory_is_a_user_error(tmp_path: Path) -> None:
