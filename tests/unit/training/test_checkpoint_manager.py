@@ -1,0 +1,191 @@
+"""The checkpoints of a run: when they are due, what each holds, and what a failed write changes."""
+
+import errno
+import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from agnews_dist.events import CheckpointSaved, Event, Warned
+from agnews_dist.report.event_log import EventLog
+from agnews_dist.training import checkpoint_manager
+from agnews_dist.training.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
+from agnews_dist.training.checkpoint_manager import CheckpointManager, CheckpointSettings, OnDisk
+
+METADATA = {"settings": {"optim.lr": 1.0}, "class_names": ["a", "b"]}
+NO_BEST = SimpleNamespace(epoch=0, state_dict=lambda: None)
+
+
+class FakeStrategy:
+    """Trainable part of one weight and one moment, which counts how often its state is gathered."""
+
+    def __init__(self) -> None:
+        self.value, self.num_gathered = 1.0, 0
+
+    def gather_state(self):
+        """Yield the weight and the moment."""
+        self.num_gathered += 1
+        yield "weight.w", torch.full((2,), self.value)
+        yield "exp_avg.w", torch.zeros(2)
+
+
+class Run:
+    """A manager with its folder, strategy and events."""
+
+    def __init__(self, directory: Path, *, is_main: bool = True, keep: int = 2, on_disk: OnDisk | None = None) -> None:
+        self.strategy, self.events, self.folder = FakeStrategy(), list[Event](), directory / "checkpoints"
+        self.log = EventLog(directory / "events.jsonl") if is_main else None
+        self.manager = CheckpointManager(
+            self.folder,
+            self.strategy,  # pyright: ignore[reportArgumentType]
+            CheckpointSettings(keep=keep, every_steps=5, every_minutes=None),
+            metadata=METADATA,
+            log=self.log,
+            emit=self.events.append,
+            on_disk=on_disk,
+        )
+
+    def save(self, step: int, *, is_scored: bool = False, best=NO_BEST, wait: bool = True) -> None:
+        """Save a checkpoint whose state names its step."""
+        self.strategy.value = float(step)
+        self.manager.save(step, {"position": step}, best, is_scored=is_scored, wait=wait)
+
+    @property
+    def saved(self) -> list[str]:
+        """Names of the checkpoints on disk, newest first."""
+        return [path.name for path in list_checkpoints(self.folder)]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Yield a run on rank 0."""
+    run = Run(tmp_path)
+    with run.manager:
+        yield run
+
+
+def test_every_checkpoint_has_the_metadata_first(run):
+    run.log(Warned(message="a line"))
+    for step, is_scored in ((5, False), (5, True)):
+        run.save(step, is_scored=is_scored)
+    for path in list_checkpoints(run.folder):
+        checkpoint = read_checkpoint(path)
+        expected = {**METADATA, "position": 5, "step": 5, "log_bytes": run.log.num_bytes, "best": None}
+        assert checkpoint.state == expected
+        assert list(checkpoint.state) == list(expected), "the order of the keys is part of the format"
+        assert run.log.num_bytes > 0
+        assert {group: list(tensors) for group, tensors in checkpoint.tensors.items()} == {
+            "weights": ["w"],
+            "moments": ["exp_avg.w"],
+        }
+        assert checkpoint.tensors["weights"]["w"].tolist() == [5.0, 5.0]
+    assert run.saved == ["step-00000005-scored", "step-00000005"]
+    assert [event.step for event in run.events if isinstance(event, CheckpointSaved)] == [5, 5]
+    assert run.manager.last_saved == 5
+
+
+def test_checkpoint_is_due_at_the_interval_on_rank_0_only(run, tmp_path):
+    assert [step for step in range(1, 12) if run.manager.is_due(step)] == [5, 10]
+    (tmp_path / "other").mkdir()
+    with Run(tmp_path / "other", is_main=False).manager as other:
+        assert not any(other.is_due(step) for step in range(1, 12))
+
+
+def test_ranks_without_a_log_gather_but_write_nothing(tmp_path):
+    run = Run(tmp_path, is_main=False)
+    with run.manager:
+        run.save(5)
+    assert run.strategy.num_gathered == 1
+    assert (run.events, list(tmp_path.iterdir())) == ([], [])
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_saved_checkpoint_is_not_saved_again_on_any_rank(tmp_path, is_main):
+    run = Run(tmp_path, is_main=is_main, on_disk=OnDisk("step-00000040", 40, None))
+    with run.manager:
+        run.save(40)
+        assert run.strategy.num_gathered == 0
+        run.save(40, is_scored=True)
+        run.save(40, is_scored=True)
+    assert run.strategy.num_gathered == 1
+
+
+def test_no_checkpoint_is_due_while_one_is_being_written(run, monkeypatch):
+    may_end, write = threading.Event(), write_checkpoint
+
+    def write_slowly(*content) -> int:
+        assert may_end.wait(10)
+        return write(*content)
+
+    monkeypatch.setattr(checkpoint_manager, "write_checkpoint", write_slowly)
+    run.save(5, wait=False)
+    assert not run.manager.is_due(10)
+    assert run.events == []
+    monkeypatch.setattr(checkpoint_manager, "SLOW_SECONDS", 0.0)
+    assert not run.manager.is_due(15)
+    assert not run.manager.is_due(20)
+    (warning,) = run.events
+    assert warning.message.startswith(
+        "checkpoint of step 5: being written for 0 s, so the one due after step 15 waits."
+    )
+    run.strategy.value = 7.0  # training continues; the copy is unchanged
+    may_end.set()
+    run.manager.wait()
+    assert run.manager.is_due(20)
+    assert read_checkpoint(run.folder / "step-00000005").tensors["weights"]["w"].tolist() == [5.0, 5.0]
+
+
+def test_failed_write_is_a_warning_and_tried_again(run, monkeypatch):
+    run.save(5)
+
+    def fail(*content) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(checkpoint_manager, "write_checkpoint", fail)
+        run.save(10)
+    (saved, warning) = run.events
+    assert isinstance(saved, CheckpointSaved)
+    assert warning.message.startswith(
+        f"checkpoint of step 10: cannot be written to {run.folder} (No space left on device); a restart would resume from step 5."
+    )
+    assert (run.manager.last_saved, run.saved) == (5, ["step-00000005"])
+    run.save(10)
+    assert (run.manager.last_saved, run.saved) == (10, ["step-00000010", "step-00000005"])
+
+
+def test_exit_waits_for_the_write_also_after_an_error(tmp_path):
+    run, error = Run(tmp_path), ValueError("training failed")
+
+    def train() -> None:
+        with run.manager:
+            run.save(5, wait=False)
+            raise error
+
+    with pytest.raises(ValueError, match="training failed"):
+        train()
+    assert run.saved == ["step-00000005"]
+    assert run.manager.last_saved == 5
+
+
+def test_best_epoch_is_written_once_and_kept_while_a_checkpoint_refers_to_it(tmp_path):
+    def best(step: int) -> SimpleNamespace:
+        name = f"best-{step:08d}"
+        scores = SimpleNamespace(tensors=lambda: {"labels": torch.tensor([step])})
+        weights = {"w": torch.full((2,), float(step))}
+        return SimpleNamespace(epoch=1, name=name, weights=weights, scores=scores, state_dict=lambda: {"name": name})
+
+    run = Run(tmp_path, keep=1)
+    with run.manager:
+        run.save(4, best=best(4))
+        written = (run.folder / "best-00000004" / "MANIFEST").stat().st_mtime_ns
+        run.save(8, best=best(4))
+        assert sorted(path.name for path in run.folder.iterdir()) == ["best-00000004", "step-00000008"]
+        assert (run.folder / "best-00000004" / "MANIFEST").stat().st_mtime_ns == written
+        assert read_checkpoint(run.folder / "best-00000004").tensors["weights"]["w"].tolist() == [4.0, 4.0]
+        run.save(12, best=best(12))
+        assert sorted(path.name for path in run.folder.iterdir()) == ["best-00000012", "step-00000012"]
+    assert json.loads((run.folder / "step-00000012" / "state.json").read_text())["best"] == {"name": "best-00000012"}
