@@ -19,7 +19,7 @@ from agnews_dist.distributed import collectives
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import Stopped
 from agnews_dist.evaluation.metrics import compute_scores, confusion_matrix, in_file_order
-from agnews_dist.events import Emit, EvalDone, Progress, Scores, silent
+from agnews_dist.events import Emit, EvalDone, Progress, Scores, ignore_event
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource, uncached_features
 
@@ -80,7 +80,7 @@ def compute_rank_logits(
     *,
     num_classes: int,
     features: FeatureSource | None = None,
-    emit: Emit = silent,
+    emit: Emit = ignore_event,
     is_stopping: Callable[[], bool] = never,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Compute this rank's share of a split: (ids, logits_NC), in computing order, without dropout.
@@ -133,7 +133,7 @@ def evaluate_split(
     *,
     num_classes: int,
     features: FeatureSource | None = None,
-    emit: Emit = silent,
+    emit: Emit = ignore_event,
     is_stopping: Callable[[], bool] = never,
 ) -> SplitScores:
     """Evaluate a split over all ranks. Collective. The loss is a float64 sum in file order.

@@ -1,4 +1,4 @@
-"""The caches through the story: listed for people and programs, cleared by name, never what a process uses."""
+"""Command `cache`: lists for people and programs, removal by name, caches in use are kept."""
 
 import json
 import os
@@ -12,64 +12,64 @@ from filelock import FileLock
 from support.processes import in_a_terminal, python
 
 from agnews_dist.__main__ import main
-from agnews_dist.data.token_cache import Stored, TokenSplit, publish, read_stored, write_stored
+from agnews_dist.data.token_cache import CachedTokens, TokenSplit, publish, read_tokens, write_tokens
 from agnews_dist.features.store import FeatureFile
 
 FEATURES, UNFINISHED, TOKENS = "a1" * 32, "a2" * 32, "b3" * 32
 
 
-def features(root: Path, key: str, *, is_whole: bool = True) -> FeatureFile:
+def make_features(root: Path, key: str, *, is_whole: bool = True) -> FeatureFile:
     about = {"model": "gpt2", "split": "train", "texts": 1200, "tokens": 34567}
     file = FeatureFile(
         root / "features" / key, key=key, bounds_S=[0, 4, 8], width=1024, dtype=torch.float32, about=about
     )
     file.allocate()
     if is_whole:
-        file.worker(lambda segment: torch.ones(4, 1024))()
+        file.make_worker(lambda segment: torch.ones(4, 1024))()
     file.close()
     return file
 
 
-def tokens(root: Path, key: str) -> Path:
+def make_tokens(root: Path, key: str) -> Path:
     offsets, labels = np.array([0, 3, 5]), np.array([0, 1])
     split = TokenSplit("train", np.arange(5, dtype=np.uint16), offsets, labels, 0)
     root.mkdir(parents=True, exist_ok=True)
-    publish(root / key, lambda place: write_stored(place, Stored({"train": split}, ("a", "b"), ()), key))
+    publish(root / key, lambda directory: write_tokens(directory, CachedTokens({"train": split}, ("a", "b"), ()), key))
     return root / key
 
 
 @pytest.fixture
 def root(tmp_path) -> Path:
     root = tmp_path / "cache"
-    features(root, FEATURES)
-    features(root, UNFINISHED, is_whole=False)
-    tokens(root, TOKENS)
+    make_features(root, FEATURES)
+    make_features(root, UNFINISHED, is_whole=False)
+    make_tokens(root, TOKENS)
     for path in (root / "features" / FEATURES / "in-use", root / "features" / UNFINISHED / "in-use", root / TOKENS):
         os.utime(path, (1e9, 1e9))
     return root
 
 
-def told(capsys, root: Path, *words: str) -> str:
-    code = main(["cache", "--data.cache_dir", str(root), *words])
+def run_cache(capsys, root: Path, *arguments: str) -> str:
+    code = main(["cache", "--data.cache_dir", str(root), *arguments])
     out, err = capsys.readouterr()
     assert (code, err) == (0, "")
     return out
 
 
-def as_json(capsys, root: Path, *words: str) -> dict[str, dict]:
-    found = json.loads(told(capsys, root, "--json", *words))
+def run_json(capsys, root: Path, *arguments: str) -> dict[str, dict]:
+    found = json.loads(run_cache(capsys, root, "--json", *arguments))
     assert found["directory"] == str(root)
     assert found["total_bytes"] == sum(each["disk_bytes"] for each in found["caches"])
     return {each["key"]: each for each in found["caches"]}
 
 
-def left(root: Path) -> set[str]:
+def list_directories(root: Path) -> set[str]:
     places = [*root.iterdir(), *(root / "features").iterdir()]
     return {path.name for path in places if path.is_dir()} - {"features"}
 
 
-def test_the_object_says_everything(root, capsys):
-    found = as_json(capsys, root)
+def test_json_has_all_facts(root, capsys):
+    found = run_json(capsys, root)
     assert set(found) == {FEATURES, UNFINISHED, TOKENS}
     assert [each["state"] for each in found.values()] == ["complete", "unfinished", "complete"]
     assert {each["last_used"] for each in found.values()} == {1e9}
@@ -83,8 +83,8 @@ def test_the_object_says_everything(root, capsys):
     assert "outcome" not in whole
 
 
-def test_lines_elsewhere(root, capsys):
-    *lines, total = told(capsys, root).splitlines()
+def test_a_pipe_gets_lines(root, capsys):
+    *lines, total = run_cache(capsys, root).splitlines()
     assert len(lines) == 3
     assert re.match(
         rf"features  {FEATURES[:12]}  \d+ kB  2001-09-0\d \d\d:\d\d  complete  gpt2, train, 1,200 texts", lines[0]
@@ -92,28 +92,28 @@ def test_lines_elsewhere(root, capsys):
     assert "  unfinished  " in lines[1]
     assert lines[2].endswith(f"complete  train: 2 texts, 5 tokens  {root / TOKENS}")
     assert re.match(rf"\d+ kB below {re.escape(str(root))}; features \d+ kB of the 100\.0 GB that engine", total)
-    limited = told(capsys, root, "--engine.feature_cache_gigabytes", "2.5").splitlines()[-1]
+    limited = run_cache(capsys, root, "--engine.feature_cache_gigabytes", "2.5").splitlines()[-1]
     assert "of the 2.5 GB that engine.feature_cache_gigabytes allows" in limited
 
 
-def test_a_table_on_a_terminal(root):
+def test_a_terminal_gets_a_table(root):
     written = in_a_terminal("-m", "agnews_dist", "cache", "--data.cache_dir", str(root), COLUMNS="120")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
     assert re.search(r"cache +key +size +last used +state +of", text)
     assert re.search(rf"features +{FEATURES[:12]} +\d+ kB +2001-09-0\d .*complete +gpt2, train", text)
-    # The control: the table is not what a pipe gets.
+    # Control: a pipe gets no table.
     piped = python("-m", "agnews_dist", "cache", "--data.cache_dir", str(root)).stdout
     assert "last used" not in piped
     assert "\x1b" not in piped
 
 
-def test_states_while_processes_are_at_work(root, capsys):
-    reader = features(root, FEATURES)
-    builder = features(root, UNFINISHED, is_whole=False)
-    reader.hold()
-    builder.hold()
+def test_states_of_caches_in_use(root, capsys):
+    reader = make_features(root, FEATURES)
+    builder = make_features(root, UNFINISHED, is_whole=False)
+    reader.lock()
+    builder.lock()
     with FileLock(root / f"{TOKENS}.lock"):
-        found = as_json(capsys, root)
+        found = run_json(capsys, root)
     assert {key: each["state"] for key, each in found.items()} == {
         FEATURES: "in use",
         UNFINISHED: "being built",
@@ -121,11 +121,11 @@ def test_states_while_processes_are_at_work(root, capsys):
     }
     reader.close()
     builder.close()
-    assert {each["state"] for each in as_json(capsys, root).values()} == {"complete", "unfinished"}
+    assert {each["state"] for each in run_json(capsys, root).values()} == {"complete", "unfinished"}
 
 
 @pytest.mark.parametrize(
-    ("names", "stay"),
+    ("names", "kept"),
     [
         (["all"], set()),
         (["features"], {TOKENS}),
@@ -135,111 +135,109 @@ def test_states_while_processes_are_at_work(root, capsys):
     ],
     ids=["all", "features", "tokens", "a key", "short keys"],
 )
-def test_what_is_named_goes_and_nothing_else(root, capsys, names, stay):
-    lines = told(capsys, root, "--clear", *names).splitlines()
-    assert left(root) == stay
-    assert len(lines) == 3 - len(stay)
+def test_clear_removes_only_the_named_caches(root, capsys, names, kept):
+    lines = run_cache(capsys, root, "--clear", *names).splitlines()
+    assert list_directories(root) == kept
+    assert len(lines) == 3 - len(kept)
     assert all("  removed  " in line for line in lines)
 
 
 @pytest.mark.parametrize("names", [["all"], [FEATURES[:12]]], ids=["all", "key"])
-def test_what_is_in_use_is_kept_and_said(root, capsys, names):
-    reader = features(root, FEATURES)
-    reader.hold()
-    found = as_json(capsys, root, "--clear", *names)
+def test_clear_keeps_features_in_use(root, capsys, names):
+    reader = make_features(root, FEATURES)
+    reader.lock()
+    found = run_json(capsys, root, "--clear", *names)
     assert found[FEATURES]["outcome"] == "kept: in use"
-    assert FEATURES in left(root)
+    assert FEATURES in list_directories(root)
     reader.close()
-    assert as_json(capsys, root, "--clear", *names)[FEATURES]["outcome"] == "removed"
-    assert FEATURES not in left(root)
+    assert run_json(capsys, root, "--clear", *names)[FEATURES]["outcome"] == "removed"
+    assert FEATURES not in list_directories(root)
 
 
-def test_tokens_that_are_opened_or_built_are_kept(root, capsys):
+def test_clear_keeps_tokens_being_opened_or_built(root, capsys):
     with FileLock(root / f"{TOKENS}.lock"):
-        assert as_json(capsys, root, "--clear", "tokens")[TOKENS]["outcome"] == "kept: in use"
-        assert read_stored(root / TOKENS, TOKENS).splits["train"].tokens.tolist() == [0, 1, 2, 3, 4]
-    assert as_json(capsys, root, "--clear", "tokens")[TOKENS]["outcome"] == "removed"
-    assert TOKENS not in left(root)
+        assert run_json(capsys, root, "--clear", "tokens")[TOKENS]["outcome"] == "kept: in use"
+        assert read_tokens(root / TOKENS, TOKENS).splits["train"].tokens.tolist() == [0, 1, 2, 3, 4]
+    assert run_json(capsys, root, "--clear", "tokens")[TOKENS]["outcome"] == "removed"
+    assert TOKENS not in list_directories(root)
 
 
-def test_what_killed_builders_and_removals_left_goes_too(root, capsys):
+def test_clear_removes_leftovers_of_killed_processes(root, capsys):
     key = "c4" * 32
     building = root / f"{key}.building-elsewhere-1-0a"
     building.mkdir()
     trash = root / "features" / ".trash-0a"
     trash.mkdir()
-    assert as_json(capsys, root)[key]["state"] == "unfinished"
-    # Of another machine, and perhaps alive.
-    assert as_json(capsys, root, "--clear", "all")[key]["outcome"].startswith("kept: in use")
+    assert run_json(capsys, root)[key]["state"] == "unfinished"
+    # A builder on another machine may be alive.
+    assert run_json(capsys, root, "--clear", "all")[key]["outcome"].startswith("kept: in use")
     assert building.is_dir()
     assert not trash.exists()
     os.utime(building, (0, 0))
-    assert as_json(capsys, root, "--clear", "all")[key]["outcome"] == "removed"
-    assert left(root) == set()
+    assert run_json(capsys, root, "--clear", "all")[key]["outcome"] == "removed"
+    assert list_directories(root) == set()
 
 
-def test_opening_tokens_is_a_use(root, capsys):
-    assert as_json(capsys, root)[TOKENS]["last_used"] == 1e9
-    read_stored(root / TOKENS, TOKENS)
-    assert as_json(capsys, root)[TOKENS]["last_used"] > 1.7e9
+def test_opening_tokens_updates_their_last_use(root, capsys):
+    assert run_json(capsys, root)[TOKENS]["last_used"] == 1e9
+    read_tokens(root / TOKENS, TOKENS)
+    assert run_json(capsys, root)[TOKENS]["last_used"] > 1.7e9
 
 
-def test_foreign_things_are_neither_listed_nor_removed(root, capsys):
+def test_other_files_are_neither_listed_nor_removed(root, capsys):
     (root / "notes").mkdir()
     (root / "features" / "notes").mkdir()
     (root / TOKENS / "meta.json").write_text("[1]")
-    found = as_json(capsys, root, "--clear", "all")
+    found = run_json(capsys, root, "--clear", "all")
     assert set(found) == {FEATURES, UNFINISHED, TOKENS}
     assert found[TOKENS]["what"] == ""
-    assert left(root) == {"notes"}
+    assert list_directories(root) == {"notes"}
     assert (root / "features" / "notes").is_dir()
 
 
-def test_control_characters_of_a_description_do_not_reach_the_terminal(root, capsys):
+def test_control_characters_are_escaped(root, capsys):
     about = root / "features" / FEATURES / "about.json"
     about.write_text(json.dumps({**json.loads(about.read_text()), "model": "gpt2\x1b[31m"}))
-    out = told(capsys, root)
+    out = run_cache(capsys, root)
     assert "\x1b" not in out
     assert r"gpt2\x1b[31m, train" in out
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("arguments", "message"),
     [
-        (["all"], 2, r"error: 'all' without --clear: a list shows everything\. Write --clear all\."),
+        (["all"], r"error: 'all' without --clear: a list shows everything\. Write --clear all\."),
         (
             ["--clear"],
-            2,
             r"error: --clear without a name: it would remove nothing\. Name all, features, tokens or keys",
         ),
-        (["--clear", "featurs"], 2, r"error: --clear 'featurs' is the key of no cache: .* Did you mean 'features'\?"),
-        (["--clear", "a"], 2, r"error: --clear 'a' begins 2 keys: nothing was removed\. .* Write more of it\."),
+        (["--clear", "featurs"], r"error: --clear 'featurs' is not the key of a cache: .* Did you mean 'features'\?"),
+        (["--clear", "a"], r"error: --clear 'a' begins 2 keys: nothing was removed\. .* Write more of the key\."),
         (
             ["--clear", "all", "ffff"],
-            2,
-            r"error: --clear 'ffff' is the key of no cache: nothing was removed\. Name all",
+            r"error: --clear 'ffff' is not the key of a cache: nothing was removed\. Name all",
         ),
     ],
 )
-def test_bad_names_are_named_and_cost_nothing(root, capsys, words, code, message):
-    assert main(["cache", "--data.cache_dir", str(root), *words]) == code
+def test_bad_names_are_refused_before_any_removal(root, capsys, arguments, message):
+    assert main(["cache", "--data.cache_dir", str(root), *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert re.match(message, err)
-    assert left(root) == {FEATURES, UNFINISHED, TOKENS}
+    assert list_directories(root) == {FEATURES, UNFINISHED, TOKENS}
 
 
-def test_a_place_without_caches(tmp_path, capsys):
-    assert told(capsys, tmp_path / "nowhere") == f"no cache below {tmp_path / 'nowhere'}\n"
-    assert as_json(capsys, tmp_path / "nowhere") == {}
-    assert told(capsys, tmp_path / "nowhere", "--clear", "all") == f"no cache below {tmp_path / 'nowhere'}\n"
+def test_a_missing_directory_has_no_caches(tmp_path, capsys):
+    assert run_cache(capsys, tmp_path / "nowhere") == f"no cache below {tmp_path / 'nowhere'}\n"
+    assert run_json(capsys, tmp_path / "nowhere") == {}
+    assert run_cache(capsys, tmp_path / "nowhere", "--clear", "all") == f"no cache below {tmp_path / 'nowhere'}\n"
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_place_that_cannot_be_read(tmp_path, capsys):
-    place = tmp_path / ("x" * 300)  # too long for a name: an error for root, too
-    assert main(["cache", "--data.cache_dir", str(place)]) == 1
-    message = r"error: cache directory '.*' cannot be read \(File name too long\): .* Set --data.cache_dir"
+def test_an_unreadable_directory_is_a_user_error(tmp_path, capsys):
+    directory = tmp_path / ("x" * 300)  # a name that is too long is an error for root too
+    assert main(["cache", "--data.cache_dir", str(directory)]) == 1
+    message = r"error: data.cache_dir '.*': the directory cannot be read \(File name too long\). Set --data.cache_dir"
     assert re.match(message, capsys.readouterr().err)
 
 
@@ -254,8 +252,8 @@ def test_listing_needs_no_torch(root):
     assert loaded == "[]"
 
 
-def test_only_rank_0_speaks_and_removes(root, capsys, monkeypatch):
+def test_only_rank_0_lists_and_removes(root, capsys, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert told(capsys, root, "--clear", "all") == ""
-    assert left(root) == {FEATURES, UNFINISHED, TOKENS}
+    assert run_cache(capsys, root, "--clear", "all") == ""
+    assert list_directories(root) == {FEATURES, UNFINISHED, TOKENS}

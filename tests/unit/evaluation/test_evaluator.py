@@ -1,4 +1,4 @@
-"""Scoring against Hugging Face and scikit-learn: every example once, in file order, with the right loss and counts."""
+"""evaluate_split against Hugging Face and scikit-learn: probabilities in file order, scores, loss."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from support.toy import CLASSES, toy_classifier, toy_reference_logits, toy_split
 from agnews_dist.data.batching.loader import TokenTable
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
-from agnews_dist.evaluation import evaluator as scoring
+from agnews_dist.evaluation.evaluator import evaluate_split, log_softmax_NC
 
 LENGTHS = [int(length) for length in np.random.default_rng(0).integers(1, 60, 83)]
 
@@ -25,8 +25,8 @@ def test_scores_equal_hugging_face_and_scikit_learn(engine, monkeypatch, budget)
     classifier, rows = toy_classifier(dropout=0.3), toy_split(LENGTHS)
     classifier.suffix.train()
     table = TokenTable(rows, pad_id=0, device=torch.device("cpu"))
-    found = scoring.evaluate_split(classifier, table, engine, num_classes=CLASSES)
-    assert classifier.suffix.training, "scoring must leave the mode as it was"
+    found = evaluate_split(classifier, table, engine, num_classes=CLASSES)
+    assert classifier.suffix.training, "evaluation restores the mode"
 
     expected = torch.softmax(toy_reference_logits(LENGTHS), dim=1).numpy()
     assert found.probabilities_NC == pytest.approx(expected, abs=1e-5)
@@ -43,4 +43,4 @@ def test_scores_equal_hugging_face_and_scikit_learn(engine, monkeypatch, budget)
 
 def test_log_softmax_does_not_overflow():
     logits = np.array([[1e4, 0.0], [-1e4, 1e4]], dtype=np.float32)
-    assert np.allclose(np.exp(scoring.log_softmax_NC(logits)), [[1, 0], [0, 1]])
+    assert np.allclose(np.exp(log_softmax_NC(logits)), [[1, 0], [0, 1]])

@@ -1,4 +1,4 @@
-"""Scores against scikit-learn and hand-counted matrices; the order check against every way to lose an example."""
+"""Scores against scikit-learn and matrices counted by hand; the check that no example is lost."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from agnews_dist.evaluation.metrics import confusion_matrix, in_file_order, per_class, summarize
+from agnews_dist.evaluation.metrics import compute_class_scores, compute_scores, confusion_matrix, in_file_order
 
 
 def random_case(seed: int, num_classes: int, num_examples: int, accuracy: float) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +35,7 @@ def test_scores_equal_scikit_learn(case: str) -> None:
     confusion = confusion_matrix(labels, predictions, num_classes)
     assert confusion.dtype == np.int64
     np.testing.assert_array_equal(confusion, sk.confusion_matrix(labels, predictions, labels=range(num_classes)))
-    scores = summarize(confusion, loss_sum=2.5)
+    scores = compute_scores(confusion, loss_sum=2.5)
     assert scores.num_examples == len(labels)
     assert scores.num_correct == int(sk.accuracy_score(labels, predictions, normalize=False))
     assert scores.accuracy == sk.accuracy_score(labels, predictions)
@@ -46,9 +46,9 @@ def test_scores_equal_scikit_learn(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_per_class_equals_scikit_learn(case: str) -> None:
+def test_class_scores_equal_scikit_learn(case: str) -> None:
     num_classes, labels, predictions = CASES[case]
-    classes = per_class(confusion_matrix(labels, predictions, num_classes))
+    classes = compute_class_scores(confusion_matrix(labels, predictions, num_classes))
     assert len(classes) == num_classes
     precision, recall, f1, support = sk.precision_recall_fscore_support(
         labels, predictions, labels=range(num_classes), zero_division=np.nan
@@ -59,23 +59,23 @@ def test_per_class_equals_scikit_learn(case: str) -> None:
 
 
 def test_rows_are_true_and_columns_predicted() -> None:
-    # Three World read as Sports, one Sports read as World: a transposed matrix has the 3 and the 1 exchanged.
+    # Three World predicted as Sports, one Sports predicted as World: a transposed matrix would swap 3 and 1.
     confusion = confusion_matrix(np.array([0, 0, 0, 1, 1]), np.array([1, 1, 1, 0, 1]), 2)
     assert confusion.tolist() == [[0, 3], [1, 1]]
-    world, sports = per_class(confusion)
+    world, sports = compute_class_scores(confusion)
     assert (world.num_examples, sports.num_examples) == (3, 2)
     assert (world.recall, sports.recall) == (0.0, 0.5)
     assert (world.precision, sports.precision) == (0.0, 0.25)
 
 
-def test_a_class_without_examples_and_predictions_is_left_out_of_macro_f1() -> None:
+def test_macro_f1_ignores_classes_without_examples_and_predictions() -> None:
     confusion = np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
-    # By hand: F1 = 6/7 and 8/9; the third class does not count as a zero.
-    assert summarize(confusion, 0.0).macro_f1 == pytest.approx((6 / 7 + 8 / 9) / 2, rel=0, abs=1e-15)
-    assert math.isnan(per_class(confusion)[2].f1)
+    # By hand: F1 = 6/7 and 8/9. The third class does not count.
+    assert compute_scores(confusion, 0.0).macro_f1 == pytest.approx((6 / 7 + 8 / 9) / 2, rel=0, abs=1e-15)
+    assert math.isnan(compute_class_scores(confusion)[2].f1)
 
 
-def test_confusions_of_parts_add_up_also_with_an_empty_part() -> None:
+def test_confusion_matrices_of_parts_add_up() -> None:
     _, labels, predictions = CASES["four classes"]
     parts = [slice(0, 0), slice(0, 17), slice(17, None)]
     total = sum(confusion_matrix(labels[part], predictions[part], 4) for part in parts)
@@ -103,12 +103,12 @@ def test_a_class_out_of_range_is_refused(labels: list[int], predictions: list[in
         confusion_matrix(np.array(labels), np.array(predictions), 4)
 
 
-def test_no_examples_have_no_accuracy() -> None:
+def test_compute_scores_refuses_an_empty_matrix() -> None:
     with pytest.raises(ValueError, match="0 examples were scored"):
-        summarize(np.zeros((4, 4), np.int64), 0.0)
+        compute_scores(np.zeros((4, 4), np.int64), 0.0)
 
 
-def test_file_order_undoes_any_shuffle() -> None:
+def test_in_file_order_undoes_a_shuffle() -> None:
     ids = np.random.default_rng(5).permutation(1000)
     values = ids * 10
     order = in_file_order(ids, 1000)
@@ -127,6 +127,6 @@ def test_file_order_undoes_any_shuffle() -> None:
         ([], 12, r"missing: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"),
     ],
 )
-def test_lost_repeated_and_foreign_rows_are_named(ids: list[int], num_examples: int, message: str) -> None:
+def test_in_file_order_names_missing_repeated_and_foreign_rows(ids: list[int], num_examples: int, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         in_file_order(np.array(ids, np.int64), num_examples)
