@@ -150,7 +150,8 @@ def test_failed_write_is_a_warning_and_tried_again(run, monkeypatch):
     (saved, warning) = run.events
     assert isinstance(saved, CheckpointSaved)
     assert warning.message.startswith(
-        f"checkpoint of step 10: cannot be written to {run.folder} (No space left on device); a restart would resume from step 5."
+        f"checkpoint of step 10: cannot be written to {run.folder} (No space left on device); a restart would resume from "
+        "step 5."
     )
     assert (run.manager.last_saved, run.saved) == (5, ["step-00000005"])
     run.save(10)
