@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from agnews_dist.data.rows import Ints
-from agnews_dist.model.packed import call_bounds
+from agnews_dist.model.packed import cut_into_calls
 
 SEGMENT_BYTES = 64 << 20
 """Largest segment, unless a single call is larger. A killed process loses at most one segment per thread."""
@@ -68,7 +68,7 @@ def lay_out(
         row_bytes: size of one row of features.
         one_row_per_text: features of the last token only.
     """
-    texts = tuple(ids[begin:end] for ids in groups for begin, end in call_bounds(lengths_N[ids], call_tokens))
+    texts = tuple(ids[begin:end] for ids in groups for begin, end in cut_into_calls(lengths_N[ids], call_tokens))
     rows_N = np.ones_like(lengths_N) if one_row_per_text else lengths_N.astype(np.int64)
     order = np.concatenate([np.empty(0, np.int64), *texts])
     begin_N = np.full(len(lengths_N), -1, np.int64)

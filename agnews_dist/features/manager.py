@@ -23,7 +23,7 @@ from agnews_dist.features.placement import Choice, Place, RequestedPlace, Resour
 from agnews_dist.features.precompute import FeatureProgress, SplitFeatures
 from agnews_dist.features.store import FeatureFile
 from agnews_dist.model.gpt2 import Classifier
-from agnews_dist.model.packed import side_by_side
+from agnews_dist.model.packed import run_in_threads
 from agnews_dist.model.prefix import FeatureSource, uncached_features
 from agnews_dist.storage import capacity
 
@@ -206,14 +206,14 @@ class FeatureCache:
                 worker = file.make_worker(
                     get_rows, rank=world.local_rank, num_ranks=world.ranks_per_node, on_segment=on_segment
                 )
-                side_by_side([worker] * torch.get_num_threads(), self._engine.device)
+                run_in_threads([worker] * torch.get_num_threads(), self._engine.device)
             else:
                 device = self._engine.device if place == "device" else torch.device("cpu")
                 rows, split_tasks = split.prepare_in_memory(device, get_rows, on_segment)
                 self._sources[name] = CachedFeatures(rows, split.layout)
                 tasks += split_tasks
         # All splits at once, so that no thread waits for the last segment of one split.
-        side_by_side(tasks, self._engine.device)
+        run_in_threads(tasks, self._engine.device)
 
     def _open(self) -> None:
         """Map the files that all ranks have filled."""

@@ -1,4 +1,4 @@
-"""Tokenizer and model shape made on the spot from the synthetic text: no file, no network, the same everywhere."""
+"""The embedded model: tokenizer and config built in memory from synthetic text, without files or network, always the same."""
 
 from functools import cache
 from typing import cast
@@ -11,7 +11,7 @@ from agnews_dist.data.synthetic import generate
 
 END_OF_TEXT = "<|endoftext|>"
 EMBEDDED_SEED = 20_260
-"""Of the weights and of the text the tokenizer learns from; apart from every seed a user sets."""
+"""Seed of the embedded weights and of the tokenizer's training text; independent of the user's seeds."""
 _NUM_TEXTS = 4_000
 _VOCABULARY_SIZE = 2_000
 _NUM_POSITIONS = 512
@@ -19,15 +19,15 @@ _WORD_SCALE, _POSITION_SCALE = 0.5, 0.002
 
 
 @cache
-def _trained_json() -> str:
-    """A byte-level BPE like GPT-2's, trained on the synthetic text, as tokenizer.json."""
+def _train_tokenizer() -> str:
+    """Train a byte-level BPE like GPT-2's on the synthetic text; return it as tokenizer.json."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=_VOCABULARY_SIZE,
         special_tokens=[END_OF_TEXT],
-        # All 256 bytes, so that any text has tokens, whatever the training text lacked.
+        # All 256 bytes, so that every text can be tokenised.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -36,9 +36,9 @@ def _trained_json() -> str:
 
 
 def embedded_tokenizer() -> PreTrainedTokenizerFast:
-    """A new copy of the embedded tokenizer: about 2,000 entries, `<|endoftext|>` at both ends, no pad token."""
+    """Return a new copy of the embedded tokenizer: 2,000 tokens, `<|endoftext|>` as start and end token, no pad token."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_trained_json()),
+        tokenizer_object=Tokenizer.from_str(_train_tokenizer()),
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         unk_token=END_OF_TEXT,
@@ -48,7 +48,7 @@ def embedded_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def embedded_config() -> GPT2Config:
-    """GPT-2 with 4 blocks of width 128 and the vocabulary of `embedded_tokenizer`."""
+    """Return the config of a GPT-2 with 4 blocks of width 128 and the vocabulary of `embedded_tokenizer`."""
     tokenizer = embedded_tokenizer()
     end_of_text = cast(int, tokenizer.eos_token_id)
     return GPT2Config(
@@ -62,12 +62,11 @@ def embedded_config() -> GPT2Config:
     )
 
 
-def spread_embeddings(model: GPT2Model) -> None:
-    """Make the random frozen embeddings tell words apart.
+def scale_embeddings(model: GPT2Model) -> None:
+    """Scale the random embeddings, which stay frozen, so that words differ more than positions.
 
-    GPT-2 starts words and positions at one scale (`initializer_range`) and learns the rest. Here they stay as drawn, and
-    positions as loud as words leave the trainable block little to read: with 2,000 synthetic rows and three epochs it reached
-    0.59 of the validation rows at GPT-2's scales, 0.90 at these.
+    GPT-2 draws both at the same scale (`initializer_range`) and learns the rest. Unscaled, the positions hide the words: with
+    2,000 synthetic rows and three epochs, validation accuracy was 0.59; at these scales it is 0.90.
     """
     with torch.no_grad():
         model.wte.weight.mul_(_WORD_SCALE / model.config.initializer_range)

@@ -1,7 +1,7 @@
-"""The end product: a directory that Hugging Face loads as a classifier, and the way back from such a directory.
+"""Export to a directory that Hugging Face loads as a classifier, and loading of such a directory.
 
-Hugging Face's head has no bias, ours has one; it folds into the final norm's bias: with W the head's weight, c its bias
-and b the norm's bias, `W (b + b') = W b + c` for the minimum-norm solution b' of `W b' = c`, computed in fp64.
+Hugging Face's head has no bias. Ours is folded into the final norm's bias: with the head's weight W and bias c and the norm's
+bias b, `W (b + b') = W b + c` for the minimum-norm solution b' of `W b' = c`, computed in fp64.
 """
 
 import copy
@@ -15,25 +15,26 @@ import torch
 from torch import Tensor
 from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
+from agnews_dist.data.hugging_face import silence_transformers
 from agnews_dist.errors import ModelError
-from agnews_dist.model.gpt2 import Classifier, load_backbone, split
-from agnews_dist.model.pretrained import quietly, read_tokenizer
+from agnews_dist.model.gpt2 import Classifier, load_backbone, split_model
+from agnews_dist.model.pretrained import load_unpadded_tokenizer
 from agnews_dist.storage import atomic
 
-TRAINED = "trainable_blocks"
-"""Key of the exported config.json that Hugging Face passes through: how many of the last blocks were trained."""
+TRAINABLE_BLOCKS_KEY = "trainable_blocks"
+"""Our key of the exported config.json: the number of trained blocks, which are the last ones."""
 FOLDING_TOLERANCE = 1e-5
-"""Largest error of a logit through the folded bias, relative to the largest bias where that is above 1."""
+"""Limit of a logit's error by folding, relative to max(1, the largest bias)."""
 
 
 def fold_bias(weight_CD: Tensor, bias_C: Tensor, norm_bias_D: Tensor) -> Tensor:
-    """The final norm's bias that makes a head without bias give the same probabilities, in fp32.
+    """Fold the head's bias into the final norm's bias, which is returned in fp32; the probabilities stay the same.
 
-    The logits are the same too, unless W has too low a rank (more classes than width, for example): then mean(c), which
-    changes no probability, is left out.
+    The logits stay the same too, unless the rank of W is too low (for example, more classes than width). Then they lose
+    mean(c), which changes no probability.
 
     Raises:
-        ModelError: even so the bias is not in the range of W.
+        ModelError: not even c - mean(c) is in the range of W.
     """
     weight, bias, norm_bias = (t.detach().cpu().double() for t in (weight_CD, bias_C, norm_bias_D))
     tolerance = FOLDING_TOLERANCE * max(1.0, bias.abs().max().item())
@@ -41,14 +42,13 @@ def fold_bias(weight_CD: Tensor, bias_C: Tensor, norm_bias_D: Tensor) -> Tensor:
     for target_C in (bias, bias - bias.mean()):
         shift_D = torch.linalg.lstsq(weight, target_C[:, None], driver="gelsd").solution[:, 0]
         folded_D = (norm_bias + shift_D).float()
-        # Measured with the rounding to fp32, which a nearly singular W amplifies.
+        # Includes the rounding to fp32, which a nearly singular W amplifies.
         residual = (weight @ (folded_D.double() - norm_bias) - target_C).abs().max().item()
         if residual <= tolerance:
             return folded_D
     raise ModelError(
-        f"out_head's bias does not fold into the final norm (residual {residual:.2g} with {len(bias)} classes and "
-        f"width {weight.shape[1]}): Hugging Face's head has no bias, so the exported model would predict something else. "
-        "Use a model wider than the number of classes, or train with another seed."
+        f"out_head's bias does not fold into the final norm: residual {residual:.2g} with {len(bias)} classes and width "
+        f"{weight.shape[1]}. Use a model wider than its number of classes, or another --run.seed."
     )
 
 
@@ -62,11 +62,19 @@ def export_model(
     max_length: int,
     card: str,
 ) -> None:
-    """Write what `AutoModelForSequenceClassification` and `pipeline("text-classification")` load; `card` is its README.md.
+    """Export for `AutoModelForSequenceClassification` and `pipeline("text-classification")`.
 
-    `trained`: the suffix's weights by name where they are not in the classifier, as an engine divides them over ranks.
+    The weights are fp32, and frozen ones equal their source bit for bit. The directory appears whole or not at all, and
+    replaces an existing one.
 
-    fp32; frozen tensors are bit-equal to the source. The directory appears whole or not at all, replacing an older one.
+    Args:
+        directory: of the export.
+        classifier: the model.
+        tokenizer: its tokenizer.
+        trained: the suffix's weights by name; None takes them from the classifier, which must not be sharded.
+        class_names: name of each class.
+        max_length: limit of a text's tokens.
+        card: content of README.md.
 
     Raises:
         ModelError: the head's bias does not fold, or the directory cannot be written.
@@ -78,45 +86,49 @@ def export_model(
             _write_model(staging, classifier, state, tokenizer, class_names)
             _write_tokenizer(staging, tokenizer, max_length)
             (staging / "README.md").write_text(card, encoding="utf-8")
-            # safetensors makes its files private to the user; a published model is as readable as what we wrote ourselves.
+            # safetensors makes its files private to the user; here they get the mode that the umask gives to other files.
             mode = (staging / "README.md").stat().st_mode
             for path in staging.iterdir():
                 path.chmod(mode)
     except OSError as error:
         raise ModelError(
-            f"the model cannot be written to {directory} ({error.strerror or error}): the run's result would be lost. "
-            "Free some space or choose a writable --run.dir."
+            f"the model cannot be written to {directory}: {error.strerror or error}. "
+            "Free some space, or choose a writable --run.dir."
         ) from error
 
 
 def load_classifier(
     name: str, *, revision: str | None = None
 ) -> tuple[Classifier, PreTrainedTokenizerFast, tuple[str, ...], int]:
-    """An exported model or any GPT2ForSequenceClassification: classifier in eval mode, tokenizer, class names, max_length.
+    """Load an exported model or any GPT2ForSequenceClassification: classifier in eval mode, tokenizer, class names, max_length.
 
-    `name`: directory, run directory (its `model/`) or hub id. It is split where training split it, if its config.json tells:
-    under bf16 only what is above the freeze boundary keeps fp32 weights, so elsewhere the scores would differ slightly.
+    The classifier is split where the training split it, if its config.json has that number. This matters under bf16, where only
+    the trained weights stay in fp32.
+
+    Args:
+        name: directory, run directory (its `model/`) or hub id.
+        revision: of a hub id.
 
     Raises:
-        ModelError: as `load_backbone`; or no score head (a language model's would be random), or a single class.
+        ModelError: as `load_backbone`; or the model has no head or a single class.
     """
-    tokenizer = read_tokenizer(name, revision=revision)
+    tokenizer = load_unpadded_tokenizer(name, revision=revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     backbone = load_backbone(name, revision=revision, init="pretrained", seed=0, tokenizer=tokenizer)
     if backbone.head_CD is None or not backbone.class_names:
         raise ModelError(
-            f"model {name!r} has no classification head: its predictions would be random. Set --model.name to a run's "
-            "directory or its model/, or to a GPT2ForSequenceClassification checkpoint."
+            f"model {name!r} has no classification head: its predictions would be random. "
+            "Set --model.name to a run's directory, or to a GPT2ForSequenceClassification checkpoint."
         )
     if len(backbone.class_names) < 2:
         raise ModelError(
-            f"model {name!r} has a single class: it is a regression, not a classifier. "
+            f"model {name!r} has a single class: it is not a classifier. "
             "Set --model.name to a model with two classes or more."
         )
-    classifier = split(
+    classifier = split_model(
         backbone,
-        trainable_blocks=min(int(getattr(backbone.model.config, TRAINED, 1)), len(backbone.model.h)),
+        trainable_blocks=min(int(getattr(backbone.model.config, TRAINABLE_BLOCKS_KEY, 1)), len(backbone.model.h)),
         num_classes=len(backbone.class_names),
         seed=0,
     )
@@ -125,7 +137,7 @@ def load_classifier(
 
 
 def _huggingface_state(classifier: Classifier, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All weights by Hugging Face's names, fp32 on the CPU, the head's bias folded away."""
+    """Return all weights by Hugging Face's names, in fp32 on the CPU, with the head's bias folded."""
     state = {name: weight.float() for name, weight in classifier.frozen_state.items()}
     suffix = {name: weight.detach().float().cpu() for name, weight in trained.items()}
     weight_CD, bias_C = suffix.pop("out_head.weight"), suffix.pop("out_head.bias")
@@ -146,9 +158,9 @@ def _write_model(
     config.pad_token_id = cast("int | None", tokenizer.pad_token_id)
     config.problem_type = "single_label_classification"
     config.dtype = "float32"
-    setattr(config, TRAINED, len(classifier.suffix.h))
-    with quietly(), torch.random.fork_rng(devices=[]):
-        # Built without memory of its own; strict: a name we forgot would be a random tensor in the export.
+    setattr(config, TRAINABLE_BLOCKS_KEY, len(classifier.suffix.h))
+    with silence_transformers(), torch.random.fork_rng(devices=[]):
+        # Built without memory. Strict, as a missing name would leave a random tensor in the export.
         with torch.device("meta"):
             model = GPT2ForSequenceClassification(config)
         model.load_state_dict({name: weight.contiguous() for name, weight in state.items()}, strict=True, assign=True)
@@ -157,13 +169,13 @@ def _write_model(
 
 def _write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
     tokenizer = copy.deepcopy(tokenizer)
-    # What the last call truncated and padded to would be saved as part of the tokenizer.
+    # The truncation and padding of the last call would be saved as part of the tokenizer.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = max_length
-    with quietly():
+    with silence_transformers():
         tokenizer.save_pretrained(directory)
-    # transformers reads split_special_tokens from this file but does not write it; the other two describe this machine.
+    # transformers reads split_special_tokens but does not write it. The removed keys describe this machine.
     path = directory / "tokenizer_config.json"
     settings = cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
     settings |= {"split_special_tokens": True, "padding_side": "right", "truncation_side": "right"}

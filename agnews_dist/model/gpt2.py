@@ -1,8 +1,9 @@
-"""From a name to a classifier: load or draw GPT-2, grow it by [PAD], freeze it, split it at the freeze boundary.
+"""GPT-2 from a name to a classifier: load or draw the weights, add a row for [PAD], split at the freeze boundary.
 
-`load_backbone` and `split` are called by the stories that train; export.py goes the way back.
+A training calls `load_backbone` and `split_model`. export.py writes a classifier and loads it again.
 """
 
+import copy
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -11,52 +12,49 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model, PreTrainedTokenizerFast
 
+from agnews_dist.data.hugging_face import silence_transformers
 from agnews_dist.errors import ModelError
-from agnews_dist.model.embedded import EMBEDDED_SEED, embedded_config, spread_embeddings
+from agnews_dist.model.embedded import EMBEDDED_SEED, embedded_config, scale_embeddings
 from agnews_dist.model.prefix import Prefix
-from agnews_dist.model.pretrained import EMBEDDED, TOKENIZER_FILES, Location, locate, quietly, reading
+from agnews_dist.model.pretrained import CONFIG_FILE, EMBEDDED, TOKENIZER_FILES, WEIGHT_FILES, Location, locate, reading
 from agnews_dist.model.suffix import Suffix
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 MAX_SPARE_ROWS = 1024
-"""Embedding rows a model may have beyond its tokenizer: some are padded to a multiple of up to 1024 for speed."""
+"""Limit of embedding rows beyond the tokenizer's tokens; checkpoints may be padded to a multiple of up to 1024."""
 _BACKBONE_STREAM, _HEAD_STREAM = 0, 1
-"""Weights drawn from one seed for different parts must not be the same numbers."""
+"""Numbers of the random streams that one seed gives to different parts of the model."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A GPT-2 on the CPU, as it is stored, whose embedding has a row for every token of its tokenizer."""
+    """A GPT-2 on the CPU, in the type of its file, with an embedding row for every token of its tokenizer."""
 
     model: GPT2Model
     head_CD: Tensor | None
-    """The head of a checkpoint that already is a classifier."""
+    """Head of the checkpoint; None if it is not a classifier."""
     class_names: tuple[str, ...] | None
-    """That classifier's class names."""
+    """Class names of the checkpoint; None if it is not a classifier."""
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """The two halves, and what the export needs of the frozen one."""
+    """A frozen prefix and a trainable suffix, and the stored weights of the prefix for the export."""
 
     prefix: Prefix
     suffix: Suffix
     config: GPT2Config
     frozen_state: dict[str, Tensor]
-    """Hugging Face's name -> the frozen weights on the CPU as stored, whatever becomes of the prefix's copies. Of a safetensors
-    file these are its mapped pages, which the ranks of a node share."""
+    """Hugging Face's name -> frozen weight on the CPU, in the type of its file; moving the prefix does not change them.
+
+    Weights of a safetensors file are its mapped pages, which the ranks of a node share.
+    """
 
     def logits(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        """Right-padded tokens_BT with lengths_B (>= 1) to logits_BC."""
+        """Compute logits_BC of right-padded tokens_BT with lengths_B (>= 1)."""
         return cast(Tensor, self.suffix(*self.prefix.features(tokens_BT, lengths_B)))
 
     def use_fast_path(self, fast_path: bool) -> None:
-        """False: Hugging Face's own forward in both halves, the reference. Set it before any features are made."""
+        """Switch the fast path of both halves, before any features are computed. False is Hugging Face's own forward."""
         self.prefix.fast_path = fast_path
         self.suffix.use_fast_path(fast_path)
 
@@ -68,61 +66,70 @@ def load_backbone(
     init: Literal["pretrained", "random"],
     seed: int,
     tokenizer: PreTrainedTokenizerFast,
+    config: GPT2Config | None = None,
 ) -> Backbone:
-    """GPT-2 from a hub id, a directory or 'embedded'.
+    """Load GPT-2. The global random state is neither used nor changed.
 
-    With `init` 'random' only its shape is read and the weights are drawn from `seed`. The global random state
-    is neither used nor moved.
+    Args:
+        name: hub id, directory, run directory or 'embedded'.
+        revision: of a hub id.
+        init: 'random' reads only the config, and draws the weights from `seed`.
+        seed: for `init` 'random'.
+        tokenizer: decides the number of embedding rows.
+        config: result of `load_model_config`, so that a training reads the file once; None reads it.
 
     Raises:
-        ModelError: hub out of reach; no such directory; no config or weights, or damaged, incomplete or non-finite
+        ModelError: hub unreachable; no such directory; no config or weights, or damaged, incomplete or non-finite
             ones; not GPT-2; a vocabulary that does not fit the tokenizer.
     """
     head_CD, class_names = None, None
-    shape = load_shape(name, revision=revision, init=init, tokenizer=tokenizer)
+    config = copy.deepcopy(config) or load_model_config(name, revision=revision, init=init, tokenizer=tokenizer)
     if name == EMBEDDED:
-        model = _draw(shape, EMBEDDED_SEED if init == "pretrained" else seed, name)
-        spread_embeddings(model)
+        model = _draw_weights(config, EMBEDDED_SEED if init == "pretrained" else seed, name)
+        scale_embeddings(model)
     elif init == "random":
-        model = _draw(shape, seed, name)
+        model = _draw_weights(config, seed, name)
     else:
-        model, head_CD, class_names = _read_weights(locate(name, revision), shape)
+        model, head_CD, class_names = _read_weights(locate(name, revision), config)
     _fit_vocabulary(model, tokenizer, name)
     return Backbone(model, head_CD, class_names)
 
 
-def load_shape(
+def load_model_config(
     name: str, *, revision: str | None, init: Literal["pretrained", "random"], tokenizer: PreTrainedTokenizerFast
 ) -> GPT2Config:
-    """The config of the model that `load_backbone` would give, without its weights.
+    """Load the config of the model that `load_backbone` would load; arguments as there.
 
     Raises:
-        ModelError: hub out of reach; no such directory; no config, or not GPT-2's.
+        ModelError: hub unreachable; no such directory; no config, or not GPT-2's.
     """
     if name == EMBEDDED:
         return embedded_config()
     location = locate(name, revision)
-    return _read_shape(location, tokenizer) if init == "random" else _read_config(location)
+    has_only_tokenizer = not location.has_any(CONFIG_FILE) and location.has_any(*TOKENIZER_FILES)
+    return _default_config(tokenizer) if init == "random" and has_only_tokenizer else _read_config(location)
 
 
-def split(backbone: Backbone, *, trainable_blocks: int | Literal["all"], num_classes: int, seed: int) -> Classifier:
-    """Freeze all but the last `trainable_blocks` blocks, the final norm and `out_head`, which is drawn from `seed`.
+def split_model(
+    backbone: Backbone, *, trainable_blocks: int | Literal["all"], num_classes: int, seed: int
+) -> Classifier:
+    """Freeze all but the last `trainable_blocks` blocks, the final norm and `out_head`.
 
-    A checkpoint's own head of the right shape is kept. Both halves are in eval mode until `suffix.train()`. The classifier
-    takes the backbone's modules over; load another backbone for another split.
+    `out_head` is drawn from `seed`, unless the checkpoint has a head of the same shape. Both halves are in eval mode until
+    `suffix.train()`. The classifier takes the backbone's modules, so another split needs another backbone.
 
     Raises:
-        ModelError: more trainable blocks than the model has, or fewer than none.
+        ModelError: `trainable_blocks` is negative or exceeds the model's blocks.
     """
     model, config = backbone.model, backbone.model.config
     num_blocks = len(model.h)
     num_trainable = num_blocks if trainable_blocks == "all" else trainable_blocks
     if not 0 <= num_trainable <= num_blocks:
         raise ModelError(
-            f"model.trainable_blocks {num_trainable}, but the model has {num_blocks} blocks: there is nothing more to "
-            f"train. Set --model.trainable_blocks between 0 and {num_blocks}, or to all."
+            f"model.trainable_blocks {num_trainable}: the model has {num_blocks} blocks. "
+            f"Set --model.trainable_blocks between 0 and {num_blocks}, or to all."
         )
-    # The blocks run without a mask: only this kernel is then causal.
+    # The blocks run without a mask, and only this kernel is causal then.
     model.set_attn_implementation("sdpa")
     out_head = cast(nn.Linear, nn.utils.skip_init(nn.Linear, config.n_embd, num_classes))
     with torch.no_grad():
@@ -141,13 +148,13 @@ def split(backbone: Backbone, *, trainable_blocks: int | Literal["all"], num_cla
         last_token_only=num_trainable == 0,
     )
     suffix = Suffix({i: block for i, block in blocks.items() if i >= boundary}, model.ln_f, out_head).float().eval()
-    # Moving a module replaces its parameters' data; these references keep the originals without a copy.
+    # Moving a module replaces the data of its parameters. These references keep the original data without a copy.
     frozen_state = {f"transformer.{name}": weight.detach() for name, weight in prefix.named_parameters()}
     return Classifier(prefix, suffix, config, frozen_state)
 
 
-def parameter_table(classifier: Classifier) -> dict[str, tuple[int, int]]:
-    """Part of the model -> (trainable, frozen) parameters, bottom to top: embeddings, h.0-10, h.11, ln_f, out_head."""
+def count_parameters(classifier: Classifier) -> dict[str, tuple[int, int]]:
+    """Count (trainable, frozen) parameters of each part, bottom to top: embeddings, h.0-10, h.11, ln_f, out_head."""
     prefix, suffix = classifier.prefix, classifier.suffix
     parts: dict[str, list[nn.Module]] = {"embeddings": [prefix.wte, prefix.wpe]}
     for blocks in (prefix.h, suffix.h):
@@ -162,15 +169,15 @@ def parameter_table(classifier: Classifier) -> dict[str, tuple[int, int]]:
 
 
 def check_max_length(max_length: int, num_positions: int) -> None:
-    """Refuse texts longer than the model's position embeddings.
+    """Check that the model has a position embedding for every token of a text.
 
     Raises:
-        ModelError: `max_length` is above `num_positions`.
+        ModelError: `max_length` exceeds `num_positions`.
     """
     if max_length > num_positions:
         raise ModelError(
-            f"data.max_length {max_length} is above the model's {num_positions} positions: later tokens would have no "
-            f"position embedding. Set --data.max_length to at most {num_positions}."
+            f"data.max_length {max_length}: the model has {num_positions} positions. "
+            f"Set --data.max_length to at most {num_positions}."
         )
 
 
@@ -182,59 +189,56 @@ def _stream_seed(seed: int, stream: int) -> int:
     return (seed * 256 + stream) % 2**63
 
 
-def _draw(config: GPT2Config, seed: int, name: str) -> GPT2Model:
-    """A model with GPT-2's initialisation from `seed` alone."""
-    with torch.random.fork_rng(devices=[]), quietly():
+def _draw_weights(config: GPT2Config, seed: int, name: str) -> GPT2Model:
+    """Draw a model with GPT-2's initialisation from `seed` alone."""
+    with torch.random.fork_rng(devices=[]), silence_transformers():
         torch.default_generator.manual_seed(_stream_seed(seed, _BACKBONE_STREAM))
         try:
             model = GPT2Model(config).float().eval()
         except (ValueError, KeyError) as error:  # a width the heads do not divide, an unknown activation
             raise ModelError(
-                f"config of model {name!r} describes no possible model ({error}): nothing can be built from it. "
-                "Correct config.json."
+                f"{CONFIG_FILE} of model {name!r}: it describes no possible model ({error}). Correct {CONFIG_FILE}."
             ) from error
     return model
 
 
 def _read_config(location: Location) -> GPT2Config:
-    if not location.has("config.json"):
+    if not location.has_any(CONFIG_FILE):
         raise ModelError(
-            f"{location.directory} has no config.json: the model's shape is unknown. Copy the whole model directory, "
+            f"model directory {location.directory}: it has no {CONFIG_FILE}. Copy the whole model directory, "
             "or set --model.name to one that Hugging Face's save_pretrained wrote."
         )
-    with reading(location, "config.json"):
+    with reading(location, CONFIG_FILE):
         raw = GPT2Config.get_config_dict(location.target, revision=location.revision)[0]
     if raw.get("model_type") != "gpt2":
         raise ModelError(
-            f"model {location.name!r} is a {raw.get('model_type')!r} model: only GPT-2 can be split at the freeze "
-            "boundary. Choose a GPT-2 of any size, such as gpt2, gpt2-medium or distilgpt2."
+            f"model {location.name!r} is a {raw.get('model_type')!r} model: only GPT-2 is supported. "
+            "Choose a GPT-2 of any size, such as gpt2, gpt2-medium or distilgpt2."
         )
-    with reading(location, "config.json"):
+    with reading(location, CONFIG_FILE):
         config = GPT2Config.from_dict(raw)
     if config.add_cross_attention:
         raise ModelError(
-            f"model {location.name!r} has add_cross_attention: it reads a second sequence that a classifier does not "
-            "have. Choose a GPT-2 without cross-attention."
+            f"model {location.name!r} has add_cross_attention: a classifier has no second sequence. "
+            "Choose a GPT-2 without cross-attention."
         )
     return config
 
 
-def _read_shape(location: Location, tokenizer: PreTrainedTokenizerFast) -> GPT2Config:
-    """The config alone; GPT-2 small's shape for a directory that holds only a tokenizer."""
-    if location.has("config.json") or not location.has(*TOKENIZER_FILES):
-        return _read_config(location)
-    # Without the pad row, which `_fit_vocabulary` adds: the other weights are the same for both pad options.
-    num_rows = len(tokenizer) - int(_pad_is_last_and_extra(tokenizer))
+def _default_config(tokenizer: PreTrainedTokenizerFast) -> GPT2Config:
+    """Return the config of GPT-2 small for a tokenizer."""
+    # Without the row of [PAD], which `_fit_vocabulary` adds: so the drawn weights are the same for both pad tokens.
+    num_rows = len(tokenizer) - int(_has_additional_pad(tokenizer))
     end_of_text = cast(int, tokenizer.eos_token_id)
     return GPT2Config(vocab_size=num_rows, bos_token_id=end_of_text, eos_token_id=end_of_text)
 
 
 def _read_weights(location: Location, config: GPT2Config) -> tuple[GPT2Model, Tensor | None, tuple[str, ...] | None]:
-    """The pretrained model in fp32, and the head and class names where the checkpoint is a classifier."""
-    if not location.has(*WEIGHT_FILES):
+    """Read the model in the type of its file, and the head and class names if it is a classifier."""
+    if not location.has_any(*WEIGHT_FILES):
         raise ModelError(
-            f"{location.directory} has no weights (none of {', '.join(WEIGHT_FILES[:3])}): only random ones would be "
-            "left. Copy the whole model directory, or set --model.init random to start from nothing."
+            f"model directory {location.directory}: it has no weights (none of {', '.join(WEIGHT_FILES)}). "
+            "Copy the whole model directory, or set --model.init random."
         )
     is_classifier = GPT2ForSequenceClassification.__name__ in (config.architectures or [])
     architecture = GPT2ForSequenceClassification if is_classifier else GPT2Model
@@ -245,9 +249,9 @@ def _read_weights(location: Location, config: GPT2Config) -> tuple[GPT2Model, Te
                 location.target,
                 config=config,
                 revision=location.revision or "main",
-                dtype="auto",  # as stored: pages of the file, no copy; converted is what computes, where it computes
+                dtype="auto",  # the type of the file: its mapped pages, not a copy
                 attn_implementation="sdpa",
-                ignore_mismatched_sizes=True,  # so that the report names them
+                ignore_mismatched_sizes=True,  # the report lists them
                 output_loading_info=True,
             ),
         )
@@ -260,40 +264,49 @@ def _read_weights(location: Location, config: GPT2Config) -> tuple[GPT2Model, Te
 
 
 def _check_loaded(loaded: nn.Module, report: dict[str, Any], location: Location) -> None:
-    """Hugging Face fills what is missing or misshapen with random numbers and goes on; we do not."""
+    """Check that every weight was read: Hugging Face replaces missing or misshapen ones by random numbers.
+
+    Raises:
+        ModelError: weights are missing, have another shape, are left over or are not finite.
+    """
     surplus = [key for key in report["unexpected_keys"] if re.search(r"(^|\.)h\.\d+\.(?!attn\.(masked_)?bias$)", key)]
-    for keys, what in (
-        (report["missing_keys"], "lack"),
-        ([key[0] for key in report["mismatched_keys"]], "have another shape than config.json says for"),
-        (surplus, "have blocks that config.json does not know:"),
+    for keys, fault in (
+        (report["missing_keys"], "are missing"),
+        ([key[0] for key in report["mismatched_keys"]], f"have another shape than in {CONFIG_FILE}"),
+        (surplus, f"belong to blocks beyond those of {CONFIG_FILE}"),
     ):
         if keys:
             raise ModelError(
-                f"the weights of model {location.name!r} {what} {min(keys)} ({len(keys)} such): parts of the model "
-                "would be random or left out. Copy the whole model directory again, config.json and weights together."
+                f"weights of model {location.name!r}: {len(keys)} {fault}, such as {min(keys)}. "
+                f"Copy the whole model directory again, {CONFIG_FILE} and weights together."
             )
     for name, weight in loaded.named_parameters():
         if not bool(weight.isfinite().all()):
             raise ModelError(
-                f"weight {name} of model {location.name!r} holds NaN or infinity: every logit would be NaN. "
-                "Use a checkpoint saved before its training diverged."
+                f"weight {name} of model {location.name!r} contains NaN or infinity: every logit would be NaN. "
+                "Use a checkpoint from before its training diverged."
             )
 
 
-def _pad_is_last_and_extra(tokenizer: PreTrainedTokenizerFast) -> bool:
+def _has_additional_pad(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether the last token is a pad token of its own."""
     return tokenizer.pad_token != tokenizer.eos_token and tokenizer.pad_token_id == len(tokenizer) - 1
 
 
 def _fit_vocabulary(model: GPT2Model, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    """Grow the embedding by the pad token's row, the mean of the others, where the tokenizer has one token more."""
+    """Add an embedding row for an additional pad token, the mean of the others.
+
+    Raises:
+        ModelError: the numbers of rows and tokens do not fit.
+    """
     num_rows, num_tokens = model.wte.num_embeddings, len(tokenizer)
-    if num_tokens == num_rows + 1 and _pad_is_last_and_extra(tokenizer):
+    if num_tokens == num_rows + 1 and _has_additional_pad(tokenizer):
         rows_VD = model.wte.weight.detach()
         model.wte = nn.Embedding.from_pretrained(torch.cat([rows_VD, rows_VD.mean(dim=0, keepdim=True)]))
         model.config.vocab_size = num_tokens
     elif num_tokens > num_rows or num_rows - num_tokens >= MAX_SPARE_ROWS:
         raise ModelError(
-            f"the tokenizer has {num_tokens} tokens but model {name!r} has {num_rows} embedding rows: they do not "
-            "belong together, ids would mean other words. Use the tokenizer that the model was trained with."
+            f"tokenizer with {num_tokens} tokens for model {name!r} with {num_rows} embedding rows: they do not belong "
+            "together. Use the tokenizer that the model was trained with."
         )
     model.config.pad_token_id = cast("int | None", tokenizer.pad_token_id)

@@ -1,13 +1,13 @@
-"""A GPT-2 block for the last real token only: what a classifier reads of its last block, at a fraction of the cost.
+"""A GPT-2 block for the last real token only: all that a classifier reads of its last block, at a fraction of the cost.
 
-With one query per text the key and value projections commute out of the sums over tokens. Per head, with the block's
-normalised input h_t and attention weights a_t,
+With one query per text, the key and value projections move out of the sums over tokens. Per head, with the block's normalised
+input h_t and attention weights a_t,
 
-    score_t = q . (h_t W_k + b_k) = (q W_k^T) . h_t + a term equal for all t, which the softmax does not feel
+    score_t = q . (h_t W_k + b_k) = (q W_k^T) . h_t + a constant, which does not change the softmax
     out     = sum_t a_t (h_t W_v + b_v) = (sum_t a_t h_t) W_v + (sum_t a_t) b_v
 
-so a token costs 2 d multiply-adds per head instead of 12 d^2, and W_k, W_v meet one row per text. The norm's gain and shift
-move out in the same way (h_t = gain n_t + shift). sum_t a_t is 1 but for dropout.
+So a token costs 2 d multiply-adds per head instead of 12 d^2, and W_k and W_v multiply one row per text. The norm's gain and
+shift move out in the same way (h_t = gain n_t + shift). Without dropout, sum_t a_t is 1.
 """
 
 import math
@@ -17,25 +17,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from agnews_dist.model.dropout import dropped
-from agnews_dist.model.packed import fused_activation, score_factor
+from agnews_dist.model.dropout import apply_dropout
+from agnews_dist.model.packed import fuse_activation, score_factor
 
 ATTENTION_WEIGHTS, ATTENTION_OUTPUT, MLP_OUTPUT = 0, 1, 2
-"""The block's three places of dropout, as `dropped` tells them apart."""
+"""Sites of the block's three dropouts (see `apply_dropout`)."""
 
 
-def last_token_block(block: Any, hidden_BTD: Tensor, lengths_B: Tensor, keys_B: Tensor | None = None) -> Tensor:
-    """What Hugging Face's block gives at the last real token (`lengths_B` >= 1) of right-padded hidden_BTD: last_BD.
+def run_last_token_block(block: Any, hidden_BTD: Tensor, lengths_B: Tensor, keys_B: Tensor | None = None) -> Tensor:
+    """Run one of Hugging Face's blocks for the last real token of right-padded hidden_BTD; return last_BD.
 
-    Same parameters, gradients, and dropout at the same places (attention weights, attention's and the MLP's output): with
-    `keys_B` (see `example_keys`) by masks that are a function of the example's key, without them as torch draws. The gradient
-    of the key's bias is exactly zero, as it is in exact arithmetic. What lies in the padding must be finite and then does not
-    matter.
+    Parameters, gradients and places of dropout are the same as Hugging Face's. The gradient of the key's bias is exactly zero,
+    as in exact arithmetic. The padding must be finite and has no influence.
+
+    Args:
+        block: a GPT2Block, or a module with its parts.
+        hidden_BTD: input of the block.
+        lengths_B: number of real tokens of each text, >= 1.
+        keys_B: keys of the dropout masks (see `example_keys`); None draws them from torch's random state.
     """
     norm, attention, mlp = block.ln_1, block.attn, block.mlp
     num_texts, num_tokens, width = hidden_BTD.shape
     heads = (-1, attention.num_heads, attention.head_dim)
-    last_BD = last_rows(hidden_BTD, lengths_B)
+    last_BD = select_last_rows(hidden_BTD, lengths_B)
     query_w, key_w, value_w = attention.c_attn.weight.split(width, dim=1)
     query_b, _, value_b = attention.c_attn.bias.split(width)
 
@@ -45,23 +49,23 @@ def last_token_block(block: Any, hidden_BTD: Tensor, lengths_B: Tensor, keys_B: 
     scores_BHT = torch.matmul(probe_BHD.to(normed_BTD.dtype), normed_BTD.transpose(1, 2)) * score_factor(attention)
     is_padding_BT = torch.arange(num_tokens, device=lengths_B.device) >= lengths_B[:, None]
     weights_BHT = scores_BHT.masked_fill(is_padding_BT[:, None], -math.inf).softmax(dim=-1)
-    weights_BHT = _dropped_in(attention.attn_dropout, weights_BHT, keys_B, ATTENTION_WEIGHTS)
+    weights_BHT = _apply_module_dropout(attention.attn_dropout, weights_BHT, keys_B, ATTENTION_WEIGHTS)
 
     sum_BH1 = weights_BHT.sum(dim=-1, keepdim=True)
     mean_BHD = torch.matmul(weights_BHT, normed_BTD) * norm.weight + sum_BH1 * norm.bias
     out_BHE = torch.einsum("bhd,dhe->bhe", mean_BHD, value_w.view(heads)) + sum_BH1 * value_b.view(heads)
     attended_BD = attention.c_proj(out_BHE.reshape(num_texts, width))
-    last_BD = last_BD + _dropped_in(attention.resid_dropout, attended_BD, keys_B, ATTENTION_OUTPUT)
-    inner = fused_activation(mlp.act)(mlp.c_fc(block.ln_2(last_BD)))
-    return last_BD + _dropped_in(mlp.dropout, mlp.c_proj(inner), keys_B, MLP_OUTPUT)
+    last_BD = last_BD + _apply_module_dropout(attention.resid_dropout, attended_BD, keys_B, ATTENTION_OUTPUT)
+    inner = fuse_activation(mlp.act)(mlp.c_fc(block.ln_2(last_BD)))
+    return last_BD + _apply_module_dropout(mlp.dropout, mlp.c_proj(inner), keys_B, MLP_OUTPUT)
 
 
-def last_rows(hidden_BTD: Tensor, lengths_B: Tensor) -> Tensor:
-    """The row of the last real token of every text: last_BD."""
+def select_last_rows(hidden_BTD: Tensor, lengths_B: Tensor) -> Tensor:
+    """Return the row of each text's last real token: last_BD."""
     return hidden_BTD[torch.arange(len(lengths_B), device=lengths_B.device), lengths_B - 1]
 
 
-def _dropped_in(dropout: nn.Dropout, values: Tensor, keys_B: Tensor | None, site: int) -> Tensor:
+def _apply_module_dropout(dropout: nn.Dropout, values: Tensor, keys_B: Tensor | None, site: int) -> Tensor:
     if keys_B is None or not dropout.training:
         return cast(Tensor, dropout(values))
-    return dropped(values, keys_B, site, dropout.p)
+    return apply_dropout(values, keys_B, site, dropout.p)

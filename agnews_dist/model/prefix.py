@@ -1,9 +1,9 @@
-"""The frozen part: token ids in, hidden states at the freeze boundary out; no autograd, no dropout.
+"""The frozen part: token ids in, hidden states at the freeze boundary out, without autograd and dropout.
 
-Two ways to the same numbers. The fast one runs packed texts without padding, in small calls on a CPU and large ones on a GPU.
-The plain one is Hugging Face's own forward on a padded batch, the reference (`engine.fast_path: false`).
+It has two paths with equal results up to rounding. The fast path runs packed texts without padding, in small calls on a CPU and
+large ones on a GPU. The plain path (`engine.fast_path: false`) is Hugging Face's own forward on a padded batch, the reference.
 
-No attention mask in either: the kernel is causal and padding is on the right, so a real token never sees what comes after it.
+Neither uses an attention mask: attention is causal and padding is on the right, so no real token sees padding.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,34 +15,37 @@ import torch
 from torch import Tensor, nn
 
 from agnews_dist.data.batching.batch import Batch
-from agnews_dist.model.last_token import last_token_block
-from agnews_dist.model.packed import call_bounds, packed_attention, packed_block, side_by_side
+from agnews_dist.model.last_token import run_last_token_block
+from agnews_dist.model.packed import cut_into_calls, make_packed_attention, run_in_threads, run_packed_block
 
 CALL_TOKENS = {"cpu": 512, "cuda": 65536}
-"""Tokens per packed call. On a CPU the activations of a call stay in a core's cache; a GPU must be filled. Constants: a knob
-would let the hardware decide the last bits of a result."""
+"""Tokens per packed call: few enough for a CPU core's cache, enough to fill a GPU.
+
+Not a setting, as the size of the calls decides the last bits of the features.
+"""
+MIN_COMPILED_OPERATIONS = {"cpu": float("inf"), "cuda": 5e16}
+"""Floating-point operations of the frozen part from which torch.compile saves more time than it costs.
+
+CPU: compiled calls were not faster than eager ones (tests/bench/RESULTS.md). CUDA: an estimate, a tenth of 3 minutes against
+20 s of compiling.
+"""
 
 
 class Features(NamedTuple):
-    """Texts at the freeze boundary, right-padded: all that the suffix takes."""
+    """Texts at the freeze boundary, right-padded: the input of the suffix."""
 
     hidden_BTD: Tensor
-    """What is at or beyond a text's length is meaningless."""
+    """Hidden states; those in the padding have no meaning."""
     lengths_B: Tensor
-    """Rows of each text, >= 1: its tokens; one where the suffix reads only the last token."""
+    """Number of rows of each text, >= 1: its number of tokens, or 1 if the suffix reads only the last token."""
 
 
 FeatureSource = Callable[[Batch], Features]
-"""A batch to its features on the device, without autograd."""
-
-
-COMPILING_PAYS = {"cpu": float("inf"), "cuda": 5e16}
-"""Floating-point operations of the whole frozen work from which torch.compile is worth its cold start. CPU: compiled calls
-were no faster than eager ones (tests/bench/RESULTS.md). CUDA, not measured: 20 s of compiling against a tenth of 3 minutes."""
+"""A function from a batch to its features on the device, without autograd."""
 
 
 def run_block(block: nn.Module, hidden_BTD: Tensor) -> Tensor:
-    """One of Hugging Face's GPT-2 blocks, causal, without mask and cache. hidden_BTD to hidden_BTD."""
+    """Run one of Hugging Face's GPT-2 blocks, causal, without mask and cache: hidden_BTD to hidden_BTD."""
     output = cast("Tensor | tuple[Tensor, ...]", block(hidden_BTD))
     return output[0] if isinstance(output, tuple) else output  # transformers 5.0 returns a tuple
 
@@ -56,45 +59,51 @@ class Prefix(nn.Module):
     def __init__(
         self, wte: nn.Embedding, wpe: nn.Embedding, blocks: Mapping[int, nn.Module], *, last_token_only: bool = False
     ) -> None:
-        """`blocks`: number of the block in the whole model -> the block, bottom to top. `last_token_only`: no block comes
-        after these, so the fast path computes the last of them for the last token only."""
+        """Freeze the modules.
+
+        Args:
+            wte: token embedding.
+            wpe: position embedding.
+            blocks: number of the block in the whole model -> the block, bottom to top.
+            last_token_only: no block follows, so the fast path computes the last block for the last token only.
+        """
         super().__init__()
         self.wte = wte
         self.wpe = wpe
         self.h = nn.ModuleDict({str(number): block for number, block in blocks.items()})
         self.fast_path = True
         self.compiled = False
-        """Whether packed calls run through torch.compile."""
+        """True if packed calls run through torch.compile."""
         self._last_token_only = last_token_only and len(blocks) > 0
         self.requires_grad_(False)
         self.eval()
 
     @property
     def one_row_per_text(self) -> bool:
-        """Whether the fast path's features are the last token's alone."""
+        """True if the features of a text are one row, that of its last token."""
         return self.fast_path and self._last_token_only
 
     @property
     def row_bytes(self) -> int:
-        """Of one row of features, which are of the frozen weights' type."""
+        """Size of one row of features, which have the type of the frozen weights."""
         return self.wte.embedding_dim * self.wte.weight.dtype.itemsize
 
     @property
     def call_tokens(self) -> int:
-        """Most tokens of one packed call (a longer text has a call of its own)."""
+        """Limit of tokens of one packed call. A longer text is a call of its own."""
         return CALL_TOKENS[self.wte.weight.device.type]
 
     def choose_compiling(self, *, num_tokens: int, wanted: Literal["auto", "always", "never"]) -> None:
-        """Run packed calls through torch.compile if asked to, or if there is so much to do that it pays.
+        """Compile packed calls if `wanted` is always, or if it is auto and the work is large enough.
 
-        A token costs 24 D^2 operations per block. Of all texts, not of a rank's part: every rank decides alike.
+        A token costs 24 D^2 operations per block. `num_tokens` counts the tokens of all ranks, so that all decide the same.
         """
         num_operations = 24 * self.wte.embedding_dim**2 * len(self.h) * num_tokens
-        pays = num_operations >= COMPILING_PAYS[self.wte.weight.device.type]
-        self.compiled = wanted == "always" or (wanted == "auto" and pays)
+        saves_time = num_operations >= MIN_COMPILED_OPERATIONS[self.wte.weight.device.type]
+        self.compiled = wanted == "always" or (wanted == "auto" and saves_time)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """The plain path: right-padded tokens_BT to hidden_BTD; what is at or beyond a text's length is meaningless."""
+        """Run the plain path: right-padded tokens_BT to hidden_BTD. Hidden states in the padding have no meaning."""
         with torch.no_grad():
             position_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
             hidden_BTD: Tensor = self.wte(tokens_BT) + self.wpe(position_T)
@@ -103,42 +112,42 @@ class Prefix(nn.Module):
             return hidden_BTD
 
     def rows(self, tokens_P: Tensor, lengths_B: Sequence[int]) -> Tensor:
-        """The fast path's one call: texts of `lengths_B` tokens, end to end, to their rows of features, end to end."""
+        """Run one call of the fast path: texts of `lengths_B` tokens, end to end, to their rows of features, end to end."""
         device = tokens_P.device
-        # Everything is in the weights' type: autocast would only cast back and forth, and only where a caller switched it on.
+        # All tensors have the type of the weights. A caller's autocast would change the result.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             lengths = np.asarray(lengths_B)
             position_P = np.arange(len(tokens_P)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             hidden_PD: Tensor = self.wte(tokens_P) + self.wpe(torch.from_numpy(position_P).to(device))
-            attend = packed_attention(lengths_B, device, hidden_PD.dtype)
+            attend = make_packed_attention(lengths_B, device, hidden_PD.dtype)
             blocks = list(self.h.values())
             for block in blocks[:-1] if self._last_token_only else blocks:
-                hidden_PD = packed_block(block, hidden_PD, attend, compiled=self.compiled)
+                hidden_PD = run_packed_block(block, hidden_PD, attend, compiled=self.compiled)
             if not self._last_token_only:
                 return hidden_PD
             padded = nn.utils.rnn.pad_sequence(list(hidden_PD.split(list(lengths_B))), batch_first=True)
-            return last_token_block(blocks[-1], padded, torch.from_numpy(lengths).to(device))
+            return run_last_token_block(blocks[-1], padded, torch.from_numpy(lengths).to(device))
 
     def features(self, tokens_BT: Tensor, lengths_B: Tensor) -> Features:
-        """Right-padded tokens_BT with `lengths_B` (>= 1) to what the suffix takes, by the path that is set."""
+        """Compute the features of right-padded tokens_BT with `lengths_B` (>= 1), by the path that `fast_path` selects."""
         if not self.fast_path:
             return Features(self(tokens_BT), lengths_B)
         lengths: list[int] = lengths_B.tolist()
         texts = [tokens_BT[row, :length] for row, length in enumerate(lengths)]
         calls = [
             partial(self.rows, torch.cat(texts[begin:end]), lengths[begin:end])
-            for begin, end in call_bounds(lengths_B.cpu().numpy(), self.call_tokens)
+            for begin, end in cut_into_calls(lengths_B.cpu().numpy(), self.call_tokens)
         ]
-        rows = torch.cat(side_by_side(calls, tokens_BT.device))
+        rows = torch.cat(run_in_threads(calls, tokens_BT.device))
         if self._last_token_only:
             return Features(rows[:, None], torch.ones_like(lengths_B))
         return Features(nn.utils.rnn.pad_sequence(list(rows.split(lengths)), batch_first=True), lengths_B)
 
     def train(self, mode: bool = True) -> "Prefix":  # noqa: ARG002
-        """Stay in eval mode whatever `mode` says: frozen features must not depend on chance."""
+        """Ignore `mode` and stay in eval mode: dropout would make features random."""
         return super().train(False)
 
 
-def computed(prefix: Prefix) -> FeatureSource:
-    """Features made by the frozen part at every use."""
+def uncached_features(prefix: Prefix) -> FeatureSource:
+    """Return a source that computes features at every use."""
     return lambda batch: prefix.features(batch.tokens_BT, batch.lengths_B)

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import NewGELUActivation
 
-from agnews_dist.model.last_token import last_rows, last_token_block
+from agnews_dist.model.last_token import run_last_token_block, select_last_rows
 from agnews_dist.model.prefix import run_block
 
 
 class Suffix(nn.Module):
     """The last blocks, the final norm and `out_head`, in fp32, all trainable.
 
-    Parameter names map 1:1 to Hugging Face's GPT2ForSequenceClassification: `h.<number>.*` and `ln_f.*` with
-    `transformer.` before them, `out_head.weight` is `score.weight`; `out_head.bias` has no counterpart (export.py folds
-    it into `ln_f.bias`).
+    Parameters correspond to those of Hugging Face's GPT2ForSequenceClassification: `h.<number>.*` and `ln_f.*` to
+    `transformer.h.<number>.*` and `transformer.ln_f.*`, `out_head.weight` to `score.weight`. `out_head.bias` has no
+    counterpart: export.py folds it into `ln_f.bias`.
     """
 
     def __init__(self, blocks: Mapping[int, nn.Module], ln_f: nn.LayerNorm, out_head: nn.Linear) -> None:
@@ -31,30 +31,29 @@ class Suffix(nn.Module):
         self._activations = [block.get_submodule("mlp.act") for block in blocks.values()]
         self.use_fast_path(True)
         self.autocast_dtype: torch.dtype | None = None
-        """In which products are computed; None: in that of the weights. Here and not around the call: DeepSpeed switches
-        a surrounding autocast off."""
+        """Type of the products; None is the type of the weights. Set here, as DeepSpeed disables a caller's autocast."""
         self.checkpointing = False
-        """Whether training computes the blocks' activations again in the backward pass instead of keeping them."""
+        """True if the backward pass recomputes the blocks' activations (activation checkpointing)."""
         self.requires_grad_(True)
 
     def use_fast_path(self, fast_path: bool) -> None:
-        """Whether the last block is computed for the last token only; the others run in full, here with the fused GELU.
+        """Switch the fast path: the last block runs for the last token only, the others with a fused GELU.
 
-        Hugging Face's step-by-step `gelu_new` would keep six tensors four times as wide as the block for the backward pass.
+        Hugging Face's `gelu_new` works step by step and would keep six tensors of the MLP's width for the backward pass.
         """
         self.fast_path = fast_path
         for block, activation in zip(self.h.values(), self._activations, strict=True):
-            is_slow = fast_path and isinstance(activation, NewGELUActivation)
-            block.get_submodule("mlp").act = nn.GELU(approximate="tanh") if is_slow else activation
+            can_fuse = fast_path and isinstance(activation, NewGELUActivation)
+            block.get_submodule("mlp").act = nn.GELU(approximate="tanh") if can_fuse else activation
 
     def forward(self, hidden_BTD: Tensor, lengths_B: Tensor, keys_B: Tensor | None = None) -> Tensor:
-        """`Features` of texts to logits_BC, in the dtype of the weights.
+        """Compute logits_BC, in the type of the weights, from the features of texts.
 
-        `keys_B` (int64, see `example_keys`): from them alone the last block draws its dropout masks on the fast path. The other
-        blocks, and the plain path, always draw from torch's random state, which whoever wants to repeat a step seeds before it.
+        On the fast path the last block draws its dropout masks from `keys_B` alone (int64, see `example_keys`). The other
+        blocks, and the plain path, use torch's random state, which must be seeded to repeat a step.
         """
         device, dtype = hidden_BTD.device.type, self.autocast_dtype
-        # The residual stream in the weights' precision, even if the frozen part computed in another.
+        # The residual stream has the precision of the weights, even if the frozen part computed in another.
         hidden_BTD = hidden_BTD.to(self.ln_f.weight.dtype)
         blocks = list(self.h.values())
         with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
@@ -63,8 +62,8 @@ class Suffix(nn.Module):
             if blocks:
                 last_BD = self._run(blocks[-1], hidden_BTD, lengths_B, self.fast_path, keys_B)
             else:
-                last_BD = last_rows(hidden_BTD, lengths_B)
-        # One row per example costs nothing, and logits rounded to bf16 would cost accuracy in the loss.
+                last_BD = select_last_rows(hidden_BTD, lengths_B)
+        # In full precision: one row per example is cheap, and logits rounded to bf16 would make the loss less accurate.
         with torch.autocast(device, enabled=False):
             logits_BC: Tensor = self.out_head(self.ln_f(last_BD.to(self.ln_f.weight.dtype)))
         return logits_BC
@@ -72,30 +71,30 @@ class Suffix(nn.Module):
     def _run(self, part: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if not (self.checkpointing and self.training):
             return part(*arguments)
-        # Features need no gradient, and the older, reentrant way would then give none to the weights either.
-        again: Tensor = checkpoint(part, *arguments, use_reentrant=False)
-        return again
+        # Not reentrant: that variant gives the weights no gradient if no input needs one, and features need none.
+        output: Tensor = checkpoint(part, *arguments, use_reentrant=False)
+        return output
 
 
 class LastBlock(nn.Module):
-    """The last block for what is read of it, the last token; holds the parts of Hugging Face's block under the same names.
+    """The last block, of which only the last token is read. Its parts are those of Hugging Face's block, with the same names.
 
-    A module of its own, as an engine that divides weights over ranks fetches them when a module is called.
+    It is a module because FSDP and ZeRO gather sharded weights when a module is called.
     """
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         for name, part in block.named_children():
             self.add_module(name, part)
-        self._whole = (block,)  # in a tuple, as its parts are registered already
+        self._block = (block,)  # in a tuple, so that its parts are not registered twice
 
     @property
-    def whole(self) -> nn.Module:
+    def block(self) -> nn.Module:
         """Hugging Face's block."""
-        return self._whole[0]
+        return self._block[0]
 
     def forward(self, hidden_BTD: Tensor, lengths_B: Tensor, fast_path: bool, keys_B: Tensor | None = None) -> Tensor:
-        """hidden_BTD to last_BD; without `fast_path` through Hugging Face's own forward of all tokens, without keys."""
+        """Compute last_BD from hidden_BTD; without `fast_path`, run Hugging Face's block on all tokens and ignore `keys_B`."""
         if fast_path:
-            return last_token_block(self, hidden_BTD, lengths_B, keys_B)
-        return last_rows(run_block(self.whole, hidden_BTD), lengths_B)
+            return run_last_token_block(self, hidden_BTD, lengths_B, keys_B)
+        return select_last_rows(run_block(self.block, hidden_BTD), lengths_B)

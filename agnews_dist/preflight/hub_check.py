@@ -8,12 +8,10 @@ from pathlib import Path
 from agnews_dist.data.corpus import SYNTHETIC
 from agnews_dist.data.local_files import looks_local
 from agnews_dist.errors import ModelError
-from agnews_dist.model.pretrained import EMBEDDED, locate
+from agnews_dist.model.pretrained import CONFIG_FILE, EMBEDDED, TOKENIZER_FILES, WEIGHT_FILES, locate
 from agnews_dist.preflight.findings import Finding, run_with_timeout
 
 HUB_SECONDS = 5.0
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-TOKENIZER = ("tokenizer.json", "vocab.json")
 
 
 def check_hub(model: str, revision: str | None, init: str, source: str) -> Finding:
@@ -69,7 +67,7 @@ def _has_model(name: str, revision: str | None, init: str) -> bool:
     def has_any(*files: str) -> bool:
         return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in files)
 
-    return has_any(*TOKENIZER) and (init == "random" or (has_any("config.json") and has_any(*WEIGHTS)))
+    return has_any(*TOKENIZER_FILES) and (init == "random" or (has_any(CONFIG_FILE) and has_any(*WEIGHT_FILES)))
 
 
 def _has_data(source: str) -> bool:

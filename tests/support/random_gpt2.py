@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from agnews_dist.model.gpt2 import Backbone, Classifier, split
+from agnews_dist.model.gpt2 import Backbone, Classifier, split_model
 
 RELATIVE = 1e-5
 NUM_CLASSES = 4
@@ -39,7 +39,7 @@ def ours_like(
 ) -> Classifier:
     """The classifier with the reference's weights, through the production split; its own copy of everything."""
     backbone = Backbone(copy.deepcopy(reference.transformer), reference.score.weight.detach().clone(), None)
-    classifier = split(backbone, trainable_blocks=trainable_blocks, num_classes=NUM_CLASSES, seed=0)  # type: ignore[arg-type]
+    classifier = split_model(backbone, trainable_blocks=trainable_blocks, num_classes=NUM_CLASSES, seed=0)  # type: ignore[arg-type]
     classifier.use_fast_path(fast_path)
     return classifier
 

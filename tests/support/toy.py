@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
 
 from agnews_dist.data.tokens import TokenSplit
-from agnews_dist.model.gpt2 import Backbone, Classifier, split
+from agnews_dist.model.gpt2 import Backbone, Classifier, split_model
 
 VOCABULARY, CLASSES = 97, 4
 
@@ -31,7 +31,7 @@ def toy_model(dropout: float = 0.0) -> GPT2Model:
 
 
 def toy_classifier(trainable_blocks: int = 1, dropout: float = 0.0) -> Classifier:
-    classifier = split(
+    classifier = split_model(
         Backbone(toy_model(dropout), None, None), trainable_blocks=trainable_blocks, num_classes=CLASSES, seed=5
     )
     torch.nn.init.normal_(classifier.suffix.out_head.bias, generator=torch.Generator().manual_seed(3))

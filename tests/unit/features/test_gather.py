@@ -14,7 +14,7 @@ from agnews_dist.features.gather import CachedFeatures
 from agnews_dist.features.layout import assign_owners, lay_out, order_longest_first
 from agnews_dist.features.precompute import SplitFeatures
 from agnews_dist.model import prefix as prefix_module
-from agnews_dist.model.packed import side_by_side
+from agnews_dist.model.packed import run_in_threads
 from agnews_dist.model.prefix import Prefix, uncached_features
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def split_features(prefix: Prefix, table: TokenTable, groups: list[Ints]) -> Spl
 
 def cache_in_memory(split: SplitFeatures) -> CachedFeatures:
     rows, tasks = split.prepare_in_memory(CPU, split.compute_segment, lambda _: None)
-    side_by_side(tasks, CPU)
+    run_in_threads(tasks, CPU)
     return CachedFeatures(rows, split.layout)
 
 

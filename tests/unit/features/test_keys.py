@@ -13,7 +13,7 @@ from agnews_dist.features import keys
 from agnews_dist.features import layout as layout_module
 from agnews_dist.features.keys import features_key
 from agnews_dist.features.layout import Layout, lay_out, order_longest_first
-from agnews_dist.model.gpt2 import Backbone, Classifier, split
+from agnews_dist.model.gpt2 import Backbone, Classifier, split_model
 from agnews_dist.run.fingerprints import weights_fingerprint
 
 LENGTHS = np.random.default_rng(3).integers(1, 30, 40).tolist()
@@ -178,8 +178,8 @@ def change_suffix() -> Classifier:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: split(Backbone(toy_model(), None, None), trainable_blocks=1, num_classes=CLASSES, seed=99),
-        lambda: split(Backbone(toy_model(), None, None), trainable_blocks=1, num_classes=CLASSES + 3, seed=5),
+        lambda: split_model(Backbone(toy_model(), None, None), trainable_blocks=1, num_classes=CLASSES, seed=99),
+        lambda: split_model(Backbone(toy_model(), None, None), trainable_blocks=1, num_classes=CLASSES + 3, seed=5),
         lambda: toy_classifier(dropout=0.3),
         change_suffix,
     ],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from agnews_dist.data.rows import Ints
 from agnews_dist.features import layout as layout_module
 from agnews_dist.features.layout import Layout, assign_owners, lay_out, order_longest_first
-from agnews_dist.model.packed import call_bounds
+from agnews_dist.model.packed import cut_into_calls
 
 ROW_BYTES = 1536
 
@@ -109,7 +109,7 @@ def test_lay_out_marks_absent_texts() -> None:
     assert [ids.tolist() for ids in layout.texts] == [[1], [0]]
 
 
-def test_calls_do_not_cross_groups_even_if_they_would_fit() -> None:
+def test_lay_out_never_mixes_groups_in_a_call() -> None:
     lengths_N = np.array([4, 3, 2, 1])
     layout = lay_out(lengths_N, [np.array([0, 1]), np.array([2, 3])], call_tokens=100, row_bytes=ROW_BYTES)
     assert [ids.tolist() for ids in layout.texts] == [[0, 1], [2, 3]]
@@ -162,7 +162,7 @@ def test_order_longest_first_keeps_file_order_among_equal_lengths() -> None:
 def test_call_bounds_fill_calls_up_to_the_limit(
     lengths: list[int], call_tokens: int, bounds: list[tuple[int, int]]
 ) -> None:
-    assert call_bounds(np.array(lengths, dtype=np.int64), call_tokens) == bounds
+    assert cut_into_calls(np.array(lengths, dtype=np.int64), call_tokens) == bounds
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
@@ -186,7 +186,7 @@ def test_assign_owners_spreads_every_length(num: int, num_ranks: int) -> None:
         assert np.ptp(counts) <= 1
 
 
-def test_dealing_in_file_order_would_not_spread_the_lengths() -> None:
+def test_assign_owners_differs_from_file_order() -> None:
     """The control: in file order, alternating long and short texts would go to different ranks."""
     lengths_N = np.tile([50, 1], 100)
     long_of_rank = np.bincount(assign_owners(lengths_N, 2)[lengths_N == 50], minlength=2)

@@ -1,6 +1,6 @@
-"""Dropout by keys: against SplitMix64 in numpy, against chance, and in the last block against Hugging Face's under its masks.
+"""Dropout by keys: against SplitMix64 in numpy, against statistics, and in the last block against Hugging Face's block.
 
-The masks of an example must be its own: the same alone and in any batch, whatever the padding, whatever was drawn before.
+An example's masks depend on the example alone: they are the same in any batch, with any padding, after any random draws.
 """
 
 import itertools
@@ -15,14 +15,14 @@ from torch.nn import functional
 
 from agnews_dist.data.batching.batch import Batch
 from agnews_dist.data.batching.loader import TokenTable
-from agnews_dist.model.dropout import dropped, example_keys, step_key
+from agnews_dist.model.dropout import apply_dropout, example_keys, step_key
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features
 
 SEED, STEP, P = 17, 123, 0.2
 IDS = [0, 1, 2, 3, 119_999, 2**40, -1]
 SIGMAS = 5.0
-"""Chance passes this once in 1.7 million comparisons; some fifty are made, all from fixed seeds."""
+"""Exceeded by chance once in 1.7 million comparisons. There are about fifty, all from fixed seeds."""
 
 
 def keys_of(ids: list[int] | range, *, seed: int = SEED, step: int = STEP) -> Tensor:
@@ -30,12 +30,12 @@ def keys_of(ids: list[int] | range, *, seed: int = SEED, step: int = STEP) -> Te
 
 
 def mask(keys_B: Tensor, rest: tuple[int, ...], *, site: int = 0, p: float = P) -> Tensor:
-    """Which of (B, *rest) elements are kept."""
-    return dropped(torch.ones(len(keys_B), *rest), keys_B, site, p) != 0
+    """Return which of (B, *rest) elements are kept."""
+    return apply_dropout(torch.ones(len(keys_B), *rest), keys_B, site, p) != 0
 
 
-def test_keys_are_splitmix64_s_published_sequence() -> None:
-    """The numbers printed beside the algorithm for the seeds 1234567 and 0 (Rosetta Code; the paper's Java class)."""
+def test_example_keys_are_the_published_splitmix64_sequence() -> None:
+    """The published numbers for the seeds 1234567 and 0 (Rosetta Code; the paper's Java class)."""
     published = [
         6457827717110365317,
         3203168211198807973,
@@ -48,7 +48,7 @@ def test_keys_are_splitmix64_s_published_sequence() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, -5])
-def test_keys_are_numpy_s(seed: int) -> None:
+def test_example_keys_equal_the_numpy_reference(seed: int) -> None:
     for step in (0, 1, 10_000_000):
         keys_B = keys_of(IDS, seed=seed, step=step)
         assert keys_B.dtype == torch.int64
@@ -58,40 +58,40 @@ def test_keys_are_numpy_s(seed: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
 @pytest.mark.parametrize("rest", [(50,), (3, 20), (2, 3, 7)], ids=str)
-def test_what_is_dropped_and_what_is_left_is_numpy_s(rest: tuple[int, ...], p: float, dtype: torch.dtype) -> None:
+def test_apply_dropout_equals_the_numpy_reference(rest: tuple[int, ...], p: float, dtype: torch.dtype) -> None:
     values = torch.randn(len(IDS), *rest, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
     for site in (0, 1, 2):
         kept = torch.from_numpy(reference_kept(reference_keys(SEED, STEP, IDS), site, p, rest))
-        left = dropped(values, keys_of(IDS), site, p)
+        left = apply_dropout(values, keys_of(IDS), site, p)
         assert left.dtype == dtype
         assert torch.equal(left, torch.where(kept, values / (1 - p), 0))
         (gradient,) = torch.autograd.grad(left.sum(), values)
         assert torch.equal(gradient, torch.where(kept, torch.ones_like(values) / (1 - p), 0))
 
 
-def test_dropping_nothing_and_everything() -> None:
+def test_apply_dropout_with_rates_0_and_1() -> None:
     values = torch.randn(len(IDS), 9).requires_grad_()
-    assert dropped(values, keys_of(IDS), 0, 0.0) is values
-    nothing_left = dropped(values, keys_of(IDS), 0, 1.0)
+    assert apply_dropout(values, keys_of(IDS), 0, 0.0) is values
+    nothing_left = apply_dropout(values, keys_of(IDS), 0, 1.0)
     assert torch.equal(nothing_left, torch.zeros(len(IDS), 9))
     (gradient,) = torch.autograd.grad(nothing_left.sum(), values)
-    assert torch.equal(gradient, torch.zeros(len(IDS), 9)), "zero, not none: engines expect one of every weight"
+    assert torch.equal(gradient, torch.zeros(len(IDS), 9)), "zeros, not None: engines expect a gradient of every weight"
 
 
-def test_what_is_dropped_leaves_no_trace_of_its_value() -> None:
+def test_apply_dropout_replaces_infinities_by_zero() -> None:
     values = torch.full((len(IDS), 100), float("inf"))
-    left = dropped(values, keys_of(IDS), 0, 0.5)
+    left = apply_dropout(values, keys_of(IDS), 0, 0.5)
     assert left.isinf().any()
     assert (left[~left.isinf()] == 0).all()
 
 
-def test_no_examples_no_masks() -> None:
-    assert dropped(torch.ones(0, 3, 4), keys_of([]), 0, P).shape == (0, 3, 4)
+def test_apply_dropout_of_no_examples() -> None:
+    assert apply_dropout(torch.ones(0, 3, 4), keys_of([]), 0, P).shape == (0, 3, 4)
 
 
 @pytest.mark.parametrize("rest", [(64,), (12, 64)], ids=str)
-def test_an_example_s_mask_is_its_own(rest: tuple[int, ...]) -> None:
-    """Alone, in any order, among others, and with more or less behind it."""
+def test_masks_depend_on_the_example_alone(rest: tuple[int, ...]) -> None:
+    """Alone, in any order, in any batch, and with any number of columns."""
     ids = list(range(40))
     together = mask(keys_of(ids), rest)
     assert together.any()
@@ -107,21 +107,21 @@ def test_an_example_s_mask_is_its_own(rest: tuple[int, ...]) -> None:
 
 
 def correlation(first: Tensor, second: Tensor) -> float:
-    """Of two masks, in standard errors."""
+    """Return the correlation of two masks, in standard errors."""
     pairs = np.corrcoef(first.flatten().numpy(), second.flatten().numpy())
     return float(abs(pairs[0, 1]) * first.numel() ** 0.5)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_neighbours_of_any_kind_know_nothing_of_each_other(p: float) -> None:
-    """Steps, seeds, examples, sites, rows, elements: masks beside each other do not correlate, next ones and those after."""
+def test_masks_of_neighbours_do_not_correlate(p: float) -> None:
+    """Masks of neighbouring steps, seeds, examples, sites, rows and elements do not correlate, at distances 1 and 2."""
     rest = (12, 64)
 
     def of(*, seed: int = SEED, step: int = STEP, first: int = 0, site: int = 0) -> Tensor:
         return mask(keys_of(range(first, first + 500), seed=seed, step=step), rest, site=site, p=p)
 
-    here = of()
-    assert correlation(here, of()) > 100, "the control: with itself"
+    base = of()
+    assert correlation(base, of()) > 100, "control: with itself"
     for distance in (1, 2):
         others = {
             "step": of(step=STEP + distance),
@@ -132,14 +132,14 @@ def test_neighbours_of_any_kind_know_nothing_of_each_other(p: float) -> None:
             "step and example": of(step=STEP + distance, first=-distance),
         }
         for what, other in others.items():
-            assert correlation(here, other) < SIGMAS, f"{what} {distance} further"
-        assert correlation(here[..., distance:], here[..., :-distance]) < SIGMAS, "elements"
-        assert correlation(here[:, distance:], here[:, :-distance]) < SIGMAS, "rows"
+            assert correlation(base, other) < SIGMAS, f"{what} at distance {distance}"
+        assert correlation(base[..., distance:], base[..., :-distance]) < SIGMAS, "elements"
+        assert correlation(base[:, distance:], base[:, :-distance]) < SIGMAS, "rows"
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.3, 0.5, 0.9])
-def test_the_rate_and_the_mean_are_kept(p: float) -> None:
-    """Over a million draws of a thousand examples; and no example and no element has a rate of its own."""
+def test_masks_have_the_rate_and_keep_the_mean(p: float) -> None:
+    """Over a million draws of a thousand examples, in total and for each example and element."""
     kept = mask(keys_of(range(1000)), (1000,), p=p).double()
     error = (p * (1 - p)) ** 0.5
     assert abs(kept.mean() - (1 - p)) < SIGMAS * error / 1000
@@ -148,22 +148,22 @@ def test_the_rate_and_the_mean_are_kept(p: float) -> None:
         assert (rates - (1 - p)).abs().max() < 6 * error / 1000**0.5, "the largest of a thousand"
         assert rates.std() == pytest.approx(error / 1000**0.5, rel=SIGMAS / 2000**0.5)
     ones = torch.ones(1000, 1000, dtype=torch.float64)
-    mean = dropped(ones, keys_of(range(1000)), 0, p).mean()
+    mean = apply_dropout(ones, keys_of(range(1000)), 0, p).mean()
     assert abs(mean - 1) < SIGMAS * error / (1 - p) / 1000
 
 
-def test_patterns_of_neighbours_are_equally_frequent() -> None:
-    """Chi-square over the 256 patterns of eight elements in a row, and of the same element in eight steps."""
-    in_a_row = mask(keys_of(range(2000)), (512,), p=0.5).numpy().reshape(-1, 8)
+def test_mask_patterns_are_equally_frequent() -> None:
+    """Chi-square over the 256 patterns of eight consecutive elements, and of one element in eight steps."""
+    consecutive = mask(keys_of(range(2000)), (512,), p=0.5).numpy().reshape(-1, 8)
     steps = [mask(keys_of(range(2000), step=step), (64,), p=0.5).numpy().reshape(-1) for step in range(8)]
-    for bits in (in_a_row, np.stack(steps, axis=1)):
+    for bits in (consecutive, np.stack(steps, axis=1)):
         counts = np.bincount(bits @ (1 << np.arange(8)), minlength=256)
         expected = len(bits) / 256
         chi_square = float(((counts - expected) ** 2 / expected).sum())
         assert abs(chi_square - 255) < SIGMAS * (2 * 255) ** 0.5
 
 
-def test_the_random_state_is_neither_read_nor_moved() -> None:
+def test_masks_do_not_use_the_random_state() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = mask(keys_of(IDS), (3, 30))
@@ -202,7 +202,7 @@ def outcome(classifier: Classifier, rows: list[int], *, step: int = STEP, extra:
     batch = batch_of(rows)
     hidden_BTD, lengths_B = classifier.prefix.features(batch.tokens_BT, batch.lengths_B)
     features = Features(functional.pad(hidden_BTD, (0, 0, 0, extra), value=3.0), lengths_B)
-    # Whatever was drawn before.
+    # Other random states for other batches.
     torch.manual_seed(len(rows) + 100 * extra)
     logits_BC = classifier.suffix(*features, example_keys(step_key(SEED, step), batch.ids_B))
     classifier.suffix.zero_grad()
@@ -217,16 +217,15 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-def test_the_last_block_is_huggingface_s_under_the_same_masks(checkpointing: bool) -> None:
-    """Logits and all gradients of the whole classifier, its block run in full by Hugging Face on padded texts with numpy's
-    masks in the place of every dropout."""
+def test_last_block_equals_hugging_face_under_the_same_masks(checkpointing: bool) -> None:
+    """Compares logits and all gradients with Hugging Face's full block on padded texts under numpy's masks."""
     keys_B = reference_keys(SEED, STEP, ALL)
     expected_BC, expected = reference_with_dropout(LENGTHS, keys_B, P)
     logits_BC, gradients = outcome(classifier_with(checkpointing=checkpointing), ALL)
     assert relative(logits_BC, expected_BC) < EXACT
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        # The key's bias has none in exact arithmetic, and in Hugging Face's it is rounding: see test_last_token.py.
+        # That of the key's bias is zero in exact arithmetic, and rounding in Hugging Face's: see test_last_token.py.
         assert relative(gradient / len(LENGTHS), expected[name]) < EXACT, name
 
     others = {
@@ -235,14 +234,14 @@ def test_the_last_block_is_huggingface_s_under_the_same_masks(checkpointing: boo
     }
     for what, other_keys_B in others.items():
         other_BC, _ = reference_with_dropout(LENGTHS, other_keys_B, P)
-        assert relative(logits_BC, other_BC) > 0.01, f"the control: {what}"
+        assert relative(logits_BC, other_BC) > 0.01, f"control: {what}"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(
     "parts", [[ALL[::-1]], [[6, 0], [1], [7, 5, 2], [4, 3]], [[row] for row in ALL]], ids=["reversed", "split", "alone"]
 )
-def test_an_example_in_training_depends_on_no_batch_mate(parts: list[list[int]], checkpointing: bool) -> None:
+def test_training_results_of_an_example_do_not_depend_on_its_batch(parts: list[list[int]], checkpointing: bool) -> None:
     classifier = classifier_with(checkpointing=checkpointing)
     together_BC, together = outcome(classifier, ALL)
     sums = {name: torch.zeros_like(gradient) for name, gradient in together.items()}
@@ -255,7 +254,7 @@ def test_an_example_in_training_depends_on_no_batch_mate(parts: list[list[int]],
     assert relative(outcome(classifier, ALL, step=STEP + 1)[0], together_BC) > 0.01, "another step, other masks"
 
 
-def test_keys_change_nothing_in_evaluation() -> None:
+def test_keys_have_no_effect_in_evaluation() -> None:
     classifier = classifier_with()
     classifier.suffix.eval()
     batch = batch_of(ALL)
@@ -263,23 +262,23 @@ def test_keys_change_nothing_in_evaluation() -> None:
     assert torch.equal(classifier.suffix(*features, keys_of(ALL)), classifier.suffix(*features))
 
 
-def test_without_keys_dropout_is_torch_s() -> None:
+def test_dropout_without_keys_uses_the_random_state() -> None:
     classifier = classifier_with()
     batch = batch_of(ALL)
     features = classifier.prefix.features(batch.tokens_BT, batch.lengths_B)
-    drawn = []
+    found = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(classifier.suffix(*features).detach())
-    assert torch.equal(drawn[0], drawn[1])
-    assert relative(drawn[2], drawn[0]) > 0.01
+        found.append(classifier.suffix(*features).detach())
+    assert torch.equal(found[0], found[1])
+    assert relative(found[2], found[0]) > 0.01
 
 
-@pytest.mark.parametrize("lower", ["a block below", "the plain path"])
-def test_what_draws_from_torch_is_repeated_by_its_seed(lower: str) -> None:
-    """What the keys do not reach: the blocks below the last one, and Hugging Face's own forward."""
-    classifier = classifier_with(1 if lower == "the plain path" else 2)
-    classifier.use_fast_path(lower != "the plain path")
+@pytest.mark.parametrize("part", ["a lower block", "the plain path"])
+def test_dropout_outside_the_keys_repeats_with_the_seed(part: str) -> None:
+    """The keys do not reach the blocks below the last one, nor Hugging Face's own forward."""
+    classifier = classifier_with(1 if part == "the plain path" else 2)
+    classifier.use_fast_path(part != "the plain path")
     batch = batch_of(ALL)
     features, found = classifier.prefix.features(batch.tokens_BT, batch.lengths_B), []
     for seed in (1, 1, 2):
@@ -290,12 +289,12 @@ def test_what_draws_from_torch_is_repeated_by_its_seed(lower: str) -> None:
 
 
 @pytest.mark.parametrize("trainable_blocks", [0, 1, 3])
-def test_keys_reach_any_number_of_blocks(trainable_blocks: int) -> None:
+def test_keys_work_with_any_number_of_trainable_blocks(trainable_blocks: int) -> None:
     assert len(outcome(classifier_with(trainable_blocks), ALL)[0]) == len(LENGTHS)
 
 
-def test_under_bf16_autocast_the_masks_are_those_of_fp32() -> None:
-    """Within bf16's rounding of the same masks in fp32, far from others, and the same bits whatever torch's state."""
+def test_masks_are_the_same_under_bf16_autocast() -> None:
+    """Logits are within bf16's rounding of those with the same masks in fp32, far from others, and repeatable to the bit."""
     exact = classifier_with(dtype=torch.float32)
     exact_BC, other_BC = outcome(exact, ALL)[0], outcome(exact, ALL, step=STEP + 1)[0]
     exact.suffix.autocast_dtype = torch.bfloat16
@@ -307,8 +306,8 @@ def test_under_bf16_autocast_the_masks_are_those_of_fp32() -> None:
     assert relative(again_BC, exact_BC) < 0.05, "each alone"
 
 
-def test_the_numpy_reference_is_no_constant() -> None:
-    """Guards the reference: every argument of it counts."""
+def test_numpy_reference_depends_on_every_argument() -> None:
+    """Checks the reference: every argument changes it."""
     base = reference_keys(1, 2, [3])
     others = [reference_keys(*changed) for changed in ((2, 2, [3]), (1, 3, [3]), (1, 2, [4]))]
     assert len({int(keys[0]) for keys in (base, *others)}) == 4

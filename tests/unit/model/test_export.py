@@ -1,4 +1,4 @@
-"""The exported directory, read by Hugging Face as its users would; and the way back."""
+"""The exported directory: read by Hugging Face as by its users, and loaded again."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from transformers import (
 
 from agnews_dist.errors import ModelError
 from agnews_dist.model.export import export_model, fold_bias, load_classifier
-from agnews_dist.model.gpt2 import Classifier, load_backbone, split
+from agnews_dist.model.gpt2 import Classifier, load_backbone, split_model
 from agnews_dist.model.pretrained import load_tokenizer
 
 CLASS_NAMES = ("World", "Sports", "Business", "Sci/Tech")
@@ -35,7 +35,7 @@ TEXTS = [
 
 
 class Exported(NamedTuple):
-    """A classifier with a large bias and changed weights, as after training, and where it was written."""
+    """An exported classifier with a large bias and changed weights, as after training."""
 
     classifier: Classifier
     tokenizer: PreTrainedTokenizerFast
@@ -53,7 +53,7 @@ def disturb(classifier: Classifier) -> None:
 def make(name: str, directory: Path, *, pad_token: str, trainable_blocks: int | str = 1) -> Exported:
     tokenizer = load_tokenizer(name, revision=None, pad_token=pad_token)  # type: ignore[arg-type]
     backbone = load_backbone(name, revision=None, init="pretrained", seed=0, tokenizer=tokenizer)
-    classifier = split(backbone, trainable_blocks=trainable_blocks, num_classes=4, seed=0)  # type: ignore[arg-type]
+    classifier = split_model(backbone, trainable_blocks=trainable_blocks, num_classes=4, seed=0)  # type: ignore[arg-type]
     disturb(classifier)
     tokenizer(["some earlier call", "that padded"], padding=True, truncation=True, max_length=3)
     export_model(
@@ -85,7 +85,7 @@ def our_logits(classifier: Classifier, tokenizer: PreTrainedTokenizerFast, texts
 
 
 def huggingface_logits(directory: Path, texts: list[str]) -> torch.Tensor:
-    """Model and tokenizer as a stranger loads them."""
+    """Return the logits of model and tokenizer loaded by Hugging Face alone."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
     with torch.no_grad():
@@ -108,10 +108,10 @@ def test_huggingface_computes_our_logits(exported: Exported) -> None:
     assert ours[:, 0].min() > 20, "the bias is in the logits"
     assert_same_logits(theirs, ours)
     without_bias = ours - exported.classifier.suffix.out_head.bias.detach()
-    assert (theirs - without_bias).abs().max() > 20, "negative control: without the bias the logits are far away"
+    assert (theirs - without_bias).abs().max() > 20, "control: without the bias the logits are very different"
 
 
-def test_pipeline_says_class_names(exported: Exported) -> None:
+def test_pipeline_returns_class_names(exported: Exported) -> None:
     classify = pipeline("text-classification", model=str(exported.directory))
     answers = classify(TEXTS, truncation=True, top_k=None, batch_size=3)
     expected = our_logits(exported.classifier, exported.tokenizer, TEXTS).softmax(dim=-1)
@@ -135,10 +135,10 @@ def test_files_and_config(exported: Exported) -> None:
     with safe_open(exported.directory / "model.safetensors", "pt") as file:
         assert len(list(file.keys())) == 12 * config["n_layer"] + 5
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}  # noqa: SIM118
-    assert sorted(path.name for path in exported.directory.parent.iterdir()) == ["model"], "nothing temporary is left"
+    assert sorted(path.name for path in exported.directory.parent.iterdir()) == ["model"], "no temporary files are left"
 
 
-def test_tokenizer_of_the_export(exported: Exported) -> None:
+def test_exported_tokenizer_splits_special_tokens_and_keeps_no_call_options(exported: Exported) -> None:
     """transformers 5.23 loads `split_special_tokens` but its save_pretrained forgets it."""
     tokenizer = AutoTokenizer.from_pretrained(exported.directory)
     assert tokenizer.model_max_length == MAX_LENGTH
@@ -154,7 +154,7 @@ def test_tokenizer_of_the_export(exported: Exported) -> None:
         assert not special & set(ids)
         assert tokenizer.decode(ids) == text
     backend = json.loads((exported.directory / "tokenizer.json").read_text(encoding="utf-8"))
-    assert (backend["truncation"], backend["padding"]) == (None, None), "an earlier call's settings are not exported"
+    assert (backend["truncation"], backend["padding"]) == (None, None), "options of an earlier call are not exported"
     settings = json.loads((exported.directory / "tokenizer_config.json").read_text())
     assert not {"is_local", "local_files_only", "name_or_path"} & set(settings)
 
@@ -177,10 +177,10 @@ def test_frozen_tensors_are_bit_equal_to_the_source(
 
 
 def test_low_precision_copies_are_not_what_is_exported(tmp_path: Path, embedded: Exported) -> None:
-    """On a GPU the frozen part computes in bf16; the export holds the originals."""
+    """On a GPU the frozen part computes in bf16; the export contains the stored weights."""
     tokenizer = load_tokenizer("embedded", revision=None, pad_token="new")
     backbone = load_backbone("embedded", revision=None, init="pretrained", seed=0, tokenizer=tokenizer)
-    classifier = split(backbone, trainable_blocks=1, num_classes=4, seed=0)
+    classifier = split_model(backbone, trainable_blocks=1, num_classes=4, seed=0)
     disturb(classifier)
     classifier.prefix.to(torch.bfloat16)
     arguments = {"class_names": CLASS_NAMES, "max_length": MAX_LENGTH, "card": ""}
@@ -198,10 +198,10 @@ def test_every_split_exports_the_whole_model(tmp_path: Path, trainable_blocks: i
     assert_same_logits(huggingface_logits(made.directory, TEXTS), our_logits(made.classifier, made.tokenizer, TEXTS))
 
 
-def test_export_takes_no_random_numbers_and_changes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_export_changes_neither_random_state_nor_arguments(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tokenizer = load_tokenizer("embedded", revision=None, pad_token="new")
     backbone = load_backbone("embedded", revision=None, init="pretrained", seed=0, tokenizer=tokenizer)
-    classifier = split(backbone, trainable_blocks=1, num_classes=4, seed=0)
+    classifier = split_model(backbone, trainable_blocks=1, num_classes=4, seed=0)
     disturb(classifier)
     before = {name: tensor.clone() for name, tensor in classifier.suffix.state_dict().items()}
     random_state, settings = torch.get_rng_state(), (tokenizer.model_max_length, classifier.config.to_dict())
@@ -228,7 +228,7 @@ def test_an_older_export_is_replaced_whole(tmp_path: Path) -> None:
 def test_a_failed_export_leaves_the_older_one(tmp_path: Path) -> None:
     made = make("embedded", tmp_path / "model", pad_token="new")
     before = load_file(made.directory / "model.safetensors")
-    with torch.no_grad():  # rank 1, and a bias outside its range even after subtracting the mean
+    with torch.no_grad():  # of rank 1, and a bias outside its range even without the mean
         made.classifier.suffix.out_head.weight.copy_(torch.ones(4, 1) * torch.randn(1, 128))
     arguments = {"class_names": CLASS_NAMES, "max_length": MAX_LENGTH, "card": ""}
     with pytest.raises(ModelError, match="does not fold"):
@@ -240,7 +240,7 @@ def test_a_failed_export_leaves_the_older_one(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path, embedded: Exported) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ModelError, match=r"cannot be written to .*file/model \(.*Free some space or choose"):
+    with pytest.raises(ModelError, match=r"cannot be written to .*file/model: .*Free some space, or choose"):
         export_model(
             tmp_path / "file" / "model",
             embedded.classifier,
@@ -251,7 +251,7 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, embedded: Exported) 
         )
 
 
-# --- the folded bias, against the equation itself
+# --- folding of the bias, against the equation
 
 
 def head(num_classes: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -275,7 +275,7 @@ def test_fold_of_no_bias_changes_nothing() -> None:
 
 
 def test_fold_into_a_head_without_mean_keeps_probabilities() -> None:
-    """Rows that sum to zero reach every bias but its mean, which no probability sees."""
+    """Rows that sum to zero can represent every bias but its mean, which changes no probability."""
     weight_CD, bias_C, norm_bias_D = head(4, 64)
     weight_CD = weight_CD - weight_CD.mean(dim=0)
     folded_D = fold_bias(weight_CD, bias_C, norm_bias_D)
@@ -286,22 +286,22 @@ def test_fold_into_a_head_without_mean_keeps_probabilities() -> None:
     torch.testing.assert_close(folded_BC.softmax(-1), exact_BC.softmax(-1), rtol=1e-5, atol=1e-6)
 
 
-def test_fold_refuses_what_has_no_solution() -> None:
+def test_fold_fails_without_a_solution() -> None:
     with pytest.raises(
-        ModelError, match=r"residual \S+ with 9 classes and width 4\): .*no bias.*wider than the number"
+        ModelError, match=r"residual \S+ with 9 classes and width 4\. Use a model wider than its number of classes"
     ):
         fold_bias(*head(9, 4))
 
 
-def test_fold_refuses_what_fp32_cannot_hold() -> None:
-    """Almost parallel rows need an enormous shift, whose rounding to fp32 would show in the logits."""
+def test_fold_fails_if_fp32_is_not_precise_enough() -> None:
+    """Almost parallel rows need a huge shift, whose rounding to fp32 would change the logits."""
     weight_CD, bias_C, norm_bias_D = head(2, 16)
     weight_CD[1] = weight_CD[0] + 1e-9 * torch.arange(16)
     with pytest.raises(ModelError, match="does not fold"):
         fold_bias(weight_CD, bias_C, norm_bias_D)
 
 
-# --- the way back
+# --- loading an export
 
 
 def test_loading_an_export_gives_the_same_classifier(exported: Exported) -> None:
@@ -317,7 +317,7 @@ def test_loading_an_export_gives_the_same_classifier(exported: Exported) -> None
     )
 
 
-def test_loading_anothers_classifier(tmp_path: Path) -> None:
+def test_loading_a_classifier_of_hugging_face(tmp_path: Path) -> None:
     """Made by Hugging Face alone: no pad token, a tokenizer without a limit, default class names."""
     torch.manual_seed(0)
     load_tokenizer("embedded", revision=None, pad_token="eos").save_pretrained(tmp_path)
@@ -337,7 +337,7 @@ def test_loading_anothers_classifier(tmp_path: Path) -> None:
         assert_same_logits(our_logits(classifier, tokenizer, [text]), expected)
 
 
-def test_a_language_model_is_no_classifier(shared: Path) -> None:
+def test_loading_a_language_model_fails(shared: Path) -> None:
     name = str(shared / "checkpoints" / "gpt2-mini")
     with pytest.raises(
         ModelError, match=r"gpt2-mini' has no classification head: .*random.*Set --model.name to a run's"
@@ -347,7 +347,7 @@ def test_a_language_model_is_no_classifier(shared: Path) -> None:
         load_classifier("embedded")
 
 
-def test_a_regression_is_no_classifier(tmp_path: Path) -> None:
+def test_loading_a_regression_fails(tmp_path: Path) -> None:
     load_tokenizer("embedded", revision=None, pad_token="eos").save_pretrained(tmp_path)
     shape = {"vocab_size": 2000, "n_positions": 48, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0}
     GPT2ForSequenceClassification(GPT2Config(**shape, eos_token_id=0, num_labels=1)).save_pretrained(tmp_path)
@@ -357,7 +357,7 @@ def test_a_regression_is_no_classifier(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of directories are a POSIX matter")
 def test_the_export_is_readable_by_others(embedded: Exported) -> None:
-    """Published models are shared: the directory has the modes that the umask says, not a private temporary's."""
+    """Modes follow the umask, unlike those of private temporary files."""
     umask = os.umask(0)
     os.umask(umask)
     assert embedded.directory.stat().st_mode & 0o777 == 0o777 & ~umask

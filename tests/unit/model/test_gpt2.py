@@ -1,11 +1,7 @@
-"""Loading tokenizers and GPT-2 from every kind of source, what is refused and in which words, and the split."""
+"""GPT-2 from every source, the errors of sources that cannot be used, and the split into prefix and suffix."""
 
-import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +15,6 @@ from transformers import (
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     GPT2Model,
-    GPT2TokenizerFast,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as hf_logging
@@ -27,7 +22,14 @@ from transformers.utils import logging as hf_logging
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import ModelError
-from agnews_dist.model.gpt2 import Backbone, check_max_length, load_backbone, parameter_table, split
+from agnews_dist.model.gpt2 import (
+    Backbone,
+    check_max_length,
+    count_parameters,
+    load_backbone,
+    load_model_config,
+    split_model,
+)
 from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.run.engine_setup import place_classifier
 
@@ -50,13 +52,13 @@ def tiny_config(**changes: object) -> GPT2Config:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The embedded one with [PAD]: 2,001 tokens."""
+    """The embedded tokenizer with [PAD]: 2,001 tokens."""
     return load_tokenizer("embedded", revision=None, pad_token="new")
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same weights saved as the three kinds of checkpoint, the last with class names."""
+    """The same weights saved as three kinds of checkpoint; the classifier has class names."""
     root = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     classifier = GPT2ForSequenceClassification(tiny_config(id2label=dict(enumerate(CLASS_NAMES))))
@@ -70,7 +72,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def broken(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of a language model's directory to damage."""
+    """A copy of a language model's directory, to be damaged."""
     return Path(shutil.copytree(checkpoints["GPT2LMHeadModel"], tmp_path / "model"))
 
 
@@ -81,90 +83,6 @@ def load(name: object, tokenizer: PreTrainedTokenizerFast, *, init: str = "pretr
 def edit_config(directory: Path, **changes: object) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-# --- tokenizers
-
-
-def test_new_pad_token_is_added_once(shared: Path, tmp_path: Path) -> None:
-    source = str(shared / "tokenizers" / "gpt2")
-    first = load_tokenizer(source, revision=None, pad_token="new")
-    assert (len(first), first.pad_token, first.pad_token_id) == (50258, "[PAD]", 50257)
-    first.save_pretrained(tmp_path)
-    again = load_tokenizer(str(tmp_path), revision=None, pad_token="new")
-    assert (len(again), again.pad_token_id) == (50258, 50257)
-    reused = load_tokenizer(str(tmp_path), revision=None, pad_token="eos")
-    assert (len(reused), reused.pad_token_id) == (50258, 50256)
-
-
-def test_eos_pad_token_grows_nothing(shared: Path) -> None:
-    tokenizer = load_tokenizer(str(shared / "tokenizers" / "gpt2"), revision=None, pad_token="eos")
-    assert (len(tokenizer), tokenizer.pad_token, tokenizer.pad_token_id) == (50257, "<|endoftext|>", 50256)
-
-
-@pytest.mark.parametrize("pad_token", ["new", "eos"])
-@pytest.mark.parametrize("source", ["gpt2", "embedded"])
-def test_special_tokens_in_a_text_are_ordinary_text(shared: Path, source: str, pad_token: str) -> None:
-    name = "embedded" if source == "embedded" else str(shared / "tokenizers" / "gpt2")
-    tokenizer = load_tokenizer(name, revision=None, pad_token=pad_token)  # type: ignore[arg-type]
-    text = "before <|endoftext|> between [PAD] after<|endoftext|>"
-    ids = tokenizer([text, "a"], padding=True)["input_ids"]
-    assert not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids[0])
-    assert tokenizer.decode(ids[0]) == text
-    assert ids[1][-1] == tokenizer.pad_token_id, "padding is on the right"
-
-
-def test_a_runs_directory_means_its_model(shared: Path, tmp_path: Path) -> None:
-    shutil.copytree(shared / "tokenizers" / "gpt2", tmp_path / "model")
-    assert len(load_tokenizer(str(tmp_path), revision=None, pad_token="eos")) == 50257
-
-
-def test_embedded_tokenizer_is_the_same_in_every_process() -> None:
-    program = (
-        "from agnews_dist.model.embedded import embedded_tokenizer as t; print(t().backend_tokenizer.to_str(), end='')"
-    )
-    here = load_tokenizer("embedded", revision=None, pad_token="eos")
-    hashes = set()
-    for threads in ("1", "2"):
-        environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
-        process = subprocess.run(
-            [sys.executable, "-c", program],
-            env=environment | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])},
-            capture_output=True,
-            check=True,
-        )
-        assert json.loads(process.stdout)["model"]["vocab"] == here.get_vocab()
-        hashes.add(hashlib.sha256(process.stdout).hexdigest())
-    assert len(hashes) == 1
-    assert len(here) == NUM_TOKENS
-
-
-def test_embedded_tokenizer_takes_any_text() -> None:
-    tokenizer = load_tokenizer("embedded", revision=None, pad_token="new")
-    text = "caf\N{LATIN SMALL LETTER E WITH ACUTE} \N{GRINNING FACE}\0 \N{CJK UNIFIED IDEOGRAPH-4E2D}\n  two  spaces"
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.unk_token_id not in ids
-
-
-def test_tokenizer_errors(tmp_path: Path, shared: Path) -> None:
-    with pytest.raises(ModelError, match=r"'/no/such/dir' does not exist: .*Check the path, or set --model.name"):
-        load_tokenizer("/no/such/dir", revision=None, pad_token="new")
-    with pytest.raises(ModelError, match=r"has no tokenizer \(none of tokenizer.json.*Copy the tokenizer's files"):
-        load_tokenizer(str(tmp_path), revision=None, pad_token="new")
-    with pytest.raises(ModelError, match=r"'gpt2' cannot be read from the hub .*agnews_dist prepare.*HF_HOME"):
-        load_tokenizer("gpt2", revision=None, pad_token="new")
-    file = tmp_path / "tokenizer.json"
-    file.write_text("{")
-    with pytest.raises(ModelError, match=r"tokenizer in .* cannot be read \(.*damaged.*Copy or download"):
-        load_tokenizer(str(tmp_path), revision=None, pad_token="new")
-    with pytest.raises(ModelError, match=r"tokenizer.json' is a file: .*Set --model.name to the directory around it"):
-        load_tokenizer(str(file), revision=None, pad_token="new")
-    no_end = tmp_path / "no_end"
-    backend = load_tokenizer("embedded", revision=None, pad_token="new").backend_tokenizer
-    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(no_end)
-    with pytest.raises(ModelError, match=r"has no end-of-text token: .*Set eos_token"):
-        load_tokenizer(str(no_end), revision=None, pad_token="new")
 
 
 # --- pretrained weights
@@ -200,7 +118,7 @@ def test_three_kinds_of_checkpoint_give_the_same_backbone(
 def test_half_precision_checkpoint_trains_in_exact_fp32_and_stays_frozen_as_stored(shared: Path) -> None:
     checkpoint = shared / "checkpoints" / "gpt2-mini"
     tokenizer = load_tokenizer(str(checkpoint), revision=None, pad_token="new")
-    classifier = split(load(checkpoint, tokenizer), trainable_blocks=2, num_classes=4, seed=0)
+    classifier = split_model(load(checkpoint, tokenizer), trainable_blocks=2, num_classes=4, seed=0)
     saved = load_file(checkpoint / "model.safetensors")
     assert saved["transformer.h.0.mlp.c_fc.weight"].dtype == torch.bfloat16
     frozen = classifier.frozen_state
@@ -219,7 +137,7 @@ def test_half_precision_checkpoint_trains_in_exact_fp32_and_stays_frozen_as_stor
     assert {weight.dtype for weight in classifier.prefix.parameters()} == {torch.float32}
 
 
-def test_end_of_text_as_pad_grows_nothing(checkpoints: dict[str, Path]) -> None:
+def test_eos_as_pad_token_adds_no_embedding_row(checkpoints: dict[str, Path]) -> None:
     model = load(checkpoints["GPT2Model"], load_tokenizer("embedded", revision=None, pad_token="eos")).model
     assert (model.wte.num_embeddings, model.config.pad_token_id) == (NUM_TOKENS, 0)
 
@@ -231,7 +149,7 @@ def test_spare_embedding_rows_are_used_for_the_pad_token(tmp_path: Path, tokeniz
 
 
 def test_old_checkpoints_with_causal_mask_buffers_load(broken: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """As OpenAI's GPT-2 on the hub has them: h.0.attn.bias and h.0.attn.masked_bias."""
+    """OpenAI's GPT-2 on the hub has such buffers: h.0.attn.bias and h.0.attn.masked_bias."""
     state = load_file(broken / "model.safetensors")
     for block in range(3):
         state[f"transformer.h.{block}.attn.bias"] = torch.ones(1, 1, 64, 64)
@@ -241,7 +159,7 @@ def test_old_checkpoints_with_causal_mask_buffers_load(broken: Path, tokenizer: 
 
 
 def test_pickled_weights_load_without_running_code(broken: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """torch's weights_only reader: tensors pass, anything that would call a function is refused."""
+    """torch's weights_only reader accepts tensors and refuses anything that would call a function."""
     state = load_file(broken / "model.safetensors")
     (broken / "model.safetensors").unlink()
     torch.save(state, broken / "pytorch_model.bin")
@@ -253,7 +171,7 @@ def test_pickled_weights_load_without_running_code(broken: Path, tokenizer: PreT
             return (Path(broken / "bomb").write_text, ("exploded",))
 
     torch.save(state | {"bomb": Bomb()}, broken / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"weights in .* cannot be read .*Copy or download"):
+    with pytest.raises(ModelError, match=r"weights in .* cannot be read: .*Copy or download"):
         load(broken, tokenizer)
     assert not (broken / "bomb").exists()
 
@@ -265,12 +183,28 @@ def test_loading_is_silent_and_leaves_global_state_alone(
     verbosity, has_bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     load(checkpoints["classifier"], tokenizer)
     load(checkpoints["GPT2Model"], tokenizer, init="random", seed=3)
-    split(load("embedded", tokenizer), trainable_blocks=1, num_classes=4, seed=1)
+    split_model(load("embedded", tokenizer), trainable_blocks=1, num_classes=4, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()) == (verbosity, has_bars)
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err == ""
+
+
+def test_load_backbone_with_a_config_reads_no_config_and_leaves_it_unchanged(
+    broken: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A training reads config.json once, for the memory check and for the model."""
+    config = load_model_config(str(broken), revision=None, init="pretrained", tokenizer=tokenizer)
+    before = config.to_dict()
+    expected = load(broken, tokenizer).model
+    (broken / "config.json").unlink()
+    for init in ("pretrained", "random"):
+        model = load_backbone(str(broken), revision=None, init=init, seed=1, tokenizer=tokenizer, config=config).model
+        assert model.config.to_dict().keys() == expected.config.to_dict().keys()
+        assert model.wte.weight.shape == expected.wte.weight.shape
+        assert torch.equal(model.wte.weight, expected.wte.weight) == (init == "pretrained")
+    assert config.to_dict() == before
 
 
 # --- random weights
@@ -279,7 +213,7 @@ def test_loading_is_silent_and_leaves_global_state_alone(
 def test_random_weights_come_from_the_seed_alone(
     checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    shutil.copy(checkpoints["classifier"] / "config.json", tmp_path)  # the shape is all it reads
+    shutil.copy(checkpoints["classifier"] / "config.json", tmp_path)  # it reads nothing else
     first, again = (load(tmp_path, tokenizer, init="random", seed=4) for _ in range(2))
     other = load(tmp_path, tokenizer, init="random", seed=5)
     assert (first.head_CD, first.class_names) == (None, None)
@@ -305,7 +239,7 @@ def test_a_directory_with_only_a_tokenizer_is_gpt2_small(shared: Path) -> None:
 
 
 def test_embedded_model(tokenizer: PreTrainedTokenizerFast) -> None:
-    """'pretrained' means one fixed draw; 'random' follows the run's seed."""
+    """'pretrained' is one fixed draw; 'random' depends on the run's seed."""
     first, again = load("embedded", tokenizer, seed=1).model, load("embedded", tokenizer, seed=2).model
     assert torch.equal(first.wte.weight, again.wte.weight)
     drawn = load("embedded", tokenizer, init="random", seed=1).model
@@ -314,7 +248,7 @@ def test_embedded_model(tokenizer: PreTrainedTokenizerFast) -> None:
     assert first.config.eos_token_id == tokenizer.eos_token_id == 0
 
 
-# --- what is refused
+# --- errors
 
 
 def _no_weights(directory: Path) -> None:
@@ -361,21 +295,24 @@ def _bert(directory: Path) -> None:
     [
         (
             _no_weights,
-            r"has no weights \(none of model.safetensors.*Copy the whole model directory, or set --model.init",
+            r"it has no weights \(none of model.safetensors.*Copy the whole model directory, or set --model.init",
         ),
-        (_no_config, r"has no config.json: .*Copy the whole model directory"),
-        (_damaged_config, r"config.json in .* cannot be read \(OSError.*Copy or download"),
-        (_truncated, r"weights in .* cannot be read \(SafetensorError.*damaged.*Copy or download"),
-        (_empty, r"weights in .* cannot be read \(SafetensorError.*damaged.*Copy or download"),
-        (_missing_weight, r"weights of model .* lack h.1.mlp.c_fc.weight \(1 such\).*random.*Copy the whole"),
-        (_nan, r"weight h.2.ln_1.bias of model .* holds NaN.*Use a checkpoint saved before"),
+        (_no_config, r"it has no config.json\. Copy the whole model directory"),
+        (_damaged_config, r"config.json in .* cannot be read: OSError.*Copy or download"),
+        (_truncated, r"weights in .* cannot be read: SafetensorError.*Copy or download"),
+        (_empty, r"weights in .* cannot be read: SafetensorError.*Copy or download"),
+        (_missing_weight, r"weights of model .*: 1 are missing, such as h.1.mlp.c_fc.weight.*Copy the whole"),
+        (_nan, r"weight h.2.ln_1.bias of model .* contains NaN.*Use a checkpoint from before"),
         (_bert, r"is a 'bert' model: only GPT-2.*Choose a GPT-2"),
-        (lambda d: edit_config(d, n_layer=4), r"lack h.3.\S+ \(12 such\).*Copy the whole"),
-        (lambda d: edit_config(d, n_layer=2), r"blocks that config.json does not know: \S*h.2.\S+ \(11 such\)"),
-        (lambda d: edit_config(d, n_embd=32), r"have another shape than config.json says for \S+ \(40 such\)"),
-        (lambda d: edit_config(d, n_embd="wide"), r"config.json in .* cannot be read \(.*n_embd.*Copy or download"),
+        (lambda d: edit_config(d, n_layer=4), r"12 are missing, such as h.3.\S+ Copy the whole"),
+        (
+            lambda d: edit_config(d, n_layer=2),
+            r"11 belong to blocks beyond those of config.json, such as \S*h.2.\S+ Copy",
+        ),
+        (lambda d: edit_config(d, n_embd=32), r"40 have another shape than in config.json, such as \S+ Copy"),
+        (lambda d: edit_config(d, n_embd="wide"), r"config.json in .* cannot be read: .*n_embd.*Copy or download"),
         (lambda d: edit_config(d, add_cross_attention=True), r"has add_cross_attention: .*Choose a GPT-2 without"),
-        (lambda d: edit_config(d, n_head=5), r"cannot be read \(ValueError: `embed_dim` must be divisible"),
+        (lambda d: edit_config(d, n_head=5), r"cannot be read: ValueError: `embed_dim` must be divisible"),
     ],
     ids=lambda value: value.__name__.strip("_") if callable(value) else "",
 )
@@ -388,21 +325,19 @@ def test_damaged_directories(
         load(broken, tokenizer)
 
 
-def test_sources_that_are_not_there(
-    checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    with pytest.raises(ModelError, match=r"'\./runs/gone/model' does not exist: .*Check the path"):
+def test_missing_models(checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"'\./runs/gone/model' does not exist: .*Correct the path"):
         load("./runs/gone/model", tokenizer)
-    with pytest.raises(ModelError, match=r"'runs/gone/model' does not exist: .*Check the path"):
+    with pytest.raises(ModelError, match=r"'runs/gone/model' does not exist: .*Correct the path"):
         load("runs/gone/model", tokenizer)
-    with pytest.raises(ModelError, match=r"is a file: .*Set --model.name to the directory"):
+    with pytest.raises(ModelError, match=r"is a file: .*Set --model.name to its directory"):
         load(checkpoints["GPT2Model"] / "model.safetensors", tokenizer)
     for init in ("pretrained", "random"):
         with pytest.raises(
-            ModelError, match=r"'gpt2' cannot be read from the hub .*set --model.name to a local directory"
+            ModelError, match=r"'gpt2' cannot be read from the hub: .*set --model.name to a local directory"
         ):
             load("gpt2", tokenizer, init=init)
-        with pytest.raises(ModelError, match=r"has no config.json: .*Copy the whole model directory"):
+        with pytest.raises(ModelError, match=r"it has no config.json\. Copy the whole model directory"):
             load(tmp_path, tokenizer, init=init)
 
 
@@ -419,20 +354,20 @@ def test_impossible_random_shape(broken: Path, tokenizer: PreTrainedTokenizerFas
 def test_a_tokenizer_of_another_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, num_rows: int) -> None:
     GPT2Model(tiny_config(vocab_size=num_rows, n_layer=1)).save_pretrained(tmp_path)
     with pytest.raises(
-        ModelError, match=rf"2001 tokens but model .* has {num_rows} embedding rows: .*Use the tokenizer"
+        ModelError, match=rf"2001 tokens for model .* with {num_rows} embedding rows: .*Use the tokenizer"
     ):
         load(tmp_path, tokenizer)
 
 
 def test_one_token_more_that_is_not_the_pad_token(tmp_path: Path) -> None:
     GPT2Model(tiny_config(vocab_size=NUM_TOKENS - 1)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"2000 tokens but model .* has 1999 embedding rows"):
+    with pytest.raises(ModelError, match=r"2000 tokens for model .* with 1999 embedding rows"):
         load(tmp_path, load_tokenizer("embedded", revision=None, pad_token="eos"))
 
 
 def test_max_length_above_the_positions() -> None:
     check_max_length(512, 512)
-    with pytest.raises(ModelError, match=r"max_length 513 is above the model's 512 positions: .*at most 512"):
+    with pytest.raises(ModelError, match=r"max_length 513: the model has 512 positions\. .*at most 512"):
         check_max_length(513, 512)
 
 
@@ -440,25 +375,25 @@ def test_max_length_above_the_positions() -> None:
 
 
 @pytest.mark.parametrize("trainable_blocks", [-1, 4])
-def test_more_trainable_blocks_than_blocks(
+def test_split_model_rejects_a_wrong_number_of_blocks(
     checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast, trainable_blocks: int
 ) -> None:
     backbone = load(checkpoints["GPT2Model"], tokenizer)
-    message = rf"trainable_blocks {trainable_blocks}, but the model has 3 blocks: .*between 0 and 3, or to all"
+    message = rf"trainable_blocks {trainable_blocks}: the model has 3 blocks\. .*between 0 and 3, or to all"
     with pytest.raises(ModelError, match=message):
-        split(backbone, trainable_blocks=trainable_blocks, num_classes=4, seed=0)
+        split_model(backbone, trainable_blocks=trainable_blocks, num_classes=4, seed=0)
 
 
 @pytest.mark.parametrize(
     ("trainable_blocks", "parts"), [(0, "h.0-2"), (1, "h.0-1 h.2"), (2, "h.0 h.1-2"), ("all", "h.0-2")]
 )
-def test_what_trains(
+def test_split_model_freezes_all_but_the_last_blocks(
     checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast, trainable_blocks: int | str, parts: str
 ) -> None:
     backbone = load(checkpoints["GPT2LMHeadModel"], tokenizer)
     num_parameters = sum(p.numel() for p in backbone.model.parameters()) + 4 * 16 + 4
-    classifier = split(backbone, trainable_blocks=trainable_blocks, num_classes=4, seed=0)  # type: ignore[arg-type]
-    table = parameter_table(classifier)
+    classifier = split_model(backbone, trainable_blocks=trainable_blocks, num_classes=4, seed=0)  # type: ignore[arg-type]
+    table = count_parameters(classifier)
     assert list(table) == ["embeddings", *parts.split(), "ln_f", "out_head"]
     block = 12 * 16 * 16 + 13 * 16
     num_trainable = 3 if trainable_blocks == "all" else int(trainable_blocks)
@@ -480,7 +415,7 @@ def test_what_trains(
 def test_out_head_is_drawn_from_the_seed(checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast) -> None:
     def head(seed: int, num_classes: int = 500) -> torch.nn.Linear:
         backbone = load(checkpoints["GPT2Model"], tokenizer)
-        return split(backbone, trainable_blocks=1, num_classes=num_classes, seed=seed).suffix.out_head
+        return split_model(backbone, trainable_blocks=1, num_classes=num_classes, seed=seed).suffix.out_head
 
     assert torch.equal(head(1).weight, head(1).weight)
     assert not torch.equal(head(1).weight, head(2).weight)
@@ -490,16 +425,11 @@ def test_out_head_is_drawn_from_the_seed(checkpoints: dict[str, Path], tokenizer
     assert not torch.equal(head(1).weight[:4], drawn[:4]), "head and embedding of one seed are different numbers"
 
 
-def test_a_classifiers_head_is_kept_if_it_fits(
+def test_split_model_keeps_a_head_of_the_right_shape(
     checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     saved = load_file(checkpoints["classifier"] / "model.safetensors")["score.weight"]
-    kept = split(load(checkpoints["classifier"], tokenizer), trainable_blocks=1, num_classes=4, seed=0)
+    kept = split_model(load(checkpoints["classifier"], tokenizer), trainable_blocks=1, num_classes=4, seed=0)
     assert torch.equal(kept.suffix.out_head.weight, saved)
-    other = split(load(checkpoints["classifier"], tokenizer), trainable_blocks=1, num_classes=5, seed=0)
+    other = split_model(load(checkpoints["classifier"], tokenizer), trainable_blocks=1, num_classes=5, seed=0)
     assert other.suffix.out_head.weight.shape == (5, 16)
-
-
-def test_fast_tokenizer_class_is_the_one_transformers_means() -> None:
-    """The annotation `PreTrainedTokenizerFast` is what AutoTokenizer returns for GPT-2."""
-    assert issubclass(GPT2TokenizerFast, PreTrainedTokenizerFast)

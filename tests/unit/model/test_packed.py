@@ -1,4 +1,4 @@
-"""The frozen part over packed texts, against Hugging Face's GPT2Model on the padded batch with its attention mask."""
+"""The frozen part over packed texts, against Hugging Face's GPT2Model on a padded batch with an attention mask."""
 
 import inspect
 from itertools import accumulate, pairwise
@@ -17,7 +17,7 @@ from agnews_dist.model import packed
 from agnews_dist.model.prefix import CALL_TOKENS, Prefix
 
 EXACT = 1e-12
-"""Relative, in fp64: some hundred roundings."""
+"""Relative tolerance in fp64, for about a hundred roundings."""
 ORDERS = {
     "longest first": [17, 12, 12, 9, 3, 3, 3, 1],
     "shortest first": [1, 1, 3, 12, 17],
@@ -41,7 +41,7 @@ def packed_of(tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
 def expected_rows(
     reference: GPT2ForSequenceClassification, boundary: int, tokens_BT: Tensor, lengths_B: Tensor
 ) -> Tensor:
-    """Hugging Face's hidden states after `boundary` blocks, without those of the padding, end to end."""
+    """Return Hugging Face's hidden states after `boundary` blocks, without padding, end to end."""
     model, found = reference.transformer, []
     module = model.h[boundary - 1] if boundary else model.drop
     handle = module.register_forward_hook(lambda *_: found.append(_[-1]))
@@ -55,14 +55,14 @@ def expected_rows(
 def expected_features(
     reference: GPT2ForSequenceClassification, half: Prefix, tokens_BT: Tensor, lengths_B: Tensor
 ) -> Tensor:
-    """What `half.rows` should give: of each text only the last row where no block comes after."""
+    """Return the expected result of `half.rows`: only the last row of each text if no block follows."""
     rows = expected_rows(reference, len(half.h), tokens_BT, lengths_B)
     return rows[lengths_B.cumsum(0) - 1] if half.one_row_per_text else rows
 
 
 @every_boundary
 @pytest.mark.parametrize("lengths", ORDERS.values(), ids=ORDERS)
-def test_rows_are_huggingface_s_hidden_states(lengths: list[int], trainable_blocks: int | str) -> None:
+def test_rows_equal_hugging_face_hidden_states(lengths: list[int], trainable_blocks: int | str) -> None:
     reference = random_reference(pad_token_id=0).double()
     half = ours_like(reference, trainable_blocks).prefix
     tokens_BT, lengths_B = batch_of(lengths)
@@ -71,20 +71,20 @@ def test_rows_are_huggingface_s_hidden_states(lengths: list[int], trainable_bloc
     assert_close(rows, expected_features(reference, half, tokens_BT, lengths_B), "rows", EXACT)
 
 
-def test_a_text_that_saw_its_neighbour_would_be_seen() -> None:
-    """The negative control: the same tokens cut elsewhere are other texts."""
+def test_attention_across_texts_is_detected() -> None:
+    """Control: the same tokens with other boundaries are other texts."""
     reference = random_reference(pad_token_id=0).double()
     half = ours_like(reference, 1).prefix
     tokens_BT, lengths_B = batch_of([4, 4])
     expected = expected_features(reference, half, tokens_BT, lengths_B)
     cut_elsewhere = half.rows(packed_of(tokens_BT, lengths_B), [3, 5])
-    assert_close(cut_elsewhere[:3], expected[:3], "what both have", EXACT)
+    assert_close(cut_elsewhere[:3], expected[:3], "the tokens before the other boundary", EXACT)
     assert (cut_elsewhere[3:] - expected[3:]).abs().amax(dim=1).min() > 1e-3
 
 
 @pytest.fixture
 def small_calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Calls of at most 20 tokens; the lengths of each that was made."""
+    """Limit calls to 20 tokens; the value collects the lengths of each call."""
     calls: list[list[int]] = []
     plain_rows = Prefix.rows
 
@@ -112,7 +112,7 @@ def test_features_over_several_calls_are_padded_rows(small_calls: list[list[int]
 
 
 @every_boundary
-def test_the_number_of_threads_does_not_change_a_bit(
+def test_features_do_not_depend_on_the_number_of_threads(
     small_calls: list[list[int]], num_threads: None, trainable_blocks: int | str
 ) -> None:
     half = ours_like(random_reference(n_embd=96, n_head=6), trainable_blocks).prefix
@@ -138,7 +138,7 @@ def root_mean_square(difference: Tensor) -> float:
 
 
 @every_boundary
-def test_bf16_weights_cost_no_more_than_in_huggingface_s_own_forward(trainable_blocks: int | str) -> None:
+def test_bf16_error_is_no_larger_than_in_hugging_face(trainable_blocks: int | str) -> None:
     reference = random_reference(pad_token_id=0)
     half = ours_like(reference, trainable_blocks).prefix.to(torch.bfloat16)
     tokens_BT, lengths_B = batch_of(ORDERS["in no order"])
@@ -152,21 +152,21 @@ def test_bf16_weights_cost_no_more_than_in_huggingface_s_own_forward(trainable_b
 
 
 @every_boundary
-def test_autocast_of_the_caller_changes_nothing(trainable_blocks: int | str) -> None:
+def test_caller_autocast_has_no_effect(trainable_blocks: int | str) -> None:
     half = ours_like(random_reference(), trainable_blocks).prefix
     tokens_BT, lengths_B = batch_of(ORDERS["in no order"])
     plain = half.features(tokens_BT, lengths_B).hidden_BTD
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = half.features(tokens_BT, lengths_B).hidden_BTD
         matrix = torch.ones(2, 2)
-        assert torch.mm(matrix, matrix).dtype == torch.bfloat16, "the control: it was on"
+        assert torch.mm(matrix, matrix).dtype == torch.bfloat16, "control: autocast was active"
     assert under_autocast.dtype == torch.float32
     assert torch.equal(under_autocast, plain)
 
 
 @every_boundary
-def test_rows_leave_no_graph_and_no_trace(trainable_blocks: int | str) -> None:
-    """Blocks overwrite the residual stream in place: never a weight, never the caller's tokens."""
+def test_rows_build_no_graph_and_change_no_input(trainable_blocks: int | str) -> None:
+    """Blocks overwrite the residual stream in place, but no weights and no tokens."""
     half = ours_like(random_reference(), trainable_blocks).prefix
     half.requires_grad_(True)  # so that a graph would be built if autograd were on
     before = {name: weight.clone() for name, weight in half.state_dict().items()}
@@ -176,8 +176,8 @@ def test_rows_leave_no_graph_and_no_trace(trainable_blocks: int | str) -> None:
     rows = half.rows(tokens_P, lengths_B.tolist())
     assert rows.grad_fn is None
     assert not rows.requires_grad
-    assert not rows.is_inference(), "or autograd would refuse it in the suffix"
-    assert torch.equal(half.rows(tokens_P, lengths_B.tolist()), rows), "the second call sees the same weights"
+    assert not rows.is_inference(), "autograd would refuse inference tensors in the suffix"
+    assert torch.equal(half.rows(tokens_P, lengths_B.tolist()), rows), "the weights are unchanged"
     assert torch.equal(tokens_P, tokens_before_P)
     after = half.state_dict()
     assert after.keys() == before.keys()
@@ -185,16 +185,16 @@ def test_rows_leave_no_graph_and_no_trace(trainable_blocks: int | str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # from inductor's own imports
-def test_compiled_calls_agree_with_huggingface(monkeypatch: pytest.MonkeyPatch, num_threads: None) -> None:
-    """One compilation for both blocks and for packs of other sizes. Cold it takes most of this file's time."""
+def test_compiled_calls_equal_hugging_face(monkeypatch: pytest.MonkeyPatch, num_threads: None) -> None:
+    """One compilation serves both blocks and all sizes of packs. It takes most of this file's time."""
     torch.set_num_threads(1)
     reference = random_reference(pad_token_id=0)
     half = ours_like(reference, 2).prefix
     half.compiled = True
     assert len(half.h) == 2
     calls = []
-    halves = packed._compiled_halves()
-    monkeypatch.setattr(packed, "_compiled_halves", lambda: calls.append(1) or halves)
+    halves = packed._compile_halves()
+    monkeypatch.setattr(packed, "_compile_halves", lambda: calls.append(1) or halves)
     for lengths in (ORDERS["in no order"], ORDERS["longest first"], ORDERS["one token"]):
         tokens_BT, lengths_B = batch_of(lengths)
         rows = half.rows(packed_of(tokens_BT, lengths_B), lengths)
@@ -203,11 +203,11 @@ def test_compiled_calls_agree_with_huggingface(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "gelu"])
-def test_only_gelu_new_is_exchanged(name: str) -> None:
-    """The fused kernel is gelu_new's function and not gelu's; other activations are Hugging Face's own modules."""
+def test_fuse_activation_replaces_gelu_new_only(name: str) -> None:
+    """The kernel computes gelu_new, not gelu; other activations stay Hugging Face's modules."""
     activation = random_reference(activation_function=name).transformer.h[0].mlp.act
     inner = torch.linspace(-6, 6, 1001, dtype=torch.float64)
-    fused = packed.fused_activation(activation)
+    fused = packed.fuse_activation(activation)
     assert (fused is activation) == (name == "gelu")
     assert_close(fused(inner), activation(inner), name, EXACT)
     assert (functional.gelu(inner) - functional.gelu(inner, approximate="tanh")).abs().max() > 1e-4
@@ -218,8 +218,8 @@ def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def attention_by_hand(qkv_P: Tensor, lengths: list[int], num_heads: int, factor: float) -> Tensor:
-    """Causal attention within each text, in numpy, one query at a time."""
+def numpy_attention(qkv_P: Tensor, lengths: list[int], num_heads: int, factor: float) -> Tensor:
+    """Compute causal attention within each text in numpy, one query at a time."""
     query, key, value = np.split(qkv_P.numpy().reshape(len(qkv_P), 3 * num_heads, -1), 3, axis=1)
     attended = np.empty_like(query)
     for begin, end in pairwise(accumulate([0, *lengths])):
@@ -236,14 +236,14 @@ def random_qkv(num_tokens: int, num_heads: int, head_dim: int) -> Tensor:
 
 @pytest.mark.parametrize("factor", [4**-0.5, 1.0, 0.1])
 @pytest.mark.parametrize("lengths", ORDERS.values(), ids=ORDERS)
-def test_attention_by_runs_is_attention_by_hand(lengths: list[int], factor: float) -> None:
+def test_attention_by_runs_equals_numpy(lengths: list[int], factor: float) -> None:
     qkv_P = random_qkv(sum(lengths), 3, 4)
-    attend = packed.packed_attention(lengths, torch.device("cpu"), qkv_P.dtype)
-    assert_close(attend(qkv_P, 3, factor), attention_by_hand(qkv_P, lengths, 3, factor), "attention", EXACT)
+    attend = packed.make_packed_attention(lengths, torch.device("cpu"), qkv_P.dtype)
+    assert_close(attend(qkv_P, 3, factor), numpy_attention(qkv_P, lengths, 3, factor), "attention", EXACT)
 
 
-def test_neighbours_of_equal_length_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sorted texts cost one call per length, not one per text; texts that are no neighbours cannot."""
+def test_attention_makes_one_call_per_run_of_equal_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorted texts need one call per length; texts apart from each other cannot share one."""
     plain, shapes = functional.scaled_dot_product_attention, []
 
     def spy(query: Tensor, *args: Tensor, **options: object) -> Tensor:
@@ -253,7 +253,7 @@ def test_neighbours_of_equal_length_share_a_call(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
     lengths = [5, 5, 5, 2, 2, 5]
     qkv_P = random_qkv(sum(lengths), 3, 4)
-    packed.packed_attention(lengths, torch.device("cpu"), qkv_P.dtype)(qkv_P, 3, 0.5)
+    packed.make_packed_attention(lengths, torch.device("cpu"), qkv_P.dtype)(qkv_P, 3, 0.5)
     assert shapes == [(3, 5), (2, 2), (1, 5)]
 
 
@@ -269,7 +269,7 @@ def varlen_on_cpu(
     window_size: tuple[int, int] = (-1, -1),
     num_splits: int | None = None,
 ) -> Tensor:
-    """A stand-in for torch's variable-length kernel, which runs on no CPU: its contract, as documented, in plain torch."""
+    """Imitate torch's variable-length kernel, which does not run on a CPU, by its documented contract."""
     for ends in (cu_seq_q, cu_seq_k):
         assert ends.dtype == torch.int32
         assert ends.ndim == 1
@@ -288,19 +288,23 @@ def varlen_on_cpu(
 
 @pytest.mark.parametrize("factor", [4**-0.5, 1.0, 0.1])
 @pytest.mark.parametrize("lengths", ORDERS.values(), ids=ORDERS)
-def test_what_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch, lengths: list[int], factor: float) -> None:
-    """Heads, ends and the factor of the scores. The kernel itself is tested on a GPU (tests/gpu)."""
-    monkeypatch.setattr(packed, "_varlen", lambda: (varlen_on_cpu, {"window_size": (-1, 0), "num_splits": 1}))
+def test_attention_by_kernel_passes_heads_ends_and_factor(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], factor: float
+) -> None:
+    """The kernel itself is tested on a GPU (tests/gpu)."""
+    monkeypatch.setattr(
+        packed, "_find_varlen_kernel", lambda: (varlen_on_cpu, {"window_size": (-1, 0), "num_splits": 1})
+    )
     qkv_P = random_qkv(sum(lengths), 3, 4)
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     before_P = qkv_P.clone()
-    attended_PD = packed._by_kernel(qkv_P, ends, max(lengths), 3, factor)
-    assert_close(attended_PD, attention_by_hand(qkv_P, lengths, 3, factor), "attention", EXACT)
+    attended_PD = packed._attend_by_kernel(qkv_P, ends, max(lengths), 3, factor)
+    assert_close(attended_PD, numpy_attention(qkv_P, lengths, 3, factor), "attention", EXACT)
     assert torch.equal(qkv_P, before_P)
 
 
-def test_the_kernel_of_this_release_takes_what_it_is_given() -> None:
-    found = packed._varlen()
+def test_varlen_kernel_of_this_release_accepts_our_arguments() -> None:
+    found = packed._find_varlen_kernel()
     assert found is not None
     kernel, options = found
     assert kernel is varlen_attn
@@ -310,8 +314,8 @@ def test_the_kernel_of_this_release_takes_what_it_is_given() -> None:
     assert options.get("num_splits", 1) == 1
 
 
-def test_fp32_on_a_gpu_needs_no_kernel() -> None:
-    """It exists for bf16 and fp16 only. (The choice looks at the device's name; the tensors here lie on the CPU.)"""
+def test_fp32_on_a_gpu_uses_runs() -> None:
+    """The kernel supports bf16 and fp16 only. The choice depends on the device passed in; the tensors here are on the CPU."""
     qkv_P = random_qkv(5, 3, 4).float()
-    attend = packed.packed_attention([3, 2], torch.device("cuda"), torch.float32)
-    assert_close(attend(qkv_P, 3, 0.5), attention_by_hand(qkv_P, [3, 2], 3, 0.5), "attention")
+    attend = packed.make_packed_attention([3, 2], torch.device("cuda"), torch.float32)
+    assert_close(attend(qkv_P, 3, 0.5), numpy_attention(qkv_P, [3, 2], 3, 0.5), "attention")

@@ -1,7 +1,6 @@
-"""Our classifier, by both of its paths, against Hugging Face's GPT2ForSequenceClassification with its attention mask, in fp32.
+"""Our classifier, on both paths, against Hugging Face's GPT2ForSequenceClassification with its attention mask, in fp32.
 
-Gradients are compared in eval mode (dropout off): with dropout on, the two draw their masks in another order and for other
-blocks (ours only in what trains), so nothing could be equal.
+Gradients are compared without dropout, as the two draw masks in different order and for different blocks.
 """
 
 import json
@@ -15,7 +14,7 @@ from torch.nn import functional
 from transformers import GPT2ForSequenceClassification
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from agnews_dist.model.gpt2 import Classifier, load_backbone, split
+from agnews_dist.model.gpt2 import Classifier, load_backbone, split_model
 from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.model.suffix import LastBlock
 
@@ -28,11 +27,11 @@ def huggingface_name(name: str) -> str:
 
 
 def count_forwards(classifier: Classifier) -> Counter[str]:
-    """How often Hugging Face's own forward of each block runs from now on, kept up to date."""
+    """Return a counter of the runs of each block's Hugging Face forward, updated from now on."""
     counts: Counter[str] = Counter()
     for half in (classifier.prefix, classifier.suffix):
         for number, block in half.h.items():
-            huggingfaces = block.whole if isinstance(block, LastBlock) else block
+            huggingfaces = block.block if isinstance(block, LastBlock) else block
             assert isinstance(huggingfaces, GPT2Block)
             huggingfaces.register_forward_hook(lambda *_, number=number: counts.update([number]))
     return counts
@@ -41,7 +40,7 @@ def count_forwards(classifier: Classifier) -> Counter[str]:
 def check_parity(
     reference: GPT2ForSequenceClassification, classifier: Classifier, batch: tuple[Tensor, Tensor], *, fast_path: bool
 ) -> None:
-    """Logits, loss and every gradient of the trainable part, by the path that was asked for and no other."""
+    """Check logits, loss and every gradient of the trainable part, and that the right path has run."""
     classifier.use_fast_path(fast_path)
     forwards = count_forwards(classifier)
     tokens_BT, lengths_B = batch
@@ -63,7 +62,7 @@ def check_parity(
     assert len(trainable) == 12 * len(classifier.suffix.h) + 4
     for name, weight in trainable.items():
         assert weight.grad is not None, name
-        if name == "out_head.bias":  # Hugging Face's head has none: from its logits by hand
+        if name == "out_head.bias":  # Hugging Face's head has no bias: computed from its logits
             onehot_BC = functional.one_hot(labels_B, NUM_CLASSES)
             gradient = (expected.logits.detach().softmax(-1) - onehot_BC).mean(dim=0)
         else:
@@ -111,23 +110,21 @@ SAME_FUNCTION: list[dict[str, object]] = [
     ids=str,
 )
 def test_every_shape_of_gpt2_equals_huggingface(change: dict[str, object], fast_path: bool) -> None:
-    """The reference computes attention step by step ('eager'), where Hugging Face honours all of these."""
+    """The reference uses eager attention, which supports all of these options."""
     reference = random_reference(attention="eager", pad_token_id=0, **change)
     batch = ragged_batch([3, 1, 17, 9], low=1, high=97, pad_id=0)
-    # With and without a block on top: the prefix's last block has a code path of its own where nothing is.
+    # With and without a trainable block: without one, the prefix's last block runs for the last token only.
     for trainable_blocks in (0, 2):
         check_parity(reference, ours_like(reference, trainable_blocks), batch, fast_path=fast_path)
 
     ordinary = random_reference(attention="eager", pad_token_id=0)
-    # Of other shape, or the same function in fp32.
+    # Some options change the shapes, some compute the same function in fp32.
     if not (set(change) & {"n_inner"} or change in SAME_FUNCTION):
         same_weights = ours_like(ordinary, 2, fast_path=fast_path)
         changed = ours_like(reference, 2, fast_path=fast_path)
         logits_BC = changed.logits(*batch)
         difference = (same_weights.logits(*batch) - logits_BC).abs().max()
-        assert difference > 5 * RELATIVE * logits_BC.abs().max(), (
-            "the option made no difference, so the test could not see it ignored"
-        )
+        assert difference > 5 * RELATIVE * logits_BC.abs().max(), "control: the option has an effect"
 
 
 TEXTS = [
@@ -156,7 +153,7 @@ def test_trained_gpt2_equals_huggingface(shared, pad_token: str, fast_path: bool
     assert lengths_B.max() > 20
     for trainable_blocks in (0, 1, 2, "all"):
         backbone = load_backbone(str(checkpoint), revision=None, init="pretrained", seed=0, tokenizer=tokenizer)
-        classifier = split(backbone, trainable_blocks=trainable_blocks, num_classes=NUM_CLASSES, seed=5)
+        classifier = split_model(backbone, trainable_blocks=trainable_blocks, num_classes=NUM_CLASSES, seed=5)
         classifier.prefix.float()  # stored in bf16
         with torch.no_grad():
             reference.score.weight.copy_(classifier.suffix.out_head.weight)
@@ -166,7 +163,7 @@ def test_trained_gpt2_equals_huggingface(shared, pad_token: str, fast_path: bool
 @BOTH_PATHS
 @pytest.mark.parametrize("trainable_blocks", [0, 1, "all"])
 def test_logits_depend_on_the_example_alone(trainable_blocks: int | str, fast_path: bool) -> None:
-    """Not on batch mates, amount of padding or pad id, even where the text itself contains the pad id."""
+    """Not on the batch, the padding or the pad id, even if the text contains the pad id."""
     classifier = ours_like(random_reference(), trainable_blocks, fast_path=fast_path)
     lengths = [1, 4, 11, 16, 7]
     tokens_BT, lengths_B = ragged_batch(lengths, low=1, high=97, pad_id=0)
@@ -175,15 +172,15 @@ def test_logits_depend_on_the_example_alone(trainable_blocks: int | str, fast_pa
         together_BC = classifier.logits(tokens_BT, lengths_B)
         for row, length in enumerate(lengths):
             alone_C = classifier.logits(tokens_BT[row : row + 1, :length], lengths_B[row : row + 1])[0]
-            assert_close(together_BC[row], alone_C, f"row {row} with batch mates")
+            assert_close(together_BC[row], alone_C, f"row {row} in a batch")
         for pad_id in (0, 50, 96):
             is_padding_BT = torch.arange(tokens_BT.shape[1] + 9) >= lengths_B[:, None]
             longer_BT = functional.pad(tokens_BT, (0, 9)).masked_fill(is_padding_BT, pad_id)
             assert_close(classifier.logits(longer_BT, lengths_B), together_BC, f"pad id {pad_id}, 9 more columns")
 
 
-def test_pooling_by_id_would_be_wrong() -> None:
-    """The negative control: a text ending in the pad id makes Hugging Face look at an earlier token, and only then."""
+def test_pooling_by_pad_id_is_wrong() -> None:
+    """Control: Hugging Face reads an earlier token if, and only if, a text ends in the pad id."""
     reference = random_reference(pad_token_id=0)
     classifier = ours_like(reference, 1)
     tokens_BT, lengths_B = ragged_batch([6, 9, 12], low=1, high=97, pad_id=0)
@@ -192,7 +189,7 @@ def test_pooling_by_id_would_be_wrong() -> None:
     with torch.no_grad():
         by_id_BC = reference(input_ids=tokens_BT, attention_mask=mask_of(tokens_BT, lengths_B)).logits
         by_length_BC = classifier.logits(tokens_BT, lengths_B)
-        reference.config.pad_token_id = 96  # an id that is nowhere in row 1, and row 1 without padding: by length
+        reference.config.pad_token_id = 96  # an id that row 1 does not contain, and no padding: the true last token
         right_C = reference(input_ids=tokens_BT[1:2, :9]).logits[0]
     assert_close(by_length_BC[0], by_id_BC[0], "no pad id in the text")
     assert_close(by_length_BC[2], by_id_BC[2], "pad id in the middle")
@@ -219,7 +216,7 @@ def test_dropout_is_active_in_the_suffix_only(fast_path: bool) -> None:
 
 @BOTH_PATHS
 def test_hidden_states_enter_autograd_as_a_constant(fast_path: bool) -> None:
-    """Not inference tensors: autograd refuses to save those for the backward pass of the suffix."""
+    """Autograd refuses to save inference tensors for the backward pass of the suffix."""
     classifier = ours_like(random_reference(), 1, fast_path=fast_path)
     tokens_BT, lengths_B = ragged_batch([5, 8], low=1, high=97, pad_id=0)
     hidden_BTD = classifier.prefix.features(tokens_BT, lengths_B).hidden_BTD
@@ -232,7 +229,7 @@ def test_hidden_states_enter_autograd_as_a_constant(fast_path: bool) -> None:
 @BOTH_PATHS
 @pytest.mark.parametrize("trainable_blocks", [0, 1])
 def test_low_precision_prefix_leaves_residual_stream_and_logits_in_fp32(trainable_blocks: int, fast_path: bool) -> None:
-    """bf16 features and bf16 autocast, as on a GPU: within bf16's rounding of fp32, and the logits themselves not rounded."""
+    """With bf16 features and autocast, as on a GPU, logits are within bf16's rounding of fp32 and not rounded."""
     classifier = ours_like(random_reference(), trainable_blocks, fast_path=fast_path)
     tokens_BT, lengths_B = ragged_batch([5, 8, 3, 9], low=1, high=97, pad_id=0)
     exact_BC = classifier.logits(tokens_BT, lengths_B).detach()
@@ -246,11 +243,11 @@ def test_low_precision_prefix_leaves_residual_stream_and_logits_in_fp32(trainabl
     assert (logits_BC - exact_BC).abs().max() < 0.05 * exact_BC.abs().max()
     frozen = classifier.frozen_state["transformer.h.0.mlp.c_fc.weight"]
     assert frozen.dtype == torch.float32
-    assert not torch.equal(frozen, frozen.bfloat16().float()), "the fp32 original is kept, not the rounded copy"
+    assert not torch.equal(frozen, frozen.bfloat16().float()), "the fp32 original is kept"
 
 
-def test_the_reference_configs_are_what_they_say(shared) -> None:
-    """Guards the fixtures: gpt2-mini has dropout (so eval mode matters) and no pad token (so both options do something)."""
+def test_reference_checkpoint_has_dropout_and_no_pad_token(shared) -> None:
+    """With dropout, eval mode matters; without a pad token, both options of pad_token have an effect."""
     config = json.loads((shared / "checkpoints" / "gpt2-mini" / "config.json").read_text())
     assert config["resid_pdrop"] == 0.1
     assert config["pad_token_id"] is None
