@@ -1,8 +1,8 @@
 """README, CONTRIBUTING and docs: every command and Python snippet runs, links and paths exist, sizes and words hold.
 
 The commands of a page run in their order, in a folder like a clone with some data and one finished run. Trainings are cheap: a
-small model, generated text, few rows, two ranks. Launch and batch scripts print their command (`DRY_RUN=1`); that command is run,
-or its settings are checked. A command that no rule covers fails.
+small model, generated text, few rows, two ranks. Launch and batch scripts print their command (`DRY_RUN=1`). That command is
+run, or its settings are checked. A command that no rule covers fails.
 `tests/slurm/test_readme.py` runs the Slurm section of docs/clusters.md on a real Slurm.
 """
 
@@ -27,7 +27,7 @@ from agnews_dist.config.command_line import load
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 NUM_COMMANDS = {
     "README.md": 11,
-    "CONTRIBUTING.md": 6,
+    "CONTRIBUTING.md": 7,
     "batches.md": 2,
     "clusters.md": 17,
     "commands.md": 16,
@@ -256,25 +256,15 @@ def check_printed(folder: Folder, command: str) -> str:
     assert starts or submits, output
     for words in starts:
         get_args_parser().parse_args(words[words.index("torch.distributed.run") + 1 :])
-        module, arguments = split_module(words)
-        assert module == "agnews_dist"
-        is_there = [
-            not word.endswith(".yaml") or word.startswith("runs/") or (folder.path / word).is_file()
-            for word in arguments
-        ]
-        assert all(is_there), arguments
-        settings = [word for word in arguments if not word.startswith("runs/")]
-        assert arguments[0] in COMMANDS
-        if settings == arguments and arguments[0] == "train":
-            load(arguments[0], with_folder(folder, arguments[1:]))
+        _, (name, *arguments) = split_module(words)
+        files = [word for word in arguments if word.endswith(".yaml") and not word.startswith("runs/")]
+        assert all((folder.path / file).is_file() for file in files)
+        if name == "train":
+            load(name, [str(folder.path / word) if word in files else word for word in arguments])
+        assert name in COMMANDS
     for line in submits:
         assert any((folder.path / word).is_file() for word in shlex.split(line) if word.endswith(".sbatch")), line
     return output
-
-
-def with_folder(folder: Folder, words: list[str]) -> list[str]:
-    """Make the paths of files absolute."""
-    return [str(folder.path / word) if word.endswith(".yaml") else word for word in words]
 
 
 def run_bash(folder: Folder, command: str) -> str:
