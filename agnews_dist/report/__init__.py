@@ -1,1 +1,1 @@
-"""Sinks of events (console, run log) and the files a run leaves (result, predictions, model card)."""
+"""Sinks of events, files that a run writes, and the output of commands."""

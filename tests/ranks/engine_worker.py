@@ -1,4 +1,4 @@
-"""Run under torchrun by test_engines.py: the same 20 updates under every engine, then what each must hold by itself."""
+"""Worker of test_engines.py: the same 20 updates under every engine, and checks of each engine."""
 
 import json
 import math
@@ -33,70 +33,70 @@ from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.training.optim import build_optimizer
 from agnews_dist.training.step import NonFiniteError, train_step
 
-# Or stage 3 would leave a toy's weights whole on every rank.
-ALL_OF_IT = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+# By default stage 3 keeps small weights whole on every rank.
+SHARD_EVERYTHING = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 ENGINES: dict[str, dict] = {
     "ddp": {},
     "fsdp": {"fsdp": True},
     "zero1": {"zero": ZeroOptions(1)},
     "zero2": {"zero": ZeroOptions(2)},
-    "zero3": {"zero": ZeroOptions(3, settings=ALL_OF_IT)},
+    "zero3": {"zero": ZeroOptions(3, settings=SHARD_EVERYTHING)},
     "zero2-offload": {"zero": ZeroOptions(2, "optimizer")},
-    "zero3-offload": {"zero": ZeroOptions(3, "all", ALL_OF_IT)},
+    "zero3-offload": {"zero": ZeroOptions(3, "all", SHARD_EVERYTHING)},
 }
 
 
 def start(world: World, name: str, precision: str = "fp32", **options: bool) -> Engine:
-    AcceleratorState._reset_state(True)  # accelerate knows one engine per process
+    AcceleratorState._reset_state(True)  # accelerate allows one engine per process
     return Engine(
         world, device="cpu", precision=precision, allow_tf32=False, timeout_seconds=60, **ENGINES[name], **options
     )
 
 
-def prepare(engine: Engine, told: dict, *, max_grad_norm: float, sgd: bool = False) -> tuple[Classifier, Strategy]:
-    classifier = toy_classifier(told["trainable_blocks"])
+def prepare(engine: Engine, settings: dict, *, max_grad_norm: float, sgd: bool = False) -> tuple[Classifier, Strategy]:
+    classifier = toy_classifier(settings["trainable_blocks"])
     before = [weight.data_ptr() for weight in classifier.prefix.parameters()]
     place_classifier(classifier, engine, fast_path=True)
     if engine.precision == "fp32":
         after = [weight.data_ptr() for weight in classifier.prefix.parameters()]
-        assert after == before, "what is frozen is not copied: it may be pages of a file that the ranks share"
+        assert after == before, "frozen weights are not copied: they may be pages of a file that the ranks share"
     suffix = classifier.suffix.eval()
     optimizer = (
-        torch.optim.SGD(suffix.parameters(), lr=told["lr"])
+        torch.optim.SGD(suffix.parameters(), lr=settings["lr"])
         if sgd
-        else build_optimizer(suffix, lr=told["lr"], weight_decay=told["weight_decay"])
+        else build_optimizer(suffix, lr=settings["lr"], weight_decay=settings["weight_decay"])
     )
     return classifier, engine.prepare(suffix, optimizer, max_grad_norm=max_grad_norm)
 
 
-def make_loader(engine: Engine, told: dict, max_tokens: int) -> TrainLoader:
-    table = TokenTable(toy_split(told["lengths"]), pad_id=0, device=engine.device)
-    settings = PlanSettings(global_batch_size=told["global_batch_size"])
+def make_loader(engine: Engine, settings: dict, max_tokens: int) -> TrainLoader:
+    table = TokenTable(toy_split(settings["lengths"]), pad_id=0, device=engine.device)
+    settings = PlanSettings(global_batch_size=settings["global_batch_size"])
     return TrainLoader(table, engine.world, settings, max_tokens_per_rank=max_tokens, quadratic=0.0)
 
 
-def held(tensor: Tensor) -> Tensor:
-    """What this rank has of it, as it stands in memory: of a copy of its own nobody else knows."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor)
 
 
-def held_of_all(wrapped: Strategy) -> list[Tensor]:
-    """Weights, moments, numbers of updates and the optimizer's own copies of weights."""
-    of_optimizer = [weight for group in wrapped._optimizer.param_groups for weight in group["params"]]
-    moments = [value for state in wrapped._optimizer.state.values() for value in state.values()]
-    tensors = [*wrapped.suffix.parameters(), *of_optimizer, *moments]
-    return [held(tensor).detach().clone() for tensor in tensors]
+def local_tensors(strategy: Strategy) -> list[Tensor]:
+    """Copy this rank's weights, moments, numbers of updates and the optimizer's copies of weights."""
+    of_optimizer = [weight for group in strategy._optimizer.param_groups for weight in group["params"]]
+    moments = [value for state in strategy._optimizer.state.values() for value in state.values()]
+    tensors = [*strategy.suffix.parameters(), *of_optimizer, *moments]
+    return [local_shard(tensor).detach().clone() for tensor in tensors]
 
 
 def mean_of_means(batches: StepBatches, num_ranks: int) -> StepBatches:
-    """The step in which each rank takes the mean over its own share. The negative control."""
+    """Return a step in which each rank takes the mean over its own share. The negative control."""
     mine = sum(int((batch.weights_B > 0).sum()) for batch in batches.micro_batches)
     return replace(batches, num_examples=num_ranks * max(1, mine))
 
 
-def facts_of(wrapped: Strategy, engine: Engine) -> dict:
-    """What the engine really is, not what it was told to be."""
-    module, state = wrapped.module, {}
+def inspect_engine(strategy: Strategy, engine: Engine) -> dict:
+    """Read the engine's actual settings, types and shard sizes."""
+    module, state = strategy.module, {}
     state["kind"] = type(module).__name__
     if engine.zero is not None:
         state |= {
@@ -106,48 +106,48 @@ def facts_of(wrapped: Strategy, engine: Engine) -> dict:
             "reduced_in": str(module.communication_data_type),
             "accumulated_in": str(module.get_data_types()[1]),
         }
-        assert module.optimizer.optimizer is wrapped._optimizer
+        assert module.optimizer.optimizer is strategy._optimizer
     if state["kind"] == "DistributedDataParallel":
         state |= {
             "static_graph": module.static_graph,
             "find_unused_parameters": module.find_unused_parameters,
             "bucket_bytes": module.bucket_bytes_cap,
         }
-    state["optimizer"] = type(wrapped._optimizer).__name__
-    weights, states = list(wrapped.suffix.parameters()), wrapped._optimizer.state.values()
-    moments = [held(of_weight[name]) for of_weight in states for name in ("exp_avg", "exp_avg_sq")]
+    state["optimizer"] = type(strategy._optimizer).__name__
+    weights, states = list(strategy.suffix.parameters()), strategy._optimizer.state.values()
+    moments = [local_shard(of_weight[name]) for of_weight in states for name in ("exp_avg", "exp_avg_sq")]
     num_weights = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
-    state["held_weights"] = sum(held(weight).numel() for weight in weights) / num_weights
-    state["held_moments"] = sum(moment.numel() for moment in moments) / (2 * num_weights)
+    state["local_weights"] = sum(local_shard(weight).numel() for weight in weights) / num_weights
+    state["local_moments"] = sum(moment.numel() for moment in moments) / (2 * num_weights)
     state["kinds"] = sorted({str(tensor.dtype) for tensor in (*weights, *moments)})
     return state
 
 
-def train(world: World, told: dict, case: dict, output: Path) -> None:
-    """20 updates; weights, losses, norms, evaluation."""
-    told = told | case
+def train(world: World, settings: dict, case: dict, output: Path) -> None:
+    """Make 20 updates; save weights, losses, norms and evaluation."""
+    settings = settings | case
     engine = start(world, case["engine"])
-    classifier, wrapped = prepare(engine, told, max_grad_norm=case["max_grad_norm"], sgd=case["sgd"])
-    loader, embed = make_loader(engine, told, case["max_tokens"]), uncached_features(classifier.prefix)
+    classifier, strategy = prepare(engine, settings, max_grad_norm=case["max_grad_norm"], sgd=case["sgd"])
+    loader, embed = make_loader(engine, settings, case["max_tokens"]), uncached_features(classifier.prefix)
     losses, norms, micro, shares, step = [], [], [], [], 0
     for epoch in range(100):
         for batches in loader.steps(epoch):
-            if step == told["num_steps"]:
+            if step == settings["num_steps"]:
                 break
-            told_batches = mean_of_means(batches, world.num_ranks) if case["mean_of_means"] else batches
-            result = train_step(engine, embed, wrapped, told_batches)
+            step_batches = mean_of_means(batches, world.num_ranks) if case["mean_of_means"] else batches
+            result = train_step(engine, embed, strategy, step_batches)
             losses.append(result.loss)
             norms.append(result.grad_norm)
             micro.append(len(batches.micro_batches))
             mine = sum(int((batch.weights_B > 0).sum()) for batch in batches.micro_batches)
             shares.append(collectives.all_gather(mine))
             step += 1
-    table = TokenTable(toy_split(told["evaluation_lengths"]), pad_id=0, device=engine.device)
+    table = TokenTable(toy_split(settings["evaluation_lengths"]), pad_id=0, device=engine.device)
     scored = evaluate_split(classifier, table, engine, num_classes=CLASSES)
-    state = wrapped.gather_weights()
-    assert bool(state) == world.is_main, "whole on rank 0, and there alone"
+    state = strategy.gather_weights()
+    assert bool(state) == world.is_main, "whole on rank 0 only"
     if world.is_main:
-        check_scored_weights(told, state, table, scored.probabilities_NC)
+        check_scored_weights(settings, state, table, scored.probabilities_NC)
     facts = {
         "losses": losses,
         "norms": norms,
@@ -156,44 +156,46 @@ def train(world: World, told: dict, case: dict, output: Path) -> None:
         "predictions": scored.predictions_N.tolist(),
         "loss": scored.scores.loss,
         "confusion": scored.scores.confusion,
-        **(facts_of(wrapped, engine) if not case["sgd"] else {}),
+        **(inspect_engine(strategy, engine) if not case["sgd"] else {}),
     }
     if not engine.is_forward_collective:
-        copies = collectives.all_gather([held(weight).detach().clone() for weight in wrapped.suffix.parameters()])
-        assert all(all(map(torch.equal, theirs, copies[0])) for theirs in copies), "ranks hold the same weights"
-    # Of a mean of means no rank has the global loss.
+        copies = collectives.all_gather(
+            [local_shard(weight).detach().clone() for weight in strategy.suffix.parameters()]
+        )
+        assert all(all(map(torch.equal, theirs, copies[0])) for theirs in copies), "all ranks hold the same weights"
+    # With a mean of means no rank has the global loss.
     shared = ("norms", "predictions", "loss", *(() if case["mean_of_means"] else ("losses",)))
     gathered = collectives.all_gather({key: facts[key] for key in shared})
-    assert all(theirs == gathered[0] for theirs in gathered), "ranks know the same numbers"
+    assert all(theirs == gathered[0] for theirs in gathered), "all ranks have the same numbers"
     if world.is_main:
         save_file(state, output / f"{case['name']}.safetensors")
         (output / f"{case['name']}.json").write_text(json.dumps(facts, default=lambda array: array.tolist()))
 
 
-def check_scored_weights(told: dict, state: dict[str, Tensor], table: TokenTable, expected_NC: np.ndarray) -> None:
-    """What was saved is what was scored: the same probabilities from a model that knows of no engine."""
-    classifier = toy_classifier(told["trainable_blocks"])
+def check_scored_weights(settings: dict, state: dict[str, Tensor], table: TokenTable, expected_NC: np.ndarray) -> None:
+    """Check that the saved weights give the same probabilities in a model without an engine."""
+    classifier = toy_classifier(settings["trainable_blocks"])
     classifier.suffix.eval().load_state_dict(state)
     with torch.no_grad():
         logits_NC = classifier.suffix(*uncached_features(classifier.prefix)(table.batch(np.arange(len(table)))))
     np.testing.assert_allclose(logits_NC.double().softmax(dim=1).numpy(), expected_NC, rtol=0, atol=1e-6)
 
 
-def check_state_comes_back(world: World, told: dict, name: str) -> None:
-    """What was saved comes back on all ranks, in the optimizer's own copies too: the next update starts from it."""
+def check_weights_are_restored(world: World, settings: dict, name: str) -> None:
+    """Check that saved weights are restored on all ranks, also in the optimizer's copies: the next update uses them."""
     engine = start(world, name)
-    classifier, wrapped = prepare(engine, told, max_grad_norm=0.0, sgd=True)
-    loader, embed = make_loader(engine, told, 10_000), uncached_features(classifier.prefix)
+    classifier, strategy = prepare(engine, settings, max_grad_norm=0.0, sgd=True)
+    loader, embed = make_loader(engine, settings, 10_000), uncached_features(classifier.prefix)
     first, second, *_ = loader.steps(0)
-    before = wrapped.gather_weights()
-    train_step(engine, embed, wrapped, first)
-    after = wrapped.gather_weights()
-    train_step(engine, embed, wrapped, second)
-    wrapped.load_weights(before)
-    back = wrapped.gather_weights()
-    assert all(torch.equal(back[key], value) for key, value in before.items()), name
-    train_step(engine, embed, wrapped, first)
-    again = wrapped.gather_weights()
+    before = strategy.gather_weights()
+    train_step(engine, embed, strategy, first)
+    after = strategy.gather_weights()
+    train_step(engine, embed, strategy, second)
+    strategy.load_weights(before)
+    restored = strategy.gather_weights()
+    assert all(torch.equal(restored[key], value) for key, value in before.items()), name
+    train_step(engine, embed, strategy, first)
+    again = strategy.gather_weights()
     for key, value in after.items():
         assert not torch.equal(before[key], value) or key.endswith("c_attn.bias"), key
         torch.testing.assert_close(again[key], value, rtol=0, atol=1e-6, msg=lambda text: f"{name} {key}: {text}")  # noqa: B023
@@ -210,49 +212,52 @@ class ScaledBackward(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-def check_non_finite(world: World, told: dict, name: str) -> None:
-    """A bad loss on the last rank, then a bad gradient on the last rank: all say so, none moves."""
+def check_non_finite(world: World, settings: dict, name: str) -> None:
+    """Check a bad loss, then a bad gradient, on the last rank: all ranks raise, no weight changes."""
     engine = start(world, name)
-    classifier, wrapped = prepare(engine, told, max_grad_norm=1.0)
-    (first, batches, good, *_), embed = make_loader(engine, told, 10_000).steps(0), uncached_features(classifier.prefix)
+    classifier, strategy = prepare(engine, settings, max_grad_norm=1.0)
+    (first, batches, good, *_), embed = (
+        make_loader(engine, settings, 10_000).steps(0),
+        uncached_features(classifier.prefix),
+    )
     is_last = world.rank == world.num_ranks - 1
 
     def poisoned(batch: Batch) -> Features:
         hidden_BTD, lengths_B = embed(batch)
         return Features(hidden_BTD * math.nan if is_last else hidden_BTD, lengths_B)
 
-    def refused(source: FeatureSource, match: str) -> None:
-        before, said = held_of_all(wrapped), ""
+    def check_refused(source: FeatureSource, match: str) -> None:
+        before, message = local_tensors(strategy), ""
         try:
-            train_step(engine, source, wrapped, batches)
+            train_step(engine, source, strategy, batches)
         except NonFiniteError as error:
-            said = str(error)
-        assert match in said, f"{name}: {said!r}"
-        assert all(map(torch.equal, before, held_of_all(wrapped))), f"{name}: something moved"
+            message = str(error)
+        assert match in message, f"{name}: {message!r}"
+        assert all(map(torch.equal, before, local_tensors(strategy))), f"{name}: a tensor changed"
 
-    # Before it there are no moments to move.
-    train_step(engine, embed, wrapped, first)
-    refused(poisoned, f"non-finite loss on rank(s) {world.num_ranks - 1}, of examples")
-    del wrapped, engine
+    # The first step creates the moments.
+    train_step(engine, embed, strategy, first)
+    check_refused(poisoned, f"non-finite loss on rank(s) {world.num_ranks - 1}, of examples")
+    del strategy, engine
     engine = start(world, name)
-    classifier, wrapped = prepare(engine, told, max_grad_norm=1.0)
+    classifier, strategy = prepare(engine, settings, max_grad_norm=1.0)
     embed, factor = uncached_features(classifier.prefix), [1.0]
     classifier.suffix.out_head.register_forward_hook(
         lambda module, arguments, output: ScaledBackward.apply(output, factor[0])
     )
-    train_step(engine, embed, wrapped, first)
+    train_step(engine, embed, strategy, first)
     factor[0] = math.inf if is_last else 1.0
-    refused(embed, "gradient norm")
-    # The bad gradient is gone with the update that was not made.
-    factor[0], before = 1.0, held_of_all(wrapped)
-    norm = train_step(engine, embed, wrapped, good).grad_norm
+    check_refused(embed, "gradient norm")
+    # The bad gradient is cleared with the skipped update.
+    factor[0], before = 1.0, local_tensors(strategy)
+    norm = train_step(engine, embed, strategy, good).grad_norm
     assert norm is not None
     assert math.isfinite(norm), name
-    assert not all(map(torch.equal, before, held_of_all(wrapped))), "the control: an update moves something"
+    assert not all(map(torch.equal, before, local_tensors(strategy))), "control: an update changes tensors"
 
 
-def precisions(world: World, told: dict, output: Path) -> None:
-    """Loss and norm of one epoch's updates in each precision; fp16's check of the device is all that is left out on a CPU."""
+def check_precisions(world: World, settings: dict, output: Path) -> None:
+    """Save losses and norms of one epoch in each precision. fp16 is refused on a CPU, so that check is disabled."""
     from agnews_dist.engine import engine as engine_module
 
     engine_module.choose_precision = lambda precision, *, use_cuda: precision
@@ -262,21 +267,21 @@ def precisions(world: World, told: dict, output: Path) -> None:
             if (precision, name) == ("fp16", "fsdp"):
                 continue
             engine = start(world, name, precision)
-            classifier, wrapped = prepare(engine, told, max_grad_norm=1.0)
-            loader, embed = make_loader(engine, told, 10_000), uncached_features(classifier.prefix)
-            results = [train_step(engine, embed, wrapped, batches) for batches in loader.steps(0)]
-            found[f"{precision} {name}"] = facts_of(wrapped, engine) | {
+            classifier, strategy = prepare(engine, settings, max_grad_norm=1.0)
+            loader, embed = make_loader(engine, settings, 10_000), uncached_features(classifier.prefix)
+            results = [train_step(engine, embed, strategy, batches) for batches in loader.steps(0)]
+            found[f"{precision} {name}"] = inspect_engine(strategy, engine) | {
                 "losses": [result.loss for result in results],
                 "norms": [result.grad_norm for result in results],
                 "frozen": sorted({str(weight.dtype) for weight in classifier.prefix.parameters()}),
-                "scale": wrapped.loss_scale,
+                "scale": strategy.loss_scale,
             }
     for name, compresses in (("ddp", True), ("zero2", True), ("fsdp", True), ("ddp", False)):
         engine = start(world, name, compress_gradients=compresses)
-        classifier, wrapped = prepare(engine, told, max_grad_norm=0.0, sgd=True)
-        (batches, *_), before = make_loader(engine, told, 10_000).steps(0), wrapped.gather_weights()
-        train_step(engine, uncached_features(classifier.prefix), wrapped, batches)
-        after = wrapped.gather_weights()
+        classifier, strategy = prepare(engine, settings, max_grad_norm=0.0, sgd=True)
+        (batches, *_), before = make_loader(engine, settings, 10_000).steps(0), strategy.gather_weights()
+        train_step(engine, uncached_features(classifier.prefix), strategy, batches)
+        after = strategy.gather_weights()
         if world.is_main:
             kind = "compressed" if compresses else "exact"
             save_file({key: before[key] - after[key] for key in before}, output / f"{kind}-{name}.safetensors")
@@ -284,45 +289,45 @@ def precisions(world: World, told: dict, output: Path) -> None:
         (output / "precisions.json").write_text(json.dumps(found))
 
 
-def check_reductions(world: World, told: dict) -> None:
-    """DDP's ranks talk once per update, not once per micro-batch: the numbers would be the same."""
+def check_reductions(world: World, settings: dict) -> None:
+    """Check that DDP reduces once per update, not once per micro-batch. The results would be the same."""
     engine, count = start(world, "ddp"), 0
-    classifier, wrapped = prepare(engine, told, max_grad_norm=0.0)
+    classifier, strategy = prepare(engine, settings, max_grad_norm=0.0)
 
     def counting(group: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         nonlocal count
         count += 1
         return allreduce_hook(dist.group.WORLD, bucket)
 
-    wrapped.module.register_comm_hook(None, counting)
+    strategy.module.register_comm_hook(None, counting)
     counts = []
     for max_tokens in (10_000, 60):
-        (batches, *_), count = make_loader(engine, told, max_tokens).steps(0), 0
-        train_step(engine, uncached_features(classifier.prefix), wrapped, batches)
+        (batches, *_), count = make_loader(engine, settings, max_tokens).steps(0), 0
+        train_step(engine, uncached_features(classifier.prefix), strategy, batches)
         counts.append((len(batches.micro_batches), count))
-    (one, buckets), (several, as_often) = counts
+    (one, buckets), (several, same_count) = counts
     assert one == 1 < several
-    assert as_often == buckets > 0, counts
+    assert same_count == buckets > 0, counts
 
 
 def main() -> None:
-    # DeepSpeed's, of its own hooks and of names of collectives that torch calls old.
+    # DeepSpeed warns of its hooks and of deprecated collectives.
     warnings.simplefilter("ignore")
-    output, told = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    output, settings = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     world = detect_world(os.environ)
-    for case in told["cases"]:
-        train(world, told, case, output)
-    for name in told["checked"] or ENGINES:
-        check_state_comes_back(world, told | {"trainable_blocks": 2}, name)
-        check_non_finite(world, told | {"trainable_blocks": 1}, name)
-    if told["reductions"]:
-        check_reductions(world, told | {"trainable_blocks": 1})
-    if told["precisions"]:
-        precisions(world, told | {"trainable_blocks": 1}, output)
+    for case in settings["cases"]:
+        train(world, settings, case, output)
+    for name in settings["checked"] or ENGINES:
+        check_weights_are_restored(world, settings | {"trainable_blocks": 2}, name)
+        check_non_finite(world, settings | {"trainable_blocks": 1}, name)
+    if settings["reductions"]:
+        check_reductions(world, settings | {"trainable_blocks": 1})
+    if settings["precisions"]:
+        check_precisions(world, settings | {"trainable_blocks": 1}, output)
     assert not any(Path(os.environ["TORCH_EXTENSIONS_DIR"]).iterdir()), "an extension was compiled"
 
 
 if __name__ == "__main__":
     main()
-    # Not inside: what is wrapped must be gone before its process group is (see collectives.close).
+    # Outside of main(): the strategy must be freed before its process group (see collectives.close).
     collectives.close()

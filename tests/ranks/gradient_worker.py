@@ -1,4 +1,4 @@
-"""Run under torchrun by test_gradients.py: gradients of one global batch for several numbers of micro-batches."""
+"""Worker of test_gradients.py: gradients of one global batch, in several numbers of micro-batches."""
 
 import os
 import sys
@@ -19,10 +19,10 @@ from agnews_dist.model.prefix import Features, uncached_features
 from agnews_dist.training.step import NonFiniteError, accumulate_gradients, summed_loss, train_step
 
 
-def mean_of_means(engine: Engine, embed, wrapped: Strategy, batches: StepBatches) -> None:
-    """What people write: each rank's own mean, averaged by DDP. The negative control."""
+def mean_of_means(engine: Engine, embed, strategy: Strategy, batches: StepBatches) -> None:
+    """Average the means of the ranks, as DDP does by default. The negative control."""
     (batch,) = batches.micro_batches
-    loss = summed_loss(wrapped(*embed(batch)), batch)
+    loss = summed_loss(strategy(*embed(batch)), batch)
     (loss / batch.weights_B.sum()).backward()
 
 
@@ -33,10 +33,10 @@ def main() -> None:
     classifier = toy_classifier()
     prefix, suffix = classifier.prefix.double(), classifier.suffix.double().eval()
     optimizer, embed = torch.optim.SGD(suffix.parameters(), lr=1.0), uncached_features(prefix)
-    wrapped = engine.prepare(suffix, optimizer, max_grad_norm=0.1)
+    strategy = engine.prepare(suffix, optimizer, max_grad_norm=0.1)
 
     def one_step(max_tokens: int, lengths: list[int] = lengths) -> StepBatches:
-        """All examples as one global batch."""
+        """Return all examples as one global batch."""
         table = TokenTable(toy_split(lengths), pad_id=0, device=engine.device)
         settings = PlanSettings(global_batch_size=len(lengths))
         loader = TrainLoader(table, world, settings, max_tokens_per_rank=max_tokens, quadratic=0.0)
@@ -52,17 +52,17 @@ def main() -> None:
     limits = (one_step(limit) for limit in range(most, least - 1, -5))
     by_accumulation = {len(batches.micro_batches): batches for batches in limits}
     for accumulation in (1, 2, 4):
-        accumulate_gradients(engine, embed, wrapped, by_accumulation[accumulation])
+        accumulate_gradients(engine, embed, strategy, by_accumulation[accumulation])
         save(f"accumulation{accumulation}")
-    # One example for all ranks: the others compute a filler row that must not count.
-    accumulate_gradients(engine, embed, wrapped, one_step(100_000, lengths[:1]))
+    # One example for all ranks: the other ranks compute a filler row that must not count.
+    accumulate_gradients(engine, embed, strategy, one_step(100_000, lengths[:1]))
     save("one_example")
-    mean_of_means(engine, embed, wrapped, one_step(100_000))
+    mean_of_means(engine, embed, strategy, one_step(100_000))
     save("mean_of_means")
 
-    # Clipping acts on the global gradient: the norm before it and the update after it must not know the ranks either.
+    # Clipping acts on the global gradient: norm and update must not depend on the ranks either.
     before = {key: value.detach().clone() for key, value in suffix.named_parameters()}
-    result = train_step(engine, embed, wrapped, one_step(100_000))
+    result = train_step(engine, embed, strategy, one_step(100_000))
     update = {key: before[key] - value.detach() for key, value in suffix.named_parameters()}
     save_file(
         {
@@ -73,31 +73,31 @@ def main() -> None:
         output / f"clipped-rank{world.rank}of{world.num_ranks}.safetensors",
     )
 
-    # One rank alone sees NaN: nobody may update, everybody must say so.
+    # One rank alone has NaN: no rank may update, all must raise.
     def poisoned(batch: Batch) -> Features:
         hidden_BTD, lengths_B = embed(batch)
         is_poisoned = world.rank == world.num_ranks - 1
         return Features(hidden_BTD * float("nan") if is_poisoned else hidden_BTD, lengths_B)
 
     before = {key: value.detach().clone() for key, value in suffix.named_parameters()}
-    said = ""
+    message = ""
     try:
-        train_step(engine, poisoned, wrapped, one_step(100_000))
+        train_step(engine, poisoned, strategy, one_step(100_000))
     except NonFiniteError as error:
-        said = str(error)
-    assert f"non-finite loss on rank(s) {world.num_ranks - 1}, of examples " in said, said
+        message = str(error)
+    assert f"non-finite loss on rank(s) {world.num_ranks - 1}, of examples " in message, message
     assert all(torch.equal(before[key], value) for key, value in suffix.named_parameters())
 
     suffix.zero_grad()
-    # Any rank's wish to stop is everybody's; only rank 0 decides about checkpoints.
+    # Any rank can stop all; only rank 0 decides about checkpoints.
     is_last = world.rank == world.num_ranks - 1
-    asked = train_step(engine, embed, wrapped, one_step(100_000), stop=is_last, save=not is_last)
-    assert (asked.stop, asked.save) == (True, world.num_ranks > 1)
-    asked = train_step(engine, embed, wrapped, one_step(100_000), save=world.rank > 0)
-    assert (asked.stop, asked.save) == (False, False)
+    result = train_step(engine, embed, strategy, one_step(100_000), stop=is_last, save=not is_last)
+    assert (result.stop, result.save) == (True, world.num_ranks > 1)
+    result = train_step(engine, embed, strategy, one_step(100_000), save=world.rank > 0)
+    assert (result.stop, result.save) == (False, False)
 
 
 if __name__ == "__main__":
     main()
-    # Not inside: the DDP module must be gone before its process group is (see collectives.close).
+    # Outside of main(): the DDP module must be freed before its process group (see collectives.close).
     collectives.close()

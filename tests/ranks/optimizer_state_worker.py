@@ -1,4 +1,4 @@
-"""Run under torchrun by test_optimizer_state.py: what every engine gives to a checkpoint, and what it makes of another's."""
+"""Worker of test_optimizer_state.py: every engine saves its state, and loads its own and those of other engines."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_worker import ALL_OF_IT, ENGINES, facts_of, held_of_all, make_loader, start
+from engine_worker import ENGINES, SHARD_EVERYTHING, inspect_engine, local_tensors, make_loader, start
 from safetensors.torch import load_file, save_file
 from support.toy import toy_classifier
 from torch import Tensor
@@ -28,21 +28,23 @@ from agnews_dist.training.step import train_step
 
 HALF = 4
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-# What stage 3 updates, cut into several pieces; what is small it keeps whole on every rank, as it does by default.
+# Stage 3 with updates in several pieces, and with its default: small weights are whole on every rank.
 ENGINES["zero3-pieces"] = {"zero": ZeroOptions(3, settings={"zero_optimization": {"sub_group_size": 2000}})}
 ENGINES["zero2-dealt"] = {"zero": ZeroOptions(2, settings={"zero_optimization": {"round_robin_gradients": True}})}
-assert ALL_OF_IT["zero_optimization"] == {"stage3_param_persistence_threshold": 0}, (
-    "the other engines keep nothing whole"
+assert SHARD_EVERYTHING["zero_optimization"] == {"stage3_param_persistence_threshold": 0}, (
+    "the other engines shard every weight"
 )
 
 
 class Run:
-    """An engine around the toy, and the steps that it makes."""
+    """The toy under an engine, and its steps."""
 
-    def __init__(self, world: World, told: dict, name: str, *, precision: str = "fp32", is_other: bool = False) -> None:
-        """`is_other`: with other first weights than the toy's, and on every rank others."""
+    def __init__(
+        self, world: World, settings: dict, name: str, *, precision: str = "fp32", is_other: bool = False
+    ) -> None:
+        """`is_other`: start from other weights, different on every rank."""
         self.world, self.engine = world, start(world, name, precision)
-        self.classifier = toy_classifier(told["trainable_blocks"], told["dropout"])
+        self.classifier = toy_classifier(settings["trainable_blocks"], settings["dropout"])
         place_classifier(self.classifier, self.engine, fast_path=True)
         suffix = self.classifier.suffix.train()
         self.shapes = {name: weight.shape for name, weight in suffix.named_parameters()}
@@ -50,43 +52,43 @@ class Run:
             generator = torch.Generator().manual_seed(100 + world.rank)
             for weight in suffix.parameters():
                 torch.nn.init.normal_(weight, generator=generator)
-        optimizer = build_optimizer(suffix, lr=told["lr"], weight_decay=told["weight_decay"])
-        self.wrapped: Strategy = self.engine.prepare(suffix, optimizer, max_grad_norm=1.0)
+        optimizer = build_optimizer(suffix, lr=settings["lr"], weight_decay=settings["weight_decay"])
+        self.strategy: Strategy = self.engine.prepare(suffix, optimizer, max_grad_norm=1.0)
         self.embed: FeatureSource = uncached_features(self.classifier.prefix)
-        loader = make_loader(self.engine, told, told["max_tokens"])
+        loader = make_loader(self.engine, settings, settings["max_tokens"])
         self.batches: list[StepBatches] = [batches for epoch in range(2) for batches in loader.steps(epoch)]
         assert len(self.batches) == 2 * HALF
         assert any(len(batches.micro_batches) > 1 for batches in self.batches)
 
     def train(self, begin: int, end: int) -> list[float]:
-        """Steps `begin` to `end`; their losses."""
+        """Make steps `begin` to `end`; return their losses."""
         losses = []
         for step in range(begin, end):
-            # As in a training: all that is random is a function of the step.
+            # As in training, random numbers depend on the step only.
             torch.manual_seed(1000 * step + self.world.rank)
             batches = self.batches[step % len(self.batches)]
             losses.append(
-                train_step(self.engine, self.embed, self.wrapped, batches, dropout_key=step_key(3, step)).loss
+                train_step(self.engine, self.embed, self.strategy, batches, dropout_key=step_key(3, step)).loss
             )
         return losses
 
     def state(self) -> dict[str, Tensor]:
-        """A copy, as a checkpoint makes it; empty but on rank 0."""
-        whole = {key: value.clone() for key, value in self.wrapped.gather_state()}
+        """Copy the state, as a checkpoint does; empty except on rank 0."""
+        whole = {key: value.clone() for key, value in self.strategy.gather_state()}
         return whole if self.world.is_main else {}
 
 
 def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
-    """Bit for bit. Fails on all ranks together, so that none drowns the reason in complaints about a lost peer."""
+    """Check equality bit for bit. Fails on all ranks together, so that the reason is not hidden by lost connections."""
     assert found.keys() == expected.keys(), where
     wrong = collectives.all_gather([key for key, value in found.items() if not torch.equal(value, expected[key])])
     assert not any(wrong), f"{where}: other bits in {wrong}"
 
 
-def check_held(name: str, found: list[Tensor], expected: list[Tensor]) -> None:
-    """All that a rank holds, its parts of moments and the optimizer's own copies of weights among it."""
+def check_local(name: str, found: list[Tensor], expected: list[Tensor]) -> None:
+    """Check everything that a rank holds, including its moments and the optimizer's copies of weights."""
     assert len(found) == len(expected), name
-    # At the end of a part of stage 3 there may be memory that nobody has ever set.
+    # The padding of a stage 3 shard is uninitialised memory.
     assert name.startswith("zero3") or all(map(torch.equal, found, expected)), f"{name}: a rank holds other bits"
 
 
@@ -97,51 +99,51 @@ def check_form(run: Run, state: dict[str, Tensor], where: str) -> None:
         assert not value.requires_grad, f"{where}: {key}"
 
 
-def check_resuming(world: World, told: dict, name: str, output: Path) -> None:
-    """Trained through, read on the way, and gone on from what was read in a new engine: the same bits."""
-    unread = Run(world, told, name)
+def check_resuming(world: World, settings: dict, name: str, output: Path) -> None:
+    """Check for the same bits: trained without saving, saved on the way, and resumed in a new engine."""
+    unread = Run(world, settings, name)
     losses = unread.train(0, 2 * HALF)
-    held = held_of_all(unread.wrapped)
+    local = local_tensors(unread.strategy)
     del unread
 
-    run = Run(world, told, name)
-    assert run.wrapped.num_updates == 0
+    run = Run(world, settings, name)
+    assert run.strategy.num_updates == 0
     fresh = run.state()
     first_losses = run.train(0, HALF)
-    assert run.wrapped.num_updates == HALF
-    half, weights = run.state(), run.wrapped.gather_weights()
-    facts = facts_of(run.wrapped, run.engine)
+    assert run.strategy.num_updates == HALF
+    half, weights = run.state(), run.strategy.gather_weights()
+    facts = inspect_engine(run.strategy, run.engine)
     if world.is_main:
         check_form(run, fresh, f"{name}, before the first step")
         assert not any(value.any() for key, value in fresh.items() if not key.startswith("weight.")), name
         check_form(run, half, name)
-        assert all(value.any() for value in half.values()), f"{name}: the control: there are moments"
+        assert all(value.any() for value in half.values()), f"{name}: control: there are moments"
     check_equal({key: half[key] for key in half if key.startswith("weight.")}, under("weight", weights), name)
-    assert first_losses + run.train(HALF, 2 * HALF) == losses, f"{name}: reading changed what comes after it"
-    check_held(name, held_of_all(run.wrapped), held)
+    assert first_losses + run.train(HALF, 2 * HALF) == losses, f"{name}: saving changed the next steps"
+    check_local(name, local_tensors(run.strategy), local)
     done = run.state()
-    assert run.wrapped.num_updates == 2 * HALF
-    assert run.wrapped.scaling == (1.0, 0)
+    assert run.strategy.num_updates == 2 * HALF
+    assert run.strategy.scaling == (1.0, 0)
     del run
 
-    resumed = Run(world, told, name, is_other=True)
-    resumed.wrapped.load_state(half, HALF)
-    resumed.wrapped.load_scaling(4.0, 2)
-    assert resumed.wrapped.scaling == (1.0, 0), "without fp16 there is none"
+    resumed = Run(world, settings, name, is_other=True)
+    resumed.strategy.load_state(half, HALF)
+    resumed.strategy.load_scaling(4.0, 2)
+    assert resumed.strategy.scaling == (1.0, 0), "no loss scale without fp16"
     check_equal(resumed.state(), half, f"{name}, loaded")
-    assert resumed.wrapped.num_updates == HALF
+    assert resumed.strategy.num_updates == HALF
     assert resumed.train(HALF, 2 * HALF) == losses[HALF:], f"{name}: other losses after loading"
-    check_equal(resumed.state(), done, f"{name}, gone on from what was loaded")
-    check_held(name, held_of_all(resumed.wrapped), held)
-    assert resumed.wrapped.num_updates == 2 * HALF
-    assert facts_of(resumed.wrapped, resumed.engine) == facts, f"{name}: it is divided as before"
-    # Into an engine that has moments, and what was read before the first step.
-    resumed.wrapped.load_state(fresh, 0)
+    check_equal(resumed.state(), done, f"{name}, resumed")
+    check_local(name, local_tensors(resumed.strategy), local)
+    assert resumed.strategy.num_updates == 2 * HALF
+    assert inspect_engine(resumed.strategy, resumed.engine) == facts, f"{name}: sharded as before"
+    # Load the initial state into an engine that has moments.
+    resumed.strategy.load_state(fresh, 0)
     check_equal(resumed.state(), fresh, f"{name}, loaded back")
-    assert resumed.wrapped.num_updates == 0
-    if world.num_ranks < 3 or name != "ddp":  # its buckets are no longer those of a first step
+    assert resumed.strategy.num_updates == 0
+    if world.num_ranks < 3 or name != "ddp":  # DDP's buckets are not those of a first step
         assert resumed.train(0, HALF) == first_losses, f"{name}: other losses after loading back"
-        check_equal(resumed.state(), half, f"{name}, gone on from the beginning")
+        check_equal(resumed.state(), half, f"{name}, restarted")
     if world.is_main:
         save_file(half, output / f"{name}-half.safetensors")
         save_file(done, output / f"{name}-done.safetensors")
@@ -152,30 +154,30 @@ def under(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{kind}.{name}": value for name, value in state.items()}
 
 
-def go_on(world: World, told: dict, name: str, source: Path, output: Path) -> None:
-    """From another engine's state, perhaps of another number of ranks, to the end."""
-    run = Run(world, told, name, is_other=True)
+def check_crossed(world: World, settings: dict, name: str, source: Path, output: Path) -> None:
+    """Load the state of another engine, perhaps of another number of ranks, and train to the end."""
+    run = Run(world, settings, name, is_other=True)
     state = load_file(source) if world.is_main else {}
-    run.wrapped.load_state(state, HALF)
+    run.strategy.load_state(state, HALF)
     check_equal(run.state(), state, f"{source.stem} in {name}")
     losses = run.train(HALF, 2 * HALF)
-    assert run.wrapped.num_updates == 2 * HALF
+    assert run.strategy.num_updates == 2 * HALF
     done = run.state()
     if world.is_main:
         save_file(done, output.with_suffix(".safetensors"))
         output.with_suffix(".json").write_text(json.dumps({"losses": losses}))
 
 
-def scales(world: World, told: dict, name: str) -> dict:
-    """fp16: the loss scale after every step; raised after 3 clean steps, so that it rises and falls on the way."""
+def record_scales(world: World, settings: dict, name: str) -> dict:
+    """Record the fp16 loss scale after every step. It grows after 3 clean steps, so that it rises and falls."""
 
     def make(*, is_other: bool) -> Run:
-        run = Run(world, told, name, precision="fp16", is_other=is_other)
+        run = Run(world, settings, name, precision="fp16", is_other=is_other)
         if run.engine.zero is None:
-            assert run.wrapped._scaler.get_growth_interval() == 2000
-            run.wrapped._scaler.set_growth_interval(3)
+            assert run.strategy._scaler.get_growth_interval() == 2000
+            run.strategy._scaler.set_growth_interval(3)
         else:
-            scaler = run.wrapped.module.optimizer.loss_scaler
+            scaler = run.strategy.module.optimizer.loss_scaler
             assert scaler.scale_window == 2000
             scaler.scale_window = 3
         return run
@@ -184,49 +186,49 @@ def scales(world: World, told: dict, name: str) -> dict:
         found = []
         for step in range(begin, end):
             run.train(step, step + 1)
-            found.append(run.wrapped.scaling)
+            found.append(run.strategy.scaling)
         return found
 
     num_steps = 26
     run = make(is_other=False)
-    found = [run.wrapped.scaling]
-    run.wrapped.load_scaling(2.0**24, 1)
-    found += [run.wrapped.scaling, *train(run, 0, num_steps)]
-    updates, state, scaling = run.wrapped.num_updates, run.state(), run.wrapped.scaling
+    found = [run.strategy.scaling]
+    run.strategy.load_scaling(2.0**24, 1)
+    found += [run.strategy.scaling, *train(run, 0, num_steps)]
+    updates, state, scaling = run.strategy.num_updates, run.state(), run.strategy.scaling
     rest = train(run, num_steps, num_steps + 2 * HALF)
     resumed = make(is_other=True)
-    resumed.wrapped.load_state(state, updates)
-    resumed.wrapped.load_scaling(*scaling)
-    assert resumed.wrapped.scaling == scaling
+    resumed.strategy.load_state(state, updates)
+    resumed.strategy.load_scaling(*scaling)
+    assert resumed.strategy.scaling == scaling
     assert train(resumed, num_steps, num_steps + 2 * HALF) == rest, f"{name}: another scale after loading"
     check_equal(resumed.state(), run.state(), f"{name} in fp16")
-    assert resumed.wrapped.num_updates == run.wrapped.num_updates > updates
+    assert resumed.strategy.num_updates == run.strategy.num_updates > updates
     return {"first": found, "rest": rest, "updates": updates, "steps": num_steps}
 
 
 def main() -> None:
-    # DeepSpeed's, of its own hooks and of names of collectives that torch calls old.
+    # DeepSpeed warns of its hooks and of deprecated collectives.
     warnings.simplefilter("ignore")
-    output, told = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    output, settings = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     world = detect_world(os.environ)
-    for name in told["resumed"]:
-        check_resuming(world, told, name, output)
-    for name, source, target in told["crossed"]:
-        go_on(world, told | {"dropout": 0.0}, name, Path(source), output / target)
-    if told["refusals"]:
+    for name in settings["resumed"]:
+        check_resuming(world, settings, name, output)
+    for name, source, target in settings["crossed"]:
+        check_crossed(world, settings | {"dropout": 0.0}, name, Path(source), output / target)
+    if settings["refusals"]:
         with pytest.raises(UserError) as refused:
-            Run(world, told, "zero2-dealt")
+            Run(world, settings, "zero2-dealt")
         if world.is_main:
             (output / "refused.json").write_text(json.dumps({"message": str(refused.value)}))
-    if told["scales"]:
-        # On a CPU fp16 is slow, and refused, but it computes.
+    if settings["scales"]:
+        # fp16 is refused on a CPU, but it works.
         engine_module.choose_precision = lambda precision, *, use_cuda: precision
-        found = {name: scales(world, told, name) for name in told["scales"]}
+        found = {name: record_scales(world, settings, name) for name in settings["scales"]}
         if world.is_main:
             (output / "scales.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
     main()
-    # Not inside: what is wrapped must be gone before its process group is (see collectives.close).
+    # Outside of main(): the strategy must be freed before its process group (see collectives.close).
     collectives.close()

@@ -1,7 +1,7 @@
-"""Every engine trains the same weights as Hugging Face's module in one process, on 1, 2 and 3 ranks, whatever the shares.
+"""Every engine trains the same weights as Hugging Face's module in one process, on 1, 2 and 3 ranks.
 
-DDP, FSDP2, ZeRO 1, 2, 3, with and without offloading x accumulation x trainable blocks, 20 updates each; one launch per number
-of ranks holds all of it, and what an engine must refuse, bring back and leave alone.
+Cases: DDP, FSDP2, ZeRO 1, 2, 3 with and without offloading x accumulation x trainable blocks, 20 updates each. One launch per
+number of ranks runs all of them, and checks what an engine refuses, restores and keeps.
 """
 
 import itertools
@@ -26,14 +26,14 @@ from agnews_dist.data.rows import Ints
 from agnews_dist.engine.engine import bucket_megabytes
 
 RANKS = (1, 2, 3)
-# Very unequal shares; 29 = 3 batches of 9 and one of 2, so that with three ranks one of them has nothing.
+# Unequal shares. 29 = 3 batches of 9 and one of 2, so that one of three ranks has no example in it.
 LENGTHS = [30, 30, 28, 28, 27, 26, 25, 25, 24, 20, 20, 18, 17, 16, 12, 9, 8, 7, 7, 5, 5, 4, 3, 3, 2, 1, 1, 1, 1]
 EVALUATION_LENGTHS = [30, 22, 17, 12, 9, 9, 7, 5, 3, 2, 1]
 NUM_STEPS, LR, WEIGHT_DECAY, BATCH = 20, 1e-3, 0.1, 9
 TOLERANCE = 2e-5
 BROKEN = "AGNEWS_MUTANT" in os.environ
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
-# Most tokens of a micro-batch: all in one, or about half of the largest share.
+# Token limits of a micro-batch: one for all, or about two for the largest share.
 WHOLE, PARTS = 10_000, 60
 
 
@@ -54,22 +54,22 @@ def cases() -> list[dict]:
         kind = "sgd" if case["sgd"] else "adamw"
         case["name"] = f"{case['engine']}-{case['trainable_blocks']}-{case['max_tokens']}-{kind}"
         case["mean_of_means"] = False
-    # A minute for each contract that is broken on purpose would be too long.
+    # With a mutant two cases are enough.
     return [case for case in made if not BROKEN or case["name"] in (f"zero1-1-{PARTS}-adamw", f"zero3-1-{PARTS}-adamw")]
 
 
 CASES = {case["name"]: case for case in cases()}
 
 
-def of_ranks(num_ranks: int) -> dict[str, dict]:
-    """All on two ranks; alone and on three, where shares are the most unequal, those in several micro-batches."""
+def cases_of(num_ranks: int) -> dict[str, dict]:
+    """Select all cases on two ranks, otherwise those of AdamW in several micro-batches."""
     if num_ranks == 2:
         return CASES
     return {name: case for name, case in CASES.items() if case["max_tokens"] == PARTS and not case["sgd"]}
 
 
-EVERYWHERE = [(num_ranks, name) for num_ranks in RANKS for name in of_ranks(num_ranks)]
-# What people write: each rank's own mean, averaged over the ranks. The negative control.
+EVERYWHERE = [(num_ranks, name) for num_ranks in RANKS for name in cases_of(num_ranks)]
+# Each rank's own mean, averaged over the ranks. The negative control.
 MEANS_OF_MEANS = [
     case | {"name": f"{case['engine']}-mean-of-means", "mean_of_means": True}
     for name, case in CASES.items()
@@ -79,25 +79,25 @@ MEANS_OF_MEANS = [
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory) -> Callable[[int], Path]:
-    """What so many ranks have saved; they run once."""
+    """Directory of the files that a number of ranks saved. They run once."""
 
     @cache
     def launched(num_ranks: int) -> Path:
-        directory, extensions = (tmp_path_factory.mktemp(f"{what}{num_ranks}") for what in ("ranks", "extensions"))
-        told = {
+        directory, extensions = (tmp_path_factory.mktemp(f"{name}{num_ranks}") for name in ("ranks", "extensions"))
+        settings = {
             "lengths": LENGTHS,
             "evaluation_lengths": EVALUATION_LENGTHS,
             "global_batch_size": BATCH,
             "num_steps": NUM_STEPS,
             "lr": LR,
             "weight_decay": WEIGHT_DECAY,
-            "cases": [*of_ranks(num_ranks).values(), *MEANS_OF_MEANS],
+            "cases": [*cases_of(num_ranks).values(), *MEANS_OF_MEANS],
             "checked": ["zero3"] if BROKEN or num_ranks == 1 else None,
             "precisions": num_ranks == 2 and not BROKEN,
             "reductions": num_ranks == 2,
         }
-        path = directory / "told.json"
-        path.write_text(json.dumps(told))
+        path = directory / "settings.json"
+        path.write_text(json.dumps(settings))
         worker = REPOSITORY / "tests" / "ranks" / "engine_worker.py"
         fork_server.run_ranks(num_ranks, str(worker), str(directory), str(path), TORCH_EXTENSIONS_DIR=str(extensions))
         return directory
@@ -111,7 +111,7 @@ def saved(request, launch) -> tuple[int, Path]:
 
 
 def global_batches() -> list[Ints]:
-    """Which texts form each of the first batches: of the plan, which knows no ranks and no engines."""
+    """List the texts of the first global batches, from the plan alone."""
     settings = PlanSettings(global_batch_size=BATCH)
     epochs = (plan(np.array(LENGTHS), settings, epoch=epoch).global_batches() for epoch in range(9))
     return list(itertools.islice(itertools.chain.from_iterable(epochs), NUM_STEPS))
@@ -125,7 +125,7 @@ def reference_training(
     weight_decay: float = WEIGHT_DECAY,
     batches: list[Ints] | None = None,
 ) -> dict:
-    """Hugging Face's module, torch's optimizer, mean cross-entropy over whole batches, one process, no code of ours."""
+    """Train Hugging Face's module with torch's optimizer in one process, without code of this package."""
     num_blocks = 3 if trainable_blocks == "all" else int(trainable_blocks)
     model, tokens_NT, mask_NT = toy_reference_model(LENGTHS, num_blocks, torch.float32)
     labels_N = torch.from_numpy(toy_split(LENGTHS).labels)
@@ -165,24 +165,24 @@ def references() -> dict:
     return {(k, sgd): reference_training(k, sgd=sgd, max_grad_norm=limit) for k, sgd, limit in wanted}
 
 
-def without_key_bias(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """The key's bias adds the same to all scores of a query: its true gradient is zero, and Adam takes rounding for one."""
+def drop_key_bias(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Drop the key's bias. Its true gradient is zero, so Adam amplifies rounding errors."""
     return weight if not name.endswith("c_attn.bias") else torch.cat([weight[:24], weight[48:]])
 
 
 def largest_difference(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, with_key_bias: bool
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, has_key_bias: bool
 ) -> tuple[float, str]:
-    """Of any weight, and whose it is."""
+    """Return the largest difference of any weight, and its name."""
     assert found.keys() == expected.keys()
     differences = {name: value - expected[name] for name, value in found.items()}
-    if not with_key_bias:
-        differences = {name: without_key_bias(name, difference) for name, difference in differences.items()}
+    if not has_key_bias:
+        differences = {name: drop_key_bias(name, difference) for name, difference in differences.items()}
     return max((float(difference.abs().max()), name) for name, difference in differences.items())
 
 
 @pytest.mark.parametrize(("saved", "name"), EVERYWHERE, indirect=["saved"])
-def test_every_engine_trains_the_references_weights(saved, references, name):
+def test_every_engine_trains_the_reference_weights(saved, references, name):
     num_ranks, directory = saved
     case, facts = CASES[name], json.loads((directory / f"{name}.json").read_text())
     reference = references[case["trainable_blocks"], case["sgd"]]
@@ -190,23 +190,23 @@ def test_every_engine_trains_the_references_weights(saved, references, name):
     np.testing.assert_allclose(facts["losses"], reference["losses"], rtol=1e-5)
     np.testing.assert_allclose(facts["norms"], reference["norms"], rtol=1e-5)
     weights = load_file(directory / f"{name}.safetensors")
-    difference, of = largest_difference(weights, reference["weights"], with_key_bias=case["sgd"])
-    assert difference < TOLERANCE, of
+    difference, weight = largest_difference(weights, reference["weights"], has_key_bias=case["sgd"])
+    assert difference < TOLERANCE, weight
     assert facts["predictions"] == reference["predictions"]
     assert facts["confusion"] == reference["confusion"]
     assert facts["loss"] == pytest.approx(reference["loss"], rel=1e-5)
-    # The case is what it says: micro-batches, unequal and empty shares, clipping in force.
+    # Check the case: micro-batches, unequal and empty shares, clipping.
     assert max(facts["micro_batches"]) == 1 if case["max_tokens"] == WHOLE else max(facts["micro_batches"]) > 1
     assert all(sum(shares) in (BATCH, len(LENGTHS) % BATCH) for shares in facts["shares"])
     if num_ranks > 1:
         assert any(len(set(shares)) > 1 for shares in facts["shares"])
     if num_ranks == 3:
         assert any(0 in shares for shares in facts["shares"])
-    assert min(facts["norms"]) > 1.0, "clipping was in force where it was on"
+    assert min(facts["norms"]) > 1.0, "every step is clipped"
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith(f"-2-{PARTS}-adamw")])
-def test_an_engine_is_what_it_was_told_to_be(saved, name):
+def test_engines_have_the_given_settings(saved, name):
     num_ranks, directory = saved
     facts, engine = json.loads((directory / f"{name}.json").read_text()), CASES[name]["engine"]
     assert (facts["optimizer"], facts["kinds"]) == ("AdamW", ["torch.float32"])
@@ -220,60 +220,60 @@ def test_an_engine_is_what_it_was_told_to_be(saved, name):
         assert facts["kind"] == "DistributedDataParallel"
         assert (facts["static_graph"], facts["find_unused_parameters"]) == (False, False)
         assert facts["bucket_bytes"] == bucket_megabytes(0) * 2**20
-    divides = engine.startswith("zero3") or engine == "fsdp"
-    assert facts["held_weights"] == pytest.approx(1 / num_ranks if divides else 1.0, rel=0.05)
-    divides = divides or engine.startswith("zero")
-    assert facts["held_moments"] == pytest.approx(1 / num_ranks if divides else 1.0, rel=0.05)
+    is_sharded = engine.startswith("zero3") or engine == "fsdp"
+    assert facts["local_weights"] == pytest.approx(1 / num_ranks if is_sharded else 1.0, rel=0.05)
+    is_sharded = is_sharded or engine.startswith("zero")
+    assert facts["local_moments"] == pytest.approx(1 / num_ranks if is_sharded else 1.0, rel=0.05)
 
 
 @pytest.mark.parametrize("control", MEANS_OF_MEANS, ids=lambda control: control["name"])
-def test_means_of_means_are_told_apart(saved, references, control):
+def test_means_of_means_train_other_weights(saved, references, control):
     num_ranks, directory = saved
     weights = load_file(directory / f"{control['name']}.safetensors")
-    difference, _ = largest_difference(weights, references[2, False]["weights"], with_key_bias=False)
+    difference, _ = largest_difference(weights, references[2, False]["weights"], has_key_bias=False)
     assert difference < TOLERANCE if num_ranks == 1 else difference > 50 * TOLERANCE
 
 
 @pytest.mark.parametrize(
     "changed", [{"max_grad_norm": 0.0}, {"weight_decay": 0.0}, {"batches": global_batches()[::-1]}, {"batches": []}]
 )
-def test_the_comparison_sees_what_an_engine_could_get_wrong(references, changed):
-    """No clipping, no decay, another order, no training: the control of the tolerance."""
+def test_the_tolerance_detects_other_trainings(references, changed):
+    """Check no clipping, no weight decay, another order and no training."""
     other = reference_training(2, **changed)["weights"]
-    assert largest_difference(other, references[2, False]["weights"], with_key_bias=False)[0] > 5 * TOLERANCE
+    assert largest_difference(other, references[2, False]["weights"], has_key_bias=False)[0] > 5 * TOLERANCE
 
 
 @pytest.mark.parametrize("saved", [2], indirect=True)
-def test_precisions_are_the_same_under_every_engine(saved):
+def test_each_precision_gives_the_same_under_every_engine(saved):
     _, directory = saved
     found = json.loads((directory / "precisions.json").read_text())
     assert len(found) == 7
     exact = json.loads((directory / f"ddp-1-{WHOLE}-adamw.json").read_text())["losses"][:4]
     for name, facts in found.items():
         precision, engine = name.split()
-        assert facts["kinds"] == ["torch.float32"], "weights that train, and moments"
+        assert facts["kinds"] == ["torch.float32"], "trainable weights and moments"
         assert facts["frozen"] == [{"bf16": "torch.bfloat16", "fp16": "torch.float16"}[precision]]
         assert {facts.get(key, "torch.float32") for key in ("reduced_in", "accumulated_in")} == {"torch.float32"}
-        assert facts["scale"] == found[f"{precision} ddp"]["scale"], "the same updates were left out"
+        assert facts["scale"] == found[f"{precision} ddp"]["scale"], "the same updates were skipped"
         assert facts["scale"] in ((2.0**16, 2.0**15) if precision == "fp16" else (1.0,))
         np.testing.assert_allclose(facts["losses"], found[f"{precision} ddp"]["losses"], rtol=1e-5, err_msg=engine)
-        norms, of_ddp = (np.array(told["norms"], float) for told in (facts, found[f"{precision} ddp"]))
-        np.testing.assert_allclose(norms, of_ddp, rtol=1e-3, err_msg=engine)  # of an update left out: NaN
+        norms, of_ddp = (np.array(each["norms"], float) for each in (facts, found[f"{precision} ddp"]))
+        np.testing.assert_allclose(norms, of_ddp, rtol=1e-3, err_msg=engine)  # NaN for a skipped update
         np.testing.assert_allclose(facts["losses"], exact, rtol=2e-2)
-        assert facts["losses"] != exact, "it did compute in another precision"
+        assert facts["losses"] != exact, "control: it computed in another precision"
 
 
 @pytest.mark.parametrize("saved", [2], indirect=True)
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp"])
-def test_compressed_gradients_are_rounded_and_no_more(saved, engine):
-    """bf16 keeps 8 bits: a relative error of some 2e-3; what the subtraction of weights loses is a tenth of it."""
+def test_compressed_gradients_are_rounded_to_bf16(saved, engine):
+    """Check a relative error of about 2e-3: bf16 keeps 8 bits. Subtracting weights loses a tenth of that."""
     _, directory = saved
-    assert 1e-3 < error_of_update(directory / f"compressed-{engine}.safetensors") < 1e-2
-    assert error_of_update(directory / "exact-ddp.safetensors") < 3e-4
+    assert 1e-3 < measure_update_error(directory / f"compressed-{engine}.safetensors") < 1e-2
+    assert measure_update_error(directory / "exact-ddp.safetensors") < 3e-4
 
 
-def error_of_update(path: Path) -> float:
-    """Of one update of SGD, relative to the reference's."""
+def measure_update_error(path: Path) -> float:
+    """Return the error of one SGD update, relative to the reference."""
     update, reference = load_file(path), reference_gradients_of_first_batch()
     assert update.keys() == reference.keys()
     difference = sum(float((update[key] / LR - value).square().sum()) for key, value in reference.items())

@@ -1,4 +1,4 @@
-"""The gradient of a global batch is the same on 1, 2 and 3 ranks with 1, 2 and 4 micro-batches: Hugging Face's, to 1e-12."""
+"""Gradient of a global batch: equal to Hugging Face's to 1e-12 on 1, 2 and 3 ranks with 1, 2 and 4 micro-batches."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from support import fork_server
 from support.processes import REPOSITORY
 from support.toy import reference_gradients
 
-# Very unequal shares: a few long texts and many short ones, so that ranks hold different numbers of examples.
+# A few long texts and many short ones, so that ranks have different numbers of examples.
 LENGTHS = [30, 30, 28, 28, 27, 26, 25, 25, 24, 20, 20, 18, 17, 16, 12, 9, 8, 7, 7, 5, 5, 4, 3, 3, 2, 1, 1, 1, 1, 1]
 ACCUMULATIONS = (1, 2, 4)
 
@@ -34,7 +34,7 @@ def reference() -> dict[str, torch.Tensor]:
     return reference_gradients(LENGTHS)
 
 
-def test_gradient_of_the_global_batch(saved, reference):
+def test_gradient_equals_the_reference(saved, reference):
     num_ranks, directory = saved
     files = sorted(directory.glob("accumulation*.safetensors"))
     assert len(files) == num_ranks * len(ACCUMULATIONS)
@@ -50,14 +50,14 @@ def test_ranks_without_an_example_add_nothing(saved):
         assert relative_error(found, expected) < 1e-12
 
 
-def test_mean_of_means_is_told_apart(saved, reference):
-    """The negative control: with several ranks the usual loss has another gradient, and this test would see it."""
+def test_mean_of_means_has_another_gradient(saved, reference):
+    """Check the negative control: with several ranks the usual loss has another gradient."""
     num_ranks, directory = saved
     error = relative_error(load_file(directory / f"mean_of_means-rank0of{num_ranks}.safetensors"), reference)
     assert error < 1e-12 if num_ranks == 1 else error > 1e-2
 
 
-def test_clipped_update_is_the_reference_gradient_scaled_to_the_norm(saved, reference):
+def test_clipped_update_is_the_scaled_reference_gradient(saved, reference):
     num_ranks, directory = saved
     norm = float(torch.stack([value.square().sum() for value in reference.values()]).sum().sqrt())
     for rank in range(num_ranks):

@@ -1,6 +1,6 @@
-"""What every engine gives to a checkpoint is the state of one process, and from it any engine goes on, on any number of ranks.
+"""Saved state of every engine: equal to that of one process, and loadable by any engine on any number of ranks.
 
-On the same number of ranks bit for bit, which the worker checks itself; here its files are held against a reference.
+The worker checks that resuming on the same number of ranks is exact. Here its files are compared with a reference.
 """
 
 import itertools
@@ -17,20 +17,20 @@ from safetensors.torch import load_file
 from support import fork_server
 from support.processes import REPOSITORY
 from support.toy import our_name, toy_reference_groups, toy_reference_model, toy_split
-from test_engines import BATCH, LENGTHS, LR, PARTS, TOLERANCE, WEIGHT_DECAY, global_batches, without_key_bias
+from test_engines import BATCH, LENGTHS, LR, PARTS, TOLERANCE, WEIGHT_DECAY, drop_key_bias, global_batches
 
 BROKEN = "AGNEWS_MUTANT" in os.environ
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 CROSSED = ("ddp", "zero2", "zero3", "fsdp")
 HALF, BLOCKS = 4, 2
-# Relative to the largest; found: 7e-7.
+# Relative to the largest moment; measured: 7e-7.
 MOMENT_TOLERANCE = 2e-5
 WORKER = REPOSITORY / "tests" / "ranks" / "optimizer_state_worker.py"
 
 
-def launch(num_ranks: int, directory: Path, **told: object) -> Path:
-    """A worker on so many ranks; where it leaves its files."""
-    path = directory / "told.json"
+def launch(num_ranks: int, directory: Path, **changes: object) -> Path:
+    """Run the worker on a number of ranks; return the directory of its files."""
+    path = directory / "settings.json"
     settings = {
         "lengths": LENGTHS,
         "global_batch_size": BATCH,
@@ -43,14 +43,14 @@ def launch(num_ranks: int, directory: Path, **told: object) -> Path:
         "refusals": False,
         "scales": [],
     }
-    path.write_text(json.dumps(settings | told))
+    path.write_text(json.dumps(settings | changes))
     fork_server.run_ranks(num_ranks, str(WORKER), str(directory), str(path))
     return directory
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    """Two ranks: the state of every engine, and each engine gone on from that of each other."""
+    """Files of two ranks: the state of every engine, and each engine resumed from each other."""
     directory = tmp_path_factory.mktemp("two")
     if BROKEN:
         return launch(2, directory, resumed=["ddp", "fsdp", "zero2", "zero3"], scales=["ddp", "zero2"], refusals=True)
@@ -64,8 +64,8 @@ def two(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def elsewhere(request, tmp_path_factory) -> Path:
-    """Another number of ranks, gone on from the states of two; with three, and dropout, also from their own."""
+def other_ranks(request, tmp_path_factory) -> Path:
+    """Files of one or three ranks, resumed from the states of two; three ranks with dropout also from their own."""
     num_ranks, crossed = request.param, []
     if not BROKEN:
         two = request.getfixturevalue("two")
@@ -76,13 +76,13 @@ def elsewhere(request, tmp_path_factory) -> Path:
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """(the state at the end, the losses of the last steps)."""
+    """Read (final state, losses of the last steps)."""
     return load_file(path.with_suffix(".safetensors")), json.loads(path.with_suffix(".json").read_text())["losses"]
 
 
 @pytest.fixture(scope="module")
 def reference() -> dict:
-    """Hugging Face's module and torch's AdamW in one process: its state after half of the steps and after all."""
+    """State of Hugging Face's module and torch's AdamW in one process, after half of the steps and after all."""
     model, tokens_NT, mask_NT = toy_reference_model(LENGTHS, BLOCKS, torch.float32)
     labels_N = torch.from_numpy(toy_split(LENGTHS).labels)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -93,7 +93,7 @@ def reference() -> dict:
         logits_BC = model(input_ids=tokens_NT[ids], attention_mask=mask_NT[ids]).logits
         loss = torch.nn.functional.cross_entropy(logits_BC, labels_N[ids])
         loss.backward()
-        assert torch.nn.utils.clip_grad_norm_(trained.values(), 1.0) > 1, "clipping is in force"
+        assert torch.nn.utils.clip_grad_norm_(trained.values(), 1.0) > 1, "every step is clipped"
         losses.append(loss.item())
         optimizer.step()
         if step % HALF == 0:
@@ -105,13 +105,13 @@ def reference() -> dict:
     return {"losses": losses, "half": states[0], "done": states[1]}
 
 
-def largest_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Of each kind: of weights in absolute terms, of moments relative to the largest moment of that kind."""
+def measure_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return the largest error of each kind: absolute for weights, relative to the largest moment for moments."""
     assert found.keys() == expected.keys()
     errors = {"weight": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
     for key, value in found.items():
         kind, _, name = key.partition(".")
-        error = float(without_key_bias(name, value - expected[key]).abs().max())
+        error = float(drop_key_bias(name, value - expected[key]).abs().max())
         errors[kind] = max(errors[kind], error)
     for kind in ("exp_avg", "exp_avg_sq"):
         errors[kind] /= max(float(value.abs().max()) for key, value in expected.items() if key.startswith(f"{kind}."))
@@ -119,33 +119,33 @@ def largest_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 
 def check_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    errors = largest_error(found, expected)
+    errors = measure_errors(found, expected)
     assert errors["weight"] < TOLERANCE
     assert max(errors["exp_avg"], errors["exp_avg_sq"]) < MOMENT_TOLERANCE
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_the_state_is_that_of_one_process(two, reference, name):
+def test_saved_state_equals_that_of_one_process(two, reference, name):
     check_close(load_file(two / f"{name}-half.safetensors"), reference["half"])
     check_close(load_file(two / f"{name}-done.safetensors"), reference["done"])
     facts = json.loads((two / f"{name}.json").read_text())
     np.testing.assert_allclose(facts["losses"], reference["losses"], rtol=1e-5)
-    # What was put together was divided.
+    # Control: the gathered state was sharded.
     assert facts["optimizer"] == "AdamW"
-    assert facts["held_moments"] == pytest.approx(1.0 if name == "ddp" else 0.5, rel=0.05)
-    assert facts["held_weights"] == pytest.approx(0.5 if name == "fsdp" or "zero3" in name else 1.0, rel=0.05)
+    assert facts["local_moments"] == pytest.approx(1.0 if name == "ddp" else 0.5, rel=0.05)
+    assert facts["local_weights"] == pytest.approx(0.5 if name == "fsdp" or "zero3" in name else 1.0, rel=0.05)
 
 
-def test_the_comparison_sees_a_lost_state(reference):
-    """The control of the tolerances: half of the way instead of the whole, and moments under another name."""
-    errors = largest_error(reference["half"], reference["done"])
+def test_the_tolerances_detect_another_state(reference):
+    """Compare the state after half of the steps with the final one."""
+    errors = measure_errors(reference["half"], reference["done"])
     assert errors["weight"] > 20 * TOLERANCE
     assert min(errors["exp_avg"], errors["exp_avg_sq"]) > 100 * MOMENT_TOLERANCE
 
 
 @pytest.mark.parametrize("engine", CROSSED)
 @pytest.mark.parametrize("source", CROSSED)
-def test_an_engine_goes_on_from_another_engines_state(two, reference, source, engine):
+def test_an_engine_resumes_from_another_engine(two, reference, source, engine):
     if source == engine:
         state, losses = load_file(two / f"{engine}-done.safetensors"), reference["losses"][HALF:]
     else:
@@ -154,9 +154,9 @@ def test_an_engine_goes_on_from_another_engines_state(two, reference, source, en
     np.testing.assert_allclose(losses, reference["losses"][HALF:], rtol=1e-5)
 
 
-@pytest.mark.parametrize("elsewhere", [1, 3], indirect=True)
-def test_other_ranks_go_on_from_the_state_of_two(elsewhere, reference):
-    found = sorted(elsewhere.glob("2-in-*.safetensors"))
+@pytest.mark.parametrize("other_ranks", [1, 3], indirect=True)
+def test_other_numbers_of_ranks_resume_from_two(other_ranks, reference):
+    found = sorted(other_ranks.glob("2-in-*.safetensors"))
     assert len(found) == len(CROSSED)
     for path in found:
         state, losses = read(path)
@@ -164,31 +164,31 @@ def test_other_ranks_go_on_from_the_state_of_two(elsewhere, reference):
         np.testing.assert_allclose(losses, reference["losses"][HALF:], rtol=1e-5)
 
 
-@pytest.mark.parametrize("elsewhere", [3], indirect=True)
-def test_three_ranks_go_on_bit_for_bit_with_dropout(elsewhere):
-    """Sums over three depend on their order, and parts are shorter at the end, or empty."""
+@pytest.mark.parametrize("other_ranks", [3], indirect=True)
+def test_three_ranks_resume_bit_for_bit_with_dropout(other_ranks):
+    """Check three ranks: sums depend on their order, and the last shards are shorter or empty."""
     for name in ("ddp",) if BROKEN else ("ddp", "fsdp", "zero2", "zero3-pieces"):
-        facts = json.loads((elsewhere / f"{name}.json").read_text())
-        assert facts["held_moments"] == pytest.approx(1.0 if name == "ddp" else 1 / 3, rel=0.05)
+        facts = json.loads((other_ranks / f"{name}.json").read_text())
+        assert facts["local_moments"] == pytest.approx(1.0 if name == "ddp" else 1 / 3, rel=0.05)
         assert all(math.isfinite(loss) for loss in facts["losses"])
 
 
-def test_a_setting_that_loses_moments_is_refused(two):
+def test_round_robin_gradients_are_refused(two):
     message = json.loads((two / "refused.json").read_text())["message"]
     assert re.search(
-        r"zero_optimization.round_robin_gradients true: DeepSpeed does not find .* Leave the key out\.$", message
+        r"zero_optimization.round_robin_gradients true: checkpoints would hold .* Remove the key\.$", message
     )
 
 
 def test_the_loss_scale_is_the_same_under_every_engine(two):
-    """It halves, and rises after as many clean steps as torch's own GradScaler, which is DDP's, waits for."""
+    """Check the halving, and the growth after as many clean steps as in torch's GradScaler, which DDP uses."""
     found = json.loads((two / "scales.json").read_text())
-    told = found["ddp"]
-    assert all(theirs == told for theirs in found.values())
-    assert told["first"][:3] == [[2.0**16, 0], [2.0**24, 1], [2.0**23, 0]], "the first, one loaded, one overflow"
-    first = [scale for scale, _ in told["first"][1:]]
+    ddp = found["ddp"]
+    assert all(theirs == ddp for theirs in found.values())
+    assert ddp["first"][:3] == [[2.0**16, 0], [2.0**24, 1], [2.0**23, 0]], "the first, one loaded, one overflow"
+    first = [scale for scale, _ in ddp["first"][1:]]
     overflows = sum(after < before for before, after in itertools.pairwise(first))
     rises = sum(after > before for before, after in itertools.pairwise(first))
-    assert told["updates"] == told["steps"] - overflows, "what overflowed is no update"
-    assert min(overflows, rises) > 2, "it did move both ways"
-    assert {clean for _, clean in told["first"]} == {0, 1, 2}
+    assert ddp["updates"] == ddp["steps"] - overflows, "an overflow is not an update"
+    assert min(overflows, rises) > 2, "it rose and fell"
+    assert {clean for _, clean in ddp["first"]} == {0, 1, 2}

@@ -134,7 +134,7 @@ def test_every_command_and_hugging_face_agree_on_odd_texts(run_command, odd, tmp
 
     predicted = run_command("predict", "--model.name", run, "--file", source / "test.jsonl", "--format", "jsonl")
     assert predicted.returncode == 0
-    assert "1 of 12 texts are longer than 256 tokens" in predicted.stderr
+    assert "1 of 12 texts were truncated to 256 tokens" in predicted.stderr
     rows = [json.loads(line) for line in predicted.stdout.splitlines()]
     assert [row["text"] for row in rows] == texts
     assert [row["probabilities"] for row in rows] == expected

@@ -216,7 +216,7 @@ def test_refused_settings(
         capsys,
         "no classification head: .*Set --model.name to a run's",
     )
-    check_refused(run_predict("./gone", "a"), capsys, "'./gone' does not exist: .*Check the path")
+    check_refused(run_predict("./gone", "a"), capsys, "'./gone' does not exist: .*set --model.name")
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert run_predict(run_directory, "a") == 1
