@@ -1,0 +1,107 @@
+"""YAML files: shipped ones, wrong ones, and the meaning of their values."""
+
+from pathlib import Path
+
+import pytest
+from support.processes import REPOSITORY
+from support.settings import errors_of, write
+
+from agnews_dist.config.command_line import load
+from agnews_dist.config.schema import Config, RunConfig
+from agnews_dist.config.yaml_file import SHIPPED
+
+CONFIGS = REPOSITORY / "configs"
+
+
+def test_quoted_yaml_stays_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "run: {name: 'null'}\ndata: {revision: \"1\", pad_token: 'eos'}")
+    config = load("train", ["--config", path]).config
+    assert (config.run.name, config.data.revision, config.data.pad_token) == ("null", "1", "eos")
+
+
+def test_shipped_configs_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load("train", ["--debug"]).config.run.debug is True
+    assert load("train", ["--config", "debug.yaml"]).config.run.debug is True
+    (tmp_path / "configs").mkdir()
+    write(tmp_path / "configs" / "debug.yaml", "run: {name: mine}")
+    assert load("train", ["--debug"]).config == Config(run=RunConfig(name="mine"))
+
+
+def test_mistyped_path_is_not_replaced_by_a_shipped_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    [line] = errors_of(["--config", "experiments/debug.yaml"])
+    assert "'experiments/debug.yaml'" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "fix"),
+    [
+        (b"- a\n", "holds a list", "Write for example 'optim:'"),
+        (b"just words\n", "holds 'just words'", "Write for example 'optim:'"),
+        (b"optim: {lr: 1\nrun: [", "line 2", "Correct the file"),
+        (b"run:\n  seed: 1\n\tname: x\n", "line 3", "Correct the file"),
+        (b"run: {seed: 1}\n---\nrun: {seed: 2}\n", "line 2", "Correct the file"),
+        (b"run: {name: \x00}\n", "special characters", "Correct the file"),
+        (b"run: {name: caf\xe9}\n", "byte 15 is not UTF-8", "Save the file as UTF-8"),
+        ("run: {seed: 1}".encode("utf-16"), "is not UTF-8", "Save the file as UTF-8"),
+        (b"run:\n  seed: 1\n  seed: 2\n", "run.seed twice", "lines 2 and 3"),
+        (b"run: {seed: 1}\noptim: {lr: 1}\nrun: {name: x}\n", "run twice", "lines 1 and 3"),
+        (b"run: {seed: 1}\nrun.seed: 2\n", "run.seed twice", "lines 1 and 2"),
+        (b"run: null\n", "run 'null'", "Write for example 'optim:'"),
+        (b"? [a]\n: 1\n", "a list as a key", "Write for example 'optim:'"),
+        (b"run: {seed: {a: 1}}\n", "run.seed a mapping", "takes a whole number"),
+        (b"data: {source: }\n", "data.source null", "takes text"),
+        (b"lr: 3\n", "unknown key 'lr'", "Did you mean 'optim.lr'?"),
+        (b"1: 3\n", "unknown key '1'", "--help lists"),
+    ],
+)
+def test_wrong_file_is_named_with_line_and_fix(tmp_path: Path, text: bytes, value: str, fix: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text)
+    [line] = errors_of(["--config", str(path)])
+    assert str(path) in line
+    assert value in line
+    assert fix in line
+
+
+def test_unreadable_file_is_named(tmp_path: Path) -> None:
+    [missing] = errors_of(["--config", "configs/debgu.yaml"])
+    assert "Did you mean 'configs/debug.yaml'?" in missing
+    [directory] = errors_of(["--config", str(tmp_path)])
+    assert f"{str(tmp_path)!r}: it cannot be read (Is a directory)" in directory
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "{}\n", "optim:\nrun:\n", "\ufeff{}\n"])
+def test_file_without_values_changes_nothing(tmp_path: Path, text: str) -> None:
+    assert load("train", ["--config", write(tmp_path / "a.yaml", text)]) == load("train", [])
+
+
+def test_shipped_configs_name_their_command_and_repeat_no_default() -> None:
+    found = sorted(CONFIGS.glob("*.yaml"))
+    assert [path.name for path in found] == list(SHIPPED)
+    assert len(found) == 6
+    for path in found:
+        loaded = load("train", ["--config", str(path)])
+        first = path.read_text(encoding="utf-8").split("\n")[0]
+        assert first.startswith("# "), path
+        command = first[2:].split()
+        assert command[command.index("--config") + 1] == f"configs/{path.name}"
+        assert "agnews_dist.train" in command or (REPOSITORY / next(word for word in command if "/" in word)).is_file()
+        defaults = Config()
+        for key in loaded.explicit:
+            section, name = key.split(".")
+            value = getattr(getattr(loaded.config, section), name)
+            assert value != getattr(getattr(defaults, section), name), f"{path.name} repeats the default of {key}"
+
+
+def test_gpt2_ddp_equals_the_defaults_and_debug_is_small() -> None:
+    assert load("train", ["--config", str(CONFIGS / "gpt2_ddp.yaml")]) == load("train", [])
+    debug = load("train", ["--config", str(CONFIGS / "debug.yaml")]).config
+    assert (debug.run.debug, debug.model.name, debug.data.source) == (True, "embedded", "synthetic")
+    quickstart = load("train", ["--config", str(CONFIGS / "quickstart.yaml")]).config
+    assert (quickstart.model.name, quickstart.data.source, quickstart.data.limit_train) == (
+        "embedded",
+        "synthetic",
+        2000,
+    )
