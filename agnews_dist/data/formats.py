@@ -1,4 +1,4 @@
-"""Rows of one local file: parquet, csv, jsonl or json, read with the origin of each row and every fault named."""
+"""Rows of one local file (parquet, csv, jsonl, json) with the origin of each row."""
 
 import glob
 import json
@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from agnews_dist.data.hugging_face import silence_datasets, translate_errors
 from agnews_dist.data.rows import Origin, RawRows, check_columns
 from agnews_dist.errors import DataError
 
@@ -22,10 +23,10 @@ _INTEGER = re.compile(r"[+-]?[0-9]+")
 
 
 def read_file(path: Path, name: str) -> RawRows:
-    """The rows of one file, which messages call `name`.
+    """Read the rows of one file; `name`: the file's name in messages.
 
     Raises:
-        DataError: it cannot be read, is empty, no UTF-8, or malformed, or has no column 'text' or 'label'.
+        DataError: the file cannot be read, is empty, not UTF-8 or malformed, or lacks the column 'text' or 'label'.
     """
     readers: Mapping[str, Callable[[Path, str], RawRows]] = {
         ".parquet": _read_parquet,
@@ -37,12 +38,12 @@ def read_file(path: Path, name: str) -> RawRows:
         return readers[path.suffix.lower()](path, name)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror or error}): its rows would be missing. Check the path and its permissions."
+            f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions."
         ) from error
 
 
-def _decoded(path: Path, name: str) -> str:
-    """The file's text without a byte order mark."""
+def _read_text(path: Path, name: str) -> str:
+    """Read the file's text without a byte order mark."""
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -51,41 +52,36 @@ def _decoded(path: Path, name: str) -> str:
         offset = error.start + (3 if content.startswith(b"\xef\xbb\xbf") else 0)
         line = content.count(b"\n", 0, offset) + 1
         raise DataError(
-            f"{name} line {line} has the byte 0x{content[offset]:02x}, which is not valid UTF-8: its text would be garbled. "
+            f"{name} line {line} has the byte 0x{content[offset]:02x}, which is not valid UTF-8: text must be UTF-8. "
             "Save the file as UTF-8, for example with 'iconv -f WINDOWS-1252 -t UTF-8'."
         ) from error
     if not text.strip():
-        raise DataError(f"{name} is empty: there are no rows to read. Check how it was written, or remove it.")
+        raise DataError(f"{name} is empty: at least one row is needed. Check how it was written, or remove it.")
     return text
 
 
 @contextmanager
-def quietly_reading(name: str, advice: str) -> Generator[None]:
-    """Around a read by `datasets`: quiet, and its many exceptions in our words."""
+def _reading(name: str, advice: str) -> Generator[None]:
+    """Read with `datasets` or pandas inside the block.
+
+    Raises:
+        DataError: they raised an exception.
+    """
+
+    def make_error(reason: str) -> DataError:
+        return DataError(f"{name} cannot be read: {reason}. {advice}")
+
+    with silence_datasets(), translate_errors(make_error), warnings.catch_warnings():
+        # pandas only warns when it drops fields.
+        warnings.filterwarnings("error", message="Length of header or names does not match")
+        yield
+
+
+def _read_columns(kind: str, path: Path, wanted: Sequence[str], **options: Any) -> dict[str, list[object]]:
+    """Read the columns `wanted` with `datasets`, without a copy in its cache."""
     import datasets
 
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            # pandas only warns where it drops fields.
-            warnings.filterwarnings("error", message="Length of header or names does not match")
-            yield
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:  # pandas, pyarrow and datasets raise a dozen unrelated types
-        lines = str(error).strip().splitlines()
-        reason = lines[0].rstrip(".") if lines else type(error).__name__
-        raise DataError(f"{name} cannot be read ({reason}): its rows would be lost or wrong. {advice}") from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-
-
-def _columns(kind: str, path: Path, wanted: Sequence[str], **options: Any) -> dict[str, list[object]]:
-    """The values of each column in `wanted`, read by `datasets` without a copy in its cache."""
-    import datasets
-
-    # Its data_files are patterns: a path may hold brackets.
+    # data_files are glob patterns, and a path may contain brackets.
     data_files = {"train": [glob.escape(str(path.resolve()))]}
     rows = datasets.load_dataset(kind, data_files=data_files, split="train", streaming=True, **options)
     values: dict[str, list[object]] = {column: [] for column in wanted}
@@ -96,29 +92,29 @@ def _columns(kind: str, path: Path, wanted: Sequence[str], **options: Any) -> di
 
 
 def _read_parquet(path: Path, name: str) -> RawRows:
-    with quietly_reading(name, "Copy or download the file again."):
+    with _reading(name, "Copy or download the file again."):
         from datasets import Features
         from pyarrow.parquet import read_schema
 
         features = Features.from_arrow_schema(read_schema(path))
         check_columns(name, list(features))
-        # The default batch is the first row group, which may be empty.
-        values = _columns("parquet", path, ("text", "label"), columns=["text", "label"], batch_size=_BATCH_ROWS)
+        # The default batch size is that of the first row group, which may be empty.
+        values = _read_columns("parquet", path, ("text", "label"), columns=["text", "label"], batch_size=_BATCH_ROWS)
     texts = values["text"]
     return RawRows(texts, values["label"], Origin.of_file(name, len(texts)), class_names_of(features))
 
 
 def class_names_of(features: Mapping[str, object]) -> tuple[str, ...] | None:
-    """The names of a ClassLabel column 'label'; None if it is of another type."""
+    """Return the names of a ClassLabel column 'label'; None if the column has another type."""
     names = getattr(features.get("label"), "names", None)
     return tuple(names) if names else None
 
 
 def _read_csv(path: Path, name: str) -> RawRows:
-    """With a header that names 'text' and 'label', or AG News' original columns with or without a header."""
-    _decoded(path, name)
-    advice = "Put texts with commas or line breaks in double quotes, and double quotes in them twice."
-    with quietly_reading(name, advice):
+    """Read a csv whose header names 'text' and 'label', or AG News' original columns with or without a header."""
+    _read_text(path, name)
+    advice = "Put texts with commas or line breaks in double quotes, and double every quote inside."
+    with _reading(name, advice):
         header = _first_record(path)
     original = _original_columns(header)
     columns = original or header
@@ -126,22 +122,22 @@ def _read_csv(path: Path, name: str) -> RawRows:
         check_columns(name, header)
     if len(set(columns)) < len(columns):
         raise DataError(
-            f"{name} has two columns of the same name ({', '.join(map(repr, header))}): it is unclear which to read. Rename or "
+            f"{name} has two columns of the same name ({', '.join(map(repr, header))}): names must be unique. Rename or "
             "remove one."
         )
-    with quietly_reading(name, advice):
+    with _reading(name, advice):
         from datasets import Features, Value
 
-        values = _columns(
+        values = _read_columns(
             "csv",
             path,
             columns,
-            # All fields as text exactly as they are: 'NA' is a text, and 007 no number.
+            # All fields as unchanged strings: 'NA' stays a text, and 007 keeps its zeros.
             features=Features({column: Value("string") for column in columns}),
             na_filter=False,
             column_names=list(columns),
             header=None if original and _is_row(header) else 0,
-            # Else a row with a field too many would shift the columns.
+            # Otherwise a row with an extra field would shift the columns.
             index_col=False,
             encoding="utf-8-sig",
         )
@@ -153,7 +149,7 @@ def _read_csv(path: Path, name: str) -> RawRows:
 
 
 def _first_record(path: Path) -> list[str]:
-    # By the reader that `datasets` uses, so that both agree on quotes, blank lines and NUL.
+    # `datasets` uses this reader too, so both agree on quotes, blank lines and NUL.
     import pandas as pd
 
     first = pd.read_csv(path, header=None, nrows=1, dtype=str, na_filter=False, encoding="utf-8-sig")
@@ -165,42 +161,45 @@ def _is_row(header: Sequence[str]) -> bool:
 
 
 def _original_columns(header: Sequence[str]) -> tuple[str, ...] | None:
-    """Names for AG News' original columns if `header` is their header or their first row."""
+    """Return names for AG News' original columns if `header` is their header or first row, else None."""
     plain = [name.strip().lower().removesuffix(" index") for name in header]
     is_original = plain == list(_ORIGINAL_COLUMNS) or (len(header) == len(_ORIGINAL_COLUMNS) and _is_row(header))
     return _ORIGINAL_COLUMNS if is_original else None
 
 
 def _read_jsonl(path: Path, name: str) -> RawRows:
-    """One object per line. Not by `datasets`: it guesses a type per block, so that one wrong label changes the others, text
-    that looks like dates becomes dates, and an error cannot name its line."""
+    """Read one object per line.
+
+    `datasets` is not used. It infers a type per block: one wrong label changes others, and text that looks like dates becomes
+    dates. Its errors do not name the line.
+    """
     objects: list[object] = []
     rows: list[int] = []
-    for number, line in enumerate(_decoded(path, name).split("\n"), start=1):
+    for number, line in enumerate(_read_text(path, name).split("\n"), start=1):
         if line.strip():
-            objects.append(_parsed(line, f"{name} row {number}"))
+            objects.append(_parse(line, f"{name} row {number}"))
             rows.append(number)
     origin = Origin((name,), np.zeros(len(rows), np.int64), np.array(rows, dtype=np.int64))
     return _from_objects(objects, origin)
 
 
 def _read_json(path: Path, name: str) -> RawRows:
-    """A list of objects, or, as the hub has it too, one object per line."""
-    content = _decoded(path, name)
+    """Read a list of objects, or one object per line, which the hub uses too."""
+    content = _read_text(path, name)
     if not content.lstrip().startswith("["):
         return _read_jsonl(path, name)
-    objects = cast(list[object], _parsed(content, name))
+    objects = cast(list[object], _parse(content, name))
     return _from_objects(objects, Origin.of_file(name, len(objects)))
 
 
-def _parsed(content: str, name: str) -> object:
+def _parse(content: str, name: str) -> object:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        # The parser sees one line at a time, so only the column of its position means something.
+        # The parser sees one line at a time, so its line number means nothing.
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise DataError(
-            f"{name} is no valid JSON ({reason}): its fields cannot be told. Write one object with 'text' and 'label' per line."
+            f"{name} is not valid JSON: {reason}. Write one object with 'text' and 'label' per line."
         ) from error
 
 
@@ -210,7 +209,7 @@ def _from_objects(objects: Sequence[object], origin: Origin) -> RawRows:
     for i, row in enumerate(objects):
         if not isinstance(row, dict):
             raise DataError(
-                f"{origin.name(i)} is {str(row)[:40]!r} and no object: a row needs a text and a label. Write it as "
+                f"{origin.name(i)} is {str(row)[:40]!r}, not an object: a row needs a text and a label. Write it as "
                 '{"text": ..., "label": ...}.'
             )
         fields = cast(dict[str, object], row)

@@ -1,11 +1,11 @@
-"""Which local file belongs to which split: a single file, or a directory in the hub's layout."""
+"""Splits of a single local file, or of a directory in the layout of hub data sets."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from agnews_dist.data.formats import SUFFIXES, read_file
-from agnews_dist.data.rows import Origin, RawRows, listed
+from agnews_dist.data.rows import Origin, RawRows, list_first
 from agnews_dist.errors import DataError, did_you_mean
 
 SPLIT_WORDS = {
@@ -13,11 +13,11 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
-"""How files, folders and the hub call a split: `train-00000-of-00001.parquet`, `validation.csv`, `train/0000.parquet`."""
+"""Names of a split in files, folders and on the hub: `train-00000-of-00001.parquet`, `dev.csv`, `train/0000.parquet`."""
 
 
 def looks_local(source: str) -> bool:
-    """Whether `source` can only be meant as a path: a hub id is `name` or `owner/name`, without a data suffix."""
+    """Return whether `source` can only be a path: a hub id is `name` or `owner/name`, without a data suffix."""
     suffixes = (*SUFFIXES, ".tsv", ".txt", ".gz", ".zip", ".arrow", ".xlsx")
     return (
         source.startswith((".", "/", "~"))
@@ -28,27 +28,27 @@ def looks_local(source: str) -> bool:
 
 
 def read_local(path: Path) -> dict[str, RawRows]:
-    """The splits of a directory in the hub's layout, or of a single file, which becomes the split 'train'.
+    """Read the splits of a directory in the hub's layout, or a single file as the split 'train'.
 
     Raises:
-        DataError: no data file, one that cannot be read, or splits that cannot be told apart.
+        DataError: no data file exists, a file cannot be read, or files of a split do not fit together.
     """
     if path.is_dir():
         files = files_by_split(path)
-        return {name: _joined([read_file(file, str(file.relative_to(path))) for file in files[name]]) for name in files}
+        return {name: _join([read_file(file, str(file.relative_to(path))) for file in files[name]]) for name in files}
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
-            f"{path} has the unsupported suffix {path.suffix!r}: it cannot be told how to read it."
+            f"{path} has the unsupported suffix {path.suffix!r}: no reader knows it."
             f"{did_you_mean(path.suffix, SUFFIXES)} Convert it to one of {', '.join(SUFFIXES)}."
         )
     return {"train": read_file(path, path.name)}
 
 
 def files_by_split(directory: Path) -> dict[str, list[Path]]:
-    """Data files of `directory`, else of its `data/`, by the split their name or folder says, in order of their names."""
+    """Find the data files of `directory`, or else of its `data/`, by split, in order of their names."""
     found: list[Path] = []
-    for place in (directory, directory / "data"):
-        folders = [place, *(place / word for words in SPLIT_WORDS.values() for word in words)]
+    for parent in (directory, directory / "data"):
+        folders = [parent, *(parent / word for words in SPLIT_WORDS.values() for word in words)]
         found = [
             file
             for folder in folders
@@ -61,17 +61,17 @@ def files_by_split(directory: Path) -> dict[str, list[Path]]:
     splits = {name: [file for file in found if _split_of(file, directory) == name] for name in SPLIT_WORDS}
     splits = {name: files for name, files in splits.items() if files}
     if not splits:
-        there = [file.name for file in sorted(directory.iterdir())]
+        found_names = [file.name for file in sorted(directory.iterdir())]
         raise DataError(
-            f"{directory} has no data file of a split (found: {listed(there, str) or 'nothing'}): there is nothing to read. "
-            f"Name the files train, validation and test with one of {', '.join(SUFFIXES)}, or set data.source to a single file."
+            f"{directory} has no data file of a split (found: {list_first(found_names, str) or 'nothing'}): one is needed. "
+            f"Name files train, validation and test with one of {', '.join(SUFFIXES)}, or name a single file."
         )
     for name, files in splits.items():
         suffixes = sorted({file.suffix.lower() for file in files})
         if len(suffixes) > 1:
             raise DataError(
-                f"split {name!r} of {directory} has files of several formats ({listed(files, lambda file: file.name)}): they "
-                "are probably the same rows twice. Leave only one format there."
+                f"split {name!r} of {directory} has files of several formats ({list_first(files, lambda file: file.name)}): "
+                "probably the same rows twice. Leave only one format there."
             )
     return splits
 
@@ -85,8 +85,8 @@ def _split_of(file: Path, directory: Path) -> str | None:
     return None
 
 
-def _joined(parts: Sequence[RawRows]) -> RawRows:
-    """The rows of a split's files as one."""
+def _join(parts: Sequence[RawRows]) -> RawRows:
+    """Join the rows of a split's files."""
     first = parts[0]
     for part in parts[1:]:
         if (part.class_names, part.first_label) != (first.class_names, first.first_label):

@@ -1,4 +1,4 @@
-"""Rows of text with their labels and where each came from: what the reading, checking and splitting of data pass on."""
+"""Rows of text with their labels and origins, and the checks that turn them into splits."""
 
 import hashlib
 import re
@@ -16,38 +16,37 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Origin:
-    """The file and row of N rows, so that an error can say `train.csv row 17`.
+    """File and row number of N rows, so that an error can say `train.csv row 17`.
 
-    Rows count from 1 as a person would see them: in csv the records without header and blank lines (a quoted line break
-    does not start a new one), in jsonl the lines, in a json array its elements, in parquet, on the hub and in synthetic
-    text the rows.
+    Row numbers start at 1. In csv they count records without header and blank lines, in jsonl lines, in a json array elements.
+    Elsewhere they count rows.
     """
 
     files: tuple[str, ...]
-    """Names relative to the source, or `ag_news split train` for the hub."""
+    """Names relative to the source; `ag_news split train` for the hub."""
     file_N: Ints
-    """Index into `files`."""
+    """Indices into `files`."""
     row_N: Ints
 
     def __len__(self) -> int:
         return len(self.row_N)
 
     def name(self, index: int) -> str:
-        """`train.csv row 17`."""
+        """Format the origin of one row: `train.csv row 17`."""
         return f"{self.files[int(self.file_N[index])]} row {int(self.row_N[index])}"
 
     def take(self, ids: Ints) -> "Origin":
-        """The origins of the rows `ids`, in that order."""
+        """Select the rows `ids`, in that order."""
         return Origin(self.files, self.file_N[ids], self.row_N[ids])
 
     @staticmethod
     def of_file(name: str, num_rows: int) -> "Origin":
-        """Rows 1 to `num_rows` of one file."""
+        """Return the origin of rows 1 to `num_rows` of one file."""
         return Origin((name,), np.zeros(num_rows, np.int64), np.arange(1, num_rows + 1, dtype=np.int64))
 
     @staticmethod
     def concatenate(parts: Sequence["Origin"]) -> "Origin":
-        """The rows of all parts, in order."""
+        """Join the rows of all parts, in order."""
         first_file = np.cumsum([0, *(len(part.files) for part in parts)])
         return Origin(
             tuple(name for part in parts for name in part.files),
@@ -58,20 +57,20 @@ class Origin:
 
 @dataclass(frozen=True)
 class RawRows:
-    """Rows as a file gives them, before any check."""
+    """Unchecked rows of a file or a hub split."""
 
     texts: Sequence[object]
     labels: Sequence[object]
     origin: Origin
     class_names: tuple[str, ...] | None = None
-    """From the file's own ClassLabel feature; None: the file does not say."""
+    """Names in the file's ClassLabel feature; None if it has none."""
     first_label: int = 0
-    """How the file numbers its first class: 1 in AG News' original csv."""
+    """Number of the first class in the file: 1 in AG News' original csv."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """N checked rows; the id of a row is its index here."""
+    """N checked rows. The id of a row is its index here."""
 
     name: str
     texts: Sequence[str]
@@ -83,17 +82,17 @@ class Split:
         return len(self.texts)
 
     def take(self, ids: Ints, name: str | None = None) -> "Split":
-        """The rows `ids`, in that order, as a split of their own."""
+        """Select the rows `ids`, in that order, as a new split."""
         texts = [self.texts[int(i)] for i in ids]
         return Split(name or self.name, texts, self.labels[ids], self.origin.take(ids))
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """All splits of a source."""
+    """Splits of a source."""
 
     splits: Mapping[str, Split]
-    """In the order train, validation, test; any but one may be absent."""
+    """At least one of train, validation and test, in this order."""
     class_names: tuple[str, ...]
     fingerprint: str
     """sha256 over class names, split names, texts and labels; the same on every machine and for every file format."""
@@ -101,26 +100,27 @@ class Corpus:
 
 T = TypeVar("T")
 NUM_SHOWN = 5
-"""Rows that a message lists before it only counts."""
+"""Rows that a message lists; it counts the others."""
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
 
 
-def listed(rows: Sequence[T], name: Callable[[T], str]) -> str:
-    """`train.csv row 3, train.csv row 8 and 12 more`; `name` is asked only for those shown."""
+def list_first(rows: Sequence[T], name: Callable[[T], str]) -> str:
+    """List the first `NUM_SHOWN` rows and count the others: `train.csv row 3, train.csv row 8 and 12 more`."""
     more = len(rows) - NUM_SHOWN
     return ", ".join(map(name, rows[:NUM_SHOWN])) + (f" and {more:,} more" if more > 0 else "")
 
 
-def counted(num_rows: int) -> str:
-    """`1 row`, `1,200 rows`."""
+def count_rows(num_rows: int) -> str:
+    """Format a count: `1 row`, `1,200 rows`."""
     return f"{num_rows:,} row" + "s" * (num_rows != 1)
 
 
 def check_columns(file: str, found: Sequence[str], needed: Sequence[str] = ("text", "label")) -> None:
-    """
+    """Check that `found` contains all columns of `needed`.
+
     Raises:
-        DataError: a column is missing; names those found, and the nearest.
+        DataError: a column is missing; names the columns found, and the nearest.
     """
     missing = [name for name in needed if name not in found]
     if missing:
@@ -131,38 +131,39 @@ def check_columns(file: str, found: Sequence[str], needed: Sequence[str] = ("tex
         )
 
 
-def checked_split(name: str, raw: RawRows, class_names: tuple[str, ...]) -> Split:
-    """`raw` with every text a string and every label a class index.
+def check_split(name: str, raw: RawRows, class_names: tuple[str, ...]) -> Split:
+    """Check that texts are strings and labels classes; returns the rows with class indices.
 
     Raises:
-        DataError: no rows, a text that is no string, or labels that are no class.
+        DataError: there are no rows, or a text or label of the wrong kind.
     """
     if not raw.texts:
         raise DataError(
-            f"split {name!r} ({listed(raw.origin.files, str)}) has no rows: there is nothing to read. Check how the file was "
+            f"split {name!r} ({list_first(raw.origin.files, str)}) has no rows: at least one is needed. Check how the file was "
             "written, or remove it."
         )
     bad = [i for i, text in enumerate(raw.texts) if not isinstance(text, str)]
     if bad:
-        rows = listed(bad, lambda i: f"{raw.origin.name(i)}: {_literal(raw.texts[i])}")
+        rows = list_first(bad, lambda i: f"{raw.origin.name(i)}: {_quote(raw.texts[i])}")
         raise DataError(
-            f"text is no string in {counted(len(bad))} ({rows}): only text can be tokenised. Fill in or remove these rows."
+            f"text is not a string in {count_rows(len(bad))} ({rows}): only strings can be tokenised. Fill in or "
+            "remove these rows."
         )
     texts = [text for text in raw.texts if isinstance(text, str)]
-    return Split(name, texts, _class_indices(raw, class_names), raw.origin)
+    return Split(name, texts, _parse_labels(raw, class_names), raw.origin)
 
 
-def _literal(value: object) -> str:
+def _quote(value: object) -> str:
     if value is None or value == "":
         return "null"
     shown = repr(value)
     return shown if len(shown) <= 40 else f"{shown[:40]}..."
 
 
-def _class_indices(raw: RawRows, class_names: tuple[str, ...]) -> Ints:
-    """int64 indices (N,) for labels given as integers, digits or class names."""
-    # Labels take few different values: each is understood once. The type is part of the key, since 1 == True == 1.0.
-    understood: dict[tuple[type, object], int | None] = {}
+def _parse_labels(raw: RawRows, class_names: tuple[str, ...]) -> Ints:
+    """Convert labels given as integers, digits or class names to int64 indices (N,)."""
+    # Labels take few different values, so each is parsed once. The type is part of the key because 1 == True == 1.0.
+    index_of: dict[tuple[type, object], int | None] = {}
     indices = np.empty(len(raw.labels), dtype=np.int64)
     bad: list[int] = []
     for i, label in enumerate(raw.labels):
@@ -170,9 +171,9 @@ def _class_indices(raw: RawRows, class_names: tuple[str, ...]) -> Ints:
             bad.append(i)
             continue
         key = (type(label), label)
-        if key not in understood:
-            understood[key] = _class_index(label, class_names, raw.first_label)
-        index = understood[key]
+        if key not in index_of:
+            index_of[key] = _parse_label(label, class_names, raw.first_label)
+        index = index_of[key]
         if index is None:
             bad.append(i)
         else:
@@ -181,15 +182,15 @@ def _class_indices(raw: RawRows, class_names: tuple[str, ...]) -> Ints:
         first, last = raw.first_label, raw.first_label + len(class_names) - 1
         wrong = raw.labels[bad[0]]
         nearest = did_you_mean(wrong, class_names) if isinstance(wrong, str) else ""
-        rows = listed(bad, lambda i: f"{raw.origin.name(i)}: {_literal(raw.labels[i])}")
+        rows = list_first(bad, lambda i: f"{raw.origin.name(i)}: {_quote(raw.labels[i])}")
         raise DataError(
-            f"label is no class in {counted(len(bad))} ({rows}): classes are {first} to {last} "
+            f"label is not a class in {count_rows(len(bad))} ({rows}): classes are {first} to {last} "
             f"or {', '.join(class_names)}.{nearest} Correct these rows."
         )
     return indices
 
 
-def _class_index(label: str | int | float | None, class_names: tuple[str, ...], first_label: int) -> int | None:
+def _parse_label(label: str | int | float | None, class_names: tuple[str, ...], first_label: int) -> int | None:
     if isinstance(label, str):
         if label in class_names:
             return class_names.index(label)
@@ -203,15 +204,15 @@ def _class_index(label: str | int | float | None, class_names: tuple[str, ...], 
 
 
 def fingerprint(splits: Mapping[str, Split], class_names: Iterable[str]) -> str:
-    """sha256 over class names, split names, texts and labels, hexadecimal.
+    """Hash class names, split names, texts and labels with sha256.
 
     Raises:
-        DataError: a text holds half a surrogate pair, which no encoding can store.
+        DataError: a text holds half of a surrogate pair, which has no UTF-8 bytes.
     """
     digest = hashlib.sha256()
 
     def add(text: bytes) -> None:
-        # With its length in front, so that no two lists of texts run together to the same bytes.
+        # The length comes first, so that no two lists of texts give the same bytes.
         digest.update(len(text).to_bytes(8, "little"))
         digest.update(text)
 
@@ -224,22 +225,22 @@ def fingerprint(splits: Mapping[str, Split], class_names: Iterable[str]) -> str:
                 add(text.encode())
             except UnicodeEncodeError as error:
                 raise DataError(
-                    f"{split.origin.name(i)} holds {text[error.start]!r}, half of a surrogate pair: it is no character and has "
-                    "no UTF-8 bytes to tokenise. Write the file again from the original text."
+                    f"{split.origin.name(i)} holds {text[error.start]!r}, half of a surrogate pair: it has no "
+                    "UTF-8 bytes to tokenise. Write the file again from the original text."
                 ) from error
         add(split.labels.astype("<i8").tobytes())
     return digest.hexdigest()
 
 
 def check_corpus(corpus: Corpus) -> list[str]:
-    """Look at every row once; returns warnings.
+    """Check that no text is blank, and that splits share no text; returns warnings about shared texts.
 
     Raises:
-        DataError: texts that are empty or only white space.
+        DataError: texts are empty or only white space.
     """
     empty: list[tuple[Split, int]] = []
     first_seen: dict[str, tuple[Split, int]] = {}
-    twins: dict[tuple[str, str], list[str]] = {}
+    shared_texts: dict[tuple[str, str], list[str]] = {}
     for split in corpus.splits.values():
         for i, text in enumerate(split.texts):
             if not text.strip():
@@ -247,15 +248,15 @@ def check_corpus(corpus: Corpus) -> list[str]:
             earlier, j = first_seen.setdefault(text, (split, i))
             if earlier is not split:
                 pair = f"{split.origin.name(i)} = {earlier.origin.name(j)}"
-                twins.setdefault((split.name, earlier.name), []).append(pair)
+                shared_texts.setdefault((split.name, earlier.name), []).append(pair)
     if empty:
         raise DataError(
-            f"text is empty or only white space in {counted(len(empty))} "
-            f"({listed(empty, lambda row: row[0].origin.name(row[1]))}): nothing can be learnt or told from it. Remove these "
-            "rows."
+            f"text is empty or only white space in {count_rows(len(empty))} "
+            f"({list_first(empty, lambda row: row[0].origin.name(row[1]))}): no class can be read from it. Remove "
+            "these rows."
         )
     return [
-        f"{counted(len(pairs))} of {later} with a text that is also in {earlier} ({listed(pairs, str)}): the score on {later} "
-        f"is flattered by what was learnt by heart. Remove them from {earlier}."
-        for (later, earlier), pairs in twins.items()
+        f"{count_rows(len(pairs))} of {later} with a text that is also in {earlier} ({list_first(pairs, str)}): scores on "
+        f"{later} would be inflated. Remove them from {earlier}."
+        for (later, earlier), pairs in shared_texts.items()
     ]

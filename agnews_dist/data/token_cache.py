@@ -1,4 +1,9 @@
-"""The directory of a token cache: arrays with their checksums, published whole or not at all, verified when opened."""
+"""Token caches on disk: arrays with checksums, published whole or not at all, verified when opened, listed and removed.
+
+<root>/<key>/                  one cache: meta.json and three arrays per split
+<root>/<key>.lock              held while it is built, opened or removed
+<root>/<key>.building-*/       an unpublished cache; its name holds node and process
+"""
 
 import hashlib
 import json
@@ -25,19 +30,21 @@ from agnews_dist.storage.directories import used_disk_bytes
 from agnews_dist.storage.locks import is_locked
 
 FORMAT = 1
-"""Part of the key: raise it when the files or their meaning change."""
-_ABANDONED_SECONDS = 24 * 3600
+"""Version of the files, part of the key. Raise it when the files or their meaning change."""
 _META = "meta.json"
 _ARRAYS = ("tokens", "offsets", "labels")
+_KEY = re.compile("[0-9a-f]{64}")
+_BUILDING = ".building-"
+_ABANDONED_SECONDS = 24 * 3600
 
 
-class DamagedCache(Exception):  # noqa: N818 (not a user's error: the cache is rebuilt)
-    """The directory is not what was published; the message says why."""
+class DamagedCache(Exception):  # noqa: N818 (not an error of the user: the cache is built again)
+    """Difference between a directory and what was published; the message says which."""
 
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """The tokens of N texts, end to end: text i is `tokens[offsets[i]:offsets[i + 1]]`, never empty."""
+    """Tokens of N texts, end to end: text i is `tokens[offsets[i]:offsets[i + 1]]`, never empty."""
 
     name: str
     tokens: NDArray[Any]
@@ -59,33 +66,34 @@ class TokenSplit:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What one directory holds."""
+class CachedTokens:
+    """Content of one cache."""
 
     splits: Mapping[str, TokenSplit]
     class_names: tuple[str, ...]
     warnings: tuple[str, ...]
-    """What building it had to say about the data."""
+    """Warnings about the data from building it."""
 
 
 def publish(directory: Path, write: Callable[[Path], None]) -> None:
-    """Publish what `write` puts into a new directory, whole or not at all; remove what killed builders left.
+    """Publish the files that `write` creates in a new directory, whole or not at all; remove leftovers of killed builders.
 
-    The caller holds the lock and found nothing valid at `directory`.
+    The caller holds the lock and found no valid cache at `directory`.
     """
-    for leftover in directory.parent.glob(f"{directory.name}.building-*"):
+    for leftover in directory.parent.glob(f"{directory.name}{_BUILDING}*"):
         if is_abandoned(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
-    # Not tempfile: its directories are for one user only, and a cache may be shared.
-    building = directory.with_name(f"{directory.name}.building-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    # Not tempfile: its directories are private to one user, and a cache may be shared.
+    owner = f"{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    building = directory.with_name(f"{directory.name}{_BUILDING}{owner}")
     atomic.sweep(directory.parent, directory.name)
     with atomic.new_directory(directory, staging=building):
         write(building)
 
 
 def is_abandoned(building: Path) -> bool:
-    """Whether the builder that its name tells is dead; of another machine's, where locks may not reach, only age tells."""
-    node, pid, _ = building.name.split(".building-")[1].rsplit("-", 2)
+    """Return whether the process in the name is dead. On another node, which locks may not reach, only the age is known."""
+    node, pid, _ = building.name.split(_BUILDING)[1].rsplit("-", 2)
     if node != platform.node():
         return time.time() - building.stat().st_mtime > _ABANDONED_SECONDS
     try:
@@ -97,10 +105,10 @@ def is_abandoned(building: Path) -> bool:
     return int(pid) == os.getpid()
 
 
-def write_stored(directory: Path, stored: Stored, key: str) -> None:
-    """Write arrays and then `meta.json`, which holds the checksum of everything, itself included."""
+def write_tokens(directory: Path, tokens: CachedTokens, key: str) -> None:
+    """Write the arrays and then `meta.json`, which holds the checksums of the arrays and of itself."""
     files: dict[str, str] = {}
-    for split in stored.splits.values():
+    for split in tokens.splits.values():
         for array in _ARRAYS:
             file = directory / f"{split.name}-{array}.npy"
             np.save(file, getattr(split, array))
@@ -108,11 +116,11 @@ def write_stored(directory: Path, stored: Stored, key: str) -> None:
     content = {
         "format": FORMAT,
         "key": key,
-        "class_names": stored.class_names,
-        "warnings": stored.warnings,
+        "class_names": tokens.class_names,
+        "warnings": tokens.warnings,
         "splits": {
             split.name: {"texts": len(split), "tokens": len(split.tokens), "num_truncated": split.num_truncated}
-            for split in stored.splits.values()
+            for split in tokens.splits.values()
         },
         "files": files,
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "numpy")},
@@ -121,12 +129,12 @@ def write_stored(directory: Path, stored: Stored, key: str) -> None:
     (directory / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def read_stored(directory: Path, key: str) -> Stored:
-    """Open a published directory, its tokens memory-mapped.
+def read_tokens(directory: Path, key: str) -> CachedTokens:
+    """Open a published cache, verified and with its tokens memory-mapped.
 
     Raises:
-        FileNotFoundError: there is none.
-        DamagedCache: a file is missing, changed, cut off or of another format.
+        FileNotFoundError: it does not exist.
+        DamagedCache: a file is missing, changed, cut off or has another format.
     """
     if not directory.exists():
         raise FileNotFoundError(directory)
@@ -151,17 +159,17 @@ def read_stored(directory: Path, key: str) -> Stored:
             for name, facts in content["splits"].items()
         }
         with suppress(OSError):
-            os.utime(directory)  # the last use, for listings
-        return Stored(splits, tuple(content["class_names"]), tuple(content["warnings"]))
+            os.utime(directory)  # the last use, for lists
+        return CachedTokens(splits, tuple(content["class_names"]), tuple(content["warnings"]))
     except FileNotFoundError as error:
         raise DamagedCache(f"{Path(error.filename).name} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # Of the shapes that foreign or half-written files can have, JSON that is no object of ours is one.
+        # Foreign or partly written files can also be valid JSON of another shape.
         raise DamagedCache(f"{_META} or an array cannot be read: {type(error).__name__}: {error}") from error
 
 
 def describe(directory: Path) -> Mapping[str, Any]:
-    """What `meta.json` says, unverified, for a listing; empty where it cannot be read."""
+    """Read the content of `meta.json` unverified, for a list; empty if it cannot be read."""
     try:
         content = json.loads((directory / _META).read_bytes())["content"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -181,62 +189,59 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-_KEY = re.compile("[0-9a-f]{64}")
-
-
 @dataclass(frozen=True)
 class TokenCache:
-    """One cache as it is now, or what a killed builder left of it."""
+    """State of one cache on disk, or of the leftovers of a killed builder."""
 
     key: str
     path: Path
     about: Mapping[str, Any]
-    """The content of its meta.json; empty while it is built, or where it cannot be read."""
+    """Content of its meta.json; empty while it is built, or if it cannot be read."""
     disk_bytes: int
     last_used: float
     """Seconds since 1970."""
     is_used: bool
-    """Built or opened at this moment; afterwards a job has the tokens in memory and needs it no more."""
+    """Being built or opened now. After opening it, a job has the tokens mapped and no longer needs the files."""
 
 
-def token_caches(root: Path) -> list[TokenCache]:
-    """Longest unused first; none where there is no such directory."""
+def list_token_caches(root: Path) -> list[TokenCache]:
+    """List the caches below `root`, longest unused first; none if `root` is not a directory."""
     try:
-        keys = {path.name.partition(".building-")[0] for path in root.iterdir() if path.is_dir()}
+        keys = {path.name.partition(_BUILDING)[0] for path in root.iterdir() if path.is_dir()}
     except (FileNotFoundError, NotADirectoryError):
         return []
     found: list[TokenCache] = []
     for key in filter(_KEY.fullmatch, keys):
         try:
-            found.append(_token_cache(root / key))
+            found.append(_inspect(root / key))
         except FileNotFoundError:
-            continue  # removed or published meanwhile
+            continue  # removed or published in the meantime
     return sorted(found, key=lambda cache: (cache.last_used, cache.key))
 
 
 def remove_token_cache(path: Path) -> bool:
-    """Remove it unless it is built or opened at this moment; whether it is gone.
+    """Remove a cache unless it is being built or opened; returns whether it is gone.
 
     Raises:
-        OSError: this user may not.
+        OSError: this user may not remove it.
     """
     try:
         with FileLock(f"{path}.lock", timeout=0):
-            for part in _parts(path):
+            for part in _directories(path):
                 if part == path or is_abandoned(part):
                     shutil.rmtree(part)
-            return not _parts(path)
+            return not _directories(path)
     except Timeout:
         return False
 
 
-def _parts(path: Path) -> list[Path]:
-    """The published directory and those of builders."""
-    return [part for part in (path, *path.parent.glob(f"{path.name}.building-*")) if part.is_dir()]
+def _directories(path: Path) -> list[Path]:
+    """List the published directory and those of builders."""
+    return [part for part in (path, *path.parent.glob(f"{path.name}{_BUILDING}*")) if part.is_dir()]
 
 
-def _token_cache(path: Path) -> TokenCache:
-    parts = _parts(path)
+def _inspect(path: Path) -> TokenCache:
+    parts = _directories(path)
     if not parts:
         raise FileNotFoundError(path)
     return TokenCache(

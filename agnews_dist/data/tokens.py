@@ -1,7 +1,7 @@
-"""Text to tokens, once per (corpus, tokenizer, maximum length): built by one process, memory-mapped by all.
+"""Text to tokens, once per corpus, tokenizer and maximum length: one process builds the cache, all map it into memory.
 
-No collective is involved: the processes meet at a file lock, so this works before any process group exists, ahead of the job on
-a login node, and on a file system that nodes share.
+Processes synchronise by a file lock, without collectives. So this works before a process group exists, on a login node, and on
+a file system that nodes share.
 """
 
 import hashlib
@@ -19,31 +19,41 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.data.rows import Corpus, Split, check_corpus
-from agnews_dist.data.token_cache import FORMAT, DamagedCache, Stored, TokenSplit, publish, read_stored, write_stored
+from agnews_dist.data.token_cache import (
+    FORMAT,
+    CachedTokens,
+    DamagedCache,
+    TokenSplit,
+    publish,
+    read_tokens,
+    write_tokens,
+)
 from agnews_dist.errors import DataError
 from agnews_dist.events import Emit, Progress, Warned
-from agnews_dist.storage.locations import cache_root
+from agnews_dist.storage.directories import cache_root
 
 __all__ = ["TokenSplit", "TokenStore", "cache_root", "encode", "open_or_build"]
 
 _CHUNK_TEXTS = 1_000
+"""Texts per call of the tokenizer, and per progress report."""
 _HEAD_START_SECONDS = 10.0
+"""Maximum wait for the process that builds first."""
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """The tokens of a corpus, opened from the cache."""
+    """Tokens of a corpus, opened from the cache."""
 
     path: Path
-    """The cache's directory."""
+    """Directory of the cache."""
     splits: Mapping[str, TokenSplit]
     class_names: tuple[str, ...]
     fingerprint: str
-    """sha256 over corpus, tokenizer, maximum length and format: the key of the cache."""
+    """Key of the cache: sha256 over corpus, tokenizer, maximum length and format."""
     warnings: tuple[str, ...]
-    """What was said about the data when it was tokenised, and is said again at every opening."""
+    """Warnings about the data, emitted when it was tokenised and at every opening."""
     was_cached: bool
-    """False in the one process that built it."""
+    """False in the process that built it."""
 
 
 def encode(
@@ -53,10 +63,10 @@ def encode(
     *,
     name: Callable[[int], str] = lambda i: f"text {i + 1}",
 ) -> tuple[list[list[int]], int]:
-    """(token ids of each text, at most `max_length`; number of texts that were longer).
+    """Tokenise texts; returns (at most `max_length` token ids of each, number of longer texts).
 
-    `<|endoftext|>` or `[PAD]` written in a text become ordinary tokens, never the special ones. `name` says how an error calls
-    text i.
+    `<|endoftext|>` or `[PAD]` written in a text become ordinary tokens, never the special ones. `name(i)`: name of text i in
+    messages.
 
     Raises:
         DataError: a text has no token.
@@ -65,7 +75,7 @@ def encode(
         list(texts),
         add_special_tokens=False,
         split_special_tokens=True,
-        # Cut below, so that it is counted.
+        # Truncated below, where it is counted.
         truncation=False,
         padding=False,
         return_attention_mask=False,
@@ -76,7 +86,7 @@ def encode(
     for i, tokens in enumerate(ids):
         if not tokens:
             raise DataError(
-                f"{name(i)} has no token ({texts[i][:40]!r}): there is nothing to classify. Remove it, or use a tokenizer that "
+                f"{name(i)} has no token ({texts[i][:40]!r}): at least one is needed. Remove it, or use a tokenizer that "
                 "knows its characters."
             )
     num_truncated = sum(len(tokens) > max_length for tokens in ids)
@@ -92,10 +102,10 @@ def open_or_build(
     emit: Emit,
     builds_first: bool = True,
 ) -> TokenStore:
-    """The tokens of `corpus`, from `cache_dir` (None: $XDG_CACHE_HOME or ~/.cache, /agnews_dist) or made now.
+    """Open the tokens of `corpus` below `cache_dir` (see `cache_root`), or tokenise it now.
 
-    Any number of processes may call this at once: one builds, the others wait at a lock and open what it published. A process
-    with `builds_first=False` lets another go first for some seconds, so that the one with the console shows the progress.
+    Any number of processes may call this at once: one builds, the others wait for its lock and open the published cache.
+    `builds_first=False` waits some seconds for another process to build: the process with the console should show progress.
 
     Raises:
         DataError: the cache directory cannot be written, or a text is empty, blank or without a token.
@@ -109,22 +119,22 @@ def open_or_build(
             time.sleep(0.05)
     was_cached = True
 
-    def build() -> Stored:
+    def build() -> CachedTokens:
         nonlocal was_cached
         was_cached = False
         return _build(corpus, tokenizer, max_length, emit)
 
-    stored = _read_or_write(directory, build, emit)
-    for message in stored.warnings:
+    tokens = _read_or_build(directory, build, emit)
+    for message in tokens.warnings:
         emit(Warned(message=message))
-    return TokenStore(directory, stored.splits, stored.class_names, key, stored.warnings, was_cached)
+    return TokenStore(directory, tokens.splits, tokens.class_names, key, tokens.warnings, was_cached)
 
 
-def _read_or_write(directory: Path, build: Callable[[], Stored], emit: Emit) -> Stored:
-    """What `directory` holds, written by one process while the others wait at a lock; its name is the cache's key.
+def _read_or_build(directory: Path, build: Callable[[], CachedTokens], emit: Emit) -> CachedTokens:
+    """Read a cache; if it is missing or damaged, one process builds it while the others wait for the lock.
 
     Raises:
-        DataError: it is not there whole and cannot be written.
+        DataError: no valid cache exists and none can be written.
     """
     root, key = directory.parent, directory.name
     try:
@@ -133,36 +143,37 @@ def _read_or_write(directory: Path, build: Callable[[], Stored], emit: Emit) -> 
                 root.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(root / f"{key}.lock"))
             except OSError as unwritable:
-                # Somebody else's cache may be readable and nothing more: good enough, if it is whole.
+                # A valid cache of another user may be read-only.
                 try:
-                    return read_stored(directory, key)
+                    return read_tokens(directory, key)
                 except (FileNotFoundError, DamagedCache):
                     raise unwritable from None
             try:
-                return read_stored(directory, key)
+                return read_tokens(directory, key)
             except (FileNotFoundError, DamagedCache) as fault:
                 if isinstance(fault, DamagedCache):
-                    emit(Warned(message=f"token cache {directory} is damaged ({fault}): it is built again."))
-                publish(directory, lambda place: write_stored(place, build(), key))
-                return read_stored(directory, key)
+                    emit(Warned(message=f"token cache {directory} is damaged ({fault}): building it again."))
+                publish(directory, lambda building: write_tokens(building, build(), key))
+                return read_tokens(directory, key)
     except (OSError, DamagedCache) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"token cache {root} cannot be written ({reason}): the ranks would have no common tokens. Set --data.cache_dir to "
-            "a directory with space that this user may write, or prepare the cache there with 'python -m agnews_dist prepare'."
+            f"token cache {root} cannot be written: {reason}. Set --data.cache_dir to a writable directory with free space, or "
+            "build it there with 'python -m agnews_dist prepare'."
         ) from error
 
 
 def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int) -> str:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    # State of the last call, and special tokens, which `encode` never produces: both pad options share their tokens.
+    # Without the state of the last call, and without special tokens: `encode` never produces them, so both pad options share a
+    # cache.
     content["padding"] = content["truncation"] = None
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
     parts = [FORMAT, corpus.fingerprint, content, max_length]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _build(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int, emit: Emit) -> Stored:
+def _build(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int, emit: Emit) -> CachedTokens:
     """Check and tokenise every split.
 
     Raises:
@@ -172,7 +183,7 @@ def _build(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int, 
     total, before = sum(map(len, corpus.splits.values())), 0
     splits: dict[str, TokenSplit] = {}
     for split in corpus.splits.values():
-        splits[split.name] = _tokenised(split, tokenizer, max_length, emit, before=before, total=total)
+        splits[split.name] = _tokenise(split, tokenizer, max_length, emit, before=before, total=total)
         before += len(split)
     cut = {split.name: split.num_truncated for split in splits.values() if split.num_truncated}
     if cut:
@@ -180,15 +191,15 @@ def _build(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int, 
         counts = ", ".join(f"{name} {count:,}" for name, count in cut.items())
         warnings.append(
             f"{num_cut:,} of {total:,} texts ({num_cut / total:.1%}; {counts}) are longer than {max_length} tokens and were "
-            "cut off there: the model does not see the rest. Raise --data.max_length to keep it."
+            "cut off: the model does not see the rest. Raise --data.max_length to keep it."
         )
-    return Stored(splits, corpus.class_names, tuple(warnings))
+    return CachedTokens(splits, corpus.class_names, tuple(warnings))
 
 
-def _tokenised(
+def _tokenise(
     split: Split, tokenizer: PreTrainedTokenizerFast, max_length: int, emit: Emit, *, before: int, total: int
 ) -> TokenSplit:
-    """One split's tokens in memory; `before` of the `total` texts are done already."""
+    """Tokenise one split in memory; `before` of the `total` texts are done already."""
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
     chunks: list[np.ndarray[Any, Any]] = []
     lengths: list[int] = []

@@ -140,7 +140,7 @@ def test_plan_takes_the_ranks_of_the_launch_by_default(capsys, monkeypatch: pyte
         (
             ("--data.max_length", "600"),
             1,
-            r"error: data\.max_length 600 is above the model's 512 positions.*at most 512",
+            r"error: data\.max_length 600: the model has 512 positions.*at most 512",
         ),
     ],
 )

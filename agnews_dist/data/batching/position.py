@@ -56,6 +56,6 @@ def load_position(saved: Mapping[str, Any], plan_fingerprint: Mapping[str, Any])
     if differing:
         raise UserError(
             f"saved position (epoch {epoch}, step {step}) belongs to another plan ({'; '.join(differing)}): some examples "
-            "would come twice and some never. Restore these settings and data, or start a new training."
+            "would come twice, some never. Restore these settings and data, or start a new run."
         )
     return epoch, step

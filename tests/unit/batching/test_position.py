@@ -60,7 +60,7 @@ def test_load_position_refuses_every_other_setting(name):
     assert f"{name} was {was}, is {is_now}" in message
     assert message.startswith("saved position (epoch 0, step 3) belongs to another plan (")
     assert message.endswith(
-        "some examples would come twice and some never. Restore these settings and data, or start a new training."
+        "some examples would come twice, some never. Restore these settings and data, or start a new run."
     )
     # Equal fields are not named. Under a token budget the batch size is absent.
     assert message.count(" was ") == (2 if name == "global_token_budget" else 1)
@@ -77,7 +77,7 @@ def test_load_position_refuses_every_other_setting(name):
 def test_load_position_refuses_other_data(lengths, named):
     assert batches(lengths, CHOSEN) != batches(LENGTHS, CHOSEN)
     saved = save_position(0, 3, fingerprint(LENGTHS, CHOSEN))
-    with pytest.raises(UserError, match=r"belongs to another plan.*or start a new training") as refused:
+    with pytest.raises(UserError, match=r"belongs to another plan.*or start a new run") as refused:
         load_position(saved, fingerprint(lengths, CHOSEN))
     assert re.findall(r"(\w+) was ", str(refused.value)) == named
 
@@ -115,7 +115,7 @@ def test_load_position_refuses_another_algorithm():
     saved = save_position(0, 3, {**now, "algorithm": 0, "retired_setting": 5})
     with pytest.raises(
         UserError,
-        match=rf"algorithm was 0, is {ALGORITHM}; retired_setting was 5, is absent\): .*or start a new training",
+        match=rf"algorithm was 0, is {ALGORITHM}; retired_setting was 5, is absent\): .*or start a new run",
     ):
         load_position(saved, now)
 

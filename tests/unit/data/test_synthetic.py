@@ -1,4 +1,4 @@
-"""The synthetic text: reproducible, leak-free, as long as AG News, and learnable but not trivially so."""
+"""Synthetic text: reproducible, without shared texts, as long as AG News, learnable but not perfectly."""
 
 import hashlib
 
@@ -17,18 +17,18 @@ def train() -> list[tuple[str, int]]:
     return generate(4_000, 0, "train")
 
 
-def test_a_seed_gives_the_same_rows_and_fewer_rows_are_a_prefix(train):
+def test_generate_is_reproducible_and_fewer_rows_are_a_prefix(train):
     assert generate(300, 0, "train") == train[:300]
     assert generate(300, 1, "train") != train[:300]
 
 
-def test_rows_are_the_same_on_every_machine_and_python():
+def test_generate_values_are_frozen():
     rows = generate(200, 7, "test")
     digest = hashlib.sha256("\n".join(f"{label} {text}" for text, label in rows).encode()).hexdigest()
     assert digest == "e1fd2cdcd5565075b37be7166afdb5620b6958d856b2fca24b2d09673c23457f"
 
 
-def test_no_text_twice_in_a_split_across_splits_or_seeds(train):
+def test_generate_repeats_no_text_in_or_across_splits(train):
     everything = {(split, seed): generate(1_500, seed, split) for split in SPLITS for seed in (0, 1)}
     assert len(everything) == 6
     for rows in (*everything.values(), train):
@@ -40,7 +40,7 @@ def test_no_text_twice_in_a_split_across_splits_or_seeds(train):
     assert not of_split["validation"] & of_split["test"]
 
 
-def test_classes_are_balanced_and_mixed(train):
+def test_generate_balances_and_mixes_classes(train):
     labels = np.array([label for _, label in train])
     assert np.bincount(labels).tolist() == [1_000] * len(CLASS_NAMES)
     orders = {tuple(four) for four in labels.reshape(-1, 4).tolist()}
@@ -48,7 +48,7 @@ def test_classes_are_balanced_and_mixed(train):
     assert len(orders) == 24
 
 
-def test_texts_have_variety_and_more_than_ascii(train):
+def test_generate_has_variety_and_unicode(train):
     text = " ".join(text for text, _ in train)
     assert len(set(text.split())) > 1_500
     assert "ü" in text
@@ -56,7 +56,7 @@ def test_texts_have_variety_and_more_than_ascii(train):
     assert all(text.strip() == text and "{" not in text and "  " not in text for text, _ in train)
 
 
-def test_lengths_are_those_of_ag_news(shared, train):
+def test_generate_has_the_lengths_of_ag_news(shared, train):
     tokenizer = Tokenizer.from_file(str(shared / "tokenizers/gpt2/tokenizer.json"))
     lengths = np.array([len(encoding) for encoding in tokenizer.encode_batch([text for text, _ in train])])
     assert len(lengths) == 4_000
@@ -70,7 +70,7 @@ def test_lengths_are_those_of_ag_news(shared, train):
 
 
 @pytest.mark.parametrize("model", [MultinomialNB(), LogisticRegression(max_iter=1_000)])
-def test_classes_can_be_learnt_but_not_perfectly(train, model):
+def test_generated_classes_can_be_learnt_but_not_perfectly(train, model):
     counts = CountVectorizer()
     model.fit(counts.fit_transform([text for text, _ in train]), [label for _, label in train])
     held_out = generate(2_000, 0, "test")
@@ -78,7 +78,7 @@ def test_classes_can_be_learnt_but_not_perfectly(train, model):
     assert 0.9 < accuracy < 0.97
 
 
-def test_topic_words_are_shared_so_that_no_single_word_decides(train):
+def test_generated_classes_share_topic_words(train):
     counts = CountVectorizer(binary=True)
     present = counts.fit_transform([text for text, _ in train]).toarray()
     labels = np.array([label for _, label in train])
@@ -88,6 +88,6 @@ def test_topic_words_are_shared_so_that_no_single_word_decides(train):
     assert (purity / present[:, frequent].sum(axis=0)).max() < 0.999
 
 
-def test_an_unknown_split_is_refused():
+def test_generate_refuses_an_unknown_split():
     with pytest.raises(ValueError, match="split 'dev' is none of train, validation, test"):
         generate(1, 0, "dev")

@@ -1,4 +1,4 @@
-"""Tokens equal the tokenizer's, special tokens never come from text, and the cache survives crashes, races and damage."""
+"""Tokens: equal to the tokenizer's, never special ones from text; the cache survives crashes, races and damage."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from agnews_dist.data.corpus import load_corpus
 from agnews_dist.data.rows import Corpus, Origin, Split
 from agnews_dist.data.tokens import TokenStore, encode, open_or_build
 from agnews_dist.errors import DataError
-from agnews_dist.events import Event, Progress, Warned, silent
+from agnews_dist.events import Event, Progress, Warned, ignore_event
 from agnews_dist.model.embedded import embedded_tokenizer
 
 SPECIAL = "a <|endoftext|> b [PAD] c"
@@ -40,7 +40,7 @@ def small_corpus(*texts: str) -> Corpus:
     )
 
 
-def with_pad(tokenizer: PreTrainedTokenizerFast, pad_token: str) -> PreTrainedTokenizerFast:
+def set_pad_token(tokenizer: PreTrainedTokenizerFast, pad_token: str) -> PreTrainedTokenizerFast:
     if pad_token == "new":
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     else:
@@ -48,12 +48,12 @@ def with_pad(tokenizer: PreTrainedTokenizerFast, pad_token: str) -> PreTrainedTo
     return tokenizer
 
 
-def opened(corpus: Corpus, cache_dir: Path, max_length: int = 512, emit=silent, **options) -> TokenStore:
+def open_tokens(corpus: Corpus, cache_dir: Path, max_length: int = 512, emit=ignore_event, **options) -> TokenStore:
     tokenizer = options.pop("tokenizer", None) or embedded_tokenizer()
     return open_or_build(corpus, tokenizer, max_length=max_length, cache_dir=cache_dir, emit=emit, **options)
 
 
-def warned(events: list[Event]) -> list[str]:
+def warnings_of(events: list[Event]) -> list[str]:
     return [event.message for event in events if isinstance(event, Warned)]
 
 
@@ -75,12 +75,12 @@ def check_tokens(store: TokenStore, corpus: Corpus, tokenizer: PreTrainedTokeniz
 
 
 @pytest.mark.parametrize("pad_token", ["new", "eos"])
-def test_special_tokens_in_a_text_are_only_text(shared, pad_token):
+def test_encode_treats_special_tokens_as_text(shared, pad_token):
     for tokenizer in (AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2"), embedded_tokenizer()):
-        tokenizer = with_pad(tokenizer, pad_token)
+        tokenizer = set_pad_token(tokenizer, pad_token)
         special = set(tokenizer.all_special_ids)
         assert special & set(tokenizer(SPECIAL, split_special_tokens=False)["input_ids"])
-        # The state that such a call, or one that pads and truncates, leaves behind must not matter.
+        # The state left by such a call, or by padding and truncation, must have no effect.
         tokenizer(["a b c", "d"], padding=True, truncation=True, max_length=2)
         ids, num_truncated = encode(tokenizer, [SPECIAL, "[PAD]", "<|endoftext|>"], 100)
         assert num_truncated == 0
@@ -88,12 +88,12 @@ def test_special_tokens_in_a_text_are_only_text(shared, pad_token):
         assert all(len(tokens) > 1 and not special & set(tokens) for tokens in ids)
 
 
-def test_gpt2_tokens_by_hand(shared):
+def test_encode_gpt2_by_hand(shared):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2")
     assert encode(tokenizer, ["Hello world", "a<|endoftext|>"], 3) == ([[15496, 995], [64, 27, 91]], 1)
 
 
-def test_long_texts_are_cut_and_counted():
+def test_encode_truncates_and_counts_long_texts():
     tokenizer = embedded_tokenizer()
     long = " ".join(["news"] * 10_000)
     assert len(tokenizer(long, verbose=False)["input_ids"]) >= 10_000
@@ -104,7 +104,7 @@ def test_long_texts_are_cut_and_counted():
     assert ids[0] == tokenizer(long, verbose=False)["input_ids"][:7]
 
 
-def test_long_texts_make_no_noise():
+def test_encode_logs_nothing_for_long_texts():
     code = """if True:
         import sys
         from agnews_dist.data.tokens import encode
@@ -119,14 +119,14 @@ def test_long_texts_make_no_noise():
     assert "longer than the specified maximum" in its_own
 
 
-def test_text_of_exactly_the_maximum_length_is_not_truncated():
+def test_encode_keeps_a_text_of_the_maximum_length():
     tokenizer = embedded_tokenizer()
     length = len(tokenizer("The market rose.")["input_ids"])
     assert encode(tokenizer, ["The market rose."], length)[1] == 0
     assert encode(tokenizer, ["The market rose."], length - 1)[1] == 1
 
 
-def test_a_text_without_token_is_named(tmp_path):
+def test_encode_names_a_text_without_token(tmp_path):
     # Knows only 'a': other letters disappear.
     bpe = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -134,16 +134,16 @@ def test_a_text_without_token_is_named(tmp_path):
     with pytest.raises(DataError, match=r"text 2 has no token \('xyz'\): .* Remove it"):
         encode(tokenizer, ["a", "xyz"], 5)
     with pytest.raises(DataError, match=r"x.csv row 1003 has no token \('xyz'\)"):
-        opened(small_corpus(*["a"] * 1_002, "xyz"), tmp_path, tokenizer=tokenizer)
+        open_tokens(small_corpus(*["a"] * 1_002, "xyz"), tmp_path, tokenizer=tokenizer)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
 # Building and opening
 
 
-def test_tokens_are_the_tokenizers_own_and_opened_from_the_cache(tmp_path, corpus):
+def test_open_or_build_gives_the_tokenizers_tokens(tmp_path, corpus):
     events: list[Event] = []
-    built = opened(corpus, tmp_path / "new" / "cache", emit=events.append)
+    built = open_tokens(corpus, tmp_path / "new" / "cache", emit=events.append)
     check_tokens(built, corpus, embedded_tokenizer())
     assert not built.was_cached
     assert built.path == tmp_path / "new" / "cache" / built.fingerprint
@@ -155,7 +155,7 @@ def test_tokens_are_the_tokenizers_own_and_opened_from_the_cache(tmp_path, corpu
     assert len(events) == len(progress)
 
     events.clear()
-    cached = opened(corpus, tmp_path / "new" / "cache", emit=events.append)
+    cached = open_tokens(corpus, tmp_path / "new" / "cache", emit=events.append)
     assert cached.was_cached
     assert events == []
     check_tokens(cached, corpus, embedded_tokenizer())
@@ -165,13 +165,13 @@ def test_tokens_are_the_tokenizers_own_and_opened_from_the_cache(tmp_path, corpu
         assert not split.tokens.flags.writeable
 
 
-def test_real_text_with_gpt2(shared, tmp_path):
+def test_open_or_build_tokenises_ag_news_with_gpt2(shared, tmp_path):
     source = shared / "data/ag_news"
     corpus = load_corpus(
         str(source), revision=None, validation_fraction=0.1, limits={"train": 1_500, "validation": 100}, seed=0
     )
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2")
-    store = opened(corpus, tmp_path, tokenizer=tokenizer)
+    store = open_tokens(corpus, tmp_path, tokenizer=tokenizer)
     check_tokens(store, corpus, tokenizer)
     assert 48 < store.splits["train"].lengths.mean() < 56
 
@@ -180,80 +180,82 @@ def test_large_vocabularies_are_int32(tmp_path):
     vocabulary = {f"w{i}": i for i in range(70_000)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    store = opened(small_corpus("w69999 w5"), tmp_path, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words))
+    store = open_tokens(small_corpus("w69999 w5"), tmp_path, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words))
     assert store.splits["train"].tokens.dtype == np.int32
     assert store.splits["train"].tokens.tolist() == [69_999, 5]
 
 
 def test_the_key_is_data_tokenizer_and_length_but_not_the_pad_token(tmp_path):
     texts = ("The market rose.", "A team won.")
-    base = opened(small_corpus(*texts), tmp_path)
+    base = open_tokens(small_corpus(*texts), tmp_path)
     other_tokenizer = embedded_tokenizer()
     other_tokenizer.add_tokens(["market"])
     others = [
-        opened(small_corpus(*texts[::-1]), tmp_path),
-        opened(small_corpus(*texts), tmp_path, max_length=3),
-        opened(small_corpus(*texts), tmp_path, tokenizer=other_tokenizer),
+        open_tokens(small_corpus(*texts[::-1]), tmp_path),
+        open_tokens(small_corpus(*texts), tmp_path, max_length=3),
+        open_tokens(small_corpus(*texts), tmp_path, tokenizer=other_tokenizer),
     ]
     assert not any(store.was_cached for store in (base, *others))
     assert len({store.fingerprint for store in (base, *others)}) == 4
     used = embedded_tokenizer()
     for pad_token in ("new", "eos"):
-        used = with_pad(used, pad_token)
+        used = set_pad_token(used, pad_token)
         used(["a", "b c"], padding=True, truncation=True, max_length=2)
-        assert opened(small_corpus(*texts), tmp_path, tokenizer=used).was_cached
+        assert open_tokens(small_corpus(*texts), tmp_path, tokenizer=used).was_cached
 
 
-def test_truncation_and_leaks_are_said_at_every_opening(tmp_path):
+def test_open_or_build_repeats_warnings_at_every_opening(tmp_path):
     texts = ["short", *["far too long for this length " * 3] * 3]
     corpus = small_corpus(*texts)
     twin = Split("test", texts[:1], np.zeros(1, np.int64), Origin.of_file("t.csv", 1))
     corpus = Corpus({**corpus.splits, "test": twin}, corpus.class_names, corpus.fingerprint)
     for was_cached in (False, True):
         events: list[Event] = []
-        store = opened(corpus, tmp_path, max_length=4, emit=events.append)
+        store = open_tokens(corpus, tmp_path, max_length=4, emit=events.append)
         assert store.was_cached == was_cached
         assert store.splits["train"].num_truncated == 3
         assert store.splits["train"].lengths.max() == 4
-        assert warned(events) == list(store.warnings)
+        assert warnings_of(events) == list(store.warnings)
         leak, cut = store.warnings
         assert leak.startswith("1 row of test with a text that is also in train (t.csv row 1 = x.csv row 1)")
         assert cut.startswith("3 of 5 texts (60.0%; train 3) are longer than 4 tokens and were cut off")
         assert "Raise --data.max_length" in cut
 
 
-def test_blank_text_stops_the_build_and_leaves_nothing(tmp_path):
+def test_blank_text_stops_the_build_without_leftovers(tmp_path):
     with pytest.raises(DataError, match=r"white space in 1 row \(x.csv row 2\)"):
-        opened(small_corpus("a", " "), tmp_path)
+        open_tokens(small_corpus("a", " "), tmp_path)
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_the_default_place_follows_xdg(tmp_path, monkeypatch):
+def test_default_directory_follows_xdg(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    store = open_or_build(small_corpus("a"), embedded_tokenizer(), max_length=9, cache_dir=None, emit=silent)
+    store = open_or_build(small_corpus("a"), embedded_tokenizer(), max_length=9, cache_dir=None, emit=ignore_event)
     assert store.path.parent == tmp_path / "agnews_dist"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    store = open_or_build(small_corpus("a"), embedded_tokenizer(), max_length=9, cache_dir=None, emit=silent)
+    store = open_or_build(small_corpus("a"), embedded_tokenizer(), max_length=9, cache_dir=None, emit=ignore_event)
     assert store.path.parent == tmp_path / "home" / ".cache" / "agnews_dist"
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_unwritable_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"token cache .*/file/cache cannot be written \(.*\): .* Set --data.cache_dir"):
-        opened(small_corpus("a"), tmp_path / "file" / "cache")
+    with pytest.raises(
+        DataError, match=r"token cache .*/file/cache cannot be written: Not a directory\. Set --data.cache_dir"
+    ):
+        open_tokens(small_corpus("a"), tmp_path / "file" / "cache")
 
 
-def test_a_cache_that_can_only_be_read_is_enough_if_it_is_whole(tmp_path):
-    store = opened(small_corpus("a"), tmp_path)
+def test_read_only_cache_is_used_if_it_is_valid(tmp_path):
+    store = open_tokens(small_corpus("a"), tmp_path)
     lock = tmp_path / f"{store.fingerprint}.lock"
     lock.unlink(missing_ok=True)
-    # Works for root too, whom permissions do not stop: a directory cannot be locked as a file.
+    # Works for root too, who ignores permissions: a directory cannot be locked as a file.
     lock.mkdir()
-    assert opened(small_corpus("a"), tmp_path).was_cached
+    assert open_tokens(small_corpus("a"), tmp_path).was_cached
     (store.path / "meta.json").unlink()
-    with pytest.raises(DataError, match=r"cannot be written .* Set --data.cache_dir"):
-        opened(small_corpus("a"), tmp_path)
+    with pytest.raises(DataError, match=r"cannot be written: .* Set --data.cache_dir"):
+        open_tokens(small_corpus("a"), tmp_path)
 
 
 def flip(path: Path, position: int) -> None:
@@ -280,40 +282,40 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_noticed_and_mended(tmp_path, damage):
+def test_damaged_cache_is_built_again(tmp_path, damage):
     corpus = small_corpus("The market rose.", "A team won.")
-    store = opened(corpus, tmp_path)
+    store = open_tokens(corpus, tmp_path)
     hurt, reason = DAMAGE[damage]
     hurt(store.path)
     events: list[Event] = []
-    again = opened(corpus, tmp_path, emit=events.append)
+    again = open_tokens(corpus, tmp_path, emit=events.append)
     assert not again.was_cached
-    (message,) = warned(events)
+    (message,) = warnings_of(events)
     assert "is damaged" in message
     assert reason in message
     check_tokens(again, corpus, embedded_tokenizer())
     assert again.class_names == ("a", "b", "c", "d")
-    assert opened(corpus, tmp_path).was_cached
+    assert open_tokens(corpus, tmp_path).was_cached
 
 
-def test_every_byte_of_meta_matters_or_is_noticed(tmp_path):
+def test_changed_bytes_of_meta_are_detected(tmp_path):
     corpus = small_corpus("The market rose.")
-    store = opened(corpus, tmp_path)
+    store = open_tokens(corpus, tmp_path)
     whole = (store.path / "meta.json").read_bytes()
     assert len(whole) > 500
     for position in range(0, len(whole), 37):
         (store.path / "meta.json").write_bytes(whole)
         flip(store.path / "meta.json", position)
-        again = opened(corpus, tmp_path)
+        again = open_tokens(corpus, tmp_path)
         assert (again.class_names, again.splits["train"].num_truncated) == (store.class_names, 0)
         check_tokens(again, corpus, embedded_tokenizer())
 
 
-def test_a_file_in_the_place_of_the_directory_is_replaced(tmp_path):
-    store = opened(small_corpus("a"), tmp_path / "other")
+def test_file_at_the_path_of_the_cache_is_replaced(tmp_path):
+    store = open_tokens(small_corpus("a"), tmp_path / "other")
     (tmp_path / store.fingerprint).write_text("not a directory")
-    assert not opened(small_corpus("a"), tmp_path).was_cached
-    assert opened(small_corpus("a"), tmp_path).was_cached
+    assert not open_tokens(small_corpus("a"), tmp_path).was_cached
+    assert open_tokens(small_corpus("a"), tmp_path).was_cached
 
 
 # Several processes
@@ -347,7 +349,7 @@ print(json.dumps([store.was_cached, hashlib.sha256(content).hexdigest()]), flush
 
 
 class Worker:
-    """A process that is ready to open the corpus of this file and does so, slowly, when told."""
+    """Process that opens the corpus of this file slowly after `go`."""
 
     def __init__(self, cache: Path, seconds: float, order: str = "first") -> None:
         self.process = subprocess.Popen(
@@ -373,7 +375,7 @@ class Worker:
         self.process.stdin.flush()
 
     def result(self) -> tuple[bool, str, int]:
-        """(was cached, sha256 of the content, number of progress lines)."""
+        """Return (was cached, sha256 of the content, number of progress lines)."""
         *progress, last = self.process.communicate(timeout=120)[0].splitlines()
         was_cached, digest = json.loads(last)
         return was_cached, digest, len(progress)
@@ -384,19 +386,19 @@ def content_of(store: TokenStore) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def test_of_processes_that_start_at_once_exactly_one_builds(tmp_path, corpus):
+def test_one_of_two_simultaneous_processes_builds(tmp_path, corpus):
     with Worker(tmp_path / "cache", 0.2) as one, Worker(tmp_path / "cache", 0.2) as two:
         assert [one.line(), two.line()] == ["ready", "ready"]
         one.go()
         two.go()
         results = sorted([one.result(), two.result()])
     assert [(was_cached, num_progress) for was_cached, _, num_progress in results] == [(False, 8), (True, 0)]
-    expected = content_of(opened(corpus, tmp_path / "reference"))
+    expected = content_of(open_tokens(corpus, tmp_path / "reference"))
     assert [digest for _, digest, _ in results] == [expected, expected]
     assert not list((tmp_path / "cache").glob("*.building-*"))
 
 
-def test_who_does_not_build_first_lets_the_other_go_first(tmp_path):
+def test_builds_first_decides_which_process_builds(tmp_path):
     with Worker(tmp_path, 0.05, "second") as second, Worker(tmp_path, 0.05, "first") as first:
         assert [first.line(), second.line()] == ["ready", "ready"]
         second.go()
@@ -406,7 +408,7 @@ def test_who_does_not_build_first_lets_the_other_go_first(tmp_path):
         assert second.result()[::2] == (True, 0)
 
 
-def test_a_builder_killed_midway_leaves_nothing_that_looks_whole(tmp_path, corpus):
+def test_killed_builder_leaves_no_valid_cache(tmp_path, corpus):
     with Worker(tmp_path, 30) as victim, Worker(tmp_path, 0) as waiting:
         assert [victim.line(), waiting.line()] == ["ready", "ready"]
         victim.go()
@@ -415,22 +417,22 @@ def test_a_builder_killed_midway_leaves_nothing_that_looks_whole(tmp_path, corpu
         waiting.go()
         victim.process.send_signal(signal.SIGKILL)
         assert victim.process.wait(timeout=30) == -signal.SIGKILL
-        # The lock died with its holder, so the one that waited builds.
+        # The lock ended with its holder, so the waiting process builds.
         was_cached, digest, _ = waiting.result()
     assert not was_cached
-    store = opened(corpus, tmp_path)
+    store = open_tokens(corpus, tmp_path)
     assert store.was_cached
     check_tokens(store, corpus, embedded_tokenizer())
     assert digest == content_of(store)
-    # A killed process counts as living until its parent has noticed; the next build, at the latest, clears what it left.
+    # A killed process counts as alive until its parent has reaped it. The next build removes its leftovers.
     shutil.rmtree(store.path)
-    assert not opened(corpus, tmp_path).was_cached
+    assert not open_tokens(corpus, tmp_path).was_cached
     assert not building.exists()
 
 
-def test_what_another_living_or_distant_builder_writes_is_left_alone(tmp_path):
+def test_leftovers_of_live_and_remote_builders_are_kept(tmp_path):
     corpus = small_corpus("a")
-    key = opened(corpus, tmp_path / "other").fingerprint
+    key = open_tokens(corpus, tmp_path / "other").fingerprint
     node = os.uname().nodename
     alive = tmp_path / f"{key}.building-{node}-{os.getppid()}-0a"
     distant = tmp_path / f"{key}.building-far-away-1-0b"
@@ -438,5 +440,5 @@ def test_what_another_living_or_distant_builder_writes_is_left_alone(tmp_path):
     for directory in (alive, distant, old):
         directory.mkdir()
     os.utime(old, (0, 0))
-    opened(corpus, tmp_path)
+    open_tokens(corpus, tmp_path)
     assert [alive.exists(), distant.exists(), old.exists()] == [True, True, False]
