@@ -75,6 +75,6 @@ def evaluate(world: World, loaded: Loaded) -> None:
         timer.end_setup()
         with timer.stage("eval"):
             scores = evaluate_split(classifier, table, engine, num_classes=len(inputs.class_names), emit=emit)
-        emit(scores.event(tokens.name, 0, inputs.class_names))
+        emit(scores.to_event(tokens.name, 0, inputs.class_names))
         if output is not None:
             results.write_scores(Path(output), engine, tokens.name, scores, fingerprints=hashes, timer=timer, emit=emit)

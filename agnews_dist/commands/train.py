@@ -79,6 +79,6 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         scores = {"validation": trainer.best.scores}
         if "test" in tables:
             scores["test"] = evaluate("test")
-            monitors.emit(scores["test"].event("test", trainer.best.epoch, inputs.class_names))
+            monitors.emit(scores["test"].to_event("test", trainer.best.epoch, inputs.class_names))
         write_results(config, engine, inputs, features, trainer, scores, attempt=attempt)
         attempt.finish(trainer.step)

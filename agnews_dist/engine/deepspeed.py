@@ -80,23 +80,23 @@ class DeepSpeedStrategy(Strategy):
         *,
         zero: ZeroOptions,
         max_grad_norm: float,
-        first_loss_scale: float | None,
+        initial_loss_scale: float | None,
     ) -> None:
         """`module`: DeepSpeed's engine around `suffix`.
 
         Raises:
             UserError: DeepSpeed runs with other settings than given, or the optimizer's state could not be read back.
         """
-        super().__init__(world, module, suffix, optimizer, device, max_grad_norm=max_grad_norm, first_loss_scale=None)
+        super().__init__(world, module, suffix, optimizer, device, max_grad_norm=max_grad_norm, initial_loss_scale=None)
         self._engine, self._zero = module, zero
-        _check_state(module, optimizer, zero, max_grad_norm)
-        _check_readable(module, zero)
-        if first_loss_scale is not None:
+        _check_settings(module, optimizer, zero, max_grad_norm)
+        _refuse_round_robin(module, zero)
+        if initial_loss_scale is not None:
             from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
             # DeepSpeed creates this for half-precision weights only; here weights are fp32 under fp16 autocast.
             module.optimizer.loss_scaler = DynamicLossScaler(
-                init_scale=first_loss_scale,
+                init_scale=initial_loss_scale,
                 scale_window=2000,
                 min_scale=1.0,
                 delayed_shift=1,
@@ -104,7 +104,7 @@ class DeepSpeedStrategy(Strategy):
                 raise_error_at_min_scale=False,
                 dtype=torch.float16,
             )
-            self.load_scaling(first_loss_scale, 0)
+            self.load_scaling(initial_loss_scale, 0)
 
     def __call__(self, *features: Tensor) -> Tensor:
         """Compute logits_BC from `Features`."""
@@ -168,7 +168,7 @@ class DeepSpeedStrategy(Strategy):
             if kind == WEIGHT:
                 return weight.detach()
             self._link(weight)
-        return cast(Tensor, safe_get_full_optimizer_state(weight, _key(kind))).detach()
+        return cast(Tensor, safe_get_full_optimizer_state(weight, _state_key(kind))).detach()
 
     def _scatter(self, weight: Tensor, kind: str, value: Tensor) -> None:
         from deepspeed.runtime.zero import GatheredParameters
@@ -181,13 +181,13 @@ class DeepSpeedStrategy(Strategy):
         if not is_sharded:
             if kind != WEIGHT:
                 self._link(weight)
-            safe_set_full_optimizer_state(weight, value, _key(kind))
+            safe_set_full_optimizer_state(weight, value, _state_key(kind))
             return
         # Setting it from the whole value fails on a last rank with a shorter shard.
         size = cast(Any, weight).ds_tensor.numel()
         values = value.flatten()[self._world.rank * size :][:size]
         shard = nn.functional.pad(values, (0, size - values.numel()))
-        safe_set_local_optimizer_state(weight, shard, _key(kind))
+        safe_set_local_optimizer_state(weight, shard, _state_key(kind))
 
     def _link(self, weight: Tensor) -> None:
         """Link a weight of stage 1 or 2 to its range of this rank's flat moments.
@@ -200,12 +200,12 @@ class DeepSpeedStrategy(Strategy):
             mapping.set_optim_state_fragment(flat, self._optimizer.state[flat])
 
 
-def _key(kind: str) -> str | None:
+def _state_key(kind: str) -> str | None:
     """Return DeepSpeed's key for it in the optimizer's state; None is the fp32 copy of the weight."""
     return None if kind == WEIGHT else kind
 
 
-def _check_state(engine: Any, optimizer: torch.optim.Optimizer, zero: ZeroOptions, max_grad_norm: float) -> None:
+def _check_settings(engine: Any, optimizer: torch.optim.Optimizer, zero: ZeroOptions, max_grad_norm: float) -> None:
     """Check that DeepSpeed runs with the given settings. It has ignored some before without a warning."""
     actual = {
         "stage": (int(engine.zero_optimization_stage()), zero.stage),
@@ -222,7 +222,7 @@ def _check_state(engine: Any, optimizer: torch.optim.Optimizer, zero: ZeroOption
         )
 
 
-def _check_readable(engine: Any, zero: ZeroOptions) -> None:
+def _refuse_round_robin(engine: Any, zero: ZeroOptions) -> None:
     """Reject round_robin_gradients. DeepSpeed 0.19.8 then links weights to the wrong ranges of the moments."""
     if zero.stage < 3 and engine.optimizer.round_robin_gradients:
         raise UserError(

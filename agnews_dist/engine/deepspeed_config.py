@@ -24,13 +24,13 @@ REFUSED_SECTIONS = {
     "amp": "trainable weights are fp32 under autocast: engine.precision",
     "torch_autocast": "autocast is engine.precision",
     "fp8": "trainable weights are fp32 under autocast: engine.precision",
-    "data_efficiency": "the batches are the plan's",
-    "curriculum_learning": "the batches are the plan's",
+    "data_efficiency": "batch.* decides the batches",
+    "curriculum_learning": "batch.* decides the batches",
     "compression_training": "the exported weights would not be the trained ones",
-    "progressive_layer_drop": "blocks would be left out of the gradient",
-    "elasticity": "batch.global_batch_size holds on any number of ranks",
-    "tensor_parallel": "the ranks divide the data",
-    "pipeline": "the ranks divide the data",
+    "progressive_layer_drop": "gradients would lack blocks",
+    "elasticity": "batch.global_batch_size is the same on any number of ranks",
+    "tensor_parallel": "ranks are data-parallel",
+    "pipeline": "ranks are data-parallel",
 }
 """DeepSpeed section -> reason: the setting or part of this package that decides it."""
 
@@ -133,9 +133,9 @@ def _is_off(section: Any) -> bool:
 
 
 DECIDING_SETTINGS = {
-    "train_batch_size": "the batches are the plan's: batch.*",
-    "train_micro_batch_size_per_gpu": "the batches are the plan's: batch.*",
-    "gradient_accumulation_steps": "the batches are the plan's: batch.*",
+    "train_batch_size": "batch.*",
+    "train_micro_batch_size_per_gpu": "batch.*",
+    "gradient_accumulation_steps": "batch.*",
     "gradient_clipping": "optim.max_grad_norm",
     "communication_data_type": "engine.gradient_compression",
     "zero_optimization.stage": "engine.zero_stage",

@@ -29,7 +29,7 @@ from agnews_dist.engine.device import DTYPES, choose_precision, should_use_cuda
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.errors import UserError
 
-FIRST_LOSS_SCALE = 2.0**16
+INITIAL_LOSS_SCALE = 2.0**16
 
 
 class Engine:
@@ -51,7 +51,7 @@ class Engine:
 
         Raises:
             UserError: CUDA or DeepSpeed is missing, a node has more ranks than GPUs, the device lacks the precision, accelerate
-                is configured for another engine, or the process group has not the size that the launcher set.
+                is configured for another engine, or the size of the process group differs from WORLD_SIZE.
         """
         use_cuda = should_use_cuda(world, device)
         self.world, self.zero = world, zero
@@ -141,7 +141,7 @@ class Engine:
     def prepare(self, suffix: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Strategy:
         """Wrap the fp32 trainable part and its optimizer. Gradients are clipped to `max_grad_norm`; 0: not at all."""
         num_parameters = sum(parameter.numel() for parameter in suffix.parameters())
-        scale = FIRST_LOSS_SCALE if self.precision == "fp16" else None
+        scale = INITIAL_LOSS_SCALE if self.precision == "fp16" else None
         if self._fsdp:
             from agnews_dist.engine.fsdp import FSDPStrategy
 
@@ -154,12 +154,18 @@ class Engine:
                 compress_gradients=self._compress_gradients,
             )
         if self.zero is None:
-            self._ddp.bucket_cap_mb = bucket_megabytes(4 * num_parameters)
+            self._ddp.bucket_cap_mb = choose_bucket_megabytes(4 * num_parameters)
             module = self._accelerator.prepare_model(suffix)
             if self._compress_gradients and isinstance(module, DistributedDataParallel):
                 module.register_comm_hook(None, collectives.average_in_bf16)
             return Strategy(
-                self.world, module, suffix, optimizer, self.device, max_grad_norm=max_grad_norm, first_loss_scale=scale
+                self.world,
+                module,
+                suffix,
+                optimizer,
+                self.device,
+                max_grad_norm=max_grad_norm,
+                initial_loss_scale=scale,
             )
         assert self._plugin is not None
         settings = self._plugin.deepspeed_config
@@ -183,11 +189,11 @@ class Engine:
             self.device,
             zero=self.zero,
             max_grad_norm=max_grad_norm,
-            first_loss_scale=scale,
+            initial_loss_scale=scale,
         )
 
 
-def bucket_megabytes(num_bytes: int) -> int:
+def choose_bucket_megabytes(num_bytes: int) -> int:
     """Return DDP's bucket size for `num_bytes` of gradients.
 
     An eighth of them, at least 4 and at most 128 MB, so that communication overlaps with the backward pass.
@@ -201,13 +207,13 @@ def check_accelerate_environment(zero: ZeroOptions | None) -> None:
     Raises:
         UserError: they do.
     """
-    wanted = {
+    allowed = {
         "ACCELERATE_USE_DEEPSPEED": zero is not None,
         "ACCELERATE_USE_FSDP": False,
         "ACCELERATE_USE_MEGATRON_LM": False,
     }
-    for name, is_ours in wanted.items():
-        if os.environ.get(name, "false").lower() == "true" and not is_ours:
+    for name, is_allowed in allowed.items():
+        if os.environ.get(name, "false").lower() == "true" and not is_allowed:
             raise UserError(
                 f"{name}=true, but engine.backend names another engine: accelerate would override it. "
                 "Set --engine.backend, and use launch/accelerate.sh or a configuration of accelerate without an engine."

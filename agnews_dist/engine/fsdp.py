@@ -36,7 +36,7 @@ class FSDPStrategy(Strategy):
         parts = {id(old): new for old, new in zip(whole, suffix.parameters(), strict=True)}
         for group in optimizer.param_groups:
             group["params"] = [parts[id(weight)] for weight in group["params"]]
-        super().__init__(world, suffix, suffix, optimizer, device, max_grad_norm=max_grad_norm, first_loss_scale=None)
+        super().__init__(world, suffix, suffix, optimizer, device, max_grad_norm=max_grad_norm, initial_loss_scale=None)
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[object]:
         """Wrap one micro-batch, see `Strategy.accumulate`."""

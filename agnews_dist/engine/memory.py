@@ -48,11 +48,11 @@ class Shape:
         """Number of weights of one block."""
         return 4 * self.width**2 + 2 * self.width * self.inner + 9 * self.width + self.inner
 
-    def trained(self, trainable_blocks: int, num_classes: int) -> int:
+    def count_trainable(self, trainable_blocks: int, num_classes: int) -> int:
         """Count the trainable weights: last blocks, final norm, `out_head`."""
         return trainable_blocks * self.block + 2 * self.width + num_classes * (self.width + 1)
 
-    def frozen(self, trainable_blocks: int) -> int:
+    def count_frozen(self, trainable_blocks: int) -> int:
         """Count the frozen weights: embeddings and the other blocks."""
         embeddings = (self.num_rows + self.num_positions) * self.width
         return embeddings + (self.num_blocks - trainable_blocks) * self.block
@@ -114,7 +114,7 @@ class Estimate:
 
 def estimate(shape: Shape, setup: Setup) -> Estimate:
     """Estimate the memory of rank 0, which needs the most: it also copies the best epoch and checkpoints."""
-    total = shape.trained(setup.trainable_blocks, setup.num_classes)
+    total = shape.count_trainable(setup.trainable_blocks, setup.num_classes)
     shard = -(-total // setup.num_ranks)
     is_offloaded, weights_offloaded = setup.offload != "none", setup.offload == "all"
     zero = setup.zero_stage if setup.backend == "deepspeed" else 0
@@ -136,7 +136,7 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
         buffers = 2 * 4 * min(total, shape.block)
     elif setup.num_ranks > 1 and setup.compress_gradients:
         buffers = 2 * total
-    frozen = (2 if setup.half else 4) * shape.frozen(setup.trainable_blocks)
+    frozen = (2 if setup.half else 4) * shape.count_frozen(setup.trainable_blocks)
     # Adding [PAD] copies the embedding on every rank.
     embedding = 4 * shape.num_rows * shape.width
     shared = embedding + (frozen - embedding) // setup.ranks_per_node
@@ -146,7 +146,7 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
         "gradients": gradients,
         "optimizer": optimizer,
         "engine's buffers": buffers,
-        "activations": activation_bytes(shape, setup),
+        "activations": estimate_activation_bytes(shape, setup),
         "features": setup.cache_bytes,
     }
     # A checkpoint is written from a copy of weights and moments while training continues.
@@ -165,10 +165,10 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
     return Estimate({name: num_bytes for name, num_bytes in device.items() if num_bytes}, host)
 
 
-def activation_bytes(shape: Shape, setup: Setup) -> int:
+def estimate_activation_bytes(shape: Shape, setup: Setup) -> int:
     """Estimate the larger of a training micro-batch, a call of the frozen part and an evaluation batch."""
     width, product = shape.width, 2 if setup.half else 4
-    num_tokens = largest_micro_batch(setup)
+    num_tokens = compute_largest_micro_batch(setup)
     scores = SCORES_BYTES * shape.num_heads * setup.max_length if setup.device == "cpu" else 0
     per_block = FULL_BLOCK_BYTES[product] if setup.fast_path else PLAIN_BLOCK_BYTES[product]
     block = num_tokens * (per_block * width + scores) + (CAST_BYTES * width**2 if setup.half else 0)
@@ -190,7 +190,7 @@ def activation_bytes(shape: Shape, setup: Setup) -> int:
     return max(kept + backward + last, frozen, scored)
 
 
-def largest_micro_batch(setup: Setup) -> int:
+def compute_largest_micro_batch(setup: Setup) -> int:
     """Return the padded tokens of the largest micro-batch: the limit, or less if a rank's share is smaller."""
     if setup.texts_per_rank is None:
         return setup.max_tokens_per_rank
@@ -199,7 +199,7 @@ def largest_micro_batch(setup: Setup) -> int:
 
 def propose_settings(setup: Setup) -> list[tuple[str, Setup]]:
     """Propose settings that need less memory, fastest first: (flags, setup with these flags)."""
-    fewer = max(setup.max_length, largest_micro_batch(setup) // 4)
+    fewer = max(setup.max_length, compute_largest_micro_batch(setup) // 4)
     found = [(f"--batch.max_tokens_per_rank {fewer}", replace(setup, max_tokens_per_rank=fewer))]
     found.append(("--engine.activation_checkpointing true", replace(setup, checkpointing=True)))
     small = replace(setup, max_tokens_per_rank=fewer, checkpointing=True)

@@ -33,15 +33,15 @@ class Strategy:
         device: torch.device,
         *,
         max_grad_norm: float,
-        first_loss_scale: float | None,
+        initial_loss_scale: float | None,
     ) -> None:
-        """`module`: `suffix` as the engine wraps it; `first_loss_scale`: None unless fp16 needs loss scaling."""
+        """`module`: `suffix` as the engine wraps it; `initial_loss_scale`: None unless fp16 needs loss scaling."""
         self.module, self.suffix = module, suffix
         self._world, self._optimizer, self._max_grad_norm = world, optimizer, max_grad_norm
         # Passed in: offloaded weights are not on the compute device.
         self._device = device
         self._scaler = torch.amp.GradScaler(
-            self._device.type, init_scale=first_loss_scale or 1.0, enabled=first_loss_scale is not None
+            self._device.type, init_scale=initial_loss_scale or 1.0, enabled=initial_loss_scale is not None
         )
         self._is_state_just_loaded = False
 

@@ -24,8 +24,8 @@ from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource, uncached_features
 
 
-def never() -> bool:
-    """Return False: never stop (default)."""
+def never_stop() -> bool:
+    """Return False (the default of `is_stopping`)."""
     return False
 
 
@@ -61,7 +61,7 @@ class SplitScores:
         )
         return cls(labels_N, predictions_N, probabilities_NC, Scores(**scores), state["seconds"])
 
-    def event(self, split: str, epoch: int, class_names: tuple[str, ...]) -> EvalDone:
+    def to_event(self, split: str, epoch: int, class_names: tuple[str, ...]) -> EvalDone:
         """Return the event that reports these scores."""
         return EvalDone(split=split, epoch=epoch, scores=self.scores, class_names=class_names, seconds=self.seconds)
 
@@ -81,7 +81,7 @@ def compute_rank_logits(
     num_classes: int,
     features: FeatureSource | None = None,
     emit: Emit = ignore_event,
-    is_stopping: Callable[[], bool] = never,
+    is_stopping: Callable[[], bool] = never_stop,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Compute this rank's share of a split: (ids, logits_NC), in computing order, without dropout.
 
@@ -134,7 +134,7 @@ def evaluate_split(
     num_classes: int,
     features: FeatureSource | None = None,
     emit: Emit = ignore_event,
-    is_stopping: Callable[[], bool] = never,
+    is_stopping: Callable[[], bool] = never_stop,
 ) -> SplitScores:
     """Evaluate a split over all ranks. Collective. The loss is a float64 sum in file order.
 

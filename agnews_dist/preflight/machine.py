@@ -190,9 +190,9 @@ def check_disks(planned: PlannedRun, sizes: tuple[Shape, Setup] | None) -> tuple
     checkpoints = model = features = 0
     if sizes is not None:
         shape, setup = sizes
-        trained = shape.trained(setup.trainable_blocks, setup.num_classes)
+        trained = shape.count_trainable(setup.trainable_blocks, setup.num_classes)
         checkpoints = BYTES_PER_SAVED_WEIGHT * trained * (planned.num_checkpoints + 2)
-        model = 4 * (trained + shape.frozen(setup.trainable_blocks))
+        model = 4 * (trained + shape.count_frozen(setup.trainable_blocks))
         features = min(planned.feature_bytes, 4 * AG_NEWS_TOKENS * shape.width)
     findings: list[Finding] = []
     created: list[Path] = []

@@ -202,7 +202,7 @@ class Trainer:
         return result
 
     def _end_epoch(self, validation: SplitScores) -> None:
-        self._emit(validation.event("validation", self._epoch + 1, self._settings.class_names))
+        self._emit(validation.to_event("validation", self._epoch + 1, self._settings.class_names))
         self.best.update(self._epoch + 1, validation, step=self.step)
         self._epoch, self._epoch_step = self._epoch + 1, 0
 

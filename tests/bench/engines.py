@@ -24,7 +24,7 @@ from agnews_dist.distributed.world import detect_world
 from agnews_dist.engine import engine as engine_module
 from agnews_dist.engine.deepspeed_config import ZeroOptions
 from agnews_dist.engine.engine import Engine
-from agnews_dist.model.gpt2 import Backbone, split
+from agnews_dist.model.gpt2 import Backbone, split_model
 from agnews_dist.model.suffix import Suffix
 from agnews_dist.report.result_files import versions
 from agnews_dist.training.optim import build_optimizer
@@ -37,7 +37,7 @@ def make_suffix(width: int, blocks: int) -> Suffix:
     config = GPT2Config(
         n_embd=width, n_layer=blocks, n_head=width // 64, vocab_size=8, bos_token_id=None, eos_token_id=None
     )
-    return split(Backbone(GPT2Model(config), None, None), trainable_blocks="all", num_classes=4, seed=0).suffix
+    return split_model(Backbone(GPT2Model(config), None, None), trainable_blocks="all", num_classes=4, seed=0).suffix
 
 
 def main() -> None:
@@ -45,13 +45,13 @@ def main() -> None:
     for name, default in (("width", 768), ("steps", 20), ("blocks", 1), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given, world = parser.parse_args(), detect_world(os.environ)
-    own_bucket = engine_module.bucket_megabytes
+    own_bucket = engine_module.choose_bucket_megabytes
     hidden_BTD, lengths_B = torch.randn(TEXTS, TOKENS, given.width), torch.full((TEXTS,), TOKENS)
     labels_B = torch.arange(TEXTS) % 4
 
     def ours(zero: ZeroOptions | None = None, *, bucket: int | None = None, **options: bool) -> Callable[[], None]:
         def job() -> None:
-            engine_module.bucket_megabytes = own_bucket if bucket is None else lambda _: bucket
+            engine_module.choose_bucket_megabytes = own_bucket if bucket is None else lambda _: bucket
             AcceleratorState._reset_state(True)  # accelerate knows one engine per process
             engine = Engine(
                 world, device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=300, zero=zero, **options

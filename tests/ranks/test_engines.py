@@ -23,7 +23,7 @@ from support.toy import CLASSES, our_name, toy_reference_groups, toy_reference_m
 from agnews_dist.data.batching.epoch_plan import plan
 from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.data.rows import Ints
-from agnews_dist.engine.engine import bucket_megabytes
+from agnews_dist.engine.engine import choose_bucket_megabytes
 
 RANKS = (1, 2, 3)
 # Unequal shares. 29 = 3 batches of 9 and one of 2, so that one of three ranks has no example in it.
@@ -219,7 +219,7 @@ def test_engines_have_the_given_settings(saved, name):
     else:
         assert facts["kind"] == "DistributedDataParallel"
         assert (facts["static_graph"], facts["find_unused_parameters"]) == (False, False)
-        assert facts["bucket_bytes"] == bucket_megabytes(0) * 2**20
+        assert facts["bucket_bytes"] == choose_bucket_megabytes(0) * 2**20
     is_sharded = engine.startswith("zero3") or engine == "fsdp"
     assert facts["local_weights"] == pytest.approx(1 / num_ranks if is_sharded else 1.0, rel=0.05)
     is_sharded = is_sharded or engine.startswith("zero")

@@ -19,8 +19,8 @@ from agnews_dist.engine.memory import (
     Estimate,
     Setup,
     Shape,
-    activation_bytes,
     estimate,
+    estimate_activation_bytes,
     explain_misfit,
     format_estimate,
     propose_settings,
@@ -51,9 +51,9 @@ def test_shape_counts_the_weights_of_the_model(blocks: int, inner: int | None) -
     config = gpt2(n_inner=inner)
     shape = build_shape(config)
     classifier = split_model(Backbone(GPT2Model(config), None, None), trainable_blocks=blocks, num_classes=7, seed=0)
-    assert shape.trained(blocks, 7) == sum(weight.numel() for weight in classifier.suffix.parameters())
+    assert shape.count_trainable(blocks, 7) == sum(weight.numel() for weight in classifier.suffix.parameters())
     pad_row = config.n_embd  # [PAD], which the tokenizer adds
-    assert shape.frozen(blocks) == sum(weight.numel() for weight in classifier.prefix.parameters()) + pad_row
+    assert shape.count_frozen(blocks) == sum(weight.numel() for weight in classifier.prefix.parameters()) + pad_row
 
 
 @pytest.mark.parametrize("fast_path", [True, False])
@@ -77,17 +77,19 @@ def test_activation_bytes_are_close_to_what_autograd_keeps(blocks: int, half: bo
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         suffix.train()(torch.randn(texts, tokens, config.n_embd), torch.full((texts,), tokens))
     base = setup(trainable_blocks=blocks, max_tokens_per_rank=texts * tokens, max_length=tokens, device="cpu")
-    estimated = activation_bytes(build_shape(config), replace(base, half=half, fast_path=fast_path))
+    estimated = estimate_activation_bytes(build_shape(config), replace(base, half=half, fast_path=fast_path))
     # The estimate includes the backward pass of a block and the features.
     assert 0.9 * sum(kept.values()) < estimated < 2.1 * sum(kept.values())
-    less = activation_bytes(build_shape(config), replace(base, half=half, fast_path=fast_path, checkpointing=True))
+    less = estimate_activation_bytes(
+        build_shape(config), replace(base, half=half, fast_path=fast_path, checkpointing=True)
+    )
     assert less < estimated if blocks == 3 else less <= estimated
 
 
 def test_estimate_shards_what_each_engine_shards() -> None:
     """Check XL with all blocks on 8 ranks: 16 bytes per weight under DDP, less in each stage as in the ZeRO paper."""
     all_blocks = setup(trainable_blocks=48, num_ranks=8, ranks_per_node=8)
-    total = XL.trained(48, 4)
+    total = XL.count_trainable(48, 4)
     weights, gradients, optimizer = ("weights that train", "gradients", "optimizer")
     ddp = estimate(XL, all_blocks).device
     assert (ddp[weights], ddp[gradients], ddp[optimizer]) == (4 * total, 4 * total, 8 * total)
@@ -110,23 +112,23 @@ def test_estimate_shards_what_each_engine_shards() -> None:
 
 def test_estimate_on_a_cpu_has_one_memory() -> None:
     on_gpu, on_cpu = (estimate(XL, setup(device=device, runtime_bytes=5)) for device in ("cuda", "cpu"))
-    assert on_gpu.host == {"best epoch": 4 * XL.trained(1, 4), "checkpoint": 12 * XL.trained(1, 4)}
+    assert on_gpu.host == {"best epoch": 4 * XL.count_trainable(1, 4), "checkpoint": 12 * XL.count_trainable(1, 4)}
     assert on_cpu.host == {}
     assert on_cpu.device["best epoch"] == on_gpu.host["best epoch"]
     assert on_cpu.device["libraries"] == 5
-    assert on_cpu.device["frozen weights"] == 4 * XL.frozen(1)
+    assert on_cpu.device["frozen weights"] == 4 * XL.count_frozen(1)
     half = estimate(XL, setup(half=True))
-    assert half.device["frozen weights"] == 2 * XL.frozen(1)
+    assert half.device["frozen weights"] == 2 * XL.count_frozen(1)
     shared = estimate(XL, setup(device="cpu", ranks_per_node=4, shares_frozen=True))
     embedding = 4 * XL.num_rows * XL.width  # [PAD] makes a copy per rank
-    assert shared.device["frozen weights"] == embedding + (4 * XL.frozen(1) - embedding) // 4
+    assert shared.device["frozen weights"] == embedding + (4 * XL.count_frozen(1) - embedding) // 4
 
 
 def test_small_global_batches_need_less_memory() -> None:
     """Check that a rank's share of a small global batch counts, not its token limit."""
     base = setup(trainable_blocks=4, max_tokens_per_rank=16384, device="cpu")
-    assert activation_bytes(XL, replace(base, texts_per_rank=64)) < 0.3 * activation_bytes(XL, base)
-    assert activation_bytes(XL, replace(base, texts_per_rank=10**6)) == activation_bytes(XL, base)
+    assert estimate_activation_bytes(XL, replace(base, texts_per_rank=64)) < 0.3 * estimate_activation_bytes(XL, base)
+    assert estimate_activation_bytes(XL, replace(base, texts_per_rank=10**6)) == estimate_activation_bytes(XL, base)
     config = Config(batch=BatchConfig(global_batch_size=33))
     assert count_texts_per_rank(config, World(num_ranks=8), use_cuda=False) == 5
     assert 5 < (count_texts_per_rank(config, World(num_ranks=8), use_cuda=True) or 0) <= 33

@@ -12,7 +12,7 @@ from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoade
 from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import DTYPES
-from agnews_dist.engine.engine import FIRST_LOSS_SCALE, Engine, bucket_megabytes
+from agnews_dist.engine.engine import INITIAL_LOSS_SCALE, Engine, choose_bucket_megabytes
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features, uncached_features
@@ -44,7 +44,7 @@ def make_strategy(
         torch.optim.SGD(suffix.parameters(), lr=1.0) if sgd else build_optimizer(suffix, lr=1e-3, weight_decay=0.1)
     )
     strategy = Strategy(
-        World(), suffix, suffix, optimizer, torch.device("cpu"), max_grad_norm=max_grad_norm, first_loss_scale=scale
+        World(), suffix, suffix, optimizer, torch.device("cpu"), max_grad_norm=max_grad_norm, initial_loss_scale=scale
     )
     return strategy, optimizer
 
@@ -87,7 +87,7 @@ def test_loss_scale_does_not_change_the_update() -> None:
     before = {name: value.detach().clone() for name, value in classifier.suffix.named_parameters()}
     reference = reference_gradients(LENGTHS)
     norm = math.sqrt(sum(float(value.square().sum()) for value in reference.values()))
-    strategy, _ = make_strategy(classifier, scale=FIRST_LOSS_SCALE, max_grad_norm=norm / 2, sgd=True)
+    strategy, _ = make_strategy(classifier, scale=INITIAL_LOSS_SCALE, max_grad_norm=norm / 2, sgd=True)
     result = train_step(engine, uncached_features(classifier.prefix), strategy, one_step())
     assert result.grad_norm == pytest.approx(norm, rel=1e-9)
     for name, value in classifier.suffix.named_parameters():
@@ -113,13 +113,13 @@ def overflowing(classifier: Classifier, factor: float) -> Callable[[Batch], Feat
 def test_an_overflow_halves_the_scale_and_skips_the_update() -> None:
     classifier, engine = toy_classifier(), engine_of("fp32")
     embed = overflowing(classifier, 1e37)
-    strategy, optimizer = make_strategy(classifier, scale=FIRST_LOSS_SCALE)
+    strategy, optimizer = make_strategy(classifier, scale=INITIAL_LOSS_SCALE)
     before = strategy.gather_weights()
-    assert strategy.loss_scale == FIRST_LOSS_SCALE
+    assert strategy.loss_scale == INITIAL_LOSS_SCALE
     result = train_step(engine, embed, strategy, one_step())
     assert result.grad_norm is None
     assert math.isfinite(result.loss)
-    assert strategy.loss_scale == FIRST_LOSS_SCALE / 2
+    assert strategy.loss_scale == INITIAL_LOSS_SCALE / 2
     assert all(torch.equal(before[name], value) for name, value in strategy.gather_weights().items())
     assert not optimizer.state, "a skipped update creates no moments"
     assert all(weight.grad is None for weight in classifier.suffix.parameters()), "gradients are cleared"
@@ -220,8 +220,8 @@ def test_load_state_continues_in_a_new_optimizer() -> None:
 
 def test_load_scaling_continues_counting_clean_steps() -> None:
     classifier, engine = toy_classifier(), engine_of("fp32")
-    strategy, _ = make_strategy(classifier, scale=FIRST_LOSS_SCALE)
-    assert strategy.scaling == (FIRST_LOSS_SCALE, 0)
+    strategy, _ = make_strategy(classifier, scale=INITIAL_LOSS_SCALE)
+    assert strategy.scaling == (INITIAL_LOSS_SCALE, 0)
     strategy.load_scaling(8.0, 1998)  # torch doubles it after 2,000 steps without an overflow
     found = [strategy.scaling]
     for _ in range(2):
@@ -238,4 +238,4 @@ def test_load_scaling_does_nothing_without_fp16() -> None:
 
 @pytest.mark.parametrize(("num_bytes", "megabytes"), [(28 * 10**6, 4), (2**30, 128), (256 * 2**20, 32), (0, 4)])
 def test_bucket_megabytes(num_bytes: int, megabytes: int) -> None:
-    assert bucket_megabytes(num_bytes) == megabytes
+    assert choose_bucket_megabytes(num_bytes) == megabytes
