@@ -42,7 +42,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     from agnews_dist.data.batching.forecast import forecast, idle_warning
     from agnews_dist.data.batching.shares import quadratic_weight
     from agnews_dist.events import Progress, Warned
-    from agnews_dist.model.gpt2 import check_max_length, load_shape
+    from agnews_dist.model.gpt2 import check_max_length, load_model_config
     from agnews_dist.model.pretrained import load_tokenizer
     from agnews_dist.report.console import Console
     from agnews_dist.report.plan_view import show_plan
@@ -56,7 +56,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     with Console(out) as emit:
         emit(Progress(task=f"load {data.source}", done=0, total=0))
         tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
-        shape = load_shape(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
+        shape = load_model_config(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
         check_max_length(data.max_length, shape.n_positions)
         corpus = load_text(data)
         store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world)
