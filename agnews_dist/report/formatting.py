@@ -6,7 +6,7 @@ from typing import TextIO
 
 import rich.console
 
-from agnews_dist.errors import name_ids
+from agnews_dist.errors import format_ids
 from agnews_dist.events import CheckpointSaved, NonFinite, OverfitChecked, Resumed
 
 # Characters that move the cursor, ring the bell or change the reading direction; tab and newline are allowed.
@@ -59,7 +59,7 @@ def describe_event(event: NonFinite | Resumed | CheckpointSaved | OverfitChecked
     """Describe an event in one line."""
     match event:
         case NonFinite():
-            return f"step {event.step} skipped its update: loss or gradient not finite, {name_ids(event.ids)}"
+            return f"step {event.step} skipped its update: loss or gradient not finite, {format_ids(event.ids)}"
         case Resumed():
             return f"resumed from step {event.step}, attempt {event.attempt}: {event.path}"
         case CheckpointSaved():
