@@ -21,7 +21,7 @@ from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.slurm import identify_job, is_restarted
 from agnews_dist.engine.engine import Engine
-from agnews_dist.errors import Done, Stopped, UserError
+from agnews_dist.errors import AlreadyFinished, Stopped, UserError
 from agnews_dist.events import Resumed, Warned
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.report.console import Console, Sinks
@@ -291,7 +291,7 @@ class Attempt:
                     reason for reason in collectives.all_gather(self._preemption.stop_reason) if reason is not None
                 ]
                 error.args = (self._record_stop(reasons[0] if reasons else "as requested"),)
-            elif self._has_begun and error is not None and not isinstance(error, Done):
+            elif self._has_begun and error is not None and not isinstance(error, AlreadyFinished):
                 self._record("failed", str(error).split("\n")[0] or type(error).__name__)
             if self._directory is not None:
                 self._directory.__exit__(kind, error, trace)

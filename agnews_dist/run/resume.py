@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from agnews_dist.errors import Done, UserError
+from agnews_dist.errors import AlreadyFinished, UserError
 from agnews_dist.run.status import read_status
 from agnews_dist.training.checkpoint import Checkpoint, DamagedError, best_name, list_checkpoints, read_checkpoint
 from agnews_dist.training.checkpoint_manager import OnDisk
@@ -112,7 +112,7 @@ def find_resume_point(
         None if the run starts from the beginning.
 
     Raises:
-        Done: the run is finished, and no setting differs.
+        AlreadyFinished: the run is finished, and no setting differs.
         UserError: a path without a checkpoint, or settings that differ from the checkpoint's.
     """
     if resume == "never":
@@ -135,7 +135,7 @@ def find_resume_point(
         return None
     warnings += check_settings(checkpoint, settings, accept)
     if is_finished and not differing:
-        raise Done(
+        raise AlreadyFinished(
             f"{directory} is finished ({status.step} steps): nothing is left to do. Read its result.json; train it again with "
             "--run.overwrite, or longer with a larger --optim.epochs."
         )

@@ -127,7 +127,14 @@ def load_training_inputs(
     data, model, seed = config.data, config.model, config.run.seed
     emit(Progress(task=f"load {model.name}", done=0, total=0))
     files = files or read_model_files(model, data)
-    backbone = load_backbone(model.name, revision=model.revision, init=model.init, seed=seed, tokenizer=files.tokenizer)
+    backbone = load_backbone(
+        model.name,
+        revision=model.revision,
+        init=model.init,
+        seed=seed,
+        tokenizer=files.tokenizer,
+        config=files.config,
+    )
     emit(Progress(task=f"load {data.source}", done=0, total=0))
     corpus = load_text(data)
     classifier = split_model(

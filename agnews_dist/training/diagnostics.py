@@ -13,7 +13,7 @@ from agnews_dist.data.batching.loader import StepBatches, TokenTable
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import UserError
-from agnews_dist.events import Emit, OverfitChecked, Profiled, Progress, silent
+from agnews_dist.events import Emit, OverfitChecked, Profiled, Progress, ignore_event
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.training.optim import build_optimizer
 from agnews_dist.training.step import summed_loss
@@ -71,7 +71,7 @@ def overfit_one_batch(classifier: Classifier, table: TokenTable, engine: Engine,
     )
 
 
-def dry_run(classifier: Classifier, batches: StepBatches, engine: Engine, emit: Emit = silent) -> None:
+def dry_run(classifier: Classifier, batches: StepBatches, engine: Engine, emit: Emit = ignore_event) -> None:
     """Run forward and backward of one step, with memory allocated for the optimizer's moments.
 
     Weights, gradients and random state stay as they were. Call it before `engine.prepare`: then no rank communicates, and

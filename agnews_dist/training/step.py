@@ -14,7 +14,7 @@ from agnews_dist.data.batching.loader import StepBatches
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
-from agnews_dist.errors import SharedError, name_ids
+from agnews_dist.errors import SharedError, format_ids
 from agnews_dist.model.dropout import example_keys
 from agnews_dist.model.prefix import FeatureSource
 
@@ -25,7 +25,7 @@ class NonFiniteError(SharedError):
     def __init__(self, what: str, ids: tuple[int, ...], rank: int = 0) -> None:
         """Describe the fault: the message is `what` and the names of the examples `ids`; `rank` saw it first."""
         super().__init__(
-            f"{what} {name_ids(ids)}: no rank updated its weights. Lower optim.lr or optim.max_grad_norm, try "
+            f"{what} {format_ids(ids)}: no rank updated its weights. Lower optim.lr or optim.max_grad_norm, try "
             "engine.precision fp32, or set optim.nonfinite skip.",
             rank,
         )

@@ -12,7 +12,7 @@ import torch
 
 from agnews_dist.config.schema import CheckpointConfig, Config, RunConfig
 from agnews_dist.distributed.world import World
-from agnews_dist.errors import Done, SharedError, Stopped
+from agnews_dist.errors import AlreadyFinished, SharedError, Stopped
 from agnews_dist.events import Event, Warned
 from agnews_dist.run import attempt as attempt_module
 from agnews_dist.run.attempt import Attempt
@@ -71,7 +71,7 @@ def make_config(runs: Path, **changes: Any) -> Config:
 def make_attempt(config: Config, world: World | None = None) -> Attempt:
     """Return a start that is not entered yet."""
     engine = SimpleNamespace(world=world or World(), precision="fp32")
-    return Attempt(config, engine, FakePreemptionHandler(), accept="", timer=StageTimer(0.0))  # pyright: ignore[reportArgumentType]
+    return Attempt(config, engine, FakePreemptionHandler(), accept="", timer=StageTimer(0.0))
 
 
 def leave_checkpoint(runs: Path, step: int, **state: Any) -> Path:
@@ -112,14 +112,14 @@ def claimed(tmp_path):
 
 @pytest.mark.parametrize("first", ["begin", "end"])
 def test_attempt_that_is_ended_while_it_begins_records_the_end(claimed, tmp_path, monkeypatch, first):
-    """The preemption thread ends the process: whatever the main thread is writing, it must not overwrite the final status."""
+    # The preemption thread ends the process: whatever the main thread is writing, it must not overwrite the final status.
     write, is_ended, may_begin = StatusFile.write, threading.Event(), threading.Event()
 
     def write_slowly(self: StatusFile, state: str, reason: str) -> None:
         if state == "running":
             may_begin.set()
             is_ended.wait(0.5)
-        write(self, state, reason)  # pyright: ignore[reportArgumentType]
+        write(self, state, reason)
         if state != "running":
             is_ended.set()
 
@@ -145,7 +145,7 @@ def test_attempt_that_is_ended_while_it_begins_records_the_end(claimed, tmp_path
         (None, "running", "it began"),
         (ValueError("a fault\nwith details"), "failed", "a fault"),
         (KeyboardInterrupt(), "failed", "KeyboardInterrupt"),
-        (Done("finished"), "running", "it began"),
+        (AlreadyFinished("finished"), "running", "it began"),
         (Stopped(), "preempted", "SIGTERM"),
     ],
 )
@@ -192,11 +192,11 @@ def test_attempt_resumes_and_removes_later_checkpoints(tmp_path):
         attempt.begin(FINGERPRINTS)
         assert list_checkpoints(later.parent) == [chosen]
         assert attempt.requested_place() == "host", "features stay where they were"
-        checkpoints = attempt.open_checkpoints(trainer, FINGERPRINTS, "host")  # pyright: ignore[reportArgumentType]
+        checkpoints = attempt.open_checkpoints(trainer, FINGERPRINTS, "host")
         assert checkpoints.last_saved == 40
     state, tensors, best_tensors = trainer.loaded
     assert (state["step"], tensors["weights"]["w"].tolist(), best_tensors) == (40, [40.0, 40.0], {})
-    assert attempt.monitors.preemption.is_training  # pyright: ignore[reportAttributeAccessIssue]
+    assert attempt.monitors.preemption.is_training
     warning, resumed = sink.events
     assert isinstance(warning, Warned)
     assert warning.message == f"{later} is removed: the run resumes from step 40, before it."
@@ -218,7 +218,7 @@ def test_requested_place_is_the_setting_unless_it_is_auto_on_as_many_ranks(tmp_p
 
 
 def test_every_rank_knows_the_checkpoint_on_disk(tmp_path, monkeypatch):
-    """Saving is collective: if only rank 0 skipped a checkpoint that is saved already, the other ranks would wait for ever."""
+    # Saving is collective: if only rank 0 skipped a checkpoint that is saved already, the other ranks would wait for ever.
     state = {"step": 40, "best": None}
     on_disk = OnDisk("step-00000040", 40, None)
     fakes = {
@@ -232,7 +232,7 @@ def test_every_rank_knows_the_checkpoint_on_disk(tmp_path, monkeypatch):
     with make_attempt(make_config(tmp_path), World(rank=1, num_ranks=2, local_rank=1, ranks_per_node=2)) as attempt:
         attempt.claim()
         attempt.begin(FINGERPRINTS)
-        with attempt.open_checkpoints(trainer, FINGERPRINTS, "host") as checkpoints:  # pyright: ignore[reportArgumentType]
-            checkpoints.save(40, {}, None, is_scored=False, wait=True)  # pyright: ignore[reportArgumentType]
+        with attempt.open_checkpoints(trainer, FINGERPRINTS, "host") as checkpoints:
+            checkpoints.save(40, {}, None, is_scored=False, wait=True)
     assert trainer.loaded == (state, {}, {}), "only rank 0 has the tensors"
     assert list(tmp_path.iterdir()) == [], "only rank 0 writes"

@@ -58,7 +58,7 @@ def test_run_that_never_began_leaves_everything_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_start_that_was_killed_loses_nothing(tmp_path, overwrite):
-    """No context manager exits: this is the state after a SIGKILL, before and in the middle of `commit()`."""
+    # No context manager exits: this is the state after a SIGKILL, before and in the middle of `commit()`.
     RunDirectory(tmp_path, "new", overwrite=overwrite, config_yaml="").create()
     create(tmp_path, "new", overwrite=overwrite)
     (tmp_path / "new" / "result.json").write_text("{}")

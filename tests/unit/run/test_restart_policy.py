@@ -35,7 +35,7 @@ def test_count_fruitless_counts_starts_that_saved_nothing_new(steps, count):
 
 
 def test_decide_at_begin_gives_up_after_the_limit():
-    """Three starts were killed before they could save anything, or record their end."""
+    # Three starts were killed before they could save anything, or record their end.
     assert decide_at_begin(starts(0, 0, 0), limit=3).word == "again"
     answer = decide_at_begin(starts(0, 0, 0, 0), limit=3)
     assert answer.word == "give_up"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from agnews_dist.config.schema import Config
-from agnews_dist.errors import Done, UserError
+from agnews_dist.errors import AlreadyFinished, UserError
 from agnews_dist.run.fingerprints import weight_settings
 from agnews_dist.run.resume import (
     ACCEPTABLE,
@@ -35,7 +35,7 @@ def leave(run: Path, step: int, *, state: str = "preempted", best: int | None = 
     path = folder / f"step-{step:08d}{'-scored' if scored else ''}"
     content = {"step": step, "settings": SETTINGS, "fingerprints": FINGERPRINTS, "best": entry}
     write_checkpoint(path, {"weights": {"w": torch.full((2,), float(step))}}, content)
-    StatusFile(run, attempt=2, step=step, job=None).write(state, "")  # pyright: ignore[reportArgumentType]
+    StatusFile(run, attempt=2, step=step, job=None).write(state, "")
     return path
 
 
@@ -57,7 +57,7 @@ def find_or_none(
 
 
 def damage(path: Path) -> None:
-    """Flip a bit of a checkpoint's weights."""
+    """Replace the last byte of a checkpoint's weights."""
     file = path / "weights.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -124,7 +124,7 @@ REFUSED = {
 
 
 def test_every_setting_is_refused_or_ignored():
-    """A new setting must be added to one of the lists."""
+    # A new setting must be added to one of the lists.
     assert {*REFUSED, *IGNORED, "data.limit_validation", "data.limit_test"} == {*SETTINGS}
     assert set(ACCEPTABLE) < set(REFUSED)
     assert all(SETTINGS[key] != value for key, value in REFUSED.items()), "each value must differ from the default"
@@ -201,7 +201,9 @@ def test_more_epochs_are_accepted_with_a_warning_about_the_learning_rate(tmp_pat
 
 def test_finished_run_is_done_unless_it_is_overwritten(tmp_path):
     leave(tmp_path / "run", 40, state="finished")
-    with pytest.raises(Done, match=r"run is finished \(40 steps\): nothing is left to do.*--run.overwrite") as raised:
+    with pytest.raises(
+        AlreadyFinished, match=r"run is finished \(40 steps\): nothing is left to do.*--run.overwrite"
+    ) as raised:
         find(tmp_path / "run")
     assert raised.value.exit_code == 0
     assert find_or_none(tmp_path / "run", overwrite=True) is None
@@ -210,7 +212,7 @@ def test_finished_run_is_done_unless_it_is_overwritten(tmp_path):
 
 
 def test_overwrite_continues_an_unfinished_run_with_the_same_settings(tmp_path):
-    """A scheduler restarts a job with the same --run.overwrite: that must not lose the progress each time."""
+    # A scheduler restarts a job with the same --run.overwrite: that must not lose the progress each time.
     leave(tmp_path / "run", 40)
     assert find(tmp_path / "run", overwrite=True).checkpoint.state["step"] == 40
     assert find_or_none(tmp_path / "run", overwrite=True, run__seed=1) is None

@@ -1,11 +1,16 @@
-"""The objects of a training: what follows on a change of the features' place."""
+"""The objects of a training: what each rank keeps, and the loader after a change of the features' place."""
 
 import time
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+from support.toy import toy_classifier, toy_split
 
-from agnews_dist.run.setup import build_features
+from agnews_dist.config.schema import Config
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.engine import Engine
+from agnews_dist.run.setup import TrainingInputs, build_features, place_inputs
 from agnews_dist.training.loop import Monitors
 from agnews_dist.training.timing import StageTimer
 
@@ -17,10 +22,26 @@ class FakeFeatureCache:
         self.owner_N = np.array([0, 1, 0])
 
     def build(self, emit) -> None:
-        """Fall back."""
-        emit("falls back")
+        """Take the next place."""
+        emit("taken")
         time.sleep(0.002)
         self.owner_N = None
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_place_inputs_keeps_the_frozen_weights_for_the_export_on_rank_0_only(monkeypatch, rank):
+    engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
+    monkeypatch.setattr(engine, "world", World(rank=rank, num_ranks=2, local_rank=rank, ranks_per_node=2))
+    classifier, tokenizer = toy_classifier(), SimpleNamespace(pad_token_id=96)
+    store = SimpleNamespace(splits={"train": toy_split([3, 1]), "test": toy_split([2])}, class_names=("a", "b"))
+    inputs = TrainingInputs(classifier, tokenizer, store, {}, {})
+    frozen = set(classifier.frozen_state)
+    assert frozen
+    tables = place_inputs(Config(), inputs, engine)
+    assert set(classifier.frozen_state) == (frozen if rank == 0 else set())
+    assert {name: table.lengths_N.tolist() for name, table in tables.items()} == {"train": [3, 1], "test": [2]}
+    assert tables["train"].batch(np.array([1, 0])).tokens_BT.shape == (2, 3)
+    assert inputs.class_names == ("a", "b")
 
 
 def test_build_features_updates_the_owners_after_a_fallback():
@@ -28,8 +49,8 @@ def test_build_features_updates_the_owners_after_a_fallback():
     timer = StageTimer(time.perf_counter() - 5.0)
     timer.seconds["tokenize"] = 2.0
     loader = SimpleNamespace(owner_N=features.owner_N)
-    build_features(features, loader, Monitors(events.append, timer, None))  # pyright: ignore[reportArgumentType]
+    build_features(features, loader, Monitors(events.append, timer, None))
     assert loader.owner_N is None
-    assert events == ["falls back"]
+    assert events == ["taken"]
     assert 3.0 <= timer.seconds["setup"] < 4.0, "everything before, except tokenising"
     assert 0.002 <= timer.seconds["prefix"] < 1.0

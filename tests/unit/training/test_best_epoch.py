@@ -39,7 +39,7 @@ def scores(num_correct: int, loss: float) -> SplitScores:
 )
 def test_update_keeps_the_epoch_with_higher_accuracy_or_lower_loss(second, best):
     strategy = FakeStrategy()
-    epoch = BestEpoch(strategy)  # pyright: ignore[reportArgumentType]
+    epoch = BestEpoch(strategy)
     assert (epoch.epoch, epoch.state_dict()) == (0, None)
     for number, (num_correct, loss) in enumerate([(2, 0.5), second], start=1):
         strategy.value = float(number)
@@ -50,7 +50,7 @@ def test_update_keeps_the_epoch_with_higher_accuracy_or_lower_loss(second, best)
 
 
 def test_load_state_dict_restores_scores_and_weights():
-    saved, restored = (BestEpoch(FakeStrategy()) for _ in range(2))  # pyright: ignore[reportArgumentType]
+    saved, restored = (BestEpoch(FakeStrategy()) for _ in range(2))
     saved.update(3, scores(2, 0.5), step=30)
     state = saved.state_dict()
     assert state is not None

@@ -216,7 +216,7 @@ def with_lines(lines: list[bytes]) -> bytes:
 
 
 def relined(change):
-    """MANIFEST with other lines, and with the right checksum of these."""
+    """Replace the lines of MANIFEST, with the right checksum of the new ones."""
     return lambda text: with_lines(change(text.split(b"\n")[:-2]))
 
 
@@ -344,8 +344,8 @@ def one_tensor(**entry) -> bytes:
 
 
 FORGED = {
-    "state is no JSON": {"state.json": b"{"},
-    "state is no text": {"state.json": b"\xff"},
+    "state is not JSON": {"state.json": b"{"},
+    "state is not text": {"state.json": b"\xff"},
     "state is a list": {"state.json": b"[]"},
     "state is too deep": {"state.json": b"[" * 100_000},
     "an empty file": {"state.json": b"{}", "weights.safetensors": b""},
@@ -365,7 +365,7 @@ def test_content_of_another_format_counts_as_damage(folder, contents):
 
 
 def test_forged_directory_with_the_right_format_is_read(folder):
-    """Negative control of the test above."""
+    # Negative control of the test above.
     contents = {"state.json": b"{}", "weights.safetensors": one_tensor()}
     assert read_checkpoint(forge(folder / "step-00000001", contents)).tensors["weights"]["w"].tolist() == [0.0]
 
@@ -406,7 +406,7 @@ def test_write_replaces_a_file_of_that_name(folder):
 
 NOT_STORED = {
     "a name that safetensors reserves": ({"weights": {"__metadata__": torch.zeros(1)}}, {}),
-    "a name that is no text": ({"weights": {"\ud800": torch.zeros(1)}}, {}),
+    "a name that is not text": ({"weights": {"\ud800": torch.zeros(1)}}, {}),
     "columns": ({"weights": {"w": torch.zeros(2, 3).T}}, {}),
     "another device": ({"weights": {"w": torch.zeros(2, device="meta")}}, {}),
     "complex": ({"weights": {"w": torch.zeros(2, dtype=torch.complex64)}}, {}),

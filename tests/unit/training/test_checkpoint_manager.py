@@ -40,7 +40,7 @@ class Run:
         self.log = EventLog(directory / "events.jsonl") if is_main else None
         self.manager = CheckpointManager(
             self.folder,
-            self.strategy,  # pyright: ignore[reportArgumentType]
+            self.strategy,
             CheckpointSettings(keep=keep, every_steps=5, every_minutes=None),
             metadata=METADATA,
             log=self.log,

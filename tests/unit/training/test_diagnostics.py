@@ -64,7 +64,7 @@ def test_dry_run_takes_every_micro_batch_forward_and_backward(engine):
 
 
 def test_dry_run_allocates_the_moments_of_every_parameter(engine, monkeypatch):
-    """They are allocated while the backward pass needs the most memory."""
+    # They are allocated while the backward pass needs the most memory.
     classifier, held, at_backward, make = toy_classifier(), [], [], torch.zeros_like
     monkeypatch.setattr(torch, "zeros_like", lambda like: held.append(weakref.ref(tensor := make(like))) or tensor)
 

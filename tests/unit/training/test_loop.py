@@ -67,7 +67,7 @@ class Run:
             seed=3,
             class_names=("a", "b", "c", "d"),
         )
-        monitors = Monitors(self.events.append, self.timer, self.preemption)  # pyright: ignore[reportArgumentType]
+        monitors = Monitors(self.events.append, self.timer, self.preemption)
         self.trainer = Trainer(self.classifier, self.engine, loader, settings, monitors)
         self.timer.seconds["prefix"] = 0.5
         self.trainer.use_features(uncached_features(self.classifier.prefix))

@@ -32,7 +32,7 @@ def reference() -> dict[str, torch.Tensor]:
 
 
 def one_step(max_tokens: int) -> StepBatches:
-    """All examples as one global batch."""
+    """Return all examples as one global batch."""
     table = TokenTable(toy_split(LENGTHS), pad_id=0, device=torch.device("cpu"))
     settings = PlanSettings(global_batch_size=len(LENGTHS))
     loader = TrainLoader(table, World(), settings, max_tokens_per_rank=max_tokens, quadratic=0.0)
