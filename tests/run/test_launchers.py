@@ -1,4 +1,4 @@
-"""Every launcher for real, two ranks on this machine: what the ranks are told, how they end, and the same numbers from all."""
+"""Every launcher with two ranks on this machine: the ranks' environment, their end, and equal results."""
 
 import copy
 import json
@@ -16,83 +16,81 @@ import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file
-from support.processes import REPOSITORY, environment
+from support.processes import REPOSITORY, TIMEOUT, environment
 
 from agnews_dist.distributed.node_resources import PORTS
 
 SCRIPTS = ("local.sh", "accelerate.sh", "deepspeed.sh")
-SECONDS = 120
 
 
-def start(script: Path, *arguments: str, cwd: Path = REPOSITORY, **environ: str) -> subprocess.Popen[str]:
+def start_launcher(script: Path, *arguments: str, cwd: Path = REPOSITORY, **environ: str) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     env = environment(NPROC="2", **environ)
-    # In a session of its own: what a failed test leaves running is ended as one.
+    # Its own session: `wait_for_end` can end all of its processes together.
     return subprocess.Popen(
         [str(script), *arguments], env=env, stdout=pipe, stderr=pipe, text=True, cwd=cwd, start_new_session=True
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    """What it said on standard error, once it has ended."""
+def wait_for_end(process: subprocess.Popen[str]) -> str:
+    """Wait for the end of a launcher; return its standard error."""
     try:
-        _, err = process.communicate(timeout=SECONDS)
+        _, err = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"no end after {SECONDS} s: {process.communicate()}") from None
+        raise AssertionError(f"not ended after {TIMEOUT} s: {process.communicate()}") from None
     return err
 
 
-# --- what the ranks are told, with a stand-in for the training ---
+# --- environment and end of the ranks, with a stand-in for the training ---
 
 STAND_IN = """
 import json, os, sys, time
 from pathlib import Path
 from agnews_dist.distributed.world import detect_world
 
-told = {"pid": os.getpid(), "argv": sys.argv[1:], "world": vars(detect_world(os.environ)), "cwd": os.getcwd()}
-told |= {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "MASTER_PORT")}
-file = Path(os.environ["TOLD"], f"{told['world']['rank']}.part")
-file.write_text(json.dumps(told))
-file.rename(file.with_suffix(".json"))
-time.sleep(60)
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    facts = {"pid": os.getpid(), "argv": argv, "world": vars(detect_world(os.environ)), "cwd": os.getcwd()}
+    facts |= {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "MASTER_PORT")}
+    file = Path(os.environ["FACTS"], f"{facts['world']['rank']}.part")
+    file.write_text(json.dumps(facts))
+    file.rename(file.with_suffix(".json"))
+    time.sleep(3600)
 """
 
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """A clone with the real launchers, where `agnews_dist.train` writes down what it was told, then waits."""
-    for folder in ("launch", "configs"):
-        shutil.copytree(REPOSITORY / folder, tmp_path / "clone" / folder)
+    """A clone in which the command train writes its environment to a file, then waits."""
+    for folder in ("launch", "configs", "agnews_dist"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / folder, tmp_path / "clone" / folder, ignore=ignore)
     python = tmp_path / "clone" / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
     python.chmod(0o755)
-    package = tmp_path / "clone" / "agnews_dist"
-    package.mkdir()
-    for name in ("__init__.py", "world.py", "errors.py", "node.py"):
-        shutil.copy(REPOSITORY / "agnews_dist" / name, package / name)
-    (package / "train.py").write_text(STAND_IN, encoding="utf-8")
+    (tmp_path / "clone" / "agnews_dist" / "commands" / "train.py").write_text(STAND_IN, encoding="utf-8")
     return tmp_path / "clone"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_two_ranks_hear_the_arguments_and_end_with_their_launcher(stand_in: Path, tmp_path: Path, script: str) -> None:
-    # Words that the launchers know too, and what a shell would take apart.
+def test_launcher_starts_and_ends_two_ranks(stand_in: Path, tmp_path: Path, script: str) -> None:
+    # Options that launchers have too, and words that a shell would split.
     arguments = ["--debug", "--quiet", "--module", "--num_processes", "3", "a 'b' $c", "", "--", "-m", "--help"]
-    told = tmp_path / "told"
-    told.mkdir()
-    environ = {"PYTHONPATH": str(stand_in), "TOLD": str(told), "CUDA_VISIBLE_DEVICES": "6,7"}
-    process = start(stand_in / "launch" / script, *arguments, cwd=tmp_path, **environ)
+    facts = tmp_path / "facts"
+    facts.mkdir()
+    environ = {"PYTHONPATH": str(stand_in), "FACTS": str(facts), "CUDA_VISIBLE_DEVICES": "6,7"}
+    process = start_launcher(stand_in / "launch" / script, *arguments, cwd=tmp_path, **environ)
     try:
-        end = time.monotonic() + SECONDS
-        while len(found := sorted(told.glob("*.json"))) < 2 and process.poll() is None and time.monotonic() < end:
+        end = time.monotonic() + TIMEOUT
+        while len(found := sorted(facts.glob("*.json"))) < 2 and process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
         ranks: list[dict[str, Any]] = [json.loads(file.read_text()) for file in found]
         alive = [psutil.pid_exists(rank["pid"]) for rank in ranks]
     finally:
         process.terminate()
-        err = finish(process)
+        err = wait_for_end(process)
     assert alive == [True, True], err
     default = ["--config", str(stand_in / "configs" / "deepspeed.yaml")] if script == "deepspeed.sh" else []
     for number, rank in enumerate(ranks):
@@ -100,17 +98,17 @@ def test_two_ranks_hear_the_arguments_and_end_with_their_launcher(stand_in: Path
         assert rank["world"] == {"rank": number, "num_ranks": 2, "local_rank": number, "ranks_per_node": 2}
         assert (rank["cwd"], rank["OMP_NUM_THREADS"]) == (str(tmp_path), "1")
         assert rank["CUDA_VISIBLE_DEVICES"] == "6,7"
-    # Both meet at one port, and not at the one that every other job would take.
+    # One port for both ranks, and not the default, at which two jobs would collide.
     [port] = {rank["MASTER_PORT"] for rank in ranks}
     assert port != "29500"
-    # The others' launchers open theirs themselves; here it must stay free until rank 0 does.
+    # Our script chooses it for DeepSpeed: it must stay free until rank 0 opens it.
     assert script != "deepspeed.sh" or int(port) in PORTS
     assert process.returncode != 0
     assert [rank["pid"] for rank in ranks if psutil.pid_exists(rank["pid"])] == []
 
 
 def test_accelerate_on_a_cpu_without_our_configuration_is_refused() -> None:
-    """accelerate's own way starts one process for two: the reason why launch/accelerate.sh brings a configuration."""
+    """By default accelerate starts one process instead of two; launch/accelerate.sh brings a configuration for this."""
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "agnews_dist.train", "--debug"],
@@ -118,18 +116,18 @@ def test_accelerate_on_a_cpu_without_our_configuration_is_refused() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=SECONDS,
+        timeout=TIMEOUT,
     )
     assert done.returncode != 0
-    assert "accelerate launch was asked for several processes" in done.stderr
+    assert "accelerate launch started one process without a rank" in done.stderr
 
 
-# --- the shared real data job ---
+# --- results of real trainings ---
 
 
 @dataclass
 class Outcome:
-    """What is compared of a run."""
+    """Results of a run that are compared."""
 
     result: dict[str, Any]
     steps: list[tuple[float, float]]
@@ -162,14 +160,14 @@ def outcomes(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     directory = tmp_path_factory.mktemp("launchers")
     outcomes: dict[str, Outcome] = {}
     for name, (script, arguments, _) in JOBS.items():
-        process = start(
+        process = start_launcher(
             REPOSITORY / "launch" / script,
             *("--config", "configs/gpt2_mini_cpu.yaml", "--data.source", str(shared / "data" / "ag_news")),
             *("--model.name", str(shared / "checkpoints" / "gpt2-mini"), "--data.cache_dir", str(directory / "cache")),
             *("--data.limit_train", "256", "--data.limit_validation", "64", "--optim.epochs", "1"),
             *("--run.dir", str(directory), "--run.name", name, *arguments),
         )
-        err = finish(process)
+        err = wait_for_end(process)
         assert process.returncode == 0, f"{name}: {err[-6000:]}"
         run = directory / name
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
@@ -185,7 +183,7 @@ def outcomes(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def check_same_numbers(found: Outcome, reference: Outcome) -> None:
-    """Counts are equal; what is summed in another order is equal to rounding. Dropout is on: each rank draws the same masks."""
+    """Check that counts are equal, and that sums in another order are equal to rounding. Dropout is on."""
     assert {name: found.result[name] for name in EQUAL} == {name: reference.result[name] for name in EQUAL}
     assert found.result["splits"].keys() == reference.result["splits"].keys() == {"validation"}
     scores, expected = dict(found.result["splits"]["validation"]), dict(reference.result["splits"]["validation"])
@@ -197,8 +195,8 @@ def check_same_numbers(found: Outcome, reference: Outcome) -> None:
         assert step == pytest.approx(expected_step, rel=1e-5)
 
 
-def test_the_reference_has_two_ranks_and_learns(outcomes: dict[str, Outcome]) -> None:
-    """Without learning equal numbers would show nothing; clipping is active at every step."""
+def test_reference_run_has_two_ranks_and_learns(outcomes: dict[str, Outcome]) -> None:
+    """Without learning, equal numbers would prove nothing. Clipping is active at every step."""
     reference = outcomes["torchrun"]
     assert reference.result["num_ranks"] == 2
     assert reference.result["num_steps"] == len(reference.steps) == 8
@@ -208,13 +206,13 @@ def test_the_reference_has_two_ranks_and_learns(outcomes: dict[str, Outcome]) ->
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_the_engine_is_the_one_asked_for(outcomes: dict[str, Outcome], name: str) -> None:
+def test_launcher_uses_the_chosen_engine(outcomes: dict[str, Outcome], name: str) -> None:
     engine = outcomes[name].engine
     assert (engine["backend"], engine["zero_stage"]) == JOBS[name][2]
 
 
 @pytest.mark.parametrize("name", [name for name in JOBS if name != "torchrun"])
-def test_every_launcher_gives_the_same_numbers_and_model(outcomes: dict[str, Outcome], name: str) -> None:
+def test_launchers_give_the_same_numbers_and_model(outcomes: dict[str, Outcome], name: str) -> None:
     found, reference = outcomes[name], outcomes["torchrun"]
     check_same_numbers(found, reference)
     if found.engine["backend"] == "ddp":
@@ -227,19 +225,21 @@ def test_every_launcher_gives_the_same_numbers_and_model(outcomes: dict[str, Out
     assert max(float((weights[key] - expected[key]).abs().max()) for key in expected) < 1e-4
 
 
-@pytest.mark.parametrize("what", ["num_ranks", "padding_efficiency", "confusion", "loss", "prediction", "step"])
-def test_another_number_would_be_seen(outcomes: dict[str, Outcome], what: str) -> None:
+@pytest.mark.parametrize(
+    "changed_number", ["num_ranks", "padding_efficiency", "confusion", "loss", "prediction", "step"]
+)
+def test_comparison_finds_a_changed_number(outcomes: dict[str, Outcome], changed_number: str) -> None:
     reference = outcomes["torchrun"]
     changed = copy.deepcopy(reference)
     scores = changed.result["splits"]["validation"]
-    if what in EQUAL:
-        changed.result[what] += 1e-9
-    elif what == "confusion":
+    if changed_number in EQUAL:
+        changed.result[changed_number] += 1e-9
+    elif changed_number == "confusion":
         scores["confusion"][0][0] -= 1
         scores["confusion"][0][1] += 1
-    elif what == "loss":
+    elif changed_number == "loss":
         scores["loss"] *= 1 + 1e-5
-    elif what == "prediction":
+    elif changed_number == "prediction":
         changed.predictions[-1] += 1
     else:
         changed.steps[-1] = (changed.steps[-1][0] * (1 + 1e-4), changed.steps[-1][1])

@@ -27,13 +27,14 @@ def block():
     print("ready", flush=True)
     lock.acquire()
 
-handler = PreemptionHandler(os.environ, grace_seconds=float(os.environ.get("GRACE_SECONDS", "25")))
+handler = PreemptionHandler(os.environ, grace_seconds=float(os.environ.get("GRACE_SECONDS", "600")))
 handler.before_exit = report
 handler.start()
 """
 BLOCK = PRELUDE + "block()\n"
 TRAIN = PRELUDE + "handler.begin_training()\nblock()\n"
-HANG = 30
+SOON = 60
+"""Seconds within which a process ends; the grace time is far above, or set by the test."""
 
 
 class Child:
@@ -57,7 +58,7 @@ class Child:
         """Return (exit code, output, seconds until the end)."""
         begin = time.monotonic()
         try:
-            printed, _ = self.process.communicate(timeout=HANG)
+            printed, _ = self.process.communicate(timeout=SOON)
         finally:
             self.process.kill()
         return self.process.returncode, printed, time.monotonic() - begin
@@ -73,9 +74,8 @@ def run_and_signal(code: str, *numbers: int, **environ: str) -> tuple[int, str, 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signal_before_training_ends_the_process_at_once(number):
-    code, printed, seconds = run_and_signal(BLOCK, number)
+    code, printed, _ = run_and_signal(BLOCK, number)
     assert (code, printed) == (75, f"preempted: {number.name}\n")
-    assert seconds < 10
 
 
 def test_exit_code_is_0_under_torchrun():
@@ -120,9 +120,8 @@ def test_second_signal_ends_at_once_unless_it_repeats_a_ctrl_c():
     time.sleep(2.5)
     assert child.process.poll() is None, "a terminal's Ctrl-C comes twice, directly and through the launcher"
     child.process.send_signal(signal.SIGTERM)
-    code, printed, seconds = child.end()
+    code, printed, _ = child.end()
     assert (code, printed) == (75, "preempted: SIGINT\n")
-    assert seconds < 10
 
 
 def test_earliest_deadline_stops_the_process():
@@ -142,12 +141,12 @@ def test_vanished_launcher_stops_the_process_but_a_shell_does_not(tmp_path):
     for name, environ in {"launcher": {"RANK": "0", "WORLD_SIZE": "1"}, "shell": {}}.items():
         pid = int(
             subprocess.check_output(
-                [sys.executable, "-c", parent, code, str(tmp_path / name)], env=environment(**environ), timeout=HANG
+                [sys.executable, "-c", parent, code, str(tmp_path / name)], env=environment(**environ), timeout=SOON
             )
         )
         pids[name] = pid
     try:
-        deadline = time.monotonic() + HANG
+        deadline = time.monotonic() + SOON
         while not (tmp_path / "launcher").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert (tmp_path / "launcher").read_text() == "preempted: the launcher is gone"
@@ -166,10 +165,9 @@ def test_vanished_launcher_stops_the_process_but_a_shell_does_not(tmp_path):
 @pytest.mark.parametrize("body", ["raise RuntimeError('a bug')", "threading.Event().wait()"])
 def test_before_exit_cannot_prevent_the_end(body):
     code = BLOCK.replace('print(f"{state}: {reason}")', body)
-    status, printed, seconds = run_and_signal(code, signal.SIGTERM)
+    status, printed, _ = run_and_signal(code, signal.SIGTERM)
     assert status == 75
     assert ("a bug" in printed) == ("raise" in body), "its error is printed"
-    assert seconds < 15
 
 
 def test_buffered_output_is_flushed():
@@ -191,7 +189,7 @@ def test_close_restores_signal_handlers():
             assert handler.stop_reason is None
             assert not handler.is_stopping
             os.kill(os.getpid(), signal.SIGUSR1)
-            deadline = time.monotonic() + HANG
+            deadline = time.monotonic() + SOON
             while not handler.is_stopping and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert handler.stop_reason == "SIGUSR1"
