@@ -1,4 +1,4 @@
-"""Run under torchrun by test_feature_training.py: AdamW on features kept in each place; weights, logits and facts saved."""
+"""Trainings with features in each place, run on ranks by test_feature_training.py; saves weights, logits and facts."""
 
 import json
 import os
@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import save_file
 from support.toy import CLASSES, toy_classifier, toy_split
 
+from agnews_dist.data.batching import loader as loader_module
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader
 from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import detect_world
 from agnews_dist.engine.engine import Engine
-from agnews_dist.evaluation import evaluator as scoring
 from agnews_dist.evaluation.evaluator import compute_rank_logits
 from agnews_dist.evaluation.metrics import in_file_order
 from agnews_dist.events import Event, Warned
-from agnews_dist.features.manager import FeatureCache
+from agnews_dist.features.manager import CacheSettings, FeatureCache
 from agnews_dist.features.precompute import SplitFeatures
 from agnews_dist.model import prefix as prefix_module
 from agnews_dist.run.fingerprints import weights_fingerprint
@@ -29,38 +29,38 @@ from agnews_dist.training.step import train_step
 
 
 def count_segments(computed: list[str]) -> None:
-    """Note the name of the split of every segment that this process computes."""
-    segment = SplitFeatures.segment
+    """Append the split's name to `computed` for every segment that this process computes."""
+    compute_segment = SplitFeatures.compute_segment
 
-    def counted(self: SplitFeatures, number: int) -> torch.Tensor:
+    def counted(self: SplitFeatures, segment: int) -> torch.Tensor:
         computed.append(self.name)
-        return segment(self, number)
+        return compute_segment(self, segment)
 
-    SplitFeatures.segment = counted
+    SplitFeatures.compute_segment = counted
 
 
-def train(engine: Engine, told: dict, case: dict, output: Path, computed: list[str]) -> None:
+def train(engine: Engine, arguments: dict, case: dict, output: Path, computed: list[str]) -> None:
     classifier, world = toy_classifier(case["trainable_blocks"]), engine.world
     classifier.use_fast_path(case["fast_path"])
-    splits = {name: replace(toy_split(told["lengths"][name]), name=name) for name in ("train", "validation", "test")}
+    splits = {
+        name: replace(toy_split(arguments["lengths"][name]), name=name) for name in ("train", "validation", "test")
+    }
     tables = {name: TokenTable(split, pad_id=0, device=engine.device) for name, split in splits.items()}
-    settings = PlanSettings(**told["settings"])
+    settings = PlanSettings(**arguments["settings"])
     loader = TrainLoader(
-        tables["train"], world, settings, max_tokens_per_rank=told["max_tokens_per_rank"], quadratic=0.1
+        tables["train"], world, settings, max_tokens_per_rank=arguments["max_tokens_per_rank"], quadratic=0.1
     )
     computed.clear()
     events: list[Event] = []
-    features = FeatureCache(
-        classifier,
-        tables,
-        engine,
-        wanted=case["wanted"],
-        num_epochs=told["epochs"],
+    cache_settings = CacheSettings(
+        requested=case["requested"],
+        num_epochs=arguments["epochs"],
         directory=output / f"cache-of-{world.num_ranks}",
         limit_bytes=10**9,
         frozen_weights=weights_fingerprint(classifier.frozen_state),
         model_name="toy",
     )
+    features = FeatureCache(classifier, tables, engine, cache_settings)
     features.build(events.append)
     loader.owner_N = features.owner_N
     counts = collectives.all_gather({name: computed.count(name) for name in splits})
@@ -74,12 +74,12 @@ def train(engine: Engine, told: dict, case: dict, output: Path, computed: list[s
         scored[name] = torch.from_numpy(logits_NC[in_file_order(ids_N, len(tables[name]))])
 
     suffix = classifier.suffix.eval()
-    optimizer = build_optimizer(suffix, lr=told["lr"], weight_decay=told["weight_decay"])
-    wrapped = engine.prepare(suffix, optimizer, max_grad_norm=1.0)
+    optimizer = build_optimizer(suffix, lr=arguments["lr"], weight_decay=arguments["weight_decay"])
+    strategy = engine.prepare(suffix, optimizer, max_grad_norm=1.0)
     seen, losses = [], []
-    for epoch in range(told["epochs"]):
+    for epoch in range(arguments["epochs"]):
         for batches in loader.steps(epoch):
-            result = train_step(engine, features.source("train"), wrapped, batches)
+            result = train_step(engine, features.source("train"), strategy, batches)
             seen.append([batch.ids_B[batch.weights_B > 0].tolist() for batch in batches.micro_batches])
             losses.append(result.loss)
     name = f"{case['name']}-rank{world.rank}of{world.num_ranks}"
@@ -89,7 +89,7 @@ def train(engine: Engine, told: dict, case: dict, output: Path, computed: list[s
     )
     facts = {
         "place": features.choice.place,
-        "why": features.choice.why,
+        "reason": features.choice.reason,
         "computed": counts,
         "warnings": [event.message for event in events if isinstance(event, Warned)],
         # seen[step][micro-batch]: ids of this rank's examples
@@ -100,18 +100,18 @@ def train(engine: Engine, told: dict, case: dict, output: Path, computed: list[s
 
 
 def main() -> None:
-    output, told = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    # Many calls, segments and scoring batches of so little text.
-    prefix_module.CALL_TOKENS["cpu"] = told["call_tokens"]
-    scoring.EVALUATION_TOKENS = told["evaluation_tokens"]
+    output, arguments = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    # Small limits, so that little text makes many calls, segments and evaluation batches.
+    prefix_module.CALL_TOKENS["cpu"] = arguments["call_tokens"]
+    loader_module.EVALUATION_TOKENS = arguments["evaluation_tokens"]
     engine = Engine(detect_world(os.environ), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
     computed: list[str] = []
     count_segments(computed)
-    for case in told["cases"][str(engine.world.num_ranks)]:
-        train(engine, told, case, output, computed)
+    for case in arguments["cases"][str(engine.world.num_ranks)]:
+        train(engine, arguments, case, output, computed)
 
 
 if __name__ == "__main__":
     main()
-    # Not inside: the DDP module must be gone before its process group is (see collectives.close).
+    # After main: the DDP module must be deleted before its process group (see collectives.close).
     collectives.close()

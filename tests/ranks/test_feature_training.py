@@ -1,7 +1,7 @@
-"""Features kept anywhere, on one, two and three ranks: AdamW ends at the weights of Hugging Face's model in one plain loop.
+"""Trainings with features in every place, on one, two and three ranks, against Hugging Face's model in one plain loop.
 
-The key third of `c_attn.bias` is left out, and why is shown: no text's scores depend on it, so its true gradient is zero, and
-AdamW blows whatever rounding leaves of it up to full steps.
+The key's third of `c_attn.bias` is not compared. No score depends on it, so its true gradient is zero, and AdamW scales the
+rounding error up to full steps.
 """
 
 import json
@@ -27,7 +27,7 @@ from agnews_dist.data.batching.settings import PlanSettings
 
 RNG = np.random.default_rng(7)
 LENGTHS = {name: RNG.integers(1, 31, size).tolist() for name, size in (("train", 64), ("validation", 33), ("test", 21))}
-# 64 = 9 x 7 + 1: one batch leaves ranks without a row. The limit makes some steps take several micro-batches.
+# 64 = 9 x 7 + 1: one batch leaves ranks without a row. Some steps take several micro-batches.
 SETTINGS = {"global_batch_size": 7, "bucket_window": 3, "seed": 5}
 EPOCHS, LR, DECAY = 5, 0.01, 0.05
 RANKS = (1, 2, 3)
@@ -35,13 +35,13 @@ PLACES = ("off", "host", "device", "disk")
 BLOCKS = (0, 1, 2)
 
 
-def case(wanted: str, trainable_blocks: int | str, name: str = "", *, fast_path: bool = True) -> dict:
-    name = name or f"{wanted}-{trainable_blocks}"
-    return {"name": name, "wanted": wanted, "trainable_blocks": trainable_blocks, "fast_path": fast_path}
+def case(requested: str, trainable_blocks: int | str, name: str = "", *, fast_path: bool = True) -> dict:
+    name = name or f"{requested}-{trainable_blocks}"
+    return {"name": name, "requested": requested, "trainable_blocks": trainable_blocks, "fast_path": fast_path}
 
 
 CASES = [
-    *(case(wanted, blocks) for blocks in BLOCKS for wanted in PLACES),
+    *(case(requested, blocks) for blocks in BLOCKS for requested in PLACES),
     case("disk", 1, "again"),
     case("device", "all"),
     case("off", 1, "plain", fast_path=False),
@@ -50,9 +50,9 @@ NAMED = {each["name"]: each for each in CASES}
 
 
 def names_of(num_ranks: int) -> list[str]:
-    """All cases on one rank; on several what they do differently, which takes most of the time."""
-    left_out = {1: set(), 2: {"off-0", "host-0"}, 3: {"off-0", "host-0", "disk-0", "off-2", "plain", "device-all"}}
-    return [name for name in NAMED if name not in left_out[num_ranks]]
+    """Return all cases for one rank; for several ranks, those that differ from one rank."""
+    excluded = {1: set(), 2: {"off-0", "host-0"}, 3: {"off-0", "host-0", "disk-0", "off-2", "plain", "device-all"}}
+    return [name for name in NAMED if name not in excluded[num_ranks]]
 
 
 RUNS = [(num_ranks, name) for num_ranks in RANKS for name in names_of(num_ranks)]
@@ -62,18 +62,18 @@ RUNS = [(num_ranks, name) for num_ranks in RANKS for name in names_of(num_ranks)
 def saved(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("features")
     sizes = {"max_tokens_per_rank": 45, "call_tokens": 64, "evaluation_tokens": 90}
-    told = {"lengths": LENGTHS, "settings": SETTINGS, "epochs": EPOCHS, "lr": LR, "weight_decay": DECAY}
+    arguments = {"lengths": LENGTHS, "settings": SETTINGS, "epochs": EPOCHS, "lr": LR, "weight_decay": DECAY}
     cases = {num_ranks: [NAMED[name] for name in names_of(num_ranks)] for num_ranks in RANKS}
-    (directory / "told.json").write_text(json.dumps(told | sizes | {"cases": cases}), encoding="utf-8")
+    (directory / "arguments.json").write_text(json.dumps(arguments | sizes | {"cases": cases}), encoding="utf-8")
     worker = REPOSITORY / "tests" / "ranks" / "feature_training_worker.py"
     for num_ranks in RANKS:
-        fork_server.run_ranks(num_ranks, str(worker), str(directory), str(directory / "told.json"))
+        fork_server.run_ranks(num_ranks, str(worker), str(directory), str(directory / "arguments.json"))
     return directory
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As the ranks have; and two threads that wait for each other take most of the time of so small a model."""
+    """Use one thread, as the ranks do. With a model this small, two threads mostly wait for each other."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -102,7 +102,7 @@ def global_batches() -> list[list[int]]:
 def train_reference(
     trainable_blocks: int | str, batches: list[list[int]]
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Hugging Face's classifier with its attention mask, each global batch in one piece, mean loss, clipping at 1, AdamW."""
+    """Train Hugging Face's classifier with attention mask, whole global batches, mean loss, clipping at 1 and AdamW."""
     model, tokens_NT, mask_NT = toy_reference_model(LENGTHS["train"], trainable_blocks)
     labels_N = torch.from_numpy(toy_split(LENGTHS["train"]).labels)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -119,13 +119,13 @@ def train_reference(
 
 
 def key_third(name: str, weight: torch.Tensor) -> slice | None:
-    """The entries of a parameter that are the key's bias."""
+    """Return the entries of a parameter that are the key's bias; None if there are none."""
     third = len(weight) // 3
     return slice(third, 2 * third) if name.endswith("attn.c_attn.bias") else None
 
 
 def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest difference of a weight, the key's bias left out."""
+    """Return the largest difference of a weight, without the key's bias."""
     assert found.keys() == expected.keys()
     differences = {name: (found[name] - expected[name]).abs() for name in expected}
     for name, difference in differences.items():
@@ -135,7 +135,7 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("trainable_blocks", [*BLOCKS, "all"])
-def test_fifty_steps_end_at_the_references_weights(saved, trainable_blocks):
+def test_training_on_cached_features_ends_at_the_reference_weights(saved, trainable_blocks):
     batches = global_batches()
     expected, losses = train_reference(trainable_blocks, batches)
     assert len(losses) == 50
@@ -144,15 +144,15 @@ def test_fifty_steps_end_at_the_references_weights(saved, trainable_blocks):
             for rank in range(num_ranks):
                 assert distance(weights(saved, name, num_ranks, rank), expected) < 2e-5, (name, num_ranks, rank)
                 assert facts(saved, name, num_ranks, rank)["losses"] == pytest.approx(losses, abs=3e-5)
-    # The negative controls: training moved the weights far more, and the order of the batches shows in them.
+    # Controls: training changes the weights far more, and so does another order of the batches.
     untrained, _ = train_reference(trainable_blocks, [])
     assert distance(untrained, expected) > 0.1
     swapped, _ = train_reference(trainable_blocks, [*batches[1:], batches[0]])
     assert distance(swapped, expected) > 0.01
 
 
-def test_the_keys_bias_that_is_left_out_has_no_gradient_but_rounding(saved):
-    """In fp64 it is 15 orders below the query's; AdamW moves it all the same, but where the fast path makes it exactly zero."""
+def test_excluded_key_bias_has_no_gradient_beyond_rounding(saved):
+    """In fp64 it is tiny, and AdamW still changes the bias; on the fast path it is exactly zero."""
     name = "h.2.attn.c_attn.bias"
     true = reference_gradients(LENGTHS["train"])[name]
     keys = key_third(name, true)
@@ -166,8 +166,8 @@ def test_the_keys_bias_that_is_left_out_has_no_gradient_but_rounding(saved):
 
 
 @pytest.mark.parametrize(("num_ranks", "name"), RUNS)
-def test_logits_are_the_same_bits_wherever_features_are_kept(saved, name, num_ranks):
-    """Of the untrained weights, which are the same everywhere; on one rank without a cache they are the reference."""
+def test_logits_are_the_same_bits_for_every_place(saved, name, num_ranks):
+    """Compares the logits of the untrained weights with those of one rank without a cache."""
     blocks = NAMED[name]["trainable_blocks"]
     baseline = "device-all" if blocks == "all" else f"off-{blocks}"
     for split in ("validation", "test"):
@@ -177,12 +177,12 @@ def test_logits_are_the_same_bits_wherever_features_are_kept(saved, name, num_ra
             if NAMED[name]["fast_path"]:
                 assert torch.equal(found, expected)
             else:
-                # The negative control: another order of the sums shows in the last bits, and only there.
+                # Control: another order of the sums changes the last bits only.
                 assert not torch.equal(found, expected)
                 assert float((found - expected).abs().max()) < 1e-5
 
 
-def test_logits_are_the_references(saved):
+def test_logits_equal_the_reference(saved):
     for split in ("validation", "test"):
         reference = toy_reference_logits(LENGTHS[split])
         for name in ("off-0", "off-1", "off-2", "device-all", "plain"):
@@ -191,7 +191,7 @@ def test_logits_are_the_references(saved):
 
 
 @pytest.mark.parametrize(("num_ranks", "name"), RUNS)
-def test_every_global_batch_is_the_same_set_and_ranks_take_as_many_micro_batches(saved, name, num_ranks):
+def test_global_batches_and_micro_batches_for_every_place(saved, name, num_ranks):
     found = facts(saved, name, num_ranks)
     of_ranks = [facts(saved, name, num_ranks, rank)["seen"] for rank in range(num_ranks)]
     seen = list(zip(*of_ranks, strict=True))  # seen[step][rank][micro-batch]: ids
@@ -199,50 +199,51 @@ def test_every_global_batch_is_the_same_set_and_ranks_take_as_many_micro_batches
         sorted(ids) for ids in global_batches()
     ]
     assert all(len({len(rank) for rank in step}) == 1 for step in seen)
-    assert len({len(step[0]) for step in seen}) > 1, "the case has steps of one and of several micro-batches"
-    homes: dict[int, set[int]] = {}
+    assert len({len(step[0]) for step in seen}) > 1, "some steps have one micro-batch and some have several"
+    ranks_of: dict[int, set[int]] = {}
     for step in seen:
         for rank, micros in enumerate(step):
             for row in (row for micro in micros for row in micro):
-                homes.setdefault(row, set()).add(rank)
-    stays = all(len(ranks) == 1 for ranks in homes.values())
-    assert stays == (num_ranks == 1 or found["place"] == "device"), "a rank's own memory decides who computes a text"
+                ranks_of.setdefault(row, set()).add(rank)
+    is_sharded = all(len(ranks) == 1 for ranks in ranks_of.values())
+    # With features in device memories, each text stays on one rank.
+    assert is_sharded == (num_ranks == 1 or found["place"] == "device")
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)
-def test_each_segment_is_computed_once_by_one_rank_and_never_again(saved, num_ranks):
+def test_each_segment_is_computed_once_by_one_rank(saved, num_ranks):
     for name in names_of(num_ranks):
         found = facts(saved, name, num_ranks)
         total = {split: sum(counts[split] for counts in found["computed"]) for split in LENGTHS}
-        place, blocks = NAMED[name]["wanted"], NAMED[name]["trainable_blocks"]
+        place, blocks = NAMED[name]["requested"], NAMED[name]["trainable_blocks"]
         if blocks == "all":
-            assert (found["place"], found["why"]) == ("off", "nothing is frozen but the embeddings")
+            assert (found["place"], found["reason"]) == ("off", "only the embeddings are frozen")
         elif name == "plain":
-            assert (found["place"], found["why"]) == ("off", "the plain path computes them at every step")
+            assert (found["place"], found["reason"]) == ("off", "the plain path computes features at every use")
         elif name == "again":
             assert found["place"] == "disk"
-            assert found["why"].endswith("kept by a former run")
+            assert found["reason"].endswith("cached by an earlier run")
         else:
             assert found["place"] == place
-            assert "as asked" in found["why"]
+            assert "as requested" in found["reason"]
         if found["place"] == "off" or name == "again":
             assert set(total.values()) == {0}
         else:
             assert total["train"] > 10
             assert total["validation"] > 10
-            assert (total["test"] > 5) == (place == "disk"), "scored once, so only a file is worth it"
+            assert (total["test"] > 5) == (place == "disk"), "evaluated once, so only a file of it has a later use"
             if num_ranks > 1:
                 first = facts(saved, name, 1)["computed"][0]
-                # A part of a split has calls of its own.
+                # A sharded split has other calls.
                 assert place == "device" or total == first
         assert found["warnings"] == []
 
 
-def test_features_of_a_node_leave_no_name_behind(saved):
-    """Ranks that share a node's memory; what other jobs of this machine may have there is not theirs."""
+def test_features_in_shared_memory_leave_no_name_behind(saved):
+    """Ranks of a node share memory through files, whose names are removed once all have mapped them."""
     assert facts(saved, "host-1", 3)["place"] == "host"
     root = Path("/dev/shm") / f"agnews_dist-{Path('/proc/self').stat().st_uid}"
     names = [path.name for path in root.glob("*/*")]
-    kept = {path.name for path in saved.glob("cache-of-*/*")}
-    assert len(kept) > 3
-    assert not kept & set(names)
+    cached = {path.name for path in saved.glob("cache-of-*/*")}
+    assert len(cached) > 3
+    assert not cached & set(names)

@@ -1,4 +1,4 @@
-"""Dropout by keys, written again without our code: SplitMix64 in numpy, and Hugging Face's classifier under its masks."""
+"""A reference of dropout by keys without our code: SplitMix64 in numpy, Hugging Face's classifier under its masks."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from torch.nn import functional
 from support.toy import our_name, toy_reference_model, toy_split
 
 NUM_HEADS, WIDTH = 3, 24
-"""The toy's."""
+"""Sizes of the toy model."""
 ATTENTION_WEIGHTS, ATTENTION_OUTPUT, MLP_OUTPUT = range(3)
 
 
 def splitmix64(keys: np.ndarray, numbers: np.ndarray | int) -> np.ndarray:
-    """Steele, Lea, Flood 2014, as its authors give it in C: number `numbers` (from 0) of the sequences of the seeds `keys`."""
+    """Return element `numbers` (from 0) of the SplitMix64 sequences with seeds `keys`, as in the authors' C code."""
     mixed = keys + (np.asarray(numbers).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -24,14 +24,14 @@ def splitmix64(keys: np.ndarray, numbers: np.ndarray | int) -> np.ndarray:
 
 
 def reference_keys(seed: int, step: int, ids: Sequence[int]) -> np.ndarray:
-    """uint64 keys_B."""
-    # Arrays, as numpy warns of a scalar that wraps around.
+    """Return keys_B (uint64)."""
+    # Arrays, as numpy warns of scalars that wrap around.
     of_step = splitmix64(splitmix64(np.zeros(1, np.uint64), np.array([seed])), np.array([step]))
     return splitmix64(of_step, np.array(ids, np.int64))
 
 
 def reference_kept(keys_B: np.ndarray, site: int, p: float, rest: tuple[int, ...]) -> np.ndarray:
-    """Which elements of an array of shape (B, *rest) stay: element by element, as the text says it."""
+    """Return which elements of an array of shape (B, *rest) are kept, computed row by row."""
     site_keys_B = splitmix64(keys_B, np.array([site]))
     kept = np.empty((len(keys_B), *rest), bool)
     for row, where in enumerate(np.ndindex(*rest[:-1])):
@@ -42,28 +42,28 @@ def reference_kept(keys_B: np.ndarray, site: int, p: float, rest: tuple[int, ...
 
 @contextmanager
 def masks_in_place_of_dropout(masks: Sequence[Tensor], p: float) -> Iterator[None]:
-    """Every dropout in training multiplies by the next of `masks`, whatever the token it is for, instead of drawing one."""
-    torchs, given = functional.dropout, iter(masks)
+    """Make every dropout in training multiply by the next of `masks`, the same for all tokens, instead of drawing one."""
+    original, remaining = functional.dropout, iter(masks)
 
     def masked(values: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training:
             return values
         assert p == expected
-        return values * next(given).unsqueeze(-2).to(values.dtype)
+        return values * next(remaining).unsqueeze(-2).to(values.dtype)
 
     expected = p
     functional.dropout = masked
     try:
         yield
     finally:
-        functional.dropout = torchs
-    assert next(given, None) is None, "all of them were used"
+        functional.dropout = original
+    assert next(remaining, None) is None, "every mask was used"
 
 
 def reference_with_dropout(
     lengths: list[int], keys_B: np.ndarray, p: float, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """logits_BC and the gradients of the mean loss, by our names, of Hugging Face's classifier run in full on padded texts."""
+    """Return logits_BC and the gradients of the mean loss, by our names, of Hugging Face's classifier on padded texts."""
     model, tokens_BT, mask_BT = toy_reference_model(lengths, 1, dtype)
     model.set_attn_implementation("eager")
     last = model.transformer.h[-1].train()

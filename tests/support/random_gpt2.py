@@ -1,4 +1,4 @@
-"""A small GPT-2 of Hugging Face's with random weights, our classifier with the same ones, and ragged batches for both."""
+"""A small Hugging Face GPT-2 with random weights, our classifier with the same weights, and ragged batches."""
 
 import copy
 
@@ -13,7 +13,7 @@ NUM_CLASSES = 4
 
 
 def random_reference(*, attention: str = "sdpa", **changes: object) -> GPT2ForSequenceClassification:
-    """A small GPT-2 whose norms and biases are random too, so that none of them could be left out unnoticed."""
+    """Return a small GPT-2 with random norms and biases, so that a test notices if one is left out."""
     shape: dict[str, object] = {
         "vocab_size": 97,
         "n_positions": 32,
@@ -37,7 +37,7 @@ def random_reference(*, attention: str = "sdpa", **changes: object) -> GPT2ForSe
 def ours_like(
     reference: GPT2ForSequenceClassification, trainable_blocks: int | str, *, fast_path: bool = True
 ) -> Classifier:
-    """The classifier with the reference's weights, through the production split; its own copy of everything."""
+    """Return a classifier with copies of the reference's weights."""
     backbone = Backbone(copy.deepcopy(reference.transformer), reference.score.weight.detach().clone(), None)
     classifier = split_model(backbone, trainable_blocks=trainable_blocks, num_classes=NUM_CLASSES, seed=0)  # type: ignore[arg-type]
     classifier.use_fast_path(fast_path)
@@ -45,7 +45,7 @@ def ours_like(
 
 
 def ragged_batch(lengths: list[int], *, low: int, high: int, pad_id: int, extra: int = 0) -> tuple[Tensor, Tensor]:
-    """Random right-padded tokens_BT with ids in [low, high), and lengths_B; `extra` columns of padding beyond the longest."""
+    """Return random right-padded tokens_BT with ids in [low, high), and lengths_B; `extra`: additional columns of padding."""
     generator = torch.Generator().manual_seed(7)
     tokens_BT = torch.randint(low, high, (len(lengths), max(lengths) + extra), generator=generator)
     lengths_B = torch.tensor(lengths)

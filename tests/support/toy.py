@@ -1,4 +1,4 @@
-"""A small fp64 GPT-2 with random weights and ragged random examples, equal in every process that builds it."""
+"""A small GPT-2 with random weights and ragged random examples, the same in every process."""
 
 from collections.abc import Collection
 
@@ -49,12 +49,12 @@ def toy_split(lengths: list[int]) -> TokenSplit:
 def toy_reference_model(
     lengths: list[int], trainable_blocks: int = 1, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """Hugging Face's own classifier with our weights, in eval mode, what we train trainable; tokens_NT and mask_NT for it."""
+    """Return Hugging Face's classifier in eval mode with our weights and trainable parameters, tokens_NT and mask_NT."""
     classifier, rows = toy_classifier(trainable_blocks), toy_split(lengths)
     config = GPT2Config(**classifier.config.to_dict() | {"num_labels": CLASSES, "pad_token_id": VOCABULARY - 1})
     model = GPT2ForSequenceClassification(config)
     model.transformer.load_state_dict(toy_model().state_dict())
-    # Hugging Face's head has no bias; a module in its place that has one makes the same function.
+    # Hugging Face's head has no bias, so it is replaced by one that has.
     model.score = torch.nn.Linear(config.n_embd, CLASSES)
     model.score.load_state_dict(classifier.suffix.out_head.state_dict())
     model.to(dtype).eval()
@@ -70,18 +70,18 @@ def toy_reference_model(
 
 
 def our_name(name: str) -> str:
-    """Hugging Face's name of a parameter to the suffix's."""
+    """Return the suffix's name of a Hugging Face parameter."""
     return name.removeprefix("transformer.").replace("score.", "out_head.")
 
 
 def toy_reference_logits(lengths: list[int]) -> torch.Tensor:
-    """logits_BC of Hugging Face's module, fp32."""
+    """Return logits_BC of Hugging Face's classifier in fp32."""
     model, tokens_NT, mask_NT = toy_reference_model(lengths)
     return model(input_ids=tokens_NT, attention_mask=mask_NT).logits.detach()
 
 
 def reference_gradients(lengths: list[int], trainable_blocks: int = 1) -> dict[str, torch.Tensor]:
-    """Of Hugging Face's module, one process, mean cross-entropy over the whole batch, fp64; names as in our suffix."""
+    """Return the gradients of Hugging Face's classifier, by our names: mean cross-entropy over the whole batch, in fp64."""
     model, tokens_NT, mask_NT = toy_reference_model(lengths, trainable_blocks, torch.float64)
     logits_BC = model(input_ids=tokens_NT, attention_mask=mask_NT).logits
     torch.nn.functional.cross_entropy(logits_BC, torch.from_numpy(toy_split(lengths).labels)).backward()
@@ -89,7 +89,7 @@ def reference_gradients(lengths: list[int], trainable_blocks: int = 1) -> dict[s
 
 
 def toy_reference_groups(weights: Collection[torch.Tensor], weight_decay: float) -> list[dict]:
-    """`weights` as torch's AdamW takes them: only matrices decay."""
+    """Return `weights` in parameter groups for torch's AdamW: only matrices decay."""
     decayed = {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": weight_decay}
     others = {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0}
     return [decayed, others]
