@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.config.schema import DataConfig, ModelConfig
 from agnews_dist.data.corpus import Corpus
-from agnews_dist.data.rows import fingerprint
+from agnews_dist.data.rows import hash_corpus
 from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import DataError
@@ -89,7 +89,7 @@ def _load_split(data: DataConfig, split: str | None) -> Corpus:
             "these with --split; a single file is scored whole without it."
         )
     wanted = {name: corpus.splits[name]}
-    return Corpus(wanted, corpus.class_names, fingerprint(wanted, corpus.class_names))
+    return Corpus(wanted, corpus.class_names, hash_corpus(wanted, corpus.class_names))
 
 
 def _check_classes(source: str, of_data: tuple[str, ...], of_model: tuple[str, ...]) -> None:

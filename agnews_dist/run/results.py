@@ -4,7 +4,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from agnews_dist.config.schema import Config
@@ -35,13 +34,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def write_split(directory: Path, name: str, split: SplitScores) -> Path:
-    """Write the predictions of one split, in file order; return the file."""
-    path = directory / f"predictions-{name}.jsonl"
-    write_predictions(path, np.arange(len(split.labels_N)), split.labels_N, split.predictions_N, split.probabilities_NC)
-    return path
-
-
 def write_results(
     config: Config,
     engine: Engine,
@@ -65,7 +57,8 @@ def write_results(
         _export(config, inputs, trainer, split_scores, directory)
         paths = {"model": str(directory / "model"), "result": str(directory / "result.json")}
         paths |= {
-            f"{name} predictions": str(write_split(directory, name, split)) for name, split in split_scores.items()
+            f"{name} predictions": str(write_predictions(directory, name, split))
+            for name, split in split_scores.items()
         }
         seconds = monitors.timer.totals()
         efficiency, num_tokens = trainer.totals.tally.efficiency, trainer.totals.tally.real
@@ -151,7 +144,7 @@ def write_scores(
 
     def write() -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        path = write_split(directory, name, split)
+        path = write_predictions(directory, name, split)
         result = Result(
             splits={name: split.scores},
             num_steps=0,

@@ -238,7 +238,7 @@ def check_fingerprints(checkpoint: Checkpoint, fingerprints: Mapping[str, str]) 
     """Check that data, tokenizer and frozen weights are unchanged.
 
     Raises:
-        UserError: one of them is another than the checkpoint's.
+        UserError: one of them differs from the checkpoint's.
     """
     saved = checkpoint.state["fingerprints"]
     differing = [

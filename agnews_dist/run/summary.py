@@ -1,7 +1,7 @@
 """The header of a run: where it runs, on what, in how many steps; and warnings about wasted hardware."""
 
 from agnews_dist.config.schema import BatchConfig, Config, EngineConfig
-from agnews_dist.data.batching.forecast import idle_warning
+from agnews_dist.data.batching.forecast import warn_of_idle_ranks
 from agnews_dist.data.batching.loader import TrainLoader
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.memory import Estimate, format_estimate
@@ -44,7 +44,7 @@ def log_summary(
     emit = attempt.monitors.emit
     emit(RunStarted(facts=facts, parameters=inputs.parameters, num_steps=num_steps))
     warnings = [
-        idle_warning(
+        warn_of_idle_ranks(
             plan_settings(config.batch, config.run.seed),
             num_examples=len(inputs.store.splits["train"]),
             num_ranks=engine.world.num_ranks,

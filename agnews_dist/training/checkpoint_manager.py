@@ -87,7 +87,7 @@ class CheckpointManager:
         self._write_in_progress: _Write | None = None
         self._newest_name = on_disk.name if on_disk else None
         self._best_on_disk = on_disk.best if on_disk else None
-        self._last_attempt = time.monotonic()
+        self._last_save_time = time.monotonic()
         self._warned_step: int | None = None
         self.last_saved = on_disk.step if on_disk else 0
         """Steps of the newest checkpoint on disk; valid on rank 0."""
@@ -100,7 +100,7 @@ class CheckpointManager:
             return False
         self.poll()
         now = time.monotonic()
-        if now - self._last_attempt < self._every_seconds and (self._every_steps is None or step % self._every_steps):
+        if now - self._last_save_time < self._every_seconds and (self._every_steps is None or step % self._every_steps):
             return False
         write = self._write_in_progress
         if write is None:
@@ -148,9 +148,9 @@ class CheckpointManager:
             torch.cuda.synchronize()
         best_files = (best.name, {"weights": best.weights, "scored": best.scores.tensors()}) if best.epoch else None
         content = {**self._metadata, **state, "step": step, "log_bytes": self._log.num_bytes, "best": best.state_dict()}
-        self._last_attempt = time.monotonic()
+        self._last_save_time = time.monotonic()
         result = self._thread.submit(self._write, name, content, best_files, self._log)
-        self._write_in_progress = _Write(name, step, self._last_attempt - begin, self._last_attempt, result)
+        self._write_in_progress = _Write(name, step, self._last_save_time - begin, self._last_save_time, result)
 
     def _write(
         self,

@@ -121,7 +121,7 @@ def train_step(
     loss_sum, bad_ids = accumulate_gradients(engine, embed, strategy, batches, dropout_key=dropout_key)
     total, ranks, stops, saves = _vote(engine, loss_sum, stop=stop, save=save)
     if ranks:
-        all_bad = _from_all(bad_ids)
+        all_bad = _gather_ids(bad_ids)
         if nonfinite == "stop":
             raise NonFiniteError(f"non-finite loss on rank(s) {', '.join(map(str, ranks))}, of", all_bad, ranks[0])
         strategy.update()
@@ -134,13 +134,13 @@ def train_step(
         # Every fp16 training begins so: the scale is as large as the gradients let it be.
         return StepResult(loss, None, stop=stops, save=saves)
     mine = [example for batch in batches.micro_batches for example in batch.ids_B[batch.weights_B > 0].tolist()]
-    all_of_step = _from_all(mine)
+    all_of_step = _gather_ids(mine)
     if nonfinite == "stop":
         raise NonFiniteError(f"gradient norm {norm} in a global batch of", all_of_step)
     return StepResult(loss, None, all_of_step, stops, saves)
 
 
-def _from_all(ids: Sequence[int]) -> tuple[int, ...]:
+def _gather_ids(ids: Sequence[int]) -> tuple[int, ...]:
     """Gather the ids of all ranks, sorted."""
     return tuple(sorted(example for mine in collectives.all_gather(list(ids)) for example in mine))
 
