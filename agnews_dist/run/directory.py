@@ -106,8 +106,8 @@ class RunDirectory:
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
-            f"run.dir {self.directory.parent}: {self.directory} cannot be written ({error.strerror or error}). Set --run.dir to "
-            "a writable directory."
+            f"run.dir {self.directory.parent}: {self.directory} cannot be written ({error.strerror or error}). Set --run.dir "
+            "to a writable directory."
         )
 
     def _check_replaceable(self) -> None:
