@@ -206,7 +206,7 @@ def test_the_launcher_is_asked_in_one_place() -> None:
 
 def test_field_budget_and_texts() -> None:
     assert 30 < len(all_settings()) <= 50
-    assert [key for key, setting in all_settings().items() if not setting.text.endswith(".")] == []
+    assert [key for key, setting in all_settings().items() if not setting.help.endswith(".")] == []
     assert [name for name, (_, text) in all_sections().items() if not text] == []
 
 
@@ -279,6 +279,7 @@ def messages(classes: set[str]) -> list[tuple[str, ast.expr]]:
     return raised + list(own.values())
 
 
+@pytest.mark.slow
 def test_user_errors_say_what_why_and_what_to_do() -> None:
     classes = user_errors()
     assert {"UserError", "ConfigError", "DataError", "ModelError"} <= classes

@@ -65,6 +65,7 @@ def check_grid(change) -> int:
     return num_checked
 
 
+@pytest.mark.slow
 def test_grid_computes_every_example_once():
     assert check_grid(lambda shares: shares) == 12 * 5 * 6 * 3 * 2 == 2160
 

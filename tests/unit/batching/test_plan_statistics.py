@@ -63,6 +63,7 @@ def test_shuffle_is_uniform(count):
     check_uniform(lambda seed: shuffle(count, stream(seed)).tolist(), count, 12_000)
 
 
+@pytest.mark.slow
 def test_order_of_steps_is_uniform_over_seeds_and_epochs():
     def steps(number: int) -> list[int]:
         chosen = PlanSettings(global_batch_size=1, bucket_window="epoch", seed=number // 10)

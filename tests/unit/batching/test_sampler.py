@@ -55,6 +55,7 @@ def epoch_of(sampler: LengthBucketedBatchSampler, loader: DataLoader, epoch: int
     return steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_ranks_together_take_the_global_batches(workers, options):
@@ -105,6 +106,7 @@ def test_global_batches_are_independent_of_the_number_of_ranks(num_ranks):
     assert batches(num_ranks, settings=other_seed) != batches(3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_sampler_with_fewer_examples_than_ranks(count, workers):
@@ -137,6 +139,7 @@ class Counting(LengthBucketedBatchSampler):
             yield batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("done", [0, 1, 4, 9, 10], ids="after_{}_of_10".format)
 def test_load_state_dict_continues_with_the_rest_in_order(done, workers):
@@ -269,6 +272,7 @@ def test_sampler_accepts_lists_tensors_and_mapped_arrays(tmp_path):
         sampler.load_state_dict(make().state_dict(1))
 
 
+@pytest.mark.slow
 def test_pickled_sampler_continues_at_its_position():
     sampler = make()
     sampler.load_state_dict(make().state_dict(4))

@@ -100,6 +100,7 @@ def check_share(
         assert max(map(max, tokens_RM)) <= limit
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     LENGTHS,
@@ -252,6 +253,7 @@ def check_best(
 SMALL = st.lists(st.integers(1, 60), min_size=1, max_size=7).map(lambda values: np.array(sorted(values)[::-1]))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(SMALL, st.integers(1, 3), st.sampled_from([0.0, GPT2_SMALL, 0.02, 1.0]), st.none() | st.integers(60, 200))
 def test_share_batch_has_the_cheapest_largest_slice(lengths_B, num_ranks, quadratic, limit):
@@ -326,6 +328,7 @@ def critical_path(
     return real / (num_ranks * slowest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "num_ranks", "least"), [(256, 8, 0.985), (4096, 64, 0.98), (64, 2, 0.975)])
 def test_critical_path_efficiency_on_real_lengths(ag_news, size, num_ranks, least):
     batches = list(plan(ag_news, PlanSettings(global_batch_size=size), epoch=0).global_batches())
@@ -391,6 +394,7 @@ def check_owned(
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(LENGTHS, st.integers(1, 6), st.integers(300, 3000), st.randoms(use_true_random=False))
 def test_share_by_owner_computes_every_row_on_its_owner(lengths_B, num_ranks, limit, random):

@@ -96,6 +96,7 @@ def test_a_pipe_gets_lines(root, capsys):
     assert "of the 2.5 GB that engine.feature_cache_gigabytes allows" in limited
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_table(root):
     written = in_a_terminal("-m", "agnews_dist", "cache", "--data.cache_dir", str(root), COLUMNS="120")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
@@ -241,6 +242,7 @@ def test_an_unreadable_directory_is_a_user_error(tmp_path, capsys):
     assert re.match(message, capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_listing_needs_no_torch(root):
     code = (
         "import sys\nfrom agnews_dist.__main__ import main\n"

@@ -92,6 +92,7 @@ def values_of(type_: Any) -> st.SearchStrategy[Any]:
     return st.one_of(choices)
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_dump_and_load_preserve_any_config(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     # Random values that obey the rules between settings.

@@ -15,7 +15,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from support.processes import environment, python
 
-from agnews_dist.data.corpus import Corpus, check_corpus, choose, load_corpus
+from agnews_dist.data.corpus import Corpus, check_corpus, choose_rows, load_corpus
 from agnews_dist.data.hub import read_hub
 from agnews_dist.data.synthetic import CLASS_NAMES, generate
 from agnews_dist.errors import DataError
@@ -164,6 +164,7 @@ def test_load_corpus_reads_ag_news(shared):
     assert corpus.class_names == ("World", "Sports", "Business", "Sci/Tech")
 
 
+@pytest.mark.slow
 def test_load_corpus_generates_synthetic_text():
     corpus = load("synthetic", limits={"train": 100})
     assert {name: len(split) for name, split in corpus.splits.items()} == {"train": 100, "validation": 500, "test": 500}
@@ -172,6 +173,7 @@ def test_load_corpus_generates_synthetic_text():
     assert load("synthetic", limits={"train": 100}, seed=1).fingerprint != corpus.fingerprint
 
 
+@pytest.mark.slow
 def test_load_corpus_reads_a_large_source_in_seconds(tmp_path):
     rows = [(f"{i} {text}", label) for i in range(30) for text, label in generate(4_000, 0, "train")]
     assert len(rows) == 120_000
@@ -225,6 +227,7 @@ def test_hold_out_refuses_a_single_row(tmp_path):
     assert rows_of(load(path, hold_out=False), "train") == [("a", 0)]
 
 
+@pytest.mark.slow
 def test_limits_are_stratified_seeded_and_ordered():
     limits = {"train": 41, "validation": 8, "test": None}
     corpus, full = load("synthetic", limits=limits), load("synthetic")
@@ -241,7 +244,7 @@ def test_limits_are_stratified_seeded_and_ordered():
 @pytest.mark.parametrize("num_rows", [1, 7, 50, 99, 100, 101])
 def test_choose_keeps_the_class_proportions(num_rows):
     labels = np.array([0] * 50 + [1] * 30 + [2] * 19 + [3])
-    chosen = choose(labels, num_rows, seed=3, stream=0)
+    chosen = choose_rows(labels, num_rows, seed=3, stream=0)
     assert len(chosen) == min(num_rows, 100)
     assert (np.diff(chosen) > 0).all()
     counts = np.bincount(labels[chosen], minlength=4)
@@ -249,7 +252,7 @@ def test_choose_keeps_the_class_proportions(num_rows):
 
 
 def test_choose_values_are_frozen():
-    assert choose(np.arange(20) % 2, 4, seed=5, stream=1).tolist() == [6, 7, 13, 16]
+    assert choose_rows(np.arange(20) % 2, 4, seed=5, stream=1).tolist() == [6, 7, 13, 16]
 
 
 # Errors
@@ -479,6 +482,7 @@ def test_import_of_corpus_loads_no_heavy_library():
     assert python("-c", code).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_two_processes_load_the_same_corpus(tmp_path):
     path = write_rows(tmp_path / "rows.csv", [(f"{text}", label) for text, label in generate(2_000, 0, "train")])
     code = (

@@ -17,6 +17,7 @@ def train() -> list[tuple[str, int]]:
     return generate(4_000, 0, "train")
 
 
+@pytest.mark.slow
 def test_generate_is_reproducible_and_fewer_rows_are_a_prefix(train):
     assert generate(300, 0, "train") == train[:300]
     assert generate(300, 1, "train") != train[:300]
@@ -28,6 +29,7 @@ def test_generate_values_are_frozen():
     assert digest == "e1fd2cdcd5565075b37be7166afdb5620b6958d856b2fca24b2d09673c23457f"
 
 
+@pytest.mark.slow
 def test_generate_repeats_no_text_in_or_across_splits(train):
     everything = {(split, seed): generate(1_500, seed, split) for split in SPLITS for seed in (0, 1)}
     assert len(everything) == 6
@@ -56,6 +58,7 @@ def test_generate_has_variety_and_unicode(train):
     assert all(text.strip() == text and "{" not in text and "  " not in text for text, _ in train)
 
 
+@pytest.mark.slow
 def test_generate_has_the_lengths_of_ag_news(shared, train):
     tokenizer = Tokenizer.from_file(str(shared / "tokenizers/gpt2/tokenizer.json"))
     lengths = np.array([len(encoding) for encoding in tokenizer.encode_batch([text for text, _ in train])])
@@ -69,6 +72,7 @@ def test_generate_has_the_lengths_of_ag_news(shared, train):
     assert lengths.min() >= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [MultinomialNB(), LogisticRegression(max_iter=1_000)])
 def test_generated_classes_can_be_learnt_but_not_perfectly(train, model):
     counts = CountVectorizer()

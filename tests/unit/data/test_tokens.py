@@ -74,6 +74,7 @@ def check_tokens(store: TokenStore, corpus: Corpus, tokenizer: PreTrainedTokeniz
 # Encoding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad_token", ["new", "eos"])
 def test_encode_treats_special_tokens_as_text(shared, pad_token):
     for tokenizer in (AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2"), embedded_tokenizer()):
@@ -88,6 +89,7 @@ def test_encode_treats_special_tokens_as_text(shared, pad_token):
         assert all(len(tokens) > 1 and not special & set(tokens) for tokens in ids)
 
 
+@pytest.mark.slow
 def test_encode_gpt2_by_hand(shared):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2")
     assert encode(tokenizer, ["Hello world", "a<|endoftext|>"], 3) == ([[15496, 995], [64, 27, 91]], 1)
@@ -104,6 +106,7 @@ def test_encode_truncates_and_counts_long_texts():
     assert ids[0] == tokenizer(long, verbose=False)["input_ids"][:7]
 
 
+@pytest.mark.slow
 def test_encode_logs_nothing_for_long_texts():
     code = """if True:
         import sys
@@ -141,6 +144,7 @@ def test_encode_names_a_text_without_token(tmp_path):
 # Building and opening
 
 
+@pytest.mark.slow
 def test_open_or_build_gives_the_tokenizers_tokens(tmp_path, corpus):
     events: list[Event] = []
     built = open_tokens(corpus, tmp_path / "new" / "cache", emit=events.append)
@@ -165,6 +169,7 @@ def test_open_or_build_gives_the_tokenizers_tokens(tmp_path, corpus):
         assert not split.tokens.flags.writeable
 
 
+@pytest.mark.slow
 def test_open_or_build_tokenises_ag_news_with_gpt2(shared, tmp_path):
     source = shared / "data/ag_news"
     corpus = load_corpus(
@@ -298,6 +303,7 @@ def test_damaged_cache_is_built_again(tmp_path, damage):
     assert open_tokens(corpus, tmp_path).was_cached
 
 
+@pytest.mark.slow
 def test_changed_bytes_of_meta_are_detected(tmp_path):
     corpus = small_corpus("The market rose.")
     store = open_tokens(corpus, tmp_path)
@@ -386,6 +392,7 @@ def content_of(store: TokenStore) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
+@pytest.mark.slow
 def test_one_of_two_simultaneous_processes_builds(tmp_path, corpus):
     with Worker(tmp_path / "cache", 0.2) as one, Worker(tmp_path / "cache", 0.2) as two:
         assert [one.line(), two.line()] == ["ready", "ready"]
@@ -398,6 +405,7 @@ def test_one_of_two_simultaneous_processes_builds(tmp_path, corpus):
     assert not list((tmp_path / "cache").glob("*.building-*"))
 
 
+@pytest.mark.slow
 def test_builds_first_decides_which_process_builds(tmp_path):
     with Worker(tmp_path, 0.05, "second") as second, Worker(tmp_path, 0.05, "first") as first:
         assert [first.line(), second.line()] == ["ready", "ready"]
@@ -408,6 +416,7 @@ def test_builds_first_decides_which_process_builds(tmp_path):
         assert second.result()[::2] == (True, 0)
 
 
+@pytest.mark.slow
 def test_killed_builder_leaves_no_valid_cache(tmp_path, corpus):
     with Worker(tmp_path, 30) as victim, Worker(tmp_path, 0) as waiting:
         assert [victim.line(), waiting.line()] == ["ready", "ready"]

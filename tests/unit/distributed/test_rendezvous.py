@@ -75,6 +75,7 @@ def address(monkeypatch):
     return give
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_alone_at_the_address_names_it(address, rank):
     """The other rank died of an error, or waits at another address."""

@@ -41,6 +41,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     assert not should_use_cuda(World(rank=2, num_ranks=4, local_rank=2, ranks_per_node=4), "cpu")
 
 
+@pytest.mark.slow
 def test_accelerate_variables_neither_compile_nor_scale():
     """Check that a loss of slope 1 has the gradient 1. accelerate's variables override its arguments."""
     code = """if True:
@@ -100,7 +101,7 @@ def test_deepspeed_on_a_cpu_next_to_a_gpu_is_refused(monkeypatch):
 )
 def test_an_engine_set_by_accelerate_is_refused(monkeypatch, name, zero):
     monkeypatch.setenv(name, "true")
-    with pytest.raises(UserError, match=rf"{name}=true, but engine.backend names another engine: .*--engine.backend"):
+    with pytest.raises(UserError, match=rf"{name}=true: engine.backend names another engine. Set --engine.backend"):
         start_engine(zero=zero)
 
 
@@ -122,6 +123,7 @@ print(round(before - layer.weight.item(), 6), os.listdir(os.environ["TORCH_EXTEN
 """
 
 
+@pytest.mark.slow
 def test_deepspeed_needs_neither_launcher_nor_compiler(tmp_path):
     """Check one process without MPI or compiler. accelerate's variable must not scale the gradient."""
     variables = {

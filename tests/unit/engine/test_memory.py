@@ -56,6 +56,7 @@ def test_shape_counts_the_weights_of_the_model(blocks: int, inner: int | None) -
     assert shape.count_frozen(blocks) == sum(weight.numel() for weight in classifier.prefix.parameters()) + pad_row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast_path", [True, False])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("blocks", [1, 3])

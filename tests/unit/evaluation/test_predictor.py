@@ -77,6 +77,7 @@ def check_answers(answers: list[dict[str, object]], run_directory: Path, texts: 
         )
 
 
+@pytest.mark.slow
 def test_texts_from_arguments(run_directory: Path, texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_predict(run_directory, *texts) == 0
     captured = capsys.readouterr()
@@ -169,11 +170,11 @@ def test_bad_standard_input_is_refused(
     [
         (
             '{"text": "a"}\nplain words\n',
-            r'line 2 is not a JSON object with a "text" \(\'plain words\'\): .*Write {"text"',
+            r'line 2: not a JSON object with a "text" \(\'plain words\'\)\. Write {"text"',
         ),
-        ('{"title": "a"}\n', r'line 1 is not a JSON object with a "text"'),
-        ('{"text": 3}\n', r'line 1 is not a JSON object with a "text"'),
-        ('["text"]\n', r'line 1 is not a JSON object with a "text"'),
+        ('{"title": "a"}\n', r'line 1: not a JSON object with a "text"'),
+        ('{"text": 3}\n', r'line 1: not a JSON object with a "text"'),
+        ('["text"]\n', r'line 1: not a JSON object with a "text"'),
         ('{"text": "a"}\n{"text": " "}\n', r"line 2 is empty: .*Remove it"),
         ('{"text": "\\ud800"}\n', r"line 1 contains '\\ud800', half of a character: .*Encode the text as UTF-8"),
         ("", r"texts.jsonl is empty: .*Give texts"),
@@ -196,6 +197,7 @@ def check_refused(exit_code: int, capsys: pytest.CaptureFixture[str], message: s
         raise ValueError(captured.err)
 
 
+@pytest.mark.slow
 def test_refused_settings(
     run_directory: Path, shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,6 +227,7 @@ def test_refused_settings(
     assert "predict was started as 2 ranks: each would print every answer. Start it without torchrun" in captured.err
 
 
+@pytest.mark.slow
 def test_a_pipe_may_close_early(run_directory: Path) -> None:
     """Check `| head -1` in an ASCII locale: valid JSON and no traceback."""
     process = subprocess.Popen(

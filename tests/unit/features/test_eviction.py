@@ -129,6 +129,7 @@ def test_evict_removes_nothing_if_the_space_is_not_enough_anyway(tmp_path):
     assert numbers(evict(tmp_path, 2_000_000, 2_000_000)) == [1, 2]
 
 
+@pytest.mark.slow
 def test_evict_keeps_a_cache_that_another_process_reads(tmp_path):
     for number in (1, 2):
         build_cache(tmp_path, number, last_used=1000 + number)
@@ -147,6 +148,7 @@ def test_evict_keeps_a_cache_that_another_process_reads(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_remove_takes_a_cache_whose_reader_was_killed(tmp_path):
     build_cache(tmp_path, 1, last_used=1000)
     with reader_of(tmp_path / key(1)) as reader:

@@ -174,6 +174,7 @@ def test_allocate_fails_on_a_full_disk_before_any_work(tmp_path):
     assert sorted(fill(file)) == list(range(NUM_SEGMENTS))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
 def test_worker_on_a_full_disk_and_on_a_read_only_disk(tmp_path):
     disk = tmp_path / "disk"

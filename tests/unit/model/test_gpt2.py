@@ -115,6 +115,7 @@ def test_three_kinds_of_checkpoint_give_the_same_backbone(
         assert (backbone.head_CD, backbone.class_names) == (None, None)
 
 
+@pytest.mark.slow
 def test_half_precision_checkpoint_trains_in_exact_fp32_and_stays_frozen_as_stored(shared: Path) -> None:
     checkpoint = shared / "checkpoints" / "gpt2-mini"
     tokenizer = load_tokenizer(str(checkpoint), revision=None, pad_token="new")
@@ -225,6 +226,7 @@ def test_random_weights_come_from_the_seed_alone(
     assert not first.model.training
 
 
+@pytest.mark.slow
 def test_a_directory_with_only_a_tokenizer_is_gpt2_small(shared: Path) -> None:
     directory = shared / "tokenizers" / "gpt2"
     models = {}

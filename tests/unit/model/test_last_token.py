@@ -254,6 +254,7 @@ DROPOUTS = {"attention": {"attn_pdrop": 0.3}, "residual": {"resid_pdrop": 0.3}}
 DROPOUTS["both"] = DROPOUTS["attention"] | DROPOUTS["residual"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_tokens", [1, 4])
 @pytest.mark.parametrize("rates", DROPOUTS.values(), ids=DROPOUTS)
 def test_dropout_has_the_distribution_of_hugging_face(rates: dict[str, float], num_tokens: int) -> None:
@@ -288,6 +289,7 @@ class OneMaskForAllTexts(nn.Module):
         return weights_BHT * nn.functional.dropout(torch.ones_like(weights_BHT[:1]), 0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong", [nn.Identity(), nn.Dropout(0.33), BeforeSoftmax(), OneMaskForAllHeads(), OneMaskForAllTexts()], ids=repr
 )

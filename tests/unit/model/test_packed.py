@@ -184,6 +184,7 @@ def test_rows_build_no_graph_and_change_no_input(trainable_blocks: int | str) ->
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # from inductor's own imports
 def test_compiled_calls_equal_hugging_face(monkeypatch: pytest.MonkeyPatch, num_threads: None) -> None:
     """One compilation serves both blocks and all sizes of packs. It takes most of this file's time."""

@@ -88,6 +88,7 @@ SAME_FUNCTION: list[dict[str, object]] = [
 ]
 
 
+@pytest.mark.slow
 @BOTH_PATHS
 @pytest.mark.parametrize(
     "change",
@@ -136,6 +137,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.slow
 @BOTH_PATHS
 @pytest.mark.parametrize("pad_token", ["new", "eos"])
 def test_trained_gpt2_equals_huggingface(shared, pad_token: str, fast_path: bool) -> None:

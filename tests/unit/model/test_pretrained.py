@@ -18,6 +18,7 @@ NUM_TOKENS = 2000
 """Tokens of the embedded tokenizer."""
 
 
+@pytest.mark.slow
 def test_new_pad_token_is_added_once(shared: Path, tmp_path: Path) -> None:
     source = str(shared / "tokenizers" / "gpt2")
     first = load_tokenizer(source, revision=None, pad_token="new")
@@ -29,11 +30,13 @@ def test_new_pad_token_is_added_once(shared: Path, tmp_path: Path) -> None:
     assert (len(reused), reused.pad_token_id) == (50258, 50256)
 
 
+@pytest.mark.slow
 def test_eos_pad_token_adds_no_token(shared: Path) -> None:
     tokenizer = load_tokenizer(str(shared / "tokenizers" / "gpt2"), revision=None, pad_token="eos")
     assert (len(tokenizer), tokenizer.pad_token, tokenizer.pad_token_id) == (50257, "<|endoftext|>", 50256)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad_token", ["new", "eos"])
 @pytest.mark.parametrize("source", ["gpt2", "embedded"])
 def test_special_tokens_in_a_text_are_ordinary_text(shared: Path, source: str, pad_token: str) -> None:
@@ -46,11 +49,13 @@ def test_special_tokens_in_a_text_are_ordinary_text(shared: Path, source: str, p
     assert ids[1][-1] == tokenizer.pad_token_id, "padding is on the right"
 
 
+@pytest.mark.slow
 def test_tokenizer_of_a_run_directory(shared: Path, tmp_path: Path) -> None:
     shutil.copytree(shared / "tokenizers" / "gpt2", tmp_path / "model")
     assert len(load_tokenizer(str(tmp_path), revision=None, pad_token="eos")) == 50257
 
 
+@pytest.mark.slow
 def test_embedded_tokenizer_is_the_same_in_every_process() -> None:
     program = (
         "from agnews_dist.model.embedded import embedded_tokenizer as t; print(t().backend_tokenizer.to_str(), end='')"

@@ -140,6 +140,7 @@ def test_snippet_compiles_and_truncates() -> None:
     assert "truncation=True" in snippet(card())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_snippet_runs_in_a_model_directory(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

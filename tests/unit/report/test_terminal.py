@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from support.processes import REPOSITORY, in_a_terminal
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -51,6 +52,7 @@ with Console() as console:
 """
 
 
+@pytest.mark.slow
 def test_a_real_terminal_has_rate_and_eta_and_ends_with_one_line() -> None:
     text = in_a_terminal("-c", TASK_IN_A_TERMINAL)
     rates = [int(found.replace(",", "")) for found in re.findall(r"tokens.{2}([\d,]+) tokens/s", ANSI.sub("", text))]

@@ -156,6 +156,7 @@ def test_checkpoint_has_the_permissions_of_other_files(path):
     assert {file.stat().st_mode for file in path.iterdir()} == {(plain / "file").stat().st_mode}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MANIFEST", "state.json"])
 def test_flipped_bit_is_found_at_every_position(path, name):
     content = (path / name).read_bytes()

@@ -96,6 +96,7 @@ print(kinds)
 """
 
 
+@pytest.mark.slow
 def test_dry_run_computes_in_the_precision_of_training():
     assert python("-c", IN_BF16, PYTHONPATH="tests/unit/training:tests:tests/ranks:.").stdout == "{torch.bfloat16}\n"
 
@@ -126,6 +127,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_dry_run_reports_a_step_that_does_not_fit():
     done = python("-c", OUT_OF_MEMORY, PYTHONPATH="tests:tests/ranks:.")
     assert "largest step (20000 x 32 tokens at once): out of memory." in done.stdout
