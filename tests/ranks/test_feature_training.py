@@ -167,7 +167,7 @@ def test_excluded_key_bias_has_no_gradient_beyond_rounding(saved):
 
 @pytest.mark.parametrize(("num_ranks", "name"), RUNS)
 def test_logits_are_the_same_bits_for_every_place(saved, name, num_ranks):
-    """Compares the logits of the untrained weights with those of one rank without a cache."""
+    """Compare the logits of the untrained weights with those of one rank without a cache."""
     blocks = NAMED[name]["trainable_blocks"]
     baseline = "device-all" if blocks == "all" else f"off-{blocks}"
     for split in ("validation", "test"):

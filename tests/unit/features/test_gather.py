@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.toy import toy_classifier, toy_split
 
-from agnews_dist.data.batching.loader import TokenTable, scoring_batches
+from agnews_dist.data.batching.loader import TokenTable, evaluation_batches
 from agnews_dist.data.rows import Ints
 from agnews_dist.features.gather import CachedFeatures
 from agnews_dist.features.layout import assign_owners, lay_out, order_longest_first
@@ -59,7 +59,7 @@ def real_rows(found: Any) -> list[list[list[float]]]:
 @pytest.mark.parametrize("trainable_blocks", [0, 1, 2])
 def test_cached_features_of_an_evaluated_split_equal_uncached_ones(table, trainable_blocks):
     prefix = toy_classifier(trainable_blocks).prefix
-    batches = scoring_batches(table)
+    batches = evaluation_batches(table)
     split = split_features(prefix, table, batches)
     assert (len(batches) > 3, split.layout.num_segments > len(batches)) == (True, True), (
         "many batches, of many calls each"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.toy import toy_classifier, toy_split
 
-from agnews_dist.data.batching.loader import TokenTable, scoring_batches
+from agnews_dist.data.batching.loader import TokenTable, evaluation_batches
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.events import Event, Progress, Warned
@@ -71,8 +71,8 @@ def test_feature_cache_gives_the_bits_of_uncached_features_in_evaluation(tmp_pat
     assert (cached.choice.place, uncached.choice.place) == (place, "off")
     lengths = np.random.default_rng(4).integers(1, 40, 90)[50:].tolist()
     table = TokenTable(toy_split(lengths), pad_id=0, device=CPU)
-    assert len(scoring_batches(table)) > 3
-    for ids in scoring_batches(table):
+    assert len(evaluation_batches(table)) > 3
+    for ids in evaluation_batches(table):
         found, expected = (cache.source("validation")(table.batch(ids)) for cache in (cached, uncached))
         assert torch.equal(found.lengths_B, expected.lengths_B)
         for row, length in enumerate(found.lengths_B.tolist()):

@@ -161,7 +161,7 @@ def test_worker_stops_at_an_error_and_keeps_finished_segments(tmp_path):
 
 
 def test_allocate_fails_on_a_full_disk_before_any_work(tmp_path):
-    """A limit on the size of files imitates a full disk."""
+    """Imitate a full disk by a limit on the size of files."""
     file, before = feature_file(tmp_path / KEY, NUM_SEGMENTS), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (NUM_SEGMENTS * SEGMENT_BYTES - 1, before[1]))
     try:

@@ -35,7 +35,7 @@ def mask(keys_B: Tensor, rest: tuple[int, ...], *, site: int = 0, p: float = P) 
 
 
 def test_example_keys_are_the_published_splitmix64_sequence() -> None:
-    """The published numbers for the seeds 1234567 and 0 (Rosetta Code; the paper's Java class)."""
+    """Compare with the published numbers for the seeds 1234567 and 0 (Rosetta Code; the paper's Java class)."""
     published = [
         6457827717110365317,
         3203168211198807973,
@@ -91,7 +91,7 @@ def test_apply_dropout_of_no_examples() -> None:
 
 @pytest.mark.parametrize("rest", [(64,), (12, 64)], ids=str)
 def test_masks_depend_on_the_example_alone(rest: tuple[int, ...]) -> None:
-    """Alone, in any order, in any batch, and with any number of columns."""
+    """Compare masks alone, in any order, in any batch, and with any number of columns."""
     ids = list(range(40))
     together = mask(keys_of(ids), rest)
     assert together.any()
@@ -139,7 +139,7 @@ def test_masks_of_neighbours_do_not_correlate(p: float) -> None:
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.3, 0.5, 0.9])
 def test_masks_have_the_rate_and_keep_the_mean(p: float) -> None:
-    """Over a million draws of a thousand examples, in total and for each example and element."""
+    """Check a million draws of a thousand examples, in total and for each example and element."""
     kept = mask(keys_of(range(1000)), (1000,), p=p).double()
     error = (p * (1 - p)) ** 0.5
     assert abs(kept.mean() - (1 - p)) < SIGMAS * error / 1000
@@ -153,7 +153,7 @@ def test_masks_have_the_rate_and_keep_the_mean(p: float) -> None:
 
 
 def test_mask_patterns_are_equally_frequent() -> None:
-    """Chi-square over the 256 patterns of eight consecutive elements, and of one element in eight steps."""
+    """Check chi-square over the 256 patterns of eight consecutive elements, and of one element in eight steps."""
     consecutive = mask(keys_of(range(2000)), (512,), p=0.5).numpy().reshape(-1, 8)
     steps = [mask(keys_of(range(2000), step=step), (64,), p=0.5).numpy().reshape(-1) for step in range(8)]
     for bits in (consecutive, np.stack(steps, axis=1)):
@@ -218,7 +218,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_last_block_equals_hugging_face_under_the_same_masks(checkpointing: bool) -> None:
-    """Compares logits and all gradients with Hugging Face's full block on padded texts under numpy's masks."""
+    """Compare logits and all gradients with Hugging Face's full block on padded texts under numpy's masks."""
     keys_B = reference_keys(SEED, STEP, ALL)
     expected_BC, expected = reference_with_dropout(LENGTHS, keys_B, P)
     logits_BC, gradients = outcome(classifier_with(checkpointing=checkpointing), ALL)
@@ -307,7 +307,7 @@ def test_masks_are_the_same_under_bf16_autocast() -> None:
 
 
 def test_numpy_reference_depends_on_every_argument() -> None:
-    """Checks the reference: every argument changes it."""
+    """Check the reference itself: every argument changes it."""
     base = reference_keys(1, 2, [3])
     others = [reference_keys(*changed) for changed in ((2, 2, [3]), (1, 3, [3]), (1, 2, [4]))]
     assert len({int(keys[0]) for keys in (base, *others)}) == 4

@@ -322,7 +322,7 @@ def test_loading_an_export_gives_the_same_classifier(exported: Exported) -> None
 
 
 def test_loading_a_classifier_of_hugging_face(tmp_path: Path) -> None:
-    """Made by Hugging Face alone: no pad token, a tokenizer without a limit, default class names."""
+    """Load a model that Hugging Face alone has written: no pad token, a tokenizer without a limit, default class names."""
     torch.manual_seed(0)
     load_tokenizer("embedded", revision=None, pad_token="eos").save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())

@@ -113,7 +113,7 @@ def test_output_and_gradients_equal_hugging_face(change: dict[str, object]) -> N
 
 
 def test_another_token_than_the_last_is_detected() -> None:
-    """Control of the tolerance, the lengths and the weights of the sum."""
+    """Check the tolerance, the lengths and the weights of the sum."""
     block, hidden_BTD = block_with(), ragged_hidden(LENGTHS)
     expected = outcome(theirs(LENGTHS), block, hidden_BTD)
     one_more = [length + 1 for length in LENGTHS]
@@ -144,7 +144,7 @@ def test_text_of_one_token_has_no_query_and_key_gradients() -> None:
 
 @pytest.mark.parametrize("padding", [0.0, -3.0, 1e15], ids=str)
 def test_padding_has_no_influence(padding: float) -> None:
-    """Not on one bit of the output or of a gradient, in fp32, if the padding is finite."""
+    """Check every bit of the output and of the gradients, in fp32, for finite padding."""
     block = block_with(dtype=torch.float32)
     expected = outcome(ours(LENGTHS), block, ragged_hidden(LENGTHS, dtype=torch.float32))
     actual = outcome(ours(LENGTHS), block, ragged_hidden(LENGTHS, padding=padding, dtype=torch.float32))
@@ -181,7 +181,7 @@ class Mask(nn.Module):
 
 
 def test_output_and_gradients_equal_hugging_face_under_the_same_masks() -> None:
-    """Uses the same masks at all three places of dropout.
+    """Use the same masks at all three places of dropout.
 
     With `reorder_and_upcast_attn`, Hugging Face's attention weights pass through the block's dropout module, which a test can
     replace. Its scores are then fp32, hence the tolerance.
@@ -258,7 +258,7 @@ DROPOUTS["both"] = DROPOUTS["attention"] | DROPOUTS["residual"]
 @pytest.mark.parametrize("num_tokens", [1, 4])
 @pytest.mark.parametrize("rates", DROPOUTS.values(), ids=DROPOUTS)
 def test_dropout_has_the_distribution_of_hugging_face(rates: dict[str, float], num_tokens: int) -> None:
-    """Means, variances and covariances over 20,000 draws agree within 5 standard errors.
+    """Compare means, variances and covariances over 20,000 draws: they agree within 5 standard errors.
 
     Elements covary, as one attention weight scales a whole head and the MLP mixes the elements.
     """
@@ -294,7 +294,7 @@ class OneMaskForAllTexts(nn.Module):
     "wrong", [nn.Identity(), nn.Dropout(0.33), BeforeSoftmax(), OneMaskForAllHeads(), OneMaskForAllTexts()], ids=repr
 )
 def test_wrong_attention_dropout_is_detected(wrong: nn.Module) -> None:
-    """Controls: no dropout, a slightly higher rate, another place, shared masks."""
+    """Try no dropout, a slightly higher rate, another place and shared masks."""
     block = block_with(**DROPOUTS["attention"]).train()
     text_TD = ragged_hidden([4])[0, :4]
     expected_ND = draw(all_theirs, block, text_TD, seed=1)

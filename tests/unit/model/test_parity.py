@@ -165,7 +165,7 @@ def test_trained_gpt2_equals_huggingface(shared, pad_token: str, fast_path: bool
 @BOTH_PATHS
 @pytest.mark.parametrize("trainable_blocks", [0, 1, "all"])
 def test_logits_depend_on_the_example_alone(trainable_blocks: int | str, fast_path: bool) -> None:
-    """Not on the batch, the padding or the pad id, even if the text contains the pad id."""
+    """Change the batch, the padding and the pad id, also in texts that contain the pad id."""
     classifier = ours_like(random_reference(), trainable_blocks, fast_path=fast_path)
     lengths = [1, 4, 11, 16, 7]
     tokens_BT, lengths_B = ragged_batch(lengths, low=1, high=97, pad_id=0)

@@ -65,7 +65,7 @@ def test_run_in_threads_runs_no_more_tasks_than_threads(num_threads: int) -> Non
 
 @pytest.mark.parametrize("num_tasks", [1, 4])
 def test_run_in_threads_gives_a_task_one_thread(num_tasks: int) -> None:
-    """A single task too: its result must not depend on the number of tasks."""
+    """Check a single task too: its result must not depend on the number of tasks."""
     assert run_in_threads([torch.get_num_threads] * num_tasks, CPU) == [1] * num_tasks
     assert torch.get_num_threads() == 2
 
