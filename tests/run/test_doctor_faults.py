@@ -223,20 +223,20 @@ def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
 
 def test_hub_data_that_is_not_cached_in_offline_mode(tmp_path: Path) -> None:
     environ = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    arguments = ("--model.name", "embedded", "--data.source", "somebody/BigNews")
+    arguments = ("--model.name", "embedded", "--data.source", "owner/BigNews")
     report = run_doctor(Rank(prefix=("env",), environ=environ), folder=tmp_path, arguments=arguments)
     assert report.codes == [1]
-    found = f"somebody/BigNews: not complete below {tmp_path}, and HF_HUB_OFFLINE is set"
+    found = f"owner/BigNews: not complete below {tmp_path}, and HF_HUB_OFFLINE is set"
     assert report.found("fail") == {"hub": found}
     # `datasets` names the directory of a data set that it has built like this.
-    (tmp_path / "datasets" / "somebody___big_news" / "default" / "0.0.0" / "abc").mkdir(parents=True)
+    (tmp_path / "datasets" / "owner___big_news" / "default" / "0.0.0" / "abc").mkdir(parents=True)
     report = run_doctor(Rank(prefix=("env",), environ=environ), folder=tmp_path, arguments=arguments)
     assert report.codes == [0]
     assert report.found("ok")["hub"].startswith(f"all is below {tmp_path}")
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(shared: Path, tmp_path: Path) -> None:
-    """A node behind a firewall: the tokenizer alone would wait for minutes, although it is cached."""
+    # A node behind a firewall: the tokenizer alone would wait for minutes, although it is cached.
     snapshot = tmp_path / "hub" / "models--me--mini" / "snapshots" / "abc"
     shutil.copytree(shared / "checkpoints" / "gpt2-mini", snapshot)
     (tmp_path / "hub" / "models--me--mini" / "refs").mkdir()
@@ -272,7 +272,7 @@ def count_connections(server: socket.socket) -> int:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees GPUs here")
 def test_gpus_that_torch_does_not_see(tmp_path: Path) -> None:
-    """A container without --nv, a CPU build of torch, or a broken driver: the job would take hours on the CPU."""
+    # A container without --nv, a CPU build of torch, or a broken driver: the job would take hours on the CPU.
     rank = Rank(environ={"CUDA_VISIBLE_DEVICES": "0,1"})
     report = run_doctor(rank, folder=tmp_path)
     assert report.codes == [1]
@@ -306,7 +306,7 @@ sys.exit(doctor.main(sys.argv[3:]))
     ],
 )
 def test_a_broken_network(tmp_path: Path, fault: str, function: str, check: str, error: str) -> None:
-    """NCCL behind a wrong interface or a firewall: an error on one rank, or no answer; the other rank waits."""
+    # NCCL behind a wrong interface or a firewall: an error on one rank, or no answer; the other rank waits.
     report = run_doctor(Rank(), Rank(), folder=tmp_path, program=("-c", BROKEN_NETWORK, fault, function))
     assert report.codes == [1, 1], report.err
     found = report.found("fail")

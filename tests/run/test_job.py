@@ -84,7 +84,7 @@ def test_requeue_job(slurm: FakeSlurm, squeue: str, scontrol: str, expected: str
 
 
 def test_requeue_job_requeues_one_task_of_an_array(slurm: FakeSlurm) -> None:
-    """One task has the array's own number, which means all tasks to Slurm's clients."""
+    # One task has the array's own number, which means all tasks to Slurm's clients.
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
     _, out, calls = slurm.run("is_preempted || requeue_job", scontrol="PreemptTime=None", squeue="RUNNING", **array)
     assert out == "job 7_3: requeued\n"
@@ -99,7 +99,7 @@ def test_is_preempted_reads_the_jobs_record(slurm: FakeSlurm, answer: str, expec
 
 
 def test_run_training_requeues_a_job_that_is_stopped_before_the_ranks_start(slurm: FakeSlurm) -> None:
-    """While the environment is set up, no rank handles signals yet."""
+    # While the environment is set up, no rank handles signals yet.
     environ = {"INTERPRETER": f"{REPOSITORY}/.venv/bin/python", "OMP_NUM_THREADS": "1"}
     arguments = f"--run.dir {slurm.directory}/runs"
     code, out, calls = slurm.run("kill -USR1 $$", f"run_training {arguments}", squeue="RUNNING", **environ)
@@ -133,7 +133,7 @@ def test_job_accepts_a_careless_setup_and_ignores_exported_node_variables(slurm:
 
 @pytest.mark.parametrize("script", BATCH_SCRIPTS, ids=lambda script: script.stem)
 def test_batch_script_sources_job_sh_of_the_submitted_file(slurm: FakeSlurm, script: Path) -> None:
-    """Slurm runs a copy; one record per task of an array names the submitted file and its arguments."""
+    # Slurm runs a copy; one record per task of an array names the submitted file and its arguments.
     folder = slurm.directory / "a b"
     record = f"   JobId=7\n   Command={folder}/mine.sbatch --config x/y.yaml\n   WorkDir=/tmp\n"
     slurm.add_client("scontrol", f"#!/bin/sh\nprintf '%s' '{record * 2}'\n")

@@ -108,7 +108,7 @@ def test_launcher_starts_and_ends_two_ranks(stand_in: Path, tmp_path: Path, scri
 
 
 def test_accelerate_on_a_cpu_without_our_configuration_is_refused() -> None:
-    """By default accelerate starts one process instead of two; launch/accelerate.sh brings a configuration for this."""
+    # By default accelerate starts one process instead of two; launch/accelerate.sh brings a configuration for this.
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     done = subprocess.run(
         [sys.executable, *launcher, "-m", "agnews_dist.train", "--debug"],
@@ -196,7 +196,7 @@ def check_same_numbers(found: Outcome, reference: Outcome) -> None:
 
 
 def test_reference_run_has_two_ranks_and_learns(outcomes: dict[str, Outcome]) -> None:
-    """Without learning, equal numbers would prove nothing. Clipping is active at every step."""
+    # Without learning, equal numbers would prove nothing. Clipping is active at every step.
     reference = outcomes["torchrun"]
     assert reference.result["num_ranks"] == 2
     assert reference.result["num_steps"] == len(reference.steps) == 8

@@ -110,7 +110,7 @@ def test_node_names_the_owner_of_a_taken_port(hosts: Hosts, start: START) -> Non
 
 
 def test_rendezvous_check_warns_if_the_head_is_loopback_on_itself(hosts: Hosts, tmp_path: Path) -> None:
-    """Debian's default /etc/hosts: the other nodes see another address."""
+    # Debian's default /etc/hosts: the other nodes see another address.
     (tmp_path / "debian").write_text("127.0.0.1 localhost\n127.0.1.1 first\n")
     mount = ["sh", "-ec", 'mount --bind "$0" /etc/hosts; exec "$@"', str(tmp_path / "debian")]
     check = ["-m", "agnews_dist.preflight.rendezvous_check", "--endpoint", "first:29503", "--nodes", "2", "--node", "0"]
@@ -126,7 +126,7 @@ def test_rendezvous_check_warns_if_the_head_is_loopback_on_itself(hosts: Hosts, 
 
 
 def test_node_alone_resolves_no_name(hosts: Hosts, tmp_path: Path) -> None:
-    """In containers the host name often does not resolve; torchrun would look it up for a minute."""
+    # In containers the host name often does not resolve; torchrun would look it up for a minute.
     done = subprocess.run(
         [*hosts.inside("nameless"), NODE, "--help"],
         env=environment(NODES="1", NPROC="2"),
@@ -145,7 +145,7 @@ def test_node_alone_resolves_no_name(hosts: Hosts, tmp_path: Path) -> None:
 def test_node_chooses_the_interface_that_leads_to_the_head(
     hosts: Hosts, start: START, tmp_path: Path, preflight: str
 ) -> None:
-    """The arguments of torchrun, and the interfaces of gloo and NCCL; the user's values win."""
+    # The output: interfaces of gloo and NCCL, and the arguments of torchrun. The user's values win.
     show = tmp_path / "show"
     show.write_text('#!/bin/sh\necho "$GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME $*"\n')
     show.chmod(0o755)

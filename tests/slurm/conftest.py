@@ -1,4 +1,4 @@
-"""One cluster per test file."""
+"""Fixtures of the Slurm tests: one cluster of two nodes per test file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,24 +6,24 @@ from pathlib import Path
 import pytest
 from support import slurm_cluster as cluster
 from support.processes import REPOSITORY, environment
+from support.tools import skip_without
 
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[cluster.Lab]:
-    """Two nodes, up until the file's last test."""
-    if lacking := cluster.missing():
-        pytest.skip(f"no {', '.join(lacking)}: apt-get install slurm-wlm munge")
+    """A cluster of two nodes."""
+    skip_without(*cluster.PROGRAMS)
     with cluster.Lab() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def environ(lab: cluster.Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a user's shell on the login node exports."""
-    # Compilers and caches see the nodes' common file system, which here is everything.
+    """Variables of a user's shell on the login node."""
+    # A new cache, on a file system that the nodes share: here every file system.
     settings = environment(XDG_CACHE_HOME=str(tmp_path_factory.mktemp("cache")))
-    del settings["CUDA_VISIBLE_DEVICES"]  # Slurm's to say
-    # On loopback every node has the first one's address, which the check refuses, and there may be no other way.
+    del settings["CUDA_VISIBLE_DEVICES"]  # set by Slurm
+    # On loopback all nodes have the first one's address, which the rendezvous check refuses.
     on_loopback = {"PREFLIGHT": "off", "GLOO_SOCKET_IFNAME": "lo", "ADDRESS": "127.0.0.1"}
     return settings if lab.is_networked else settings | on_loopback
 

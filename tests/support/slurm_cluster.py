@@ -66,11 +66,6 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 
 
-def missing() -> list[str]:
-    """Programs that are not installed."""
-    return [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
-
-
 def _path() -> str:
     return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
