@@ -39,7 +39,7 @@ def run(world: World, loaded: cli.Loaded) -> None:
     # Imported here, so that --help and wrong settings do not wait seconds for torch.
     from rich.console import Console as Output
 
-    from agnews_dist.data.batching.forecast import forecast, idle_warning
+    from agnews_dist.data.batching.forecast import forecast, warn_of_idle_ranks
     from agnews_dist.data.batching.shares import quadratic_weight
     from agnews_dist.events import Progress, Warned
     from agnews_dist.model.gpt2 import check_max_length, load_model_config
@@ -83,6 +83,6 @@ def run(world: World, loaded: cli.Loaded) -> None:
                 out=out,
             )
         balance = estimate.efficiency.rank_balance
-        warning = idle_warning(settings, num_examples=len(split), num_ranks=num_ranks, rank_balance=balance)
+        warning = warn_of_idle_ranks(settings, num_examples=len(split), num_ranks=num_ranks, rank_balance=balance)
         if warning:
             emit(Warned(message=warning))

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from agnews_dist.data.hub import read_hub
-from agnews_dist.data.local_files import looks_local, read_local
-from agnews_dist.data.rows import Corpus, Ints, Origin, RawRows, Split, check_corpus, check_split, fingerprint
+from agnews_dist.data.local_files import is_local_path, read_local
+from agnews_dist.data.rows import Corpus, Ints, Origin, RawRows, Split, check_corpus, check_split, hash_corpus
 from agnews_dist.data.synthetic import CLASS_NAMES, SPLITS, generate
 from agnews_dist.errors import DataError
 
@@ -56,7 +56,7 @@ def load_corpus(
             train, validation = hold_out_validation(splits["train"], fraction=validation_fraction, seed=seed)
             splits = {**splits, "train": train, "validation": validation}
     splits = {name: limit_rows(splits[name], limits, seed=seed) for name in SPLITS if name in splits}
-    return Corpus(splits, class_names, fingerprint(splits, class_names))
+    return Corpus(splits, class_names, hash_corpus(splits, class_names))
 
 
 def check_source(source: str) -> None:
@@ -65,7 +65,7 @@ def check_source(source: str) -> None:
     Raises:
         DataError: `source` reads like a path that does not exist.
     """
-    if source != SYNTHETIC and not Path(source).expanduser().exists() and looks_local(source):
+    if source != SYNTHETIC and not Path(source).expanduser().exists() and is_local_path(source):
         raise DataError(
             f"data.source {source!r} does not exist: no such path from {Path.cwd()}. Correct it, or set --data.source to a hub "
             "id such as fancyzhx/ag_news, or to 'synthetic'."
@@ -98,7 +98,7 @@ def _class_names(raw: Mapping[str, RawRows]) -> tuple[str, ...]:
     return next(iter(found.values()), CLASS_NAMES)
 
 
-def choose(labels_N: Ints, num_rows: int, *, seed: int, stream: int) -> Ints:
+def choose_rows(labels_N: Ints, num_rows: int, *, seed: int, stream: int) -> Ints:
     """Choose up to `num_rows` row numbers, ascending, with the class proportions of `labels_N`.
 
     Random bits come from the bit generator: numpy guarantees its stream across versions, but not `Generator.choice`.
@@ -137,7 +137,7 @@ def hold_out_validation(train: Split, *, fraction: float, seed: int) -> tuple[Sp
             "training texts. Remove the duplicates, or add a validation file."
         )
     num_held_out = min(max(1, round(fraction * len(train))), len(train) - 1)
-    held_out = unique[choose(train.labels[unique], num_held_out, seed=seed, stream=_STREAMS["hold out"])]
+    held_out = unique[choose_rows(train.labels[unique], num_held_out, seed=seed, stream=_STREAMS["hold out"])]
     kept = np.setdiff1d(np.arange(len(train), dtype=np.int64), held_out, assume_unique=True)
     return train.take(kept), train.take(held_out, "validation")
 
@@ -147,4 +147,4 @@ def limit_rows(split: Split, limits: Mapping[str, int | None], *, seed: int) -> 
     most = limits.get(split.name)
     if most is None or most >= len(split):
         return split
-    return split.take(choose(split.labels, most, seed=seed, stream=_STREAMS[split.name]))
+    return split.take(choose_rows(split.labels, most, seed=seed, stream=_STREAMS[split.name]))

@@ -101,10 +101,10 @@ def _read_parquet(path: Path, name: str) -> RawRows:
         # The default batch size is that of the first row group, which may be empty.
         values = _read_columns("parquet", path, ("text", "label"), columns=["text", "label"], batch_size=_BATCH_ROWS)
     texts = values["text"]
-    return RawRows(texts, values["label"], Origin.of_file(name, len(texts)), class_names_of(features))
+    return RawRows(texts, values["label"], Origin.of_file(name, len(texts)), read_class_names(features))
 
 
-def class_names_of(features: Mapping[str, object]) -> tuple[str, ...] | None:
+def read_class_names(features: Mapping[str, object]) -> tuple[str, ...] | None:
     """Return the names of a ClassLabel column 'label'; None if the column has another type."""
     names = getattr(features.get("label"), "names", None)
     return tuple(names) if names else None

@@ -1,6 +1,6 @@
 """Rows of a data set on the Hugging Face hub, or of its copy in the local cache (HF_HOME)."""
 
-from agnews_dist.data.formats import class_names_of
+from agnews_dist.data.formats import read_class_names
 from agnews_dist.data.hugging_face import silence_datasets, translate_errors
 from agnews_dist.data.local_files import SPLIT_WORDS
 from agnews_dist.data.rows import Origin, RawRows, check_columns
@@ -35,7 +35,7 @@ def read_hub(source: str, revision: str | None) -> dict[str, RawRows]:
             label = f"{source} split {word}"
             check_columns(label, rows.column_names)
             texts, labels = list(rows["text"]), list(rows["label"])
-            splits[name] = RawRows(texts, labels, Origin.of_file(label, len(texts)), class_names_of(rows.features))
+            splits[name] = RawRows(texts, labels, Origin.of_file(label, len(texts)), read_class_names(rows.features))
     if not splits:
         raise DataError(
             f"data set {source!r} has the splits {', '.join(map(str, loaded))}: none is train, validation or test. "

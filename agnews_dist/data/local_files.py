@@ -16,7 +16,7 @@ SPLIT_WORDS = {
 """Names of a split in files, folders and on the hub: `train-00000-of-00001.parquet`, `dev.csv`, `train/0000.parquet`."""
 
 
-def looks_local(source: str) -> bool:
+def is_local_path(source: str) -> bool:
     """Return whether `source` can only be a path: a hub id is `name` or `owner/name`, without a data suffix."""
     suffixes = (*SUFFIXES, ".tsv", ".txt", ".gz", ".zip", ".arrow", ".xlsx")
     return (
@@ -34,7 +34,7 @@ def read_local(path: Path) -> dict[str, RawRows]:
         DataError: no data file exists, a file cannot be read, or files of a split do not fit together.
     """
     if path.is_dir():
-        files = files_by_split(path)
+        files = find_files_by_split(path)
         return {name: _join([read_file(file, str(file.relative_to(path))) for file in files[name]]) for name in files}
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
@@ -44,7 +44,7 @@ def read_local(path: Path) -> dict[str, RawRows]:
     return {"train": read_file(path, path.name)}
 
 
-def files_by_split(directory: Path) -> dict[str, list[Path]]:
+def find_files_by_split(directory: Path) -> dict[str, list[Path]]:
     """Find the data files of `directory`, or else of its `data/`, by split, in order of their names."""
     found: list[Path] = []
     for parent in (directory, directory / "data"):

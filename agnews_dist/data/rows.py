@@ -203,7 +203,7 @@ def _parse_label(label: str | int | float | None, class_names: tuple[str, ...], 
     return index if 0 <= index < len(class_names) else None
 
 
-def fingerprint(splits: Mapping[str, Split], class_names: Iterable[str]) -> str:
+def hash_corpus(splits: Mapping[str, Split], class_names: Iterable[str]) -> str:
     """Hash class names, split names, texts and labels with sha256.
 
     Raises:

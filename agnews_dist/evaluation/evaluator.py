@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agnews_dist.data.batching.loader import TokenTable, scoring_batches
+from agnews_dist.data.batching.loader import TokenTable, evaluation_batches
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import Stopped
@@ -98,7 +98,7 @@ def compute_rank_logits(
     logits: list[NDArray[np.float32]] = [np.empty((0, num_classes), np.float32)]
     was_training = classifier.suffix.training
     classifier.suffix.eval()
-    batches, num_ranks = scoring_batches(table), engine.world.num_ranks
+    batches, num_ranks = evaluation_batches(table), engine.world.num_ranks
     plan = batches[engine.world.rank :: num_ranks]
     num_done, num_rows = 0, sum(map(len, plan))
     with torch.no_grad():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from agnews_dist.data.batching.loader import TokenTable, scoring_batches
+from agnews_dist.data.batching.loader import TokenTable, evaluation_batches
 from agnews_dist.data.rows import Ints
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.device import free_device_bytes
@@ -240,7 +240,7 @@ class FeatureCache:
                 order = order[assign_owners(table.lengths_N, world.num_ranks)[order] == world.rank]
             groups = [order]
         else:
-            groups = scoring_batches(table)
+            groups = evaluation_batches(table)
             if sharded:
                 groups = groups[world.rank :: world.num_ranks]
         layout = lay_out(

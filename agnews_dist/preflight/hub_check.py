@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from agnews_dist.data.corpus import SYNTHETIC
-from agnews_dist.data.local_files import looks_local
+from agnews_dist.data.local_files import is_local_path
 from agnews_dist.errors import ModelError
 from agnews_dist.model.pretrained import CONFIG_FILE, EMBEDDED, TOKENIZER_FILES, WEIGHT_FILES, locate
 from agnews_dist.preflight.findings import Finding, run_with_timeout
@@ -19,7 +19,7 @@ def check_hub(model: str, revision: str | None, init: str, source: str) -> Findi
     cached: dict[str, bool] = {}
     if _is_hub_model(model):
         cached[model] = _has_model(model, revision, init)
-    if source != SYNTHETIC and not Path(source).expanduser().exists() and not looks_local(source):
+    if source != SYNTHETIC and not Path(source).expanduser().exists() and not is_local_path(source):
         cached[source] = _has_data(source)
     if not cached:
         return Finding(check="hub", verdict="ok", found="not needed: model and data are local")

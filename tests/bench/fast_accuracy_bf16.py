@@ -10,7 +10,7 @@ import torch
 
 from agnews_dist.config.schema import Config, DataConfig, EngineConfig, ModelConfig, RunConfig
 from agnews_dist.data.batching.batch import Batch
-from agnews_dist.data.batching.loader import TokenTable, TrainLoader, scoring_batches
+from agnews_dist.data.batching.loader import TokenTable, TrainLoader, evaluation_batches
 from agnews_dist.data.batching.shares import quadratic_weight
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
@@ -126,7 +126,7 @@ class Rows:
         prefix, table = copy.deepcopy(self._prefix).bfloat16(), self._tables[split]
         layout = lay_out(
             table.lengths_N,
-            scoring_batches(table),
+            evaluation_batches(table),
             call_tokens=prefix.call_tokens,
             row_bytes=prefix.row_bytes,
         )

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agnews_dist.data.batching.epoch_plan import Plan, plan
-from agnews_dist.data.batching.position import fingerprint
+from agnews_dist.data.batching.position import fingerprint_plan
 from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.data.batching.shares import Efficiency, Share, Tally, share_batch
 
@@ -150,11 +150,11 @@ def forecast(
         tokens_per_step=_spread(tokens_K),
         micro_batches_per_step=_spread(micro_batches_K),
         histogram=tuple(_count_lengths(lengths_N)),
-        plan_fingerprint=fingerprint(lengths_N, settings),
+        plan_fingerprint=fingerprint_plan(lengths_N, settings),
     )
 
 
-def idle_warning(
+def warn_of_idle_ranks(
     settings: PlanSettings, *, num_examples: int, num_ranks: int, rank_balance: float | None = None
 ) -> str | None:
     """Warn if batches are too small for the number of ranks; None if little of the machine waits.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agnews_dist.data.batching.batch import Batch
 from agnews_dist.data.batching.epoch_plan import Plan, plan
-from agnews_dist.data.batching.position import fingerprint
+from agnews_dist.data.batching.position import fingerprint_plan
 from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.data.batching.shares import (
     Efficiency,
@@ -110,8 +110,8 @@ class TrainLoader:
 
     @cached_property
     def fingerprint(self) -> dict[str, int | str | None]:
-        """Fingerprint of the plan, independent of the number of ranks: see `position.fingerprint`."""
-        return fingerprint(self._table.lengths_N, self._settings)
+        """Fingerprint of the plan, independent of the number of ranks: see `fingerprint_plan`."""
+        return fingerprint_plan(self._table.lengths_N, self._settings)
 
     def num_steps(self, num_epochs: int) -> int:
         """Count the steps of `num_epochs` epochs, which can differ under a token budget."""
@@ -152,6 +152,6 @@ class TrainLoader:
         return StepBatches(micro_batches, len(ids), share)
 
 
-def scoring_batches(table: TokenTable) -> list[Ints]:
+def evaluation_batches(table: TokenTable) -> list[Ints]:
     """Plan the micro-batches in which a split is scored; rank r computes every R-th from number r."""
     return plan_evaluation(table.lengths_N, max_tokens=EVALUATION_TOKENS)

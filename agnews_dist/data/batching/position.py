@@ -16,7 +16,7 @@ ALGORITHM = 1
 """Version of the planning algorithm, part of the fingerprint. Raise it when equal settings give other global batches."""
 
 
-def fingerprint(lengths: Lengths, settings: PlanSettings) -> dict[str, int | str | None]:
+def fingerprint_plan(lengths: Lengths, settings: PlanSettings) -> dict[str, int | str | None]:
     """Return everything that decides which examples are in global batch k of an epoch, ready for JSON.
 
     Plans with equal fingerprints are equal.

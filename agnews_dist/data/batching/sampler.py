@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from agnews_dist.data.batching.epoch_plan import Plan, plan
-from agnews_dist.data.batching.position import fingerprint, load_position, save_position
+from agnews_dist.data.batching.position import fingerprint_plan, load_position, save_position
 from agnews_dist.data.batching.settings import Lengths, PlanSettings, as_lengths, iterate_chunks
 from agnews_dist.data.batching.shares import share_batch
 from agnews_dist.errors import UserError
@@ -220,7 +220,7 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
 
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:
-        return fingerprint(self._lengths, self._settings)
+        return fingerprint_plan(self._lengths, self._settings)
 
 
 def _check_step(step: int, num_steps: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from agnews_dist.data.batching import forecast as module
 from agnews_dist.data.batching.epoch_plan import plan
-from agnews_dist.data.batching.forecast import Forecast, forecast, idle_warning
+from agnews_dist.data.batching.forecast import Forecast, forecast, warn_of_idle_ranks
 from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.data.batching.shares import Efficiency, share_batch
 from agnews_dist.errors import UserError
@@ -175,21 +175,21 @@ def test_forecast_to_dict_is_strict_json(settings: PlanSettings, decides: tuple[
     assert read["plan_fingerprint"]["num_examples"] == read["num_examples"] == 331
 
 
-# --- idle_warning
+# --- warn_of_idle_ranks
 
 
 def test_idle_warning_for_fewer_rows_than_ranks() -> None:
-    assert idle_warning(PlanSettings(global_batch_size=4), num_examples=10_000, num_ranks=8) == (
+    assert warn_of_idle_ranks(PlanSettings(global_batch_size=4), num_examples=10_000, num_ranks=8) == (
         "batch.global_batch_size 4 on 8 ranks: 4 of 8 ranks compute a filler row at every step, 50% of the machine waits. "
         "Raise batch.global_batch_size to 8 or more, or use at most 4 ranks."
     )
-    almost = idle_warning(PlanSettings(global_batch_size=63), num_examples=10_000, num_ranks=64)
+    almost = warn_of_idle_ranks(PlanSettings(global_batch_size=63), num_examples=10_000, num_ranks=64)
     assert almost is not None
     assert "1 of 64 ranks compute a filler row at every step, 2% of the machine waits" in almost
 
 
 def test_idle_warning_for_rows_that_do_not_divide_among_the_ranks() -> None:
-    warning = idle_warning(PlanSettings(global_batch_size=10), num_examples=10_000, num_ranks=8)
+    warning = warn_of_idle_ranks(PlanSettings(global_batch_size=10), num_examples=10_000, num_ranks=8)
     assert warning is not None
     assert warning.startswith("batch.global_batch_size 10 on 8 ranks: ")
     assert "ranks with fewer than 2 rows of similar length wait, up to 38% of the machine." in warning
@@ -202,14 +202,14 @@ def test_idle_warning_for_rows_that_do_not_divide_among_the_ranks() -> None:
 def test_idle_warning_for_a_token_budget_uses_the_measured_balance() -> None:
     settings = PlanSettings(global_token_budget=201)
     balance = make_forecast(make_lengths(331), settings, ranks=8).efficiency.rank_balance
-    warning = idle_warning(settings, num_examples=10_000, num_ranks=8, rank_balance=balance)
+    warning = warn_of_idle_ranks(settings, num_examples=10_000, num_ranks=8, rank_balance=balance)
     assert warning is not None
     assert warning.startswith("batch.global_token_budget 201 on 8 ranks: ")
     assert f", {1 - balance:.0%} of the machine waits. Raise batch.global_token_budget, or use fewer ranks." in warning
     assert balance < 0.8
     # A token budget replaces the batch size, which is then not judged.
     assert (
-        idle_warning(PlanSettings(global_token_budget=99, global_batch_size=1), num_examples=10_000, num_ranks=8)
+        warn_of_idle_ranks(PlanSettings(global_token_budget=99, global_batch_size=1), num_examples=10_000, num_ranks=8)
         is None
     )
 
@@ -218,7 +218,7 @@ def test_idle_warning_for_a_token_budget_uses_the_measured_balance() -> None:
     "settings", [PlanSettings(), PlanSettings(global_token_budget=9000)], ids=["examples", "tokens"]
 )
 def test_idle_warning_for_fewer_texts_than_ranks(settings: PlanSettings) -> None:
-    assert idle_warning(settings, num_examples=6, num_ranks=8, rank_balance=0.7) == (
+    assert warn_of_idle_ranks(settings, num_examples=6, num_ranks=8, rank_balance=0.7) == (
         "6 training texts on 8 ranks: 2 of 8 ranks compute a filler row at every step, 25% of the machine waits. "
         "Use at most 6 ranks."
     )
@@ -227,8 +227,10 @@ def test_idle_warning_for_fewer_texts_than_ranks(settings: PlanSettings) -> None
 
 @pytest.mark.parametrize(("size", "ranks"), [(1, 1), (8, 8), (32, 8), (256, 8), (250, 8), (4096, 64)])
 def test_idle_warning_is_silent_for_batches_that_fit(size: int, ranks: int) -> None:
-    assert idle_warning(PlanSettings(global_batch_size=size), num_examples=10_000, num_ranks=ranks) is None
+    assert warn_of_idle_ranks(PlanSettings(global_batch_size=size), num_examples=10_000, num_ranks=ranks) is None
     assert (
-        idle_warning(PlanSettings(global_token_budget=size), num_examples=10_000, num_ranks=ranks, rank_balance=0.97)
+        warn_of_idle_ranks(
+            PlanSettings(global_token_budget=size), num_examples=10_000, num_ranks=ranks, rank_balance=0.97
+        )
         is None
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.plans import plan_batches
 
-from agnews_dist.data.batching.position import ALGORITHM, fingerprint, load_position, save_position
+from agnews_dist.data.batching.position import ALGORITHM, fingerprint_plan, load_position, save_position
 from agnews_dist.data.batching.settings import Lengths, PlanSettings
 from agnews_dist.data.rows import Ints
 from agnews_dist.errors import UserError
@@ -36,8 +36,8 @@ def changed_length() -> Ints:
 
 
 def test_save_position_gives_json_without_ranks():
-    saved = json.loads(json.dumps(save_position(2, 17, fingerprint(LENGTHS, CHOSEN))))
-    assert load_position(saved, fingerprint(LENGTHS, CHOSEN)) == (2, 17)
+    saved = json.loads(json.dumps(save_position(2, 17, fingerprint_plan(LENGTHS, CHOSEN))))
+    assert load_position(saved, fingerprint_plan(LENGTHS, CHOSEN)) == (2, 17)
     assert list(saved) == ["epoch", "step", "plan"]
     # It holds nothing about ranks, micro-batches or workers.
     assert set(saved["plan"]) == {
@@ -52,10 +52,10 @@ def test_save_position_gives_json_without_ranks():
 def test_load_position_refuses_every_other_setting(name):
     other = replace(CHOSEN, **{name: CHANGED[name]})
     assert batches(LENGTHS, other) != batches(LENGTHS, CHOSEN)
-    saved = save_position(0, 3, fingerprint(LENGTHS, CHOSEN))
+    saved = save_position(0, 3, fingerprint_plan(LENGTHS, CHOSEN))
     was, is_now = getattr(CHOSEN, name), CHANGED[name]
     with pytest.raises(UserError) as refused:
-        load_position(saved, fingerprint(LENGTHS, other))
+        load_position(saved, fingerprint_plan(LENGTHS, other))
     message = str(refused.value)
     assert f"{name} was {was}, is {is_now}" in message
     assert message.startswith("saved position (epoch 0, step 3) belongs to another plan (")
@@ -76,15 +76,15 @@ def test_load_position_refuses_every_other_setting(name):
 )
 def test_load_position_refuses_other_data(lengths, named):
     assert batches(lengths, CHOSEN) != batches(LENGTHS, CHOSEN)
-    saved = save_position(0, 3, fingerprint(LENGTHS, CHOSEN))
+    saved = save_position(0, 3, fingerprint_plan(LENGTHS, CHOSEN))
     with pytest.raises(UserError, match=r"belongs to another plan.*or start a new run") as refused:
-        load_position(saved, fingerprint(lengths, CHOSEN))
+        load_position(saved, fingerprint_plan(lengths, CHOSEN))
     assert re.findall(r"(\w+) was ", str(refused.value)) == named
 
 
 def test_load_position_names_all_differences():
-    saved = save_position(1, 5, fingerprint(LENGTHS, CHOSEN))
-    now = fingerprint(LENGTHS[:40], PlanSettings(global_batch_size=16, bucket_window="epoch", seed=3))
+    saved = save_position(1, 5, fingerprint_plan(LENGTHS, CHOSEN))
+    now = fingerprint_plan(LENGTHS[:40], PlanSettings(global_batch_size=16, bucket_window="epoch", seed=3))
     with pytest.raises(UserError) as refused:
         load_position(saved, now)
     for part in ("global_batch_size was 8, is 16", "bucket_window was 5, is epoch", "num_examples was 200, is 40"):
@@ -94,24 +94,24 @@ def test_load_position_names_all_differences():
 def test_fingerprint_omits_a_batch_size_under_a_token_budget():
     first, second = (PlanSettings(global_batch_size=size, global_token_budget=90, seed=3) for size in (8, 9))
     assert batches(LENGTHS, first) == batches(LENGTHS, second)
-    saved = save_position(0, 2, fingerprint(LENGTHS, first))
-    assert load_position(saved, fingerprint(LENGTHS, second)) == (0, 2)
+    saved = save_position(0, 2, fingerprint_plan(LENGTHS, first))
+    assert load_position(saved, fingerprint_plan(LENGTHS, second)) == (0, 2)
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.uint64, ">i8"])
 def test_fingerprint_is_independent_of_the_storage_type(kind):
-    assert fingerprint(LENGTHS.astype(kind), CHOSEN) == fingerprint(LENGTHS, CHOSEN)
+    assert fingerprint_plan(LENGTHS.astype(kind), CHOSEN) == fingerprint_plan(LENGTHS, CHOSEN)
 
 
 def test_fingerprint_covers_all_chunks():
     lengths = np.full((1 << 20) + 5, 9, dtype=np.uint8)
-    before = fingerprint(lengths, CHOSEN)
+    before = fingerprint_plan(lengths, CHOSEN)
     lengths[-1] += 1
-    assert fingerprint(lengths, CHOSEN) != before
+    assert fingerprint_plan(lengths, CHOSEN) != before
 
 
 def test_load_position_refuses_another_algorithm():
-    now = fingerprint(LENGTHS, CHOSEN)
+    now = fingerprint_plan(LENGTHS, CHOSEN)
     saved = save_position(0, 3, {**now, "algorithm": 0, "retired_setting": 5})
     with pytest.raises(
         UserError,
@@ -135,7 +135,7 @@ def test_load_position_refuses_another_algorithm():
     ids=str,
 )
 def test_load_position_refuses_wrong_types(harm):
-    now = fingerprint(LENGTHS, CHOSEN)
+    now = fingerprint_plan(LENGTHS, CHOSEN)
     with pytest.raises(
         UserError, match=r"^saved position \{.*\}: epoch and step must be .*Give a position that save_position"
     ):
@@ -144,4 +144,4 @@ def test_load_position_refuses_wrong_types(harm):
 
 def test_load_position_refuses_an_empty_object():
     with pytest.raises(UserError, match=r"^saved position \{\}: epoch and step must be"):
-        load_position({}, fingerprint(LENGTHS, CHOSEN))
+        load_position({}, fingerprint_plan(LENGTHS, CHOSEN))
