@@ -1,1 +1,1 @@
-"""Every setting: its schema, YAML files, the command line, and the frame around every command."""
+"""Every setting: schema and validation, YAML files, command line. Knows no torch."""

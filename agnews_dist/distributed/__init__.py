@@ -1,1 +1,1 @@
-"""The ranks of a job: who they are, how they meet, talk, watch each other and stop together."""
+"""The ranks of a job: launcher variables, rendezvous, collectives, heartbeats, stops and failures."""
