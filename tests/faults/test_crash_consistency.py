@@ -28,7 +28,7 @@ from save_with_faults import (
     state_of,
     tensors_of,
 )
-from support.processes import REPOSITORY, environment
+from support.processes import REPOSITORY, TIMEOUT, environment
 from support.tools import skip_without
 
 from agnews_dist.run.resume import read_newest_usable
@@ -89,7 +89,7 @@ def do(library) -> Iterator[Do]:
     with process:
         yield order
         process.stdin.close()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=TIMEOUT) == 0
 
 
 def before_any(folder: Path) -> None:

@@ -38,7 +38,7 @@ def kill_node(node: subprocess.Popen) -> None:
             process.suspend()
         for process in processes:
             process.kill()
-    node.wait(timeout=30)
+    node.wait(timeout=TIMEOUT)
 
 
 def test_rank_that_crashes_once_is_restarted_and_the_run_ends_the_same(whole, tmp_path):

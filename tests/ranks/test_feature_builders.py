@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from feature_builder import expected, feature_file
-from support.processes import REPOSITORY
+from support.processes import REPOSITORY, TIMEOUT
 
 NUM_SEGMENTS = 40
 
@@ -28,7 +28,7 @@ def start(directory: Path, log: Path, *, seconds: float = 0.02, threads: int = 1
 
 
 def finish(builder: subprocess.Popen[str]) -> None:
-    _, errors = builder.communicate(timeout=60)
+    _, errors = builder.communicate(timeout=TIMEOUT)
     assert builder.returncode == 0, errors
 
 

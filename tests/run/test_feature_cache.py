@@ -19,7 +19,7 @@ import pytest
 import torch
 from support import fork_server
 from support.events import read_events
-from support.processes import REPOSITORY, environment
+from support.processes import REPOSITORY, TIMEOUT, environment
 from transformers import GPT2Model
 
 from agnews_dist.model.embedded import embedded_config, embedded_tokenizer, scale_embeddings
@@ -377,7 +377,7 @@ def test_two_concurrent_trainings_fill_one_cache(tmp_path, runs, arguments):
     found = runs.by_place
     processes = [start(arguments(tmp_path, name, *ON_DISK)) for name in ("one", "two")]
     for process in processes:
-        _, err = process.communicate(timeout=240)
+        _, err = process.communicate(timeout=TIMEOUT)
         assert process.returncode == 0, err
     for name in ("one", "two"):
         run = Run(tmp_path / name, "")
@@ -442,7 +442,7 @@ def kill_job(arguments: list[str], keys: set[str]) -> set[str]:
     for process in processes:
         process.send_signal(signal.SIGKILL)
     job.wait()
-    psutil.wait_procs(processes[1:], timeout=30)
+    psutil.wait_procs(processes[1:], timeout=TIMEOUT)
     return shared_jobs(keys) - before
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from support import fork_server
-from support.processes import REPOSITORY, environment
+from support.processes import REPOSITORY, TIMEOUT, environment
 
 NUM_RANKS = 2
 TRAIN = """
@@ -117,7 +117,7 @@ class TorchrunJob:
         for process in [*self.workers(), *agent]:
             if _is_running(process):
                 process.kill()
-        self._agent.wait(timeout=30)
+        self._agent.wait(timeout=TIMEOUT)
 
 
 def _is_running(process: psutil.Process) -> bool:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
-from support.processes import environment, python
+from support.processes import TIMEOUT, environment, python
 
 from agnews_dist.data.corpus import Corpus, check_corpus, choose_rows, load_corpus
 from agnews_dist.data.hub import read_hub
@@ -494,5 +494,5 @@ def test_two_processes_load_the_same_corpus(tmp_path):
         subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True, env=environment())
         for _ in range(2)
     ]
-    prints = Counter(process.communicate(timeout=120)[0].strip() for process in processes)
+    prints = Counter(process.communicate(timeout=TIMEOUT)[0].strip() for process in processes)
     assert prints == {load(path, fraction=0.1).fingerprint: 2}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.processes import environment, python
+from support.processes import TIMEOUT, environment, python
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -382,7 +382,7 @@ class Worker:
 
     def result(self) -> tuple[bool, str, int]:
         """Return (was cached, sha256 of the content, number of progress lines)."""
-        *progress, last = self.process.communicate(timeout=120)[0].splitlines()
+        *progress, last = self.process.communicate(timeout=TIMEOUT)[0].splitlines()
         was_cached, digest = json.loads(last)
         return was_cached, digest, len(progress)
 
@@ -425,7 +425,7 @@ def test_killed_builder_leaves_no_valid_cache(tmp_path, corpus):
         (building,) = tmp_path.glob("*.building-*")
         waiting.go()
         victim.process.send_signal(signal.SIGKILL)
-        assert victim.process.wait(timeout=30) == -signal.SIGKILL
+        assert victim.process.wait(timeout=TIMEOUT) == -signal.SIGKILL
         # The lock ended with its holder, so the waiting process builds.
         was_cached, digest, _ = waiting.result()
     assert not was_cached

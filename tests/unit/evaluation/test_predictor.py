@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.processes import TIMEOUT
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from agnews_dist.commands import predict
@@ -256,7 +257,7 @@ def test_a_pipe_may_close_early(run_directory: Path) -> None:
     process.stdout.close()
     errors = process.stderr.read().decode()
     process.stderr.close()
-    assert process.wait(timeout=120) == 0, errors
+    assert process.wait(timeout=TIMEOUT) == 0, errors
     assert json.loads(first)["text"] == "caf\u00e9 opens in town"
     assert first.isascii()
     assert errors == ""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.processes import environment, python
+from support.processes import TIMEOUT, environment, python
 
 from agnews_dist.features import eviction
 from agnews_dist.features.eviction import CacheEntry, evict, list_caches, remove
@@ -143,7 +143,7 @@ def test_evict_keeps_a_cache_that_another_process_reads(tmp_path):
         reader.stdin.write("continue\n")
         reader.stdin.flush()
         assert reader.stdout.readline() == f"{float(ROWS * 8)}\n"
-        reader.wait(timeout=60)
+        reader.wait(timeout=TIMEOUT)
     assert remove(tmp_path / key(1))
     assert list(tmp_path.iterdir()) == []
 
@@ -154,7 +154,7 @@ def test_remove_takes_a_cache_whose_reader_was_killed(tmp_path):
     with reader_of(tmp_path / key(1)) as reader:
         assert not remove(tmp_path / key(1))
         reader.kill()
-        reader.wait(timeout=60)
+        reader.wait(timeout=TIMEOUT)
         assert remove(tmp_path / key(1))
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from support.processes import REPOSITORY, in_a_terminal
+from support.processes import REPOSITORY, TIMEOUT, in_a_terminal
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -18,7 +18,9 @@ def test_pipes_are_plain_despite_force_color() -> None:
         "    console(Progress(task='t', done=1, total=2))\n"
     )
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "FORCE_COLOR": "1", "TERM": "xterm-256color"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True, timeout=TIMEOUT
+    )
     assert re.fullmatch(r"\d\d:\d\d:\d\d warning: careful\n", done.stdout)
 
 
