@@ -114,7 +114,7 @@ def test_plan_prints_one_screen_on_a_terminal(caches: str) -> None:
     assert "100 texts" in text
     assert re.search(r"critical path [01]\.\d{3}", text)
     assert "\u2588\u2588\u2588" in text
-    shown = text.replace("\r\n", " ")
+    shown = " ".join(text.split())
     assert "warning: batch.global_batch_size 9 on 6 ranks: " in shown
     assert "Set batch.global_batch_size to a multiple of 6, such as 12." in shown
 

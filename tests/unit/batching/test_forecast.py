@@ -30,7 +30,7 @@ def make_forecast(
 def rows_by_rank(
     lengths: np.ndarray, settings: PlanSettings, *, ranks: int, epochs: int, tokens: int
 ) -> list[list[list]]:
-    """Step -> rank -> lengths of the rows of each micro-batch, as a training computes them."""
+    """Compute step -> rank -> lengths of the rows of each micro-batch, as a training computes them."""
     found = []
     for epoch in range(epochs):
         for ids in plan(lengths, settings, epoch=epoch).global_batches():

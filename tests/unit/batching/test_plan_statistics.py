@@ -107,7 +107,7 @@ def count_repeated_pairs(planner: Planner, lengths: Ints, chosen: PlanSettings, 
 
 
 def check_pairs_change(planner: Planner, block_size: int) -> None:
-    """Groups of 256 examples of equal length: a pair meets again as often as any two of its group."""
+    """Check that, in groups of 256 examples of equal length, a pair meets again as often as any two of its group."""
     num_classes, in_class, size, num_epochs = 4, 256, 16, 21
     lengths = np.arange(num_classes * in_class) % num_classes + 10
     chosen = PlanSettings(global_batch_size=size, bucket_window="epoch", block_size=block_size)
@@ -136,7 +136,7 @@ def test_pairs_check_fails_unshuffled_planners(broken):
 
 
 def check_epochs_differ(planner: Planner, chosen: PlanSettings) -> None:
-    """Batches of one epoch, and the examples of its first half, recur in the next only by chance."""
+    """Check that batches of one epoch, and the examples of its first half, recur in the next only by chance."""
     lengths = draw_lengths(3200)
     first, second = (planner(lengths, chosen, epoch) for epoch in (0, 1))
     assert not {tuple(sorted(ids.tolist())) for ids in first} & {tuple(sorted(ids.tolist())) for ids in second}
@@ -225,7 +225,7 @@ def test_random_sample_check_fails_windows_of_neighbours():
 
 
 def check_place_of_short_batch(planner: Planner) -> None:
-    """650 examples make 20 batches of 32 and one of 10. Its place by length and by step is uniform over 420 epochs."""
+    """Check the batch of 10 among 20 batches of 32: its place by length and by step is uniform over 420 epochs."""
     lengths, by_length, by_step = draw_lengths(650), [], []
     for epoch in range(420):
         found = planner(lengths, PlanSettings(bucket_window="epoch"), epoch)
@@ -249,7 +249,7 @@ def test_short_batch_check_fails_a_fixed_place():
 
 
 def check_label_mix(planner: Planner, window: int | str) -> None:
-    """Four classes of different lengths, sorted by class in the file: each batch holds each class as often as by chance."""
+    """Check that each batch holds four classes of different lengths as often as by chance; the file is sorted by class."""
     labels = np.repeat(np.arange(4), 1600)
     lengths = draw_lengths(6400) + 20 * labels
     found = planner(lengths, PlanSettings(bucket_window=window), 0)
@@ -271,7 +271,7 @@ def test_label_mix_check_fails_bucketing_and_file_order():
 
 
 def check_widths_of_batches(planner: Planner, num_steps: int) -> None:
-    """Lengths from 1 to 10,000: in a window of 64 batches each batch spans some 160. In a short window it spans more."""
+    """Check the span of batches of lengths from 1 to 10,000: some 160 in a window of 64 batches, more in a short window."""
     lengths = np.random.default_rng(0).integers(1, 10_001, 8 * num_steps)
     chosen = PlanSettings(global_batch_size=8, bucket_window=64)
     widths = [int(np.ptp(lengths[ids])) for ids in planner(lengths, chosen, 0)]
