@@ -32,8 +32,8 @@ def predict(world: World, loaded: Loaded) -> None:
     config, options = loaded.config, loaded.options
     if world.num_ranks > 1:
         raise UserError(
-            f"predict was started as {world.num_ranks} ranks: each would print every answer. Start it without torchrun; "
-            "to score a labelled split on many ranks use python -m agnews_dist evaluate."
+            f"predict was started as {world.num_ranks} ranks: each would print every answer. Start it without torchrun, "
+            "or score a split on many ranks with evaluate."
         )
     if "model.name" not in loaded.explicit:
         raise ConfigError(

@@ -215,8 +215,8 @@ def check_accelerate_environment(zero: ZeroOptions | None) -> None:
     for name, is_allowed in allowed.items():
         if os.environ.get(name, "false").lower() == "true" and not is_allowed:
             raise UserError(
-                f"{name}=true, but engine.backend names another engine: accelerate would override it. "
-                "Set --engine.backend, and use launch/accelerate.sh or a configuration of accelerate without an engine."
+                f"{name}=true: engine.backend names another engine. "
+                "Set --engine.backend, and start the job with launch/accelerate.sh."
             )
 
 

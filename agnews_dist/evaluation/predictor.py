@@ -37,7 +37,7 @@ def read_texts(arguments: Sequence[str], file: str | None, stdin: TextIO) -> lis
     """Read and check all texts: from the arguments, from `file`, or else from standard input.
 
     Raises:
-        DataError: there are no texts, or one is empty or not UTF-8; the file cannot be read; a line of a .jsonl file has no text.
+        DataError: there are no texts, the file cannot be read, a text is empty or not UTF-8, or a JSON line has no text.
         ConfigError: both arguments and a file.
     """
     if arguments and file is not None:
@@ -105,8 +105,8 @@ def _parse_object(line: str, i: int, location: str) -> InputText:
     fields = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
     if not isinstance(fields.get("text"), str):
         raise DataError(
-            f'{location} is not a JSON object with a "text" ({line[:40]!r}): it cannot be classified. '
-            'Write {"text": "..."} on every line, or rename the file if it is plain text.'
+            f'{location}: not a JSON object with a "text" ({line[:40]!r}). '
+            'Write {"text": "..."} on every line, or rename a file of plain text.'
         )
     return InputText(fields.get("id", i), fields["text"], location)
 

@@ -6,7 +6,6 @@ import json
 import os
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 
 from agnews_dist.errors import UserError
 from agnews_dist.events import Event, Progress, Scores
@@ -88,14 +87,6 @@ class EventLog:
         if self._is_open:
             self._is_open = False
             os.close(self._file)
-
-    def __enter__(self) -> "EventLog":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _list_fields(event: Event | Scores) -> dict[str, object]:

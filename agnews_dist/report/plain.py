@@ -9,28 +9,9 @@ from typing import TextIO
 
 import numpy as np
 
+from agnews_dist import events
 from agnews_dist.evaluation.metrics import compute_class_scores
-from agnews_dist.events import (
-    CheckpointSaved,
-    EvalDone,
-    Event,
-    NonFinite,
-    OverfitChecked,
-    Profiled,
-    Progress,
-    Resumed,
-    RunDone,
-    RunStarted,
-    StepDone,
-    Warned,
-)
-from agnews_dist.report.formatting import (
-    describe_event,
-    escape_text,
-    format_duration,
-    format_ratio,
-    name_evaluation,
-)
+from agnews_dist.report.formatting import describe_event, escape_text, format_duration, format_ratio, name_evaluation
 from agnews_dist.report.progress import StepProgress, TaskProgress
 
 
@@ -65,28 +46,28 @@ class PlainLines:
         self._last_saved = -math.inf
         self._tasks: dict[str, _Task] = {}
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Write the event's lines if they are due."""
         match event:
-            case StepDone():
+            case events.StepDone():
                 self._print_step(event)
-            case Progress():
+            case events.Progress():
                 self._print_progress(event)
-            case RunStarted():
+            case events.RunStarted():
                 self._steps = StepProgress(event.num_steps, self._clock)
                 self._last_line = None
                 self._print_header(event)
-            case EvalDone():
+            case events.EvalDone():
                 self._print_evaluation(event)
-            case Warned():
+            case events.Warned():
                 self._print(f"warning: {event.message}")
-            case NonFinite() | Resumed() | OverfitChecked():
+            case events.NonFinite() | events.Resumed() | events.OverfitChecked():
                 self._print(describe_event(event))
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 self._print_checkpoint(event)
-            case Profiled():
+            case events.Profiled():
                 self._print(f"profile written to {event.path}\n{event.top_operators.strip()}")
-            case RunDone():
+            case events.RunDone():
                 self._print("done")
                 self._print_rows(event.facts)
                 self._print_rows(event.paths)
@@ -106,7 +87,7 @@ class PlainLines:
         for label, value in facts.items():
             self._print(f"  {label:<{width}}  {value}")
 
-    def _print_header(self, event: RunStarted) -> None:
+    def _print_header(self, event: events.RunStarted) -> None:
         self._print(
             f"run started on {datetime.now():%Y-%m-%d}" + (f", {event.num_steps} steps" if event.num_steps else "")
         )
@@ -118,7 +99,7 @@ class PlainLines:
                 {part: f"{trained:>13,} {fixed:>13,}" for part, (trained, fixed) in event.parameters.items()}
             )
 
-    def _print_step(self, event: StepDone) -> None:
+    def _print_step(self, event: events.StepDone) -> None:
         self._steps.add(event)
         now = self._clock()
         due = self._last_line is None or self._steps.is_complete or now - self._last_line >= self._interval
@@ -127,13 +108,13 @@ class PlainLines:
             figures = self._steps.format_figures(exact=self._every_step)
             self._print("  ".join(filter(None, [self._steps.format_step(), *figures, self._steps.format_eta()])))
 
-    def _print_checkpoint(self, event: CheckpointSaved) -> None:
+    def _print_checkpoint(self, event: events.CheckpointSaved) -> None:
         now = self._clock()
         if self._every_step or now - self._last_saved >= self._interval:
             self._last_saved = now
             self._print(describe_event(event))
 
-    def _print_progress(self, event: Progress) -> None:
+    def _print_progress(self, event: events.Progress) -> None:
         task = self._tasks.setdefault(event.task, _Task(TaskProgress(event, self._clock), next_line=self._interval))
         task.progress.add(event)
         if task.progress.is_complete:
@@ -143,7 +124,7 @@ class PlainLines:
             task.next_line = 2 * task.progress.elapsed
             self._print(task.progress.format_line())
 
-    def _print_evaluation(self, event: EvalDone) -> None:
+    def _print_evaluation(self, event: events.EvalDone) -> None:
         scores = event.scores
         classes = ", ".join(
             f"{name} {format_ratio(each.precision)}/{format_ratio(each.recall)}"

@@ -3,18 +3,20 @@
 import dataclasses
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import agnews_dist
 from agnews_dist.events import Scores
 from agnews_dist.storage.atomic import to_json_value, write_text
+
+if TYPE_CHECKING:
+    from agnews_dist.evaluation import SplitScores
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 OPTIONAL_PACKAGES = ("deepspeed",)
@@ -94,43 +96,23 @@ def write_json(path: Path, obj: Mapping[str, object]) -> None:
     write_text(path, [json.dumps(to_json_value(obj), indent=2, allow_nan=False), "\n"])
 
 
-def write_predictions(
-    path: Path,
-    ids_N: NDArray[np.integer[Any]],
-    labels_N: NDArray[np.integer[Any]] | None,
-    predictions_N: NDArray[np.integer[Any]],
-    probabilities_NC: NDArray[np.floating[Any]],
-) -> None:
-    """Write `{"id", "label", "prediction", "probabilities"}` per row, whole or not at all. `labels_N` None: labels are null.
+def write_predictions(directory: Path, name: str, split: "SplitScores") -> Path:
+    """Write `{"id", "label", "prediction", "probabilities"}` per row of the split `name`, whole or not at all.
 
-    A probability is the shortest text of its float32 value: the float32 logits have no more digits. Non-finite ones are null.
+    The file is predictions-<name>.jsonl; its path is returned. A probability is the shortest text of its float32 value: the
+    float32 logits have no more digits. Non-finite ones are null.
 
     Raises:
-        ValueError: the arrays differ in length, or the ids do not ascend.
         UserError: the file cannot be written.
     """
-    lengths = [len(ids_N), len(predictions_N), len(probabilities_NC)] + ([] if labels_N is None else [len(labels_N)])
-    if len(set(lengths)) > 1 or probabilities_NC.ndim != 2:
-        raise ValueError(
-            f"arrays of lengths {lengths}, probabilities of shape {probabilities_NC.shape}: not one row each"
-        )
-    if bool(np.any(np.diff(ids_N) <= 0)):
-        raise ValueError("the ids do not ascend: the rows are not in file order")
-    write_text(path, _format_lines(ids_N, labels_N, predictions_N, probabilities_NC))
-
-
-def _format_lines(
-    ids_N: NDArray[np.integer[Any]],
-    labels_N: NDArray[np.integer[Any]] | None,
-    predictions_N: NDArray[np.integer[Any]],
-    probabilities_NC: NDArray[np.floating[Any]],
-) -> Iterator[str]:
+    path = directory / f"predictions-{name}.jsonl"
     # numpy formats all numbers at once, several times faster than json.dumps per row.
-    texts_NC = probabilities_NC.astype(np.float32).astype(np.str_)
-    texts_NC[~np.isfinite(probabilities_NC)] = "null"
-    labels = ["null"] * len(ids_N) if labels_N is None else labels_N.tolist()
-    for row, label, prediction, texts_C in zip(
-        ids_N.tolist(), labels, predictions_N.tolist(), texts_NC.tolist(), strict=True
-    ):
-        probabilities = ", ".join(texts_C)
-        yield f'{{"id": {row}, "label": {label}, "prediction": {prediction}, "probabilities": [{probabilities}]}}\n'
+    texts_NC = split.probabilities_NC.astype(np.float32).astype(np.str_)
+    texts_NC[~np.isfinite(split.probabilities_NC)] = "null"
+    rows = zip(split.labels_N.tolist(), split.predictions_N.tolist(), texts_NC.tolist(), strict=True)
+    lines = (
+        f'{{"id": {row}, "label": {label}, "prediction": {prediction}, "probabilities": [{", ".join(texts_C)}]}}\n'
+        for row, (label, prediction, texts_C) in enumerate(rows)
+    )
+    write_text(path, lines)
+    return path

@@ -14,28 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from agnews_dist import events
 from agnews_dist.evaluation.metrics import compute_class_scores
-from agnews_dist.events import (
-    CheckpointSaved,
-    EvalDone,
-    Event,
-    NonFinite,
-    OverfitChecked,
-    Profiled,
-    Progress,
-    Resumed,
-    RunDone,
-    RunStarted,
-    StepDone,
-    Warned,
-)
-from agnews_dist.report.formatting import (
-    describe_event,
-    escape_text,
-    format_duration,
-    format_ratio,
-    name_evaluation,
-)
+from agnews_dist.report.formatting import describe_event, escape_text, format_duration, format_ratio, name_evaluation
 from agnews_dist.report.progress import StepProgress, TaskProgress
 
 SECONDS_BETWEEN_REFRESHES = 0.1
@@ -61,38 +42,38 @@ class TerminalDisplay:
         self._live: Live | None = None
         self._refreshed = 0.0
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Show one event."""
         match event:
-            case StepDone():
-                self._step(event)
-            case Progress():
-                self._progress(event)
-            case RunStarted():
+            case events.StepDone():
+                self._show_step(event)
+            case events.Progress():
+                self._show_progress(event)
+            case events.RunStarted():
                 self.close()
                 self._steps = StepProgress(event.num_steps, self._clock)
-                self._print(self._header(event))
-            case EvalDone():
+                self._print(self._build_header(event))
+            case events.EvalDone():
                 self._end_open_tasks()
-                self._print(self._evaluation(event))
-            case Warned():
-                self._print(self._text(f"warning: {event.message}", "yellow"))
-            case NonFinite():
-                self._print(self._text(describe_event(event), "yellow"))
-            case Resumed():
-                self._print(self._text(describe_event(event)))
-            case CheckpointSaved():
+                self._print(self._build_evaluation(event))
+            case events.Warned():
+                self._print(self._escape(f"warning: {event.message}", "yellow"))
+            case events.NonFinite():
+                self._print(self._escape(describe_event(event), "yellow"))
+            case events.Resumed():
+                self._print(self._escape(describe_event(event)))
+            case events.CheckpointSaved():
                 if self._every_step or event.seconds >= MIN_LINE_SECONDS:
-                    self._print(self._text(describe_event(event), "dim"))
-            case Profiled():
-                self._print(self._text(f"profile written to {event.path}", "bold"))
+                    self._print(self._escape(describe_event(event), "dim"))
+            case events.Profiled():
+                self._print(self._escape(f"profile written to {event.path}", "bold"))
                 # Lines of a table that is too wide are cut, not folded.
-                self._print(self._text(event.top_operators.strip("\n")), no_wrap=True)
-            case OverfitChecked():
-                self._print(self._text(describe_event(event), "green" if event.accuracy == 1 else "yellow"))
-            case RunDone():
+                self._print(self._escape(event.top_operators.strip("\n")), no_wrap=True)
+            case events.OverfitChecked():
+                self._print(self._escape(describe_event(event), "green" if event.accuracy == 1 else "yellow"))
+            case events.RunDone():
                 self.close()
-                self._done(event)
+                self._print_summary(event)
 
     def close(self) -> None:
         """Erase the live display and restore redirected output. Further calls do nothing."""
@@ -102,22 +83,22 @@ class TerminalDisplay:
         if live is not None:
             live.stop()
 
-    def _text(self, text: str, style: str = "") -> Text:
+    def _escape(self, text: str, style: str = "") -> Text:
         return Text(escape_text(text, self._out.encoding), style=style, overflow="fold")
 
     def _print(self, renderable: RenderableType, *, no_wrap: bool = False) -> None:
         self._out.print(renderable, highlight=False, no_wrap=no_wrap, crop=no_wrap)
 
-    def _rows(self, facts: Mapping[str, str]) -> Table:
+    def _build_rows(self, facts: Mapping[str, str]) -> Table:
         rows = Table.grid(padding=(0, 2))
         rows.add_column(style="dim", overflow="fold")
         rows.add_column(overflow="fold")
         for label, value in facts.items():
-            rows.add_row(self._text(label), self._text(value))
+            rows.add_row(self._escape(label), self._escape(value))
         return rows
 
-    def _header(self, event: RunStarted) -> Panel:
-        parts: list[RenderableType] = [self._rows(event.facts)]
+    def _build_header(self, event: events.RunStarted) -> Panel:
+        parts: list[RenderableType] = [self._build_rows(event.facts)]
         if event.parameters:
             trainable, frozen = (sum(counts) for counts in zip(*event.parameters.values(), strict=True))
             table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_footer=True, header_style="dim")
@@ -126,16 +107,16 @@ class TerminalDisplay:
             table.add_column(Text("frozen"), Text(f"{frozen:,}"), justify="right", overflow="fold")
             for part, (trained, fixed) in event.parameters.items():
                 table.add_row(
-                    self._text(part),
+                    self._escape(part),
                     Text(f"{trained:,}" if trained else "-", style="green" if trained else "dim"),
                     Text(f"{fixed:,}" if fixed else "-", style="" if fixed else "dim"),
                 )
             parts += [Text(), table]
         return Panel(Group(*parts), title="agnews_dist", title_align="left", border_style="cyan", box=box.ROUNDED)
 
-    def _evaluation(self, event: EvalDone) -> RenderableType:
+    def _build_evaluation(self, event: events.EvalDone) -> RenderableType:
         scores, title = event.scores, Text(overflow="fold")
-        title.append(self._text(name_evaluation(event.split, event.epoch), "bold"))
+        title.append(self._escape(name_evaluation(event.split, event.epoch), "bold"))
         title.append(f"  accuracy {scores.accuracy:.4f}", style="bold green")
         title.append(f"  macro F1 {scores.macro_f1:.4f}  loss {scores.loss:.4f}")
         title.append(f"  {format_duration(event.seconds)}", style="dim")
@@ -145,11 +126,11 @@ class TerminalDisplay:
             table.add_column(Text(name), justify="right", overflow="fold")
         for name, each in zip(event.class_names, compute_class_scores(np.asarray(scores.confusion)), strict=True):
             ratios = map(format_ratio, (each.precision, each.recall, each.f1))
-            table.add_row(self._text(name), Text(f"{each.num_examples:,}"), *map(Text, ratios))
+            table.add_row(self._escape(name), Text(f"{each.num_examples:,}"), *map(Text, ratios))
         return Group(title, table, Text())
 
-    def _done(self, event: RunDone) -> None:
-        facts, paths = self._rows(event.facts), self._rows(event.paths)
+    def _print_summary(self, event: events.RunDone) -> None:
+        facts, paths = self._build_rows(event.facts), self._build_rows(event.paths)
         longest = max((len(label) + len(path) for label, path in event.paths.items()), default=0)
         fits_panel = longest + 16 <= self._out.width
         self._print(
@@ -164,7 +145,7 @@ class TerminalDisplay:
         if not fits_panel:
             # Outside the frame a long path stays one line that can be copied.
             for label, path in event.paths.items():
-                self._out.print(self._text(f"{label}  {path}"), soft_wrap=True, highlight=False)
+                self._out.print(self._escape(f"{label}  {path}"), soft_wrap=True, highlight=False)
 
     def _end_open_tasks(self) -> None:
         """Remove all tasks. A task of unknown total never reports its end."""
@@ -172,7 +153,7 @@ class TerminalDisplay:
         if not self._is_training:
             self.close()
 
-    def _step(self, event: StepDone) -> None:
+    def _show_step(self, event: events.StepDone) -> None:
         self._steps.add(event)
         self._is_training = True
         self._tasks.clear()
@@ -182,7 +163,7 @@ class TerminalDisplay:
             )
         self._refresh(now=self._steps.is_complete)
 
-    def _progress(self, event: Progress) -> None:
+    def _show_progress(self, event: events.Progress) -> None:
         task = self._tasks.setdefault(event.task, TaskProgress(event, self._clock))
         task.add(event)
         if not task.is_complete:
@@ -194,13 +175,13 @@ class TerminalDisplay:
         else:
             self._refresh(now=True)
         if task.elapsed >= MIN_LINE_SECONDS:
-            self._print(self._text(task.format_line(), "dim"))
+            self._print(self._escape(task.format_line(), "dim"))
 
     def _refresh(self, *, now: bool = False) -> None:
         """Redraw the live display. `now`: even if it was redrawn less than 0.1 s ago."""
         if self._live is None:
             self._live = Live(
-                get_renderable=self._live_lines,
+                get_renderable=self._build_live_lines,
                 console=self._out,
                 # A refresh thread would compete with the training for the interpreter.
                 auto_refresh=False,
@@ -218,11 +199,11 @@ class TerminalDisplay:
             self._refreshed = time_now
             self._live.refresh()
 
-    def _live_lines(self) -> RenderableType:
+    def _build_live_lines(self) -> RenderableType:
         lines: list[RenderableType] = []
         if self._is_training:
             lines.append(
-                self._bar(
+                self._build_bar(
                     self._steps.format_step(), self._steps.last.step, self._steps.num_steps, self._steps.format_eta()
                 )
             )
@@ -230,18 +211,18 @@ class TerminalDisplay:
         for name, task in self._tasks.items():
             done, total = task.last.done, task.last.total
             if task.last.unit:
-                lines.append(self._bar(name, done, total, task.format_eta()))
+                lines.append(self._build_bar(name, done, total, task.format_eta()))
                 figures = "  ".join(filter(None, [task.format_count(), task.format_rate()]))
-                lines.append(self._text(figures, "dim"))
+                lines.append(self._escape(figures, "dim"))
             else:
                 eta = f"ETA {format_duration(task.elapsed / done * (total - done))}" if done and total > 0 else None
-                lines.append(self._bar(f"{name} {task.format_count()}", done, total, eta))
+                lines.append(self._build_bar(f"{name} {task.format_count()}", done, total, eta))
         return Group(*lines)
 
-    def _bar(self, label: str, done: int, total: int, eta: str | None) -> Table:
+    def _build_bar(self, label: str, done: int, total: int, eta: str | None) -> Table:
         line = Table.grid(padding=(0, 2), expand=True)
         line.add_column(overflow="fold")
-        cells: list[RenderableType] = [self._text(label)]
+        cells: list[RenderableType] = [self._escape(label)]
         if total > 0:
             line.add_column(ratio=1)
             line.add_column(no_wrap=True)

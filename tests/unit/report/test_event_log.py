@@ -9,11 +9,13 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 from support.events import read_events
+from support.processes import TIMEOUT
 
 from agnews_dist.errors import UserError
 from agnews_dist.events import (
@@ -56,7 +58,7 @@ EVENTS: list[Event] = [
 def test_every_event_is_written_with_its_fields(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     before = datetime.now(timezone.utc)
-    with EventLog(path) as log:
+    with closing(EventLog(path)) as log:
         for event in EVENTS:
             log(event)
     found = read_events(path)
@@ -73,7 +75,7 @@ def test_every_event_is_written_with_its_fields(tmp_path: Path) -> None:
 
 
 def test_scores_are_fields_of_the_line_in_their_place(tmp_path: Path) -> None:
-    with EventLog(tmp_path / "events.jsonl") as log:
+    with closing(EventLog(tmp_path / "events.jsonl")) as log:
         log(EVENTS[3])
     (line,) = read_events(tmp_path / "events.jsonl")
     assert list(line) == [
@@ -83,14 +85,14 @@ def test_scores_are_fields_of_the_line_in_their_place(tmp_path: Path) -> None:
 
 
 def test_progress_is_not_written(tmp_path: Path) -> None:
-    with EventLog(tmp_path / "events.jsonl") as log:
+    with closing(EventLog(tmp_path / "events.jsonl")) as log:
         log(Progress(task="tokenising", done=1, total=2))
         log(STEP)
     assert [line["event"] for line in read_events(tmp_path / "events.jsonl")] == ["StepDone"]
 
 
 def test_non_finite_numbers_are_null(tmp_path: Path) -> None:
-    with EventLog(tmp_path / "events.jsonl") as log:
+    with closing(EventLog(tmp_path / "events.jsonl")) as log:
         log(dataclasses.replace(STEP, loss=math.nan, grad_norm=math.inf))
     text = (tmp_path / "events.jsonl").read_text()
     assert "NaN" not in text
@@ -117,7 +119,10 @@ def test_a_killed_process_loses_no_event(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path)], check=False, env={**os.environ, "PYTHONPATH": str(root)}, timeout=60
+        [sys.executable, "-c", KILLED, str(path)],
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        timeout=TIMEOUT,
     )
     assert done.returncode == -signal.SIGKILL
     assert [line["message"] for line in read_events(path)] == [f"event {number}" for number in range(100)]
@@ -125,12 +130,12 @@ def test_a_killed_process_loses_no_event(tmp_path: Path) -> None:
 
 def test_a_half_written_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    with EventLog(path) as log:
+    with closing(EventLog(path)) as log:
         log(Warned(message="before"))
     with path.open("a") as file:
         file.write('{"event": "Warned", "ti')
     assert [line["message"] for line in read_events(path)] == ["before"]
-    with EventLog(path) as log:
+    with closing(EventLog(path)) as log:
         log(Warned(message="after"))
     assert [line["message"] for line in read_events(path)] == ["before", "after"]
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 2
@@ -138,17 +143,17 @@ def test_a_half_written_line_is_cut_off(tmp_path: Path) -> None:
 
 def test_keep_bytes_drops_what_came_after_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    with EventLog(path) as log:
+    with closing(EventLog(path)) as log:
         log(Warned(message="before"))
         kept = log.num_bytes
         assert kept == path.stat().st_size > 0
         log(Warned(message="will be repeated"))
-    with EventLog(path, keep_bytes=kept) as log:
+    with closing(EventLog(path, keep_bytes=kept)) as log:
         assert log.num_bytes == kept
         log(Warned(message="repeated"))
     assert [line["message"] for line in read_events(path)] == ["before", "repeated"]
     # The log may be shorter than the checkpoint recorded.
-    with EventLog(path, keep_bytes=10**6) as log:
+    with closing(EventLog(path, keep_bytes=10**6)) as log:
         log(Warned(message="after"))
     assert [line["message"] for line in read_events(path)] == ["before", "repeated", "after"]
 
@@ -156,7 +161,7 @@ def test_keep_bytes_drops_what_came_after_a_checkpoint(tmp_path: Path) -> None:
 def test_lines_that_cannot_be_written_are_kept_and_sync_fails(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with EventLog(path) as log:
+    with closing(EventLog(path)) as log:
         log(Warned(message="first"))
         log.sync(log.num_bytes)
         try:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from agnews_dist.errors import UserError
+from agnews_dist.evaluation import SplitScores
 from agnews_dist.evaluation.metrics import compute_scores
 from agnews_dist.report.result_files import Result, Seconds, versions, write_json, write_predictions
 
@@ -92,17 +93,21 @@ def test_versions_are_the_installed_ones() -> None:
     assert found["torch"] == metadata.version("torch")
 
 
+def make_split(labels: object, predictions: object, probabilities: object) -> SplitScores:
+    scores = compute_scores(np.array([[1]]), 0.0)
+    return SplitScores(np.asarray(labels), np.asarray(predictions), np.asarray(probabilities), scores, seconds=0.0)
+
+
 def test_predictions_are_exact_in_float32(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(50, 4)) * 20
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    ids, labels, predictions = np.arange(50) * 2, rng.integers(0, 4, 50), probabilities.argmax(1)
-    path = tmp_path / "predictions-test.jsonl"
-    write_predictions(path, ids, labels, predictions, probabilities)
+    labels, predictions = rng.integers(0, 4, 50), probabilities.argmax(1)
+    path = write_predictions(tmp_path, "test", make_split(labels, predictions, probabilities))
+    assert path == tmp_path / "predictions-test.jsonl"
     rows = [parse_strictly(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 50
     assert all(isinstance(row, dict) and list(row) == ["id", "label", "prediction", "probabilities"] for row in rows)
-    assert [row["id"] for row in rows] == ids.tolist()
+    assert [row["id"] for row in rows] == list(range(50))
     assert [row["label"] for row in rows] == labels.tolist()
     assert [row["prediction"] for row in rows] == predictions.tolist()
     np.testing.assert_array_equal(
@@ -110,23 +115,12 @@ def test_predictions_are_exact_in_float32(tmp_path: Path) -> None:
     )
 
 
-def test_predictions_without_labels_and_with_nan(tmp_path: Path) -> None:
-    path = tmp_path / "p.jsonl"
-    write_predictions(path, np.array([0]), None, np.array([1]), np.array([[np.nan, 1.0]]))
-    assert parse_strictly(path.read_text()) == {"id": 0, "label": None, "prediction": 1, "probabilities": [None, 1.0]}
-    write_predictions(path, np.empty(0, int), None, np.empty(0, int), np.empty((0, 4)))
-    assert path.read_text() == ""
-
-
-def test_rows_out_of_order_or_uneven_are_refused(tmp_path: Path) -> None:
-    path, three = tmp_path / "p.jsonl", np.zeros((3, 2))
-    with pytest.raises(ValueError, match="do not ascend"):
-        write_predictions(path, np.array([0, 2, 1]), None, np.zeros(3, int), three)
-    with pytest.raises(ValueError, match="do not ascend"):
-        write_predictions(path, np.array([0, 1, 1]), None, np.zeros(3, int), three)
-    with pytest.raises(ValueError, match=r"lengths \[3, 3, 3, 2\]"):
-        write_predictions(path, np.arange(3), np.zeros(2, int), np.zeros(3, int), three)
-    assert not path.exists()
+def test_predictions_with_nan_and_uneven_rows(tmp_path: Path) -> None:
+    path = write_predictions(tmp_path, "nan", make_split([1], [0], [[np.nan, 1.0]]))
+    assert parse_strictly(path.read_text()) == {"id": 0, "label": 1, "prediction": 0, "probabilities": [None, 1.0]}
+    with pytest.raises(ValueError, match="zip"):
+        write_predictions(tmp_path, "uneven", make_split([1, 0], [0], [[0.5, 0.5]]))
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions-nan.jsonl"]
 
 
 def test_120_000_predictions_are_written_in_seconds(tmp_path: Path) -> None:
@@ -134,7 +128,7 @@ def test_120_000_predictions_are_written_in_seconds(tmp_path: Path) -> None:
     probabilities = np.random.default_rng(0).dirichlet(np.ones(4), num_examples)
     start = time.perf_counter()
     classes = probabilities.argmax(1)
-    write_predictions(tmp_path / "p.jsonl", np.arange(num_examples), classes, classes, probabilities)
+    path = write_predictions(tmp_path, "train", make_split(classes, classes, probabilities))
     # About 1 s on one slow core. The limit catches a change of the order of magnitude.
     assert time.perf_counter() - start < 15
-    assert (tmp_path / "p.jsonl").read_bytes().count(b"\n") == num_examples
+    assert path.read_bytes().count(b"\n") == num_examples

@@ -1,9 +1,6 @@
 """Console of a real process: in a terminal, and with a pipe as its output."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from support.processes import REPOSITORY, TIMEOUT, in_a_terminal
@@ -17,10 +14,7 @@ def test_pipes_are_plain_despite_force_color() -> None:
         "with Console() as console:\n    console(Warned(message='careful'))\n"
         "    console(Progress(task='t', done=1, total=2))\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "FORCE_COLOR": "1", "TERM": "xterm-256color"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True, timeout=TIMEOUT
-    )
+    done = python("-c", code, FORCE_COLOR="1", TERM="xterm-256color")
     assert re.fullmatch(r"\d\d:\d\d:\d\d warning: careful\n", done.stdout)
 
 
