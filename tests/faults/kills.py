@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python tests/faults/kills.py --kills 60 --through_torchrun 10 [--seed 7] [--directory DIR] [--json FILE]
 
-Kills are spread evenly over the phases (tokenise, features, train, save, evaluate, export) and over the signals TERM, USR1,
-USR2, INT, KILL and STOP, to one rank or to all, and to the agent of torchrun. After a kill every process must end by itself in
+Kills are spread evenly over the phases: tokenise, features, train, save, evaluate, export. They send TERM, USR1, USR2, INT,
+KILL or STOP to one rank, to all, or to the agent of torchrun. After a kill every process must end by itself in
 time, and status.json must be right. A run is killed several times, then left to finish. Its weights, predictions, scores and
 logged steps must equal those of a run that was never killed. It prints a line per kill and a summary; exit code 1 at a fault.
 """

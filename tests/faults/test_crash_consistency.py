@@ -299,7 +299,7 @@ def test_file_system_without_directory_fsync_is_accepted(next_disk):
 
 
 def test_loss_of_power_undoes_nothing_that_later_changes_depend_on(disk):
-    """A change without a later fsync may be lost, in any order."""
+    """Check that fsync comes in time: a change without it may be lost, in any order."""
     calls = list(enumerate(disk.trace))
     folder = str(disk.folder)
     is_fsynced = {n: call[1] for n, call in calls if call[0] == "fsync"}

@@ -62,7 +62,7 @@ def test_rank_that_crashes_once_is_restarted_and_the_run_ends_the_same(whole, tm
 
 
 def test_launch_script_forwards_signals_of_clusters(tmp_path):
-    """torchrun alone dies of USR1 and leaves its ranks running."""
+    """Send USR1, of which torchrun alone would die while its ranks keep running."""
     log, timeline = tmp_path / "log.txt", Timeline(run_directory(tmp_path))
     with log.open("ab") as file:
         job = subprocess.Popen(

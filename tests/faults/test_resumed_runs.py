@@ -231,7 +231,7 @@ def test_two_jobs_do_not_write_into_one_run(tmp_path):
 
 @pytest.mark.parametrize("limit", ["run.max_minutes 0.2", "the time limit of the Slurm job"])
 def test_time_limit_stops_the_run(tmp_path, limit):
-    """The limit is 12 s, where a start takes 4; a run of 2,000 epochs takes minutes."""
+    """Set a limit of 12 s, where a start takes 4 and the run minutes."""
     more, environ = (), {}
     if limit.startswith("run."):
         more = ("--run.max_minutes", "0.2")
@@ -244,7 +244,7 @@ def test_time_limit_stops_the_run(tmp_path, limit):
 
 
 def test_fsdp_with_two_blocks_resumes_bit_for_bit(tmp_path):
-    """Below the last block dropout uses torch's random numbers, which are seeded per step."""
+    """Resume with dropout below the last block: it uses torch's random numbers, which are seeded per step."""
     more = ("--engine.backend", "fsdp", "--model.trainable_blocks", "2", "--optim.epochs", "1")
     finish(tmp_path / "whole", *more)
     stop(tmp_path / "cut", *more, at_step=20)
@@ -264,7 +264,7 @@ def test_requeued_job_without_a_run_name_finds_its_run(whole, tmp_path):
 
 
 def test_second_signal_ends_a_hanging_run_which_resumes(whole, tmp_path):
-    """The training loop hangs, so it cannot act on the first signal."""
+    """Let the training loop hang, so that it cannot act on the first signal."""
     job = start(tmp_path, fault="support.faults:hang")
     try:
         assert wait_until(lambda: "hangs" in read_log(tmp_path))

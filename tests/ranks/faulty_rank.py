@@ -1,9 +1,13 @@
 """Runs a command in which one rank differs from the others: `faulty_rank.py RANK FAULT COMMAND [WORD ...]`.
 
 FAULT is `--section.field=VALUE`, an option of that rank alone, or a fault in its third training step (or step $FAULT_STEP):
-`crash` (an exception that is a bug), `crash once` (unless the file $CRASHED exists), `nan` (the loss of its first example is
-not finite), `vanish` (the process exits without a message, as if killed for lack of memory), `hang` (it waits forever) or
-`suspend` (it is stopped).
+
+    crash       an exception that is a bug
+    crash once  the same, unless the file $CRASHED exists
+    nan         the loss of its first example is not finite
+    vanish      the process exits without a message, as if killed for lack of memory
+    hang        it waits forever
+    suspend     it is stopped by SIGSTOP
 """
 
 import os

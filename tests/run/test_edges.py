@@ -251,7 +251,7 @@ def test_overwrite_replaces_a_run_once_the_new_one_begins(run_command, tmp_path)
 
 @pytest.mark.parametrize("command", ["train", "prepare", "evaluate"])
 def test_wrong_data_path_is_reported_before_the_hub_is_asked(run_command, command):
-    """There is no hub here, so asking it first would give another error."""
+    """Check the order: offline, asking the hub first would give another error."""
     done = run_command(command, "--data.source", "/nowhere/rows.csv")
     refused(done, "error: data.source '/nowhere/rows.csv' does not exist", "Check the path")
 

@@ -1,1 +1,1 @@
-"""What the tests share: processes, fault injection, small models and runs."""
+"""Helpers that tests share: processes, fault injection, small models and runs."""

@@ -1,9 +1,12 @@
 """Faults injected into the ranks of a forked training: functions for `ForkedJob(fault="support.faults:NAME")`.
 
-`inject` reads environment variables. On rank ON_RANK (default 0; `all`), at the beginning of the AT_STEPth step of this attempt
-(from 1), FAULT happens: the name of a signal, `vote` (the rank votes to stop after this step), `hang` (it prints "hangs" and
-waits forever), or `fill` (the file system at FILLED is full until step UNTIL). With RECORD=DIR every rank writes the examples
-of each step to a file.
+`inject` reads environment variables. FAULT happens on rank ON_RANK (default 0; `all`) at the beginning of step AT_STEP of this
+attempt, from 1. With RECORD=DIR every rank writes the examples of each step to a file. Values of FAULT:
+
+    TERM, KILL, ...  the rank gets this signal
+    vote             the rank votes to stop after this step
+    hang             it prints "hangs" and waits forever
+    fill             the file system at FILLED is full until step UNTIL
 """
 
 import errno
