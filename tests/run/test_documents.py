@@ -19,6 +19,7 @@ import pytest
 import yaml
 from support import fork_server, house
 from support.processes import REPOSITORY, environment
+from support.tools import skip_without
 from torch.distributed.run import get_args_parser
 
 from agnews_dist.__main__ import COMMANDS
@@ -281,6 +282,7 @@ def run_bash(folder: Folder, command: str) -> str:
 
 def run_make(folder: Folder, command: str) -> str:
     """Check that the Makefile has a target."""
+    skip_without("make")
     return folder.run_bash(f"{command} --dry-run")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from support.random_gpt2 import assert_close, mask_of, ours_like, ragged_batch, random_reference
+from support.tools import requires_tool
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
@@ -185,6 +186,7 @@ def test_rows_build_no_graph_and_change_no_input(trainable_blocks: int | str) ->
 
 
 @pytest.mark.slow
+@requires_tool("g++")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # from inductor's own imports
 def test_compiled_calls_equal_hugging_face(monkeypatch: pytest.MonkeyPatch, num_threads: None) -> None:
     """One compilation serves both blocks and all sizes of packs. It takes most of this file's time."""
