@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from support.processes import REPOSITORY, TIMEOUT, in_a_terminal
+from support.processes import in_a_terminal, python
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
