@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.processes import REPOSITORY
+from support.processes import REPOSITORY, environment
 from support.slurm_cluster import Lab
 
 pytestmark = pytest.mark.timeout(3600)
@@ -88,11 +88,11 @@ def test_documented_commands_run(lab: Lab, environ: dict[str, str], quickstart: 
     assert "validation: accuracy" in (clone / f"agnews-evaluate-{evaluate}.log").read_text()
 
 
-def test_submit_prints_its_commands_in_a_dry_run(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_submit_prints_its_commands_in_a_dry_run(tmp_path: Path) -> None:
     clone = make_clone(REPOSITORY, tmp_path / "clone")
     done = subprocess.run(
         [clone / "slurm" / "submit.sh", "--nodes=4", "--", "--config", "my file.yaml"],
-        env={**environ, "DRY_RUN": "1", "RUN": "x", "SBATCH_GPUS_PER_NODE": "8"},
+        env={**environment(), "DRY_RUN": "1", "RUN": "x", "SBATCH_GPUS_PER_NODE": "8"},
         capture_output=True,
         text=True,
         check=False,
@@ -107,7 +107,7 @@ def test_submit_prints_its_commands_in_a_dry_run(tmp_path: Path, environ: dict[s
     assert "--config runs/x/config.yaml --model.name runs/x --split test --output scores/x" in evaluate
 
 
-def test_submit_prepares_on_this_machine_if_nodes_have_no_network(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_submit_prepares_on_this_machine_if_nodes_have_no_network(tmp_path: Path) -> None:
     clone = make_clone(REPOSITORY, tmp_path / "clone")
     (clone / "slurm" / "site.env").write_text("OFFLINE=1\nsetup() { export XDG_CACHE_HOME=$PWD/cache; false; }\n")
     (clone / "bin").mkdir()
@@ -115,7 +115,9 @@ def test_submit_prepares_on_this_machine_if_nodes_have_no_network(tmp_path: Path
     (clone / "bin" / "sbatch").chmod(0o755)
     command = [clone / "slurm" / "submit.sh", "--nodes=2", "--", "--config", "configs/quickstart.yaml"]
     path = {"PATH": f"{clone}/bin:{os.environ['PATH']}", "RUN": "x"}
-    done = subprocess.run(command, env={**environ, **path}, capture_output=True, text=True, check=False, cwd=clone)
+    done = subprocess.run(
+        command, env={**environment(), **path}, capture_output=True, text=True, check=False, cwd=clone
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["prepare here", "train 9", "evaluate 9"]
     assert len(list(clone.glob("cache/*/*/meta.json"))) == 1, done.stderr
@@ -124,7 +126,9 @@ def test_submit_prepares_on_this_machine_if_nodes_have_no_network(tmp_path: Path
     assert evaluate.startswith("--parsable --dependency=afterok:9 --kill-on-invalid-dep=yes ")
     # If the preparation fails, nothing is submitted.
     command[-1] = "nowhere.yaml"
-    done = subprocess.run(command, env={**environ, **path}, capture_output=True, text=True, check=False, cwd=clone)
+    done = subprocess.run(
+        command, env={**environment(), **path}, capture_output=True, text=True, check=False, cwd=clone
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert "nowhere.yaml" in done.stderr
     assert len((clone / "calls").read_text().splitlines()) == 2
