@@ -7,6 +7,7 @@ import pytest
 from support.fork_server import run_python
 from support.processes import REPOSITORY
 
+pytestmark = pytest.mark.slow
 BENCH = REPOSITORY / "tests" / "bench"
 # The comparison of plans needs the packages of plan/requirements.txt.
 SCRIPTS = [
