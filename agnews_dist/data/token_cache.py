@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from agnews_dist.data.rows import Ints
 from agnews_dist.storage import atomic
 from agnews_dist.storage.directories import used_disk_bytes
-from agnews_dist.storage.locks import is_locked
+from agnews_dist.storage.locks import is_locked, try_lock
 
 FORMAT = 1
 """Version of the files, part of the key. Raise it when the files or their meaning change."""
@@ -225,14 +224,16 @@ def remove_token_cache(path: Path) -> bool:
     Raises:
         OSError: this user may not remove it.
     """
-    try:
-        with FileLock(f"{path}.lock", timeout=0):
-            for part in _directories(path):
-                if part == path or is_abandoned(part):
-                    shutil.rmtree(part)
-            return not _directories(path)
-    except Timeout:
+    handle = try_lock(path.with_name(f"{path.name}.lock"))
+    if handle is None:
         return False
+    try:
+        for part in _directories(path):
+            if part == path or is_abandoned(part):
+                shutil.rmtree(part)
+        return not _directories(path)
+    finally:
+        os.close(handle)
 
 
 def _directories(path: Path) -> list[Path]:

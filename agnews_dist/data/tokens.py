@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.data.rows import Corpus, Split, check_corpus
@@ -31,6 +30,7 @@ from agnews_dist.data.token_cache import (
 from agnews_dist.errors import DataError
 from agnews_dist.events import Emit, Progress, Warned
 from agnews_dist.storage.directories import cache_root
+from agnews_dist.storage.locks import locked
 
 __all__ = ["TokenSplit", "TokenStore", "cache_root", "encode", "open_or_build"]
 
@@ -141,7 +141,7 @@ def _read_or_build(directory: Path, build: Callable[[], CachedTokens], emit: Emi
         with ExitStack() as stack:
             try:
                 root.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(FileLock(root / f"{key}.lock"))
+                stack.enter_context(locked(root / f"{key}.lock"))
             except OSError as unwritable:
                 # A valid cache of another user may be read-only.
                 try:

@@ -4,14 +4,13 @@ import os
 import shutil
 import socket
 import tempfile
-import time
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
 from agnews_dist.errors import UserError
 from agnews_dist.storage import atomic
-from agnews_dist.storage.locks import try_lock
+from agnews_dist.storage.locks import wait_for_lock
 
 CONFIG_FILE = "config.yaml"
 """The first file of a run. A directory without it is not a run's, and is never deleted."""
@@ -61,14 +60,12 @@ class RunDirectory:
         """
         try:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
-            deadline = time.monotonic() + timeout_seconds
-            while (handle := try_lock(self._lock_path)) is None:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"{self.directory} is being written by another process: {self._lock_path.read_text().strip()}. Wait "
-                        "for its end, or choose another --run.name."
-                    )
-                time.sleep(0.2)
+            handle = wait_for_lock(self._lock_path, timeout_seconds)
+            if handle is None:
+                raise UserError(
+                    f"{self.directory} is being written by another process: {self._lock_path.read_text().strip()}. Wait "
+                    "for its end, or choose another --run.name."
+                )
             self._lock = handle
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())

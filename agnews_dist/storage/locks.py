@@ -2,7 +2,12 @@
 
 import fcntl
 import os
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+
+POLL_INTERVAL_SECONDS = 0.1
 
 
 def is_open_at(handle: int, path: Path) -> bool:
@@ -32,6 +37,33 @@ def try_lock(path: Path, *, create: bool = True) -> int | None:
     # Locked, or removed by its former owner after we opened it.
     os.close(handle)
     return None
+
+
+def wait_for_lock(path: Path, timeout_seconds: float = float("inf")) -> int | None:
+    """Lock a file exclusively, waiting for other processes; return its handle, or None after `timeout_seconds`.
+
+    Raises:
+        OSError: the file cannot be opened or locked.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while (handle := try_lock(path)) is None and time.monotonic() < deadline:
+        time.sleep(POLL_INTERVAL_SECONDS)
+    return handle
+
+
+@contextmanager
+def locked(path: Path) -> Generator[None]:
+    """Hold an exclusive lock on a file in a `with` block, waiting for other processes.
+
+    Raises:
+        OSError: the file cannot be opened or locked.
+    """
+    handle = wait_for_lock(path)
+    assert handle is not None
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def lock_shared(path: Path) -> int:

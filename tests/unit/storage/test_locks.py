@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from support.processes import environment
 
-from agnews_dist.storage.locks import is_locked, is_open_at, lock_shared, try_lock
+from agnews_dist.storage.locks import is_locked, is_open_at, lock_shared, locked, try_lock, wait_for_lock
 
 HOLDER = """
 import sys, time
@@ -97,3 +99,26 @@ def test_lock_shared_updates_the_time_of_use(tmp_path: Path) -> None:
 
 def test_is_locked_is_false_without_a_file(tmp_path: Path) -> None:
     assert not is_locked(tmp_path / "missing")
+
+
+def test_wait_for_lock_gives_up_after_the_timeout(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locked(path):
+        begin = time.monotonic()
+        assert wait_for_lock(path, 0.3) is None
+        assert time.monotonic() - begin >= 0.3
+    handle = wait_for_lock(path, 0.3)
+    assert handle is not None
+    os.close(handle)
+
+
+def test_locked_waits_for_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    handle = try_lock(path)
+    assert handle is not None
+    threading.Timer(0.5, os.close, [handle]).start()
+    begin = time.monotonic()
+    with locked(path):
+        assert time.monotonic() - begin >= 0.4
+        assert is_locked(path)
+    assert not is_locked(path)
