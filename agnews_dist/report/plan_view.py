@@ -43,8 +43,8 @@ def _list_facts(plan: Forecast, *, num_truncated: int, max_length: int) -> dict[
         "efficiency": f"critical path {format_ratio(ratios.critical_path)}, padding {format_ratio(ratios.padding)}, "
         f"balance {format_ratio(ratios.rank_balance)}",
     }
-    if plan.num_steps_dealt < plan.num_steps:
-        facts["measured"] = f"on the first {plan.num_steps_dealt:,} steps"
+    if plan.num_steps_measured < plan.num_steps:
+        facts["measured"] = f"on the first {plan.num_steps_measured:,} steps"
     return facts
 
 

@@ -59,7 +59,7 @@ class Forecast:
     """Steps of the first epoch; under a token budget the number varies between epochs."""
     num_steps: int
     """Steps of all epochs."""
-    num_steps_dealt: int
+    num_steps_measured: int
     """First steps over which the figures below are measured: all, up to `MAX_STEPS`."""
     efficiency: Efficiency
     idle_share: float
@@ -81,7 +81,7 @@ class Forecast:
             "idle_share": self.idle_share,
             "num_steps": self.num_steps,
             "num_steps_per_epoch": self.num_steps_per_epoch,
-            "num_steps_dealt": self.num_steps_dealt,
+            "num_steps_dealt": self.num_steps_measured,
             "num_epochs": self.num_epochs,
             "num_examples": self.num_examples,
             "num_tokens": self.num_tokens,
@@ -143,7 +143,7 @@ def forecast(
         longest=int(lengths_N.max(initial=0)),
         num_steps_per_epoch=num_steps_E[0],
         num_steps=sum(num_steps_E),
-        num_steps_dealt=len(examples_K),
+        num_steps_measured=len(examples_K),
         efficiency=tally.efficiency,
         idle_share=num_idle / max(1, len(examples_K) * num_ranks),
         examples_per_step=_spread(examples_K),

@@ -71,7 +71,7 @@ def test_forecast_counts_every_step_of_the_training(settings: PlanSettings, rank
         (found.micro_batches_per_step, micro_of),
     ):
         assert spread == (figures.min(), pytest.approx(figures.mean()), figures.max())
-    assert found.num_steps == found.num_steps_dealt == len(steps)
+    assert found.num_steps == found.num_steps_measured == len(steps)
     assert found.num_steps_per_epoch == np.cumsum(real_of).tolist().index(lengths.sum()) + 1
     assert (found.num_examples, found.longest) == (331, lengths.max())
 
@@ -101,7 +101,7 @@ def test_forecast_measures_the_first_steps_of_a_long_training(monkeypatch: pytes
     lengths, settings = make_lengths(331), PlanSettings(global_batch_size=24)
     found = make_forecast(lengths, settings, ranks=2, epochs=5000)
     assert len(calls) == 20
-    assert (found.num_steps_per_epoch, found.num_steps, found.num_steps_dealt) == (14, 14 * 5000, 20)
+    assert (found.num_steps_per_epoch, found.num_steps, found.num_steps_measured) == (14, 14 * 5000, 20)
     first = rows_by_rank(lengths, settings, ranks=2, epochs=2, tokens=300)[:20]
     padded = [[sum(int(rows.max()) * len(rows) for rows in rank) for rank in step] for step in first]
     real = sum(int(rows.sum()) for step in first for rank in step for rows in rank)
@@ -137,7 +137,7 @@ def test_histogram_keeps_its_shape_with_one_very_long_text() -> None:
 
 def test_forecast_without_texts_has_no_steps() -> None:
     found = make_forecast(np.empty(0, np.int64), PlanSettings(), ranks=4)
-    assert (found.num_steps, found.num_steps_dealt, found.num_tokens, found.longest) == (0, 0, 0, 0)
+    assert (found.num_steps, found.num_steps_measured, found.num_tokens, found.longest) == (0, 0, 0, 0)
     assert (found.idle_share, found.histogram, found.tokens_per_step) == (0, (), (0, 0, 0))
     assert found.efficiency.critical_path == 1.0
 

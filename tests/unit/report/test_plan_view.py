@@ -30,7 +30,7 @@ def plan() -> Forecast:
     return dataclasses.replace(
         made,
         num_tokens=100_500,
-        num_steps_dealt=made.num_steps,
+        num_steps_measured=made.num_steps,
         efficiency=Efficiency(0.875, 0.75, 0.625),
         idle_share=0.125,
         examples_per_step=Spread(40, 47.6, 48),
@@ -69,7 +69,7 @@ def test_show_plan_prints_the_figures(plan: Forecast, terminal: bool) -> None:
 
 def test_show_plan_prints_a_token_budget_and_the_measured_steps(plan: Forecast) -> None:
     settings = PlanSettings(global_token_budget=4096, bucket_window="epoch")
-    text = render(dataclasses.replace(plan, settings=settings, num_steps_dealt=12), terminal=False)
+    text = render(dataclasses.replace(plan, settings=settings, num_steps_measured=12), terminal=False)
     assert "at most 4,096 tokens over all ranks, sorted within the whole epoch" in text
     assert "on the first 12 steps" in text
 
