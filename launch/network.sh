@@ -11,7 +11,7 @@ if [[ -z $interface || -z ${ADDRESS:-} ]]; then
 fi
 # gloo: collectives of CPU ranks, and the side channel of every engine.
 export GLOO_SOCKET_IFNAME=$interface
-# NCCL: first handshake, and data if there is no InfiniBand. `=` means exactly this name; the default is a prefix match.
+# NCCL: first handshake, and data on machines without InfiniBand. `=` means exactly this name; the default is a prefix match.
 export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}
 # Print network errors at once. By default they are silent until the timeout.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -60,7 +60,7 @@ run_command() {
         --wait=900 "$root/launch/node.sh" "$@" &
     step=$!
     trap 'was_stopped=1; kill -USR1 "$step" 2>/dev/null' USR1 USR2
-    # A signal interrupts `wait`; the step goes on.
+    # A signal interrupts `wait`, not the step.
     while kill -0 "$step" 2>/dev/null; do
         wait "$step"
     done
