@@ -54,7 +54,8 @@ WRONG_STARTS = (
 )
 """First words that no docstring has."""
 BANNED = re.compile(
-    r"\b(?-i:(?!STORY\b))(?:told|mend(?:s|ed|ing)?|lest|nobody|whoever|somebody|beside|anew|astray|for want of|(?:goes|go|going) on|stands|shall"
+    r"\b(?-i:(?!STORY\b))"
+    r"(?:told|mend(?:s|ed|ing)?|lest|nobody|whoever|somebody|beside|anew|astray|for want of|(?:goes|go|going) on|stands|shall"
     r"|in words|what trains|is no(?! longer\b| more than\b| less than\b| later than\b)(?= [a-z])|so many"
     r"|stor(?:y|ies)|doors?)\b",
     re.IGNORECASE,
