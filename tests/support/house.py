@@ -17,21 +17,21 @@ PACKAGE = REPOSITORY / "agnews_dist"
 MAX_MODULE, MIN_MODULE, MAX_FUNCTION, MAX_PARAMETERS, MAX_SENTENCE = 400, 40, 80, 8, 25
 _VERBS = """
 accept accumulate acquire add adjust advance allocate answer append apply ask assert assign attach attend average await
-balance begin bind block bound bring broadcast build bypass calculate call cancel cap cast check choose claim clamp classify
-clear clip close collect combine commit compare compile complete compute concatenate configure connect continue convert copy
-count create cut deal decide decode delete deliver describe destroy detect disable discard dispatch display distribute
-divide do draw drop emit enable encode end ensure enter erase escape estimate evaluate evict exchange exclude exit expand explain
-export expose extend fail feed fetch fill filter find finish fit flush fold forecast format forward free freeze gather
-generate get give group handle hash hide hold ignore import infer initialise insert invert iterate join keep kill label
-launch lay leave let limit link list listen load locate lock log look lower make map mark match measure merge monitor move
-multiply name normalise note notify open order overwrite pack pad parse pass pick pin place plan poll prepare print probe
-process profile propose prune publish put quote raise rank read rebuild receive record redraw reduce refill refuse register
-rehearse reject release remember remove rename render reopen repeat replace report request requeue require reserve reset
-resolve restart restore resume return reuse rewind round run sample save scale scan schedule score select send serve set
-shard share shorten show shuffle signal silence size skip sleep sort split start stop store strip subtract suggest sum
-summarise suppress swap sweep switch sync take tell test time tokenise trace track train translate transpose trim truncate
-try turn unfreeze unlock unpack unwrap update use validate verify vote wait wake walk warn weigh widen withhold wrap write
-yield
+balance begin bind block bound bring broadcast build bypass calculate call cancel cap cast check choose claim clamp
+classify clear clip close collect combine commit compare compile complete compute concatenate configure connect continue
+convert copy count create cut deal decide decode delete deliver describe destroy detect disable discard dispatch display
+distribute divide do draw drop emit enable encode end ensure enter erase escape estimate evaluate evict exchange exclude
+exit expand explain export expose extend fail feed fetch fill filter find finish fit flush fold forecast format forward
+free freeze gather generate get give group handle hash hide hold ignore import infer initialise insert invert iterate
+join keep kill label launch lay leave let limit link list listen load locate lock log look lower make map mark match
+measure merge monitor move multiply name normalise note notify open order overwrite pack pad parse pass pick pin place
+plan poll prepare print probe process profile propose prune publish put quote raise rank read rebuild receive record
+redraw reduce refill refuse register rehearse reject release remember remove rename render reopen repeat replace report
+request requeue require reserve reset resolve restart restore resume return reuse rewind round run sample save scale
+scan schedule score select send serve set shard share shorten show shuffle signal silence size skip sleep sort split
+start stop store strip subtract suggest sum summarise suppress swap sweep switch sync take tell test time tokenise trace
+track train translate transpose trim truncate try turn unfreeze unlock unpack unwrap update use validate verify vote
+wait wake walk warn weigh widen withhold wrap write yield
 """
 VERBS = frozenset(_VERBS.split())
 """First words of functions' docstrings."""
