@@ -35,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage)
         return 0
     if name:
-        print(
-            f"error: command {name!r}: unknown.{did_you_mean(name, COMMANDS)} Choose one of these.\n", file=sys.stderr
-        )
+        print(f"error: command {name!r}: unknown.{did_you_mean(name, COMMANDS)} Choose one of these.\n", file=sys.stderr)
     print(usage, file=sys.stderr)
     return 2
 

@@ -150,17 +150,7 @@ class RunDone:
 
 
 Event = Union[
-    Warned,
-    Progress,
-    RunStarted,
-    StepDone,
-    NonFinite,
-    Resumed,
-    CheckpointSaved,
-    EvalDone,
-    Profiled,
-    OverfitChecked,
-    RunDone,
+    Warned, Progress, RunStarted, StepDone, NonFinite, Resumed, CheckpointSaved, EvalDone, Profiled, OverfitChecked, RunDone
 ]
 Emit = Callable[[Event], None]
 

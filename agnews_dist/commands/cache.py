@@ -32,9 +32,7 @@ def manage_caches(world: World, loaded: Loaded) -> None:
     if names and not is_clearing:
         raise ConfigError(f"{names[0]!r} without --clear: a list shows everything. Write --clear {' '.join(names)}.")
     if is_clearing and not names:
-        raise ConfigError(
-            "--clear without a name: it would remove nothing. Name all, features, tokens or keys after it."
-        )
+        raise ConfigError("--clear without a name: it would remove nothing. Name all, features, tokens or keys after it.")
     if not world.is_main:
         return
     # Imported here, so that --help does not wait for numpy.

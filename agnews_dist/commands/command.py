@@ -13,9 +13,7 @@ from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.errors import SharedError, Stopped, UserError
 
 TRAINING_OPTIONS = (
-    Option(
-        "--profile", "Write a torch.profiler trace of a few steps on rank 0 and print the top operators.", bool, False
-    ),
+    Option("--profile", "Write a torch.profiler trace of a few steps on rank 0 and print the top operators.", bool, False),
     Option(
         "--accept",
         "Settings that may differ from those of the resumed checkpoint, separated by commas: optim.lr, for example.",
@@ -61,11 +59,7 @@ def run_command(
 
 
 def _run_body(
-    command: str,
-    argv: Sequence[str] | None,
-    body: Body,
-    options: Sequence[Option],
-    preemption: PreemptionHandler | None,
+    command: str, argv: Sequence[str] | None, body: Body, options: Sequence[Option], preemption: PreemptionHandler | None
 ) -> tuple[int, bool]:
     """Return (exit code, whether all ranks end together). If not, other ranks may be in a collective with the process group."""
     world, is_loaded = World(), False

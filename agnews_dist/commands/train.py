@@ -69,9 +69,7 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         has_profile = loaded.options["profile"] and world.is_main
         with (
             checkpoints,
-            training.profile_steps(
-                has_profile, attempt.directory, engine.device, trainer.num_steps, monitors.emit
-            ) as profiler,
+            training.profile_steps(has_profile, attempt.directory, engine.device, trainer.num_steps, monitors.emit) as profiler,
         ):
             trainer.fit(lambda: evaluate("validation"), checkpoints, after_step=profiler.step)
 

@@ -225,10 +225,7 @@ def _print_help(command: str, options: Sequence[Option]) -> None:
         extra: dict[str, Any] = {"nargs": "*", "default": SUPPRESS} if option.nargs else {"default": option.default}
         general.add_argument(option.name, type=option.value_type, help=option.help, **extra)
     general.add_argument(
-        "--config",
-        metavar="FILE.yaml",
-        default=SUPPRESS,
-        help="YAML file with differences from the defaults; may be repeated.",
+        "--config", metavar="FILE.yaml", default=SUPPRESS, help="YAML file with differences from the defaults; may be repeated."
     )
     for name, text in SWITCHES.items():
         general.add_argument(name, action="store_true", default=SUPPRESS, help=text)

@@ -14,13 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from agnews_dist.config.schema import Config
 from agnews_dist.errors import did_you_mean
 
-TYPE_NAMES: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    type(None): "null",
-}
+TYPE_NAMES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 
 
 @dataclass(frozen=True)

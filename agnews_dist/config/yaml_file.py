@@ -8,14 +8,7 @@ import yaml
 from agnews_dist.config.fields import Problems, RawValue, all_sections, all_settings, format_unknown_name, to_one_line
 from agnews_dist.errors import did_you_mean
 
-SHIPPED = (
-    "debug.yaml",
-    "deepspeed.yaml",
-    "gpt2_ddp.yaml",
-    "gpt2_mini_cpu.yaml",
-    "gpt2_xl_deepspeed.yaml",
-    "quickstart.yaml",
-)
+SHIPPED = ("debug.yaml", "deepspeed.yaml", "gpt2_ddp.yaml", "gpt2_mini_cpu.yaml", "gpt2_xl_deepspeed.yaml", "quickstart.yaml")
 EXAMPLE = "Write for example 'optim:' and below it '  lr: 0.001'."
 
 

@@ -37,9 +37,7 @@ def read_file(path: Path, name: str) -> RawRows:
     try:
         return readers[path.suffix.lower()](path, name)
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions."
-        ) from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions.") from error
 
 
 def _read_text(path: Path, name: str) -> str:
@@ -198,9 +196,7 @@ def _parse(content: str, name: str) -> object:
     except (ValueError, RecursionError) as error:
         # The parser sees one line at a time, so its line number means nothing.
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(
-            f"{name} is not valid JSON: {reason}. Write one object with 'text' and 'label' per line."
-        ) from error
+        raise DataError(f"{name} is not valid JSON: {reason}. Write one object with 'text' and 'label' per line.") from error
 
 
 def _from_objects(objects: Sequence[object], origin: Origin) -> RawRows:

@@ -8,23 +8,14 @@ from agnews_dist.data.formats import SUFFIXES, read_file
 from agnews_dist.data.rows import Origin, RawRows, list_first
 from agnews_dist.errors import DataError, did_you_mean
 
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-}
+SPLIT_WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing")}
 """Names of a split in files, folders and on the hub: `train-00000-of-00001.parquet`, `dev.csv`, `train/0000.parquet`."""
 
 
 def is_local_path(source: str) -> bool:
     """Return whether `source` can only be a path: a hub id is `name` or `owner/name`, without a data suffix."""
     suffixes = (*SUFFIXES, ".tsv", ".txt", ".gz", ".zip", ".arrow", ".xlsx")
-    return (
-        source.startswith((".", "/", "~"))
-        or source.endswith(("/", *suffixes))
-        or "\\" in source
-        or source.count("/") > 1
-    )
+    return source.startswith((".", "/", "~")) or source.endswith(("/", *suffixes)) or "\\" in source or source.count("/") > 1
 
 
 def read_local(path: Path) -> dict[str, RawRows]:

@@ -18,15 +18,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.data.rows import Corpus, Split, check_corpus
-from agnews_dist.data.token_cache import (
-    FORMAT,
-    CachedTokens,
-    DamagedCache,
-    TokenSplit,
-    publish,
-    read_tokens,
-    write_tokens,
-)
+from agnews_dist.data.token_cache import FORMAT, CachedTokens, DamagedCache, TokenSplit, publish, read_tokens, write_tokens
 from agnews_dist.errors import DataError
 from agnews_dist.events import Emit, Progress, Warned
 from agnews_dist.storage.directories import cache_root

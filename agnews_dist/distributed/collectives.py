@@ -96,9 +96,7 @@ def catch(work: Callable[[], T]) -> T | UserError:
         return error
     except OSError as error:
         # A full disk or a lost mount is the user's to fix, and often one rank's alone.
-        return UserError(
-            f"{error.filename or 'a file'}: {error.strerror or error}. Check the disk's space and permissions."
-        )
+        return UserError(f"{error.filename or 'a file'}: {error.strerror or error}. Check the disk's space and permissions.")
 
 
 def raise_if_any_failed(outcome: T | UserError) -> T:

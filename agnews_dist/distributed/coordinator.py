@@ -228,9 +228,7 @@ class Coordinator:
                     task = self._tasks.get(timeout=max(0.0, next_poll - time.monotonic()))
                 except queue.Empty:
                     self._poll()
-                    is_busy = self.failure is not None or (
-                        self.stop_reason is not None and not self.all_answered.is_set()
-                    )
+                    is_busy = self.failure is not None or (self.stop_reason is not None and not self.all_answered.is_set())
                     next_poll = time.monotonic() + (BUSY_POLL_SECONDS if is_busy else POLL_SECONDS)
                     continue
                 if task is None:

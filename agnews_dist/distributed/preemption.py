@@ -124,9 +124,7 @@ class PreemptionHandler:
         failed.
         """
         self._num_ranks = num_ranks
-        coordinator = Coordinator(
-            store, rank, num_ranks, timeout_seconds, can_exit_now=self._agree_to_exit, on_news=self._wake
-        )
+        coordinator = Coordinator(store, rank, num_ranks, timeout_seconds, can_exit_now=self._agree_to_exit, on_news=self._wake)
         with self._lock:
             self._coordinator = coordinator
             if self._stop_reason is not None:

@@ -40,9 +40,7 @@ def open_process_group(world: World, backend: str, timeout_seconds: int) -> None
         ) from error
     try:
         prefix = _share_prefix(prefixed("agnews_dist", store), world, timeout_seconds)
-        dist.init_process_group(
-            backend, store=prefixed(prefix, store), rank=rank, world_size=num_ranks, timeout=timeout
-        )
+        dist.init_process_group(backend, store=prefixed(prefix, store), rank=rank, world_size=num_ranks, timeout=timeout)
     except RuntimeError as error:  # raised by the store, gloo and NCCL
         raise UserError(
             f"the ranks met at {address} but could not connect ({_first_line(error)}): they cannot train together. "

@@ -152,11 +152,7 @@ class DeepSpeedStrategy(Strategy):
 
     def _optimizer_weights(self) -> list[Tensor]:
         # Stage 3 passes its shards to the optimizer one by one, during the update only.
-        return (
-            self._engine.optimizer.fp32_partitioned_groups_flat
-            if self._zero.stage == 3
-            else super()._optimizer_weights()
-        )
+        return self._engine.optimizer.fp32_partitioned_groups_flat if self._zero.stage == 3 else super()._optimizer_weights()
 
     def _full_shape(self, weight: Tensor) -> torch.Size:
         return cast(Any, weight).ds_shape if self._zero.stage == 3 else weight.shape

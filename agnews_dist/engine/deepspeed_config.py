@@ -70,13 +70,7 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
 
 
 def build_deepspeed_config(
-    zero: ZeroOptions,
-    *,
-    num_ranks: int,
-    num_parameters: int,
-    max_grad_norm: float,
-    compress_gradients: bool,
-    pin_memory: bool,
+    zero: ZeroOptions, *, num_ranks: int, num_parameters: int, max_grad_norm: float, compress_gradients: bool, pin_memory: bool
 ) -> dict[str, Any]:
     """Build the configuration of `deepspeed.initialize` for `num_parameters` trainable weights. `max_grad_norm` 0: no clipping.
 
@@ -127,9 +121,7 @@ def _offload_sections(zero: ZeroOptions, settings: dict[str, Any]) -> dict[str, 
 
 
 def _is_off(section: Any) -> bool:
-    return section in (None, False, "auto") or (
-        isinstance(section, Mapping) and section.get("enabled") in (False, "auto")
-    )
+    return section in (None, False, "auto") or (isinstance(section, Mapping) and section.get("enabled") in (False, "auto"))
 
 
 DECIDING_SETTINGS = {
@@ -160,11 +152,7 @@ def _list_contradictions(decided: Mapping[str, Any], own: Mapping[str, Any], pat
     if path == "zero_optimization.":
         for name in ("offload_optimizer", "offload_param"):
             theirs = own.get(name)
-            wants = isinstance(theirs, Mapping) and cast(Mapping[str, Any], theirs).get("device") not in (
-                None,
-                "none",
-                "auto",
-            )
+            wants = isinstance(theirs, Mapping) and cast(Mapping[str, Any], theirs).get("device") not in (None, "none", "auto")
             if wants and name not in decided:
                 found.append(f"{path}{name} {json.dumps(theirs)} against none (engine.offload)")
     return found

@@ -24,9 +24,7 @@ def choose_precision(precision: str, *, use_cuda: bool) -> str:
             "Set --engine.precision fp16 or fp32."
         )
     if not use_cuda and precision == "fp16":
-        raise UserError(
-            "engine.precision fp16: on a CPU it is slower than fp32 and less exact. Set --engine.precision fp32."
-        )
+        raise UserError("engine.precision fp16: on a CPU it is slower than fp32 and less exact. Set --engine.precision fp32.")
     return precision
 
 

@@ -159,13 +159,7 @@ class Engine:
             if self._compress_gradients and isinstance(module, DistributedDataParallel):
                 module.register_comm_hook(None, collectives.average_in_bf16)
             return Strategy(
-                self.world,
-                module,
-                suffix,
-                optimizer,
-                self.device,
-                max_grad_norm=max_grad_norm,
-                initial_loss_scale=scale,
+                self.world, module, suffix, optimizer, self.device, max_grad_norm=max_grad_norm, initial_loss_scale=scale
             )
         assert self._plugin is not None
         settings = self._plugin.deepspeed_config
@@ -207,11 +201,7 @@ def check_accelerate_environment(zero: ZeroOptions | None) -> None:
     Raises:
         UserError: they do.
     """
-    allowed = {
-        "ACCELERATE_USE_DEEPSPEED": zero is not None,
-        "ACCELERATE_USE_FSDP": False,
-        "ACCELERATE_USE_MEGATRON_LM": False,
-    }
+    allowed = {"ACCELERATE_USE_DEEPSPEED": zero is not None, "ACCELERATE_USE_FSDP": False, "ACCELERATE_USE_MEGATRON_LM": False}
     for name, is_allowed in allowed.items():
         if os.environ.get(name, "false").lower() == "true" and not is_allowed:
             raise UserError(

@@ -217,9 +217,7 @@ def propose_settings(setup: Setup) -> list[tuple[str, Setup]]:
     for fewer_blocks in (setup.trainable_blocks // 2, 1):
         if 0 < fewer_blocks < setup.trainable_blocks:
             found.append((f"--model.trainable_blocks {fewer_blocks}", replace(setup, trainable_blocks=fewer_blocks)))
-            found.append(
-                (f"{both} --model.trainable_blocks {fewer_blocks}", replace(small, trainable_blocks=fewer_blocks))
-            )
+            found.append((f"{both} --model.trainable_blocks {fewer_blocks}", replace(small, trainable_blocks=fewer_blocks)))
     return found
 
 

@@ -69,9 +69,7 @@ class Strategy:
         The norm is equal on every rank. If it is not finite, no rank updates anything.
         """
         self._scaler.unscale_(self._optimizer)
-        norm = self._sum_norm(
-            nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm or math.inf)
-        ).item()
+        norm = self._sum_norm(nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm or math.inf)).item()
         if math.isfinite(norm):
             self._scaler.step(self._optimizer)
         self._scaler.update()

@@ -146,13 +146,7 @@ def evaluate_split(
     start = time.perf_counter()
     try:
         local = compute_rank_logits(
-            classifier,
-            table,
-            engine,
-            num_classes=num_classes,
-            features=features,
-            emit=emit,
-            is_stopping=is_stopping,
+            classifier, table, engine, num_classes=num_classes, features=features, emit=emit, is_stopping=is_stopping
         )
     except Stopped:
         local = None
@@ -165,6 +159,4 @@ def evaluate_split(
     predictions_N = log_probabilities_NC.argmax(axis=1)
     losses_N = -log_probabilities_NC[np.arange(len(labels_N)), labels_N]
     scores = compute_scores(confusion_matrix(labels_N, predictions_N, num_classes), float(losses_N.sum()))
-    return SplitScores(
-        labels_N, predictions_N, np.exp(log_probabilities_NC), scores, seconds=time.perf_counter() - start
-    )
+    return SplitScores(labels_N, predictions_N, np.exp(log_probabilities_NC), scores, seconds=time.perf_counter() - start)

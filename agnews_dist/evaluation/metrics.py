@@ -40,9 +40,7 @@ def confusion_matrix(labels_N: Integers, predictions_N: Integers, num_classes: i
         ValueError: the arrays differ in shape, or contain a class outside 0 .. num_classes - 1.
     """
     if labels_N.ndim != 1 or labels_N.shape != predictions_N.shape:
-        raise ValueError(
-            f"labels of shape {labels_N.shape}, predictions of shape {predictions_N.shape}: not one pair each"
-        )
+        raise ValueError(f"labels of shape {labels_N.shape}, predictions of shape {predictions_N.shape}: not one pair each")
     # int8 labels would overflow in the product below.
     labels_N = labels_N.astype(np.int64, casting="same_kind")
     predictions_N = predictions_N.astype(np.int64, casting="same_kind")

@@ -41,9 +41,7 @@ def read_texts(arguments: Sequence[str], file: str | None, stdin: TextIO) -> lis
         ConfigError: both arguments and a file.
     """
     if arguments and file is not None:
-        raise ConfigError(
-            f"--file {file!r} and {len(arguments)} text argument(s): only one may be given. Remove the other."
-        )
+        raise ConfigError(f"--file {file!r} and {len(arguments)} text argument(s): only one may be given. Remove the other.")
     if arguments:
         texts = [InputText(i, text, f"text argument {i + 1}") for i, text in enumerate(arguments)]
     elif file is not None:

@@ -34,14 +34,7 @@ class FeatureFile:
     """The rows of a layout's segments, in a directory of their own."""
 
     def __init__(
-        self,
-        directory: Path,
-        *,
-        key: str,
-        bounds_S: Sequence[int],
-        width: int,
-        dtype: torch.dtype,
-        about: Mapping[str, Any],
+        self, directory: Path, *, key: str, bounds_S: Sequence[int], width: int, dtype: torch.dtype, about: Mapping[str, Any]
     ) -> None:
         """Describe the file; nothing is read or written yet.
 

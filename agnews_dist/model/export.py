@@ -123,8 +123,7 @@ def load_classifier(
         )
     if len(backbone.class_names) < 2:
         raise ModelError(
-            f"model {name!r} has a single class: it is not a classifier. "
-            "Set --model.name to a model with two classes or more."
+            f"model {name!r} has a single class: it is not a classifier. Set --model.name to a model with two classes or more."
         )
     classifier = split_model(
         backbone,

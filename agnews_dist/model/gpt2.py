@@ -110,9 +110,7 @@ def load_model_config(
     return _default_config(tokenizer) if init == "random" and has_only_tokenizer else _read_config(location)
 
 
-def split_model(
-    backbone: Backbone, *, trainable_blocks: int | Literal["all"], num_classes: int, seed: int
-) -> Classifier:
+def split_model(backbone: Backbone, *, trainable_blocks: int | Literal["all"], num_classes: int, seed: int) -> Classifier:
     """Freeze all but the last `trainable_blocks` blocks, the final norm and `out_head`.
 
     `out_head` is drawn from `seed`, unless the checkpoint has a head of the same shape. Both halves are in eval mode until
@@ -142,10 +140,7 @@ def split_model(
     blocks = dict(enumerate(model.h))
     boundary = num_blocks - num_trainable
     prefix = Prefix(
-        model.wte,
-        model.wpe,
-        {i: block for i, block in blocks.items() if i < boundary},
-        last_token_only=num_trainable == 0,
+        model.wte, model.wpe, {i: block for i, block in blocks.items() if i < boundary}, last_token_only=num_trainable == 0
     )
     suffix = Suffix({i: block for i, block in blocks.items() if i >= boundary}, model.ln_f, out_head).float().eval()
     # Moving a module replaces the data of its parameters. These references keep the original data without a copy.
@@ -163,9 +158,7 @@ def count_parameters(classifier: Classifier) -> dict[str, tuple[int, int]]:
             first, last = numbers[0], numbers[-1]
             parts[f"h.{first}" if first == last else f"h.{first}-{last}"] = list(blocks.values())
     parts |= {"ln_f": [suffix.ln_f], "out_head": [suffix.out_head]}
-    return {
-        part: (_count(modules, trainable=True), _count(modules, trainable=False)) for part, modules in parts.items()
-    }
+    return {part: (_count(modules, trainable=True), _count(modules, trainable=False)) for part, modules in parts.items()}
 
 
 def check_max_length(max_length: int, num_positions: int) -> None:

@@ -15,12 +15,7 @@ from agnews_dist.model.embedded import embedded_tokenizer
 EMBEDDED = "embedded"
 """Model name that needs neither files nor a network (see embedded.py)."""
 CONFIG_FILE = "config.json"
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 PAD_TOKEN = "[PAD]"
 

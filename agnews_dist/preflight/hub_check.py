@@ -36,9 +36,7 @@ def _judge_hub(cached: Mapping[str, bool]) -> Finding:
     prepare = "Run python -m agnews_dist prepare where there is a network, with the same HF_HOME; or set local paths"
     if constants.HF_HUB_OFFLINE:
         if missing:
-            return Finding(
-                check="hub", verdict="fail", found=f"{incomplete}, and HF_HUB_OFFLINE is set", remedy=prepare
-            )
+            return Finding(check="hub", verdict="fail", found=f"{incomplete}, and HF_HUB_OFFLINE is set", remedy=prepare)
         return Finding(check="hub", verdict="ok", found=f"{complete}; offline mode (HF_HUB_OFFLINE)")
     # Twice: resolving the host name has no time limit of its own.
     reason = run_with_timeout(2 * HUB_SECONDS, lambda: _send_request(constants.ENDPOINT)).error

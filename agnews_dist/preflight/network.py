@@ -150,9 +150,7 @@ def judge_work(works: Sequence[Work], hosts: Sequence[str], num_cores: Sequence[
             slow[rank] = f"rank {rank} on {hosts[rank]} {', '.join(faults)}"
     if not slow:
         return Finding(check="speed", verdict="ok", found=f"{typical / 1e9:,.0f} GFLOP/s per rank")
-    remedy = (
-        "Look there for other programs, CPU-time limits, bound cores or heat: every step waits for the slowest rank"
-    )
+    remedy = "Look there for other programs, CPU-time limits, bound cores or heat: every step waits for the slowest rank"
     found = "; ".join(list(slow.values())[:8])
     return Finding(check="speed", verdict="warn", found=found, remedy=remedy, ranks=tuple(slow))
 

@@ -32,9 +32,7 @@ class RankFacts:
 
 def collect_facts(device: DeviceInfo, settings: Mapping[str, object]) -> RankFacts:
     """Return the facts about this rank."""
-    return RankFacts(
-        socket.gethostname(), device, find_cores(os.environ), torch.get_num_threads(), versions(), settings
-    )
+    return RankFacts(socket.gethostname(), device, find_cores(os.environ), torch.get_num_threads(), versions(), settings)
 
 
 def compare_ranks(check: str, by_rank: Sequence[Mapping[str, object]], remedy: str) -> Finding:

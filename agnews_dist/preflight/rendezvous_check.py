@@ -42,9 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     host, _, port = options.endpoint.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        parser.error(
-            f"--endpoint {options.endpoint}: must be HOST:PORT with a port from 1 to 65535, such as node1:29400"
-        )
+        parser.error(f"--endpoint {options.endpoint}: must be HOST:PORT with a port from 1 to 65535, such as node1:29400")
     rendezvous = Rendezvous(host=host.strip("[]"), port=int(port), num_nodes=options.nodes, node=options.node)
     if options.print_interface:
         try:
@@ -74,8 +72,7 @@ def check_rendezvous(rendezvous: Rendezvous) -> Finding:
     is_head = rendezvous.node == 0
     if loopback and rendezvous.num_nodes > 1 and (not is_head or _is_always_loopback(host)):
         return _fail(
-            f"{host} is {loopback[0]} on {this_host}, which means each node itself",
-            "Name the first node as the others see it",
+            f"{host} is {loopback[0]} on {this_host}, which means each node itself", "Name the first node as the others see it"
         )
     return _check_head(rendezvous, addresses, loopback) if is_head else _check_other(rendezvous, addresses)
 
@@ -96,9 +93,7 @@ def _check_head(rendezvous: Rendezvous, addresses: list[str], loopback: list[str
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             return _fail(f"port {port} of {this_host} cannot be opened ({error.strerror})", "Choose another PORT")
-        return _fail(
-            f"port {port} of {this_host} is taken{_find_owner(port)}", "Choose another PORT, or end that program"
-        )
+        return _fail(f"port {port} of {this_host} is taken{_find_owner(port)}", "Choose another PORT, or end that program")
     if loopback and rendezvous.num_nodes > 1:
         found = f"{host} is {loopback[0]} on itself, and must be another address on the other nodes"
         remedy = "Set the name's address in /etc/hosts to the one that the others see"

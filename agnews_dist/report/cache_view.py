@@ -20,12 +20,7 @@ def caches_to_json(
 ) -> dict[str, Any]:
     """Return the object of --json. `caches` are those before the removal, `outcomes` those of the removal."""
     rows = [asdict(cache) | ({"outcome": outcomes.get(cache.key)} if outcomes is not None else {}) for cache in caches]
-    return {
-        "directory": str(root),
-        "feature_limit_bytes": limit_bytes,
-        "caches": rows,
-        "total_bytes": _sum_bytes(caches),
-    }
+    return {"directory": str(root), "feature_limit_bytes": limit_bytes, "caches": rows, "total_bytes": _sum_bytes(caches)}
 
 
 def show_caches(root: Path, limit_bytes: int, caches: Sequence[CacheFacts], outcomes: Mapping[str, str] | None) -> None:

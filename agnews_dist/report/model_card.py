@@ -71,8 +71,7 @@ class ModelCard:
             "crashes on a text longer than the model's positions.",
             "## Training",
             _format_table(
-                ("setting", "value"),
-                [(f"`{key}`", f"`{_format_value(value)}`") for key, value in self.settings.items()],
+                ("setting", "value"), [(f"`{key}`", f"`{_format_value(value)}`") for key, value in self.settings.items()]
             ),
             _format_parameters(self.parameters),
             _format_table(
@@ -165,9 +164,7 @@ def _list_limits(data: str, class_names: Sequence[str], max_length: int) -> list
 def _format_confusions(splits: Mapping[str, Scores], class_names: Sequence[str]) -> list[str]:
     blocks: list[str] = []
     for split, scores in splits.items():
-        rows = [
-            (name, *(f"{count:,}" for count in row)) for name, row in zip(class_names, scores.confusion, strict=True)
-        ]
+        rows = [(name, *(f"{count:,}" for count in row)) for name, row in zip(class_names, scores.confusion, strict=True)]
         blocks += [
             f"Confusion on {_escape_cell(split)} (rows: true class, columns: predicted):",
             _format_table(("", *class_names), rows),

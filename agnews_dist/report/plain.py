@@ -88,16 +88,12 @@ class PlainLines:
             self._print(f"  {label:<{width}}  {value}")
 
     def _print_header(self, event: events.RunStarted) -> None:
-        self._print(
-            f"run started on {datetime.now():%Y-%m-%d}" + (f", {event.num_steps} steps" if event.num_steps else "")
-        )
+        self._print(f"run started on {datetime.now():%Y-%m-%d}" + (f", {event.num_steps} steps" if event.num_steps else ""))
         self._print_rows(event.facts)
         if event.parameters:
             trainable, frozen = (sum(counts) for counts in zip(*event.parameters.values(), strict=True))
             self._print(f"parameters: {trainable:,} trainable, {frozen:,} frozen")
-            self._print_rows(
-                {part: f"{trained:>13,} {fixed:>13,}" for part, (trained, fixed) in event.parameters.items()}
-            )
+            self._print_rows({part: f"{trained:>13,} {fixed:>13,}" for part, (trained, fixed) in event.parameters.items()})
 
     def _print_step(self, event: events.StepDone) -> None:
         self._steps.add(event)

@@ -158,9 +158,7 @@ class TerminalDisplay:
         self._is_training = True
         self._tasks.clear()
         if self._every_step:
-            self._print(
-                Text("  ".join([self._steps.format_step(), *self._steps.format_figures(exact=True)]), overflow="fold")
-            )
+            self._print(Text("  ".join([self._steps.format_step(), *self._steps.format_figures(exact=True)]), overflow="fold"))
         self._refresh(now=self._steps.is_complete)
 
     def _show_progress(self, event: events.Progress) -> None:

@@ -105,9 +105,7 @@ class Attempt:
         # The other ranks wait for this one, at most for the engine's timeout.
         directory.lock(min(LOCK_SECONDS, self._config.engine.timeout_seconds / 2))
         if is_later:
-            resume, directory.overwrite = settings_after_restart(
-                directory.directory, job, resume, overwrite=run.overwrite
-            )
+            resume, directory.overwrite = settings_after_restart(directory.directory, job, resume, overwrite=run.overwrite)
         point = find_resume_point(
             directory.directory, resume=resume, overwrite=directory.overwrite, settings=self._settings, accept=accept
         )
@@ -224,9 +222,7 @@ class Attempt:
         self._checkpoints = CheckpointManager(
             self.directory / FOLDER,
             trainer.strategy,
-            CheckpointSettings(
-                keep=settings.keep, every_steps=settings.every_steps, every_minutes=settings.every_minutes
-            ),
+            CheckpointSettings(keep=settings.keep, every_steps=settings.every_steps, every_minutes=settings.every_minutes),
             metadata=self._metadata(fingerprints, features, trainer.class_names),
             log=self._log,
             emit=self._sinks,
@@ -281,15 +277,11 @@ class Attempt:
             self._sinks.add(Console(every_step=self._config.run.debug))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with self._stack:
             if isinstance(error, Stopped):
                 # All ranks raise it together, so a collective is safe here.
-                reasons = [
-                    reason for reason in collectives.all_gather(self._preemption.stop_reason) if reason is not None
-                ]
+                reasons = [reason for reason in collectives.all_gather(self._preemption.stop_reason) if reason is not None]
                 error.args = (self._record_stop(reasons[0] if reasons else "as requested"),)
             elif self._has_begun and error is not None and not isinstance(error, AlreadyFinished):
                 self._record("failed", str(error).split("\n")[0] or type(error).__name__)

@@ -48,9 +48,7 @@ def decide_at_end(status: Status | None, starts: Sequence[Start], limit: int, *,
     if was_stopped or (status is not None and status.state == "preempted"):
         return Answer("again", "it was stopped before its end")
     if status is None or (starts and status.attempt <= starts[-1].attempt):
-        return Answer(
-            "give_up", "this start failed before the run began, so the next one would too: see its error above"
-        )
+        return Answer("give_up", "this start failed before the run began, so the next one would too: see its error above")
     return Answer("again", f"it failed ({status.reason}) and may get further from step {status.step}")
 
 

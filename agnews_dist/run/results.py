@@ -56,10 +56,7 @@ def write_results(
     def write() -> None:
         _export(config, inputs, trainer, split_scores, directory)
         paths = {"model": str(directory / "model"), "result": str(directory / "result.json")}
-        paths |= {
-            f"{name} predictions": str(write_predictions(directory, name, split))
-            for name, split in split_scores.items()
-        }
+        paths |= {f"{name} predictions": str(write_predictions(directory, name, split)) for name, split in split_scores.items()}
         seconds = monitors.timer.totals()
         efficiency, num_tokens = trainer.totals.tally.efficiency, trainer.totals.tally.real
         tokens_per_second = num_tokens / trainer.totals.seconds
@@ -95,11 +92,7 @@ def write_results(
 
 
 def _export(
-    config: Config,
-    inputs: TrainingInputs,
-    trainer: Trainer,
-    split_scores: Mapping[str, SplitScores],
-    directory: Path,
+    config: Config, inputs: TrainingInputs, trainer: Trainer, split_scores: Mapping[str, SplitScores], directory: Path
 ) -> None:
     """Export the best epoch as a directory that Hugging Face loads, with its model card."""
     card = ModelCard(

@@ -82,10 +82,7 @@ class ResumePoint:
     @property
     def tensors(self) -> tuple[Groups, Groups]:
         """Groups of tensors of the checkpoint and of its best epoch."""
-        return (
-            self.checkpoint.tensors if self.checkpoint else {},
-            self.best.tensors if self.best else {},
-        )
+        return (self.checkpoint.tensors if self.checkpoint else {}, self.best.tensors if self.best else {})
 
 
 def parse_accept(text: str) -> list[str]:
@@ -97,9 +94,7 @@ def parse_accept(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in ACCEPTABLE:
-            raise UserError(
-                f"--accept {name}: this setting cannot change on resume. Choose among {', '.join(ACCEPTABLE)}."
-            )
+            raise UserError(f"--accept {name}: this setting cannot change on resume. Choose among {', '.join(ACCEPTABLE)}.")
     return names
 
 

@@ -17,14 +17,7 @@ from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
 from agnews_dist.events import Emit, Progress
 from agnews_dist.features.manager import CacheSettings, FeatureCache
 from agnews_dist.features.placement import RequestedPlace
-from agnews_dist.model.gpt2 import (
-    Classifier,
-    check_max_length,
-    count_parameters,
-    load_backbone,
-    load_model_config,
-    split_model,
-)
+from agnews_dist.model.gpt2 import Classifier, check_max_length, count_parameters, load_backbone, load_model_config, split_model
 from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.run.fingerprints import run_fingerprints
@@ -95,13 +88,7 @@ def load_text(data: DataConfig, *, hold_out: bool = True) -> Corpus:
 
 
 def open_tokens(
-    corpus: Corpus,
-    tokenizer: PreTrainedTokenizerFast,
-    data: DataConfig,
-    *,
-    max_length: int,
-    emit: Emit,
-    world: World,
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, data: DataConfig, *, max_length: int, emit: Emit, world: World
 ) -> TokenStore:
     """Open the token cache of `corpus`. If there is none, one process per node builds it while the others wait at a lock."""
     return open_or_build(
@@ -128,18 +115,11 @@ def load_training_inputs(
     emit(Progress(task=f"load {model.name}", done=0, total=0))
     files = files or read_model_files(model, data)
     backbone = load_backbone(
-        model.name,
-        revision=model.revision,
-        init=model.init,
-        seed=seed,
-        tokenizer=files.tokenizer,
-        config=files.config,
+        model.name, revision=model.revision, init=model.init, seed=seed, tokenizer=files.tokenizer, config=files.config
     )
     emit(Progress(task=f"load {data.source}", done=0, total=0))
     corpus = load_text(data)
-    classifier = split_model(
-        backbone, trainable_blocks=model.trainable_blocks, num_classes=len(corpus.class_names), seed=seed
-    )
+    classifier = split_model(backbone, trainable_blocks=model.trainable_blocks, num_classes=len(corpus.class_names), seed=seed)
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
@@ -149,18 +129,13 @@ def load_training_inputs(
 def place_inputs(config: Config, inputs: TrainingInputs, engine: Engine) -> dict[str, TokenTable]:
     """Move model and tokens to the device; return the splits' token tables."""
     place_classifier(
-        inputs.classifier,
-        engine,
-        fast_path=config.engine.fast_path,
-        checkpointing=config.engine.activation_checkpointing,
+        inputs.classifier, engine, fast_path=config.engine.fast_path, checkpointing=config.engine.activation_checkpointing
     )
     if not engine.world.is_main:
         # Only rank 0 exports. Elsewhere this would be a second copy of the model in the node's memory.
         inputs.classifier.frozen_state.clear()
     pad_id = pad_id_of(inputs.tokenizer)
-    return {
-        name: TokenTable(tokens, pad_id=pad_id, device=engine.device) for name, tokens in inputs.store.splits.items()
-    }
+    return {name: TokenTable(tokens, pad_id=pad_id, device=engine.device) for name, tokens in inputs.store.splits.items()}
 
 
 def plan_settings(batch: BatchConfig, seed: int) -> PlanSettings:
@@ -186,12 +161,7 @@ def build_loader(config: Config, classifier: Classifier, table: TokenTable, worl
 
 
 def open_features(
-    config: Config,
-    inputs: TrainingInputs,
-    tables: Mapping[str, TokenTable],
-    engine: Engine,
-    *,
-    requested: RequestedPlace,
+    config: Config, inputs: TrainingInputs, tables: Mapping[str, TokenTable], engine: Engine, *, requested: RequestedPlace
 ) -> FeatureCache:
     """Decide where the frozen part's output is kept, without computing it yet. Collective."""
     num_tokens = sum(int(table.lengths_N.sum()) for table in tables.values())
@@ -217,11 +187,7 @@ def build_features(features: FeatureCache, loader: TrainLoader, monitors: Monito
 
 
 def build_evaluation(
-    inputs: TrainingInputs,
-    tables: Mapping[str, TokenTable],
-    engine: Engine,
-    features: FeatureCache,
-    monitors: Monitors,
+    inputs: TrainingInputs, tables: Mapping[str, TokenTable], engine: Engine, features: FeatureCache, monitors: Monitors
 ) -> Callable[[str], SplitScores]:
     """Return a function that scores a split by its name. Collective; it raises `Stopped` when the run must stop."""
 
@@ -253,13 +219,7 @@ def check_first_step(
         dry_run(classifier, loader.largest_step(0), engine, emit)
 
 
-def build_trainer(
-    config: Config,
-    inputs: TrainingInputs,
-    engine: Engine,
-    loader: TrainLoader,
-    monitors: Monitors,
-) -> Trainer:
+def build_trainer(config: Config, inputs: TrainingInputs, engine: Engine, loader: TrainLoader, monitors: Monitors) -> Trainer:
     """Build the training loop, which hands the trainable part to the engine. Collective."""
     optim = config.optim
     settings = TrainerSettings(

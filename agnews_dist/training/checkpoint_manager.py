@@ -114,9 +114,7 @@ class CheckpointManager:
             self._emit(Warned(message=message))
         return False
 
-    def save(
-        self, step: int, state: Mapping[str, Any], best: BestEpoch, *, is_scored: bool, wait: bool = False
-    ) -> None:
+    def save(self, step: int, state: Mapping[str, Any], best: BestEpoch, *, is_scored: bool, wait: bool = False) -> None:
         """Copy weights and moments and start writing them, unless this very checkpoint is saved already. Collective.
 
         Args:
@@ -211,9 +209,7 @@ class CheckpointManager:
     def __enter__(self) -> "CheckpointManager":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Wait for the write in progress, also where training failed."""
         self.wait()
         self._thread.shutdown()

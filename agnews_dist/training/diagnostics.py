@@ -63,11 +63,7 @@ def overfit_one_batch(classifier: Classifier, table: TokenTable, engine: Engine,
             f"{losses[0]:.3f} -> {losses[-1]:.3f}). Check optim.lr ({lr}), the labels, and model.trainable_blocks."
         )
     return OverfitChecked(
-        num_examples=num_examples,
-        num_steps=len(losses) - 1,
-        first_loss=losses[0],
-        last_loss=losses[-1],
-        accuracy=accuracy,
+        num_examples=num_examples, num_steps=len(losses) - 1, first_loss=losses[0], last_loss=losses[-1], accuracy=accuracy
     )
 
 

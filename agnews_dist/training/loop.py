@@ -60,20 +60,13 @@ class Trainer:
     """One run's training. Every rank has one."""
 
     def __init__(
-        self,
-        classifier: Classifier,
-        engine: Engine,
-        loader: TrainLoader,
-        settings: TrainerSettings,
-        monitors: Monitors,
+        self, classifier: Classifier, engine: Engine, loader: TrainLoader, settings: TrainerSettings, monitors: Monitors
     ) -> None:
         """Hand the trainable part to the engine. Collective."""
         self._classifier, self._engine, self._loader, self._settings = classifier, engine, loader, settings
         self._emit, self._timer, self._preemption = monitors.emit, monitors.timer, monitors.preemption
         self._optimizer = build_optimizer(classifier.suffix, lr=settings.lr, weight_decay=settings.weight_decay)
-        self.strategy: Strategy = engine.prepare(
-            classifier.suffix, self._optimizer, max_grad_norm=settings.max_grad_norm
-        )
+        self.strategy: Strategy = engine.prepare(classifier.suffix, self._optimizer, max_grad_norm=settings.max_grad_norm)
         self.num_steps = loader.num_steps(settings.num_epochs)
         """Steps of the whole run."""
         self._epoch, self._epoch_step = 0, 0

@@ -46,16 +46,7 @@ def ours(shared: Path, output: Path, init: str, seed: int, ranks: int, settings:
 def hf_trainer(shared: Path, output: Path, seed: int) -> dict[str, object]:
     """The same job by Hugging Face Trainer, one process."""
     script = Path(__file__).with_name("hf_trainer.py")
-    command = [
-        sys.executable,
-        str(script),
-        "--shared",
-        str(shared),
-        "--seed",
-        str(seed),
-        "--output",
-        str(output / "hf"),
-    ]
+    command = [sys.executable, str(script), "--shared", str(shared), "--seed", str(seed), "--output", str(output / "hf")]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -80,13 +71,7 @@ def main() -> None:
             else:
                 init = "pretrained" if what == "ours" else "random"
                 row = ours(shared, args.output, init, seed, args.ranks, SETTINGS | varied)
-            row = {
-                "what": what,
-                "varied": varied,
-                "seed": seed,
-                **row,
-                "wall_seconds": round(time.perf_counter() - start, 1),
-            }
+            row = {"what": what, "varied": varied, "seed": seed, **row, "wall_seconds": round(time.perf_counter() - start, 1)}
             found.setdefault(what, []).append(float(str(row["best_accuracy"])))
             print(json.dumps(row), flush=True)
             with (args.output / "log.jsonl").open("a", encoding="utf-8") as log:

@@ -226,9 +226,7 @@ def open_sources(seed: int) -> TrainingInputs:
 def runs(orders: list[str], seeds: list[int], done: set[tuple[str, int]]) -> Iterator[dict[str, Any]]:
     """All orders of a seed before the next seed, so that an interrupted sweep is still paired."""
     sources = open_sources(seeds[0])
-    train_split, validation = (
-        freeze(sources.classifier, sources.store.splits[name]) for name in ("train", "validation")
-    )
+    train_split, validation = (freeze(sources.classifier, sources.store.splits[name]) for name in ("train", "validation"))
     for seed in seeds:
         left = [order for order in orders if (order, seed) not in done]
         initial = open_sources(seed).classifier.suffix if left else None
@@ -275,9 +273,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(6)))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    logged = (
-        [json.loads(line) for line in args.log.read_text(encoding="utf-8").splitlines()] if args.log.exists() else []
-    )
+    logged = [json.loads(line) for line in args.log.read_text(encoding="utf-8").splitlines()] if args.log.exists() else []
     if args.what == "table":
         print("\n".join(tables(logged)))
         return

@@ -45,9 +45,7 @@ class Ours:
 
     def __init__(self, config: GPT2Config, directory: Path, *, every_steps: int | None = None) -> None:
         engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
-        suffix = split_model(
-            Backbone(GPT2Model(config), None, None), trainable_blocks=1, num_classes=CLASSES, seed=0
-        ).suffix
+        suffix = split_model(Backbone(GPT2Model(config), None, None), trainable_blocks=1, num_classes=CLASSES, seed=0).suffix
         optimizer = build_optimizer(suffix, lr=1e-4, weight_decay=0.01)
         self.strategy = engine.prepare(suffix, optimizer, max_grad_norm=1.0)
         directory.mkdir(parents=True)
@@ -161,9 +159,7 @@ def compare_saves(given: argparse.Namespace, config: GPT2Config) -> None:
         note(found, "Trainer", stall, stall + seconds_of(os.sync), size_of(place))
     for name, figures in found.items():
         medians = {f"median_{key}": round(median(values), 4) for key, values in figures.items()}
-        ratios = {
-            f"{key}_over_ours": round(median(values) / median(found["ours"][key]), 2) for key, values in figures.items()
-        }
+        ratios = {f"{key}_over_ours": round(median(values) / median(found["ours"][key]), 2) for key, values in figures.items()}
         print(json.dumps({"save": name, **medians, **ratios, "all": figures}), flush=True)
 
 

@@ -34,9 +34,7 @@ TEXTS, TOKENS = 16, 56
 
 def make_suffix(width: int, blocks: int) -> Suffix:
     torch.manual_seed(0)
-    config = GPT2Config(
-        n_embd=width, n_layer=blocks, n_head=width // 64, vocab_size=8, bos_token_id=None, eos_token_id=None
-    )
+    config = GPT2Config(n_embd=width, n_layer=blocks, n_head=width // 64, vocab_size=8, bos_token_id=None, eos_token_id=None)
     return split_model(Backbone(GPT2Model(config), None, None), trainable_blocks="all", num_classes=4, seed=0).suffix
 
 
@@ -53,9 +51,7 @@ def main() -> None:
         def job() -> None:
             engine_module.choose_bucket_megabytes = own_bucket if bucket is None else lambda _: bucket
             AcceleratorState._reset_state(True)  # accelerate knows one engine per process
-            engine = Engine(
-                world, device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=300, zero=zero, **options
-            )
+            engine = Engine(world, device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=300, zero=zero, **options)
             suffix = make_suffix(given.width, given.blocks)
             wrapped = engine.prepare(suffix, build_optimizer(suffix, lr=1e-4, weight_decay=0.01), max_grad_norm=1.0)
 

@@ -83,9 +83,7 @@ def no_dropout(rows: int | None, output: Path, done: list[Row]) -> Iterator[Row]
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    runs = {
-        path: train(path, seed=0, rows=rows, model=model, output=output, name=f"{path}-no-dropout") for path in PATHS
-    }
+    runs = {path: train(path, seed=0, rows=rows, model=model, output=output, name=f"{path}-no-dropout") for path in PATHS}
     fast, plain = (predictions(output / f"{path}-no-dropout") for path in PATHS)
     weights = [load_file(output / f"{path}-no-dropout" / "model" / "model.safetensors") for path in PATHS]
     gaps = {}
@@ -137,8 +135,7 @@ def tables(rows: list[Row]) -> Iterator[str]:
     runs = [row for row in rows if row["what"] == "run"]
     for limit in sorted({row["rows"] or 0 for row in runs}):
         by_path = {
-            path: {row["seed"]: row for row in runs if (row["rows"] or 0, row["path"]) == (limit, path)}
-            for path in PATHS
+            path: {row["seed"]: row for row in runs if (row["rows"] or 0, row["path"]) == (limit, path)} for path in PATHS
         }
         yield from compared_lines({f"{path}, {limit or 'all'} rows": found for path, found in by_path.items() if found})
     for row in (row for row in rows if row["what"] == "scored"):
@@ -148,11 +145,7 @@ def tables(rows: list[Row]) -> Iterator[str]:
     trained = [row for row in rows if row["what"] == "trained"]
     names = {"fp32": "fp32", "stored": "rounded to bf16"}
     yield from compared_lines(
-        {
-            name: {row["seed"]: row for row in trained if row["features"] == key}
-            for key, name in names.items()
-            if trained
-        }
+        {name: {row["seed"]: row for row in trained if row["features"] == key} for key, name in names.items() if trained}
     )
 
 
@@ -200,9 +193,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))
     args = parser.parse_args()
-    logged = (
-        [json.loads(line) for line in args.log.read_text(encoding="utf-8").splitlines()] if args.log.exists() else []
-    )
+    logged = [json.loads(line) for line in args.log.read_text(encoding="utf-8").splitlines()] if args.log.exists() else []
     if args.what == "table":
         print("\n".join(tables(logged)))
         return

@@ -94,11 +94,7 @@ class Rows:
             classifier.suffix.train()
             for batches in loader.steps(epoch):
                 lr = learning_rate(
-                    step,
-                    num_steps=num_steps,
-                    peak=optim.lr,
-                    warmup_ratio=optim.warmup_ratio,
-                    schedule=optim.schedule,
+                    step, num_steps=num_steps, peak=optim.lr, warmup_ratio=optim.warmup_ratio, schedule=optim.schedule
                 )
                 set_lr(optimizer, lr)
                 train_step(self._engine, features["train"], wrapped, batches)
@@ -124,12 +120,7 @@ class Rows:
     def _computed_in_bf16(self, split: str) -> CachedFeatures:
         """Weights, activations and rows in bf16, as on a GPU; for a split that is scored."""
         prefix, table = copy.deepcopy(self._prefix).bfloat16(), self._tables[split]
-        layout = lay_out(
-            table.lengths_N,
-            evaluation_batches(table),
-            call_tokens=prefix.call_tokens,
-            row_bytes=prefix.row_bytes,
-        )
+        layout = lay_out(table.lengths_N, evaluation_batches(table), call_tokens=prefix.call_tokens, row_bytes=prefix.row_bytes)
         computing = SplitFeatures(prefix, table, layout)
         rows, pieces = computing.prepare_in_memory(torch.device("cpu"), computing.compute_segment, lambda segment: None)
         run_in_threads(pieces, torch.device("cpu"))

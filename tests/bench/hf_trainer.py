@@ -12,13 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import load_dataset
-from transformers import (
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    GPT2ForSequenceClassification,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoTokenizer, DataCollatorWithPadding, GPT2ForSequenceClassification, Trainer, TrainingArguments
 
 
 def main() -> None:

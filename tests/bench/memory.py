@@ -44,9 +44,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
             "ZeRO-1": ["--engine.backend", "deepspeed", "--engine.zero_stage", "1"],
             "ZeRO-2": ["--engine.backend", "deepspeed"],
             "ZeRO-3": ["--engine.backend", "deepspeed", "--engine.zero_stage", "3"],
-            "ZeRO-3, offload all": (
-                ["--engine.backend", "deepspeed", "--engine.zero_stage", "3", "--engine.offload", "all"]
-            ),
+            "ZeRO-3, offload all": (["--engine.backend", "deepspeed", "--engine.zero_stage", "3", "--engine.offload", "all"]),
         }.items()
     },
 }
@@ -72,14 +70,7 @@ def measure(name: str, tokenizer: Path) -> dict[str, object]:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
             command = [sys.executable, *launcher, "-m", "agnews_dist.train"]
         command += ["--model.name", str(model_directory(tokenizer, size, below)), "--model.init", "random"]
-        command += [
-            "--data.source",
-            "synthetic",
-            "--data.limit_train",
-            str(256 * num_ranks),
-            "--data.limit_validation",
-            "32",
-        ]
+        command += ["--data.source", "synthetic", "--data.limit_train", str(256 * num_ranks), "--data.limit_validation", "32"]
         command += ["--data.limit_test", "32", "--data.cache_dir", str(below / "cache"), "--optim.epochs", "2"]
         command += ["--batch.max_tokens_per_rank", "3072", "--data.max_length", "24", "--engine.device", "cpu"]
         command += ["--batch.global_batch_size", str(128 * num_ranks), "--run.dir", str(below), "--run.name", "run"]

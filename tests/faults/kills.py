@@ -70,9 +70,7 @@ def kill_attempt(kill: Kill, directory: Path, place: str, rng: random.Random) ->
     if kill.aimed == "features":
         shutil.rmtree(directory / "cache" / "features", ignore_errors=True)
     timeline, earlier = Timeline(run), read_status(run)
-    job = (TorchrunJob if kill.through == "torchrun" else ForkedJob)(
-        arguments(directory, "--engine.feature_cache", place), log
-    )
+    job = (TorchrunJob if kill.through == "torchrun" else ForkedJob)(arguments(directory, "--engine.feature_cache", place), log)
     try:
         delay = rng.uniform(0, DELAYS[kill.aimed])
         if kill.through == "torchrun" and not wait_until(lambda: job.has_ended() or len(job.workers()) > 1):
@@ -150,9 +148,7 @@ def deal(rng: random.Random, cards: list[Any], size: int) -> list[Any]:
 def plan_kills(rng: random.Random, num_kills: int, through_torchrun: int) -> list[Kill]:
     """Return the kills of the campaign."""
     phases = deal(rng, list(PHASES), num_kills)
-    hows = deal(
-        rng, ["TERM", "KILL", "STOP", "TERM", "KILL", "USR1", "TERM", "KILL", "STOP", "USR2", "TERM", "INT"], num_kills
-    )
+    hows = deal(rng, ["TERM", "KILL", "STOP", "TERM", "KILL", "USR1", "TERM", "KILL", "STOP", "USR2", "TERM", "INT"], num_kills)
     torchruns = set(rng.sample(range(num_kills), through_torchrun))
     kills = []
     for index, (phase, how) in enumerate(zip(phases, hows, strict=True)):
@@ -214,18 +210,14 @@ def main(words: Sequence[str]) -> int:
         results = read_results(finish(directory, "--engine.feature_cache", place))
         wrong = [name for name, value in reference.items() if results[name] != value]
         if wrong:
-            differing.append(
-                f"run {number} ({directory}) ends with other {', '.join(wrong)} than a run that was not killed"
-            )
+            differing.append(f"run {number} ({directory}) ends with other {', '.join(wrong)} than a run that was not killed")
             print(differing[-1], flush=True)
         else:
             shutil.rmtree(directory)
     summary = summarise(kills, number, time.monotonic() - begin, seed)
     print("\n".join(summary), flush=True)
     if options.json is not None:
-        options.json.write_text(
-            json.dumps({"seed": seed, "kills": [asdict(kill) for kill in kills], "differing": differing})
-        )
+        options.json.write_text(json.dumps({"seed": seed, "kills": [asdict(kill) for kill in kills], "differing": differing}))
     faults = differing + [f"{kill}" for kill in kills if kill.faults]
     print("\n".join(faults) or "every run ended bit-equal to one that was not killed", flush=True)
     if not faults and options.directory is None:
@@ -246,8 +238,7 @@ def summarise(kills: list[Kill], num_runs: int, seconds: float, seed: int) -> li
             )
     for name in ("through", "hit", "target"):
         counts = {
-            value: sum(getattr(kill, name) == value for kill in kills)
-            for value in {getattr(kill, name) for kill in kills}
+            value: sum(getattr(kill, name) == value for kill in kills) for value in {getattr(kill, name) for kill in kills}
         }
         lines.append(f"{name}: " + ", ".join(f"{value} {count}" for value, count in sorted(counts.items())))
     return lines

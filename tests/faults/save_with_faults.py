@@ -14,14 +14,7 @@ from typing import Any
 import torch
 
 from agnews_dist.storage.atomic import discard
-from agnews_dist.training.checkpoint import (
-    DamagedError,
-    list_checkpoints,
-    prune,
-    read_checkpoint,
-    sweep,
-    write_checkpoint,
-)
+from agnews_dist.training.checkpoint import DamagedError, list_checkpoints, prune, read_checkpoint, sweep, write_checkpoint
 
 KINDS = "open mkdir write fsync close rename unlink rmdir look read list"
 """Names of the calls that fail_calls.c counts."""

@@ -135,8 +135,7 @@ class Disk:
         self.renamed = 1 + next(n for n, call in enumerate(self.trace) if renames_to(call, f"step-{B:08d}"))
         """Number of the call that makes B the newest checkpoint."""
         self.moved_away = 1 + next(
-            (n for n, call in enumerate(self.trace) if call[0] == "rename" and call[1].endswith(f"/step-{B:08d}")),
-            10**9,
+            (n for n, call in enumerate(self.trace) if call[0] == "rename" and call[1].endswith(f"/step-{B:08d}")), 10**9
         )
         """Number of the call that moves a damaged B away."""
 
@@ -178,9 +177,7 @@ class Disk:
 
     def hidden(self) -> list[str]:
         """Return the temporary directories of a save."""
-        return (
-            [path.name for path in self.folder.iterdir() if path.name.startswith(".")] if self.folder.exists() else []
-        )
+        return [path.name for path in self.folder.iterdir() if path.name.startswith(".")] if self.folder.exists() else []
 
     def calls(self, kind: str) -> list[int]:
         """Return the numbers of the calls of this name."""

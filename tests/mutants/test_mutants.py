@@ -65,9 +65,7 @@ def test_patch_makes_its_test_fail(request, patch, copy):
     # git would skip files without a message inside another repository, or in one that a git hook names.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     environ["GIT_CEILING_DIRECTORIES"] = str(copy.parent)
-    applied = subprocess.run(
-        ["git", "apply", str(patch)], cwd=copy, env=environ, capture_output=True, text=True, check=False
-    )
+    applied = subprocess.run(["git", "apply", str(patch)], cwd=copy, env=environ, capture_output=True, text=True, check=False)
     assert applied.returncode == 0, f"{patch.name} does not apply: make it again.\n{applied.stderr}"
     code, output = run_test(copy, test)
     if code == 0 and (skipped := re.search(r"^SKIPPED .*?: (not installed: .*)$", output, re.MULTILINE)):

@@ -48,9 +48,7 @@ ENGINES: dict[str, dict] = {
 
 def start(world: World, name: str, precision: str = "fp32", **options: bool) -> Engine:
     AcceleratorState._reset_state(True)  # accelerate allows one engine per process
-    return Engine(
-        world, device="cpu", precision=precision, allow_tf32=False, timeout_seconds=60, **ENGINES[name], **options
-    )
+    return Engine(world, device="cpu", precision=precision, allow_tf32=False, timeout_seconds=60, **ENGINES[name], **options)
 
 
 def prepare(engine: Engine, settings: dict, *, max_grad_norm: float, sgd: bool = False) -> tuple[Classifier, Strategy]:
@@ -159,9 +157,7 @@ def train(world: World, settings: dict, case: dict, output: Path) -> None:
         **(inspect_engine(strategy, engine) if not case["sgd"] else {}),
     }
     if not engine.is_forward_collective:
-        copies = collectives.all_gather(
-            [local_shard(weight).detach().clone() for weight in strategy.suffix.parameters()]
-        )
+        copies = collectives.all_gather([local_shard(weight).detach().clone() for weight in strategy.suffix.parameters()])
         assert all(all(map(torch.equal, theirs, copies[0])) for theirs in copies), "all ranks hold the same weights"
     # With a mean of means no rank has the global loss.
     shared = ("norms", "predictions", "loss", *(() if case["mean_of_means"] else ("losses",)))
@@ -216,10 +212,7 @@ def check_non_finite(world: World, settings: dict, name: str) -> None:
     """Check a bad loss, then a bad gradient, on the last rank: all ranks raise, no weight changes."""
     engine = start(world, name)
     classifier, strategy = prepare(engine, settings, max_grad_norm=1.0)
-    (first, batches, good, *_), embed = (
-        make_loader(engine, settings, 10_000).steps(0),
-        uncached_features(classifier.prefix),
-    )
+    (first, batches, good, *_), embed = (make_loader(engine, settings, 10_000).steps(0), uncached_features(classifier.prefix))
     is_last = world.rank == world.num_ranks - 1
 
     def poisoned(batch: Batch) -> Features:
@@ -242,9 +235,7 @@ def check_non_finite(world: World, settings: dict, name: str) -> None:
     engine = start(world, name)
     classifier, strategy = prepare(engine, settings, max_grad_norm=1.0)
     embed, factor = uncached_features(classifier.prefix), [1.0]
-    classifier.suffix.out_head.register_forward_hook(
-        lambda module, arguments, output: ScaledBackward.apply(output, factor[0])
-    )
+    classifier.suffix.out_head.register_forward_hook(lambda module, arguments, output: ScaledBackward.apply(output, factor[0]))
     train_step(engine, embed, strategy, first)
     factor[0] = math.inf if is_last else 1.0
     check_refused(embed, "gradient norm")

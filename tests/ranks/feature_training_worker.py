@@ -42,14 +42,10 @@ def count_segments(computed: list[str]) -> None:
 def train(engine: Engine, arguments: dict, case: dict, output: Path, computed: list[str]) -> None:
     classifier, world = toy_classifier(case["trainable_blocks"]), engine.world
     classifier.use_fast_path(case["fast_path"])
-    splits = {
-        name: replace(toy_split(arguments["lengths"][name]), name=name) for name in ("train", "validation", "test")
-    }
+    splits = {name: replace(toy_split(arguments["lengths"][name]), name=name) for name in ("train", "validation", "test")}
     tables = {name: TokenTable(split, pad_id=0, device=engine.device) for name, split in splits.items()}
     settings = PlanSettings(**arguments["settings"])
-    loader = TrainLoader(
-        tables["train"], world, settings, max_tokens_per_rank=arguments["max_tokens_per_rank"], quadratic=0.1
-    )
+    loader = TrainLoader(tables["train"], world, settings, max_tokens_per_rank=arguments["max_tokens_per_rank"], quadratic=0.1)
     computed.clear()
     events: list[Event] = []
     cache_settings = CacheSettings(
@@ -67,9 +63,7 @@ def train(engine: Engine, arguments: dict, case: dict, output: Path, computed: l
 
     scored = {}
     for name in ("validation", "test"):
-        local = compute_rank_logits(
-            classifier, tables[name], engine, num_classes=CLASSES, features=features.source(name)
-        )
+        local = compute_rank_logits(classifier, tables[name], engine, num_classes=CLASSES, features=features.source(name))
         ids_N, logits_NC = (np.concatenate(parts) for parts in zip(*collectives.all_gather(local), strict=True))
         scored[name] = torch.from_numpy(logits_NC[in_file_order(ids_N, len(tables[name]))])
 
@@ -84,9 +78,7 @@ def train(engine: Engine, arguments: dict, case: dict, output: Path, computed: l
             losses.append(result.loss)
     name = f"{case['name']}-rank{world.rank}of{world.num_ranks}"
     trained = {key: value.detach().clone() for key, value in classifier.suffix.named_parameters()}
-    save_file(
-        {**trained, **{f"logits.{split}": logits for split, logits in scored.items()}}, output / f"{name}.safetensors"
-    )
+    save_file({**trained, **{f"logits.{split}": logits for split, logits in scored.items()}}, output / f"{name}.safetensors")
     facts = {
         "place": features.choice.place,
         "reason": features.choice.reason,

@@ -39,9 +39,7 @@ assert SHARD_EVERYTHING["zero_optimization"] == {"stage3_param_persistence_thres
 class Run:
     """The toy under an engine, and its steps."""
 
-    def __init__(
-        self, world: World, settings: dict, name: str, *, precision: str = "fp32", is_other: bool = False
-    ) -> None:
+    def __init__(self, world: World, settings: dict, name: str, *, precision: str = "fp32", is_other: bool = False) -> None:
         """`is_other`: start from other weights, different on every rank."""
         self.world, self.engine = world, start(world, name, precision)
         self.classifier = toy_classifier(settings["trainable_blocks"], settings["dropout"])
@@ -67,9 +65,7 @@ class Run:
             # As in training, random numbers depend on the step only.
             torch.manual_seed(1000 * step + self.world.rank)
             batches = self.batches[step % len(self.batches)]
-            losses.append(
-                train_step(self.engine, self.embed, self.strategy, batches, dropout_key=step_key(3, step)).loss
-            )
+            losses.append(train_step(self.engine, self.embed, self.strategy, batches, dropout_key=step_key(3, step)).loss)
         return losses
 
     def state(self) -> dict[str, Tensor]:

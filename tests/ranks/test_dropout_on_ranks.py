@@ -27,14 +27,7 @@ def differences(change: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_update_with_dropout_is_the_same_for_all_engines_ranks_and_micro_batches(tmp_path, num_ranks) -> None:
-    arguments = {
-        "engines": ENGINES,
-        "lengths": LENGTHS,
-        "global_batch_size": len(LENGTHS),
-        "p": P,
-        "seed": SEED,
-        "step": STEP,
-    }
+    arguments = {"engines": ENGINES, "lengths": LENGTHS, "global_batch_size": len(LENGTHS), "p": P, "seed": SEED, "step": STEP}
     worker = REPOSITORY / "tests" / "ranks" / "dropout_worker.py"
     fork_server.run_ranks(
         num_ranks, str(worker), str(tmp_path), json.dumps(arguments), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions")

@@ -47,8 +47,7 @@ def cases() -> list[dict]:
         for engine in ("zero2-offload", "zero3-offload")
     ]
     made += [
-        {"engine": engine, "trainable_blocks": 2, "max_tokens": PARTS, "max_grad_norm": 0.0, "sgd": True}
-        for engine in ENGINES
+        {"engine": engine, "trainable_blocks": 2, "max_tokens": PARTS, "max_grad_norm": 0.0, "sgd": True} for engine in ENGINES
     ]
     for case in made:
         kind = "sgd" if case["sgd"] else "adamw"

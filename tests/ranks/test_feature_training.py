@@ -99,9 +99,7 @@ def global_batches() -> list[list[int]]:
     return [ids.tolist() for epoch in epochs for ids in epoch]
 
 
-def train_reference(
-    trainable_blocks: int | str, batches: list[list[int]]
-) -> tuple[dict[str, torch.Tensor], list[float]]:
+def train_reference(trainable_blocks: int | str, batches: list[list[int]]) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Train Hugging Face's classifier with attention mask, whole global batches, mean loss, clipping at 1 and AdamW."""
     model, tokens_NT, mask_NT = toy_reference_model(LENGTHS["train"], trainable_blocks)
     labels_N = torch.from_numpy(toy_split(LENGTHS["train"]).labels)

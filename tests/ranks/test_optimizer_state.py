@@ -175,9 +175,7 @@ def test_three_ranks_resume_bit_for_bit_with_dropout(other_ranks):
 
 def test_round_robin_gradients_are_refused(two):
     message = json.loads((two / "refused.json").read_text())["message"]
-    assert re.search(
-        r"zero_optimization.round_robin_gradients true: checkpoints would hold .* Remove the key\.$", message
-    )
+    assert re.search(r"zero_optimization.round_robin_gradients true: checkpoints would hold .* Remove the key\.$", message)
 
 
 def test_the_loss_scale_is_the_same_under_every_engine(two):

@@ -78,9 +78,7 @@ class Job:
 
     def wait(self, seconds: float = SOON, except_rank: int | None = None) -> list[int | None]:
         """Wait until all ranks but `except_rank` have ended by themselves; return their exit codes."""
-        ended = wait_until(
-            lambda: all(code is not None or r == except_rank for r, code in enumerate(self.codes())), seconds
-        )
+        ended = wait_until(lambda: all(code is not None or r == except_rank for r, code in enumerate(self.codes())), seconds)
         codes = self.codes()
         self.kill()
         assert ended, f"after {seconds} s: {codes}\n{self.output[-5000:]}"
@@ -187,9 +185,7 @@ def test_silent_rank_is_named_and_ends_all(start, stopped):
     assert time.monotonic() - begin >= 2
     assert codes == [None if rank == stopped else 1 for rank in range(3)]
     silence = rf"rank {stopped} has sent no heartbeat for \d+ s"
-    form = (
-        rf"\[rank \d/3\] error: {silence}: a process or machine .*\. Check the last .*\.( \(Here it ended with .*\))?"
-    )
+    form = rf"\[rank \d/3\] error: {silence}: a process or machine .*\. Check the last .*\.( \(Here it ended with .*\))?"
     errors = [line for line in job.lines if "error: " in line]
     assert errors
     assert all(re.fullmatch(form, line) for line in errors), errors
@@ -270,13 +266,9 @@ def test_first_failure_is_printed_in_full_and_ends_all(start, failing):
     lines = job.lines
     assert lines[0] == f"[rank {failing}/3] Traceback (most recent call last):"
     consequences = [line for line in lines if not line.startswith(f"[rank {failing}/3]")]
-    assert sorted(consequences) == [
-        f"[rank {rank}/3] rank {failing} failed first; this rank ended with it" for rank in left
-    ]
+    assert sorted(consequences) == [f"[rank {rank}/3] rank {failing} failed first; this rank ended with it" for rank in left]
     assert job.output.count("ZeroDivisionError: a bug on one rank") == 1
-    assert {report for report in job.reports() if report} <= {
-        f"failed: rank {failing}: ZeroDivisionError: a bug on one rank"
-    }
+    assert {report for report in job.reports() if report} <= {f"failed: rank {failing}: ZeroDivisionError: a bug on one rank"}
 
 
 def test_rank_that_has_ended_does_not_prevent_a_stop(start):

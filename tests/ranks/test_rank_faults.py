@@ -19,9 +19,7 @@ SMALL = [
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def train(
-    directory: Path, *launched: str, source: str = "synthetic", launch=run_ranks
-) -> subprocess.CompletedProcess[str]:
+def train(directory: Path, *launched: str, source: str = "synthetic", launch=run_ranks) -> subprocess.CompletedProcess[str]:
     """Train on two ranks. A rank that waits in a collective ends at engine.timeout_seconds (600), which is a failure here."""
     places = ["--run.dir", str(directory), "--data.cache_dir", str(directory / "cache"), "--data.source", source]
     return launch(2, *launched, *SMALL, *places, check=False, **CPU)
@@ -168,9 +166,7 @@ def test_batch_smaller_than_the_ranks_is_a_warning(few):
     directory, _, _, _ = few
     warnings = [event["message"] for event in read_events(directory / "events.jsonl") if event["event"] == "Warned"]
     (message,) = [warning for warning in warnings if "global_batch_size" in warning]
-    assert (
-        "batch.global_batch_size 2 on 3 ranks: 1 of 3 ranks compute a filler row at every step, 33% of the" in message
-    )
+    assert "batch.global_batch_size 2 on 3 ranks: 1 of 3 ranks compute a filler row at every step, 33% of the" in message
     assert "Raise batch.global_batch_size to 3 or more" in message
 
 

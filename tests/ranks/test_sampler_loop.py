@@ -5,15 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from sampler_worker import (
-    LEARNING_RATE,
-    MAX_TOKENS_PER_RANK,
-    NUM_EPOCHS,
-    NUM_EXAMPLES,
-    SETTINGS,
-    BagOfTokens,
-    make_examples,
-)
+from sampler_worker import LEARNING_RATE, MAX_TOKENS_PER_RANK, NUM_EPOCHS, NUM_EXAMPLES, SETTINGS, BagOfTokens, make_examples
 from support import fork_server
 from support.processes import REPOSITORY
 
@@ -25,9 +17,7 @@ LENGTHS = [len(tokens) for tokens, _ in make_examples()]
 def micro_batches(num_ranks: int) -> list[list]:
     """List the micro-batches of the first epoch, by rank."""
     options = {"num_ranks": num_ranks, "settings": SETTINGS, "max_tokens_per_rank": MAX_TOKENS_PER_RANK}
-    return [
-        list(LengthBucketedBatchSampler(LENGTHS, rank=rank, **options).micro_batches()) for rank in range(num_ranks)
-    ]
+    return [list(LengthBucketedBatchSampler(LENGTHS, rank=rank, **options).micro_batches()) for rank in range(num_ranks)]
 
 
 @pytest.fixture(scope="module")

@@ -36,19 +36,13 @@ def saved(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("training")
     task = json.dumps({"lengths": LENGTHS, "cases": [case_for_worker(name) for name in CASES]})
     for num_ranks in RANKS:
-        fork_server.run_ranks(
-            num_ranks, str(REPOSITORY / "tests" / "ranks" / "training_worker.py"), str(directory), task
-        )
+        fork_server.run_ranks(num_ranks, str(REPOSITORY / "tests" / "ranks" / "training_worker.py"), str(directory), task)
     return directory
 
 
 def global_batches(name: str) -> list[list[int]]:
     settings = PlanSettings(**CASES[name]["settings"])
-    return [
-        ids.tolist()
-        for epoch in range(EPOCHS)
-        for ids in plan(np.array(LENGTHS), settings, epoch=epoch).global_batches()
-    ]
+    return [ids.tolist() for epoch in range(EPOCHS) for ids in plan(np.array(LENGTHS), settings, epoch=epoch).global_batches()]
 
 
 def train_reference(batches: list[list[int]]) -> tuple[dict[str, torch.Tensor], list[float]]:

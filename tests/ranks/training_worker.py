@@ -34,8 +34,7 @@ def train(engine: Engine, lengths: list[int], case: dict, output: Path) -> None:
             losses.append(result.loss)
     name = f"{case['name']}-rank{world.rank}of{world.num_ranks}"
     save_file(
-        {key: value.detach().clone() for key, value in classifier.suffix.named_parameters()},
-        output / f"{name}.safetensors",
+        {key: value.detach().clone() for key, value in classifier.suffix.named_parameters()}, output / f"{name}.safetensors"
     )
     # seen[step][rank][micro-batch]: ids of examples
     (output / f"{name}.json").write_text(json.dumps({"seen": seen, "losses": losses}), encoding="utf-8")

@@ -20,9 +20,7 @@ def twice(tmp_path_factory) -> list[tuple[Path, subprocess.CompletedProcess[str]
     directories = [tmp_path_factory.mktemp("debug") for _ in range(2)]
     # In a cold process and in a forked one.
     starts = (processes.python, fork_server.run_python)
-    return [
-        (directory / "debug", debug(directory, start)) for directory, start in zip(directories, starts, strict=True)
-    ]
+    return [(directory / "debug", debug(directory, start)) for directory, start in zip(directories, starts, strict=True)]
 
 
 def test_debug_prints_the_overfit_check_and_every_step(twice):

@@ -36,9 +36,7 @@ def test_doctor_estimates_a_run_that_fits(shared: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["doctor", "train"])
-def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(
-    shared: Path, tmp_path: Path, command: str
-) -> None:
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(shared: Path, tmp_path: Path, command: str) -> None:
     model = write_model(shared, tmp_path / "huge", n_embd=12800, n_layer=96, n_head=100)
     runs = tmp_path / "runs"
     options = ("--model.name", model, "--data.source", "synthetic", "--run.dir", str(runs))

@@ -47,9 +47,7 @@ class Report:
         return {row["check"]: row["found"] for row in self.result["findings"] if row["verdict"] == verdict}
 
 
-def run_doctor(
-    *ranks: Rank, folder: Path, arguments: Sequence[str] = CONFIG, program: Sequence[str] = DOCTOR
-) -> Report:
+def run_doctor(*ranks: Rank, folder: Path, arguments: Sequence[str] = CONFIG, program: Sequence[str] = DOCTOR) -> Report:
     """Run the doctor on these ranks; their output goes to files in `folder`."""
     worlds = fork_server.rank_variables(len(ranks)) if len(ranks) > 1 else [{}]
     waits = [

@@ -70,7 +70,7 @@ SNIPPETS = {
     "docs/batches.md": (
         "lengths, rank, collate = [3, 1, 2, 9] * 200, 0, list\ndataset = lengths",
         "assert sum(map(len, sampler)) <= len(lengths) and len(loader) == len(sampler) > 0",
-    ),
+    )
 }
 
 
@@ -182,9 +182,7 @@ class Folder:
     def run_bash(self, command: str, **environ: str) -> str:
         """Run a line in bash, with the stand-ins of `STUBS` first in PATH; what it wrote to both streams."""
         path = f"{self.path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        keep = {
-            name: value for name, value in environment(**environ).items() if not name.startswith(("SLURM_", "SBATCH_"))
-        }
+        keep = {name: value for name, value in environment(**environ).items() if not name.startswith(("SLURM_", "SBATCH_"))}
         done = subprocess.run(
             ["bash", "-euc", command],
             cwd=self.path,
@@ -319,8 +317,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 def test_pages_hold_as_many_commands_as_expected() -> None:
     found = {
-        name_of(page): sum(len(list(block.commands)) for block in blocks_of(page) if block.language == "bash")
-        for page in PAGES
+        name_of(page): sum(len(list(block.commands)) for block in blocks_of(page) if block.language == "bash") for page in PAGES
     }
     assert found == NUM_COMMANDS
 

@@ -36,9 +36,7 @@ def run_command(tmp_path_factory) -> Run:
 
 def train(run_command: Run, runs: Path, *words: object) -> Done:
     """Train the embedded model; later words win."""
-    return run_command(
-        "train", "--model.name", "embedded", "--data.source", "synthetic", *TINY, "--run.dir", runs, *words
-    )
+    return run_command("train", "--model.name", "embedded", "--data.source", "synthetic", *TINY, "--run.dir", runs, *words)
 
 
 def refused(done: Done, *parts: str) -> None:
@@ -88,9 +86,7 @@ def odd(run_command, tmp_path_factory) -> tuple[Path, Path, Done]:
     """(source, run, training): all splits consist of odd texts; only norm and head train."""
     directory = tmp_path_factory.mktemp("odd")
     for repeated, split in enumerate(("train", "validation", "test"), start=1):
-        write_rows(
-            directory / "data" / f"{split}.jsonl", [(text * repeated, i % 4) for i, text in enumerate(ODD_TEXTS)]
-        )
+        write_rows(directory / "data" / f"{split}.jsonl", [(text * repeated, i % 4) for i, text in enumerate(ODD_TEXTS)])
     words = ["--data.source", directory / "data", "--run.name", "odd", "--model.trainable_blocks", "0"]
     words += ["--data.limit_validation", "12", "--data.limit_test", "12"]
     return directory / "data", directory / "odd", train(run_command, directory, *words)
@@ -124,9 +120,7 @@ def test_every_command_and_hugging_face_agree_on_odd_texts(run_command, odd, tmp
     succeeded(run_command("evaluate", "--model.name", run, "--data.source", source, "--output", tmp_path / "scores"))
     scored = lines(tmp_path / "scores" / "predictions-test.jsonl")
     # A single file is scored whole.
-    single = run_command(
-        "evaluate", "--model.name", run, "--data.source", source / "test.jsonl", "--output", tmp_path / "file"
-    )
+    single = run_command("evaluate", "--model.name", run, "--data.source", source / "test.jsonl", "--output", tmp_path / "file")
     succeeded(single)
     (path,) = (tmp_path / "file").glob("predictions-*.jsonl")
     for rows in (trained, scored, lines(path)):
@@ -165,10 +159,7 @@ def test_training_refuses_bad_files_and_leaves_no_run(run_command, tmp_path, nam
     ("damage", "parts"),
     [
         (lambda model: (model / "model.safetensors").unlink(), ["has no weights", "Copy the whole model directory"]),
-        (
-            lambda model: (model / "config.json").write_text('{"model_type": "bert"}'),
-            ["is a 'bert' model", "Choose a GPT-2"],
-        ),
+        (lambda model: (model / "config.json").write_text('{"model_type": "bert"}'), ["is a 'bert' model", "Choose a GPT-2"]),
         (
             lambda model: (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:5000]),
             ["weights in", "cannot be read", "Copy or download the directory again"],
@@ -277,9 +268,7 @@ def test_evaluate_refuses_unsuitable_models_data_and_outputs(run_command, odd, t
     source, run, _ = odd
     data, scored = ["--data.source", source], ["evaluate", "--model.name", run]
     refused(
-        run_command("evaluate", "--model.name", "embedded", *data),
-        "'embedded' has no classification head",
-        "run's directory",
+        run_command("evaluate", "--model.name", "embedded", *data), "'embedded' has no classification head", "run's directory"
     )
     headless = tmp_path / "headless"
     shutil.copytree(run / "model", headless)
@@ -302,15 +291,10 @@ def test_evaluate_refuses_unsuitable_models_data_and_outputs(run_command, odd, t
     # The same classes in another order: every label would mean another class, and no count would show it.
     turned = Dataset.from_dict(
         {"text": ["a", "b"], "label": [0, 1]},
-        features=Features(
-            {"text": Value("string"), "label": ClassLabel(names=["Business", "Sci/Tech", "Sports", "World"])}
-        ),
+        features=Features({"text": Value("string"), "label": ClassLabel(names=["Business", "Sci/Tech", "Sports", "World"])}),
     )
     turned.to_parquet(tmp_path / "turned.parquet")
-    refused(
-        run_command(*scored, "--data.source", tmp_path / "turned.parquet"),
-        "the classes Business, Sci/Tech, Sports, World",
-    )
+    refused(run_command(*scored, "--data.source", tmp_path / "turned.parquet"), "the classes Business, Sci/Tech, Sports, World")
 
     # A directory with only a test split is enough for scoring it.
     alone = tmp_path / "alone"
@@ -320,9 +304,7 @@ def test_evaluate_refuses_unsuitable_models_data_and_outputs(run_command, odd, t
     assert run_command(*scored, "--data.source", alone, "--split", "test", "--output", output).returncode == 0
     again = run_command(*scored, "--data.source", alone, "--split", "test", "--output", output)
     refused(again, "scores: holds a result.json of other scores", "--run.overwrite")
-    refused(
-        run_command(*scored, "--data.source", source / "test.jsonl", "--split", "test"), "has no test split", "--split"
-    )
+    refused(run_command(*scored, "--data.source", source / "test.jsonl", "--split", "test"), "has no test split", "--split")
 
     done = run_command(*scored, *data, "--output", "/proc/nowhere")
     refused(done, "/proc/nowhere: cannot be written", "Set it to a writable directory")

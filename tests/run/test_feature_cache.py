@@ -267,9 +267,7 @@ def test_damaged_files_are_repaired_and_results_stay_the_same(runs, reused, trai
     again = {name: when for name, when in finished_segments(directory).items() if before[name] != when}
     assert set(again) <= {name for name in before if train_cache.name in name.parts}
     num_segments = len(list((train_cache / "marks").iterdir()))
-    expected = {"a flipped bit": 1, "no mark": 1, "a wrong mark": 1, "missing": num_segments}.get(
-        damage, num_segments // 4
-    )
+    expected = {"a flipped bit": 1, "no mark": 1, "a wrong mark": 1, "missing": num_segments}.get(damage, num_segments // 4)
     assert len(again) == pytest.approx(expected, rel=0.2), "undamaged segments are not computed again"
 
 
@@ -305,9 +303,7 @@ def test_full_disk_causes_a_warning_and_another_place(small_disk, tmp_path, runs
     found = runs.by_place
     run = train(tmp_path, "full", "--data.cache_dir", small_disk, "--engine.feature_cache", "disk")
     check_same(run, found["host"])
-    assert run.header == f"disk: {found['disk'].header.removeprefix('disk: ')}", (
-        "at the start, the features seem to fit"
-    )
+    assert run.header == f"disk: {found['disk'].header.removeprefix('disk: ')}", "at the start, the features seem to fit"
     (warning,) = run.warnings
     assert warning.startswith("features cannot be cached in disk (No space left on device): now host, ")
     assert "Free some space, or set another --data.cache_dir or --engine.feature_cache." in warning
@@ -341,9 +337,7 @@ def test_plain_path_gives_close_results_without_a_cache(tmp_path, runs, train, r
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
 def test_plain_path_with_a_cache_is_refused(tmp_path, run_command, place, arguments):
-    code, _, err = run_command(
-        arguments(tmp_path, "never", "--engine.fast_path", "false", "--engine.feature_cache", place)
-    )
+    code, _, err = run_command(arguments(tmp_path, "never", "--engine.fast_path", "false", "--engine.feature_cache", place))
     assert code == 2
     assert f"engine.feature_cache {place} with engine.fast_path false: the reference path has no cache" in err
     assert "Set engine.feature_cache auto, or engine.fast_path true." in err

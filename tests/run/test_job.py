@@ -91,9 +91,7 @@ def test_requeue_job_requeues_one_task_of_an_array(slurm: FakeSlurm) -> None:
     assert calls == ["scontrol show job 7_3", "squeue --noheader --jobs 7_3 --format %T", "scontrol requeue 7_3"]
 
 
-@pytest.mark.parametrize(
-    ("answer", "expected"), [("PreemptTime=None", "no"), ("PreemptTime=2026-01-01T00:00:00", "yes")]
-)
+@pytest.mark.parametrize(("answer", "expected"), [("PreemptTime=None", "no"), ("PreemptTime=2026-01-01T00:00:00", "yes")])
 def test_is_preempted_reads_the_jobs_record(slurm: FakeSlurm, answer: str, expected: str) -> None:
     assert slurm.run("is_preempted && echo yes || echo no", scontrol=f"a=1 {answer} b=2")[1] == f"{expected}\n"
 

@@ -105,15 +105,7 @@ def expected_command(clone: Path, script: str, ranks: int, devices: list[str]) -
             "0",
             *("--standalone", "--local_addr", "127.0.0.1"),
         ]
-        return [
-            *launcher,
-            "--no_python",
-            f"{clone}/launch/rank.sh",
-            f"{clone}/.venv/bin/python",
-            "-m",
-            "agnews_dist",
-            "train",
-        ]
+        return [*launcher, "--no_python", f"{clone}/launch/rank.sh", f"{clone}/.venv/bin/python", "-m", "agnews_dist", "train"]
     if script == "accelerate.sh":
         config = ["--config_file", str(clone / "configs" / "accelerate" / "default.yaml")]
         return ["-m", "accelerate.commands.launch", *config, "--num_processes", str(ranks), *train]
@@ -147,9 +139,7 @@ def test_launcher_starts_with_ranks_threads_and_arguments(
 @pytest.mark.parametrize("script", LAUNCHERS)
 def test_launcher_prints_its_command_in_a_dry_run(clone: Path, tmp_path: Path, script: str) -> None:
     arguments = ["--config", "my file.yaml", "--run.name", "a 'b' $c", "--run.overwrite", ""]
-    done = run_script(
-        clone / "launch" / script, *arguments, cwd=tmp_path, NPROC="2", DRY_RUN="1", LOGS=str(tmp_path / "logs")
-    )
+    done = run_script(clone / "launch" / script, *arguments, cwd=tmp_path, NPROC="2", DRY_RUN="1", LOGS=str(tmp_path / "logs"))
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     assert shlex.split(line) == [f"{clone}/.venv/bin/python", *expected_command(clone, script, 2, []), *arguments]
@@ -182,9 +172,7 @@ def test_launcher_refuses_a_wrong_number_of_ranks(clone: Path, tmp_path: Path, s
 
 
 @pytest.mark.parametrize("script", LAUNCHERS)
-def test_launcher_without_an_environment_names_the_script_that_creates_it(
-    clone: Path, tmp_path: Path, script: str
-) -> None:
+def test_launcher_without_an_environment_names_the_script_that_creates_it(clone: Path, tmp_path: Path, script: str) -> None:
     shutil.rmtree(clone / ".venv")
     done = run_script(clone / "launch" / script, cwd=tmp_path)
     assert done.returncode == 1

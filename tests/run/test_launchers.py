@@ -145,14 +145,7 @@ JOBS = {
     "torchrun with ZeRO 3": ("local.sh", ZERO_3, ("deepspeed", 3)),
     "accelerate with FSDP2": ("accelerate.sh", ("--engine.backend", "fsdp"), ("fsdp", 2)),
 }
-EQUAL = (
-    "num_steps",
-    "num_ranks",
-    "global_batch_size",
-    "padding_efficiency",
-    "critical_path_efficiency",
-    "rank_balance",
-)
+EQUAL = ("num_steps", "num_ranks", "global_batch_size", "padding_efficiency", "critical_path_efficiency", "rank_balance")
 
 
 @pytest.fixture(scope="module")
@@ -217,17 +210,13 @@ def test_launchers_give_the_same_numbers_and_model(outcomes: dict[str, Outcome],
     check_same_numbers(found, reference)
     if found.engine["backend"] == "ddp":
         assert found.steps == reference.steps
-    assert sorted(file.name for file in found.model.iterdir()) == sorted(
-        file.name for file in reference.model.iterdir()
-    )
+    assert sorted(file.name for file in found.model.iterdir()) == sorted(file.name for file in reference.model.iterdir())
     weights, expected = (load_file(outcome.model / "model.safetensors") for outcome in (found, reference))
     assert weights.keys() == expected.keys()
     assert max(float((weights[key] - expected[key]).abs().max()) for key in expected) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "changed_number", ["num_ranks", "padding_efficiency", "confusion", "loss", "prediction", "step"]
-)
+@pytest.mark.parametrize("changed_number", ["num_ranks", "padding_efficiency", "confusion", "loss", "prediction", "step"])
 def test_comparison_finds_a_changed_number(outcomes: dict[str, Outcome], changed_number: str) -> None:
     reference = outcomes["torchrun"]
     changed = copy.deepcopy(reference)

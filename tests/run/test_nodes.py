@@ -58,9 +58,7 @@ def start(hosts: Hosts, tmp_path: Path) -> Iterator[START]:
 def test_node_trains_on_two_hosts(hosts: Hosts, start: START, tmp_path: Path) -> None:
     head = hosts.address("first")
     # The second host starts first, before anything listens.
-    nodes = [
-        start(name, *QUICKSTART, "--run.name", "two hosts", HEAD=head, PORT="29500") for name in ("second", "first")
-    ]
+    nodes = [start(name, *QUICKSTART, "--run.name", "two hosts", HEAD=head, PORT="29500") for name in ("second", "first")]
     outputs = [node.communicate(timeout=TIMEOUT) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     result = json.loads((tmp_path / "runs" / "two hosts" / "result.json").read_text())
@@ -69,9 +67,7 @@ def test_node_trains_on_two_hosts(hosts: Hosts, start: START, tmp_path: Path) ->
     assert "ranks      2 (1 per node)" in log
     # Only the node of rank 0 shows the run.
     assert sorted("run started on" in out for out, _ in outputs) == [False, True]
-    headers = {
-        re.findall(r"== (rank \d of 2 on \w+)", path.read_text())[0] for path in (tmp_path / "logs").glob("rank-*")
-    }
+    headers = {re.findall(r"== (rank \d of 2 on \w+)", path.read_text())[0] for path in (tmp_path / "logs").glob("rank-*")}
     assert {header.rsplit(" ", 1)[1] for header in headers} == {"first", "second"}
 
 
@@ -115,11 +111,7 @@ def test_rendezvous_check_warns_if_the_head_is_loopback_on_itself(hosts: Hosts, 
     mount = ["sh", "-ec", 'mount --bind "$0" /etc/hosts; exec "$@"', str(tmp_path / "debian")]
     check = ["-m", "agnews_dist.preflight.rendezvous_check", "--endpoint", "first:29503", "--nodes", "2", "--node", "0"]
     done = subprocess.run(
-        [*hosts.inside("first"), *mount, sys.executable, *check],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
+        [*hosts.inside("first"), *mount, sys.executable, *check], env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "warning: rendezvous: first is 127.0.1.1 on itself" in done.stderr
@@ -142,9 +134,7 @@ def test_node_alone_resolves_no_name(hosts: Hosts, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preflight", ["on", "off"])
-def test_node_chooses_the_interface_that_leads_to_the_head(
-    hosts: Hosts, start: START, tmp_path: Path, preflight: str
-) -> None:
+def test_node_chooses_the_interface_that_leads_to_the_head(hosts: Hosts, start: START, tmp_path: Path, preflight: str) -> None:
     # The output: interfaces of gloo and NCCL, and the arguments of torchrun. The user's values win.
     show = tmp_path / "show"
     show.write_text('#!/bin/sh\necho "$GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME $*"\n')
@@ -165,9 +155,7 @@ def test_node_chooses_the_interface_that_leads_to_the_head(
 
 def test_doctor_on_two_hosts(hosts: Hosts, start: START, tmp_path: Path) -> None:
     head = {"HEAD": hosts.address("first"), "PORT": "29504", "COMMAND": "doctor", "LOGS": ""}
-    nodes = [
-        start(name, *QUICKSTART, "--json", "--run.dir", str(tmp_path / "runs"), **head) for name in ("first", "second")
-    ]
+    nodes = [start(name, *QUICKSTART, "--json", "--run.dir", str(tmp_path / "runs"), **head) for name in ("first", "second")]
     outputs = [node.communicate(timeout=TIMEOUT) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     result = json.loads(next(out for out, _ in outputs if out))

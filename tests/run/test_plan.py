@@ -49,15 +49,7 @@ def test_plan_predicts_the_figures_of_a_training_on_two_ranks(batches, tmp_path:
     words = [*TINY, "--data.limit_train", "250", "--data.limit_validation", "8", "--data.max_length", "40"]
     words += ["--optim.epochs", "2", "--batch.max_tokens_per_rank", "160", *batches]
     fork_server.run_ranks(
-        2,
-        "-m",
-        "agnews_dist.train",
-        *words,
-        "--run.dir",
-        str(tmp_path),
-        "--run.name",
-        "run",
-        XDG_CACHE_HOME=caches,
+        2, "-m", "agnews_dist.train", *words, "--run.dir", str(tmp_path), "--run.name", "run", XDG_CACHE_HOME=caches
     )
     found, _ = run_plan(capsys, *words, "--ranks", "2")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -137,11 +129,7 @@ def test_plan_takes_the_ranks_of_the_launch_by_default(capsys, monkeypatch: pyte
         (("--ranks", "0"), 2, r"error: --ranks 0: .*Set it to 1 or more\."),
         (("--ranks", "-3"), 2, r"error: --ranks -3: .*Set it to 1 or more\."),
         (("--ranks", "two"), 2, r"error: --ranks 'two': it takes a whole number or null\. Correct it"),
-        (
-            ("--data.max_length", "600"),
-            1,
-            r"error: data\.max_length 600: the model has 512 positions.*at most 512",
-        ),
+        (("--data.max_length", "600"), 1, r"error: data\.max_length 600: the model has 512 positions.*at most 512"),
     ],
 )
 def test_plan_names_wrong_input(words, code: int, message: str, capsys) -> None:

@@ -28,16 +28,7 @@ def lines(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     directory = tmp_path_factory.mktemp("runs")
-    command = [
-        "-m",
-        "agnews_dist.train",
-        "--model.name",
-        "embedded",
-        *DATA,
-        "--optim.epochs",
-        "3",
-        "--profile",
-    ]
+    command = ["-m", "agnews_dist.train", "--model.name", "embedded", *DATA, "--optim.epochs", "3", "--profile"]
     place = ["--run.dir", str(directory), "--run.name", "two", "--data.cache_dir", str(directory / "cache")]
     done = torchrun(2, *command, *place, "--batch.max_tokens_per_rank", "512", *BATCHES)
     return directory / "two", done
@@ -120,11 +111,7 @@ def test_hugging_face_loads_the_model_and_predicts_the_same(trained):
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
     texts = (
         load_corpus(
-            "synthetic",
-            revision=None,
-            validation_fraction=0.05,
-            limits={"train": 480, "validation": 101, "test": 103},
-            seed=0,
+            "synthetic", revision=None, validation_fraction=0.05, limits={"train": 480, "validation": 101, "test": 103}, seed=0
         )
         .splits["test"]
         .texts
@@ -146,9 +133,7 @@ def evaluated(trained, tmp_path_factory) -> dict[int, Path]:
     for num_ranks in (1, 2, 3):
         output = tmp_path_factory.mktemp(f"evaluated{num_ranks}")
         arguments = ["--model.name", str(directory), *DATA, "--split", "test", "--output", str(output)]
-        fork_server.run_ranks(
-            num_ranks, "-m", "agnews_dist", "evaluate", *arguments, XDG_CACHE_HOME=str(directory.parent)
-        )
+        fork_server.run_ranks(num_ranks, "-m", "agnews_dist", "evaluate", *arguments, XDG_CACHE_HOME=str(directory.parent))
         found[num_ranks] = output
     return found
 
@@ -172,9 +157,7 @@ def test_predict_reads_arguments_and_standard_input(trained):
     by_argument = fork_server.run_python(*command, *texts).stdout
     by_stdin = fork_server.run_python(*command, stdin="\n".join(texts) + "\n").stdout
     rows = [json.loads(line) for line in by_argument.splitlines()]
-    assert [json.loads(line)["probabilities"] for line in by_stdin.splitlines()] == [
-        row["probabilities"] for row in rows
-    ]
+    assert [json.loads(line)["probabilities"] for line in by_stdin.splitlines()] == [row["probabilities"] for row in rows]
     assert len(rows) == 2
     assert {row["prediction"] for row in rows} <= set(CLASS_NAMES)
 

@@ -109,11 +109,7 @@ def read_log(project: Path, name: str, job: str) -> str:
 def read_results(run: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Return weights, scores and predictions, which must not depend on restarts."""
     result = json.loads((run / "result.json").read_text())
-    return (
-        load_file(run / "model" / "model.safetensors"),
-        result["splits"],
-        (run / "predictions-test.jsonl").read_text(),
-    )
+    return (load_file(run / "model" / "model.safetensors"), result["splits"], (run / "predictions-test.jsonl").read_text())
 
 
 def check_same_results(run: Path, other: Path) -> None:
@@ -126,13 +122,7 @@ def check_same_results(run: Path, other: Path) -> None:
 def test_train_starts_one_rank_per_gpu_of_the_job(lab: Lab, submit: Callable[..., str], project: Path) -> None:
     # A task per GPU, as many users write; the script starts one task per node all the same.
     job = submit(
-        "--nodes=2",
-        "--gres=gpu:8",
-        "--ntasks-per-node=2",
-        SCRIPTS / "train.sbatch",
-        "--optim.lr",
-        "3e-4 '",
-        DRY_RUN="1",
+        "--nodes=2", "--gres=gpu:8", "--ntasks-per-node=2", SCRIPTS / "train.sbatch", "--optim.lr", "3e-4 '", DRY_RUN="1"
     )
     assert lab.ends(job, SECONDS) == "COMPLETED", lab.told(job)
     commands = [line for line in read_log(project, "agnews-train", job).splitlines() if "torch.distributed.run" in line]
@@ -164,9 +154,7 @@ def test_batch_scripts_print_their_commands_in_a_dry_run(lab: Lab, submit: Calla
     for name, job in jobs.items():
         assert lab.ends(job, SECONDS) == "COMPLETED", lab.told(job)
         log = read_log(project, f"agnews-{name}", f"{job}_5" if name == "sweep" else job)
-        commands = re.findall(
-            r"torch\.distributed\.run --nproc_per_node (\d) .* -m agnews_dist (.*) $", log, re.MULTILINE
-        )
+        commands = re.findall(r"torch\.distributed\.run --nproc_per_node (\d) .* -m agnews_dist (.*) $", log, re.MULTILINE)
         assert commands == [(str(ranks[name]), command) for command in expected[name] for _ in lab.nodes], log
     assert not (project / "runs").exists()
 
@@ -189,9 +177,7 @@ def two_at_once(lab: Lab, submit: Callable[..., str], quickstart: Path, project:
     return limited, undisturbed
 
 
-def test_train_is_requeued_and_resumes_after_its_time_limit(
-    lab: Lab, two_at_once: tuple[str, str], project: Path
-) -> None:
+def test_train_is_requeued_and_resumes_after_its_time_limit(lab: Lab, two_at_once: tuple[str, str], project: Path) -> None:
     limited, undisturbed = two_at_once
     assert (restarts(lab, limited), restarts(lab, undisturbed)) == (1, 0)
     run, other = (project / "runs" / f"agnews-train-{job}" for job in two_at_once)
@@ -206,7 +192,7 @@ def test_train_is_requeued_and_resumes_after_its_time_limit(
 def test_train_appends_to_one_log_per_rank(two_at_once: tuple[str, str], project: Path) -> None:
     logs = project / "logs" / f"agnews-train-{two_at_once[0]}"
     assert sorted(path.name for path in logs.iterdir()) == [
-        *("rank-0.log", "rank-1.log", "starts.jsonl", "torchrun-0.log", "torchrun-1.log"),
+        *("rank-0.log", "rank-1.log", "starts.jsonl", "torchrun-0.log", "torchrun-1.log")
     ]
     log = (logs / "rank-0.log").read_text()
     assert re.search(r"== rank 0 of 2 on \S+, .*, restart 1\n", log)
@@ -239,9 +225,7 @@ def test_train_resumes_after_a_preemption_and_a_dead_node(
     assert json.loads((run / "status.json").read_text())["attempt"] == 3
 
 
-def test_train_does_not_requeue_a_cancelled_job(
-    lab: Lab, submit: Callable[..., str], quickstart: Path, project: Path
-) -> None:
+def test_train_does_not_requeue_a_cancelled_job(lab: Lab, submit: Callable[..., str], quickstart: Path, project: Path) -> None:
     job = submit(SCRIPTS / "train.sbatch", "--config", quickstart, *LONG)
     wait_for_step(lab, job, project / "runs" / f"agnews-train-{job}", 5)
     lab.client("scancel", job)
@@ -311,9 +295,7 @@ def test_prepare_debug_and_evaluate_run_on_two_nodes(
     jobs = {
         "prepare": submit("--nodes=2", SCRIPTS / "prepare.sbatch", "--config", quickstart, "--data.cache_dir", "fresh"),
         # On loopback both nodes have one name, which the doctor would report.
-        "debug": submit(
-            f"--nodes={num_hosts}", SCRIPTS / "debug.sbatch", "--config", quickstart, "--optim.epochs", "1"
-        ),
+        "debug": submit(f"--nodes={num_hosts}", SCRIPTS / "debug.sbatch", "--config", quickstart, "--optim.epochs", "1"),
         "evaluate": submit("--nodes=2", SCRIPTS / "evaluate.sbatch", *map(str, scored)),
     }
     for job in jobs.values():
@@ -321,17 +303,13 @@ def test_prepare_debug_and_evaluate_run_on_two_nodes(
     assert len(list(project.glob("fresh/*/meta.json"))) == 1
     small = project / "runs" / f"agnews-debug-{jobs['debug']}"
     assert json.loads((small / "result.json").read_text())["num_ranks"] == num_hosts
-    found, trained = (
-        json.loads(path.read_text()) for path in (project / "scores" / "result.json", run / "result.json")
-    )
+    found, trained = (json.loads(path.read_text()) for path in (project / "scores" / "result.json", run / "result.json"))
     assert found["num_ranks"] == 2
     for name in ("num_correct", "num_examples"):
         assert found["splits"]["test"][name] == trained["splits"]["test"][name]
 
 
-def test_sweep_requeues_one_task_of_an_array(
-    lab: Lab, submit: Callable[..., str], quickstart: Path, project: Path
-) -> None:
+def test_sweep_requeues_one_task_of_an_array(lab: Lab, submit: Callable[..., str], quickstart: Path, project: Path) -> None:
     # One task has the array's own number, which means all tasks to Slurm's clients.
     array = submit("--array=1-2", SCRIPTS / "sweep.sbatch", "--config", quickstart, *LONG, "--run.dir", "swept")
     lab.wait_for(lambda: lab.state(array) == "RUNNING", SECONDS, lambda: lab.told(array))

@@ -72,9 +72,7 @@ def test_documented_commands_run(lab: Lab, environ: dict[str, str], quickstart: 
     swept = {name: ranks.pop(name) for name in list(ranks) if name.startswith("agnews-sweep")}
     assert ranks == {f"agnews-debug-{debug}": 1, f"agnews-train-{train}": 2, "first": 2}
     assert sorted(swept.values()) == [1, 1]
-    seeds = [
-        yaml.safe_load((clone / "runs" / name / "config.yaml").read_text())["run"]["seed"] for name in sorted(swept)
-    ]
+    seeds = [yaml.safe_load((clone / "runs" / name / "config.yaml").read_text())["run"]["seed"] for name in sorted(swept)]
     assert seeds == [0, 1]
     assert yaml.safe_load((clone / "runs" / f"agnews-train-{train}" / "config.yaml").read_text())["optim"]["lr"] == 1e-3
     # The doctor ran before the small training.
@@ -115,9 +113,7 @@ def test_submit_prepares_on_this_machine_if_nodes_have_no_network(tmp_path: Path
     (clone / "bin" / "sbatch").chmod(0o755)
     command = [clone / "slurm" / "submit.sh", "--nodes=2", "--", "--config", "configs/quickstart.yaml"]
     path = {"PATH": f"{clone}/bin:{os.environ['PATH']}", "RUN": "x"}
-    done = subprocess.run(
-        command, env={**environment(), **path}, capture_output=True, text=True, check=False, cwd=clone
-    )
+    done = subprocess.run(command, env={**environment(), **path}, capture_output=True, text=True, check=False, cwd=clone)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["prepare here", "train 9", "evaluate 9"]
     assert len(list(clone.glob("cache/*/*/meta.json"))) == 1, done.stderr
@@ -126,9 +122,7 @@ def test_submit_prepares_on_this_machine_if_nodes_have_no_network(tmp_path: Path
     assert evaluate.startswith("--parsable --dependency=afterok:9 --kill-on-invalid-dep=yes ")
     # If the preparation fails, nothing is submitted.
     command[-1] = "nowhere.yaml"
-    done = subprocess.run(
-        command, env={**environment(), **path}, capture_output=True, text=True, check=False, cwd=clone
-    )
+    done = subprocess.run(command, env={**environment(), **path}, capture_output=True, text=True, check=False, cwd=clone)
     assert (done.returncode, done.stdout) == (2, "")
     assert "nowhere.yaml" in done.stderr
     assert len((clone / "calls").read_text().splitlines()) == 2

@@ -29,9 +29,7 @@ class Clock:
 
 def make_step(number: int, **changes: float) -> StepDone:
     """Return a step of 32 examples and 1,000 tokens in 0.25 s."""
-    event = StepDone(
-        step=number, epoch=1, loss=0.5, lr=1e-3, grad_norm=2.0, num_examples=32, num_tokens=1000, seconds=0.25
-    )
+    event = StepDone(step=number, epoch=1, loss=0.5, lr=1e-3, grad_norm=2.0, num_examples=32, num_tokens=1000, seconds=0.25)
     return dataclasses.replace(event, **changes)
 
 

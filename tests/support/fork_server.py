@@ -131,12 +131,7 @@ def rank_variables(num_ranks: int) -> list[dict[str, str]]:
 
 
 def _run_all(
-    command: Sequence[str],
-    environs: Sequence[Mapping[str, str]],
-    *,
-    check: bool,
-    timeout: float,
-    stdin: str | None = None,
+    command: Sequence[str], environs: Sequence[Mapping[str, str]], *, check: bool, timeout: float, stdin: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory(prefix="forked-") as folder:
         streams = Streams(Path(folder, "out"), Path(folder, "err"), Path(folder, "in"))

@@ -35,23 +35,7 @@ wait wake walk warn weigh widen withhold wrap write yield
 """
 VERBS = frozenset(_VERBS.split())
 """First words of functions' docstrings."""
-WRONG_STARTS = (
-    "What",
-    "Whether",
-    "Of",
-    "How",
-    "Where",
-    "Be",
-    "Have",
-    "So",
-    "When",
-    "Which",
-    "Who",
-    "That",
-    "Why",
-    "As",
-    "Its",
-)
+WRONG_STARTS = ("What", "Whether", "Of", "How", "Where", "Be", "Have", "So", "When", "Which", "Who", "That", "Why", "As", "Its")
 """First words that no docstring has."""
 BANNED = re.compile(
     r"\b(?-i:(?!STORY\b))"
@@ -82,11 +66,7 @@ def module_lengths(path: Path) -> Iterator[Violation]:
 def functions_of(tree: ast.Module) -> list[tuple[ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
     """Every function, and whether it is a method."""
     methods = {id(part) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for part in node.body}
-    return [
-        (node, id(node) in methods)
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-    ]
+    return [(node, id(node) in methods) for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
 def function_sizes(path: Path) -> Iterator[Violation]:

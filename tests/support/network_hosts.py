@@ -75,12 +75,7 @@ class Hosts:
     def _ip(self, *arguments: str, check: bool = True) -> None:
         path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
         done = subprocess.run(
-            ["ip", *arguments],
-            env={**os.environ, "PATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=20,
+            ["ip", *arguments], env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False, timeout=20
         )
         assert done.returncode == 0 or not check, f"ip {' '.join(arguments)}: {done.stderr}"
 
@@ -88,9 +83,7 @@ class Hosts:
 @contextmanager
 def listening(inside: Sequence[str], port: int) -> Iterator[int]:
     """Let another program listen at a port of the host of prefix `inside`; yield its process id."""
-    listen = (
-        f"import socket, time; server = socket.create_server(('', {port})); print('open', flush=True); time.sleep(600)"
-    )
+    listen = f"import socket, time; server = socket.create_server(('', {port})); print('open', flush=True); time.sleep(600)"
     process = subprocess.Popen([*inside, sys.executable, "-c", listen], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

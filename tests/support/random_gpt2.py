@@ -34,9 +34,7 @@ def random_reference(*, attention: str = "sdpa", **changes: object) -> GPT2ForSe
     return model.eval()
 
 
-def ours_like(
-    reference: GPT2ForSequenceClassification, trainable_blocks: int | str, *, fast_path: bool = True
-) -> Classifier:
+def ours_like(reference: GPT2ForSequenceClassification, trainable_blocks: int | str, *, fast_path: bool = True) -> Classifier:
     """Return a classifier with copies of the reference's weights."""
     backbone = Backbone(copy.deepcopy(reference.transformer), reference.score.weight.detach().clone(), None)
     classifier = split_model(backbone, trainable_blocks=trainable_blocks, num_classes=NUM_CLASSES, seed=0)  # type: ignore[arg-type]

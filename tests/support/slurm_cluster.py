@@ -80,9 +80,7 @@ class Lab:
         self.is_networked = can_be_made()
         self.nodes = [f"node{i + 1}" if self.is_networked else f"127.0.1.{i + 1}" for i in range(NUM_NODES)]
         self.environ = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("SLURM", "SBATCH", "SRUN", "MUNGE"))
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN", "MUNGE"))
         }
         self.environ |= {"PATH": _path(), "SLURM_CONF": str(self.root / "slurm.conf")}
         self._hosts = Hosts(self.nodes, self.root)
@@ -103,12 +101,7 @@ class Lab:
     def client(self, *command: str, check: bool = True, **environ: str) -> str:
         """Run a Slurm client; what it printed."""
         done = subprocess.run(
-            command,
-            env={**self.environ, **environ},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=CLIENT_SECONDS,
+            command, env={**self.environ, **environ}, capture_output=True, text=True, check=False, timeout=CLIENT_SECONDS
         )
         assert done.returncode == 0 or not check, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
@@ -178,13 +171,7 @@ class Lab:
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         self._daemon(
-            *(
-                "munged",
-                "--force",
-                f"--key-file={key}",
-                f"--socket={root}/munge.socket",
-                f"--pid-file={root}/munged.pid",
-            ),
+            *("munged", "--force", f"--key-file={key}", f"--socket={root}/munge.socket", f"--pid-file={root}/munged.pid"),
             *(f"--log-file={root}/munged.log", f"--seed-file={root}/munged.seed", "--num-threads=2"),
         )
         self._configure()
@@ -212,9 +199,7 @@ class Lab:
         else:
             controller, port, addresses = "localhost", _free_ports(NUM_NODES + 1), ""
             places = [("localhost", name, port + 1 + i) for i, name in enumerate(self.nodes)]
-        text = CONFIGURATION.format(
-            controller=controller, port=port, user=getpass.getuser(), root=root, addresses=addresses
-        )
+        text = CONFIGURATION.format(controller=controller, port=port, user=getpass.getuser(), root=root, addresses=addresses)
         for name, (host, address, own_port) in zip(self.nodes, places, strict=True):
             text += (
                 f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={own_port} CPUs={CORES} "
@@ -238,13 +223,7 @@ class Lab:
         # Files, not pipes: a daemon keeps what it inherits, and a pipe's other end would wait for it.
         with (self.root / "start.log").open("a") as log:
             done = subprocess.run(
-                command,
-                env=self.environ,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                check=False,
-                timeout=CLIENT_SECONDS,
+                command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False, timeout=CLIENT_SECONDS
             )
         assert done.returncode == 0, f"{command}: {(self.root / 'start.log').read_text()}"
 

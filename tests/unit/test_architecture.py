@@ -139,9 +139,7 @@ def test_a_module_that_follows_the_rules_is_left_alone(tmp_path: Path) -> None:
 
 def test_prose_and_scripts_use_plain_words(tmp_path: Path) -> None:
     found = [
-        f"{path.relative_to(REPOSITORY)}:{violation}"
-        for path in house.prose_files()
-        for violation in house.banned_words(path)
+        f"{path.relative_to(REPOSITORY)}:{violation}" for path in house.prose_files() for violation in house.banned_words(path)
     ]
     assert found == []
     control = tmp_path / "a.md"
@@ -267,9 +265,7 @@ def messages(classes: set[str]) -> list[tuple[str, ast.expr]]:
     trees = {path: tree_of(path) for path in MODULES}
     nodes = [(name_of(path), node) for path, tree in trees.items() for node in ast.walk(tree)]
     defined = [(module, node) for module, node in nodes if isinstance(node, ast.ClassDef) and node.name in classes]
-    own = {
-        node.name: (f"{module}:{node.lineno}", text) for module, node in defined if (text := own_text(node)) is not None
-    }
+    own = {node.name: (f"{module}:{node.lineno}", text) for module, node in defined if (text := own_text(node)) is not None}
     raised = [
         (f"{module}:{call.lineno}", call.args[0])
         for module, node in nodes

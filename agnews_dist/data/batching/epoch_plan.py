@@ -24,14 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agnews_dist.data.batching.settings import (
-    CHUNK_SIZE,
-    Lengths,
-    PlanSettings,
-    as_lengths,
-    check_integers,
-    iterate_chunks,
-)
+from agnews_dist.data.batching.settings import CHUNK_SIZE, Lengths, PlanSettings, as_lengths, check_integers, iterate_chunks
 from agnews_dist.data.rows import Ints
 from agnews_dist.errors import UserError
 

@@ -125,9 +125,7 @@ def forecast(
     tokens_K: list[int] = []
     micro_batches_K: list[int] = []
     for ids in islice(chain.from_iterable(each.global_batches() for each in epoch_plans()), MAX_STEPS):
-        share = share_batch(
-            lengths_N[ids], num_ranks=num_ranks, max_tokens_per_rank=max_tokens_per_rank, quadratic=quadratic
-        )
+        share = share_batch(lengths_N[ids], num_ranks=num_ranks, max_tokens_per_rank=max_tokens_per_rank, quadratic=quadratic)
         tally.add(share)
         num_idle += _count_idle_ranks(share)
         examples_K.append(len(ids))

@@ -14,14 +14,7 @@ from agnews_dist.data.batching.batch import Batch
 from agnews_dist.data.batching.epoch_plan import Plan, plan
 from agnews_dist.data.batching.position import fingerprint_plan
 from agnews_dist.data.batching.settings import PlanSettings
-from agnews_dist.data.batching.shares import (
-    Efficiency,
-    Share,
-    measure_efficiency,
-    plan_evaluation,
-    share_batch,
-    share_by_owner,
-)
+from agnews_dist.data.batching.shares import Efficiency, Share, measure_efficiency, plan_evaluation, share_batch, share_by_owner
 from agnews_dist.data.rows import Ints
 from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.distributed.world import World

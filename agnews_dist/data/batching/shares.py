@@ -90,9 +90,7 @@ def share_batch(
     if not 0 <= quadratic <= 1:
         raise UserError(f"quadratic {quadratic}: must be from 0 to 1. Set it to quadratic_weight(hidden_dim), or to 0.")
     if num_ranks < 1 or accumulation < 1:
-        raise UserError(
-            f"num_ranks {num_ranks}, accumulation {accumulation}: must be at least 1. Set both to 1 or more."
-        )
+        raise UserError(f"num_ranks {num_ranks}, accumulation {accumulation}: must be at least 1. Set both to 1 or more.")
     if len(lengths_B) and ((lengths_B[1:] > lengths_B[:-1]).any() or lengths_B[-1] < 1):
         raise UserError(
             f"lengths of {int(lengths_B.min())} to {int(lengths_B.max())} tokens are not sorted or below 1: costs would be "

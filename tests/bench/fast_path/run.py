@@ -149,9 +149,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="keep what the log holds")
-    parser.add_argument(
-        "--install-peers", action="store_true", help="pip install the versions of requirements.txt first"
-    )
+    parser.add_argument("--install-peers", action="store_true", help="pip install the versions of requirements.txt first")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--settings", action="store_true", help="try Trainer's settings")
     what.add_argument("--quick", action="store_true", help="tiny model, few texts")
@@ -159,9 +157,7 @@ def main() -> int:
     output = args.output.resolve()
     log, job = output / "log.jsonl", output / "job"
     if log.exists() and not args.resume:
-        parser.error(
-            f"{log} is there: two runs in one log could not be told apart. Give another --output, or --resume."
-        )
+        parser.error(f"{log} is there: two runs in one log could not be told apart. Give another --output, or --resume.")
     if args.install_peers:
         subprocess.run([sys.executable, "-m", "pip", "install", "-r", str(HERE / "requirements.txt")], check=True)
     environment = child_environment(args.threads)

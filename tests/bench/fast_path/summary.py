@@ -72,10 +72,7 @@ def runs_table(found: Runs) -> str:
         times = f"{seconds(runs) / seconds(mine):.1f}" if mine and contestant != "ours" else ""
         prefix = f"{median(row['parts']['prefix'] for row in runs):.2f}" if contestant == "ours" else ""
         cells = [name(contestant), str(epochs), spread([row["seconds"] for row in runs], 1), times, prefix]
-        cells += [
-            spread([mean(row["epoch_seconds"]) for row in runs], 2),
-            f"{median(row['loss'][-1] for row in runs):.3f}",
-        ]
+        cells += [spread([mean(row["epoch_seconds"]) for row in runs], 2), f"{median(row['loss'][-1] for row in runs):.3f}"]
         cells.append(spread([row["peak_rss_bytes"] / MIB for row in runs], 0))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -156,7 +153,4 @@ def tables(rows: list[Row]) -> str:
     if rows[0]["settings"]:
         return settings_table(rows)
     found = groups(rows)
-    return (
-        "\n\n".join(part for part in (runs_table(found), plain_note(found).strip(), goals_table(rows, found)) if part)
-        + "\n"
-    )
+    return "\n\n".join(part for part in (runs_table(found), plain_note(found).strip(), goals_table(rows, found)) if part) + "\n"

@@ -50,9 +50,7 @@ def step_figures(lengths_N: NDArray[np.int64], ranks: list[peers.Batches]) -> di
         real, padded = real + sum(int(row.sum()) for row in rows), padded + sum(costs)
         slowest += max(costs) * len(ranks)
         sizes.append(sum(map(len, rows)))
-    seen_N = np.bincount(
-        np.concatenate([ids for rank in ranks for ids in rank]).astype(np.int64), minlength=len(lengths_N)
-    )
+    seen_N = np.bincount(np.concatenate([ids for rank in ranks for ids in rank]).astype(np.int64), minlength=len(lengths_N))
     return {
         "padding": real / padded,
         "critical_path": real / slowest,
@@ -88,9 +86,7 @@ def mates_kept(first: list[peers.Batches], second: list[peers.Batches]) -> float
     return kept / total
 
 
-def calibrated(
-    kind: type[peers.Sampler], lengths_N: NDArray[np.int64], batch: int, num_ranks: int, options: dict[str, Any]
-):
+def calibrated(kind: type[peers.Sampler], lengths_N: NDArray[np.int64], batch: int, num_ranks: int, options: dict[str, Any]):
     """`options` with the token budget per rank that gives as many steps as `batch` examples per step do, within 2.5 %."""
     wanted = -(-len(lengths_N) // batch)
     tokens = batch / num_ranks * lengths_N.mean()
@@ -105,15 +101,7 @@ def calibrated(
 
 def planning_cost(path: Path, name: str, batch: int, num_ranks: int, options: dict[str, Any]) -> dict[str, Any]:
     """Seconds and peak MiB of planning one rank's epoch, from a fresh process."""
-    command = [
-        sys.executable,
-        str(HERE / "measure.py"),
-        str(path),
-        name,
-        str(batch),
-        str(num_ranks),
-        json.dumps(options),
-    ]
+    command = [sys.executable, str(HERE / "measure.py"), str(path), name, str(batch), str(num_ranks), json.dumps(options)]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[2]), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])

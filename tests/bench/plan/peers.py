@@ -47,9 +47,7 @@ class Ours(Sampler):
     def prepare(self) -> None:
         window = {"bucket_window": self.options["window"]} if "window" in self.options else {}
         budget = round(self.global_batch * self.lengths_N.mean()) if self.options.get("budget") else None
-        self.settings = PlanSettings(
-            global_batch_size=self.global_batch, global_token_budget=budget, seed=SEED, **window
-        )
+        self.settings = PlanSettings(global_batch_size=self.global_batch, global_token_budget=budget, seed=SEED, **window)
 
     def rank(self, rank: int, epoch: int) -> Batches:
         batches: Batches = []
@@ -147,9 +145,7 @@ class HFBatchRebalance(Sampler):
         class InTokens(BatchRebalanceSampler):
             QUADRATIC_COST_COEF = 0.0
 
-        sampler = InTokens(
-            self.lengths, self.global_batch, self.num_ranks, grad_accum=1, seed=SEED, rank=rank, drop_last=False
-        )
+        sampler = InTokens(self.lengths, self.global_batch, self.num_ranks, grad_accum=1, seed=SEED, rank=rank, drop_last=False)
         sampler.set_epoch(epoch)
         return sampler
 

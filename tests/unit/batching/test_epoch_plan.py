@@ -57,9 +57,7 @@ def make_plannable(lengths: Lengths, chosen: PlanSettings) -> PlanSettings:
 def check_exactly_once(planner: Planner, lengths: Ints, chosen: PlanSettings) -> None:
     found = planner(lengths, chosen)
     assert sorted(itertools.chain(*(ids.tolist() for ids in found))) == list(range(len(lengths)))
-    assert all(len(ids) and (np.diff(lengths[ids]) <= 0).all() for ids in found), (
-        "every batch has examples, longest first"
-    )
+    assert all(len(ids) and (np.diff(lengths[ids]) <= 0).all() for ids in found), "every batch has examples, longest first"
     if chosen.global_token_budget is not None:
         assert all(lengths[ids].sum() <= chosen.global_token_budget for ids in found)
     else:
@@ -71,9 +69,7 @@ def check_exactly_once(planner: Planner, lengths: Ints, chosen: PlanSettings) ->
 @settings(max_examples=200, deadline=None)
 @given(LENGTHS, SETTINGS, st.integers(0, 3))
 def test_plan_holds_every_example_once(lengths, chosen, epoch):
-    check_exactly_once(
-        lambda *arguments: plan_batches(*arguments, epoch=epoch), lengths, make_plannable(lengths, chosen)
-    )
+    check_exactly_once(lambda *arguments: plan_batches(*arguments, epoch=epoch), lengths, make_plannable(lengths, chosen))
 
 
 @pytest.mark.parametrize("num", [0, 1, 2, 3, 5, 7, 31, 32, 33, 97, 251, 1009])
@@ -113,9 +109,7 @@ def overrun_the_budget(lengths: Any, chosen: PlanSettings) -> list[Ints]:
 
 
 @pytest.mark.parametrize(
-    "broken",
-    [drop_remainder, wrap_around, sort_shortest_first, spread_evenly, overrun_the_budget],
-    ids=lambda f: f.__name__,
+    "broken", [drop_remainder, wrap_around, sort_shortest_first, spread_evenly, overrun_the_budget], ids=lambda f: f.__name__
 )
 def test_exactly_once_check_fails_broken_planners(broken):
     chosen = PlanSettings(global_batch_size=32, global_token_budget=999 if broken is overrun_the_budget else None)
@@ -288,9 +282,7 @@ def test_plan_is_equal_in_another_process():
     """
     here, there = (python("-c", code).stdout.splitlines() for _ in range(2))
     assert here[0] == there[0]
-    expected = plan_batches(
-        np.arange(500) % 91 + 1, PlanSettings(global_batch_size=7, bucket_window=5, seed=3), epoch=2
-    )
+    expected = plan_batches(np.arange(500) % 91 + 1, PlanSettings(global_batch_size=7, bucket_window=5, seed=3), epoch=2)
     assert json.loads(here[0]) == [ids.tolist() for ids in expected]
     # Negative control: unseeded draws differ between processes.
     assert here[1] != there[1]
@@ -376,18 +368,14 @@ def test_plan_names_examples_with_wrong_lengths(block_size):
     chosen = PlanSettings(block_size=block_size)
     lengths = np.full(50, 9)
     lengths[17] = 0
-    with pytest.raises(
-        UserError, match=r"^example 17 has 0 tokens: .*at least 1 is needed\. Remove the row or rebuild"
-    ):
+    with pytest.raises(UserError, match=r"^example 17 has 0 tokens: .*at least 1 is needed\. Remove the row or rebuild"):
         plan_batches(lengths, chosen)
     lengths[17] = -3
     with pytest.raises(UserError, match=r"^example 17 has -3 tokens: .*Remove the row"):
         plan_batches(lengths, chosen)
     lengths[17] = 11
     assert len(list(plan(lengths, chosen, epoch=0, max_length=11).global_batches())) == 2
-    with pytest.raises(
-        UserError, match=r"^example 17 has 11 tokens, more than the maximum of 10: .*Truncate it, or raise"
-    ):
+    with pytest.raises(UserError, match=r"^example 17 has 11 tokens, more than the maximum of 10: .*Truncate it, or raise"):
         list(plan(lengths, chosen, epoch=0, max_length=10).global_batches())
 
 
@@ -397,9 +385,7 @@ def test_plan_checks_lengths_in_memory_before_the_first_step():
 
 
 def test_plan_refuses_a_budget_below_the_longest_text():
-    with pytest.raises(
-        UserError, match=r"^global_token_budget 8 is below the longest text \(9 tokens\): .*Raise the budget"
-    ):
+    with pytest.raises(UserError, match=r"^global_token_budget 8 is below the longest text \(9 tokens\): .*Raise the budget"):
         plan_batches(np.array([3, 9]), PlanSettings(global_token_budget=8))
     assert len(plan_batches(np.array([3, 9]), PlanSettings(global_token_budget=9))) == 2
 
@@ -445,9 +431,7 @@ def test_plan_accepts_lists_tensors_and_series(made):
     assert [ids.tolist() for ids in found] == [ids.tolist() for ids in expected]
 
 
-@pytest.mark.parametrize(
-    "chosen", [{"global_batch_size": 32}, {"global_token_budget": 2000}], ids=["examples", "tokens"]
-)
+@pytest.mark.parametrize("chosen", [{"global_batch_size": 32}, {"global_token_budget": 2000}], ids=["examples", "tokens"])
 def test_plan_refuses_blocks_too_large_for_the_windows(chosen):
     """Otherwise a file sorted by class would give batches of one class each."""
     lengths = draw_lengths(5000)

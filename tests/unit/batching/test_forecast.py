@@ -19,17 +19,11 @@ def make_lengths(num: int, seed: int = 0) -> np.ndarray:
     return np.clip(np.random.default_rng(seed).lognormal(3.9, 0.4, num), 1, 200).astype(np.int64)
 
 
-def make_forecast(
-    lengths: np.ndarray, settings: PlanSettings, *, ranks: int, epochs: int = 2, tokens: int = 300
-) -> Forecast:
-    return forecast(
-        lengths, settings, num_epochs=epochs, num_ranks=ranks, max_tokens_per_rank=tokens, quadratic=QUADRATIC
-    )
+def make_forecast(lengths: np.ndarray, settings: PlanSettings, *, ranks: int, epochs: int = 2, tokens: int = 300) -> Forecast:
+    return forecast(lengths, settings, num_epochs=epochs, num_ranks=ranks, max_tokens_per_rank=tokens, quadratic=QUADRATIC)
 
 
-def rows_by_rank(
-    lengths: np.ndarray, settings: PlanSettings, *, ranks: int, epochs: int, tokens: int
-) -> list[list[list]]:
+def rows_by_rank(lengths: np.ndarray, settings: PlanSettings, *, ranks: int, epochs: int, tokens: int) -> list[list[list]]:
     """Compute step -> rank -> lengths of the rows of each micro-batch, as a training computes them."""
     found = []
     for epoch in range(epochs):
@@ -53,9 +47,7 @@ def rows_by_rank(
 def test_forecast_counts_every_step_of_the_training(settings: PlanSettings, ranks: int) -> None:
     lengths = make_lengths(331)
     steps = rows_by_rank(lengths, settings, ranks=ranks, epochs=2, tokens=300)
-    padded = np.array(
-        [[sum(max(rows.max(initial=0) * len(rows), 1) for rows in rank) for rank in step] for step in steps]
-    )
+    padded = np.array([[sum(max(rows.max(initial=0) * len(rows), 1) for rows in rank) for rank in step] for step in steps])
     rows_of = np.array([[sum(map(len, rank)) for rank in step] for step in steps])
     real_of = np.array([sum(int(rows.sum()) for rank in step for rows in rank) for step in steps])
     micro_of = np.array([len(step[0]) for step in steps])
@@ -146,15 +138,7 @@ def test_forecast_raises_the_errors_of_the_plan() -> None:
     with pytest.raises(UserError, match=r"max_tokens_per_rank 8 is below the longest text \(9 tokens\).*Raise batch"):
         make_forecast(np.array([9, 1]), PlanSettings(), ranks=1, tokens=8)
     with pytest.raises(UserError, match=r"example 0 has 9 tokens, more than the maximum of 8.*Truncate it"):
-        forecast(
-            np.array([9, 1]),
-            PlanSettings(),
-            num_epochs=1,
-            num_ranks=1,
-            max_tokens_per_rank=99,
-            quadratic=0,
-            max_length=8,
-        )
+        forecast(np.array([9, 1]), PlanSettings(), num_epochs=1, num_ranks=1, max_tokens_per_rank=99, quadratic=0, max_length=8)
 
 
 @pytest.mark.parametrize(
@@ -209,14 +193,11 @@ def test_idle_warning_for_a_token_budget_uses_the_measured_balance() -> None:
     assert balance < 0.8
     # A token budget replaces the batch size, which is then not judged.
     assert (
-        warn_of_idle_ranks(PlanSettings(global_token_budget=99, global_batch_size=1), num_examples=10_000, num_ranks=8)
-        is None
+        warn_of_idle_ranks(PlanSettings(global_token_budget=99, global_batch_size=1), num_examples=10_000, num_ranks=8) is None
     )
 
 
-@pytest.mark.parametrize(
-    "settings", [PlanSettings(), PlanSettings(global_token_budget=9000)], ids=["examples", "tokens"]
-)
+@pytest.mark.parametrize("settings", [PlanSettings(), PlanSettings(global_token_budget=9000)], ids=["examples", "tokens"])
 def test_idle_warning_for_fewer_texts_than_ranks(settings: PlanSettings) -> None:
     assert warn_of_idle_ranks(settings, num_examples=6, num_ranks=8, rank_balance=0.7) == (
         "6 training texts on 8 ranks: 2 of 8 ranks compute a filler row at every step, 25% of the machine waits. "
@@ -229,8 +210,6 @@ def test_idle_warning_for_fewer_texts_than_ranks(settings: PlanSettings) -> None
 def test_idle_warning_is_silent_for_batches_that_fit(size: int, ranks: int) -> None:
     assert warn_of_idle_ranks(PlanSettings(global_batch_size=size), num_examples=10_000, num_ranks=ranks) is None
     assert (
-        warn_of_idle_ranks(
-            PlanSettings(global_token_budget=size), num_examples=10_000, num_ranks=ranks, rank_balance=0.97
-        )
+        warn_of_idle_ranks(PlanSettings(global_token_budget=size), num_examples=10_000, num_ranks=ranks, rank_balance=0.97)
         is None
     )

@@ -134,9 +134,7 @@ def test_steps_from_mid_epoch_are_the_rest(start):
 
 def test_largest_step_holds_the_largest_micro_batch_of_all_ranks():
     of_ranks = make_loaders(draw_uniform_lengths(300), 2, SETTINGS, max_tokens_per_rank=60)
-    sizes = [
-        batch.tokens_BT.numel() for loader in of_ranks for batches in loader.steps(0) for batch in batches.micro_batches
-    ]
+    sizes = [batch.tokens_BT.numel() for loader in of_ranks for batches in loader.steps(0) for batch in batches.micro_batches]
     found = [batch.tokens_BT.numel() for loader in of_ranks for batch in loader.largest_step(0).micro_batches]
     assert max(found) == max(sizes)
     assert min(sizes) < max(sizes)

@@ -29,9 +29,7 @@ def draw_lengths(num: int) -> Ints:
     return np.random.default_rng(num).integers(1, 301, num)
 
 
-def check_topology(
-    lengths_N: Ints, batches: list[Ints], shares: list[Share], num_ranks: int, accumulation: int
-) -> None:
+def check_topology(lengths_N: Ints, batches: list[Ints], shares: list[Share], num_ranks: int, accumulation: int) -> None:
     assert len(shares) == len(batches), "one share per step"
     for ids_B, found in zip(batches, shares, strict=True):
         lengths_B, rows_S = lengths_N[ids_B], np.diff(found.bounds_S)

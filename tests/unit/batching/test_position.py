@@ -59,9 +59,7 @@ def test_load_position_refuses_every_other_setting(name):
     message = str(refused.value)
     assert f"{name} was {was}, is {is_now}" in message
     assert message.startswith("saved position (epoch 0, step 3) belongs to another plan (")
-    assert message.endswith(
-        "some examples would come twice, some never. Restore these settings and data, or start a new run."
-    )
+    assert message.endswith("some examples would come twice, some never. Restore these settings and data, or start a new run.")
     # Equal fields are not named. Under a token budget the batch size is absent.
     assert message.count(" was ") == (2 if name == "global_token_budget" else 1)
 
@@ -114,8 +112,7 @@ def test_load_position_refuses_another_algorithm():
     now = fingerprint_plan(LENGTHS, CHOSEN)
     saved = save_position(0, 3, {**now, "algorithm": 0, "retired_setting": 5})
     with pytest.raises(
-        UserError,
-        match=rf"algorithm was 0, is {ALGORITHM}; retired_setting was 5, is absent\): .*or start a new run",
+        UserError, match=rf"algorithm was 0, is {ALGORITHM}; retired_setting was 5, is absent\): .*or start a new run"
     ):
         load_position(saved, now)
 
@@ -136,9 +133,7 @@ def test_load_position_refuses_another_algorithm():
 )
 def test_load_position_refuses_wrong_types(harm):
     now = fingerprint_plan(LENGTHS, CHOSEN)
-    with pytest.raises(
-        UserError, match=r"^saved position \{.*\}: epoch and step must be .*Give a position that save_position"
-    ):
+    with pytest.raises(UserError, match=r"^saved position \{.*\}: epoch and step must be .*Give a position that save_position"):
         load_position({**save_position(0, 3, now), **harm}, now)
 
 

@@ -41,20 +41,14 @@ def make_share(lengths_B: Ints, bounds_S: Any, num_ranks: int, *, filler: int = 
     """Make a share with these bounds; tokens are counted slice by slice."""
     bounds = np.array(bounds_S)
     tokens = [
-        (end - begin) * int(lengths_B[begin]) if end > begin else filler
-        for begin, end in itertools.pairwise(bounds.tolist())
+        (end - begin) * int(lengths_B[begin]) if end > begin else filler for begin, end in itertools.pairwise(bounds.tolist())
     ]
     slice_MR = np.arange(len(tokens)).reshape(-1, num_ranks)
     return Share(bounds, slice_MR, np.array(tokens)[slice_MR], int(lengths_B.sum()))
 
 
 def share_by_count(
-    lengths_B: Ints,
-    *,
-    num_ranks: int,
-    accumulation: int = 1,
-    max_tokens_per_rank: int | None = None,
-    quadratic: float = 0,
+    lengths_B: Ints, *, num_ranks: int, accumulation: int = 1, max_tokens_per_rank: int | None = None, quadratic: float = 0
 ) -> Share:
     """Split a batch into equal numbers of rows, as most samplers do."""
     num_micro = accumulation
@@ -84,9 +78,7 @@ def check_share(
     slices_RM = [found.slices(rank) for rank in range(num_ranks)]
     assert {len(slices) for slices in slices_RM} == {found.num_micro_batches}, "equal numbers of micro-batches"
     # Counted as a rank computes: rows padded to the longest of the slice, or one filler row of one token.
-    tokens_RM = [
-        [max(1, len(lengths_B[rows]) * max(lengths_B[rows], default=0)) for rows in slices] for slices in slices_RM
-    ]
+    tokens_RM = [[max(1, len(lengths_B[rows]) * max(lengths_B[rows], default=0)) for rows in slices] for slices in slices_RM]
     assert found.tokens_MR.T.tolist() == tokens_RM
     rows = [row for slices in slices_RM for part in slices for row in range(len(lengths_B))[part]]
     assert sorted(rows) == list(range(len(lengths_B))), "every row once"
@@ -102,13 +94,7 @@ def check_share(
 
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None)
-@given(
-    LENGTHS,
-    st.integers(1, 9),
-    st.integers(1, 4),
-    st.none() | st.integers(300, 3000),
-    st.sampled_from([0, GPT2_SMALL, 0.1]),
-)
+@given(LENGTHS, st.integers(1, 9), st.integers(1, 4), st.none() | st.integers(300, 3000), st.sampled_from([0, GPT2_SMALL, 0.1]))
 def test_share_batch_holds_every_row_once(lengths_B, ranks, accumulation, limit, quadratic):
     check_share(share_batch, lengths_B, num_ranks=ranks, accumulation=accumulation, limit=limit, quadratic=quadratic)
 
@@ -131,9 +117,7 @@ def test_share_batch_is_independent_of_the_storage_type():
     lengths_B = np.sort(np.random.default_rng(0).integers(1, 250, 300))[::-1]
     expected = share_batch(lengths_B, num_ranks=7, accumulation=2, max_tokens_per_rank=900, quadratic=0.01)
     for kind in (np.uint8, np.uint16, np.int32, np.uint64):
-        found = share_batch(
-            lengths_B.astype(kind), num_ranks=7, accumulation=2, max_tokens_per_rank=900, quadratic=0.01
-        )
+        found = share_batch(lengths_B.astype(kind), num_ranks=7, accumulation=2, max_tokens_per_rank=900, quadratic=0.01)
         assert found.bounds_S.tolist() == expected.bounds_S.tolist()
         assert found.tokens_MR.tolist() == expected.tokens_MR.tolist()
         assert found.num_real_tokens == expected.num_real_tokens
@@ -186,9 +170,7 @@ def check_topologies(share_function: ShareFunction) -> None:
     made, num_checked = plan(lengths_N, PlanSettings(global_batch_size=64), epoch=0), 0
     for step, ids_B in enumerate(made.global_batches()):
         for ranks, accumulation in itertools.product((1, 2, 3, 5, 8, 64, 100), (1, 3)):
-            found = share_function(
-                lengths_N[ids_B], num_ranks=ranks, accumulation=accumulation, max_tokens_per_rank=4000
-            )
+            found = share_function(lengths_N[ids_B], num_ranks=ranks, accumulation=accumulation, max_tokens_per_rank=4000)
             computed = [ids_B[rows].tolist() for rank in range(ranks) for rows in found.slices(rank)]
             assert sorted(itertools.chain(*computed)) == sorted(ids_B.tolist()), f"step {step} on {ranks} ranks"
             num_checked += 1
@@ -213,16 +195,12 @@ def test_topologies_check_fails_a_dropped_remainder():
 
 def row_costs(lengths_B: Ints, quadratic: float) -> Ints:
     """Return costs in whole sixteenths of a token."""
-    return np.array(
-        [round(16 * (length + quadratic * length * length)) for length in lengths_B.tolist()], dtype=np.int64
-    )
+    return np.array([round(16 * (length + quadratic * length * length)) for length in lengths_B.tolist()], dtype=np.int64)
 
 
 def largest_cost(found: Share, lengths_B: Ints, quadratic: float) -> int:
     costs_B = row_costs(lengths_B, quadratic)
-    return max(
-        (end - begin) * max(costs_B[begin:end], default=0) for begin, end in itertools.pairwise(found.bounds_S.tolist())
-    )
+    return max((end - begin) * max(costs_B[begin:end], default=0) for begin, end in itertools.pairwise(found.bounds_S.tolist()))
 
 
 def smallest_largest_cost(lengths_B: Ints, num_groups: int, quadratic: float, limit: int | None) -> int | None:
@@ -236,18 +214,14 @@ def smallest_largest_cost(lengths_B: Ints, num_groups: int, quadratic: float, li
     return int(cost_PG[allowed].max(axis=1).min()) if allowed.any() else None
 
 
-def check_best(
-    share_function: ShareFunction, lengths_B: Ints, num_ranks: int, quadratic: float, limit: int | None
-) -> None:
+def check_best(share_function: ShareFunction, lengths_B: Ints, num_ranks: int, quadratic: float, limit: int | None) -> None:
     found = share_function(lengths_B, num_ranks=num_ranks, max_tokens_per_rank=limit, quadratic=quadratic)
     num_groups = found.num_micro_batches * num_ranks
     if num_groups > 3:
         return
     assert largest_cost(found, lengths_B, quadratic) == smallest_largest_cost(lengths_B, num_groups, quadratic, limit)
     for fewer in range(1, found.num_micro_batches):
-        assert smallest_largest_cost(lengths_B, fewer * num_ranks, quadratic, limit) is None, (
-            "fewer micro-batches are enough"
-        )
+        assert smallest_largest_cost(lengths_B, fewer * num_ranks, quadratic, limit) is None, "fewer micro-batches are enough"
 
 
 SMALL = st.lists(st.integers(1, 60), min_size=1, max_size=7).map(lambda values: np.array(sorted(values)[::-1]))
@@ -288,9 +262,7 @@ def test_quadratic_cost_balances_long_texts():
     for _ in range(50):
         lengths_B = np.sort(np.clip(rng.lognormal(6.5, 1.2, 64), 16, 8192).astype(np.int64))[::-1]
         for quadratic in slowest:
-            slowest[quadratic] += largest_cost(
-                share_batch(lengths_B, num_ranks=8, quadratic=quadratic), lengths_B, GPT2_SMALL
-            )
+            slowest[quadratic] += largest_cost(share_batch(lengths_B, num_ranks=8, quadratic=quadratic), lengths_B, GPT2_SMALL)
     assert slowest[GPT2_SMALL] < 0.9 * slowest[0.0]
 
 
@@ -312,9 +284,7 @@ def ag_news(shared) -> Ints:
     return np.random.default_rng(0).choice(np.array(lengths, dtype=np.int64), 120_000)
 
 
-def critical_path(
-    lengths_N: Ints, batches: list[Ints], num_ranks: int, share_function: ShareFunction = share_batch
-) -> float:
+def critical_path(lengths_N: Ints, batches: list[Ints], num_ranks: int, share_function: ShareFunction = share_batch) -> float:
     """Compute real tokens / (ranks x tokens of the slowest rank) from the slices."""
     real = slowest = 0
     for ids in batches:
@@ -376,9 +346,7 @@ def test_measure_efficiency_by_hand():
 def check_owned(
     share_function: Callable[..., tuple[Ints, Share]], lengths_B: Ints, owner_B: Ints, num_ranks: int, limit: int
 ) -> Share:
-    order_B, found = share_function(
-        lengths_B, owner_B, num_ranks=num_ranks, max_tokens_per_rank=limit, quadratic=GPT2_SMALL
-    )
+    order_B, found = share_function(lengths_B, owner_B, num_ranks=num_ranks, max_tokens_per_rank=limit, quadratic=GPT2_SMALL)
     assert sorted(order_B.tolist()) == list(range(len(lengths_B)))
     slices_RM = [[order_B[rows] for rows in found.slices(rank)] for rank in range(num_ranks)]
     assert {len(slices) for slices in slices_RM} == {found.num_micro_batches}, "equal numbers of micro-batches"
@@ -452,18 +420,14 @@ def test_owner_check_fails_broken_shares(broken):
 
 def test_share_by_owner_by_hand():
     # Rank 1 holds 9, 8 and 2, rank 0 holds 5: 3 x 9 tokens against 5.
-    order_B, found = share_by_owner(
-        np.array([9, 8, 5, 2]), np.array([1, 1, 0, 1]), num_ranks=2, max_tokens_per_rank=100
-    )
+    order_B, found = share_by_owner(np.array([9, 8, 5, 2]), np.array([1, 1, 0, 1]), num_ranks=2, max_tokens_per_rank=100)
     assert order_B.tolist() == [2, 0, 1, 3]
     assert found.tokens_MR.tolist() == [[5, 27]]
     assert measure_efficiency([found]) == Efficiency(padding=24 / 32, critical_path=24 / 54, rank_balance=32 / 54)
 
 
 def test_share_by_owner_refuses_a_row_above_the_limit():
-    with pytest.raises(
-        UserError, match=r"^max_tokens_per_rank 8 is below the longest text \(9 tokens\): .*Raise batch"
-    ):
+    with pytest.raises(UserError, match=r"^max_tokens_per_rank 8 is below the longest text \(9 tokens\): .*Raise batch"):
         share_by_owner(np.array([9, 1]), np.array([1, 0]), num_ranks=2, max_tokens_per_rank=8)
 
 
@@ -472,8 +436,7 @@ def test_share_by_owner_refuses_a_row_above_the_limit():
 
 def test_share_batch_refuses_a_limit_below_the_longest_text():
     with pytest.raises(
-        UserError,
-        match=r"^max_tokens_per_rank 8 is below the longest text \(9 tokens\): .*Raise batch.*, or lower data",
+        UserError, match=r"^max_tokens_per_rank 8 is below the longest text \(9 tokens\): .*Raise batch.*, or lower data"
     ):
         share_batch(np.array([9, 1]), num_ranks=1, max_tokens_per_rank=8)
     assert share_batch(np.array([9, 1]), num_ranks=1, max_tokens_per_rank=9).num_micro_batches == 2
@@ -481,9 +444,7 @@ def test_share_batch_refuses_a_limit_below_the_longest_text():
 
 @pytest.mark.parametrize(("num_ranks", "accumulation"), [(0, 1), (1, 0), (-2, 3)])
 def test_share_batch_refuses_no_rank_and_no_micro_batch(num_ranks, accumulation):
-    with pytest.raises(
-        UserError, match=rf"^num_ranks {num_ranks}, accumulation {accumulation}: .*Set both to 1 or more"
-    ):
+    with pytest.raises(UserError, match=rf"^num_ranks {num_ranks}, accumulation {accumulation}: .*Set both to 1 or more"):
         share_batch(np.array([9, 1]), num_ranks=num_ranks, accumulation=accumulation)
 
 
@@ -510,10 +471,7 @@ def check_evaluation(planner: Callable[..., list[Ints]], lengths_N: Ints, max_to
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.integers(1, 300), max_size=200).map(lambda values: np.array(values, dtype=np.int64)),
-    st.integers(100, 2000),
-)
+@given(st.lists(st.integers(1, 300), max_size=200).map(lambda values: np.array(values, dtype=np.int64)), st.integers(100, 2000))
 def test_plan_evaluation_fills_batches_with_every_example_once(lengths_N, max_tokens):
     check_evaluation(plan_evaluation, lengths_N, max_tokens)
     stored = [ids.tolist() for ids in plan_evaluation(lengths_N.astype(np.uint16), max_tokens=max_tokens)]
@@ -524,13 +482,9 @@ def test_plan_evaluation_fills_batches_with_every_example_once(lengths_N, max_to
 def test_evaluation_check_fails_other_batches(max_tokens_taken):
     lengths_N = np.arange(1, 41)
     with pytest.raises(AssertionError):
-        check_evaluation(
-            lambda lengths, max_tokens: plan_evaluation(lengths, max_tokens=max_tokens_taken), lengths_N, 200
-        )
+        check_evaluation(lambda lengths, max_tokens: plan_evaluation(lengths, max_tokens=max_tokens_taken), lengths_N, 200)
     with pytest.raises(AssertionError):
-        check_evaluation(
-            lambda lengths, max_tokens: plan_evaluation(lengths, max_tokens=max_tokens)[:-1], lengths_N, 200
-        )
+        check_evaluation(lambda lengths, max_tokens: plan_evaluation(lengths, max_tokens=max_tokens)[:-1], lengths_N, 200)
 
 
 @pytest.mark.parametrize("quadratic", [-0.1, np.nan, np.inf, 1e15])

@@ -8,11 +8,7 @@ import sys
 from support.processes import REPOSITORY
 
 BENCH = REPOSITORY / "tests" / "bench"
-NAMES = {
-    "ours, pretrained": "ours",
-    "Hugging Face Trainer 5.23.0": "hf_trainer",
-    "ours, `model.init: random`": "random",
-}
+NAMES = {"ours, pretrained": "ours", "Hugging Face Trainer 5.23.0": "hf_trainer", "ours, `model.init: random`": "random"}
 
 
 def test_results_link_every_log():
@@ -78,9 +74,7 @@ def test_checkpoint_table_matches_the_log():
         row = rows[save]
         stall, durable = (f"{row[f'median_{key}']:.3f}" for key in ("stall", "durable"))
         ratios = f"{row['stall_over_ours']:.0f}", f"{row['durable_over_ours']:.1f}"
-        assert (
-            f"| {name} | {row['median_bytes'] / 1e6:.1f} | {stall} | {ratios[0]} | {durable} | {ratios[1]} |" in results
-        )
+        assert f"| {name} | {row['median_bytes'] / 1e6:.1f} | {stall} | {ratios[0]} | {durable} | {ratios[1]} |" in results
 
 
 def test_fast_path_tables_match_the_logs(monkeypatch):

@@ -20,9 +20,7 @@ FEATURES, UNFINISHED, TOKENS = "a1" * 32, "a2" * 32, "b3" * 32
 
 def make_features(root: Path, key: str, *, is_whole: bool = True) -> FeatureFile:
     about = {"model": "gpt2", "split": "train", "texts": 1200, "tokens": 34567}
-    file = FeatureFile(
-        root / "features" / key, key=key, bounds_S=[0, 4, 8], width=1024, dtype=torch.float32, about=about
-    )
+    file = FeatureFile(root / "features" / key, key=key, bounds_S=[0, 4, 8], width=1024, dtype=torch.float32, about=about)
     file.allocate()
     if is_whole:
         file.make_worker(lambda segment: torch.ones(4, 1024))()
@@ -86,9 +84,7 @@ def test_json_has_all_facts(root, capsys):
 def test_a_pipe_gets_lines(root, capsys):
     *lines, total = run_cache(capsys, root).splitlines()
     assert len(lines) == 3
-    assert re.match(
-        rf"features  {FEATURES[:12]}  \d+ kB  2001-09-0\d \d\d:\d\d  complete  gpt2, train, 1,200 texts", lines[0]
-    )
+    assert re.match(rf"features  {FEATURES[:12]}  \d+ kB  2001-09-0\d \d\d:\d\d  complete  gpt2, train, 1,200 texts", lines[0])
     assert "  unfinished  " in lines[1]
     assert lines[2].endswith(f"complete  train: 2 texts, 5 tokens  {root / TOKENS}")
     assert re.match(rf"\d+ kB below {re.escape(str(root))}; features \d+ kB of the 100\.0 GB that engine", total)
@@ -208,16 +204,10 @@ def test_control_characters_are_escaped(root, capsys):
     ("arguments", "message"),
     [
         (["all"], r"error: 'all' without --clear: a list shows everything\. Write --clear all\."),
-        (
-            ["--clear"],
-            r"error: --clear without a name: it would remove nothing\. Name all, features, tokens or keys",
-        ),
+        (["--clear"], r"error: --clear without a name: it would remove nothing\. Name all, features, tokens or keys"),
         (["--clear", "featurs"], r"error: --clear 'featurs' is not the key of a cache: .* Did you mean 'features'\?"),
         (["--clear", "a"], r"error: --clear 'a' begins 2 keys: nothing was removed\. .* Write more of the key\."),
-        (
-            ["--clear", "all", "ffff"],
-            r"error: --clear 'ffff' is not the key of a cache: nothing was removed\. Name all",
-        ),
+        (["--clear", "all", "ffff"], r"error: --clear 'ffff' is not the key of a cache: nothing was removed\. Name all"),
     ],
 )
 def test_bad_names_are_refused_before_any_removal(root, capsys, arguments, message):

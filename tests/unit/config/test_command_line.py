@@ -58,9 +58,7 @@ def test_all_errors_are_reported_with_file_and_line(tmp_path: Path) -> None:
         tmp_path / "bad.yaml",
         "optim:\n  lrr: 3\n  lr: null\n  epochs: '3'\nmodel: 3\ndata: {source: [a], max_length: ~}\nrunn:\n  seed: 3\n",
     )
-    lines = errors_of(
-        ["--config", path, "--lr", "3e-4", "--optim.schedule", "cosin", "--run.seed", "x", "--optim.epochs"]
-    )
+    lines = errors_of(["--config", path, "--lr", "3e-4", "--optim.schedule", "cosin", "--run.seed", "x", "--optim.epochs"])
     for value, fix in [
         ("'optim.lrr' (" + path + ", line 2)", "Did you mean 'optim.lr'?"),
         ("optim.lr 'null' (" + path + ", line 3)", "takes a number. Correct it; the default is 0.001."),
@@ -144,10 +142,7 @@ def test_options_of_a_command() -> None:
 
 
 def test_bool_option_of_a_command_needs_no_value() -> None:
-    options = [
-        Option("--json", "Machine-readable.", type=bool, default=False),
-        Option("--ranks", "How many.", type=int),
-    ]
+    options = [Option("--json", "Machine-readable.", type=bool, default=False), Option("--ranks", "How many.", type=int)]
     assert load("plan", [], options).options == {"json": False, "ranks": None}
     assert load("plan", ["--json", "--ranks", "8"], options).options == {"json": True, "ranks": 8}
     assert load("plan", ["--ranks=8", "--json"], options).options == {"json": True, "ranks": 8}
@@ -178,14 +173,7 @@ def test_help_shows_every_setting_with_default_and_help(capsys: pytest.CaptureFi
         assert text in shown, key
         after = shown[shown.index(text) + len(text) :]
         assert after.split("default:", 1)[1].startswith(f"{default})"), key
-    for words in (
-        "python -m agnews_dist predict",
-        "[TEXT ...]",
-        "--print_config",
-        "--debug",
-        "100% yours",
-        "--file FILE",
-    ):
+    for words in ("python -m agnews_dist predict", "[TEXT ...]", "--print_config", "--debug", "100% yours", "--file FILE"):
         assert words.replace(" ", "") in shown
 
 

@@ -76,9 +76,7 @@ def values_of(type_: Any) -> st.SearchStrategy[Any]:
     choices: list[st.SearchStrategy[Any]] = []
     for member in members:
         if member is str:
-            choices.append(
-                st.text(st.characters(codec="utf-8")) | st.sampled_from(["null", "~", "", "1e-4", "- x", "a\nb"])
-            )
+            choices.append(st.text(st.characters(codec="utf-8")) | st.sampled_from(["null", "~", "", "1e-4", "- x", "a\nb"]))
         elif member is int:
             choices.append(st.integers(1, 10**6))
         elif member is float:

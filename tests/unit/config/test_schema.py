@@ -27,16 +27,7 @@ def test_validate_accepts_the_defaults() -> None:
 
 def test_config_has_the_documented_settings() -> None:
     public = {
-        "data": [
-            "source",
-            "revision",
-            "max_length",
-            "pad_token",
-            "limit_train",
-            "limit_validation",
-            "limit_test",
-            "cache_dir",
-        ],
+        "data": ["source", "revision", "max_length", "pad_token", "limit_train", "limit_validation", "limit_test", "cache_dir"],
         "model": ["name", "revision", "init", "trainable_blocks"],
         "batch": ["global_batch_size", "global_token_budget", "max_tokens_per_rank", "bucket_window"],
         "optim": ["lr", "epochs", "weight_decay", "warmup_ratio", "schedule", "max_grad_norm"],
@@ -138,9 +129,7 @@ def test_validate_returns_all_messages_at_once() -> None:
     assert len(validate(config_with(optim__lr=-1.0, optim__epochs=0, run__seed=-1, data__validation_fraction=2.0))) == 4
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("zero_stage", 3), ("offload", "optimizer"), ("deepspeed_config", "ds.json")]
-)
+@pytest.mark.parametrize(("field", "value"), [("zero_stage", 3), ("offload", "optimizer"), ("deepspeed_config", "ds.json")])
 @pytest.mark.parametrize("backend", ["ddp", "fsdp"])
 def test_validate_refuses_deepspeed_settings_without_deepspeed(backend: str, field: str, value: object) -> None:
     [line] = validate(config_with(engine__backend=backend, **{f"engine__{field}": value}))

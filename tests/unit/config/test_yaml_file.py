@@ -100,8 +100,4 @@ def test_gpt2_ddp_equals_the_defaults_and_debug_is_small() -> None:
     debug = load("train", ["--config", str(CONFIGS / "debug.yaml")]).config
     assert (debug.run.debug, debug.model.name, debug.data.source) == (True, "embedded", "synthetic")
     quickstart = load("train", ["--config", str(CONFIGS / "quickstart.yaml")]).config
-    assert (quickstart.model.name, quickstart.data.source, quickstart.data.limit_train) == (
-        "embedded",
-        "synthetic",
-        2000,
-    )
+    assert (quickstart.model.name, quickstart.data.source, quickstart.data.limit_train) == ("embedded", "synthetic", 2000)

@@ -91,9 +91,7 @@ def test_fingerprint_depends_on_content_not_on_format_or_path(tmp_path):
         "order": rows[::-1],
         "fewer": rows[1:],
     }
-    others = [
-        load(write_rows(tmp_path / f"{what}.jsonl", changed[what]), hold_out=False).fingerprint for what in changed
-    ]
+    others = [load(write_rows(tmp_path / f"{what}.jsonl", changed[what]), hold_out=False).fingerprint for what in changed]
     directory = tmp_path / "test-only"
     write_rows(directory / "test.jsonl", rows)
     others.append(load(directory, hold_out=False).fingerprint)
@@ -128,9 +126,7 @@ def test_load_corpus_knows_other_names_of_splits_and_folders(tmp_path):
 
 def test_load_corpus_reads_the_original_csv_with_a_header(tmp_path):
     path = tmp_path / "train.csv"
-    path.write_text(
-        '\ufeffClass Index,Title,Description\r\n3,"Wall St.","Short-sellers, again"\r\n4,Mars,"rover\r\nlands"\r\n'
-    )
+    path.write_text('\ufeffClass Index,Title,Description\r\n3,"Wall St.","Short-sellers, again"\r\n4,Mars,"rover\r\nlands"\r\n')
     corpus = load(path, hold_out=False)
     assert rows_of(corpus, "train") == [("Wall St. Short-sellers, again", 2), ("Mars rover\r\nlands", 3)]
 
@@ -266,9 +262,7 @@ def test_check_source_refuses_a_missing_path(tmp_path):
 
 def test_read_hub_offline_fails_quickly_with_fixes():
     begin = time.perf_counter()
-    with pytest.raises(
-        DataError, match=r"'fancyzhx/ag_news' cannot be loaded from the hub: ConnectionError.*OfflineMode"
-    ) as e:
+    with pytest.raises(DataError, match=r"'fancyzhx/ag_news' cannot be loaded from the hub: ConnectionError.*OfflineMode") as e:
         load("fancyzhx/ag_news")
     assert time.perf_counter() - begin < 10
     assert "set --data.source to a local directory or file" in str(e.value)
@@ -296,15 +290,7 @@ def test_read_hub_converts_a_dataset_dict(tmp_path, monkeypatch):
         read_hub(str(tmp_path / "odd"), None)
 
 
-WRONG_LABELS = [
-    (4, "4"),
-    (-1, "-1"),
-    ("Sport", "'Sport'"),
-    (None, "null"),
-    (1.5, "1.5"),
-    ("", "null"),
-    ("1.0", "'1.0'"),
-]
+WRONG_LABELS = [(4, "4"), (-1, "-1"), ("Sport", "'Sport'"), (None, "null"), (1.5, "1.5"), ("", "null"), ("1.0", "'1.0'")]
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.json", "rows.parquet"])
@@ -317,9 +303,7 @@ def test_wrong_labels_are_named_with_file_and_row(tmp_path, name, label, shown):
         rows, shown = [("c", 0.5), ("b", 1.5), ("c", 1.5)], r"0.5, rows.parquet row 2: 1.5, rows.parquet row 3: 1.5"
     elif name == "rows.csv" and isinstance(label, int | float):
         shown = f"'{label}'"
-    with pytest.raises(
-        DataError, match=rf"label is not a class in \d rows? \(rows.\w+ row \d: {shown}\): .* 0 to 3"
-    ) as error:
+    with pytest.raises(DataError, match=rf"label is not a class in \d rows? \(rows.\w+ row \d: {shown}\): .* 0 to 3") as error:
         load(write_rows(tmp_path / name, rows))
     assert "Correct these rows" in str(error.value)
     assert ("Did you mean 'Sports'?" in str(error.value)) == (label == "Sport")
@@ -342,9 +326,7 @@ def test_wrong_rows_are_counted_and_five_are_listed(tmp_path):
 
 @pytest.mark.parametrize(("text", "shown"), [(5, "5"), (None, "null"), (["a"], r"\['a'\]")])
 def test_texts_that_are_not_strings_are_named(tmp_path, text, shown):
-    with pytest.raises(
-        DataError, match=rf"text is not a string in 1 row \(r.jsonl row 2: {shown}\): .* Fill in or remove"
-    ):
+    with pytest.raises(DataError, match=rf"text is not a string in 1 row \(r.jsonl row 2: {shown}\): .* Fill in or remove"):
         load(write_rows(tmp_path / "r.jsonl", [("a", 0), (text, 1)]))
 
 
@@ -356,9 +338,7 @@ def test_missing_column_is_named_with_those_found(tmp_path, name):
         "r.parquet": lambda: pq.write_table(pa.table({"texts": ["a"], "label": [0]}), path),
         "r.jsonl": lambda: path.write_text('{"texts": "a", "label": 0}\n'),
     }[name]()
-    with pytest.raises(
-        DataError, match=r"has no column 'text' \(found: 'texts', 'label'\): .*Did you mean 'texts'\? Rename"
-    ):
+    with pytest.raises(DataError, match=r"has no column 'text' \(found: 'texts', 'label'\): .*Did you mean 'texts'\? Rename"):
         load(path)
 
 
@@ -373,13 +353,9 @@ def test_empty_files_are_refused(tmp_path, name, content):
 def test_files_without_rows_are_refused(tmp_path):
     (tmp_path / "header.csv").write_text("text,label\n")
     (tmp_path / "list.json").write_text("[]")
-    pq.write_table(
-        pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}), tmp_path / "e.parquet"
-    )
+    pq.write_table(pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}), tmp_path / "e.parquet")
     for name in ("header.csv", "list.json", "e.parquet"):
-        with pytest.raises(
-            DataError, match=rf"split 'train' \({name}\) has no rows: .* Check how the file was written"
-        ):
+        with pytest.raises(DataError, match=rf"split 'train' \({name}\) has no rows: .* Check how the file was written"):
             load(tmp_path / name)
 
 
@@ -426,9 +402,7 @@ def test_ambiguous_directories_are_refused(tmp_path):
     assert list(load(tmp_path, hold_out=False).splits) == ["test"]
     write_rows(tmp_path / "train.csv", ODD_ROWS)
     write_rows(tmp_path / "train.jsonl", ODD_ROWS)
-    with pytest.raises(
-        DataError, match=r"files of several formats \(train.csv, train.jsonl\): .* Leave only one format"
-    ):
+    with pytest.raises(DataError, match=r"files of several formats \(train.csv, train.jsonl\): .* Leave only one format"):
         load(tmp_path)
 
 
@@ -451,9 +425,7 @@ def test_splits_with_different_classes_are_refused(tmp_path):
 def test_check_corpus_refuses_blank_texts(tmp_path):
     rows = [("a", 0), ("", 1), ("b", 2), (" \t\n", 3), ("\u3000", 1)]
     corpus = load(write_rows(tmp_path / "r.jsonl", rows), hold_out=False)
-    with pytest.raises(
-        DataError, match=r"white space in 3 rows \(r.jsonl row 2, r.jsonl row 4, r.jsonl row 5\): .* Remove"
-    ):
+    with pytest.raises(DataError, match=r"white space in 3 rows \(r.jsonl row 2, r.jsonl row 4, r.jsonl row 5\): .* Remove"):
         check_corpus(corpus)
 
 
@@ -468,17 +440,13 @@ def test_check_corpus_warns_of_texts_in_two_splits(tmp_path):
         "2 rows of validation with a text that is also in train (validation.jsonl row 2 = train.jsonl row 11, validation.jsonl "
         "row 3 = train.jsonl row 12): "
     )
-    assert warnings[1].startswith(
-        "8 rows of test with a text that is also in train (test.csv row 1 = train.jsonl row 31, "
-    )
+    assert warnings[1].startswith("8 rows of test with a text that is also in train (test.csv row 1 = train.jsonl row 31, ")
     assert "test.csv row 5 = train.jsonl row 35 and 3 more): " in warnings[1]
     assert "Remove them from train" in warnings[1]
 
 
 def test_import_of_corpus_loads_no_heavy_library():
-    code = (
-        "import sys, agnews_dist.data.corpus; print([m for m in ('torch', 'datasets', 'pandas') if m in sys.modules])"
-    )
+    code = "import sys, agnews_dist.data.corpus; print([m for m in ('torch', 'datasets', 'pandas') if m in sys.modules])"
     assert python("-c", code).stdout.strip() == "[]"
 
 

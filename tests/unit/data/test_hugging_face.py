@@ -44,19 +44,13 @@ def test_silence_datasets_can_keep_logs() -> None:
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [
-        (OSError("no such file.\nmore"), "OSError: no such file"),
-        (RuntimeError(""), "RuntimeError: no details"),
-    ],
+    [(OSError("no such file.\nmore"), "OSError: no such file"), (RuntimeError(""), "RuntimeError: no details")],
 )
 def test_translate_errors_gives_type_and_first_line(error: Exception, reason: str) -> None:
     def make_error(found: str) -> DataError:
         return DataError(f"x cannot be read: {found}. Check it.")
 
-    with (
-        pytest.raises(DataError, match=f"^x cannot be read: {reason}. Check it.$") as caught,
-        translate_errors(make_error),
-    ):
+    with pytest.raises(DataError, match=f"^x cannot be read: {reason}. Check it.$") as caught, translate_errors(make_error):
         raise error
     assert caught.value.__cause__ is error
 

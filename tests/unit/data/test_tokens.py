@@ -35,9 +35,7 @@ def corpus() -> Corpus:
 def small_corpus(*texts: str) -> Corpus:
     labels = np.arange(len(texts), dtype=np.int64) % 4
     digest = hashlib.sha256(repr(texts).encode()).hexdigest()
-    return Corpus(
-        {"train": Split("train", texts, labels, Origin.of_file("x.csv", len(texts)))}, ("a", "b", "c", "d"), digest
-    )
+    return Corpus({"train": Split("train", texts, labels, Origin.of_file("x.csv", len(texts)))}, ("a", "b", "c", "d"), digest)
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerFast, pad_token: str) -> PreTrainedTokenizerFast:
@@ -245,9 +243,7 @@ def test_default_directory_follows_xdg(tmp_path, monkeypatch):
 
 def test_unwritable_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        DataError, match=r"token cache .*/file/cache cannot be written: Not a directory\. Set --data.cache_dir"
-    ):
+    with pytest.raises(DataError, match=r"token cache .*/file/cache cannot be written: Not a directory\. Set --data.cache_dir"):
         open_tokens(small_corpus("a"), tmp_path / "file" / "cache")
 
 

@@ -69,9 +69,7 @@ def test_choose_variables_divides_threads_and_cores(environ, cores, expected):
 
 @pytest.mark.parametrize("given", ["0", "two", "-1", "1.5", "auto"])
 def test_choose_variables_refuses_a_bad_nproc(given):
-    with pytest.raises(
-        UserError, match=rf"^NPROC='{given}': torchrun needs a number of ranks, at least 1\. Set NPROC=2"
-    ):
+    with pytest.raises(UserError, match=rf"^NPROC='{given}': torchrun needs a number of ranks, at least 1\. Set NPROC=2"):
         choose_variables({"NPROC": given}, EIGHT_CORES, "torchrun")
 
 

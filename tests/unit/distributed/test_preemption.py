@@ -95,10 +95,7 @@ def test_signal_during_training_leaves_the_grace_time():
 def test_begin_exit_starts_the_grace_time(has_signal):
     """Without a signal: the vote came before this rank itself knew of the stop."""
     before = "while not handler.stop_reason: time.sleep(0.01)\n" if has_signal else ""
-    code = (
-        PRELUDE
-        + f"handler.begin_training()\nprint('ready', flush=True)\n{before}handler.begin_exit()\ntime.sleep(60)\n"
-    )
+    code = PRELUDE + f"handler.begin_training()\nprint('ready', flush=True)\n{before}handler.begin_exit()\ntime.sleep(60)\n"
     status, printed, _ = run_and_signal(code, *([signal.SIGTERM] if has_signal else []), GRACE_SECONDS="1")
     assert (status, printed) == (75, "preempted: SIGTERM\n" if has_signal else "preempted: \n")
 
@@ -126,9 +123,7 @@ def test_second_signal_ends_at_once_unless_it_repeats_a_ctrl_c():
 
 
 def test_earliest_deadline_stops_the_process():
-    code = BLOCK.replace(
-        "block()\n", "handler.set_deadline(0.5, 'the limit')\nhandler.set_deadline(60, 'another')\nblock()\n"
-    )
+    code = BLOCK.replace("block()\n", "handler.set_deadline(0.5, 'the limit')\nhandler.set_deadline(60, 'another')\nblock()\n")
     status, printed, _ = run_and_signal(code)
     assert (status, printed) == (75, "preempted: the limit\n")
 
@@ -258,8 +253,6 @@ def test_launchers_signal_after_a_failure_is_not_a_stop():
 
 def test_module_loads_no_torch():
     """Loading torch takes seconds, in which a signal may come."""
-    code = (
-        "import sys, agnews_dist.distributed.preemption\nprint(sorted(set(sys.modules) & {'torch', 'numpy', 'psutil'}))"
-    )
+    code = "import sys, agnews_dist.distributed.preemption\nprint(sorted(set(sys.modules) & {'torch', 'numpy', 'psutil'}))"
     printed = subprocess.check_output([sys.executable, "-c", code], env=environment(), cwd=REPOSITORY, text=True)
     assert re.fullmatch(r"\[\]\n", printed)

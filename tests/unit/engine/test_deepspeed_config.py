@@ -55,12 +55,7 @@ def test_user_settings_are_kept_and_override_sizes() -> None:
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": False},
-        "zero_optimization": {
-            "stage": 2,
-            "reduce_bucket_size": 5,
-            "overlap_comm": False,
-            "round_robin_gradients": True,
-        },
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 5, "overlap_comm": False, "round_robin_gradients": True},
     }
     before = json.dumps(own)
     config = build(ZeroOptions(2, settings=own))
@@ -79,10 +74,7 @@ def test_user_settings_are_kept_and_override_sizes() -> None:
         ({"gradient_clipping": 0.5}, r"gradient_clipping 0.5 against 1.0 \(optim.max_grad_norm\)"),
         ({"gradient_accumulation_steps": 4}, r"gradient_accumulation_steps 4 against 1 \(batch.\*\)"),
         ({"train_batch_size": 32}, r"train_batch_size 32 against 8 \(batch.\*\)"),
-        (
-            {"communication_data_type": "fp16"},
-            r"communication_data_type fp16 against fp32 \(engine.gradient_compression\)",
-        ),
+        ({"communication_data_type": "fp16"}, r"communication_data_type fp16 against fp32 \(engine.gradient_compression\)"),
         ({"optimizer": {"type": "OneBitAdam", "params": {}}}, r"optimizer \(the optimizer is AdamW from optim.\*\)"),
         ({"scheduler": {"type": "WarmupLR"}}, r"scheduler \(the learning rate is optim.schedule\)"),
         ({"bf16": {"enabled": True}}, r"bf16 \(trainable weights are fp32 under autocast: engine.precision\)"),
@@ -92,9 +84,7 @@ def test_user_settings_are_kept_and_override_sizes() -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_contradiction_names_both_settings(own, message) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"engine.deepspeed_config contradicts .*{message}.*Remove these keys from the file"
-    ):
+    with pytest.raises(ConfigError, match=rf"engine.deepspeed_config contradicts .*{message}.*Remove these keys from the file"):
         build(ZeroOptions(2, settings=own))
 
 
@@ -122,11 +112,7 @@ def test_refused_sections_may_only_be_off(section) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        (None, r"cannot be read \(No such file"),
-        ("{'a': 1}", r"is not valid JSON \(.*Remove comments"),
-        ("[1]", "holds a list"),
-    ],
+    [(None, r"cannot be read \(No such file"), ("{'a': 1}", r"is not valid JSON \(.*Remove comments"), ("[1]", "holds a list")],
 )
 def test_read_deepspeed_file_refuses_other_files(tmp_path: Path, text, message) -> None:
     path = tmp_path / "ds.json"

@@ -34,9 +34,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert should_use_cuda(World(rank=1, num_ranks=4, local_rank=1, ranks_per_node=4), "auto")
-    with pytest.raises(
-        UserError, match=r"\[rank 2/4\] has local rank 2, but this node has 2 GPU.*Lower --nproc_per_node"
-    ):
+    with pytest.raises(UserError, match=r"\[rank 2/4\] has local rank 2, but this node has 2 GPU.*Lower --nproc_per_node"):
         should_use_cuda(World(rank=2, num_ranks=4, local_rank=2, ranks_per_node=4), "auto")
     assert not should_use_cuda(World(rank=2, num_ranks=4, local_rank=2, ranks_per_node=4), "cpu")
 
@@ -73,25 +71,19 @@ def test_choose_precision_on_a_gpu(monkeypatch, has_bf16):
     assert choose_precision("auto", use_cuda=True) == ("bf16" if has_bf16 else "fp32")
     assert choose_precision("fp16", use_cuda=True) == "fp16"
     if not has_bf16:
-        with pytest.raises(
-            UserError, match=r"engine.precision bf16: an old GPU has no bf16 .*Set --engine.precision fp16"
-        ):
+        with pytest.raises(UserError, match=r"engine.precision bf16: an old GPU has no bf16 .*Set --engine.precision fp16"):
             choose_precision("bf16", use_cuda=True)
 
 
 def test_missing_deepspeed_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(
-        UserError, match=r"DeepSpeed is not installed. .*pip install 'agnews_dist\[deepspeed\]', or set"
-    ):
+    with pytest.raises(UserError, match=r"DeepSpeed is not installed. .*pip install 'agnews_dist\[deepspeed\]', or set"):
         start_engine(zero=ZeroOptions(2))
 
 
 def test_deepspeed_on_a_cpu_next_to_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(
-        UserError, match=r"DeepSpeed uses a GPU wherever it finds one. Hide it with CUDA_VISIBLE_DEVICES=''"
-    ):
+    with pytest.raises(UserError, match=r"DeepSpeed uses a GPU wherever it finds one. Hide it with CUDA_VISIBLE_DEVICES=''"):
         start_engine(zero=ZeroOptions(2))
 
 
@@ -126,10 +118,6 @@ print(round(before - layer.weight.item(), 6), os.listdir(os.environ["TORCH_EXTEN
 @pytest.mark.slow
 def test_deepspeed_needs_neither_launcher_nor_compiler(tmp_path):
     """Check one process without MPI or compiler. accelerate's variable must not scale the gradient."""
-    variables = {
-        "PATH": "/nowhere",
-        "TORCH_EXTENSIONS_DIR": str(tmp_path),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
-    }
+    variables = {"PATH": "/nowhere", "TORCH_EXTENSIONS_DIR": str(tmp_path), "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
     done: subprocess.CompletedProcess[str] = python("-c", ONE_PROCESS, **variables)
     assert done.stdout.splitlines()[-1] == "1.0 []"

@@ -81,9 +81,7 @@ def test_activation_bytes_are_close_to_what_autograd_keeps(blocks: int, half: bo
     estimated = estimate_activation_bytes(build_shape(config), replace(base, half=half, fast_path=fast_path))
     # The estimate includes the backward pass of a block and the features.
     assert 0.9 * sum(kept.values()) < estimated < 2.1 * sum(kept.values())
-    less = estimate_activation_bytes(
-        build_shape(config), replace(base, half=half, fast_path=fast_path, checkpointing=True)
-    )
+    less = estimate_activation_bytes(build_shape(config), replace(base, half=half, fast_path=fast_path, checkpointing=True))
     assert less < estimated if blocks == 3 else less <= estimated
 
 
@@ -164,9 +162,7 @@ def test_explain_misfit_names_the_least_memory_if_nothing_fits() -> None:
 
 
 def test_explain_misfit_counts_host_memory_of_offloading() -> None:
-    too_large = setup(
-        trainable_blocks=48, num_ranks=2, ranks_per_node=2, backend="deepspeed", offload="optimizer", half=True
-    )
+    too_large = setup(trainable_blocks=48, num_ranks=2, ranks_per_node=2, backend="deepspeed", offload="optimizer", half=True)
     text = explain_misfit(XL, too_large, free_device=10**12, free_host=20 * 10**9)
     assert text is not None
     assert "per rank in host memory; 20.0 GB are free in this node's memory" in text
@@ -193,9 +189,7 @@ def memory_table() -> list[str]:
     """
     rows = []
     for name, (width, blocks, heads) in SIZES.items():
-        shape = Shape(
-            num_blocks=blocks, width=width, inner=4 * width, num_heads=heads, num_rows=50258, num_positions=1024
-        )
+        shape = Shape(num_blocks=blocks, width=width, inner=4 * width, num_heads=heads, num_rows=50258, num_positions=1024)
         for trained in (1, blocks // 2, blocks):
             base = setup(trainable_blocks=trained, num_ranks=8, ranks_per_node=8, max_tokens_per_rank=16384)
             base = replace(base, max_length=256, half=True, checkpointing=trained > 1)

@@ -40,9 +40,7 @@ def make_strategy(
     classifier: Classifier, *, scale: float | None = None, max_grad_norm: float = 0.0, sgd: bool = False
 ) -> tuple[Strategy, torch.optim.Optimizer]:
     suffix = classifier.suffix
-    optimizer = (
-        torch.optim.SGD(suffix.parameters(), lr=1.0) if sgd else build_optimizer(suffix, lr=1e-3, weight_decay=0.1)
-    )
+    optimizer = torch.optim.SGD(suffix.parameters(), lr=1.0) if sgd else build_optimizer(suffix, lr=1e-3, weight_decay=0.1)
     strategy = Strategy(
         World(), suffix, suffix, optimizer, torch.device("cpu"), max_grad_norm=max_grad_norm, initial_loss_scale=scale
     )
@@ -134,8 +132,7 @@ def test_an_overflow_at_scale_1_raises() -> None:
     assert [train_step(engine, embed, strategy, one_step()).grad_norm for _ in range(2)] == [None, None]
     assert strategy.loss_scale == 1.0
     with pytest.raises(
-        NonFiniteError,
-        match=r"gradient norm (inf|nan) in a global batch of examples 0, 1.*: no rank updated.*Lower optim.lr",
+        NonFiniteError, match=r"gradient norm (inf|nan) in a global batch of examples 0, 1.*: no rank updated.*Lower optim.lr"
     ):
         train_step(engine, embed, strategy, one_step())
     assert all(torch.equal(before[name], value) for name, value in strategy.gather_weights().items())
@@ -186,9 +183,7 @@ def test_load_weights_restores_gathered_weights() -> None:
     state = strategy.gather_weights()
     assert state.keys() == dict(classifier.suffix.named_parameters()).keys()
     train_step(engine, uncached_features(classifier.prefix), strategy, one_step())
-    assert not any(
-        torch.equal(state[name], value) for name, value in classifier.suffix.named_parameters() if value.ndim > 1
-    )
+    assert not any(torch.equal(state[name], value) for name, value in classifier.suffix.named_parameters() if value.ndim > 1)
     strategy.load_weights(state)
     assert all(torch.equal(state[name], value) for name, value in classifier.suffix.named_parameters())
 

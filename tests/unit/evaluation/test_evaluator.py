@@ -33,9 +33,7 @@ def test_scores_equal_hugging_face_and_scikit_learn(engine, monkeypatch, budget)
     assert found.labels_N.tolist() == rows.labels.tolist()
     assert found.predictions_N.tolist() == expected.argmax(axis=1).tolist()
     scores = found.scores
-    assert np.array_equal(
-        scores.confusion, confusion_matrix(rows.labels, expected.argmax(axis=1), labels=range(CLASSES))
-    )
+    assert np.array_equal(scores.confusion, confusion_matrix(rows.labels, expected.argmax(axis=1), labels=range(CLASSES)))
     assert scores.num_correct == int((expected.argmax(axis=1) == rows.labels).sum())
     assert scores.loss == pytest.approx(log_loss(rows.labels, expected, labels=range(CLASSES)), abs=1e-5)
     assert scores.macro_f1 == pytest.approx(f1_score(rows.labels, expected.argmax(axis=1), average="macro"))

@@ -32,9 +32,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         classifier.suffix.out_head.weight.mul_(20)
     directory = tmp_path_factory.mktemp("runs") / "first"
     directory.mkdir()
-    export_model(
-        directory / "model", classifier, tokenizer, class_names=CLASS_NAMES, max_length=MAX_LENGTH, card="# card"
-    )
+    export_model(directory / "model", classifier, tokenizer, class_names=CLASS_NAMES, max_length=MAX_LENGTH, card="# card")
     return directory
 
 
@@ -73,9 +71,7 @@ def check_answers(answers: list[dict[str, object]], run_directory: Path, texts: 
         assert list(answer) == ["id", "text", "prediction", "probabilities"]
         assert (answer["id"], answer["text"]) == (i, text)
         assert answer["prediction"] == CLASS_NAMES[int(probabilities.argmax())]
-        assert answer["probabilities"] == pytest.approx(
-            dict(zip(CLASS_NAMES, probabilities.tolist(), strict=True)), abs=2e-6
-        )
+        assert answer["probabilities"] == pytest.approx(dict(zip(CLASS_NAMES, probabilities.tolist(), strict=True)), abs=2e-6)
 
 
 @pytest.mark.slow
@@ -137,9 +133,7 @@ def test_a_table_has_text_class_and_probability(run_directory: Path, capsys: pyt
     lines = [line for line in output.splitlines() if "%" in line]
     assert len(lines) == 2
     expected = expected_probabilities(run_directory, texts)
-    for line, printed, probabilities in zip(
-        lines, ("[red]Oil[/red] prices", r"Cup \x1b[31mfinal"), expected, strict=True
-    ):
+    for line, printed, probabilities in zip(lines, ("[red]Oil[/red] prices", r"Cup \x1b[31mfinal"), expected, strict=True):
         assert printed in line
         assert CLASS_NAMES[int(probabilities.argmax())] in line
         assert f"{probabilities.max():.1%}" in line
@@ -156,11 +150,7 @@ def test_a_table_has_text_class_and_probability(run_directory: Path, capsys: pyt
     ],
 )
 def test_bad_standard_input_is_refused(
-    run_directory: Path,
-    content: bytes,
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    run_directory: Path, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     set_stdin(monkeypatch, content)
     check_refused(run_predict(run_directory), capsys, message)
@@ -169,10 +159,7 @@ def test_bad_standard_input_is_refused(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            '{"text": "a"}\nplain words\n',
-            r'line 2: not a JSON object with a "text" \(\'plain words\'\)\. Write {"text"',
-        ),
+        ('{"text": "a"}\nplain words\n', r'line 2: not a JSON object with a "text" \(\'plain words\'\)\. Write {"text"'),
         ('{"title": "a"}\n', r'line 1: not a JSON object with a "text"'),
         ('{"text": 3}\n', r'line 1: not a JSON object with a "text"'),
         ('["text"]\n', r'line 1: not a JSON object with a "text"'),
@@ -215,9 +202,7 @@ def test_refused_settings(
     )
     check_refused(predict.main(["a"]), capsys, "model.name is not set: .*Set --model.name to a run's directory")
     check_refused(
-        run_predict(shared / "checkpoints" / "gpt2-mini", "a"),
-        capsys,
-        "no classification head: .*Set --model.name to a run's",
+        run_predict(shared / "checkpoints" / "gpt2-mini", "a"), capsys, "no classification head: .*Set --model.name to a run's"
     )
     check_refused(run_predict("./gone", "a"), capsys, "'./gone' does not exist: .*set --model.name")
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
@@ -232,16 +217,7 @@ def test_refused_settings(
 def test_a_pipe_may_close_early(run_directory: Path) -> None:
     """Check `| head -1` in an ASCII locale: valid JSON and no traceback."""
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "agnews_dist",
-            "predict",
-            "--model.name",
-            str(run_directory),
-            "--engine.device",
-            "cpu",
-        ],
+        [sys.executable, "-m", "agnews_dist", "predict", "--model.name", str(run_directory), "--engine.device", "cpu"],
         cwd=REPOSITORY,
         env={"PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "ascii", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,

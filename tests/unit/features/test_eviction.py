@@ -58,11 +58,7 @@ def numbers(caches: list[CacheEntry]) -> list[int]:
 def reader_of(path: Path):
     """Yield a process that reads the cache."""
     process = subprocess.Popen(
-        [sys.executable, "-c", READER, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(),
+        [sys.executable, "-c", READER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
     )
     try:
         assert process.stdout.readline() == "reading\n"

@@ -61,17 +61,13 @@ def test_cached_features_of_an_evaluated_split_equal_uncached_ones(table, traina
     prefix = toy_classifier(trainable_blocks).prefix
     batches = evaluation_batches(table)
     split = split_features(prefix, table, batches)
-    assert (len(batches) > 3, split.layout.num_segments > len(batches)) == (True, True), (
-        "many batches, of many calls each"
-    )
+    assert (len(batches) > 3, split.layout.num_segments > len(batches)) == (True, True), "many batches, of many calls each"
     source, reference = cache_in_memory(split), uncached_features(prefix)
     for ids in batches:
         found, expected = source(table.batch(ids)), reference(table.batch(ids))
         assert torch.equal(found.lengths_B, expected.lengths_B)
         assert real_rows(found) == real_rows(expected)
-    assert bool(split.layout.rows_N.max() == 1) == (trainable_blocks == 0), (
-        "one row per text if only the last token is read"
-    )
+    assert bool(split.layout.rows_N.max() == 1) == (trainable_blocks == 0), "one row per text if only the last token is read"
 
 
 @pytest.mark.parametrize("trainable_blocks", [0, 1, 2])

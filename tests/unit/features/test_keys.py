@@ -73,9 +73,7 @@ def change_last_bit(part: str) -> Classifier:
     return classifier
 
 
-@pytest.mark.parametrize(
-    "part", ["transformer.wte.weight", "transformer.wpe.weight", "transformer.h.1.mlp.c_proj.weight"]
-)
+@pytest.mark.parametrize("part", ["transformer.wte.weight", "transformer.wpe.weight", "transformer.h.1.mlp.c_proj.weight"])
 def test_features_key_depends_on_every_bit_of_the_frozen_weights(part):
     assert key_of(change_last_bit(part)) != EXPECTED
 

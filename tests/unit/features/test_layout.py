@@ -73,9 +73,7 @@ def test_lay_out_keeps_its_contract(num: int, num_groups: int, call_tokens: int,
 def random_groups(lengths: list[int], cuts: list[int]) -> list[Ints]:
     lengths_N = np.array(lengths)
     return [
-        group
-        for group in np.split(order_longest_first(lengths_N), sorted(cut % len(lengths) for cut in cuts))
-        if len(group)
+        group for group in np.split(order_longest_first(lengths_N), sorted(cut % len(lengths) for cut in cuts)) if len(group)
     ]
 
 
@@ -89,12 +87,7 @@ def random_groups(lengths: list[int], cuts: list[int]) -> list[Ints]:
     one_row_per_text=st.booleans(),
 )
 def test_lay_out_keeps_its_contract_for_any_input(
-    lengths: list[int],
-    cuts: list[int],
-    left_out: int,
-    call_tokens: int,
-    row_bytes: int,
-    one_row_per_text: bool,
+    lengths: list[int], cuts: list[int], left_out: int, call_tokens: int, row_bytes: int, one_row_per_text: bool
 ) -> None:
     groups = random_groups(lengths, cuts)[left_out:]
     lengths_N = np.array(lengths)
@@ -159,9 +152,7 @@ def test_order_longest_first_keeps_file_order_among_equal_lengths() -> None:
         ([1, 9, 1], 5, [(0, 1), (1, 2), (2, 3)]),
     ],
 )
-def test_call_bounds_fill_calls_up_to_the_limit(
-    lengths: list[int], call_tokens: int, bounds: list[tuple[int, int]]
-) -> None:
+def test_call_bounds_fill_calls_up_to_the_limit(lengths: list[int], call_tokens: int, bounds: list[tuple[int, int]]) -> None:
     assert cut_into_calls(np.array(lengths, dtype=np.int64), call_tokens) == bounds
 
 

@@ -45,11 +45,7 @@ NO_LIMIT = "6.0 GB exceed engine.feature_cache_gigabytes (1.0 GB)"
         ({}, "host", "6.0 GB, fits"),
         ({"resources": replace(WITH_GPU, device_bytes=GB)}, "host", f"6.0 GB, {NO_DEVICE}"),
         ({"resources": replace(PLENTY, host_bytes=GB)}, "disk", f"6.0 GB, {NO_HOST}"),
-        (
-            {"resources": replace(WITH_GPU, device_bytes=GB, host_bytes=GB)},
-            "disk",
-            f"6.0 GB, {NO_DEVICE}; {NO_HOST}",
-        ),
+        ({"resources": replace(WITH_GPU, device_bytes=GB, host_bytes=GB)}, "disk", f"6.0 GB, {NO_DEVICE}; {NO_HOST}"),
         ({"resources": SCARCE}, "off", f"computed at every use: 6.0 GB fit nowhere ({NO_HOST}; {NO_DISK})"),
         # Complete files come first, even for one epoch and on a full disk.
         ({"is_on_disk": True, "resources": WITH_GPU}, "disk", "6.0 GB, cached by an earlier run"),
@@ -61,11 +57,7 @@ NO_LIMIT = "6.0 GB exceed engine.feature_cache_gigabytes (1.0 GB)"
         ({"num_epochs": 1, "requested": "disk"}, "disk", "6.0 GB, as requested"),
         ({"num_epochs": 2}, "host", "6.0 GB, fits"),
         # A requested place comes before a GPU and before complete files.
-        (
-            {"requested": "off", "is_on_disk": True, "resources": WITH_GPU},
-            "off",
-            "as requested, computed at every use",
-        ),
+        ({"requested": "off", "is_on_disk": True, "resources": WITH_GPU}, "off", "as requested, computed at every use"),
         ({"requested": "device"}, "device", "6.0 GB, as requested"),
         ({"requested": "host", "is_on_disk": True, "resources": WITH_GPU}, "host", "6.0 GB, as requested"),
         ({"requested": "disk", "resources": WITH_GPU}, "disk", "6.0 GB, as requested"),
@@ -76,11 +68,7 @@ NO_LIMIT = "6.0 GB exceed engine.feature_cache_gigabytes (1.0 GB)"
         ({"resources": replace(TWO_RANKS, host_bytes=GB)}, "disk", f"6.0 GB, {NO_HOST}"),
         # A device holds its rank's part, the host all parts.
         ({"resources": replace(EIGHT_GPUS, device_bytes=2 * GB)}, "device", "6.0 GB, fits"),
-        (
-            {"resources": replace(EIGHT_GPUS, device_bytes=GB)},
-            "host",
-            f"6.0 GB, {NO_DEVICE.replace('6.0 GB', '750 MB')}",
-        ),
+        ({"resources": replace(EIGHT_GPUS, device_bytes=GB)}, "host", f"6.0 GB, {NO_DEVICE.replace('6.0 GB', '750 MB')}"),
         # A place that failed is not tried again.
         ({"failed": frozenset({"host"})}, "disk", "6.0 GB, host failed"),
         (
@@ -125,11 +113,7 @@ def test_choose_keeps_auto_off_a_disk_with_limit_0():
 
 @pytest.mark.parametrize(
     ("requested", "field", "least"),
-    [
-        ("device", "device_bytes", NEEDED / 0.6),
-        ("host", "host_bytes", NEEDED / 0.6),
-        ("disk", "disk_bytes", NEEDED / 0.9),
-    ],
+    [("device", "device_bytes", NEEDED / 0.6), ("host", "host_bytes", NEEDED / 0.6), ("disk", "disk_bytes", NEEDED / 0.9)],
 )
 def test_choose_takes_60_percent_of_memory_and_90_percent_of_the_disk(requested, field, least):
     assert decide(requested, replace(PLENTY, **{field: int(least) + 2})).place == requested
@@ -143,8 +127,7 @@ def test_choose_rounds_the_part_of_a_rank_up():
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "text"),
-    [(0, "0 kB"), (1, "1 kB"), (999_999, "1000 kB"), (10**6, "1 MB"), (12_340 * GB, "12,340.0 GB")],
+    ("num_bytes", "text"), [(0, "0 kB"), (1, "1 kB"), (999_999, "1000 kB"), (10**6, "1 MB"), (12_340 * GB, "12,340.0 GB")]
 )
 def test_gigabytes_formats_a_size(num_bytes, text):
     assert gigabytes(num_bytes) == text

@@ -196,12 +196,7 @@ except OSError as error:
 """
 
     def run(num_segments: int) -> str:
-        paths = [
-            REPOSITORY,
-            REPOSITORY / "tests",
-            REPOSITORY / "tests" / "unit" / "features",
-            REPOSITORY / "tests" / "ranks",
-        ]
+        paths = [REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tests" / "unit" / "features", REPOSITORY / "tests" / "ranks"]
         done = subprocess.run(
             [sys.executable, "-c", script, str(disk / KEY), str(num_segments)],
             env=os.environ | {"PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1"},

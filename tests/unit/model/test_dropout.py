@@ -36,13 +36,7 @@ def mask(keys_B: Tensor, rest: tuple[int, ...], *, site: int = 0, p: float = P) 
 
 def test_example_keys_are_the_published_splitmix64_sequence() -> None:
     """Compare with the published numbers for the seeds 1234567 and 0 (Rosetta Code; the paper's Java class)."""
-    published = [
-        6457827717110365317,
-        3203168211198807973,
-        9817491932198370423,
-        4593380528125082431,
-        16408922859458223821,
-    ]
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
     assert [key % 2**64 for key in example_keys(1234567, torch.arange(5)).tolist()] == published
     assert example_keys(0, torch.tensor([0])).item() % 2**64 == 0xE220A8397B1DCDAF
 
@@ -228,10 +222,7 @@ def test_last_block_equals_hugging_face_under_the_same_masks(checkpointing: bool
         # That of the key's bias is zero in exact arithmetic, and rounding in Hugging Face's: see test_last_token.py.
         assert relative(gradient / len(LENGTHS), expected[name]) < EXACT, name
 
-    others = {
-        "another step": reference_keys(SEED, STEP + 1, ALL),
-        "other examples": reference_keys(SEED, STEP, ALL[::-1]),
-    }
+    others = {"another step": reference_keys(SEED, STEP + 1, ALL), "other examples": reference_keys(SEED, STEP, ALL[::-1])}
     for what, other_keys_B in others.items():
         other_BC, _ = reference_with_dropout(LENGTHS, other_keys_B, P)
         assert relative(logits_BC, other_BC) > 0.01, f"control: {what}"

@@ -147,10 +147,7 @@ def test_exported_tokenizer_splits_special_tokens_and_keeps_no_call_options(expo
     assert tokenizer.model_max_length == MAX_LENGTH
     assert tokenizer.padding_side == "right"
     assert tokenizer.split_special_tokens
-    assert (tokenizer.pad_token, tokenizer.pad_token_id) == (
-        exported.tokenizer.pad_token,
-        exported.tokenizer.pad_token_id,
-    )
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == (exported.tokenizer.pad_token, exported.tokenizer.pad_token_id)
     special = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     for text in TEXTS:
         ids = tokenizer(text)["input_ids"]
@@ -163,9 +160,7 @@ def test_exported_tokenizer_splits_special_tokens_and_keeps_no_call_options(expo
 
 
 @pytest.mark.parametrize("pad_token", ["new", "eos"])
-def test_frozen_tensors_are_bit_equal_to_the_source(
-    request: pytest.FixtureRequest, shared: Path, pad_token: str
-) -> None:
+def test_frozen_tensors_are_bit_equal_to_the_source(request: pytest.FixtureRequest, shared: Path, pad_token: str) -> None:
     trained: Exported = request.getfixturevalue(f"trained_{pad_token}")
     source = load_file(shared / "checkpoints" / "gpt2-mini" / "model.safetensors")
     written = load_file(trained.directory / "model.safetensors")
@@ -316,9 +311,7 @@ def test_loading_an_export_gives_the_same_classifier(exported: Exported) -> None
     assert not classifier.suffix.training
     assert not classifier.suffix.out_head.bias.any()
     assert list(classifier.suffix.h) == list(exported.classifier.suffix.h), "split where training split it"
-    assert_same_logits(
-        our_logits(classifier, tokenizer, TEXTS), our_logits(exported.classifier, exported.tokenizer, TEXTS)
-    )
+    assert_same_logits(our_logits(classifier, tokenizer, TEXTS), our_logits(exported.classifier, exported.tokenizer, TEXTS))
 
 
 def test_loading_a_classifier_of_hugging_face(tmp_path: Path) -> None:
@@ -343,9 +336,7 @@ def test_loading_a_classifier_of_hugging_face(tmp_path: Path) -> None:
 
 def test_loading_a_language_model_fails(shared: Path) -> None:
     name = str(shared / "checkpoints" / "gpt2-mini")
-    with pytest.raises(
-        ModelError, match=r"gpt2-mini' has no classification head: .*random.*Set --model.name to a run's"
-    ):
+    with pytest.raises(ModelError, match=r"gpt2-mini' has no classification head: .*random.*Set --model.name to a run's"):
         load_classifier(name)
     with pytest.raises(ModelError, match=r"'embedded' has no classification head: .*Set --model.name"):
         load_classifier("embedded")

@@ -22,14 +22,7 @@ from transformers.utils import logging as hf_logging
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import ModelError
-from agnews_dist.model.gpt2 import (
-    Backbone,
-    check_max_length,
-    count_parameters,
-    load_backbone,
-    load_model_config,
-    split_model,
-)
+from agnews_dist.model.gpt2 import Backbone, check_max_length, count_parameters, load_backbone, load_model_config, split_model
 from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.run.engine_setup import place_classifier
 
@@ -131,9 +124,7 @@ def test_half_precision_checkpoint_trains_in_exact_fp32_and_stays_frozen_as_stor
         assert torch.equal((frozen | trained)[name][:50257].float(), weight.float()), name
     assert classifier.prefix.wte.num_embeddings == 50258
     place_classifier(
-        classifier,
-        Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60),
-        fast_path=True,
+        classifier, Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60), fast_path=True
     )
     assert {weight.dtype for weight in classifier.prefix.parameters()} == {torch.float32}
 
@@ -287,18 +278,13 @@ def _nan(directory: Path) -> None:
 
 
 def _bert(directory: Path) -> None:
-    BertModel(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
-        directory
-    )
+    BertModel(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(directory)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            _no_weights,
-            r"it has no weights \(none of model.safetensors.*Copy the whole model directory, or set --model.init",
-        ),
+        (_no_weights, r"it has no weights \(none of model.safetensors.*Copy the whole model directory, or set --model.init"),
         (_no_config, r"it has no config.json\. Copy the whole model directory"),
         (_damaged_config, r"config.json in .* cannot be read: OSError.*Copy or download"),
         (_truncated, r"weights in .* cannot be read: SafetensorError.*Copy or download"),
@@ -307,10 +293,7 @@ def _bert(directory: Path) -> None:
         (_nan, r"weight h.2.ln_1.bias of model .* contains NaN.*Use a checkpoint from before"),
         (_bert, r"is a 'bert' model: only GPT-2.*Choose a GPT-2"),
         (lambda d: edit_config(d, n_layer=4), r"12 are missing, such as h.3.\S+ Copy the whole"),
-        (
-            lambda d: edit_config(d, n_layer=2),
-            r"11 belong to blocks beyond those of config.json, such as \S*h.2.\S+ Copy",
-        ),
+        (lambda d: edit_config(d, n_layer=2), r"11 belong to blocks beyond those of config.json, such as \S*h.2.\S+ Copy"),
         (lambda d: edit_config(d, n_embd=32), r"40 have another shape than in config.json, such as \S+ Copy"),
         (lambda d: edit_config(d, n_embd="wide"), r"config.json in .* cannot be read: .*n_embd.*Copy or download"),
         (lambda d: edit_config(d, add_cross_attention=True), r"has add_cross_attention: .*Choose a GPT-2 without"),
@@ -335,9 +318,7 @@ def test_missing_models(checkpoints: dict[str, Path], tokenizer: PreTrainedToken
     with pytest.raises(ModelError, match=r"is a file: .*Set --model.name to its directory"):
         load(checkpoints["GPT2Model"] / "model.safetensors", tokenizer)
     for init in ("pretrained", "random"):
-        with pytest.raises(
-            ModelError, match=r"'gpt2' cannot be read from the hub: .*set --model.name to a local directory"
-        ):
+        with pytest.raises(ModelError, match=r"'gpt2' cannot be read from the hub: .*set --model.name to a local directory"):
             load("gpt2", tokenizer, init=init)
         with pytest.raises(ModelError, match=r"it has no config.json\. Copy the whole model directory"):
             load(tmp_path, tokenizer, init=init)
@@ -355,9 +336,7 @@ def test_impossible_random_shape(broken: Path, tokenizer: PreTrainedTokenizerFas
 @pytest.mark.parametrize("num_rows", [1999, 1500, 3025, 50257])
 def test_a_tokenizer_of_another_model(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, num_rows: int) -> None:
     GPT2Model(tiny_config(vocab_size=num_rows, n_layer=1)).save_pretrained(tmp_path)
-    with pytest.raises(
-        ModelError, match=rf"2001 tokens for model .* with {num_rows} embedding rows: .*Use the tokenizer"
-    ):
+    with pytest.raises(ModelError, match=rf"2001 tokens for model .* with {num_rows} embedding rows: .*Use the tokenizer"):
         load(tmp_path, tokenizer)
 
 
@@ -386,9 +365,7 @@ def test_split_model_rejects_a_wrong_number_of_blocks(
         split_model(backbone, trainable_blocks=trainable_blocks, num_classes=4, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("trainable_blocks", "parts"), [(0, "h.0-2"), (1, "h.0-1 h.2"), (2, "h.0 h.1-2"), ("all", "h.0-2")]
-)
+@pytest.mark.parametrize(("trainable_blocks", "parts"), [(0, "h.0-2"), (1, "h.0-1 h.2"), (2, "h.0 h.1-2"), ("all", "h.0-2")])
 def test_split_model_freezes_all_but_the_last_blocks(
     checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast, trainable_blocks: int | str, parts: str
 ) -> None:
@@ -427,9 +404,7 @@ def test_out_head_is_drawn_from_the_seed(checkpoints: dict[str, Path], tokenizer
     assert not torch.equal(head(1).weight[:4], drawn[:4]), "head and embedding of one seed are different numbers"
 
 
-def test_split_model_keeps_a_head_of_the_right_shape(
-    checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_split_model_keeps_a_head_of_the_right_shape(checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast) -> None:
     saved = load_file(checkpoints["classifier"] / "model.safetensors")["score.weight"]
     kept = split_model(load(checkpoints["classifier"], tokenizer), trainable_blocks=1, num_classes=4, seed=0)
     assert torch.equal(kept.suffix.out_head.weight, saved)

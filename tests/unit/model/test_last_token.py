@@ -190,9 +190,7 @@ def test_output_and_gradients_equal_hugging_face_under_the_same_masks() -> None:
     generator = torch.Generator().manual_seed(2)
     num_texts, num_tokens = hidden_BTD.shape[:2]
     shapes = [(num_texts, NUM_HEADS, num_tokens), (num_texts, WIDTH), (num_texts, WIDTH)]
-    masks = [
-        torch.bernoulli(torch.full(shape, 0.7, dtype=torch.float64), generator=generator) / 0.7 for shape in shapes
-    ]
+    masks = [torch.bernoulli(torch.full(shape, 0.7, dtype=torch.float64), generator=generator) / 0.7 for shape in shapes]
     block.attn.attn_dropout, block.attn.resid_dropout, block.mlp.dropout = sites = (Mask(), Mask(), Mask())
     assert [type(site) for site in sites] == [Mask] * 3
 

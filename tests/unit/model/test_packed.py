@@ -39,9 +39,7 @@ def packed_of(tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
     return torch.cat([row[:length] for row, length in zip(tokens_BT, lengths_B.tolist(), strict=True)])
 
 
-def expected_rows(
-    reference: GPT2ForSequenceClassification, boundary: int, tokens_BT: Tensor, lengths_B: Tensor
-) -> Tensor:
+def expected_rows(reference: GPT2ForSequenceClassification, boundary: int, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
     """Return Hugging Face's hidden states after `boundary` blocks, without padding, end to end."""
     model, found = reference.transformer, []
     module = model.h[boundary - 1] if boundary else model.drop
@@ -53,9 +51,7 @@ def expected_rows(
     return packed_of(output[0] if isinstance(output, tuple) else output, lengths_B)
 
 
-def expected_features(
-    reference: GPT2ForSequenceClassification, half: Prefix, tokens_BT: Tensor, lengths_B: Tensor
-) -> Tensor:
+def expected_features(reference: GPT2ForSequenceClassification, half: Prefix, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
     """Return the expected result of `half.rows`: only the last row of each text if no block follows."""
     rows = expected_rows(reference, len(half.h), tokens_BT, lengths_B)
     return rows[lengths_B.cumsum(0) - 1] if half.one_row_per_text else rows
@@ -295,9 +291,7 @@ def test_attention_by_kernel_passes_heads_ends_and_factor(
     monkeypatch: pytest.MonkeyPatch, lengths: list[int], factor: float
 ) -> None:
     """The kernel itself is tested on a GPU (tests/gpu)."""
-    monkeypatch.setattr(
-        packed, "_find_varlen_kernel", lambda: (varlen_on_cpu, {"window_size": (-1, 0), "num_splits": 1})
-    )
+    monkeypatch.setattr(packed, "_find_varlen_kernel", lambda: (varlen_on_cpu, {"window_size": (-1, 0), "num_splits": 1}))
     qkv_P = random_qkv(sum(lengths), 3, 4)
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     before_P = qkv_P.clone()

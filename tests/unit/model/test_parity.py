@@ -82,10 +82,7 @@ def test_random_gpt2_equals_huggingface(trainable_blocks: int | str, pad_id: int
     check_parity(reference, ours_like(reference, trainable_blocks), batch, fast_path=fast_path)
 
 
-SAME_FUNCTION: list[dict[str, object]] = [
-    {"reorder_and_upcast_attn": True},
-    {"activation_function": "gelu_pytorch_tanh"},
-]
+SAME_FUNCTION: list[dict[str, object]] = [{"reorder_and_upcast_attn": True}, {"activation_function": "gelu_pytorch_tanh"}]
 
 
 @pytest.mark.slow

@@ -57,9 +57,7 @@ def test_tokenizer_of_a_run_directory(shared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_embedded_tokenizer_is_the_same_in_every_process() -> None:
-    program = (
-        "from agnews_dist.model.embedded import embedded_tokenizer as t; print(t().backend_tokenizer.to_str(), end='')"
-    )
+    program = "from agnews_dist.model.embedded import embedded_tokenizer as t; print(t().backend_tokenizer.to_str(), end='')"
     expected = load_tokenizer("embedded", revision=None, pad_token="eos")
     hashes = set()
     for threads in ("1", "2"):

@@ -35,13 +35,7 @@ def test_worst_verdict():
 
 @pytest.mark.parametrize(
     ("ranks", "text"),
-    [
-        ((), "all"),
-        ((0, 1, 2, 3, 4, 5), "all"),
-        ((3,), "rank 3"),
-        ((0, 1, 2, 5), "ranks 0-2, 5"),
-        ((5, 1), "ranks 1, 5"),
-    ],
+    [((), "all"), ((0, 1, 2, 3, 4, 5), "all"), ((3,), "rank 3"), ((0, 1, 2, 5), "ranks 0-2, 5"), ((5, 1), "ranks 1, 5")],
 )
 def test_format_ranks(ranks, text):
     assert format_ranks(ranks, 6) == text

@@ -38,10 +38,7 @@ def test_check_world_compares_with_the_expected_ranks():
 def test_check_world_compares_with_the_nodes_of_the_slurm_step():
     step = {"SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_ID": "0"}
     finding = check_world(None, WORLD, HOSTS, step)
-    assert (finding.verdict, finding.found) == (
-        "fail",
-        "4 rank(s) on 2 node(s): a, b; Slurm gave the step 3 node(s)",
-    )
+    assert (finding.verdict, finding.found) == ("fail", "4 rank(s) on 2 node(s): a, b; Slurm gave the step 3 node(s)")
     assert check_world(None, WORLD, HOSTS, {**step, "SLURM_STEP_NUM_NODES": "2"}).verdict == "ok"
 
 

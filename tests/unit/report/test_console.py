@@ -40,12 +40,7 @@ EVALUATED = EvalDone(
     split="validation",
     epoch=2,
     scores=Scores(
-        num_examples=7,
-        num_correct=4,
-        accuracy=4 / 7,
-        macro_f1=0.5333,
-        loss=0.4321,
-        confusion=((3, 1, 0), (2, 1, 0), (0, 0, 0)),
+        num_examples=7, num_correct=4, accuracy=4 / 7, macro_f1=0.5333, loss=0.4321, confusion=((3, 1, 0), (2, 1, 0), (0, 0, 0))
     ),
     class_names=("World", "[b]Sports", "Business"),
     seconds=75.0,
@@ -57,14 +52,10 @@ OTHERS: list[Event] = [
     NonFinite(step=7, epoch=1, ids=tuple(range(100, 122))),
     Resumed(path="runs/x/checkpoints/step-00000040", step=40, attempt=3),
 ]
-SAVED = CheckpointSaved(
-    path="runs/x/checkpoints/step-00000040", step=40, num_bytes=85_432_100, stall=0.0123, seconds=2.5
-)
+SAVED = CheckpointSaved(path="runs/x/checkpoints/step-00000040", step=40, num_bytes=85_432_100, stall=0.0123, seconds=2.5)
 
 
-def render(
-    *events: Event, terminal: bool, width: int = 80, every_step: bool = False, clock: Clock | None = None
-) -> str:
+def render(*events: Event, terminal: bool, width: int = 80, every_step: bool = False, clock: Clock | None = None) -> str:
     out = io.StringIO()
     inner = rich.console.Console(file=out, force_terminal=terminal, width=width, _environ={"TERM": "xterm-256color"})
     with Console(inner, every_step=every_step, clock=clock or Clock()) as console:
@@ -341,9 +332,7 @@ def test_terminal_redraws_at_most_ten_times_per_second() -> None:
 @pytest.mark.parametrize("width", [1, 10, 24, 40])
 def test_narrow_terminals(terminal: bool, width: int) -> None:
     progress = [Progress(task="t", done=1, total=3), make_progress(0), make_progress(1)]
-    assert render(
-        STARTED, *progress, make_step(1), make_step(2), EVALUATED, *OTHERS, DONE, terminal=terminal, width=width
-    )
+    assert render(STARTED, *progress, make_step(1), make_step(2), EVALUATED, *OTHERS, DONE, terminal=terminal, width=width)
 
 
 def test_empty_events_are_printed(terminal: bool) -> None:

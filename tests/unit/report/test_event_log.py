@@ -43,9 +43,7 @@ EVENTS: list[Event] = [
     EvalDone(
         split="validation",
         epoch=1,
-        scores=Scores(
-            num_examples=3, num_correct=2, accuracy=2 / 3, macro_f1=0.6, loss=0.7, confusion=((1, 1), (0, 1))
-        ),
+        scores=Scores(num_examples=3, num_correct=2, accuracy=2 / 3, macro_f1=0.6, loss=0.7, confusion=((1, 1), (0, 1))),
         class_names=("World", "Sci/Tech"),
         seconds=0.1,
     ),
@@ -119,10 +117,7 @@ def test_a_killed_process_loses_no_event(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path)],
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        timeout=TIMEOUT,
+        [sys.executable, "-c", KILLED, str(path)], check=False, env={**os.environ, "PYTHONPATH": str(root)}, timeout=TIMEOUT
     )
     assert done.returncode == -signal.SIGKILL
     assert [line["message"] for line in read_events(path)] == [f"event {number}" for number in range(100)]

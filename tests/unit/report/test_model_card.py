@@ -162,9 +162,7 @@ def test_snippet_runs_in_a_model_directory(
     source = snippet(card())
     assert source.count('\n    "') == 2
     exec(compile(source, "README.md", "exec"), {})
-    lines = [
-        line for line in capsys.readouterr().out.splitlines() if re.search(r"(World|Sci/Tech)  [01]\.\d{3}  ", line)
-    ]
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.search(r"(World|Sci/Tech)  [01]\.\d{3}  ", line)]
     assert len(lines) == 2
     classify = pipeline("text-classification", model=os.fspath(tmp_path))
     with pytest.raises((IndexError, RuntimeError)):

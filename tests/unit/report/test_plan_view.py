@@ -20,12 +20,7 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 def plan() -> Forecast:
     lengths = np.random.default_rng(0).integers(10, 200, 1000)
     made = forecast(
-        lengths,
-        PlanSettings(global_batch_size=48),
-        num_epochs=3,
-        num_ranks=8,
-        max_tokens_per_rank=16384,
-        quadratic=0.0,
+        lengths, PlanSettings(global_batch_size=48), num_epochs=3, num_ranks=8, max_tokens_per_rank=16384, quadratic=0.0
     )
     return dataclasses.replace(
         made,
@@ -42,9 +37,7 @@ def plan() -> Forecast:
 def render(plan: Forecast, *, terminal: bool, width: int = 80, encoding: str = "utf-8", **environ: str) -> str:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
-    out = rich.console.Console(
-        file=file, force_terminal=terminal, width=width, _environ={"TERM": "xterm-256color", **environ}
-    )
+    out = rich.console.Console(file=file, force_terminal=terminal, width=width, _environ={"TERM": "xterm-256color", **environ})
     show_plan(plan, title="gpt2 on caf\xe9 [red]rows[/red]", num_truncated=25, max_length=1999, out=out)
     file.flush()
     return raw.getvalue().decode(encoding)
@@ -84,12 +77,7 @@ def test_bars_fill_the_width_in_proportion(plan: Forecast, width: int) -> None:
     for terminal, block in ((True, "\u2588"), (False, "#")):
         text = render(plan, terminal=terminal, width=width)
         drawn = read_bars(text)
-        assert {span: count for span, (count, _) in drawn.items()} == {
-            "1-10": 400,
-            "11-20": 100,
-            "21-30": 1,
-            "31-1,999": 0,
-        }
+        assert {span: count for span, (count, _) in drawn.items()} == {"1-10": 400, "11-20": 100, "21-30": 1, "31-1,999": 0}
         longest = drawn["1-10"][1]
         assert set(longest) == {block}
         assert width - 20 < len(longest) <= width - 17
@@ -132,9 +120,7 @@ def test_show_plan_fits_one_screen() -> None:
 @pytest.mark.parametrize("terminal", [False, True], ids=["plain", "terminal"])
 def test_show_plan_accepts_narrow_terminals_and_no_texts(plan: Forecast, width: int, terminal: bool) -> None:
     assert render(plan, terminal=terminal, width=width)
-    nothing = forecast(
-        np.empty(0, np.int64), PlanSettings(), num_epochs=1, num_ranks=1, max_tokens_per_rank=1, quadratic=0.0
-    )
+    nothing = forecast(np.empty(0, np.int64), PlanSettings(), num_epochs=1, num_ranks=1, max_tokens_per_rank=1, quadratic=0.0)
     assert render(nothing, terminal=terminal, width=width)
 
 

@@ -85,9 +85,7 @@ def leave_checkpoint(runs: Path, step: int, **state: Any) -> Path:
     return path
 
 
-def end_with(
-    attempt: Attempt, sink: FakeSink, error: BaseException | None, *, begin: bool = True
-) -> BaseException | None:
+def end_with(attempt: Attempt, sink: FakeSink, error: BaseException | None, *, begin: bool = True) -> BaseException | None:
     """Run a start that ends with `error`, before or after the run began; return the error that it passes on."""
     try:
         with attempt:
@@ -221,11 +219,7 @@ def test_every_rank_knows_the_checkpoint_on_disk(tmp_path, monkeypatch):
     # Saving is collective: if only rank 0 skipped a checkpoint that is saved already, the other ranks would wait for ever.
     state = {"step": 40, "best": None}
     on_disk = OnDisk("step-00000040", 40, None)
-    fakes = {
-        "check_equal": lambda _: None,
-        "catch": lambda work: work(),
-        "raise_if_any_failed": lambda outcome: outcome,
-    }
+    fakes = {"check_equal": lambda _: None, "catch": lambda work: work(), "raise_if_any_failed": lambda outcome: outcome}
     for name, fake in {**fakes, "all_gather": lambda value: [(state, on_disk), value]}.items():
         monkeypatch.setattr(attempt_module.collectives, name, fake)
     trainer = FakeTrainer()

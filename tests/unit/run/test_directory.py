@@ -128,9 +128,7 @@ def test_lock_excludes_other_processes_until_its_owner_ends(tmp_path, killed):
     with owner:
         assert owner.stdout.readline() == b"locked\n"
         try:
-            with pytest.raises(
-                UserError, match=rf"/a is being written by another process: process {owner.pid} on .*Wait for"
-            ):
+            with pytest.raises(UserError, match=rf"/a is being written by another process: process {owner.pid} on .*Wait for"):
                 RunDirectory(tmp_path, "a", overwrite=True, config_yaml="").lock(0.5)
         finally:
             owner.send_signal(signal.SIGKILL if killed else signal.SIGTERM)

@@ -5,14 +5,7 @@ import json
 import pytest
 
 from agnews_dist.errors import UserError
-from agnews_dist.run.restart_policy import (
-    Start,
-    count_fruitless,
-    decide_at_begin,
-    decide_at_end,
-    read_starts,
-    write_starts,
-)
+from agnews_dist.run.restart_policy import Start, count_fruitless, decide_at_begin, decide_at_end, read_starts, write_starts
 from agnews_dist.run.status import Status
 
 
@@ -27,8 +20,7 @@ def starts(*steps: int) -> list[Start]:
 
 
 @pytest.mark.parametrize(
-    ("steps", "count"),
-    [((), 0), ((0,), 0), ((0, 0), 1), ((0, 0, 0), 2), ((0, 5, 5, 5), 2), ((5, 5, 9), 0), ((7, 0, 0), 2)],
+    ("steps", "count"), [((), 0), ((0,), 0), ((0, 0), 1), ((0, 0, 0), 2), ((0, 5, 5, 5), 2), ((5, 5, 9), 0), ((7, 0, 0), 2)]
 )
 def test_count_fruitless_counts_starts_that_saved_nothing_new(steps, count):
     assert count_fruitless(starts(*steps)) == count

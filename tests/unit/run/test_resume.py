@@ -111,13 +111,7 @@ REFUSED = {
     "batch.global_token_budget": 512,
     "batch.bucket_window": 1,
     "run.seed": 1,
-    **{
-        "optim.lr": 1e-5,
-        "optim.epochs": 2,
-        "optim.weight_decay": 0.5,
-        "optim.warmup_ratio": 0.5,
-        "optim.schedule": "cosine",
-    },
+    **{"optim.lr": 1e-5, "optim.epochs": 2, "optim.weight_decay": 0.5, "optim.warmup_ratio": 0.5, "optim.schedule": "cosine"},
     **{"optim.max_grad_norm": 9.0, "engine.precision": "bf16", "engine.allow_tf32": False, "engine.fast_path": False},
     "engine.gradient_compression": "bf16",
 }
@@ -194,8 +188,7 @@ def test_more_epochs_are_accepted_with_a_warning_about_the_learning_rate(tmp_pat
         leave(tmp_path / "run", 40, state=state)
         (warning,) = find(tmp_path / "run", optim__epochs=epochs + 2).warnings
         assert (
-            f"optim.epochs was {epochs}, is {epochs + 2}: the learning rate now follows the schedule of {epochs + 2}"
-            in warning
+            f"optim.epochs was {epochs}, is {epochs + 2}: the learning rate now follows the schedule of {epochs + 2}" in warning
         )
 
 
@@ -236,11 +229,7 @@ def test_resume_path_is_a_checkpoint_or_a_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [
-        ("tokens", r"data \(or data.max_length\)"),
-        ("tokenizer", "tokenizer"),
-        ("frozen_weights", "frozen weights of the model"),
-    ],
+    [("tokens", r"data \(or data.max_length\)"), ("tokenizer", "tokenizer"), ("frozen_weights", "frozen weights of the model")],
 )
 def test_check_fingerprints_refuses_other_data_and_weights_by_name(tmp_path, name, what):
     leave(tmp_path / "run", 40)

@@ -120,9 +120,7 @@ def test_sweep_removes_leftovers_of_matching_names_only(tmp_path: Path) -> None:
     atomic.sweep(tmp_path / "missing", "model")
 
 
-def test_sync_accepts_a_file_system_that_cannot_sync_directories(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sync_accepts_a_file_system_that_cannot_sync_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(number: int):
         def fsync(_: int) -> None:
             raise OSError(number, os.strerror(number))

@@ -34,9 +34,7 @@ def scores(num_correct: int, loss: float) -> SplitScores:
     return SplitScores(np.zeros(4, np.int64), np.arange(4) % 2, np.full((4, 2), loss), made, 1.5)
 
 
-@pytest.mark.parametrize(
-    ("second", "best"), [((3, 0.9), 2), ((2, 0.4), 2), ((2, 0.5), 1), ((2, 0.6), 1), ((1, 0.1), 1)]
-)
+@pytest.mark.parametrize(("second", "best"), [((3, 0.9), 2), ((2, 0.4), 2), ((2, 0.5), 1), ((2, 0.6), 1), ((1, 0.1), 1)])
 def test_update_keeps_the_epoch_with_higher_accuracy_or_lower_loss(second, best):
     strategy = FakeStrategy()
     epoch = BestEpoch(strategy)

@@ -26,14 +26,7 @@ from agnews_dist.training.checkpoint import (
     write_checkpoint,
 )
 
-STATE = {
-    "step": 7,
-    "loss": 0.1 + 0.2,
-    "worst": float("inf"),
-    "best": None,
-    "text": "Zürich \ud83d \n",
-    "list": [1, [2.5]],
-}
+STATE = {"step": 7, "loss": 0.1 + 0.2, "worst": float("inf"), "best": None, "text": "Zürich \ud83d \n", "list": [1, [2.5]]}
 
 
 def some_tensors(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
@@ -139,8 +132,7 @@ def test_manifest_lists_every_file_with_checksum_and_size(folder):
     assert nothing == ""
     expected = ["moments.safetensors", "nothing.safetensors", "state.json", "weights.safetensors"]
     assert lines == [
-        f"{hashlib.sha256((path / name).read_bytes()).hexdigest()} {(path / name).stat().st_size} {name}"
-        for name in expected
+        f"{hashlib.sha256((path / name).read_bytes()).hexdigest()} {(path / name).stat().st_size} {name}" for name in expected
     ]
     assert last == hashlib.sha256(b"".join(line.encode() + b"\n" for line in lines)).hexdigest()
     assert names(path) == ["MANIFEST", *expected]
@@ -222,33 +214,21 @@ def relined(change):
 
 
 DAMAGES = {
-    "truncated": (
-        lambda path: edit(path, "weights.safetensors", lambda text: text[:-1]),
-        r"weights.safetensors has \d+ bytes",
-    ),
+    "truncated": (lambda path: edit(path, "weights.safetensors", lambda text: text[:-1]), r"weights.safetensors has \d+ bytes"),
     "emptied": (lambda path: edit(path, "state.json", lambda text: b""), "state.json has 0 bytes instead of"),
-    "extended": (
-        lambda path: edit(path, "moments.safetensors", lambda text: text + b"\0"),
-        r"moments.safetensors has \d+",
-    ),
+    "extended": (lambda path: edit(path, "moments.safetensors", lambda text: text + b"\0"), r"moments.safetensors has \d+"),
     "missing": (lambda path: (path / "moments.safetensors").unlink(), "moments.safetensors is missing"),
     "no state": (lambda path: (path / "state.json").unlink(), "state.json is missing"),
     "no manifest": (lambda path: (path / "MANIFEST").unlink(), "MANIFEST is missing"),
     "additional file": (lambda path: (path / "more.safetensors").touch(), "more.safetensors does not belong there"),
     "additional directory": (lambda path: (path / "more").mkdir(), "more does not belong there"),
     "swapped": (lambda path: swap(path, "weights.safetensors", "moments.safetensors"), "moments.safetensors has"),
-    "of another": (
-        lambda path: take_from_another(path, "weights.safetensors"),
-        "weights.safetensors has another checksum",
-    ),
+    "of another": (lambda path: take_from_another(path, "weights.safetensors"), "weights.safetensors has another checksum"),
     "manifest of another": (lambda path: take_from_another(path, "MANIFEST"), "has another checksum"),
     "empty": (empty, "MANIFEST is missing"),
     "a file": (become_a_file, "cannot be listed, Not a directory"),
     "gone": (shutil.rmtree, "cannot be listed, No such file or directory"),
-    "directory for a file": (
-        lambda path: [(path / "state.json").unlink(), (path / "state.json").mkdir()],
-        "state.json is",
-    ),
+    "directory for a file": (lambda path: [(path / "state.json").unlink(), (path / "state.json").mkdir()], "state.json is"),
     "pipe for a file": (lambda path: [(path / "state.json").unlink(), os.mkfifo(path / "state.json")], "state.json is"),
     "link to nothing": (
         lambda path: [(path / "state.json").unlink(), (path / "state.json").symlink_to("nowhere")],
@@ -331,10 +311,7 @@ def forge(path: Path, contents: dict[str, bytes]) -> Path:
     path.mkdir(parents=True)
     for name, content in contents.items():
         (path / name).write_bytes(content)
-    lines = [
-        f"{hashlib.sha256(contents[name]).hexdigest()} {len(contents[name])} {name}".encode()
-        for name in sorted(contents)
-    ]
+    lines = [f"{hashlib.sha256(contents[name]).hexdigest()} {len(contents[name])} {name}".encode() for name in sorted(contents)]
     (path / "MANIFEST").write_bytes(with_lines(lines))
     return path
 
@@ -443,23 +420,8 @@ def test_write_refuses_a_name_that_would_not_be_listed(folder, name):
 def test_list_checkpoints_is_newest_first_and_scored_before_unscored(folder):
     assert list_checkpoints(folder) == []
     folder.mkdir()
-    ours = [
-        "step-00000009",
-        "step-00000100-scored",
-        "step-00000100",
-        "best-00000100",
-        "step-123456789",
-        "step-00000002-scored",
-    ]
-    others = [
-        ".step-00000009.0",
-        "step-9",
-        "step-00000009.tmp",
-        "step-0000000x",
-        "step-00000009-",
-        "events.jsonl",
-        "stepper",
-    ]
+    ours = ["step-00000009", "step-00000100-scored", "step-00000100", "best-00000100", "step-123456789", "step-00000002-scored"]
+    others = [".step-00000009.0", "step-9", "step-00000009.tmp", "step-0000000x", "step-00000009-", "events.jsonl", "stepper"]
     for name in [*ours, *others]:
         (folder / name).mkdir()
     found = ["step-123456789", "step-00000100-scored", "step-00000100", "step-00000009", "step-00000002-scored"]
@@ -475,22 +437,13 @@ def test_list_checkpoints_of_a_file_is_empty(tmp_path):
 
 
 def test_prune_keeps_the_newest_and_those_named(folder):
-    for name in (
-        "step-00000001",
-        "step-00000002",
-        "step-00000003",
-        "step-00000003-scored",
-        "best-00000001",
-        "best-00000003",
-    ):
+    for name in ("step-00000001", "step-00000002", "step-00000003", "step-00000003-scored", "best-00000001", "best-00000003"):
         small(folder / name)
     (folder / "step-00000000").touch()
     (folder / "notes").mkdir()
     before = files(folder / "step-00000003")
     prune(folder, 2, also={"best-00000003", "step-00000001"})
-    assert names(folder) == [
-        *("best-00000003", "notes", "step-00000001", "step-00000003", "step-00000003-scored"),
-    ]
+    assert names(folder) == [*("best-00000003", "notes", "step-00000001", "step-00000003", "step-00000003-scored")]
     assert files(folder / "step-00000003") == before
     prune(folder, 5, also=())
     assert names(folder) == ["notes", "step-00000001", "step-00000003", "step-00000003-scored"]

@@ -128,9 +128,7 @@ def test_no_checkpoint_is_due_while_one_is_being_written(run, monkeypatch):
     assert not run.manager.is_due(15)
     assert not run.manager.is_due(20)
     (warning,) = run.events
-    assert warning.message.startswith(
-        "checkpoint of step 5: being written for 0 s, so the one due after step 15 waits."
-    )
+    assert warning.message.startswith("checkpoint of step 5: being written for 0 s, so the one due after step 15 waits.")
     run.strategy.value = 7.0  # training continues; the copy is unchanged
     may_end.set()
     run.manager.wait()

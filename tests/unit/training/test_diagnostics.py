@@ -54,9 +54,7 @@ def test_dry_run_takes_every_micro_batch_forward_and_backward(engine):
     classifier, batches = toy_classifier(), make_loader(engine).largest_step(0)
     forward, backward = [], []
     classifier.suffix.register_forward_hook(lambda module, args, output: forward.append(args[1].tolist()))
-    classifier.suffix.out_head.register_full_backward_hook(
-        lambda module, grad_in, grad_out: backward.append(len(grad_out[0]))
-    )
+    classifier.suffix.out_head.register_full_backward_hook(lambda module, grad_in, grad_out: backward.append(len(grad_out[0])))
     dry_run(classifier, batches, engine)
     assert len(batches.micro_batches) > 1
     assert forward == [batch.lengths_B.tolist() for batch in batches.micro_batches]

@@ -181,7 +181,7 @@ def test_checkpoint_holds_the_state_in_a_fixed_order(tmp_path):
     assert names == [f"step-0000000{end}" for end in ("8-scored", "6", "4-scored", "3")]
     state = read_checkpoint(run.folder / "step-00000006").state
     assert list(state) == [
-        *("precision", "position", "num_updates", "scaling", "totals", "seconds", "step", "log_bytes", "best"),
+        *("precision", "position", "num_updates", "scaling", "totals", "seconds", "step", "log_bytes", "best")
     ]
     assert (state["position"]["epoch"], state["position"]["step"], state["num_updates"]) == (1, 2, 6)
     assert list(state["best"]) == ["name", "epoch", "step", "scores", "seconds"]
@@ -203,9 +203,7 @@ def test_load_state_refuses_a_position_of_another_plan(whole, tmp_path):
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("fp32", [(512.0, 7)]), ("fp16", [])])
-def test_load_state_restores_the_loss_scale_of_the_same_precision_only(
-    whole, tmp_path, monkeypatch, precision, expected
-):
+def test_load_state_restores_the_loss_scale_of_the_same_precision_only(whole, tmp_path, monkeypatch, precision, expected):
     checkpoint = read_checkpoint(list_checkpoints(whole.folder)[0])
     checkpoint.state.update(precision=precision, scaling=[512.0, 7])
     run, loaded = Run(tmp_path), []

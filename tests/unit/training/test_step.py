@@ -79,8 +79,7 @@ def test_non_finite_loss_changes_neither_parameters_nor_moments(engine, bad):
 
     (batch,) = batches.micro_batches
     with pytest.raises(
-        NonFiniteError,
-        match=r"non-finite loss on rank\(s\) 0, of examples 0, 1, .*: no rank updated its weights\.",
+        NonFiniteError, match=r"non-finite loss on rank\(s\) 0, of examples 0, 1, .*: no rank updated its weights\."
     ) as raised:
         train_step(engine, poisoned, strategy, batches)
     assert raised.value.ids == tuple(sorted(batch.ids_B.tolist()))
