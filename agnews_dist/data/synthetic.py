@@ -8,10 +8,9 @@ import zlib
 from bisect import bisect
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib.resources import files
 from random import Random
 from string import Formatter
-
-from agnews_dist.data.vocabulary import PHRASES
 
 CLASS_NAMES = ("World", "Sports", "Business", "Sci/Tech")
 SPLITS = ("train", "validation", "test")
@@ -28,6 +27,20 @@ _LENGTHS = (18, 24, 30, 34, 39, 43, 46, 50, 53, 56, 61, 69, 79, 93, 106, 119, 13
 """Lengths of AG News' texts in GPT-2 tokens at these quantiles."""
 _LETTERS_PER_TOKEN = 4.6
 """Measured with GPT-2's tokenizer on this text."""
+
+
+def _read_vocabulary() -> dict[str, tuple[str, ...]]:
+    """Read the phrases by section.
+
+    A section of the file is `key: phrase|phrase|...`; indented lines continue it. A field in braces is replaced by a phrase of
+    that section, or of `topic.field`; `{2-90}` by a number of that range.
+    """
+    text = files("agnews_dist.data").joinpath("vocabulary.txt").read_text(encoding="utf-8")
+    sections = (section.partition(": ") for section in text.replace("\n  ", "").splitlines())
+    return {key: tuple(phrases.split("|")) for key, _, phrases in sections}
+
+
+_PHRASES = _read_vocabulary()
 
 
 def _draw(rng: Random, options: Sequence[str]) -> str:
@@ -57,7 +70,7 @@ def _fill(rng: Random, template: str, topic: Callable[[], str]) -> str:
             low, high = field.split("-")
             pieces.append(str(_draw_integer(rng, int(low), int(high))))
         else:
-            phrases = PHRASES[field] if field in PHRASES else PHRASES[f"{topic()}.{field}"]
+            phrases = _PHRASES[field] if field in _PHRASES else _PHRASES[f"{topic()}.{field}"]
             pieces.append(_fill(rng, _draw(rng, phrases), topic))
     return "".join(pieces)
 
@@ -85,10 +98,10 @@ def _write_text(rng: Random, label: int) -> str:
             return "any"
         return CLASS_NAMES[label if rng.random() < own_share else neighbour]
 
-    agency, city = _draw(rng, PHRASES["agency"]), _draw(rng, PHRASES["city"])
+    agency, city = _draw(rng, _PHRASES["agency"]), _draw(rng, _PHRASES["city"])
     dateline = _draw(rng, ("", "", f"({agency}) {agency} - ", f"{city.upper()} ({agency}) - ", f"{agency} - "))
     headline = _capitalise(_fill(rng, "{headline}", topic))
-    mark = f" {_draw(rng, PHRASES['emoji'])}" if rng.random() < 0.01 else ""
+    mark = f" {_draw(rng, _PHRASES['emoji'])}" if rng.random() < 0.01 else ""
     text = beginning = f"{headline}{mark} {dateline}"
     num_letters = _draw_length(rng) * _LETTERS_PER_TOKEN
     sentences: list[str] = []
