@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from agnews_dist.storage.capacity import gigabytes
+from agnews_dist.storage.directories import used_disk_bytes
 from agnews_dist.storage.locks import is_locked, try_lock
 
 ABOUT = "about.json"
@@ -24,9 +25,8 @@ IN_USE = "in-use"
 ROWS = "rows.bin"
 MARKS = "marks"
 """Directory with one file per segment: its lock, and its checksum when it is finished."""
-MARK_CHARACTERS = 64
-"""Length of a checksum, in hexadecimal digits."""
-_KEY = re.compile("[0-9a-f]{64}")
+_SHA256 = re.compile("[0-9a-f]{64}")
+"""Name of a cache's directory (see keys.py), and content of a finished segment's mark."""
 _TRASH = ".trash-"
 
 
@@ -46,14 +46,14 @@ class CacheEntry:
 
     @property
     def key(self) -> str:
-        """The key of the features (see keys.py)."""
+        """Key of the features."""
         return self.path.name
 
 
 def list_caches(root: Path) -> list[CacheEntry]:
     """List the caches below `root`, least recently used first; none if `root` does not exist."""
     try:
-        directories = [path for path in root.iterdir() if _KEY.fullmatch(path.name) and path.is_dir()]
+        directories = [path for path in root.iterdir() if _SHA256.fullmatch(path.name) and path.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
     found: list[CacheEntry] = []
@@ -77,19 +77,17 @@ def evict(root: Path, needed_bytes: int, limit_bytes: int, *, keep: Collection[s
     for leftover in root.glob(f"{_TRASH}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     others = [entry for entry in list_caches(root) if entry.key not in keep]
-    total_bytes = sum(entry.disk_bytes for entry in others)
     used_bytes = sum(entry.disk_bytes for entry in others if entry.is_used)
-    removed: list[CacheEntry] = []
     if used_bytes + needed_bytes > limit_bytes:
         raise OSError(
             errno.ENOSPC,
             f"{gigabytes(needed_bytes)} and {gigabytes(used_bytes)} of caches in use exceed "
             f"engine.feature_cache_gigabytes ({gigabytes(limit_bytes)})",
         )
+    removed: list[CacheEntry] = []
+    total_bytes = needed_bytes + sum(entry.disk_bytes for entry in others)
     for entry in others:
-        if total_bytes + needed_bytes <= limit_bytes:
-            break
-        if not entry.is_used and remove(entry.path):
+        if total_bytes > limit_bytes and not entry.is_used and remove(entry.path):
             removed.append(entry)
             total_bytes -= entry.disk_bytes
     return removed
@@ -100,20 +98,17 @@ def remove(directory: Path) -> bool:
 
     The directory is renamed first, so no process ever opens a partly deleted cache.
     """
+    trash = directory.with_name(f"{_TRASH}{uuid.uuid4().hex}")
+    handle: int | None = None
     try:
-        handle = try_lock(directory / IN_USE, create=False)
-        if handle is None:
-            return False
-    except FileNotFoundError:
-        handle = None  # no process has used it yet
-    except OSError:  # another user's, or no locks here
-        return False
-    try:
-        trash = directory.with_name(f"{_TRASH}{uuid.uuid4().hex}")
+        with suppress(FileNotFoundError):  # no process has used it yet
+            handle = try_lock(directory / IN_USE, create=False)
+            if handle is None:
+                return False
         directory.rename(trash)
     except FileNotFoundError:
         return True
-    except OSError:  # another user's
+    except OSError:  # another user's, or no locks here
         return False
     finally:
         if handle is not None:
@@ -128,7 +123,7 @@ def read_mark(directory: Path, segment: int) -> str | None:
         text = mark_path(directory, segment).read_text(encoding="ascii")
     except (OSError, ValueError):
         return None
-    return text if len(text) == MARK_CHARACTERS else None
+    return text if _SHA256.fullmatch(text) else None
 
 
 def mark_path(directory: Path, segment: int) -> Path:
@@ -152,7 +147,7 @@ def _read_entry(directory: Path) -> CacheEntry:
     return CacheEntry(
         path=directory,
         about=about,
-        disk_bytes=sum(path.lstat().st_blocks * 512 for path in directory.rglob("*")),
+        disk_bytes=used_disk_bytes(directory),
         last_used=(in_use if in_use.exists() else directory).stat().st_mtime,
         is_complete=isinstance(num_segments, int)
         and isinstance(num_bytes, int)

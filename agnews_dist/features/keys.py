@@ -33,21 +33,16 @@ def features_key(
 ) -> str:
     """Return the key of one split's features: 64 hexadecimal digits.
 
-    Args:
-        frozen_weights: fingerprint of the frozen weights.
-        config: the model's.
-        num_blocks: number of frozen blocks.
-        table: tokens of the split.
-        layout: order of the rows, and the calls that compute them.
-        dtype: type of the features.
+    `frozen_weights`: their fingerprint; `num_blocks`: number of frozen blocks; `dtype`: type of the features.
     """
     texts_of_calls = np.array([len(ids) for ids in layout.texts], np.int64)
+    numbers = np.concatenate([layout.begin_N, layout.rows_N, layout.bounds_S, texts_of_calls])
     parts: list[object] = [
         frozen_weights,
         [getattr(config, name) for name in _CONFIG_FIELDS],
         num_blocks,
         table.fingerprint,
-        _hash_numbers(np.concatenate([layout.begin_N, layout.rows_N, layout.bounds_S, texts_of_calls])),
+        hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest(),
         [str(dtype), _uses_tf32(dtype)],
         FORMAT,
     ]
@@ -58,7 +53,3 @@ def _uses_tf32(dtype: torch.dtype) -> bool:
     """Return whether fp32 products are computed in TF32, which has a mantissa of 10 bits."""
     on_gpu = dtype == torch.float32 and torch.cuda.is_available()
     return on_gpu and bool(torch.backends.cuda.matmul.allow_tf32)
-
-
-def _hash_numbers(numbers: np.ndarray[tuple[int], np.dtype[np.int64]]) -> str:
-    return hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()

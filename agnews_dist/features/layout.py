@@ -1,4 +1,4 @@
-"""Order of a split's features, and the pieces in which they are computed: a pure function of the lengths, without torch.
+"""Order of a split's features, and the pieces in which they are computed: a pure function of the lengths.
 
 Texts form calls: one call is one run of the packed prefix. Calls form segments: one segment is stored, checked and assigned to
 a process as a whole. Neither depends on the training order, the number of ranks or restarts. So a text's features are the same
@@ -36,12 +36,10 @@ class Layout:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all segments."""
         return int(self.bounds_S[-1])
 
     @property
     def num_segments(self) -> int:
-        """Number of segments; 0 without texts."""
         return len(self.bounds_S) - 1
 
     def calls(self, segment: int) -> tuple[Ints, ...]:
@@ -59,14 +57,9 @@ def lay_out(
 ) -> Layout:
     """Cut texts into calls of at most `call_tokens` tokens and calls into segments; no call contains texts of two groups.
 
-    The training split is one group, longest text first. The groups of an evaluated split are its evaluation micro-batches. Then
-    the calls, and with them the last bits of the scores, are the same with and without a cache.
-
-    Args:
-        groups: ids of texts, disjoint, each in order of length.
-        call_tokens: limit of a call; a longer text is a call of its own.
-        row_bytes: size of one row of features.
-        one_row_per_text: features of the last token only.
+    `groups`: disjoint ids, each group in order of length. The training split is one group, longest text first. The groups of an
+    evaluated split are its evaluation micro-batches. Then the calls, and with them the last bits of the scores, are the same
+    with and without a cache.
     """
     texts = tuple(ids[begin:end] for ids in groups for begin, end in cut_into_calls(lengths_N[ids], call_tokens))
     rows_N = np.ones_like(lengths_N) if one_row_per_text else lengths_N.astype(np.int64)

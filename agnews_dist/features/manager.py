@@ -41,7 +41,7 @@ class CacheSettings:
     frozen_weights: str
     """Fingerprint of the frozen weights."""
     model_name: str
-    """Name of the model in listings of the caches."""
+    """For listings of the caches."""
 
 
 class FeatureCache:
@@ -75,8 +75,7 @@ class FeatureCache:
     @property
     def num_bytes(self) -> int:
         """Size of the cached features, over all ranks."""
-        place = self.choice.place
-        return 0 if place == "off" else sum(self._split(name).num_bytes for name in self._cached_splits(place))
+        return 0 if self.choice.place == "off" else self._num_bytes(self.choice.place)
 
     def source(self, split: str) -> FeatureSource:
         """Return the source of a split's features."""
@@ -92,21 +91,17 @@ class FeatureCache:
             if failure is None:
                 self._open()
                 break
-            place = self.choice.place
-            self._failed.add(place)
+            fault = f"features cannot be cached in {self.choice.place} ({failure})"
+            self._failed.add(self.choice.place)
             for file in self._files.values():
                 file.close()
             self._sources, self._files = {}, {}
             self.choice = self._choose()
-            emit(
-                Warned(
-                    message=f"features cannot be cached in {place} ({failure}): now {self.choice.place}, {self.choice.reason}. "
-                    "Free some space, or set another --data.cache_dir or --engine.feature_cache."
-                )
-            )
+            remedy = "Free some space, or set another --data.cache_dir or --engine.feature_cache."
+            emit(Warned(message=f"{fault}: now {self.choice.place}, {self.choice.reason}. {remedy}"))
         if "disk" in self._failed and self._world.local_rank == 0:
             # Incomplete files would only take space from the run's own results.
-            for file in (self._file(name) for name in self._cached_splits("disk")):
+            for file in map(self._file, self._cached_splits("disk")):
                 if not file.is_complete:
                     remove(file.directory)
 
@@ -125,68 +120,58 @@ class FeatureCache:
             return Choice("off", "the plain path computes features at every use")
         if not len(self._classifier.prefix.h):
             return Choice("off", "only the embeddings are frozen")
-        num_bytes = sum(self._split(name).num_bytes for name in self._cached_splits("host"))
-        is_on_disk = self._settings.requested in ("auto", "disk") and all(
+        settings, world, device = self._settings, self._world, self._engine.device
+        is_on_disk = settings.requested in ("auto", "disk") and all(
             self._file(name).is_complete for name in self._cached_splits("disk")
         )
-        own = (
-            free_device_bytes(self._engine.device, self._world.ranks_per_node),
-            capacity.free_host_bytes(),
-            capacity.free_shared_bytes(),
-            capacity.free_disk_bytes(self._settings.directory),
-            int(is_on_disk),
-        )
-        device, host, shared, disk, all_on_disk = map(min, zip(*collectives.all_gather(own), strict=True))
+        own_bytes = {
+            "device_bytes": free_device_bytes(device, world.ranks_per_node),
+            "host_bytes": capacity.free_host_bytes(),
+            "shared_bytes": capacity.free_shared_bytes(),
+            "disk_bytes": capacity.free_disk_bytes(settings.directory),
+        }
+        of_ranks = collectives.all_gather((own_bytes, is_on_disk))
         resources = Resources(
-            num_ranks=self._world.num_ranks,
-            ranks_per_node=self._world.ranks_per_node,
-            has_gpu=self._engine.device.type == "cuda",
-            device_bytes=device,
-            host_bytes=host,
-            shared_bytes=shared,
-            disk_bytes=disk,
-            disk_limit_bytes=self._settings.limit_bytes,
+            num_ranks=world.num_ranks,
+            ranks_per_node=world.ranks_per_node,
+            has_gpu=device.type == "cuda",
+            disk_limit_bytes=settings.limit_bytes,
+            **{name: min(free[name] for free, _ in of_ranks) for name in own_bytes},
         )
         return choose(
-            self._settings.requested,
-            num_bytes,
+            settings.requested,
+            self._num_bytes("host"),
             resources,
-            num_epochs=self._settings.num_epochs,
-            is_on_disk=bool(all_on_disk),
-            failed=frozenset(self._failed),
+            num_epochs=settings.num_epochs,
+            is_on_disk=all(is_there for _, is_there in of_ranks),
+            failed=self._failed,
         )
 
     def _cached_splits(self, place: Place) -> list[str]:
         """Return the splits to cache in a place. The test split is evaluated once, so only files of it have a later use."""
         return [name for name in self._tables if place == "disk" or name != "test"]
 
-    def _reserve(self) -> None:
-        """Reserve the space of the features, if they are files.
+    def _num_bytes(self, place: Place) -> int:
+        return sum(self._split(name).num_bytes for name in self._cached_splits(place))
 
-        Raises:
-            OSError: there is not enough space.
-        """
+    def _reserve(self) -> None:
+        """Reserve the space of the features, if they are files."""
         place = self.choice.place
         if place == "host" and self._world.ranks_per_node > 1:
             job = collectives.all_gather(uuid.uuid4().hex)[0]
             directory = job_directory(capacity.SHARED_MEMORY, job, sweep=self._world.local_rank == 0)
-            self._files = {name: self._file_below(directory, name) for name in self._cached_splits(place)}
+            self._files = {name: self._file(name, directory) for name in self._cached_splits(place)}
         elif place == "disk":
             self._files = {name: self._file(name) for name in self._cached_splits(place)}
         if self._world.local_rank == 0 and self._files:
             if place == "disk":
-                needed_bytes = sum(file.num_bytes for file in self._files.values())
                 keep = {file.directory.name for file in self._files.values()}
-                evict(self._settings.directory, needed_bytes, self._settings.limit_bytes, keep=keep)
+                evict(self._settings.directory, self._num_bytes(place), self._settings.limit_bytes, keep=keep)
             for file in self._files.values():
                 file.allocate()
 
     def _fill(self, emit: Emit) -> None:
-        """Compute this rank's part, or what is missing of it.
-
-        Raises:
-            OSError: a file cannot be written.
-        """
+        """Compute this rank's part, or what is missing of it."""
         place, world = self.choice.place, self._world
         splits = {name: self._split(name, sharded=self._is_sharded) for name in self._cached_splits(place)}
         cached = {name: file.finished_segments for name, file in self._files.items()}
@@ -200,12 +185,9 @@ class FeatureCache:
             earlier_file = None if self._is_sharded or place == "disk" else self._file(name)
             get_rows = partial(split.read_or_compute, earlier_file)
             on_segment = partial(progress.add_segment, split, cached.get(name, frozenset()))
-            if name in self._files:
-                file = self._files[name]
+            if file := self._files.get(name):
                 file.allocate()
-                worker = file.make_worker(
-                    get_rows, rank=world.local_rank, num_ranks=world.ranks_per_node, on_segment=on_segment
-                )
+                worker = file.make_worker(get_rows, on_segment, rank=world.local_rank, num_ranks=world.ranks_per_node)
                 run_in_threads([worker] * torch.get_num_threads(), self._engine.device)
             else:
                 device = self._engine.device if place == "device" else torch.device("cpu")
@@ -234,15 +216,12 @@ class FeatureCache:
 
     def _lay_out(self, name: str, *, sharded: bool) -> SplitFeatures:
         table, prefix, world = self._tables[name], self._classifier.prefix, self._world
-        if name == "train":
-            order = order_longest_first(table.lengths_N)
-            if sharded:
-                order = order[assign_owners(table.lengths_N, world.num_ranks)[order] == world.rank]
-            groups = [order]
-        else:
-            groups = evaluation_batches(table)
-            if sharded:
-                groups = groups[world.rank :: world.num_ranks]
+        groups = [order_longest_first(table.lengths_N)] if name == "train" else evaluation_batches(table)
+        if sharded and name == "train":
+            owner_N = assign_owners(table.lengths_N, world.num_ranks)
+            groups = [ids[owner_N[ids] == world.rank] for ids in groups]
+        elif sharded:
+            groups = groups[world.rank :: world.num_ranks]
         layout = lay_out(
             table.lengths_N,
             groups,
@@ -252,35 +231,23 @@ class FeatureCache:
         )
         return SplitFeatures(prefix, table, layout)
 
-    def _key(self, name: str) -> str:
+    def _file(self, name: str, directory: Path | None = None) -> FeatureFile:
+        """Return the file of a split's features, by default the one on disk."""
+        split, table, settings = self._split(name), self._tables[name], self._settings
         if name not in self._keys:
-            split = self._split(name)
             self._keys[name] = features_key(
-                frozen_weights=self._settings.frozen_weights,
+                frozen_weights=settings.frozen_weights,
                 config=self._classifier.config,
                 num_blocks=len(self._classifier.prefix.h),
-                table=self._tables[name],
+                table=table,
                 layout=split.layout,
                 dtype=split.dtype,
             )
-        return self._keys[name]
-
-    def _file(self, name: str) -> FeatureFile:
-        """Return the file of a split's features on disk."""
-        return self._file_below(self._settings.directory, name)
-
-    def _file_below(self, directory: Path, name: str) -> FeatureFile:
-        split, key = self._split(name), self._key(name)
         return FeatureFile(
-            directory / key,
-            key=key,
+            (directory or settings.directory) / self._keys[name],
+            key=self._keys[name],
             bounds_S=split.layout.bounds_S.tolist(),
             width=split.width,
             dtype=split.dtype,
-            about={
-                "model": self._settings.model_name,
-                "split": name,
-                "texts": len(self._tables[name]),
-                "tokens": split.num_tokens,
-            },
+            about={"model": settings.model_name, "split": name, "texts": len(table), "tokens": split.num_tokens},
         )

@@ -1,5 +1,6 @@
 """The placement of a run's features: device, host memory, disk, or none. Decided from sizes alone, without torch."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,18 +50,13 @@ def choose(
     *,
     num_epochs: int,
     is_on_disk: bool,
-    failed: frozenset[Place] = frozenset(),
+    failed: Collection[Place] = (),
 ) -> Choice:
     """Choose the first place where `num_bytes` of features fit.
 
     The order of auto: complete files of an earlier run (`is_on_disk`), a GPU's memory, host memory, disk, off. Auto computes
-    features at every use if there is one epoch. Another requested place comes before this order.
-
-    Args:
-        num_bytes: size of the features, over all ranks.
-        num_epochs: how often training reads each text.
-        is_on_disk: complete files for these features exist.
-        failed: places where storing the features has failed.
+    features at every use if there is one epoch. Another requested place comes before this order. Places where storing the
+    features has `failed` are left out. `num_bytes` counts the features of all ranks.
     """
     if requested == "off":
         return Choice("off", "as requested, computed at every use")
@@ -86,17 +82,17 @@ def choose(
 
 def _explain_misfit(place: Place, num_bytes: int, resources: Resources) -> str | None:
     """Return why the features do not fit in this place; None if they do."""
+    needed, share = num_bytes, MEMORY_SHARE
     if place == "device":
-        needed, free = -(-num_bytes // resources.num_ranks), resources.device_bytes
-        share, memory = MEMORY_SHARE, "device memory per rank"
+        needed, free, memory = -(-num_bytes // resources.num_ranks), resources.device_bytes, "device memory per rank"
     elif place == "host" and resources.ranks_per_node > 1 and resources.shared_bytes < resources.host_bytes:
-        needed, free, share, memory = num_bytes, resources.shared_bytes, MEMORY_SHARE, "shared memory of the node"
+        free, memory = resources.shared_bytes, "shared memory of the node"
     elif place == "host":
-        needed, free, share, memory = num_bytes, resources.host_bytes, MEMORY_SHARE, "host memory"
+        free, memory = resources.host_bytes, "host memory"
     elif resources.disk_limit_bytes < num_bytes:
         return f"{gigabytes(num_bytes)} exceed engine.feature_cache_gigabytes ({gigabytes(resources.disk_limit_bytes)})"
     else:
-        needed, free, share, memory = num_bytes, resources.disk_bytes, DISK_SHARE, "disk space"
+        free, share, memory = resources.disk_bytes, DISK_SHARE, "disk space"
     if needed <= share * free:
         return None
     return f"{gigabytes(needed)} exceed {share:.0%} of the free {memory} ({gigabytes(int(share * free))})"

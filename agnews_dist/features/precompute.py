@@ -20,22 +20,9 @@ class SplitFeatures:
     def __init__(self, prefix: Prefix, table: TokenTable, layout: Layout) -> None:
         self._prefix, self._table, self.layout = prefix, table, layout
         self.name = table.name
-        self.num_tokens = sum(int(table.lengths_N[ids].sum()) for ids in layout.texts)
-
-    @property
-    def width(self) -> int:
-        """Numbers per row."""
-        return self._prefix.wte.embedding_dim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the frozen weights and of the features."""
-        return self._prefix.wte.weight.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all rows."""
-        return self.layout.num_rows * self.width * self.dtype.itemsize
+        self.width, self.dtype = prefix.wte.embedding_dim, prefix.wte.weight.dtype
+        self.num_tokens = sum(map(self.segment_tokens, range(layout.num_segments)))
+        self.num_bytes = layout.num_rows * prefix.row_bytes
 
     def compute_segment(self, segment: int) -> Tensor:
         """Compute the rows of one segment, on the prefix's device."""
@@ -53,12 +40,7 @@ class SplitFeatures:
     def prepare_in_memory(
         self, device: torch.device, get_rows: Callable[[int], Tensor], on_segment: Callable[[int], None]
     ) -> tuple[Tensor, list[Callable[[], None]]]:
-        """Allocate all rows on `device`, and return them with one task per segment that fills them.
-
-        Args:
-            get_rows: returns the rows of a segment.
-            on_segment: called after each segment.
-        """
+        """Allocate all rows on `device`, and return them with one task per segment that fills them by `get_rows`."""
         rows = torch.empty(self.layout.num_rows, self.width, dtype=self.dtype, device=device)
         bounds_S = self.layout.bounds_S
 

@@ -38,17 +38,12 @@ class FeatureFile:
     ) -> None:
         """Describe the file; nothing is read or written yet.
 
-        Args:
-            directory: named by the key, below the root of all caches.
-            key: see `features_key`; part of every checksum, so rows of another key never pass as these.
-            bounds_S: segment s is the rows `bounds_S[s]` to `bounds_S[s + 1]`.
-            width: numbers per row.
-            dtype: type of the numbers.
-            about: facts for listings, JSON-ready.
+        `key` (see `features_key`) is part of every checksum, so rows of another key never pass as these. Segment s is the rows
+        `bounds_S[s]` to `bounds_S[s + 1]`, each of `width` numbers. `about` are facts for listings, JSON-ready.
         """
         self.directory = directory
-        self._key, self._bounds_S, self._width, self._dtype = key, list(bounds_S), width, dtype
-        self.num_segments = len(self._bounds_S) - 1
+        self._key, self._bounds_S, self._width, self._dtype = key, bounds_S, width, dtype
+        self.num_segments = len(bounds_S) - 1
         self.num_bytes = self._offset(self.num_segments)
         self._about = dict(about) | {"bytes": self.num_bytes, "segments": self.num_segments}
         self._lock: int | None = None
@@ -56,12 +51,11 @@ class FeatureFile:
     @property
     def finished_segments(self) -> frozenset[int]:
         """Segments that are marked as finished; their bytes are not verified."""
-        marked = (segment for segment in range(self.num_segments) if read_mark(self.directory, segment))
-        return frozenset(marked)
+        return frozenset(segment for segment in range(self.num_segments) if read_mark(self.directory, segment))
 
     @property
     def is_complete(self) -> bool:
-        """True if every segment is marked as finished and the file has its size; the bytes are not verified."""
+        """True if every segment is finished (see `has_all_segments`)."""
         return has_all_segments(self.directory, num_segments=self.num_segments, num_bytes=self.num_bytes)
 
     def allocate(self) -> None:
@@ -107,23 +101,19 @@ class FeatureFile:
     def make_worker(
         self,
         compute: Callable[[int], Tensor],
+        on_segment: Callable[[int], None] = lambda _: None,
         *,
         rank: int = 0,
         num_ranks: int = 1,
-        on_segment: Callable[[int], None] = lambda _: None,
     ) -> Callable[[], None]:
         """Return a function that completes the file; several threads may run it at once.
 
         This rank verifies the finished segments s with s % num_ranks == rank and trusts the other ranks for the rest. So rows
-        may be read when the workers of all ranks have returned. A missing or damaged segment is computed by the process that
-        gets its lock.
+        may be read when the workers of all ranks have returned. The process that gets the lock of a missing or damaged segment
+        computes its rows. One thread at a time calls `on_segment`, once for every segment.
 
         The function raises:
             OSError: no space, no permission; finished segments stay.
-
-        Args:
-            compute: returns the rows of a segment.
-            on_segment: called once for every segment, by one thread at a time.
         """
         first = rank * self.num_segments // num_ranks
         queue = deque([*range(first, self.num_segments), *range(first)])
@@ -186,11 +176,7 @@ class FeatureFile:
         return torch.from_numpy(mapped).view(self._dtype).view(-1, self._width)
 
     def _complete(self, segment: int, compute: Callable[[int], Tensor], *, verify: bool) -> bool:
-        """Compute and write a segment unless it is finished; return False if another process has its lock.
-
-        Raises:
-            OSError: the rows cannot be written.
-        """
+        """Compute and write a segment unless it is finished; return False if another process has its lock."""
         if not verify and read_mark(self.directory, segment):
             return True
         if self.read_segment(segment) is not None:
@@ -203,8 +189,7 @@ class FeatureFile:
             if self.read_segment(segment) is None:
                 rows = compute(segment)
                 os.ftruncate(handle, 0)
-                checksum = self._write(segment, rows)
-                os.pwrite(handle, checksum.encode(), 0)
+                os.pwrite(handle, self._write(segment, rows).encode(), 0)
                 os.fsync(handle)
             return True
         finally:
@@ -231,7 +216,7 @@ class FeatureFile:
         return digest.hexdigest()
 
     def _offset(self, segment: int) -> int:
-        return int(self._bounds_S[segment]) * self._width * self._dtype.itemsize
+        return self._bounds_S[segment] * self._width * self._dtype.itemsize
 
 
 def _reserve(handle: int, num_bytes: int) -> None:
