@@ -16,16 +16,15 @@ from torch import Tensor, nn
 
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.deepspeed_config import ZeroOptions
-from agnews_dist.engine.strategy import WEIGHT, Strategy
+from agnews_dist.engine.strategy import MOMENTS, WEIGHT, Strategy
 from agnews_dist.errors import UserError
+
+# Keys in DeepSpeed's optimizer state; None: the fp32 copy of the weight.
+_STATE_KEYS: dict[str, str | None] = {WEIGHT: None, **{moment: moment for moment in MOMENTS}}
 
 
 def require_deepspeed() -> None:
-    """Check that DeepSpeed is installed.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Raise UserError unless DeepSpeed is installed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "engine.backend deepspeed: DeepSpeed is not installed. Install it with pip install 'agnews_dist[deepspeed]', "
@@ -34,11 +33,7 @@ def require_deepspeed() -> None:
 
 
 def prepare_deepspeed(world: World, device: str) -> None:
-    """Set the environment and the options that DeepSpeed reads when accelerate starts it.
-
-    Raises:
-        UserError: DeepSpeed is not installed, or would use a GPU although `device` is cpu.
-    """
+    """Set the environment and the options that DeepSpeed reads when accelerate starts it. Raise UserError if it cannot."""
     require_deepspeed()
     if device == "cpu" and torch.cuda.is_available():
         raise UserError(
@@ -82,15 +77,10 @@ class DeepSpeedStrategy(Strategy):
         max_grad_norm: float,
         initial_loss_scale: float | None,
     ) -> None:
-        """`module`: DeepSpeed's engine around `suffix`.
-
-        Raises:
-            UserError: DeepSpeed runs with other settings than given, or the optimizer's state could not be read back.
-        """
+        """`module`: DeepSpeed's engine around `suffix`."""
         super().__init__(world, module, suffix, optimizer, device, max_grad_norm=max_grad_norm, initial_loss_scale=None)
         self._engine, self._zero = module, zero
         _check_settings(module, optimizer, zero, max_grad_norm)
-        _refuse_round_robin(module, zero)
         if initial_loss_scale is not None:
             from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
@@ -107,7 +97,6 @@ class DeepSpeedStrategy(Strategy):
             self.load_scaling(initial_loss_scale, 0)
 
     def __call__(self, *features: Tensor) -> Tensor:
-        """Compute logits_BC from `Features`."""
         if self._zero.stage == 3:
             # Stage 3 frees a block's weights once the gradient of the block's input exists. Without such a gradient it would
             # free them in the middle of the block's backward pass.
@@ -115,16 +104,15 @@ class DeepSpeedStrategy(Strategy):
         return super().__call__(*features)
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[object]:
-        """Wrap one micro-batch, see `Strategy.accumulate`. DeepSpeed itself counts one micro-batch per step."""
+        # DeepSpeed itself counts one micro-batch per step.
         self._engine.set_gradient_accumulation_boundary(is_last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of a loss that is already normalised."""
         self._engine.backward(loss)
 
     def update(self) -> float:
-        """Update the weights, see `Strategy.update`. DeepSpeed skips a non-finite update on all ranks together."""
+        # DeepSpeed skips a non-finite update on all ranks together.
         self._engine.step()
         if self._engine.optimizer.overflow:
             self.load_scaling(self.loss_scale, 0)
@@ -133,18 +121,15 @@ class DeepSpeedStrategy(Strategy):
 
     @property
     def loss_scale(self) -> float:
-        """Loss scale, see `Strategy.loss_scale`."""
         return float(self._engine.optimizer.loss_scale)
 
     @property
     def scaling(self) -> tuple[float, int]:
-        """Loss scale and its clean steps, see `Strategy.scaling`."""
         scaler = self._engine.optimizer.loss_scaler
         clean_steps = (scaler.cur_iter - scaler.last_overflow_iter - 2) % scaler.scale_window if scaler.dynamic else 0
         return self.loss_scale, clean_steps
 
     def load_scaling(self, scale: float, clean_steps: int) -> None:
-        """Restore `scaling`. Does nothing without fp16."""
         scaler = self._engine.optimizer.loss_scaler
         if scaler.dynamic:
             # -2 makes DeepSpeed raise the scale after as many clean steps as torch; by default it waits one longer.
@@ -164,7 +149,7 @@ class DeepSpeedStrategy(Strategy):
             if kind == WEIGHT:
                 return weight.detach()
             self._link(weight)
-        return cast(Tensor, safe_get_full_optimizer_state(weight, _state_key(kind))).detach()
+        return cast(Tensor, safe_get_full_optimizer_state(weight, _STATE_KEYS[kind])).detach()
 
     def _scatter(self, weight: Tensor, kind: str, value: Tensor) -> None:
         from deepspeed.runtime.zero import GatheredParameters
@@ -177,13 +162,13 @@ class DeepSpeedStrategy(Strategy):
         if not is_sharded:
             if kind != WEIGHT:
                 self._link(weight)
-            safe_set_full_optimizer_state(weight, value, _state_key(kind))
+            safe_set_full_optimizer_state(weight, value, _STATE_KEYS[kind])
             return
         # Setting it from the whole value fails on a last rank with a shorter shard.
         size = cast(Any, weight).ds_tensor.numel()
         values = value.flatten()[self._world.rank * size :][:size]
         shard = nn.functional.pad(values, (0, size - values.numel()))
-        safe_set_local_optimizer_state(weight, shard, _state_key(kind))
+        safe_set_local_optimizer_state(weight, shard, _STATE_KEYS[kind])
 
     def _link(self, weight: Tensor) -> None:
         """Link a weight of stage 1 or 2 to its range of this rank's flat moments.
@@ -196,13 +181,8 @@ class DeepSpeedStrategy(Strategy):
             mapping.set_optim_state_fragment(flat, self._optimizer.state[flat])
 
 
-def _state_key(kind: str) -> str | None:
-    """Return DeepSpeed's key for it in the optimizer's state; None is the fp32 copy of the weight."""
-    return None if kind == WEIGHT else kind
-
-
 def _check_settings(engine: Any, optimizer: torch.optim.Optimizer, zero: ZeroOptions, max_grad_norm: float) -> None:
-    """Check that DeepSpeed runs with the given settings. It has ignored some before without a warning."""
+    """Check that DeepSpeed runs with the given settings, of which it has silently ignored some before."""
     actual = {
         "stage": (int(engine.zero_optimization_stage()), zero.stage),
         "gradient_clipping": (float(engine.gradient_clipping()), float(max_grad_norm)),
@@ -216,11 +196,8 @@ def _check_settings(engine: Any, optimizer: torch.optim.Optimizer, zero: ZeroOpt
             f"DeepSpeed runs with {', '.join(wrong)}: the result would differ from DDP's. Install the DeepSpeed of "
             "requirements.lock, and remove these keys from engine.deepspeed_config."
         )
-
-
-def _refuse_round_robin(engine: Any, zero: ZeroOptions) -> None:
-    """Reject round_robin_gradients. DeepSpeed 0.19.8 then links weights to the wrong ranges of the moments."""
     if zero.stage < 3 and engine.optimizer.round_robin_gradients:
+        # DeepSpeed 0.19.8 then links weights to the wrong ranges of the moments.
         raise UserError(
             "engine.deepspeed_config zero_optimization.round_robin_gradients true: checkpoints would hold the moments of "
             "other weights. Remove the key."

@@ -19,18 +19,13 @@ LARGEST_BUCKET = 2**25
 REFUSED_SECTIONS = {
     "optimizer": "the optimizer is AdamW from optim.*",
     "scheduler": "the learning rate is optim.schedule",
-    "fp16": "trainable weights are fp32 under autocast: engine.precision",
-    "bf16": "trainable weights are fp32 under autocast: engine.precision",
-    "amp": "trainable weights are fp32 under autocast: engine.precision",
+    **dict.fromkeys(("fp16", "bf16", "fp8", "amp"), "trainable weights are fp32 under autocast: engine.precision"),
     "torch_autocast": "autocast is engine.precision",
-    "fp8": "trainable weights are fp32 under autocast: engine.precision",
-    "data_efficiency": "batch.* decides the batches",
-    "curriculum_learning": "batch.* decides the batches",
+    **dict.fromkeys(("data_efficiency", "curriculum_learning"), "batch.* decides the batches"),
     "compression_training": "the exported weights would not be the trained ones",
     "progressive_layer_drop": "gradients would lack blocks",
     "elasticity": "batch.global_batch_size is the same on any number of ranks",
-    "tensor_parallel": "ranks are data-parallel",
-    "pipeline": "ranks are data-parallel",
+    **dict.fromkeys(("tensor_parallel", "pipeline"), "ranks are data-parallel"),
 }
 """DeepSpeed section -> reason: the setting or part of this package that decides it."""
 
@@ -100,11 +95,7 @@ def build_deepspeed_config(
             **_offload_sections(zero, {"pin_memory": pin_memory}),
         }
     }
-    wrong = [
-        f"{name} ({why})"
-        for name, why in REFUSED_SECTIONS.items()
-        if name in zero.settings and not _is_off(zero.settings[name])
-    ]
+    wrong = [f"{name} ({why})" for name, why in REFUSED_SECTIONS.items() if not _is_off(zero.settings.get(name))]
     wrong += _list_contradictions(decided, zero.settings)
     if wrong:
         raise ConfigError(
@@ -125,9 +116,7 @@ def _is_off(section: Any) -> bool:
 
 
 DECIDING_SETTINGS = {
-    "train_batch_size": "batch.*",
-    "train_micro_batch_size_per_gpu": "batch.*",
-    "gradient_accumulation_steps": "batch.*",
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "batch.*"),
     "gradient_clipping": "optim.max_grad_norm",
     "communication_data_type": "engine.gradient_compression",
     "zero_optimization.stage": "engine.zero_stage",

@@ -10,11 +10,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_precision(precision: str, *, use_cuda: bool) -> str:
-    """Return bf16, fp32 or fp16. 'auto' is bf16 on GPUs that have it, otherwise fp32.
-
-    Raises:
-        UserError: bf16 on a GPU without it, or fp16 on a CPU.
-    """
+    """Return bf16, fp32 or fp16, or raise UserError. 'auto' is bf16 on GPUs that have it, otherwise fp32."""
     has_bf16 = use_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
         return "bf16" if has_bf16 else "fp32"
@@ -29,11 +25,7 @@ def choose_precision(precision: str, *, use_cuda: bool) -> str:
 
 
 def should_use_cuda(world: World, device: str) -> bool:
-    """Return True if this rank runs on a GPU.
-
-    Raises:
-        UserError: CUDA was set but is missing, or this node has more ranks than GPUs.
-    """
+    """Return True if this rank runs on a GPU. Raise UserError without the CUDA that was set, or with more ranks than GPUs."""
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError(
@@ -52,6 +44,4 @@ def should_use_cuda(world: World, device: str) -> bool:
 
 def free_device_bytes(device: torch.device, ranks_per_node: int) -> int:
     """Return the free bytes of this rank's GPU, or on a CPU its share of the free host memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return free_host_bytes() // ranks_per_node
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes() // ranks_per_node

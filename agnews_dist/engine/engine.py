@@ -65,7 +65,6 @@ class Engine:
         if not use_cuda:
             # accelerate and transformers import an installed DeepSpeed, which prints a message when it finds no GPU.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        timeout = timedelta(seconds=timeout_seconds)
         # Safe: no view of a gradient is kept from step to step.
         self._ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
         handlers: list[KwargsHandler] = [self._ddp]
@@ -81,7 +80,7 @@ class Engine:
             open_process_group(world, backend, timeout_seconds)
         if has_group:
             # Only with a process group: without a launcher accelerate takes a named backend as a sign that there is one.
-            handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
+            handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_seconds)))
         self._accelerator = Accelerator(
             # With `cpu=True` accelerate silently ignores DeepSpeed.
             cpu=zero is None and not use_cuda,
@@ -95,12 +94,12 @@ class Engine:
                 f"WORLD_SIZE {world.num_ranks}, but the process group has {self._accelerator.num_processes} rank(s): "
                 "ranks would train separate models. Start the job with torchrun and unset ACCELERATE_* variables."
             )
-        if zero is not None and self._accelerator.distributed_type != DistributedType.DEEPSPEED:
-            raise UserError(
-                f"engine.backend deepspeed, but accelerate runs {self._accelerator.distributed_type}: nothing would be "
-                "sharded. Unset ACCELERATE_* variables."
-            )
         if zero is not None:
+            if self._accelerator.distributed_type != DistributedType.DEEPSPEED:
+                raise UserError(
+                    f"engine.backend deepspeed, but accelerate runs {self._accelerator.distributed_type}: nothing would be "
+                    "sharded. Unset ACCELERATE_* variables."
+                )
             # Otherwise transformers would shard every model it loads or builds later, such as the export, and child processes
             # would start DeepSpeed too.
             unset_hf_deepspeed_config()
@@ -131,7 +130,7 @@ class Engine:
     @property
     def is_forward_collective(self) -> bool:
         """True if a forward pass is collective: every rank must then run the same number of them."""
-        return self._fsdp or (self.zero is not None and self.zero.stage == 3 and self.world.num_ranks > 1)
+        return self.has_sharded_weights and self.world.num_ranks > 1
 
     @property
     def has_sharded_weights(self) -> bool:
@@ -140,67 +139,48 @@ class Engine:
 
     def prepare(self, suffix: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Strategy:
         """Wrap the fp32 trainable part and its optimizer. Gradients are clipped to `max_grad_norm`; 0: not at all."""
-        num_parameters = sum(parameter.numel() for parameter in suffix.parameters())
+        world, zero, num_parameters = self.world, self.zero, sum(parameter.numel() for parameter in suffix.parameters())
         scale = INITIAL_LOSS_SCALE if self.precision == "fp16" else None
         if self._fsdp:
             from agnews_dist.engine.fsdp import FSDPStrategy
 
             return FSDPStrategy(
-                self.world,
-                suffix,
-                optimizer,
-                self.device,
-                max_grad_norm=max_grad_norm,
-                compress_gradients=self._compress_gradients,
+                world, suffix, optimizer, self.device, max_grad_norm=max_grad_norm, compress_gradients=self._compress_gradients
             )
-        if self.zero is None:
+        if zero is None:
             self._ddp.bucket_cap_mb = choose_bucket_megabytes(4 * num_parameters)
             module = self._accelerator.prepare_model(suffix)
             if self._compress_gradients and isinstance(module, DistributedDataParallel):
                 module.register_comm_hook(None, collectives.average_in_bf16)
             return Strategy(
-                self.world, module, suffix, optimizer, self.device, max_grad_norm=max_grad_norm, initial_loss_scale=scale
+                world, module, suffix, optimizer, self.device, max_grad_norm=max_grad_norm, initial_loss_scale=scale
             )
         assert self._plugin is not None
         settings = self._plugin.deepspeed_config
         settings.clear()
         settings |= build_deepspeed_config(
-            self.zero,
-            num_ranks=self.world.num_ranks,
+            zero,
+            num_ranks=world.num_ranks,
             num_parameters=num_parameters,
             max_grad_norm=max_grad_norm,
             compress_gradients=self._compress_gradients,
             pin_memory=self.device.type == "cuda",
         )
-        if self.zero.stage == 3:
+        if zero.stage == 3:
             mark_leaf_blocks(suffix)
         module, _ = self._accelerator.prepare(suffix, optimizer)
         return DeepSpeedStrategy(
-            self.world,
-            module,
-            suffix,
-            optimizer,
-            self.device,
-            zero=self.zero,
-            max_grad_norm=max_grad_norm,
-            initial_loss_scale=scale,
+            world, module, suffix, optimizer, self.device, zero=zero, max_grad_norm=max_grad_norm, initial_loss_scale=scale
         )
 
 
 def choose_bucket_megabytes(num_bytes: int) -> int:
-    """Return DDP's bucket size for `num_bytes` of gradients.
-
-    An eighth of them, at least 4 and at most 128 MB, so that communication overlaps with the backward pass.
-    """
+    """Return DDP's bucket size: an eighth of the gradients, so that communication overlaps with the backward pass."""
     return min(128, max(4, num_bytes // 8 // 2**20))
 
 
 def check_accelerate_environment(zero: ZeroOptions | None) -> None:
-    """Check that variables of `accelerate launch` name no other engine than engine.backend.
-
-    Raises:
-        UserError: they do.
-    """
+    """Raise UserError if a variable of `accelerate launch` names another engine than engine.backend."""
     allowed = {"ACCELERATE_USE_DEEPSPEED": zero is not None, "ACCELERATE_USE_FSDP": False, "ACCELERATE_USE_MEGATRON_LM": False}
     for name, is_allowed in allowed.items():
         if os.environ.get(name, "false").lower() == "true" and not is_allowed:
@@ -211,10 +191,7 @@ def check_accelerate_environment(zero: ZeroOptions | None) -> None:
 
 
 def _clear_environment(world: World | None) -> None:
-    """Remove accelerate's variables, and for a process group of `world` set a launcher's.
-
-    accelerate's variables override its arguments: they compile, change the device, scale gradients or choose an engine.
-    """
+    """Remove accelerate's variables, which override its arguments; for a process group of `world` set a launcher's."""
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
     if world is None:

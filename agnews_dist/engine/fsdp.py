@@ -39,7 +39,6 @@ class FSDPStrategy(Strategy):
         super().__init__(world, suffix, suffix, optimizer, device, max_grad_norm=max_grad_norm, initial_loss_scale=None)
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[object]:
-        """Wrap one micro-batch, see `Strategy.accumulate`."""
         cast(Any, self.module).set_requires_gradient_sync(is_last)
         return nullcontext()
 

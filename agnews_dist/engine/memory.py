@@ -1,14 +1,13 @@
 """Memory estimate per rank, by part, computed from a model's shape and the settings. Needs no torch.
 
-The trainable part is fp32 under every engine. A weight takes 4 bytes, its gradient 4, AdamW's two moments 8 (Kingma and Ba
-2015). They are whole, or sharded as in ZeRO (Rajbhandari et al. 2020). Activations are the bytes that autograd keeps per token,
-counted on Hugging Face's GPT-2 block with dropout (tests/unit/engine/test_memory.py repeats the count). Buffers of the engines
-were read from the source of DeepSpeed 0.19 and torch 2.13.
+A trainable weight takes 4 bytes, its gradient 4, AdamW's two moments 8; they are whole, or sharded as in ZeRO (Rajbhandari et
+al. 2020). Activations were counted on Hugging Face's GPT-2 block with dropout, as tests/unit/engine/test_memory.py does. The
+engines' buffers were read from the source of DeepSpeed 0.19 and torch 2.13.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from agnews_dist.engine.deepspeed_config import LARGEST_BUCKET
 from agnews_dist.storage.capacity import gigabytes
@@ -49,11 +48,10 @@ class Shape:
         return 4 * self.width**2 + 2 * self.width * self.inner + 9 * self.width + self.inner
 
     def count_trainable(self, trainable_blocks: int, num_classes: int) -> int:
-        """Count the trainable weights: last blocks, final norm, `out_head`."""
+        # The last blocks, the final norm, `out_head`.
         return trainable_blocks * self.block + 2 * self.width + num_classes * (self.width + 1)
 
     def count_frozen(self, trainable_blocks: int) -> int:
-        """Count the frozen weights: embeddings and the other blocks."""
         embeddings = (self.num_rows + self.num_positions) * self.width
         return embeddings + (self.num_blocks - trainable_blocks) * self.block
 
@@ -80,7 +78,7 @@ class Setup:
     shares_frozen: bool = False
     """The ranks of a node share one copy of the frozen weights."""
     fast_path: bool = True
-    checkpointing: bool = False
+    activation_checkpointing: bool = False
     compress_gradients: bool = False
     num_classes: int = 4
     cache_bytes: int = 0
@@ -103,12 +101,10 @@ class Estimate:
 
     @property
     def device_bytes(self) -> int:
-        """Total on the device."""
         return sum(self.device.values())
 
     @property
     def host_bytes(self) -> int:
-        """Total in host memory."""
         return sum(self.host.values())
 
 
@@ -116,15 +112,12 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
     """Estimate the memory of rank 0, which needs the most: it also copies the best epoch and checkpoints."""
     total = shape.count_trainable(setup.trainable_blocks, setup.num_classes)
     shard = -(-total // setup.num_ranks)
-    is_offloaded, weights_offloaded = setup.offload != "none", setup.offload == "all"
     zero = setup.zero_stage if setup.backend == "deepspeed" else 0
     has_sharded_weights = zero == 3 or (setup.backend == "fsdp" and setup.num_ranks > 1)
     # From the second step on, stage 3 keeps gathered weights until the backward pass has used them.
     live = min(total, LIVE_WEIGHTS if zero == 3 else 2 * shape.block) if has_sharded_weights else 0
     bucket = 4 * min(total, LARGEST_BUCKET)
 
-    weights = {"weights that train": 4 * (shard if has_sharded_weights else total) + 4 * live}
-    gradients = 4 * (shard if has_sharded_weights or zero == 2 else total)
     optimizer = 8 * (shard if zero or setup.backend == "fsdp" else total)
     buffers = 0
     if zero:
@@ -139,11 +132,12 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
     frozen = (2 if setup.half else 4) * shape.count_frozen(setup.trainable_blocks)
     # Adding [PAD] copies the embedding on every rank.
     embedding = 4 * shape.num_rows * shape.width
-    shared = embedding + (frozen - embedding) // setup.ranks_per_node
+    if setup.shares_frozen:
+        frozen = embedding + (frozen - embedding) // setup.ranks_per_node
     device = {
-        "frozen weights": shared if setup.shares_frozen else frozen,
-        **weights,
-        "gradients": gradients,
+        "frozen weights": frozen,
+        "weights that train": 4 * (shard if has_sharded_weights else total) + 4 * live,
+        "gradients": 4 * (shard if has_sharded_weights or zero == 2 else total),
         "optimizer": optimizer,
         "engine's buffers": buffers,
         "activations": estimate_activation_bytes(shape, setup),
@@ -151,10 +145,10 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
     }
     # A checkpoint is written from a copy of weights and moments while training continues.
     host = {"best epoch": 4 * total, "checkpoint": 12 * total}
-    if is_offloaded:
+    if setup.offload != "none":
         # The update also holds its gradients and a second copy of the weights on the host.
         host["optimizer"] = device.pop("optimizer") + 8 * shard
-    if weights_offloaded:
+    if setup.offload == "all":
         host["weights that train"] = 4 * shard
         device["weights that train"] = 4 * live
     if setup.device == "cpu":
@@ -175,10 +169,9 @@ def estimate_activation_bytes(shape: Shape, setup: Setup) -> int:
     num_full = max(0, setup.trainable_blocks - 1) if setup.fast_path else setup.trainable_blocks
     # The backward pass of a block adds about two of its widest tensors.
     backward = 4 * num_tokens * (4 * width) * 2 if num_full else 0
-    inputs = num_full * 4 * width * num_tokens
     kept = num_full * block
-    if setup.checkpointing:
-        kept = min(kept, inputs + block)
+    if setup.activation_checkpointing:
+        kept = min(kept, num_full * 4 * width * num_tokens + block)
     last = num_tokens * width * LAST_BLOCK_BYTES
     last += num_tokens // MEAN_TOKENS * width * (16 * shape.num_heads + 24)
     call = setup.call_tokens if setup.fast_path else num_tokens
@@ -192,47 +185,41 @@ def estimate_activation_bytes(shape: Shape, setup: Setup) -> int:
 
 def compute_largest_micro_batch(setup: Setup) -> int:
     """Return the padded tokens of the largest micro-batch: the limit, or less if a rank's share is smaller."""
-    if setup.texts_per_rank is None:
-        return setup.max_tokens_per_rank
-    return min(setup.max_tokens_per_rank, setup.texts_per_rank * setup.max_length)
+    limit, texts = setup.max_tokens_per_rank, setup.texts_per_rank
+    return limit if texts is None else min(limit, texts * setup.max_length)
 
 
 def propose_settings(setup: Setup) -> list[tuple[str, Setup]]:
     """Propose settings that need less memory, fastest first: (flags, setup with these flags)."""
-    fewer = max(setup.max_length, compute_largest_micro_batch(setup) // 4)
-    found = [(f"--batch.max_tokens_per_rank {fewer}", replace(setup, max_tokens_per_rank=fewer))]
-    found.append(("--engine.activation_checkpointing true", replace(setup, checkpointing=True)))
-    small = replace(setup, max_tokens_per_rank=fewer, checkpointing=True)
-    both = f"--batch.max_tokens_per_rank {fewer} --engine.activation_checkpointing true"
-    found.append((both, small))
+    fewer_tokens: dict[str, Any] = {"batch.max_tokens_per_rank": max(setup.max_length, compute_largest_micro_batch(setup) // 4)}
+    recompute: dict[str, Any] = {"engine.activation_checkpointing": True}
+    both = fewer_tokens | recompute
+    proposals = [fewer_tokens, recompute, both]
     if setup.backend == "ddp" and setup.num_ranks > 1:
-        found.append((f"{both} --engine.backend fsdp", replace(small, backend="fsdp")))
+        proposals.append(both | {"engine.backend": "fsdp"})
     for stage in (2, 3):
-        flags = f"--engine.backend deepspeed --engine.zero_stage {stage}"
-        divided = replace(small, backend="deepspeed", zero_stage=stage, offload="none")
-        found.append((f"{both} {flags}", divided))
-        found.append((f"{both} {flags} --engine.offload optimizer", replace(divided, offload="optimizer")))
-    everything = replace(small, backend="deepspeed", zero_stage=3, offload="all")
-    found.append((f"{both} --engine.backend deepspeed --engine.zero_stage 3 --engine.offload all", everything))
-    for fewer_blocks in (setup.trainable_blocks // 2, 1):
-        if 0 < fewer_blocks < setup.trainable_blocks:
-            found.append((f"--model.trainable_blocks {fewer_blocks}", replace(setup, trainable_blocks=fewer_blocks)))
-            found.append((f"{both} --model.trainable_blocks {fewer_blocks}", replace(small, trainable_blocks=fewer_blocks)))
+        zero = both | {"engine.backend": "deepspeed", "engine.zero_stage": stage, "engine.offload": "none"}
+        proposals += [zero, zero | {"engine.offload": "optimizer"}]
+    proposals.append(both | {"engine.backend": "deepspeed", "engine.zero_stage": 3, "engine.offload": "all"})
+    for blocks in (setup.trainable_blocks // 2, 1):
+        if 0 < blocks < setup.trainable_blocks:
+            proposals += [{"model.trainable_blocks": blocks}, both | {"model.trainable_blocks": blocks}]
+    found: list[tuple[str, Setup]] = []
+    for changes in proposals:
+        flags = " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items() if value != "none")
+        found.append((flags, replace(setup, **{name.partition(".")[2]: value for name, value in changes.items()})))
     return found
 
 
 def format_estimate(found: Estimate) -> str:
-    """Format an estimate as one line, with its four largest parts."""
+    """Format the total and the four largest parts."""
     parts = sorted(found.device.items(), key=lambda item: -item[1])
     named = ", ".join(f"{name} {gigabytes(num_bytes)}" for name, num_bytes in parts[:4])
     return f"about {gigabytes(found.device_bytes)} per rank: {named}"
 
 
 def explain_misfit(shape: Shape, setup: Setup, *, free_device: int, free_host: int) -> str | None:
-    """Return None if the run may fit, otherwise an error message that names settings that fit.
-
-    `free_device`: bytes per rank; `free_host`: bytes of the node, used only with a GPU.
-    """
+    """Return None if the run may fit, otherwise a message that names settings that fit. `free_host`: bytes of the node."""
 
     def fits(other: Setup, factor: float) -> bool:
         found = estimate(shape, other)
@@ -249,7 +236,9 @@ def explain_misfit(shape: Shape, setup: Setup, *, free_device: int, free_host: i
         least = estimate(shape, replace(setup, trainable_blocks=min(1, setup.trainable_blocks))).device_bytes
         remedy = f"Use a smaller model or more memory: with one trainable block it needs {gigabytes(least)}"
     found = estimate(shape, setup)
-    is_device = found.device_bytes * (1 - TOLERANCE) > free_device
-    where, free = ("on this rank's device", free_device) if is_device else ("in this node's memory", free_host)
-    needs = format_estimate(found) if is_device else f"about {gigabytes(found.host_bytes)} per rank in host memory"
-    return f"the run needs {needs}; {gigabytes(free)} are free {where}: it would run out of memory. {remedy}."
+    if found.device_bytes * (1 - TOLERANCE) > free_device:
+        misfit = f"{format_estimate(found)}; {gigabytes(free_device)} are free on this rank's device"
+    else:
+        needs = gigabytes(found.host_bytes)
+        misfit = f"about {needs} per rank in host memory; {gigabytes(free_host)} are free in this node's memory"
+    return f"the run needs {misfit}: it would run out of memory. {remedy}."

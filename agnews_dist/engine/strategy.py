@@ -1,8 +1,4 @@
-"""The trainable part under an engine: forward, backward, one update, and its whole state.
-
-`Strategy` runs one process or DDP, where every rank holds everything. FSDP2 and DeepSpeed shard it; all give the same numbers.
-`Engine.prepare` chooses the class.
-"""
+"""The trainable part under an engine: forward, backward, one update, and its whole state. All engines give the same numbers."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -40,9 +36,8 @@ class Strategy:
         self._world, self._optimizer, self._max_grad_norm = world, optimizer, max_grad_norm
         # Passed in: offloaded weights are not on the compute device.
         self._device = device
-        self._scaler = torch.amp.GradScaler(
-            self._device.type, init_scale=initial_loss_scale or 1.0, enabled=initial_loss_scale is not None
-        )
+        has_scale = initial_loss_scale is not None
+        self._scaler = torch.amp.GradScaler(device.type, init_scale=initial_loss_scale or 1.0, enabled=has_scale)
         self._is_state_just_loaded = False
 
     def __call__(self, *features: Tensor) -> Tensor:
@@ -57,10 +52,7 @@ class Strategy:
         return nullcontext() if is_last or self._world.num_ranks == 1 else cast(Any, self.module).no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of a loss that is already normalised.
-
-        accelerate's own `backward` would divide the loss by ACCELERATE_GRADIENT_ACCUMULATION_STEPS.
-        """
+        """Accumulate the gradients of a normalised loss. accelerate's own `backward` would divide it once more."""
         self._scaler.scale(loss).backward()
 
     def update(self) -> float:
@@ -89,8 +81,7 @@ class Strategy:
     def load_scaling(self, scale: float, clean_steps: int) -> None:
         """Restore `scaling`. Does nothing without fp16."""
         if self._scaler.is_enabled():
-            state = {**self._scaler.state_dict(), "scale": scale, "_growth_tracker": clean_steps}
-            self._scaler.load_state_dict(state)
+            self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": scale, "_growth_tracker": clean_steps})
 
     @property
     def num_updates(self) -> int:
@@ -99,16 +90,13 @@ class Strategy:
 
     def gather_weights(self) -> dict[str, Tensor]:
         """Return whole fp32 weights on the CPU by name, on rank 0; an empty mapping elsewhere. Collective."""
-        weights = self._gather_all(WEIGHT)
-        state = {name: weight.clone().cpu() if self._world.is_main else None for name, weight in weights}
-        return {name: weight for name, weight in state.items() if weight is not None}
+        return {name: weight.clone().cpu() for name, weight in self._gather_all(WEIGHT) if self._world.is_main}
 
     def gather_state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield weights and moments in fp32: 'weight.<name>', then 'exp_avg.<name>', then 'exp_avg_sq.<name>'.
 
-        Collective: every rank must iterate to the end. One tensor at a time is gathered, to save memory. On rank 0 it is whole
-        and may be a view of the weight, so copy it before the next step. On other ranks the values are unspecified. Before the
-        first update the moments are zeros.
+        Collective: every rank must iterate to the end. One tensor at a time is gathered, to save memory. Rank 0's may be a view
+        of the weight, so copy it before the next step; the others' are unspecified. Before the first update moments are zeros.
         """
         for kind in (WEIGHT, *MOMENTS):
             for name, value in self._gather_all(kind):
@@ -150,11 +138,10 @@ class Strategy:
 
     def _broadcast_all(self, kind: str, state: Mapping[str, Tensor]) -> None:
         for name, weight in self.suffix.named_parameters():
-            value = (
-                state[f"{kind}.{name}"].to(self._device)
-                if self._world.is_main
-                else torch.empty(self._full_shape(weight), dtype=weight.dtype, device=self._device)
-            )
+            if self._world.is_main:
+                value = state[f"{kind}.{name}"].to(self._device)
+            else:
+                value = torch.empty(self._full_shape(weight), dtype=weight.dtype, device=self._device)
             self._scatter(weight, kind, collectives.broadcast(value))
 
     def _create_moments(self, num_updates: int) -> None:
@@ -168,11 +155,10 @@ class Strategy:
             state["step"].fill_(num_updates)
 
     def _optimizer_weights(self) -> list[Tensor]:
-        """Return the tensors that are the keys of the optimizer's state."""
+        """Return the keys of the optimizer's state."""
         return [weight for group in self._optimizer.param_groups for weight in group["params"]]
 
     def _full_shape(self, weight: Tensor) -> torch.Size:
-        """Return the shape of the whole weight."""
         return weight.shape
 
     def _local(self, weight: Tensor, kind: str) -> Tensor:

@@ -81,7 +81,9 @@ def test_activation_bytes_are_close_to_what_autograd_keeps(blocks: int, half: bo
     estimated = estimate_activation_bytes(build_shape(config), replace(base, half=half, fast_path=fast_path))
     # The estimate includes the backward pass of a block and the features.
     assert 0.9 * sum(kept.values()) < estimated < 2.1 * sum(kept.values())
-    less = estimate_activation_bytes(build_shape(config), replace(base, half=half, fast_path=fast_path, checkpointing=True))
+    less = estimate_activation_bytes(
+        build_shape(config), replace(base, half=half, fast_path=fast_path, activation_checkpointing=True)
+    )
     assert less < estimated if blocks == 3 else less <= estimated
 
 
@@ -192,7 +194,7 @@ def memory_table() -> list[str]:
         shape = Shape(num_blocks=blocks, width=width, inner=4 * width, num_heads=heads, num_rows=50258, num_positions=1024)
         for trained in (1, blocks // 2, blocks):
             base = setup(trainable_blocks=trained, num_ranks=8, ranks_per_node=8, max_tokens_per_rank=16384)
-            base = replace(base, max_length=256, half=True, checkpointing=trained > 1)
+            base = replace(base, max_length=256, half=True, activation_checkpointing=trained > 1)
             sizes = [estimate(shape, replace(base, **changed)).device_bytes / 1e9 for changed in COLUMNS]  # type: ignore[arg-type]
             rows.append(f"| {name} | {trained} of {blocks} | " + " | ".join(f"{size:.1f}" for size in sizes) + " |")
     return rows
