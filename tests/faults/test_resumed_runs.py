@@ -182,7 +182,7 @@ def test_accepted_learning_rate_is_used(stopped):
 def test_more_epochs_continue_a_finished_run(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     finish(tmp_path, "--optim.epochs", "4")
-    assert re.search(r"warning: optim.epochs was 3, is 4: the learning rate follows the schedule", read_log(tmp_path))
+    assert re.search(r"warning: optim.epochs was 3, is 4: the learning rate now follows the schedule", read_log(tmp_path))
     timeline = Timeline(run_directory(tmp_path))
     steps = timeline.of("StepDone")
     assert [event["step"] for event in steps] == list(range(1, NUM_STEPS + EPOCH_STEPS + 1))
