@@ -88,7 +88,7 @@ def _plan_run(config: "Config", world: World) -> "PlannedRun":
     from agnews_dist.preflight.machine import PlannedRun
     from agnews_dist.run.engine_setup import check_engine
     from agnews_dist.run.fingerprints import weight_settings
-    from agnews_dist.run.memory_setup import read_memory_setup
+    from agnews_dist.run.memory_setup import build_memory_setup
     from agnews_dist.storage.directories import cache_root
 
     engine, model = config.engine, config.model
@@ -108,7 +108,7 @@ def _plan_run(config: "Config", world: World) -> "PlannedRun":
         feature_bytes=int(engine.feature_cache_gigabytes * 1e9) if engine.feature_cache == "disk" else 0,
         settings={**weight_settings(config), **compared},
         check_engine=partial(check_engine, config, world),
-        read_memory_setup=partial(read_memory_setup, config, world),
+        read_memory_setup=partial(build_memory_setup, config, world),
     )
 
 

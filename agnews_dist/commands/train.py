@@ -9,6 +9,7 @@ finish    restore the best epoch, score the test split once, export, write resul
 import os
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 
 from agnews_dist.commands.command import TRAINING_OPTIONS, run_command
@@ -50,7 +51,7 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         def load() -> tuple[Estimate, setup.TrainingInputs]:
             check_source(config.data.source)
             files = setup.read_model_files(config.model, config.data)
-            memory = check_fits(*memory_setup.build_memory_setup(config, files.config, world), world)
+            memory = check_fits(*memory_setup.build_memory_setup(config, world, files.config), world)
             return memory, setup.load_training_inputs(config, world, monitors.emit, timer, files=files)
 
         memory, inputs = collectives.raise_if_any_failed(collectives.catch(load))
@@ -68,10 +69,10 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         checkpoints = attempt.open_checkpoints(trainer, inputs.fingerprints, features.choice.place)
         has_profile = loaded.options["profile"] and world.is_main
         with (
-            checkpoints,
-            training.profile_steps(has_profile, attempt.directory, engine.device, trainer.num_steps, monitors.emit) as profiler,
+            closing(checkpoints),
+            training.profile_steps(has_profile, attempt.directory, engine.device, trainer.num_steps, monitors.emit) as on_step,
         ):
-            trainer.fit(lambda: evaluate("validation"), checkpoints, after_step=profiler.step)
+            trainer.fit(lambda: evaluate("validation"), checkpoints, on_step)
 
         trainer.best.restore()
         scores = {"validation": trainer.best.scores}

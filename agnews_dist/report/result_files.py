@@ -16,7 +16,7 @@ from agnews_dist.events import Scores
 from agnews_dist.storage.atomic import to_json_value, write_text
 
 if TYPE_CHECKING:
-    from agnews_dist.evaluation import SplitScores
+    from agnews_dist.evaluation.evaluator import SplitScores
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
 OPTIONAL_PACKAGES = ("deepspeed",)
@@ -44,23 +44,23 @@ class Result:
     """Split -> scores of the exported model."""
     num_steps: int
     num_ranks: int
-    global_batch_size: int | None
+    global_batch_size: int | None = None
     """Examples per optimiser step; None with a token budget."""
-    global_token_budget: int | None
-    padding_efficiency: float | None
+    global_token_budget: int | None = None
+    padding_efficiency: float | None = None
     """Real tokens / padded tokens, over all ranks and steps."""
-    critical_path_efficiency: float | None
+    critical_path_efficiency: float | None = None
     """Real tokens / (ranks x padded tokens of the slowest rank), over all steps."""
-    rank_balance: float | None
+    rank_balance: float | None = None
     """Padded tokens of the mean rank / of the slowest rank; 1 if no rank waits."""
     seconds: Seconds
-    tokens_per_second: float | None
+    tokens_per_second: float | None = None
     """Real tokens of all ranks per second of training."""
     peak_memory_bytes: int | None
     """Maximum over the ranks."""
-    feature_cache: str | None
+    feature_cache: str | None = None
     """Place of the cached features: device, host, disk or off."""
-    feature_cache_bytes: int | None
+    feature_cache_bytes: int | None = None
     """Bytes of the cached features, over all ranks."""
     versions: Mapping[str, str]
     fingerprints: Mapping[str, str]

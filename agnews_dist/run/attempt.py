@@ -10,6 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
@@ -139,44 +140,41 @@ class Attempt:
         Raises:
             SharedError: ranks differ, the checkpoint belongs to other data or weights, or the directory cannot be written.
         """
-
-        def begin_on_main() -> None:
-            with self._begin_lock:
-                if not self._is_ended_early:
-                    self._begin(fingerprints)
-
         collectives.check_equal(fingerprints)
         is_main = self._engine.world.is_main
-        collectives.raise_if_any_failed(collectives.catch(begin_on_main) if is_main else None)
+        collectives.raise_if_any_failed(collectives.catch(partial(self._begin, fingerprints)) if is_main else None)
         self._has_begun = True
         # All ranks need the name on disk: saving is collective, and each rank skips what is saved already.
         self._resume_state, self._on_disk = collectives.all_gather((self._resume_state, self._on_disk))[0]
 
     def _begin(self, fingerprints: Mapping[str, str]) -> None:
-        directory, status, point = self._directory, self._status, self._resume_point
-        assert directory is not None
-        assert status is not None
-        checkpoint = point.checkpoint if point else None
-        self._on_disk = point.on_disk if point else None
-        if checkpoint is not None:
-            check_fingerprints(checkpoint, fingerprints)
-        if point is None or not point.is_own:
-            # Before the rename: a run killed right after it must be recognised as begun.
-            status.write("running", "it began")
-            directory.commit()
-            status.directory = directory.directory
-            if self._log is not None:
-                self._log.path = directory.directory / LOG_FILE
-        else:
-            directory.commit()
-            keep_bytes = checkpoint.state["log_bytes"] if checkpoint else 0
-            self._log = EventLog(directory.directory / LOG_FILE, keep_bytes=keep_bytes)
-            self._sinks.add(self._log)
-            status.write("running", "it resumed")
-            self._remove_later_checkpoints(status.step)
-        if checkpoint is not None:
-            self._resume_state = checkpoint.state
-            self._sinks(Resumed(path=str(checkpoint.path), step=status.step, attempt=status.attempt))
+        with self._begin_lock:
+            if self._is_ended_early:
+                return
+            directory, status, point = self._directory, self._status, self._resume_point
+            assert directory is not None
+            assert status is not None
+            checkpoint = point.checkpoint if point else None
+            self._on_disk = point.on_disk if point else None
+            if checkpoint is not None:
+                check_fingerprints(checkpoint, fingerprints)
+            if point is None or not point.is_own:
+                # Before the rename: a run killed right after it must be recognised as begun.
+                status.write("running", "it began")
+                directory.commit()
+                status.directory = directory.directory
+                if self._log is not None:
+                    self._log.path = directory.directory / LOG_FILE
+            else:
+                directory.commit()
+                keep_bytes = checkpoint.state["log_bytes"] if checkpoint else 0
+                self._log = EventLog(directory.directory / LOG_FILE, keep_bytes=keep_bytes)
+                self._sinks.add(self._log)
+                status.write("running", "it resumed")
+                self._remove_later_checkpoints(status.step)
+            if checkpoint is not None:
+                self._resume_state = checkpoint.state
+                self._sinks(Resumed(path=str(checkpoint.path), step=status.step, attempt=status.attempt))
 
     def _remove_later_checkpoints(self, step: int) -> None:
         """Remove checkpoints newer than the one resumed from: the next start would take them for the newest."""
@@ -198,18 +196,6 @@ class Attempt:
             return state["features"]
         return wanted
 
-    def _metadata(self, fingerprints: Mapping[str, str], features: str, class_names: Sequence[str]) -> dict[str, Any]:
-        """Return what every checkpoint says besides position and weights."""
-        return {
-            "settings": self._settings,
-            "fingerprints": dict(fingerprints),
-            "precision": self._engine.precision,
-            "num_ranks": self._engine.world.num_ranks,
-            "features": features,
-            "class_names": list(class_names),
-            "versions": versions(),
-        }
-
     def open_checkpoints(self, trainer: Trainer, fingerprints: Mapping[str, str], features: str) -> CheckpointManager:
         """Return the run's checkpoint manager, after `trainer` has loaded the checkpoint to resume from. Collective.
 
@@ -219,11 +205,20 @@ class Attempt:
             SharedError: the checkpoint's position belongs to another plan.
         """
         settings, point = self._config.checkpoint, self._resume_point
+        metadata = {
+            "settings": self._settings,
+            "fingerprints": dict(fingerprints),
+            "precision": self._engine.precision,
+            "num_ranks": self._engine.world.num_ranks,
+            "features": features,
+            "class_names": list(trainer.class_names),
+            "versions": versions(),
+        }
         self._checkpoints = CheckpointManager(
             self.directory / FOLDER,
             trainer.strategy,
             CheckpointSettings(keep=settings.keep, every_steps=settings.every_steps, every_minutes=settings.every_minutes),
-            metadata=self._metadata(fingerprints, features, trainer.class_names),
+            metadata=metadata,
             log=self._log,
             emit=self._sinks,
             on_disk=self._on_disk,
@@ -286,4 +281,4 @@ class Attempt:
             elif self._has_begun and error is not None and not isinstance(error, AlreadyFinished):
                 self._record("failed", str(error).split("\n")[0] or type(error).__name__)
             if self._directory is not None:
-                self._directory.__exit__(kind, error, trace)
+                self._directory.close()

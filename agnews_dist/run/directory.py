@@ -6,7 +6,6 @@ import socket
 import tempfile
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 
 from agnews_dist.errors import UserError
 from agnews_dist.storage import atomic
@@ -35,7 +34,7 @@ def run_name(name: str | None, model_name: str, now: datetime) -> str:
 
 
 class RunDirectory:
-    """The directory of one run, as a context manager: `lock()`, then `create()` or `reopen()`, then `commit()`.
+    """The directory of one run: `lock()`, then `create()` or `reopen()`, then `commit()`, at the end `close()`.
 
     Before `commit()` a new run writes to a hidden staging directory, and a resumed run writes nothing. If the run is
     refused or killed before that, its name stays free, and the results that it was to replace are kept.
@@ -48,7 +47,9 @@ class RunDirectory:
         """Hidden directory in which a new run writes until `commit()` renames it. Files opened there stay valid."""
         self._replaced = runs / f".{name}.replaced"
         self.overwrite, self._config_yaml = overwrite, config_yaml
-        self._is_staged, self._is_reopened = False, False
+        self.path = self.directory
+        """The directory that holds the run's files now."""
+        self._is_reopened = False
         self._lock: int | None = None
         self._lock_path = runs / f".{name}.lock"
 
@@ -72,11 +73,6 @@ class RunDirectory:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    @property
-    def path(self) -> Path:
-        """The directory that holds the run's files now."""
-        return self.staging if self._is_staged else self.directory
-
     def reopen(self) -> None:
         """Continue the existing run. Its files stay unchanged until `commit()`."""
         self._is_reopened = True
@@ -95,7 +91,7 @@ class RunDirectory:
                 self._check_replaceable()
             shutil.rmtree(self.staging, ignore_errors=True)
             self.staging.mkdir(parents=True)
-            self._is_staged = True
+            self.path = self.staging
             # Only a write shows that writing works: permission bits say nothing of root, read-only mounts and quotas.
             (self.staging / CONFIG_FILE).write_text(self._config_yaml, encoding="utf-8")
         except OSError as error:
@@ -127,16 +123,14 @@ class RunDirectory:
         """
         if self._is_reopened:
             atomic.write_text(self.directory / CONFIG_FILE, [self._config_yaml])
-        elif self._is_staged:
+        elif self.path == self.staging:
             shutil.rmtree(self._replaced, ignore_errors=True)
             atomic.replace(self.staging, self.directory, aside=self._replaced)
-            self._is_staged = False
+            self.path = self.directory
 
-    def __enter__(self) -> "RunDirectory":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._is_staged:
+    def close(self) -> None:
+        """Release the name; a run that has not begun leaves nothing."""
+        if self.path == self.staging:
             shutil.rmtree(self.staging, ignore_errors=True)
         if self._lock is not None:
             # A waiting process notices that the file is gone, and creates a new one.

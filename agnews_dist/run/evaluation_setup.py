@@ -47,14 +47,8 @@ def load_evaluation_inputs(
 ) -> EvaluationInputs:
     """Load a classifier and one tokenised split.
 
-    Args:
-        data: the data section of the configuration.
-        model: the model section of the configuration.
-        split: name of the split; None: test, or the whole of a single file.
-        max_length: tokens per text; None: as in training. Another length is used, with a warning.
-        emit: receives progress and warnings.
-        timer: measures tokenising.
-        world: this rank.
+    `split`: None means test, or the whole of a single file. `max_length`: tokens per text; None: as in training. Another length
+    is used, with a warning.
 
     Raises:
         UserError: no classifier, no such split, classes that do not fit, or any fault of the files.
@@ -74,15 +68,11 @@ def load_evaluation_inputs(
 
 
 def _load_split(data: DataConfig, split: str | None) -> Corpus:
-    """Load a corpus of one split.
-
-    Raises:
-        DataError: the split does not exist, or the source cannot be read.
-    """
+    """Load a corpus of one split; by default a single file whole, else the test split."""
     corpus = load_text(data, hold_out=False)
     if split in ("train", "validation") and "validation" not in corpus.splits:
         corpus = load_text(data)
-    name = split or _default_split(data.source, corpus)
+    name = split or (next(iter(corpus.splits)) if Path(data.source).expanduser().is_file() else "test")
     if name not in corpus.splits:
         raise DataError(
             f"{data.source} has no {name} split (only {', '.join(corpus.splits)}): there is nothing to score. Choose one of "
@@ -93,19 +83,10 @@ def _load_split(data: DataConfig, split: str | None) -> Corpus:
 
 
 def _check_classes(source: str, of_data: tuple[str, ...], of_model: tuple[str, ...]) -> None:
-    """Check that a label means the same class in the data and in the model.
-
-    Raises:
-        DataError: it does not.
-    """
+    """Check that a label means the same class in the data and in the model."""
     has_names = of_model != tuple(f"LABEL_{i}" for i in range(len(of_model)))
     if len(of_data) != len(of_model) or (has_names and of_data != of_model):
         raise DataError(
             f"{source} has the classes {', '.join(of_data)}, the model {', '.join(of_model)}: labels would not match. Score "
             "the model on data with its own classes, in its own order."
         )
-
-
-def _default_split(source: str, corpus: Corpus) -> str:
-    """Return the split to score by default: a single file whole, else the test split."""
-    return next(iter(corpus.splits)) if Path(source).expanduser().is_file() else "test"

@@ -15,21 +15,6 @@ from agnews_dist.model.prefix import CALL_TOKENS
 from agnews_dist.run.setup import read_model_files
 
 
-def read_memory_setup(config: Config, world: World) -> tuple[Shape, Setup]:
-    """Read the model's config file and return the two arguments of the memory estimate.
-
-    Raises:
-        ModelError: the model cannot be found, or it is not GPT-2.
-        UserError: the device or precision is not available here.
-    """
-    return build_memory_setup(config, read_model_files(config.model, config.data).config, world)
-
-
-def build_memory_setup(config: Config, gpt2: GPT2Config, world: World) -> tuple[Shape, Setup]:
-    """Return the two arguments of the memory estimate, from a model config that is already read."""
-    return build_shape(gpt2), build_setup(config, gpt2, world)
-
-
 def build_shape(gpt2: GPT2Config) -> Shape:
     """Return the sizes of a GPT-2 that its memory depends on."""
     return Shape(
@@ -42,13 +27,18 @@ def build_shape(gpt2: GPT2Config) -> Shape:
     )
 
 
-def build_setup(config: Config, gpt2: GPT2Config, world: World) -> Setup:
-    """Return the settings of this rank, on this machine, that its memory depends on."""
+def build_memory_setup(config: Config, world: World, gpt2: GPT2Config | None = None) -> tuple[Shape, Setup]:
+    """Return the two arguments of the memory estimate, for this rank on this machine. `gpt2`: the model's, if it is read.
+
+    Raises:
+        UserError: the model cannot be read, or the device or precision is not available here.
+    """
+    gpt2 = gpt2 or read_model_files(config.model, config.data).config
     engine, blocks = config.engine, config.model.trainable_blocks
     use_cuda = should_use_cuda(world, engine.device)
     half = choose_precision(engine.precision, use_cuda=use_cuda) != "fp32"
     stored = str(gpt2.dtype or "float32").removeprefix("torch.")
-    return Setup(
+    setup = Setup(
         trainable_blocks=gpt2.n_layer if blocks == "all" else min(blocks, gpt2.n_layer),
         num_ranks=world.num_ranks,
         ranks_per_node=world.ranks_per_node,
@@ -64,12 +54,13 @@ def build_setup(config: Config, gpt2: GPT2Config, world: World) -> Setup:
         # Weights used in the type they are stored in stay memory-mapped: the ranks of a node share those pages.
         shares_frozen=not (use_cuda or half) and config.model.init == "pretrained" and stored == "float32",
         fast_path=engine.fast_path,
-        checkpointing=engine.activation_checkpointing,
+        activation_checkpointing=engine.activation_checkpointing,
         compress_gradients=engine.gradient_compression == "bf16",
         runtime_bytes=psutil.Process().memory_info().rss,
         call_tokens=CALL_TOKENS["cuda" if use_cuda else "cpu"],
         evaluation_tokens=EVALUATION_TOKENS,
     )
+    return build_shape(gpt2), setup
 
 
 def count_texts_per_rank(config: Config, world: World, *, use_cuda: bool) -> int | None:

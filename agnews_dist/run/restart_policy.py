@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -54,12 +56,8 @@ def decide_at_end(status: Status | None, starts: Sequence[Start], limit: int, *,
 
 def count_fruitless(starts: Sequence[Start]) -> int:
     """Count the latest starts in a row that saved nothing new: the next start began at the same step."""
-    count = 0
-    for earlier, later in zip(reversed(starts[:-1]), reversed(starts), strict=False):
-        if later.step > earlier.step:
-            break
-        count += 1
-    return count
+    new_steps = [later.step - earlier.step for earlier, later in pairwise(starts)]
+    return next((count for count, new in enumerate(reversed(new_steps)) if new > 0), len(new_steps))
 
 
 def _nothing_new(starts: Sequence[Start], limit: int) -> str:
@@ -74,22 +72,20 @@ def start_from_status(status: Status | None) -> Start:
 
 def read_starts(file: Path) -> list[Start]:
     """Read the starts counted so far, without a line that a kill cut short."""
-    found: list[Start] = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
+    found: list[Start] = []
     for line in lines:
-        try:
+        with suppress(ValueError, KeyError, TypeError):
             content = json.loads(line)
             found.append(Start(int(content["attempt"]), int(content["step"])))
-        except (ValueError, KeyError, TypeError):
-            continue
     return found
 
 
 def write_starts(file: Path, starts: Sequence[Start]) -> None:
-    """Replace the file `file`.
+    """Replace the file.
 
     Raises:
         UserError: it cannot be written.
@@ -101,4 +97,4 @@ def write_starts(file: Path, starts: Sequence[Start]) -> None:
             f"{file} cannot be written ({error.strerror or error}): the job's starts could not be counted, and it might be "
             "started for ever. Set LOGS to a writable directory."
         ) from error
-    write_text(file, [json.dumps({"attempt": start.attempt, "step": start.step}) + "\n" for start in starts])
+    write_text(file, [json.dumps(asdict(start)) + "\n" for start in starts])

@@ -1,5 +1,6 @@
 """The files that a finished run leaves: exported model, predictions, result.json."""
 
+import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,9 +28,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory this process ever held: torch's allocations on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # A module of Unix alone, needed only for runs on a CPU.
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -142,16 +140,8 @@ def write_scores(
             splits={name: split.scores},
             num_steps=0,
             num_ranks=engine.world.num_ranks,
-            global_batch_size=None,
-            global_token_budget=None,
-            padding_efficiency=None,
-            critical_path_efficiency=None,
-            rank_balance=None,
             seconds=Seconds(**timer.totals()),
-            tokens_per_second=None,
             peak_memory_bytes=peak,
-            feature_cache=None,
-            feature_cache_bytes=None,
             versions=versions(),
             fingerprints=fingerprints,
         )

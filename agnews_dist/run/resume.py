@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from agnews_dist.errors import AlreadyFinished, UserError
 from agnews_dist.run.status import read_status
-from agnews_dist.training.checkpoint import Checkpoint, DamagedError, best_name, list_checkpoints, read_checkpoint
+from agnews_dist.training.checkpoint import Checkpoint, DamagedError, Groups, best_name, list_checkpoints, read_checkpoint
 from agnews_dist.training.checkpoint_manager import OnDisk
 
 FOLDER = "checkpoints"
@@ -49,8 +47,6 @@ FINGERPRINT_NAMES = {
     "frozen_weights": "frozen weights of the model",
 }
 RESTART_REMEDY = "or train from the start with --checkpoint.resume never and another --run.name (or --run.overwrite)"
-
-Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -151,11 +147,7 @@ def settings_after_restart(directory: Path, job: str | None, resume: str, *, ove
 
 
 def _read_path(path: Path) -> tuple[Checkpoint, Checkpoint | None, list[str]]:
-    """Read the checkpoint at `path`, or the newest one of the run at `path`.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
+    """Read the checkpoint at `path`, or the newest one of the run at `path`."""
     for folder in (path / FOLDER, path):
         if list_checkpoints(folder):
             checkpoint, best, warnings = read_newest_usable(folder)
@@ -203,8 +195,7 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], accept: 
         UserError: a setting differs that was not accepted, or cannot be.
     """
     warnings: list[str] = []
-    refused: list[str] = []
-    acceptable: list[str] = []
+    refused: dict[str, str] = {}
     for key, (saved, now) in differing_settings(checkpoint.state["settings"], settings).items():
         line = f"{key} was {saved}, is {now}"
         if key == "optim.epochs" and now > saved:
@@ -215,15 +206,13 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], accept: 
         elif key in accept:
             warnings.append(f"{line}, as accepted: from here on this is a different training.")
         else:
-            refused.append(line)
-            if key in ACCEPTABLE:
-                acceptable.append(key)
+            refused[key] = line
     if refused:
         remedy = "Restore these settings, "
-        if len(acceptable) == len(refused):
-            remedy += f"continue with --accept {','.join(acceptable)}, "
+        if refused.keys() <= {*ACCEPTABLE}:
+            remedy += f"continue with --accept {','.join(refused)}, "
         raise UserError(
-            f"{checkpoint.path} cannot be continued ({'; '.join(refused)}): the next steps would differ. "
+            f"{checkpoint.path} cannot be continued ({'; '.join(refused.values())}): the next steps would differ. "
             f"{remedy}{RESTART_REMEDY}."
         )
     return warnings

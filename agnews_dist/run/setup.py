@@ -1,7 +1,7 @@
 """A training's objects from its configuration: model and tokens, loader, features, trainer."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
@@ -102,11 +102,9 @@ def open_tokens(
 
 
 def load_training_inputs(
-    config: Config, world: World, emit: Emit, timer: StageTimer, *, files: ModelFiles | None = None
+    config: Config, world: World, emit: Emit, timer: StageTimer, files: ModelFiles | None = None
 ) -> TrainingInputs:
     """Load weights and tokens. The model comes first: it fails fast, and tokenising may take minutes.
-
-    `files`: the model's, if they are read already.
 
     Raises:
         UserError: any fault of the model's or the data's files.
@@ -197,7 +195,6 @@ def build_evaluation(
                 inputs.classifier,
                 tables[split],
                 engine,
-                num_classes=len(inputs.class_names),
                 features=features.source(split),
                 is_stopping=lambda: monitors.preemption.is_stopping,
             )
@@ -221,16 +218,5 @@ def check_first_step(
 
 def build_trainer(config: Config, inputs: TrainingInputs, engine: Engine, loader: TrainLoader, monitors: Monitors) -> Trainer:
     """Build the training loop, which hands the trainable part to the engine. Collective."""
-    optim = config.optim
-    settings = TrainerSettings(
-        num_epochs=optim.epochs,
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        warmup_ratio=optim.warmup_ratio,
-        schedule=optim.schedule,
-        max_grad_norm=optim.max_grad_norm,
-        nonfinite=optim.nonfinite,
-        seed=config.run.seed,
-        class_names=inputs.class_names,
-    )
+    settings = TrainerSettings(**asdict(config.optim), seed=config.run.seed, class_names=inputs.class_names)
     return Trainer(inputs.classifier, engine, loader, settings, monitors)

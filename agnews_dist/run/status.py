@@ -7,6 +7,7 @@ was killed, which counts as failed.
 import json
 import os
 import socket
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -58,10 +59,9 @@ def run_of_job(runs: Path, job: str | None) -> str | None:
 
 
 class StatusFile:
-    """Writer of this run's status. Only rank 0 has one."""
+    """Writer of this run's status. Only rank 0 has one. Assign `directory` when the run's is renamed."""
 
     def __init__(self, directory: Path, *, attempt: int, step: int, job: str | None) -> None:
-        """`directory`: the run's; assign the attribute when it is renamed. `attempt`, `step`, `job`: see `Status`."""
         self.directory, self.attempt, self.step, self._job = directory, attempt, step, job
 
     def write(self, state: State, reason: str) -> None:
@@ -84,7 +84,5 @@ class StatusFile:
 
     def try_to_write(self, state: State, reason: str) -> None:
         """Write, ignoring errors: then the old file stays, and its stale state `running` counts as failed."""
-        try:
+        with suppress(UserError):
             self.write(state, reason)
-        except UserError:
-            return

@@ -40,6 +40,10 @@ _TYPES = {
 """torch dtype -> its name in a safetensors header."""
 
 
+Groups = Mapping[str, Mapping[str, Tensor]]
+"""Group -> name -> tensor."""
+
+
 class DamagedError(UserError):
     """A checkpoint directory is incomplete, changed or unreadable."""
 
@@ -50,20 +54,18 @@ class Checkpoint:
 
     path: Path
     tensors: dict[str, dict[str, Tensor]]
-    """Group -> name -> tensor, on the CPU."""
+    """Groups, on the CPU."""
     state: dict[str, Any]
     """The content of state.json."""
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> int:
+def write_checkpoint(path: Path, tensors: Groups, state: Mapping[str, Any]) -> int:
     """Write a checkpoint to `path`, replacing what is there; return the bytes written. May run in a thread.
 
     After a kill or a loss of power at any instant, `path` holds the old content or the new one, or is absent.
 
-    Args:
-        path: the directory, with a name that `list_checkpoints` finds.
-        tensors: group -> name -> tensor; contiguous, on the CPU, unchanged until this returns.
-        state: JSON-ready content of state.json.
+    `path` has a name that `list_checkpoints` finds. `tensors` are contiguous, on the CPU, and unchanged until this returns.
+    `state` is JSON-ready.
 
     Raises:
         OSError: something cannot be written; `path` is as it was, unless only the last fsync failed.
@@ -110,23 +112,11 @@ def list_checkpoints(directory: Path, prefix: str = "step") -> list[Path]:
         OSError: the directory exists and cannot be listed.
     """
     try:
-        paths = [path for path in directory.iterdir() if path.name.startswith(f"{prefix}-")]
+        matches = [match for path in directory.iterdir() if (match := _NAME.fullmatch(path.name)) and match["prefix"] == prefix]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    paths = [path for path in paths if _NAME.fullmatch(path.name)]
-    return sorted(paths, key=lambda path: (parse_step(path), path.name), reverse=True)
-
-
-def parse_step(path: Path) -> int:
-    """Return the number in a checkpoint's name.
-
-    Raises:
-        ValueError: it is not a checkpoint's name.
-    """
-    match = _NAME.fullmatch(path.name)
-    if match is None:
-        raise ValueError(f"{path.name} is not a name for a checkpoint")
-    return int(match["number"])
+    matches.sort(key=lambda match: (int(match["number"]), match[0]), reverse=True)
+    return [directory / match[0] for match in matches]
 
 
 def prune(directory: Path, keep: int, also: Collection[str]) -> None:
@@ -144,11 +134,7 @@ def sweep(directory: Path) -> None:
 
 
 def _encode_tensors(tensors: Mapping[str, Tensor]) -> list[memoryview]:
-    """Return a safetensors file in parts: its header, and the memory of each tensor, which is not copied.
-
-    Raises:
-        ValueError: a tensor cannot be stored.
-    """
+    """Return a safetensors file in parts: its header, and the memory of each tensor, which is not copied."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     parts: list[memoryview] = []
     offset = 0
@@ -172,11 +158,7 @@ def _format_manifest(entries: Mapping[str, tuple[str, int]]) -> bytes:
 
 
 def _read_verified(path: Path) -> dict[str, bytes]:
-    """Read the files of a checkpoint: name -> content.
-
-    Raises:
-        DamagedError: a file is missing, additional, changed or unreadable.
-    """
+    """Read the files of a checkpoint: name -> content."""
     try:
         names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
     except OSError as error:
@@ -198,11 +180,7 @@ def _read_verified(path: Path) -> dict[str, bytes]:
 
 
 def _read_file(path: Path, name: str, size: int | None = None) -> bytes:
-    """Read the file `name` of the checkpoint at `path`. `size`: the bytes it must have.
-
-    Raises:
-        DamagedError: it is missing, has another size or cannot be read.
-    """
+    """Read the file `name` of the checkpoint at `path`. `size`: the bytes it must have."""
     file = path / name
     try:
         if not file.is_file():

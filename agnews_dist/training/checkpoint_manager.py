@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from agnews_dist.engine.strategy import Strategy
 from agnews_dist.events import CheckpointSaved, Emit, Warned
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.training.best_epoch import BestEpoch
-from agnews_dist.training.checkpoint import STATE, best_name, list_checkpoints, prune, sweep, write_checkpoint
+from agnews_dist.training.checkpoint import STATE, Groups, best_name, list_checkpoints, prune, sweep, write_checkpoint
 
 SLOW_SECONDS = 10.0
 """Writing time after which a warning is due, if the next checkpoint already waits."""
@@ -117,12 +116,8 @@ class CheckpointManager:
     def save(self, step: int, state: Mapping[str, Any], best: BestEpoch, *, is_scored: bool, wait: bool = False) -> None:
         """Copy weights and moments and start writing them, unless this very checkpoint is saved already. Collective.
 
-        Args:
-            step: steps done so far.
-            state: the JSON part of the checkpoint.
-            best: the best epoch so far, which is written once.
-            is_scored: the epoch's evaluation is done and part of the state.
-            wait: return only when the checkpoint is on disk, or has failed.
+        `state`: the JSON part. `is_scored`: the epoch's evaluation is done and part of the state. `wait`: return only when the
+        checkpoint is on disk, or has failed.
         """
         name = f"step-{step:08d}{'-scored' if is_scored else ''}"
         if name != self._newest_name:
@@ -150,18 +145,8 @@ class CheckpointManager:
         result = self._thread.submit(self._write, name, content, best_files, self._log)
         self._write_in_progress = _Write(name, step, self._last_save_time - begin, self._last_save_time, result)
 
-    def _write(
-        self,
-        name: str,
-        content: Mapping[str, Any],
-        best_files: tuple[str, Mapping[str, Mapping[str, Tensor]]] | None,
-        log: EventLog,
-    ) -> int:
-        """Write one checkpoint and prune the old ones, in the thread; return the bytes written.
-
-        Raises:
-            OSError: something cannot be written.
-        """
+    def _write(self, name: str, content: Mapping[str, Any], best_files: tuple[str, Groups] | None, log: EventLog) -> int:
+        """Write one checkpoint and prune the old ones, in the thread; return the bytes written."""
         # The log first: a checkpoint must never count more lines than the log holds after a crash.
         log.sync(content["log_bytes"])
         num_bytes = 0
@@ -206,16 +191,13 @@ class CheckpointManager:
             )
         )
 
-    def __enter__(self) -> "CheckpointManager":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
         """Wait for the write in progress, also where training failed."""
         self.wait()
         self._thread.shutdown()
 
 
-def load_weights(strategy: Strategy, tensors: Mapping[str, Mapping[str, Tensor]], num_updates: int) -> None:
+def load_weights(strategy: Strategy, tensors: Groups, num_updates: int) -> None:
     """Load a checkpoint's weights and moments into `strategy`. Collective; only rank 0's `tensors` are read."""
     weights = {WEIGHT + name: value for name, value in tensors.get("weights", {}).items()}
     strategy.load_state({**weights, **tensors.get("moments", {})}, num_updates)

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -116,24 +116,17 @@ WAIT, WARM_UP, ACTIVE = 2, 1, 4
 """Steps skipped (allocator, lazy initialisation), steps for the profiler itself, steps recorded."""
 
 
-class NoProfiler:
-    """A profiler that records nothing."""
-
-    def step(self) -> None:
-        """Do nothing."""
-
-
 @contextmanager
 def profile_steps(
     is_enabled: bool, directory: Path, device: torch.device, num_steps: int, emit: Emit
-) -> Generator[profile | NoProfiler, None, None]:
+) -> Generator[Callable[[], object], None, None]:
     """Profile a few of the steps inside the `with` block and write `<directory>/profile/trace.json`.
 
-    The block calls `step()` on the yielded object after every step. `num_steps`: steps of the whole run; a run shorter
-    than the usual window is recorded from its first step.
+    The block calls the yielded function after every step. `num_steps`: steps of the whole run; a run shorter than the usual
+    window is recorded from its first step.
     """
     if not is_enabled:
-        yield NoProfiler()
+        yield lambda: None
         return
 
     def write(recorded: profile) -> None:
@@ -151,4 +144,4 @@ def profile_steps(
         activities.append(ProfilerActivity.CUDA)
     window = schedule(wait=wait, warmup=warm_up, active=min(ACTIVE, num_steps - wait - warm_up), repeat=1)
     with profile(activities=activities, schedule=window, on_trace_ready=write, record_shapes=True) as recorder:
-        yield recorder
+        yield recorder.step

@@ -26,6 +26,7 @@ from agnews_dist.model.dropout import step_key
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource
 from agnews_dist.training.best_epoch import BestEpoch, RunningTotals
+from agnews_dist.training.checkpoint import Groups
 from agnews_dist.training.checkpoint_manager import CheckpointManager, load_weights
 from agnews_dist.training.optim import Schedule, build_optimizer, learning_rate, set_lr
 from agnews_dist.training.step import NonFiniteError, StepResult, train_step
@@ -36,7 +37,7 @@ from agnews_dist.training.timing import StageTimer, TimedFeatures
 class TrainerSettings:
     """The settings of the optimisation. `run.setup` fills them in from the configuration."""
 
-    num_epochs: int
+    epochs: int
     lr: float
     weight_decay: float
     warmup_ratio: float
@@ -67,7 +68,8 @@ class Trainer:
         self._emit, self._timer, self._preemption = monitors.emit, monitors.timer, monitors.preemption
         self._optimizer = build_optimizer(classifier.suffix, lr=settings.lr, weight_decay=settings.weight_decay)
         self.strategy: Strategy = engine.prepare(classifier.suffix, self._optimizer, max_grad_norm=settings.max_grad_norm)
-        self.num_steps = loader.num_steps(settings.num_epochs)
+        self.class_names = settings.class_names
+        self.num_steps = loader.num_steps(settings.epochs)
         """Steps of the whole run."""
         self._epoch, self._epoch_step = 0, 0
         self.step = 0
@@ -75,34 +77,22 @@ class Trainer:
         self.best, self.totals = BestEpoch(self.strategy), RunningTotals()
         self._features: TimedFeatures | None = None
 
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The names of the classes, in label order."""
-        return self._settings.class_names
-
     def use_features(self, source: FeatureSource) -> None:
         """Train on the features of `source`. The time that computing them took so far counts as training."""
         self._features = TimedFeatures(source)
         self._seconds_before = self._timer.seconds["prefix"]
         self.totals.seconds += self._seconds_before
 
-    def load_state(
-        self,
-        state: Mapping[str, Any],
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        best_tensors: Mapping[str, Mapping[str, Tensor]],
-    ) -> None:
+    def load_state(self, state: Mapping[str, Any], tensors: Groups, best_tensors: Groups) -> None:
         """Resume from a checkpoint: position, totals, loss scale, weights, moments and best epoch. Collective.
 
-        Args:
-            state: the checkpoint's JSON part, equal on every rank.
-            tensors: its groups of tensors; read on rank 0 alone.
-            best_tensors: the groups of its best epoch; read on rank 0 alone.
+        `state`: the JSON part, equal on every rank. The tensors are read on rank 0 alone.
 
         Raises:
             SharedError: the position belongs to another plan.
         """
-        collectives.raise_if_any_failed(collectives.catch(lambda: self._load_position(state)))
+        outcome = collectives.catch(lambda: load_position(state["position"], self._loader.fingerprint))
+        self._epoch, self._epoch_step = collectives.raise_if_any_failed(outcome)
         self.step = state["step"]
         self.totals.load_state_dict(state["totals"])
         self._timer.earlier_seconds = dict(state["seconds"])
@@ -112,9 +102,6 @@ class Trainer:
         if state["best"] is not None:
             scores: dict[str, Tensor] = collectives.all_gather(dict(best_tensors.get("scored", {})))[0]
             self.best.load_state_dict(state["best"], scores, dict(best_tensors.get("weights", {})))
-
-    def _load_position(self, state: Mapping[str, Any]) -> None:
-        self._epoch, self._epoch_step = load_position(state["position"], self._loader.fingerprint)
 
     def fit(
         self,
@@ -129,7 +116,7 @@ class Trainer:
             NonFiniteError: see `train_step`.
         """
         try:
-            while self._epoch < self._settings.num_epochs:
+            while self._epoch < self._settings.epochs:
                 for batches in self._loader.steps(self._epoch, self._epoch_step):
                     result = self._train_step(batches, checkpoints)
                     after_step()
@@ -195,12 +182,15 @@ class Trainer:
         return result
 
     def _end_epoch(self, validation: SplitScores) -> None:
-        self._emit(validation.to_event("validation", self._epoch + 1, self._settings.class_names))
+        self._emit(validation.to_event("validation", self._epoch + 1, self.class_names))
         self.best.update(self._epoch + 1, validation, step=self.step)
         self._epoch, self._epoch_step = self._epoch + 1, 0
 
     def _save(self, checkpoints: CheckpointManager, *, is_scored: bool = False, wait: bool = False) -> None:
-        self._update_timer()
+        assert self._features is not None
+        # `prefix` is part of `train`.
+        self._timer.seconds["train"] = self.totals.seconds - self._timer.earlier_seconds["train"]
+        self._timer.seconds["prefix"] = self._seconds_before + self._features.seconds()
         state = {
             "position": save_position(self._epoch, self._epoch_step, self._loader.fingerprint),
             "num_updates": self.strategy.num_updates,
@@ -209,9 +199,3 @@ class Trainer:
             "seconds": self._timer.totals(),
         }
         checkpoints.save(self.step, state, self.best, is_scored=is_scored, wait=wait)
-
-    def _update_timer(self) -> None:
-        """Enter the seconds of training; `prefix` is part of `train`."""
-        assert self._features is not None
-        self._timer.seconds["train"] = self.totals.seconds - self._timer.earlier_seconds["train"]
-        self._timer.seconds["prefix"] = self._seconds_before + self._features.seconds()

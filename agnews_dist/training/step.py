@@ -68,10 +68,7 @@ def accumulate_gradients(
 
     Every engine averages gradients over ranks. So the local sum is scaled by `num_ranks / num_examples`, and the average
     over ranks becomes the sum over all ranks divided by the global count. A mean per rank or per micro-batch would weigh
-    each example by the size of its share.
-
-    Returns:
-        This rank's sum of losses, and its examples with a non-finite loss.
+    each example by the size of its share. Return this rank's sum of losses, and its examples with a non-finite loss.
     """
     loss_sum, bad_ids = 0.0, list[int]()
     last = len(batches.micro_batches) - 1
@@ -108,11 +105,11 @@ def train_step(
         engine: this rank's engine.
         embed: returns the features of a micro-batch at the freeze boundary, without autograd.
         strategy: the trainable part.
-        batches: this rank's micro-batches of the global batch.
+        batches: this rank's micro-batches.
         dropout_key: see `model.dropout.step_key`.
-        nonfinite: what to do about a loss or gradient that is not finite.
-        stop: this rank requests that the run stops; the vote on the losses carries it to the others.
-        save: this rank requests a checkpoint; carried along like `stop`, but only rank 0's counts.
+        nonfinite: the action at a loss or gradient that is not finite.
+        stop: this rank requests that the run stops.
+        save: this rank requests a checkpoint; only rank 0's request counts.
 
     Raises:
         NonFiniteError: on all ranks, if any rank saw a non-finite loss or gradient and `nonfinite` is 'stop'; parameters and
@@ -146,13 +143,10 @@ def _gather_ids(ids: Sequence[int]) -> tuple[int, ...]:
 
 
 def _vote(engine: Engine, loss_sum: float, *, stop: bool, save: bool) -> tuple[float, list[int], bool, bool]:
-    """Reduce losses, faults and requests of all ranks at once.
+    """Return the sum of losses over ranks, the ranks with a non-finite loss, the stop request and the save request.
 
     After the gradient reduction a NaN of one rank is in the norm of all ranks; only the losses show where it came from. The
     requests are part of the same reduction, so that every rank acts on them after the same step.
-
-    Returns:
-        The sum of losses over ranks, the ranks with a non-finite loss, the stop request, the save request.
     """
     world = engine.world
     flags = [0.0] * world.num_ranks

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def test_run_name_refuses_names_that_leave_the_directory(name):
 
 def create(runs: Path, name: str, *, overwrite: bool = False, commit: bool = True) -> Path:
     """Create a run's directory, and begin the run unless `commit` is False; return its path."""
-    with RunDirectory(runs, name, overwrite=overwrite, config_yaml="run: {}\n") as run:
+    with closing(RunDirectory(runs, name, overwrite=overwrite, config_yaml="run: {}\n")) as run:
         run.create()
         assert (run.staging / "config.yaml").read_text() == "run: {}\n"
         if commit:
@@ -58,7 +59,7 @@ def test_run_that_never_began_leaves_everything_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_start_that_was_killed_loses_nothing(tmp_path, overwrite):
-    # No context manager exits: this is the state after a SIGKILL, before and in the middle of `commit()`.
+    # Nothing is closed: this is the state after a SIGKILL, before and in the middle of `commit()`.
     RunDirectory(tmp_path, "new", overwrite=overwrite, config_yaml="").create()
     create(tmp_path, "new", overwrite=overwrite)
     (tmp_path / "new" / "result.json").write_text("{}")
@@ -74,7 +75,7 @@ def test_start_that_was_killed_loses_nothing(tmp_path, overwrite):
 
 def test_run_directory_that_is_not_created_touches_nothing(tmp_path):
     directory = create(tmp_path / "runs", "a")
-    with RunDirectory(tmp_path / "runs", "a", overwrite=True, config_yaml=""):
+    with closing(RunDirectory(tmp_path / "runs", "a", overwrite=True, config_yaml="")):
         pass
     assert (directory / "config.yaml").exists()
 
@@ -99,7 +100,7 @@ def test_create_reports_an_unwritable_directory(tmp_path):
 def test_reopened_run_keeps_its_files_and_gets_the_new_config(tmp_path):
     directory = create(tmp_path, "a")
     (directory / "events.jsonl").write_text("{}\n")
-    with RunDirectory(tmp_path, "a", overwrite=False, config_yaml="run: {seed: 1}\n") as run:
+    with closing(RunDirectory(tmp_path, "a", overwrite=False, config_yaml="run: {seed: 1}\n")) as run:
         run.lock()
         run.reopen()
         assert run.path == directory
@@ -113,8 +114,9 @@ def test_reopened_run_keeps_its_files_and_gets_the_new_config(tmp_path):
 OWNER = """
 import sys, time
 from pathlib import Path
+from contextlib import closing
 from agnews_dist.run.directory import RunDirectory
-with RunDirectory(Path(sys.argv[1]), "a", overwrite=True, config_yaml="") as run:
+with closing(RunDirectory(Path(sys.argv[1]), "a", overwrite=True, config_yaml="")) as run:
     run.lock()
     print("locked", flush=True)
     time.sleep(float(sys.argv[2]))
@@ -133,7 +135,7 @@ def test_lock_excludes_other_processes_until_its_owner_ends(tmp_path, killed):
         finally:
             owner.send_signal(signal.SIGKILL if killed else signal.SIGTERM)
             owner.wait()
-    with RunDirectory(tmp_path, "a", overwrite=True, config_yaml="") as run:
+    with closing(RunDirectory(tmp_path, "a", overwrite=True, config_yaml="")) as run:
         run.lock()
     assert list(tmp_path.iterdir()) == []
 
@@ -142,7 +144,7 @@ def test_lock_waits_for_an_owner_that_is_ending(tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", OWNER, tmp_path, "1"], stdout=subprocess.PIPE, env=environment())
     with owner:
         assert owner.stdout.readline() == b"locked\n"
-        with RunDirectory(tmp_path, "a", overwrite=True, config_yaml="") as run:
+        with closing(RunDirectory(tmp_path, "a", overwrite=True, config_yaml="")) as run:
             run.lock()
             assert owner.stdout.readline() == b"released\n"
             # The lock file of the first owner is gone; the new one is locked as well.

@@ -19,7 +19,6 @@ from agnews_dist.training.checkpoint import (
     PIECE_BYTES,
     DamagedError,
     list_checkpoints,
-    parse_step,
     prune,
     read_checkpoint,
     sweep,
@@ -412,8 +411,6 @@ def test_write_refuses_a_state_that_json_cannot_hold(folder):
 def test_write_refuses_a_name_that_would_not_be_listed(folder, name):
     with pytest.raises(ValueError, match="is not a name for a checkpoint"):
         write_checkpoint(folder / name, {}, {})
-    with pytest.raises(ValueError, match="is not a name for a checkpoint"):
-        parse_step(folder / name)
     assert not folder.exists()
 
 
@@ -426,7 +423,6 @@ def test_list_checkpoints_is_newest_first_and_scored_before_unscored(folder):
         (folder / name).mkdir()
     found = ["step-123456789", "step-00000100-scored", "step-00000100", "step-00000009", "step-00000002-scored"]
     assert [path.name for path in list_checkpoints(folder)] == found
-    assert [parse_step(path) for path in list_checkpoints(folder)] == [123456789, 100, 100, 9, 2]
     assert list_checkpoints(folder, "best") == [folder / "best-00000100"]
     assert list_checkpoints(folder / "events.jsonl" / "deeper") == []
 

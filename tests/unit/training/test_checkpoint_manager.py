@@ -3,6 +3,7 @@
 import errno
 import json
 import threading
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,7 +64,7 @@ class Run:
 def run(tmp_path):
     """Yield a run on rank 0."""
     run = Run(tmp_path)
-    with run.manager:
+    with closing(run.manager):
         yield run
 
 
@@ -90,13 +91,13 @@ def test_every_checkpoint_has_the_metadata_first(run):
 def test_checkpoint_is_due_at_the_interval_on_rank_0_only(run, tmp_path):
     assert [step for step in range(1, 12) if run.manager.is_due(step)] == [5, 10]
     (tmp_path / "other").mkdir()
-    with Run(tmp_path / "other", is_main=False).manager as other:
+    with closing(Run(tmp_path / "other", is_main=False).manager) as other:
         assert not any(other.is_due(step) for step in range(1, 12))
 
 
 def test_ranks_without_a_log_gather_but_write_nothing(tmp_path):
     run = Run(tmp_path, is_main=False)
-    with run.manager:
+    with closing(run.manager):
         run.save(5)
     assert run.strategy.num_gathered == 1
     assert (run.events, list(tmp_path.iterdir())) == ([], [])
@@ -105,7 +106,7 @@ def test_ranks_without_a_log_gather_but_write_nothing(tmp_path):
 @pytest.mark.parametrize("is_main", [True, False])
 def test_saved_checkpoint_is_not_saved_again_on_any_rank(tmp_path, is_main):
     run = Run(tmp_path, is_main=is_main, on_disk=OnDisk("step-00000040", 40, None))
-    with run.manager:
+    with closing(run.manager):
         run.save(40)
         assert run.strategy.num_gathered == 0
         run.save(40, is_scored=True)
@@ -160,7 +161,7 @@ def test_exit_waits_for_the_write_also_after_an_error(tmp_path):
     run, error = Run(tmp_path), ValueError("training failed")
 
     def train() -> None:
-        with run.manager:
+        with closing(run.manager):
             run.save(5, wait=False)
             raise error
 
@@ -178,7 +179,7 @@ def test_best_epoch_is_written_once_and_kept_while_a_checkpoint_refers_to_it(tmp
         return SimpleNamespace(epoch=1, name=name, weights=weights, scores=scores, state_dict=lambda: {"name": name})
 
     run = Run(tmp_path, keep=1)
-    with run.manager:
+    with closing(run.manager):
         run.save(4, best=best(4))
         written = (run.folder / "best-00000004" / "MANIFEST").stat().st_mtime_ns
         run.save(8, best=best(4))

@@ -1,13 +1,14 @@
 """The training loop: stopped and resumed anywhere, it ends with the same bits as without a stop."""
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.toy import CLASSES, toy_classifier, toy_split
+from support.toy import toy_classifier, toy_split
 
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader
 from agnews_dist.data.batching.settings import PlanSettings
@@ -57,7 +58,7 @@ class Run:
         plan = PlanSettings(global_batch_size=batch_size)
         loader = TrainLoader(self.table, self.engine.world, plan, max_tokens_per_rank=100, quadratic=0.0)
         settings = TrainerSettings(
-            num_epochs=EPOCHS,
+            epochs=EPOCHS,
             lr=1e-2,
             weight_decay=0.1,
             warmup_ratio=0.2,
@@ -90,13 +91,13 @@ class Run:
             emit=self.events.append,
             **self._options,
         )
-        with manager:
+        with closing(manager):
             # Waiting after each step makes the number of checkpoints certain.
             self.trainer.fit(validate or self.validate, manager, after_step=manager.wait)
 
     def validate(self) -> SplitScores:
         """Score the training texts."""
-        return evaluate_split(self.classifier, self.table, self.engine, num_classes=CLASSES)
+        return evaluate_split(self.classifier, self.table, self.engine)
 
     def outcome(self) -> dict[str, Any]:
         """Return everything that a stop must not change."""
