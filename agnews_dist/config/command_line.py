@@ -28,10 +28,6 @@ SWITCHES = {
     "--print_config": "Print the whole configuration as a YAML file for --config.",
     "--debug": "Short for --config configs/debug.yaml: small, verbose, deterministic.",
 }
-DEEPSPEED_ARGUMENT = "--local_rank"
-"""Argument that DeepSpeed's launcher adds on every rank, with `=` and the local rank."""
-NULL_WORDS = ("null", "Null", "NULL", "~")
-BOOL_WORDS = ("true", "false", "yes", "no", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -54,13 +50,6 @@ class Option:
         return self.name.lstrip("-")
 
     @property
-    def usage(self) -> str:
-        """Form in the usage line: `--split SPLIT`, `--json`, `TEXT ...`."""
-        if self.nargs:
-            return f"{self.name.upper()} ..."
-        return self.name if self.type is bool else f"{self.name} {self.key.upper()}"
-
-    @property
     def value_type(self) -> Any:
         """The type, narrowed to the choices."""
         return Literal[self.choices] if self.choices else self.type
@@ -80,10 +69,7 @@ class Loaded:
 def load(command: str, argv: Sequence[str], options: Sequence[Option] = ()) -> Loaded:
     """Build the configuration. Flags override `--config` files, later files override earlier ones, and all override defaults.
 
-    Args:
-        command: name for the usage line.
-        argv: arguments after the command.
-        options: arguments that this command takes besides the configuration.
+    `command`: name for the usage line. `options`: arguments that this command takes besides the configuration.
 
     Raises:
         ConfigError: everything that is wrong, one line each.
@@ -168,8 +154,8 @@ def _split_arguments(argv: Sequence[str], options: Sequence[Option], problems: P
             break
         if argument == "-" or not argument.startswith("-"):
             found.positionals.append(argument)
-        elif name == DEEPSPEED_ARGUMENT and equals:
-            continue  # the variable LOCAL_RANK has the same value
+        elif name == "--local_rank" and equals:
+            continue  # added by DeepSpeed's launcher; the variable LOCAL_RANK has the same value
         elif name not in valid:
             problems.add(format_unknown_name(name, f"unknown option {argument!r}", valid), loses_value=False)
             if not equals and following and not following.startswith("-"):
@@ -192,7 +178,7 @@ def _split_arguments(argv: Sequence[str], options: Sequence[Option], problems: P
                 found.files.append(text)
             else:
                 key = name if name in option_flags else name[2:]
-                syntax = "null" if text in NULL_WORDS else "plain"
+                syntax = "null" if text in ("null", "Null", "NULL", "~") else "plain"
                 found.values.append(RawValue(key, text, f"{name} {text!r}", syntax))
     if not takes_positionals:
         _refuse_positionals(found.positionals, problems)
@@ -211,14 +197,16 @@ def _refuse_positionals(positionals: Sequence[str], problems: Problems) -> None:
 
 def _is_bool(text: str | None, *, or_any: bool) -> bool:
     """Return whether the argument after `--run.overwrite` is its value; `or_any`: it can be nothing else, even if mistyped."""
-    return text is not None and (or_any or text.lower() in BOOL_WORDS)
+    return text is not None and (or_any or text.lower() in ("true", "false", "yes", "no", "on", "off"))
 
 
 def _print_help(command: str, options: Sequence[Option]) -> None:
     from jsonargparse import SUPPRESS, ArgumentParser
 
     usage = [f"python -m agnews_dist {command}", "[--config FILE.yaml ...]", "[--section.field VALUE ...]"]
-    usage += [f"[{option.usage}]" for option in options]
+    for option in options:
+        flag = option.name if option.type is bool else f"{option.name} {option.key.upper()}"
+        usage.append(f"[{option.name.upper()} ...]" if option.nargs else f"[{flag}]")
     parser = ArgumentParser(usage=" ".join(usage), add_help=False, default_env=False)
     general = parser.add_argument_group("general")
     for option in options:

@@ -7,6 +7,7 @@ for `run.name`. jsonargparse does the reading. `null` and `~` are null in both; 
 import difflib
 import functools
 import types
+from argparse import ArgumentError
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -120,8 +121,6 @@ def _make_parser(type_: Any) -> Any:
 
 def _parse(type_: Any, text: str) -> Any:
     """Parse with jsonargparse; return None if it refuses."""
-    from argparse import ArgumentError
-
     try:
         return _make_parser(type_).parse_args([f"--value={text}"]).value
     except ArgumentError:

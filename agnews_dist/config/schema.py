@@ -187,29 +187,21 @@ def validate(config: Config) -> list[str]:
 
 
 def _check_counts(config: Config) -> Iterator[str]:
-    data, window = config.data, config.batch.bucket_window
-    for key, value, least in (
-        ("data.max_length", data.max_length, 1),
-        ("data.limit_train", data.limit_train, 1),
-        ("data.limit_validation", data.limit_validation, 1),
-        ("data.limit_test", data.limit_test, 1),
-        ("data.seed", data.seed, 0),
-        ("batch.global_batch_size", config.batch.global_batch_size, 1),
-        ("batch.bucket_window", None if window == "epoch" else window, 1),
-        ("optim.epochs", config.optim.epochs, 1),
-        ("checkpoint.every_steps", config.checkpoint.every_steps, 1),
-        ("checkpoint.keep", config.checkpoint.keep, 1),
-        ("engine.timeout_seconds", config.engine.timeout_seconds, 1),
-        ("run.seed", config.run.seed, 0),
+    for key in (
+        *("data.max_length", "data.limit_train", "data.limit_validation", "data.limit_test", "data.seed"),
+        *("batch.global_batch_size", "batch.bucket_window", "optim.epochs", "checkpoint.every_steps", "checkpoint.keep"),
+        *("engine.timeout_seconds", "run.seed"),
     ):
-        if value is not None and value < least:
+        section, name = key.split(".")
+        value, least = getattr(getattr(config, section), name), 0 if name == "seed" else 1
+        if isinstance(value, int) and value < least:
             yield f"{key} {value}: too small. Set it to {least} or more."
 
 
 def _check_data_and_model(config: Config) -> Iterator[str]:
     data, model = config.data, config.model
     if not 0 < data.validation_fraction < 1:
-        yield (f"data.validation_fraction {data.validation_fraction}: both parts need rows. Set it between 0 and 1.")
+        yield f"data.validation_fraction {data.validation_fraction}: both parts need rows. Set it between 0 and 1."
     if model.trainable_blocks != "all" and model.trainable_blocks < 0:
         yield (
             f"model.trainable_blocks {model.trainable_blocks}: too small. Set 0 (final norm and head only), a count, or all."
@@ -221,16 +213,13 @@ def _check_data_and_model(config: Config) -> Iterator[str]:
 
 def _check_batch(config: Config) -> Iterator[str]:
     data, batch, backend = config.data, config.batch, config.engine.backend
-    if batch.max_tokens_per_rank < data.max_length:
-        yield (
-            f"batch.max_tokens_per_rank {batch.max_tokens_per_rank} is below data.max_length {data.max_length}: "
-            "a text may not fit into a micro-batch. Raise the first or lower the second."
-        )
-    if batch.global_token_budget is not None and batch.global_token_budget < data.max_length:
-        yield (
-            f"batch.global_token_budget {batch.global_token_budget} is below data.max_length {data.max_length}: "
-            "a text may not fit into a global batch. Raise the first or lower the second."
-        )
+    for key, part in (("max_tokens_per_rank", "micro-batch"), ("global_token_budget", "global batch")):
+        num_tokens = getattr(batch, key)
+        if num_tokens is not None and num_tokens < data.max_length:
+            yield (
+                f"batch.{key} {num_tokens} is below data.max_length {data.max_length}: a text may not fit into a {part}. "
+                "Raise the first or lower the second."
+            )
     if batch.longest_first and backend != "ddp":
         yield (
             f"batch.longest_first with engine.backend {backend}: the trial step does not shard. "

@@ -130,15 +130,11 @@ def check_equal(fingerprints: Mapping[str, str]) -> None:
             )
 
 
-SETTLING_SECONDS = 0.1
-"""Pause before the process group is destroyed: enough for a thread that waits for the interpreter lock."""
-
-
 def close() -> None:
     """Destroy the process group, so that a normal end prints no warning about leaked resources."""
     if is_distributed():
         # gloo's thread drops the tensors of the last collective after it has woken us, and needs the interpreter lock for that.
         # DDP's reducer, if it outlives the group, joins that thread while it holds the lock (pytorch#56297). The pause releases
         # the lock. Without it one of three runs that ended right after a collective hung (torch 2.13).
-        time.sleep(SETTLING_SECONDS)
+        time.sleep(0.1)
         dist.destroy_process_group()

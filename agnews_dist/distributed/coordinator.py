@@ -34,7 +34,6 @@ class Failure:
     """The first failure of the job."""
 
     rank: int
-    """Rank that failed."""
     reported_by: int
     """The same rank, or one that received no heartbeat from it."""
     text: str
@@ -66,13 +65,9 @@ class Coordinator:
     ) -> None:
         """Start the thread.
 
-        Args:
-            store: this rank's client of a store that nothing else uses.
-            rank: this rank.
-            num_ranks: ranks of the job.
-            timeout_seconds: a rank silent for longer has failed.
-            can_exit_now: called once, when a stop is requested: may this rank exit without saving? The answer is binding.
-            on_news: called in the thread after every change of the attributes.
+        `store`: this rank's client of a store that rank 0 hosts and nothing else uses. A rank silent for `timeout_seconds` has
+        failed. `can_exit_now` is called once, when a stop is requested: may this rank exit without saving? The answer is
+        binding. `on_news` is called in the thread after every change of the attributes.
         """
         self._store, self.rank, self._num_ranks = store, rank, num_ranks
         self.timeout_seconds, self._can_exit_now, self._on_news = timeout_seconds, can_exit_now, on_news

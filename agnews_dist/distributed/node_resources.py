@@ -23,10 +23,7 @@ from agnews_dist.errors import UserError
 CORES = Path("/sys/devices/system/cpu")
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 PORTS = range(20000, 30000)
-"""Ports that a job may open, below the range from which the system takes ports for outgoing connections.
-
-A port of that range could be taken before rank 0 listens there, even by a rank that tries to connect to it.
-"""
+"""Ports that a job may open. Ports above could be taken by outgoing connections, even by a rank that connects to rank 0."""
 NO_DEVICES = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES that hide all GPUs; old versions of Slurm set the last one."""
 

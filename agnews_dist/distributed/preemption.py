@@ -16,8 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from typing import Any, NoReturn
+from contextlib import ExitStack, suppress
+from typing import NoReturn
 
 from agnews_dist.distributed.coordinator import ANSWER_SECONDS, PAUSE_SECONDS, Coordinator, Failure
 from agnews_dist.distributed.heartbeat import HOST_GONE, Store, format_silence
@@ -61,7 +61,8 @@ class PreemptionHandler:
         self.before_exit: Callable[[str, str], None] | None = None
         """Called as before_exit(state, reason) before this handler ends the process; state: preempted or failed."""
         self._coordinator: Coordinator | None = None
-        self._stop_reason: str | None = None
+        self.stop_reason: str | None = None
+        """Reason of the stop that this rank knows of: `SIGTERM`, `the launcher is gone`, or the deadline's."""
         self._deadline, self._deadline_reason = float("inf"), ""
         self._stopping_since, self._failed_since, self._signalled_at = float("inf"), float("inf"), float("inf")
         self._is_training, self._is_exiting, self._has_failed, self._is_closed = False, False, False, False
@@ -70,8 +71,7 @@ class PreemptionHandler:
         """This rank has answered that it can exit without saving."""
         self._is_ending_process, self._has_printed_error = False, False
         self._lock = threading.Lock()
-        self._previous_handlers: list[tuple[signal.Signals, Any]] = []
-        self._previous_wakeup_fd: int | None = None
+        self._restore_signals = ExitStack()
 
     def start(self) -> None:
         """Receive signals from now on."""
@@ -80,9 +80,11 @@ class PreemptionHandler:
         self._sender.setblocking(False)
         if threading.current_thread() is threading.main_thread():
             # Python calls a handler only between two instructions of the main thread; the wakeup fd gets numbers at once.
-            self._previous_wakeup_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+            previous_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+            self._restore_signals.callback(signal.set_wakeup_fd, previous_fd)
             for number in SIGNALS:
-                self._previous_handlers.append((number, signal.signal(number, lambda _number, _frame: None)))
+                previous = signal.signal(number, lambda _number, _frame: None)
+                self._restore_signals.callback(signal.signal, number, signal.SIG_DFL if previous is None else previous)
                 # Many libraries do not expect a system call to be interrupted.
                 signal.siginterrupt(number, False)
         self._thread = threading.Thread(target=self._run, name="preemption", daemon=True)
@@ -93,24 +95,16 @@ class PreemptionHandler:
         self._is_closed = True
         if self._coordinator is not None:
             self._coordinator.close()
-        for number, handler in self._previous_handlers:
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if self._previous_wakeup_fd is not None:
-            signal.set_wakeup_fd(self._previous_wakeup_fd)
+        self._restore_signals.close()
         self._wake()
         self._thread.join()
         self._receiver.close()
         self._sender.close()
 
     @property
-    def stop_reason(self) -> str | None:
-        """Reason of the stop that this rank knows of: `SIGTERM`, `the launcher is gone`, or the deadline's."""
-        return self._stop_reason
-
-    @property
     def is_stopping(self) -> bool:
         """True once the run is to stop."""
-        return self._stop_reason is not None
+        return self.stop_reason is not None
 
     def set_deadline(self, seconds_from_now: float, reason: str) -> None:
         """Request a stop at a later time; the earliest of several deadlines counts."""
@@ -118,17 +112,13 @@ class PreemptionHandler:
         self._deadline, self._deadline_reason = min((self._deadline, self._deadline_reason), deadline)
 
     def connect(self, store: Store, rank: int, num_ranks: int, timeout_seconds: float) -> None:
-        """Exchange stops and failures with the other ranks from now on; every rank calls this.
-
-        `store`: this rank's client of a store that rank 0 hosts and nothing else uses. A rank silent for `timeout_seconds` has
-        failed.
-        """
+        """Exchange stops and failures with the other ranks from now on; every rank calls this. See `Coordinator`."""
         self._num_ranks = num_ranks
         coordinator = Coordinator(store, rank, num_ranks, timeout_seconds, can_exit_now=self._agree_to_exit, on_news=self._wake)
         with self._lock:
             self._coordinator = coordinator
-            if self._stop_reason is not None:
-                coordinator.request_stop(self._stop_reason)
+            if self.stop_reason is not None:
+                coordinator.request_stop(self.stop_reason)
 
     def begin_training(self) -> None:
         """Leave a stop to the main thread from now on: it saves and exits at a step, together with all ranks."""
@@ -145,11 +135,9 @@ class PreemptionHandler:
             self._coordinator.detects_failures = False
 
     def report_failure(self, error_text: str) -> str | None:
-        """Report that this rank ends with an error to the other ranks.
+        """Report that this rank ends with an error to the other ranks; return the one-line message to print instead of it.
 
-        Returns:
-            The one-line message to print instead of the error. None: print the error in full, as it was the job's first or the
-            other ranks cannot be reached.
+        None: print the error in full, as it was the job's first or the other ranks cannot be reached.
         """
         self._has_failed, coordinator = True, self._coordinator
         if coordinator is None:
@@ -198,10 +186,10 @@ class PreemptionHandler:
         """Record and spread a stop. The first reason counts; a launcher's signal after a failure is not a stop."""
         with self._lock:
             has_failure = self._coordinator is not None and self._coordinator.failure is not None
-            if self._stop_reason is not None or has_failure:
+            if self.stop_reason is not None or has_failure:
                 return
             self._stopping_since = min(self._stopping_since, time.monotonic())
-            self._stop_reason = reason
+            self.stop_reason = reason
             if self._coordinator is not None:
                 self._coordinator.request_stop(reason)
 
@@ -252,12 +240,12 @@ class PreemptionHandler:
 
     def _enforce(self, now: float) -> None:
         """End the process if the main thread must not, or does not, do so itself."""
-        coordinator, reason = self._coordinator, self._stop_reason or ""
+        coordinator, reason = self._coordinator, self.stop_reason or ""
         seconds = now - self._stopping_since
         is_grace_over = seconds > self._grace_seconds
         if coordinator is None:
             # If the launcher is gone, the other ranks see that themselves; the store ended with it.
-            is_alone = self._num_ranks == 1 or self._stop_reason == LAUNCHER_GONE
+            is_alone = self._num_ranks == 1 or self.stop_reason == LAUNCHER_GONE
             if self._must_exit_now or is_grace_over or (is_alone and self.is_stopping and self._agree_to_exit()):
                 self._end_process("preempted" if is_alone else "failed", reason)
             return

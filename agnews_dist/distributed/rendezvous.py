@@ -79,11 +79,7 @@ def _share_prefix(store: Store, world: World, timeout_seconds: int) -> str:
 
 
 def _sleep(deadline: float, missing: str, timeout_seconds: int) -> None:
-    """Sleep for one poll interval.
-
-    Raises:
-        UserError: the deadline has passed.
-    """
+    """Sleep for one poll interval, or raise a UserError if the deadline has passed."""
     if time.monotonic() > deadline:
         raise UserError(
             f"{missing} did not come within {timeout_seconds} s: the ranks cannot train together. Look for its error above, or "
