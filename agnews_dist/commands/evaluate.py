@@ -33,7 +33,7 @@ def evaluate(world: World, loaded: Loaded) -> None:
     from agnews_dist.data.corpus import check_source
     from agnews_dist.distributed import collectives
     from agnews_dist.engine.device import should_use_cuda
-    from agnews_dist.evaluation import evaluate_split
+    from agnews_dist.evaluation.evaluator import evaluate_split
     from agnews_dist.events import RunStarted
     from agnews_dist.model.gpt2 import count_parameters
     from agnews_dist.report.console import Console, Sinks
@@ -74,7 +74,7 @@ def evaluate(world: World, loaded: Loaded) -> None:
         emit(RunStarted(facts=facts, parameters=count_parameters(classifier)))
         timer.end_setup()
         with timer.stage("eval"):
-            scores = evaluate_split(classifier, table, engine, num_classes=len(inputs.class_names), emit=emit)
+            scores = evaluate_split(classifier, table, engine, emit=emit)
         emit(scores.to_event(tokens.name, 0, inputs.class_names))
         if output is not None:
             results.write_scores(Path(output), engine, tokens.name, scores, fingerprints=hashes, timer=timer, emit=emit)

@@ -24,11 +24,6 @@ from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource, uncached_features
 
 
-def never_stop() -> bool:
-    """Return False (the default of `is_stopping`)."""
-    return False
-
-
 @dataclass(frozen=True)
 class SplitScores:
     """Scores of a split and the predictions behind them, rows in file order."""
@@ -56,9 +51,8 @@ class SplitScores:
         """Restore from `tensors()` and `state_dict()`."""
         scores = dict[str, Any](state["scores"])
         scores["confusion"] = tuple(tuple(row) for row in scores["confusion"])
-        labels_N, predictions_N, probabilities_NC = (
-            tensors[name].numpy() for name in ("labels", "predictions", "probabilities")
-        )
+        names = ("labels", "predictions", "probabilities")
+        labels_N, predictions_N, probabilities_NC = (tensors[name].numpy() for name in names)
         return cls(labels_N, predictions_N, probabilities_NC, Scores(**scores), state["seconds"])
 
     def to_event(self, split: str, epoch: int, class_names: tuple[str, ...]) -> EvalDone:
@@ -78,24 +72,20 @@ def compute_rank_logits(
     table: TokenTable,
     engine: Engine,
     *,
-    num_classes: int,
     features: FeatureSource | None = None,
     emit: Emit = ignore_event,
-    is_stopping: Callable[[], bool] = never_stop,
+    is_stopping: Callable[[], bool] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Compute this rank's share of a split: (ids, logits_NC), in computing order, without dropout.
 
-    Args:
-        features: returns the features of a batch; None: the classifier's frozen part computes them.
-        emit: receives the progress.
-        is_stopping: asked before every batch.
+    `features`: None: the classifier's frozen part computes them. `is_stopping`: asked before every batch.
 
     Raises:
         Stopped: `is_stopping` returned True here, or on any rank if a forward pass is collective.
     """
     features = features or uncached_features(classifier.prefix)
     ids: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
-    logits: list[NDArray[np.float32]] = [np.empty((0, num_classes), np.float32)]
+    logits: list[NDArray[np.float32]] = [np.empty((0, classifier.suffix.out_head.out_features), np.float32)]
     was_training = classifier.suffix.training
     classifier.suffix.eval()
     batches, num_ranks = evaluation_batches(table), engine.world.num_ranks
@@ -117,8 +107,8 @@ def compute_rank_logits(
     return np.concatenate(ids), np.concatenate(logits)
 
 
-def _raise_if_stopping(engine: Engine, is_stopping: Callable[[], bool]) -> None:
-    must_stop = is_stopping()
+def _raise_if_stopping(engine: Engine, is_stopping: Callable[[], bool] | None) -> None:
+    must_stop = is_stopping is not None and is_stopping()
     if engine.is_forward_collective:
         # All ranks must make the forward pass, or none.
         must_stop = collectives.all_sum([float(must_stop)], engine.device)[0] > 0
@@ -131,23 +121,18 @@ def evaluate_split(
     table: TokenTable,
     engine: Engine,
     *,
-    num_classes: int,
     features: FeatureSource | None = None,
     emit: Emit = ignore_event,
-    is_stopping: Callable[[], bool] = never_stop,
+    is_stopping: Callable[[], bool] | None = None,
 ) -> SplitScores:
-    """Evaluate a split over all ranks. Collective. The loss is a float64 sum in file order.
-
-    `features`, `emit` and `is_stopping`: see `compute_rank_logits`.
+    """Evaluate a split over all ranks. Collective. The loss is a float64 sum in file order. See `compute_rank_logits`.
 
     Raises:
         Stopped: on all ranks, if `is_stopping` returned True on any rank.
     """
     start = time.perf_counter()
     try:
-        local = compute_rank_logits(
-            classifier, table, engine, num_classes=num_classes, features=features, emit=emit, is_stopping=is_stopping
-        )
+        local = compute_rank_logits(classifier, table, engine, features=features, emit=emit, is_stopping=is_stopping)
     except Stopped:
         local = None
     parts = [part for part in collectives.all_gather(local) if part is not None]
@@ -158,5 +143,6 @@ def evaluate_split(
     labels_N = table.labels_N
     predictions_N = log_probabilities_NC.argmax(axis=1)
     losses_N = -log_probabilities_NC[np.arange(len(labels_N)), labels_N]
-    scores = compute_scores(confusion_matrix(labels_N, predictions_N, num_classes), float(losses_N.sum()))
+    confusion_CC = confusion_matrix(labels_N, predictions_N, num_classes=logits_NC.shape[1])
+    scores = compute_scores(confusion_CC, float(losses_N.sum()))
     return SplitScores(labels_N, predictions_N, np.exp(log_probabilities_NC), scores, seconds=time.perf_counter() - start)

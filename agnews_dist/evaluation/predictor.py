@@ -63,11 +63,7 @@ def read_texts(arguments: Sequence[str], file: str | None, stdin: TextIO) -> lis
 
 
 def _check_text(text: InputText) -> None:
-    """Check that a text is not empty and can be encoded.
-
-    Raises:
-        DataError: it is empty or cannot.
-    """
+    """Check that a text is not empty and can be encoded."""
     if not text.text.strip():
         raise DataError(f"{text.location} is empty: it cannot be classified. Remove it or add words.")
     try:
@@ -125,7 +121,7 @@ def classify(
     Raises:
         DataError: a text without any token.
     """
-    num_cut, num_classes = 0, classifier.suffix.out_head.out_features
+    num_cut = 0
     for begin in range(0, len(texts), TEXTS_PER_CHUNK):
         chunk = texts[begin : begin + TEXTS_PER_CHUNK]
         locations = [text.location for text in chunk]
@@ -139,7 +135,7 @@ def classify(
             num_truncated=num_truncated,
         )
         table = TokenTable(split, pad_id=cast(int, tokenizer.pad_token_id), device=engine.device)
-        ids_N, logits_NC = compute_rank_logits(classifier, table, engine, num_classes=num_classes)
+        ids_N, logits_NC = compute_rank_logits(classifier, table, engine)
         yield from zip(chunk, np.exp(log_softmax_NC(logits_NC[in_file_order(ids_N, len(chunk))])), strict=True)
     if num_cut:
         warn(

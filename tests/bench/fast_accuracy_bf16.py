@@ -54,12 +54,10 @@ class Rows:
 
     def compare(self, run: Path, kind: Kind, split: str) -> dict[str, Any]:
         """A run's trained suffix on features of `kind` and on fp32 ones."""
-        classifier, _, class_names, _ = load_classifier(str(run))
+        classifier = load_classifier(str(run))[0]
         table, logits = self._tables[split], []
         for features in (self.features("fp32", split), self.features(kind, split)):
-            ids_N, logits_NC = compute_rank_logits(
-                classifier, table, self._engine, num_classes=len(class_names), features=features
-            )
+            ids_N, logits_NC = compute_rank_logits(classifier, table, self._engine, features=features)
             logits.append(logits_NC[in_file_order(ids_N, len(table))])
         gaps_NC = abs(logits[1] - logits[0])
         first_N, second_N = (found.argmax(axis=1) for found in logits)
@@ -99,9 +97,7 @@ class Rows:
                 set_lr(optimizer, lr)
                 train_step(self._engine, features["train"], wrapped, batches)
                 step += 1
-            scored = evaluate_split(
-                classifier, self._tables["validation"], self._engine, num_classes=4, features=features["validation"]
-            )
+            scored = evaluate_split(classifier, self._tables["validation"], self._engine, features=features["validation"])
             scores.append(scored.scores)
         return {
             "accuracy": [found.accuracy for found in scores],

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
-from support.toy import CLASSES, toy_classifier, toy_split
+from support.toy import toy_classifier, toy_split
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
@@ -141,7 +141,7 @@ def train(world: World, settings: dict, case: dict, output: Path) -> None:
             shares.append(collectives.all_gather(mine))
             step += 1
     table = TokenTable(toy_split(settings["evaluation_lengths"]), pad_id=0, device=engine.device)
-    scored = evaluate_split(classifier, table, engine, num_classes=CLASSES)
+    scored = evaluate_split(classifier, table, engine)
     state = strategy.gather_weights()
     assert bool(state) == world.is_main, "whole on rank 0 only"
     if world.is_main:

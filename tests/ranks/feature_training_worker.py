@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from support.toy import CLASSES, toy_classifier, toy_split
+from support.toy import toy_classifier, toy_split
 
 from agnews_dist.data.batching import loader as loader_module
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader
@@ -63,7 +63,7 @@ def train(engine: Engine, arguments: dict, case: dict, output: Path, computed: l
 
     scored = {}
     for name in ("validation", "test"):
-        local = compute_rank_logits(classifier, tables[name], engine, num_classes=CLASSES, features=features.source(name))
+        local = compute_rank_logits(classifier, tables[name], engine, features=features.source(name))
         ids_N, logits_NC = (np.concatenate(parts) for parts in zip(*collectives.all_gather(local), strict=True))
         scored[name] = torch.from_numpy(logits_NC[in_file_order(ids_N, len(tables[name]))])
 

@@ -25,7 +25,7 @@ def test_scores_equal_hugging_face_and_scikit_learn(engine, monkeypatch, budget)
     classifier, rows = toy_classifier(dropout=0.3), toy_split(LENGTHS)
     classifier.suffix.train()
     table = TokenTable(rows, pad_id=0, device=torch.device("cpu"))
-    found = evaluate_split(classifier, table, engine, num_classes=CLASSES)
+    found = evaluate_split(classifier, table, engine)
     assert classifier.suffix.training, "evaluation restores the mode"
 
     expected = torch.softmax(toy_reference_logits(LENGTHS), dim=1).numpy()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from agnews_dist.errors import UserError
-from agnews_dist.evaluation import SplitScores
+from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.evaluation.metrics import compute_scores
 from agnews_dist.report.result_files import Result, Seconds, versions, write_json, write_predictions
 
