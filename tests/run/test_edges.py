@@ -244,7 +244,7 @@ def test_overwrite_replaces_a_run_once_the_new_one_begins(run_command, tmp_path)
 def test_wrong_data_path_is_reported_before_the_hub_is_asked(run_command, command):
     """Check the order: offline, asking the hub first would give another error."""
     done = run_command(command, "--data.source", "/nowhere/rows.csv")
-    refused(done, "error: data.source '/nowhere/rows.csv' does not exist", "Check the path")
+    refused(done, "error: data.source '/nowhere/rows.csv' does not exist", "Correct it")
 
 
 def test_evaluate_reads_the_original_csv(run_command, odd, tmp_path):
@@ -324,7 +324,7 @@ def test_evaluate_refuses_unsuitable_models_data_and_outputs(run_command, odd, t
         ),
         (
             {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
-            ["WORLD_SIZE=1", "LOCAL_WORLD_SIZE=2 do not match", "torchrun"],
+            ["WORLD_SIZE=1", "LOCAL_WORLD_SIZE=2: these do not match", "torchrun"],
         ),
         ({"SLURM_STEP_NUM_TASKS": "4"}, ["srun started 4 tasks without torchrun", "srun --ntasks-per-node=1 torchrun"]),
     ],
