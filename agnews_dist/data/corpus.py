@@ -8,11 +8,9 @@ import numpy as np
 
 from agnews_dist.data.hub import read_hub
 from agnews_dist.data.local_files import is_local_path, read_local
-from agnews_dist.data.rows import Corpus, Ints, Origin, RawRows, Split, check_corpus, check_split, hash_corpus
+from agnews_dist.data.rows import Corpus, Ints, Origin, RawRows, Split, check_split, hash_corpus
 from agnews_dist.data.synthetic import CLASS_NAMES, SPLITS, generate
 from agnews_dist.errors import DataError
-
-__all__ = ["SYNTHETIC", "Corpus", "Split", "check_corpus", "check_source", "load_corpus"]
 
 SYNTHETIC = "synthetic"
 """Source that needs neither file nor network (synthetic.py)."""
@@ -33,8 +31,7 @@ def load_corpus(
     """Load the splits of `source`: 'synthetic', an existing directory or file, or else a hub id.
 
     Args:
-        source: see above.
-        revision: revision on the hub.
+        revision: of a data set on the hub.
         validation_fraction: part of train that becomes validation, if the source has no validation split.
         limits: maximum of rows per split name; None: no maximum.
         seed: decides the synthetic text, the held-out rows and the rows within the limits. Choices keep the class proportions.
@@ -74,16 +71,14 @@ def check_source(source: str) -> None:
 
 def _read(source: str, revision: str | None, seed: int) -> dict[str, RawRows]:
     if source == SYNTHETIC:
-        return {name: _synthetic(name, num_rows, seed) for name, num_rows in SYNTHETIC_ROWS.items()}
+        raw: dict[str, RawRows] = {}
+        for name, num_rows in SYNTHETIC_ROWS.items():
+            texts, labels = zip(*generate(num_rows, seed, name), strict=True)
+            raw[name] = RawRows(texts, labels, Origin.of_file(f"{SYNTHETIC} {name}", num_rows), CLASS_NAMES)
+        return raw
     check_source(source)
     path = Path(source).expanduser()
     return read_local(path) if path.exists() else read_hub(source, revision)
-
-
-def _synthetic(split: str, num_rows: int, seed: int) -> RawRows:
-    rows = generate(num_rows, seed, split)
-    origin = Origin.of_file(f"{SYNTHETIC} {split}", num_rows)
-    return RawRows([text for text, _ in rows], [label for _, label in rows], origin, CLASS_NAMES)
 
 
 def _class_names(raw: Mapping[str, RawRows]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import glob
 import json
 import re
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +14,6 @@ import numpy as np
 from agnews_dist.data.hugging_face import silence_datasets, translate_errors
 from agnews_dist.data.rows import Origin, RawRows, check_columns
 from agnews_dist.errors import DataError
-
-SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
 
 _BATCH_ROWS = 10_000
 _ORIGINAL_COLUMNS = ("class", "title", "description")
@@ -28,14 +26,8 @@ def read_file(path: Path, name: str) -> RawRows:
     Raises:
         DataError: the file cannot be read, is empty, not UTF-8 or malformed, or lacks the column 'text' or 'label'.
     """
-    readers: Mapping[str, Callable[[Path, str], RawRows]] = {
-        ".parquet": _read_parquet,
-        ".csv": _read_csv,
-        ".jsonl": _read_jsonl,
-        ".json": _read_json,
-    }
     try:
-        return readers[path.suffix.lower()](path, name)
+        return _READERS[path.suffix.lower()](path, name)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions.") from error
 
@@ -60,11 +52,7 @@ def _read_text(path: Path, name: str) -> str:
 
 @contextmanager
 def _reading(name: str, advice: str) -> Generator[None]:
-    """Read with `datasets` or pandas inside the block.
-
-    Raises:
-        DataError: they raised an exception.
-    """
+    """Read with `datasets` or pandas inside the block; an exception of theirs becomes a DataError that ends in `advice`."""
 
     def make_error(reason: str) -> DataError:
         return DataError(f"{name} cannot be read: {reason}. {advice}")
@@ -113,7 +101,11 @@ def _read_csv(path: Path, name: str) -> RawRows:
     _read_text(path, name)
     advice = "Put texts with commas or line breaks in double quotes, and double every quote inside."
     with _reading(name, advice):
-        header = _first_record(path)
+        # `datasets` uses this reader too, so both agree on quotes, blank lines and NUL.
+        import pandas as pd
+
+        first = pd.read_csv(path, header=None, nrows=1, dtype=str, na_filter=False, encoding="utf-8-sig")
+        header = [str(field) for field in first.iloc[0]]
     original = _original_columns(header)
     columns = original or header
     if original is None:
@@ -146,14 +138,6 @@ def _read_csv(path: Path, name: str) -> RawRows:
     return RawRows(texts, labels, Origin.of_file(name, len(texts)), first_label=1)
 
 
-def _first_record(path: Path) -> list[str]:
-    # `datasets` uses this reader too, so both agree on quotes, blank lines and NUL.
-    import pandas as pd
-
-    first = pd.read_csv(path, header=None, nrows=1, dtype=str, na_filter=False, encoding="utf-8-sig")
-    return [str(field) for field in first.iloc[0]]
-
-
 def _is_row(header: Sequence[str]) -> bool:
     return bool(_INTEGER.fullmatch(header[0]))
 
@@ -171,14 +155,10 @@ def _read_jsonl(path: Path, name: str) -> RawRows:
     `datasets` is not used. It infers a type per block: one wrong label changes others, and text that looks like dates becomes
     dates. Its errors do not name the line.
     """
-    objects: list[object] = []
-    rows: list[int] = []
-    for number, line in enumerate(_read_text(path, name).split("\n"), start=1):
-        if line.strip():
-            objects.append(_parse(line, f"{name} row {number}"))
-            rows.append(number)
-    origin = Origin((name,), np.zeros(len(rows), np.int64), np.array(rows, dtype=np.int64))
-    return _from_objects(objects, origin)
+    lines = enumerate(_read_text(path, name).split("\n"), start=1)
+    objects = {number: _parse(line, f"{name} row {number}") for number, line in lines if line.strip()}
+    origin = Origin((name,), np.zeros(len(objects), np.int64), np.array(list(objects), dtype=np.int64))
+    return _from_objects(list(objects.values()), origin)
 
 
 def _read_json(path: Path, name: str) -> RawRows:
@@ -213,3 +193,7 @@ def _from_objects(objects: Sequence[object], origin: Origin) -> RawRows:
         texts.append(fields["text"])
         labels.append(fields["label"])
     return RawRows(texts, labels, origin)
+
+
+_READERS = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_json}
+SUFFIXES = tuple(_READERS)

@@ -6,18 +6,9 @@ unrelated exception types, from OSError to those of pyarrow and safetensors.
 
 import logging
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import ExitStack, contextmanager
 
 from agnews_dist.errors import UserError
-
-
-class _Logging(Protocol):
-    """The logging module of a library."""
-
-    def get_verbosity(self) -> int: ...
-
-    def set_verbosity(self, verbosity: int) -> None: ...
 
 
 @contextmanager
@@ -25,14 +16,14 @@ def silence_datasets(*, logs: bool = True) -> Generator[None]:
     """Hide progress bars of `datasets` inside the block; with `logs`, also what it logs."""
     import datasets
 
-    with _hide_logs(datasets.logging if logs else None):
-        had_bars = not datasets.are_progress_bars_disabled()
+    with ExitStack() as stack:
+        if logs:
+            stack.callback(datasets.logging.set_verbosity, datasets.logging.get_verbosity())
+            datasets.logging.set_verbosity(logging.CRITICAL)
+        if not datasets.are_progress_bars_disabled():
+            stack.callback(datasets.enable_progress_bars)
         datasets.disable_progress_bars()
-        try:
-            yield
-        finally:
-            if had_bars:
-                datasets.enable_progress_bars()
+        yield
 
 
 @contextmanager
@@ -40,27 +31,13 @@ def silence_transformers() -> Generator[None]:
     """Hide progress bars and load reports of transformers inside the block."""
     from transformers.utils import logging as library
 
-    with _hide_logs(library):
-        had_bars = library.is_progress_bar_enabled()
+    with ExitStack() as stack:
+        stack.callback(library.set_verbosity, library.get_verbosity())
+        library.set_verbosity(logging.CRITICAL)
+        if library.is_progress_bar_enabled():
+            stack.callback(library.enable_progress_bar)
         library.disable_progress_bar()
-        try:
-            yield
-        finally:
-            if had_bars:
-                library.enable_progress_bar()
-
-
-@contextmanager
-def _hide_logs(library: _Logging | None) -> Generator[None]:
-    if library is None:
         yield
-        return
-    verbosity = library.get_verbosity()
-    library.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        library.set_verbosity(verbosity)
 
 
 @contextmanager

@@ -49,8 +49,8 @@ def find_files_by_split(directory: Path) -> dict[str, list[Path]]:
         ]
         if found:
             break
-    splits = {name: [file for file in found if _split_of(file, directory) == name] for name in SPLIT_WORDS}
-    splits = {name: files for name, files in splits.items() if files}
+    by_split = {name: [file for file in found if _split_of(file, directory) == name] for name in SPLIT_WORDS}
+    splits = {name: files for name, files in by_split.items() if files}
     if not splits:
         found_names = [file.name for file in sorted(directory.iterdir())]
         raise DataError(

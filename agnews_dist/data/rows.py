@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -27,9 +28,6 @@ class Origin:
     file_N: Ints
     """Indices into `files`."""
     row_N: Ints
-
-    def __len__(self) -> int:
-        return len(self.row_N)
 
     def name(self, index: int) -> str:
         """Format the origin of one row: `train.csv row 17`."""
@@ -116,13 +114,13 @@ def count_rows(num_rows: int) -> str:
     return f"{num_rows:,} row" + "s" * (num_rows != 1)
 
 
-def check_columns(file: str, found: Sequence[str], needed: Sequence[str] = ("text", "label")) -> None:
-    """Check that `found` contains all columns of `needed`.
+def check_columns(file: str, found: Sequence[str]) -> None:
+    """Check that the columns `found` contain 'text' and 'label'.
 
     Raises:
         DataError: a column is missing; names the columns found, and the nearest.
     """
-    missing = [name for name in needed if name not in found]
+    missing = [name for name in ("text", "label") if name not in found]
     if missing:
         columns = ", ".join(map(repr, found)) or "none"
         raise DataError(
@@ -162,22 +160,14 @@ def _quote(value: object) -> str:
 
 def _parse_labels(raw: RawRows, class_names: tuple[str, ...]) -> Ints:
     """Convert labels given as integers, digits or class names to int64 indices (N,)."""
+
     # Labels take few different values, so each is parsed once. The type is part of the key because 1 == True == 1.0.
-    index_of: dict[tuple[type, object], int | None] = {}
-    indices = np.empty(len(raw.labels), dtype=np.int64)
-    bad: list[int] = []
-    for i, label in enumerate(raw.labels):
-        if not isinstance(label, str | int | float | None):
-            bad.append(i)
-            continue
-        key = (type(label), label)
-        if key not in index_of:
-            index_of[key] = _parse_label(label, class_names, raw.first_label)
-        index = index_of[key]
-        if index is None:
-            bad.append(i)
-        else:
-            indices[i] = index
+    @lru_cache(maxsize=None, typed=True)
+    def parse(label: str | int) -> int | None:
+        return _parse_label(label, class_names, raw.first_label)
+
+    indices = [parse(label) if isinstance(label, str | int) else None for label in raw.labels]
+    bad = [i for i, index in enumerate(indices) if index is None]
     if bad:
         first, last = raw.first_label, raw.first_label + len(class_names) - 1
         wrong = raw.labels[bad[0]]
@@ -187,17 +177,17 @@ def _parse_labels(raw: RawRows, class_names: tuple[str, ...]) -> Ints:
             f"label is not a class in {count_rows(len(bad))} ({rows}): classes are {first} to {last} "
             f"or {', '.join(class_names)}.{nearest} Correct these rows."
         )
-    return indices
+    return np.array(indices, dtype=np.int64)
 
 
-def _parse_label(label: str | int | float | None, class_names: tuple[str, ...], first_label: int) -> int | None:
+def _parse_label(label: str | int, class_names: tuple[str, ...], first_label: int) -> int | None:
     if isinstance(label, str):
         if label in class_names:
             return class_names.index(label)
         if not _INTEGER.fullmatch(label.strip()):
             return None
         label = int(label)
-    if not isinstance(label, int) or isinstance(label, bool):
+    if isinstance(label, bool):
         return None
     index = label - first_label
     return index if 0 <= index < len(class_names) else None

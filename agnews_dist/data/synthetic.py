@@ -44,7 +44,6 @@ _PHRASES = _read_vocabulary()
 
 
 def _draw(rng: Random, options: Sequence[str]) -> str:
-    """Draw one of several options."""
     # Python guarantees the numbers of `random()` across versions, but not those of `choice`.
     return options[_draw_integer(rng, 0, len(options) - 1)] if len(options) > 1 else options[0]
 

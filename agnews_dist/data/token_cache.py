@@ -14,7 +14,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,9 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agnews_dist.data.rows import Ints
+from agnews_dist.errors import DataError
+from agnews_dist.events import Emit, Warned
 from agnews_dist.storage import atomic
 from agnews_dist.storage.directories import used_disk_bytes
-from agnews_dist.storage.locks import is_locked, try_lock
+from agnews_dist.storage.locks import is_locked, locked, try_lock
 
 FORMAT = 1
 """Version of the files, part of the key. Raise it when the files or their meaning change."""
@@ -71,7 +73,42 @@ class CachedTokens:
     splits: Mapping[str, TokenSplit]
     class_names: tuple[str, ...]
     warnings: tuple[str, ...]
-    """Warnings about the data from building it."""
+    """Warnings about the data, emitted when it was tokenised and at every opening."""
+
+
+def read_or_build(directory: Path, build: Callable[[], CachedTokens], emit: Emit) -> tuple[CachedTokens, bool]:
+    """Read a cache; if it is missing or damaged, one process builds it while the others wait for the lock.
+
+    Returns (content, whether it was found).
+
+    Raises:
+        DataError: no valid cache exists and none can be written.
+    """
+    root = directory.parent
+    try:
+        with ExitStack() as stack:
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(_lock_of(directory)))
+            except OSError as unwritable:
+                # A valid cache of another user may be read-only.
+                try:
+                    return read_tokens(directory), True
+                except (FileNotFoundError, DamagedCache):
+                    raise unwritable from None
+            try:
+                return read_tokens(directory), True
+            except (FileNotFoundError, DamagedCache) as fault:
+                if isinstance(fault, DamagedCache):
+                    emit(Warned(message=f"token cache {directory} is damaged ({fault}): building it again."))
+                publish(directory, lambda building: write_tokens(building, build(), directory.name))
+                return read_tokens(directory), False
+    except (OSError, DamagedCache) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"token cache {root} cannot be written: {reason}. Set --data.cache_dir to a writable directory with free space, or "
+            "build it there with 'python -m agnews_dist prepare'."
+        ) from error
 
 
 def publish(directory: Path, write: Callable[[Path], None]) -> None:
@@ -124,11 +161,11 @@ def write_tokens(directory: Path, tokens: CachedTokens, key: str) -> None:
         "files": files,
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "numpy")},
     }
-    meta = {"content": content, "sha256": _digest(content)}
+    meta = {"content": content, "sha256": hash_json(content)}
     (directory / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def read_tokens(directory: Path, key: str) -> CachedTokens:
+def read_tokens(directory: Path) -> CachedTokens:
     """Open a published cache, verified and with its tokens memory-mapped.
 
     Raises:
@@ -140,9 +177,9 @@ def read_tokens(directory: Path, key: str) -> CachedTokens:
     try:
         meta = cast(dict[str, Any], json.loads((directory / _META).read_text(encoding="utf-8")))
         content = meta["content"]
-        if meta["sha256"] != _digest(content):
+        if meta["sha256"] != hash_json(content):
             raise DamagedCache(f"{_META} was changed")
-        if (content["format"], content["key"]) != (FORMAT, key):
+        if (content["format"], content["key"]) != (FORMAT, directory.name):
             raise DamagedCache(f"{_META} belongs to other data or another version")
         for name, sha256 in content["files"].items():
             if _sha256(directory / name) != sha256:
@@ -184,7 +221,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def hash_json(content: object) -> str:
+    """Hash a value as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -211,10 +249,11 @@ def list_token_caches(root: Path) -> list[TokenCache]:
         return []
     found: list[TokenCache] = []
     for key in filter(_KEY.fullmatch, keys):
-        try:
-            found.append(_inspect(root / key))
-        except FileNotFoundError:
-            continue  # removed or published in the meantime
+        path = root / key
+        with suppress(FileNotFoundError):  # removed or published in the meantime
+            if parts := _directories(path):
+                size, last_used = sum(map(used_disk_bytes, parts)), max(part.stat().st_mtime for part in parts)
+                found.append(TokenCache(key, path, describe(path), size, last_used, is_locked(_lock_of(path))))
     return sorted(found, key=lambda cache: (cache.last_used, cache.key))
 
 
@@ -224,7 +263,7 @@ def remove_token_cache(path: Path) -> bool:
     Raises:
         OSError: this user may not remove it.
     """
-    handle = try_lock(path.with_name(f"{path.name}.lock"))
+    handle = try_lock(_lock_of(path))
     if handle is None:
         return False
     try:
@@ -236,20 +275,10 @@ def remove_token_cache(path: Path) -> bool:
         os.close(handle)
 
 
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
 def _directories(path: Path) -> list[Path]:
     """List the published directory and those of builders."""
     return [part for part in (path, *path.parent.glob(f"{path.name}{_BUILDING}*")) if part.is_dir()]
-
-
-def _inspect(path: Path) -> TokenCache:
-    parts = _directories(path)
-    if not parts:
-        raise FileNotFoundError(path)
-    return TokenCache(
-        key=path.name,
-        path=path,
-        about=describe(path),
-        disk_bytes=sum(map(used_disk_bytes, parts)),
-        last_used=max(part.stat().st_mtime for part in parts),
-        is_used=is_locked(path.with_name(f"{path.name}.lock")),
-    )

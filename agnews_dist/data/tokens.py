@@ -4,12 +4,11 @@ Processes synchronise by a file lock, without collectives. So this works before 
 a file system that nodes share.
 """
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -18,13 +17,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.data.rows import Corpus, Split, check_corpus
-from agnews_dist.data.token_cache import FORMAT, CachedTokens, DamagedCache, TokenSplit, publish, read_tokens, write_tokens
+from agnews_dist.data.token_cache import FORMAT, CachedTokens, TokenSplit, hash_json, read_or_build
 from agnews_dist.errors import DataError
 from agnews_dist.events import Emit, Progress, Warned
 from agnews_dist.storage.directories import cache_root
-from agnews_dist.storage.locks import locked
-
-__all__ = ["TokenSplit", "TokenStore", "cache_root", "encode", "open_or_build"]
 
 _CHUNK_TEXTS = 1_000
 """Texts per call of the tokenizer, and per progress report."""
@@ -33,17 +29,13 @@ _HEAD_START_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class TokenStore:
+class TokenStore(CachedTokens):
     """Tokens of a corpus, opened from the cache."""
 
     path: Path
     """Directory of the cache."""
-    splits: Mapping[str, TokenSplit]
-    class_names: tuple[str, ...]
     fingerprint: str
     """Key of the cache: sha256 over corpus, tokenizer, maximum length and format."""
-    warnings: tuple[str, ...]
-    """Warnings about the data, emitted when it was tokenised and at every opening."""
     was_cached: bool
     """False in the process that built it."""
 
@@ -109,50 +101,10 @@ def open_or_build(
         deadline = time.monotonic() + _HEAD_START_SECONDS
         while not directory.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-    was_cached = True
-
-    def build() -> CachedTokens:
-        nonlocal was_cached
-        was_cached = False
-        return _build(corpus, tokenizer, max_length, emit)
-
-    tokens = _read_or_build(directory, build, emit)
+    tokens, was_cached = read_or_build(directory, partial(_build, corpus, tokenizer, max_length, emit), emit)
     for message in tokens.warnings:
         emit(Warned(message=message))
-    return TokenStore(directory, tokens.splits, tokens.class_names, key, tokens.warnings, was_cached)
-
-
-def _read_or_build(directory: Path, build: Callable[[], CachedTokens], emit: Emit) -> CachedTokens:
-    """Read a cache; if it is missing or damaged, one process builds it while the others wait for the lock.
-
-    Raises:
-        DataError: no valid cache exists and none can be written.
-    """
-    root, key = directory.parent, directory.name
-    try:
-        with ExitStack() as stack:
-            try:
-                root.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(root / f"{key}.lock"))
-            except OSError as unwritable:
-                # A valid cache of another user may be read-only.
-                try:
-                    return read_tokens(directory, key)
-                except (FileNotFoundError, DamagedCache):
-                    raise unwritable from None
-            try:
-                return read_tokens(directory, key)
-            except (FileNotFoundError, DamagedCache) as fault:
-                if isinstance(fault, DamagedCache):
-                    emit(Warned(message=f"token cache {directory} is damaged ({fault}): building it again."))
-                publish(directory, lambda building: write_tokens(building, build(), key))
-                return read_tokens(directory, key)
-    except (OSError, DamagedCache) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"token cache {root} cannot be written: {reason}. Set --data.cache_dir to a writable directory with free space, or "
-            "build it there with 'python -m agnews_dist prepare'."
-        ) from error
+    return TokenStore(tokens.splits, tokens.class_names, tokens.warnings, directory, key, was_cached)
 
 
 def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int) -> str:
@@ -161,16 +113,11 @@ def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int) ->
     # cache.
     content["padding"] = content["truncation"] = None
     content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
-    parts = [FORMAT, corpus.fingerprint, content, max_length]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hash_json([FORMAT, corpus.fingerprint, content, max_length])
 
 
 def _build(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int, emit: Emit) -> CachedTokens:
-    """Check and tokenise every split.
-
-    Raises:
-        DataError: a text is empty, blank or without a token.
-    """
+    """Check and tokenise every split."""
     warnings = check_corpus(corpus)
     total, before = sum(map(len, corpus.splits.values())), 0
     splits: dict[str, TokenSplit] = {}

@@ -3,13 +3,10 @@
 An epoch is a function of the lengths, `PlanSettings` and the epoch's number. Ranks, micro-batches, workers and restarts never
 change which examples are in global batch k. Every example comes exactly once.
 
-Algorithm:
-1. Shuffle the examples.
-2. Cut the shuffled order into windows of about `bucket_window` global batches.
-3. Sort each window, a random sample of the epoch, by length, cut it into global batches and shuffle these.
-
-Windows do not depend on each other, so any step can be planned directly, and only one window is in memory. With a token budget
-the number of batches in a window is known only after planning it, so the first step reads all lengths once.
+The shuffled examples are cut into windows of about `bucket_window` global batches. Each window, a random sample of the epoch,
+is sorted by length and cut into global batches, which are shuffled. Windows do not depend on each other, so any step can be
+planned directly, and only one window is in memory. With a token budget the number of batches in a window is known only after
+planning it, so the first step reads all lengths once.
 
 Beyond some 100 million lengths, set `block_size`. Then blocks of neighbouring examples are shuffled first, and the examples
 inside each window after that. Lengths are read block by block, and memory grows by 8 bytes per block. A window must hold
@@ -179,13 +176,13 @@ class Plan:
     def _check(self, lengths_N: NDArray[Any], ids: Ints | int) -> None:
         """Check lengths of the examples `ids`, or of consecutive examples from `ids`."""
         check_integers(lengths_N)
-        limit = self._max_length
-        if not len(lengths_N) or (lengths_N.min() >= 1 and (limit is None or lengths_N.max() <= limit)):
+        limit, is_bad = self._max_length, lengths_N < 1
+        if limit is not None:
+            is_bad |= lengths_N > limit
+        if not is_bad.any():
             return
-        is_bad = (lengths_N < 1) | (lengths_N > (limit if limit is not None else lengths_N.max()))
-        row = int(np.flatnonzero(is_bad)[0])
-        example = ids + row if isinstance(ids, int) else int(ids[row])
-        tokens = int(lengths_N[row])
+        row = int(np.argmax(is_bad))
+        example, tokens = ids + row if isinstance(ids, int) else int(ids[row]), int(lengths_N[row])
         if tokens < 1:
             raise UserError(
                 f"example {example} has {tokens} tokens: the class is read from the last token, so at least 1 is needed. "

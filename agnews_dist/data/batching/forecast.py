@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from agnews_dist.data.batching.epoch_plan import Plan, plan
 from agnews_dist.data.batching.position import fingerprint_plan
 from agnews_dist.data.batching.settings import PlanSettings
-from agnews_dist.data.batching.shares import Efficiency, Share, Tally, share_batch
+from agnews_dist.data.batching.shares import Efficiency, Tally, share_batch
 
 MAX_STEPS = 12_000
 """Maximum of steps that are measured: three epochs of AG News in batches of 32, in a second."""
@@ -127,7 +127,8 @@ def forecast(
     for ids in islice(chain.from_iterable(each.global_batches() for each in epoch_plans()), MAX_STEPS):
         share = share_batch(lengths_N[ids], num_ranks=num_ranks, max_tokens_per_rank=max_tokens_per_rank, quadratic=quadratic)
         tally.add(share)
-        num_idle += _count_idle_ranks(share)
+        has_rows_MR = np.diff(share.bounds_S).reshape(share.tokens_MR.shape) > 0
+        num_idle += int(np.count_nonzero(~has_rows_MR.any(axis=0)))
         examples_K.append(len(ids))
         tokens_K.append(share.num_real_tokens)
         micro_batches_K.append(share.num_micro_batches)
@@ -189,13 +190,6 @@ def warn_of_idle_ranks(
         f"batch.global_batch_size {size} on {num_ranks} ranks: ranks with fewer than {most} rows of similar length wait, up to "
         f"{waiting:.0%} of the machine. Set batch.global_batch_size to a multiple of {num_ranks}, such as {most * num_ranks}."
     )
-
-
-def _count_idle_ranks(share: Share) -> int:
-    """Count the ranks without a row in any micro-batch."""
-    num_micro, num_ranks = share.tokens_MR.shape
-    has_rows_R = (np.diff(share.bounds_S).reshape(num_micro, num_ranks) > 0).any(axis=0)
-    return num_ranks - int(np.count_nonzero(has_rows_R))
 
 
 def _spread(values: Sequence[int]) -> Spread:

@@ -101,14 +101,7 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
     ) -> None:
         """Plan epoch 0. All arguments except `rank` must be equal on all ranks.
 
-        Args:
-            lengths: tokens of `dataset[i]`.
-            num_ranks: processes that train together.
-            rank: number of this process, from 0.
-            settings: decide the global batches.
-            accumulation: minimum of micro-batches per step.
-            max_tokens_per_rank: maximum of padded tokens per micro-batch; steps get as many micro-batches as they need.
-            quadratic: see `share_batch`.
+        `lengths`: tokens of `dataset[i]`. `accumulation`, `max_tokens_per_rank` and `quadratic`: see `share_batch`.
 
         Raises:
             UserError: `rank` is out of range; errors of `plan` and `share_batch`.
@@ -127,10 +120,8 @@ class LengthBucketedBatchSampler(Sampler[list[int]]):
         self._micro_batches_per_step = accumulation if max_tokens_per_rank is None else None
         self._seek(0, 0)
         # Check the arguments of `share_batch` now, not hours later at the step with the longest example.
-        longest = 1
-        if max_tokens_per_rank:
-            longest = max((int(chunk.max()) for _, chunk in iterate_chunks(self._lengths)), default=1)
-        self._share(np.array([longest]))
+        maxima = (int(chunk.max()) for _, chunk in iterate_chunks(self._lengths)) if max_tokens_per_rank else ()
+        self._share(np.array([max(maxima, default=1)]))
 
     @property
     def epoch(self) -> int:

@@ -72,14 +72,8 @@ class PlanSettings:
     """Neighbouring examples that are shuffled together; above 1 for data sets larger than memory."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("global_batch_size", 1),
-            ("global_token_budget", 1),
-            ("bucket_window", 1),
-            ("block_size", 1),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
+            least = 0 if name == "seed" else 1
             if (name, value) in (("global_token_budget", None), ("bucket_window", "epoch")):
                 continue
             if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:

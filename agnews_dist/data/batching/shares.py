@@ -8,8 +8,9 @@ take any split and order its groups by their longest rows. Refill the groups, ke
 group's longest row becomes longer.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,11 +41,6 @@ class Share:
     def num_micro_batches(self) -> int:
         """Micro-batches per rank, equal on all ranks."""
         return self.tokens_MR.shape[0]
-
-    @property
-    def num_padded_tokens(self) -> int:
-        """Padded tokens of all ranks."""
-        return int(self.tokens_MR.sum())
 
     @property
     def critical_tokens(self) -> int:
@@ -167,15 +163,20 @@ def _find_runs(lengths_B: NDArray[Any], quadratic: float, limit: int | None) -> 
     return [_Run(*each) for each in zip(ends.tolist(), costs.tolist(), max_rows.tolist(), strict=True)]
 
 
-def _count_slices(runs: list[_Run], cap: int) -> int:
-    """Count the slices that hold all rows when each is filled up to `cap`."""
-    begin = used = 0
+def _fill_slices(runs: list[_Run], cap: int) -> Iterator[range]:
+    """Fill slices up to `cap` and yield the ends of those that begin in the same run. The last end may exceed the rows."""
+    begin = 0
     for run in runs:
         if begin < run.end:
             rows = run.count_rows(cap)
-            count = -(-(run.end - begin) // rows)
-            begin, used = begin + count * rows, used + count
-    return used
+            ends = range(begin + rows, run.end + rows, rows)
+            begin = ends[-1]
+            yield ends
+
+
+def _count_slices(runs: list[_Run], cap: int) -> int:
+    """Count the slices that hold all rows when each is filled up to `cap`."""
+    return sum(map(len, _fill_slices(runs, cap)))
 
 
 def _cut_slices(runs: list[_Run], num_slices: int) -> Ints:
@@ -183,13 +184,7 @@ def _cut_slices(runs: list[_Run], num_slices: int) -> Ints:
 
     Slices that are not needed are empty, at the end.
     """
-    cap, begin, bounds = _find_smallest_cap(runs, num_slices), 0, [0]
-    for run in runs:
-        if begin < run.end:
-            rows = run.count_rows(cap)
-            count = -(-(run.end - begin) // rows)
-            bounds.extend(range(begin + rows, begin + count * rows + 1, rows))
-            begin += count * rows
+    bounds = [0, *chain.from_iterable(_fill_slices(runs, _find_smallest_cap(runs, num_slices)))]
     num_rows = runs[-1].end if runs else 0
     padded = bounds + [num_rows] * (num_slices + 1 - len(bounds))
     return np.minimum(np.array(padded, dtype=np.int64), num_rows)
@@ -239,7 +234,7 @@ class Tally:
     def add(self, share: Share) -> None:
         """Add one step."""
         self.real += share.num_real_tokens
-        self.padded += share.num_padded_tokens
+        self.padded += int(share.tokens_MR.sum())
         self.slowest += share.critical_tokens * share.tokens_MR.shape[1]
 
     @property

@@ -83,7 +83,7 @@ def check_share(
     rows = [row for slices in slices_RM for part in slices for row in range(len(lengths_B))[part]]
     assert sorted(rows) == list(range(len(lengths_B))), "every row once"
     assert found.num_real_tokens == lengths_B.sum()
-    assert found.num_padded_tokens == sum(map(sum, tokens_RM))
+    assert found.tokens_MR.sum() == sum(map(sum, tokens_RM))
     assert found.critical_tokens == max(map(sum, tokens_RM))
     assert found.num_micro_batches >= accumulation
     if limit is None:
@@ -357,7 +357,7 @@ def check_owned(
     tokens_RM = [[max(1, len(part) * max(lengths_B[part], default=0)) for part in slices] for slices in slices_RM]
     assert found.tokens_MR.T.tolist() == tokens_RM
     assert max(map(max, tokens_RM)) <= limit
-    assert (found.num_real_tokens, found.num_padded_tokens) == (lengths_B.sum(), sum(map(sum, tokens_RM)))
+    assert (found.num_real_tokens, found.tokens_MR.sum()) == (lengths_B.sum(), sum(map(sum, tokens_RM)))
     assert found.critical_tokens == max(map(sum, tokens_RM))
     return found
 

@@ -154,7 +154,7 @@ def test_clear_keeps_features_in_use(root, capsys, names):
 def test_clear_keeps_tokens_being_opened_or_built(root, capsys):
     with locked(root / f"{TOKENS}.lock"):
         assert run_json(capsys, root, "--clear", "tokens")[TOKENS]["outcome"] == "kept: in use"
-        assert read_tokens(root / TOKENS, TOKENS).splits["train"].tokens.tolist() == [0, 1, 2, 3, 4]
+        assert read_tokens(root / TOKENS).splits["train"].tokens.tolist() == [0, 1, 2, 3, 4]
     assert run_json(capsys, root, "--clear", "tokens")[TOKENS]["outcome"] == "removed"
     assert TOKENS not in list_directories(root)
 
@@ -177,7 +177,7 @@ def test_clear_removes_leftovers_of_killed_processes(root, capsys):
 
 def test_opening_tokens_updates_their_last_use(root, capsys):
     assert run_json(capsys, root)[TOKENS]["last_used"] == 1e9
-    read_tokens(root / TOKENS, TOKENS)
+    read_tokens(root / TOKENS)
     assert run_json(capsys, root)[TOKENS]["last_used"] > 1.7e9
 
 

@@ -15,8 +15,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from support.processes import TIMEOUT, environment, python
 
-from agnews_dist.data.corpus import Corpus, check_corpus, choose_rows, load_corpus
+from agnews_dist.data.corpus import choose_rows, load_corpus
 from agnews_dist.data.hub import read_hub
+from agnews_dist.data.rows import Corpus, check_corpus
 from agnews_dist.data.synthetic import CLASS_NAMES, generate
 from agnews_dist.errors import DataError
 
