@@ -36,25 +36,23 @@ def evaluate(world: World, loaded: Loaded) -> None:
     from agnews_dist.evaluation.evaluator import evaluate_split
     from agnews_dist.events import RunStarted
     from agnews_dist.model.gpt2 import count_parameters
-    from agnews_dist.report.console import Console, Sinks
-    from agnews_dist.run import directory, engine_setup, evaluation_setup, fingerprints, results
+    from agnews_dist.report.console import Sinks, create_console
+    from agnews_dist.run import directory, engine_setup, fingerprints, results, setup
     from agnews_dist.training.timing import StageTimer
 
     config, output, timer = loaded.config, loaded.options["output"], StageTimer(start)
     should_use_cuda(world, config.engine.device)
     with Sinks() as emit:
 
-        def load() -> evaluation_setup.EvaluationInputs:
+        def load() -> setup.EvaluationInputs:
             if world.is_main:
-                emit.add(Console())
+                emit.add(create_console())
                 if output is not None:
                     directory.check_output(Path(output), overwrite=config.run.overwrite)
             check_source(config.data.source)
             split = loaded.options["split"]
             length = config.data.max_length if "data.max_length" in loaded.explicit else None
-            return evaluation_setup.load_evaluation_inputs(
-                config.data, config.model, split=split, max_length=length, emit=emit, timer=timer, world=world
-            )
+            return setup.load_evaluation_inputs(config, split=split, max_length=length, emit=emit, timer=timer, world=world)
 
         # Loaded before the process group exists: a slow download must not run into the timeout of a collective.
         outcome = collectives.catch(load)
@@ -64,7 +62,7 @@ def evaluate(world: World, loaded: Loaded) -> None:
         weights = fingerprints.weights_fingerprint(inputs.classifier.frozen_state)
         collectives.check_equal(hashes := {"tokens": inputs.fingerprint, "frozen_weights": weights})
         engine_setup.place_classifier(classifier, engine, fast_path=config.engine.fast_path)
-        table = TokenTable(tokens, pad_id=inputs.pad_id, device=engine.device)
+        table = TokenTable(tokens, pad_id=setup.pad_id_of(inputs.tokenizer), device=engine.device)
         facts = {
             "model": config.model.name,
             "data": f"{config.data.source}: {len(table):,} rows of {table.name}",

@@ -11,6 +11,7 @@ Takes the configuration of the training. Needs the text and the model's config a
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 
 from agnews_dist.commands.command import run_command
 from agnews_dist.config import command_line as cli
@@ -24,7 +25,7 @@ OPTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command; return the exit code."""
     return run_command("plan", argv, run, OPTIONS)
 
 
@@ -37,23 +38,20 @@ def run(world: World, loaded: cli.Loaded) -> None:
     if not world.is_main:
         return
     # Imported here, so that --help and wrong settings do not wait seconds for torch.
-    from rich.console import Console as Output
-
     from agnews_dist.data.batching.forecast import forecast, warn_of_idle_ranks
     from agnews_dist.data.batching.shares import quadratic_weight
     from agnews_dist.events import Progress, Warned
     from agnews_dist.model.gpt2 import check_max_length, load_model_config
     from agnews_dist.model.pretrained import load_tokenizer
-    from agnews_dist.report.console import Console
+    from agnews_dist.report.console import create_console
+    from agnews_dist.report.formatting import create_output
     from agnews_dist.report.plan_view import show_plan
     from agnews_dist.run.setup import load_text, open_tokens, plan_settings
 
     data, model, batch = config.data, config.model, config.batch
     settings = plan_settings(batch, config.run.seed)
-    # FORCE_COLOR, set for other tools, must not write cursor movements into a log file.
-    stream = sys.stderr if as_json else sys.stdout
-    out = Output(file=stream, force_terminal=stream.isatty())
-    with Console(out) as emit:
+    out = create_output(sys.stderr if as_json else sys.stdout)
+    with closing(create_console(out)) as emit:
         emit(Progress(task=f"load {data.source}", done=0, total=0))
         tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
         shape = load_model_config(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)

@@ -22,14 +22,14 @@ def prepare(world: World, loaded: Loaded) -> None:
     # Imported here, so that --help and wrong settings do not wait for torch.
     from agnews_dist.data.corpus import check_source
     from agnews_dist.events import RunDone
-    from agnews_dist.report.console import Console, Sinks
+    from agnews_dist.report.console import Sinks, create_console
     from agnews_dist.run.setup import load_training_inputs
     from agnews_dist.training.timing import StageTimer
 
     config = loaded.config
     with Sinks() as emit:
         if world.is_main:
-            emit.add(Console())
+            emit.add(create_console())
         check_source(config.data.source)
         store = load_training_inputs(config, world, emit, StageTimer(start)).store
         facts = {

@@ -1,6 +1,5 @@
 """events.jsonl: the events of a run, one JSON object per line, for scripts and plots."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -21,18 +20,16 @@ class EventLog:
     """
 
     def __init__(self, path: Path, *, keep_bytes: int | None = None) -> None:
-        """Open `path` for appending. `keep_bytes`: drop everything after this many bytes first.
-
-        Raises:
-            UserError: the file cannot be opened for writing.
-        """
+        """Open `path` for appending. `keep_bytes`: drop everything after this many bytes first."""
         self._pending: list[bytes] = []
         self._error_number = 0
         self.path = path
         """Path for messages. The directory may have been renamed since."""
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            self._written = _measure_whole_lines(self._file, keep_bytes)
+            content = os.pread(self._file, os.fstat(self._file).st_size, 0)[:keep_bytes]
+            # A kill may leave half a line behind the last whole one.
+            self._written = content.rfind(b"\n") + 1
             os.ftruncate(self._file, self._written)
         except OSError as error:
             raise UserError(
@@ -42,19 +39,12 @@ class EventLog:
         self._is_open = True
 
     def __call__(self, event: Event) -> None:
-        """Write one event.
-
-        Raises:
-            OSError: it cannot be written now. The next call tries again.
-        """
+        """Write one event, or raise OSError. The next call tries again."""
         if isinstance(event, Progress) or not self._is_open:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = json.dumps({"event": type(event).__name__, "time": now, **_list_fields(event)}, allow_nan=False) + "\n"
         self._pending.append(line.encode())
-        self._write_pending()
-
-    def _write_pending(self) -> None:
         while self._pending:
             try:
                 written = os.pwrite(self._file, self._pending[0], self._written)
@@ -73,11 +63,7 @@ class EventLog:
         return self._written + sum(map(len, self._pending))
 
     def sync(self, num_bytes: int) -> None:
-        """Make the first `num_bytes` survive a power cut.
-
-        Raises:
-            OSError: some of them could not be written yet.
-        """
+        """Make the first `num_bytes` survive a power cut, or raise OSError if some could not be written yet."""
         if self._written < num_bytes:
             raise OSError(self._error_number, os.strerror(self._error_number), str(self.path))
         os.fsync(self._file)
@@ -92,14 +78,6 @@ class EventLog:
 def _list_fields(event: Event | Scores) -> dict[str, object]:
     """List an event's fields in order, with those of `scores` in place of `scores`."""
     fields: dict[str, object] = {}
-    # Not asdict(): it copies deeply, which fails for some mappings.
-    for name in (field.name for field in dataclasses.fields(event)):
-        value = getattr(event, name)
+    for name, value in vars(event).items():
         fields |= _list_fields(value) if isinstance(value, Scores) else {name: to_json_value(value)}
     return fields
-
-
-def _measure_whole_lines(file: int, limit: int | None) -> int:
-    """Return the bytes up to the end of the last whole line, at most `limit`. A kill may leave half a line behind it."""
-    content = os.pread(file, os.fstat(file).st_size, 0)[:limit]
-    return content.rfind(b"\n") + 1

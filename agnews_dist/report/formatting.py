@@ -2,12 +2,15 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import TextIO
 
 import rich.console
+from rich.table import Table
+from rich.text import Text
 
 from agnews_dist.errors import format_ids
-from agnews_dist.events import CheckpointSaved, NonFinite, OverfitChecked, Resumed
+from agnews_dist.events import CheckpointSaved, EvalDone, NonFinite, OverfitChecked, Resumed, Warned
 
 # Characters that move the cursor, ring the bell or change the reading direction; tab and newline are allowed.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -55,9 +58,27 @@ def format_ratio(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
-def describe_event(event: NonFinite | Resumed | CheckpointSaved | OverfitChecked) -> str:
+def lay_out_facts(facts: Mapping[str, str], encoding: str) -> Table:
+    """Lay out labels and values in two columns."""
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim", overflow="fold")
+    rows.add_column(overflow="fold")
+    for pair in facts.items():
+        # As Text: rich would interpret [brackets] in a string as markup.
+        rows.add_row(*(Text(escape_text(text, encoding)) for text in pair))
+    return rows
+
+
+def sum_parameters(parameters: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Return the (trainable, frozen) counts of all parts together."""
+    return sum(trainable for trainable, _ in parameters.values()), sum(frozen for _, frozen in parameters.values())
+
+
+def describe_event(event: Warned | NonFinite | Resumed | CheckpointSaved | EvalDone | OverfitChecked) -> str:
     """Describe an event in one line."""
     match event:
+        case Warned():
+            return f"warning: {event.message}"
         case NonFinite():
             return f"step {event.step} skipped its update: loss or gradient not finite, {format_ids(event.ids)}"
         case Resumed():
@@ -66,6 +87,13 @@ def describe_event(event: NonFinite | Resumed | CheckpointSaved | OverfitChecked
             return (
                 f"checkpoint of step {event.step} written: {event.num_bytes / 1e6:,.1f} MB in "
                 f"{format_duration(event.seconds)} (stall {1000 * event.stall:.0f} ms)"
+            )
+        case EvalDone():
+            scores = event.scores
+            return (
+                f"{name_evaluation(event.split, event.epoch)}: accuracy {scores.accuracy:.4f} ({scores.num_correct:,} of "
+                f"{scores.num_examples:,}), macro F1 {scores.macro_f1:.4f}, loss {scores.loss:.4f}, "
+                f"{format_duration(event.seconds)}"
             )
         case OverfitChecked():
             return (

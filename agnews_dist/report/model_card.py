@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from agnews_dist.events import Scores
+from agnews_dist.report.formatting import sum_parameters
 
 # The form of `name` or `owner/name` on the hub.
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -19,20 +20,17 @@ _GENERATED = ("embedded", "synthetic")
 class ModelCard:
     """Content of the card.
 
-    Only hub ids enter the front matter. Of a local path the text shows the last part only: paths of the training machine mean
-    nothing elsewhere. The weights' licence is for the user to state.
+    Of local paths it shows the last part only: they mean nothing elsewhere. The weights' licence is for the user to state.
     """
 
     name: str
     """Name of the run."""
     base_model: str
-    """Hub id or directory of the model that was fine-tuned, or 'embedded'."""
+    """Hub id or directory, or 'embedded'."""
     dataset: str
-    """Hub id, directory or file of the rows, or 'synthetic'."""
+    """Hub id, directory or file, or 'synthetic'."""
     class_names: Sequence[str]
-    """Class names in the order of the labels."""
     max_length: int
-    """Tokens to which texts were truncated in training."""
     splits: Mapping[str, Scores]
     """Split -> scores of exactly these weights, in display order."""
     parameters: Mapping[str, tuple[int, int]]
@@ -40,56 +38,75 @@ class ModelCard:
     settings: Mapping[str, object]
     """Setting -> value, in display order."""
     versions: Mapping[str, str]
-    """Library -> version."""
     fingerprints: Mapping[str, str]
     """Input of the run -> its hash."""
 
     def to_markdown(self) -> str:
         """Render the card."""
-        base, data = _display_name(self.base_model), _display_name(self.dataset)
         front = yaml.safe_dump(_build_front_matter(self), sort_keys=False, allow_unicode=True)
-        blocks = [
-            f"---\n{front}---",
-            f"# {_escape_cell(self.name)}",
-            f"A GPT-2 text classifier for the classes {', '.join(map(_escape_cell, self.class_names))}: `{base}` with part of "
-            f"its weights frozen, fine-tuned on `{data}` by `agnews_dist`. It classifies from the hidden state of a text's "
-            "last token.",
-            "## Results",
-            _format_table(
-                ("split", "examples", "accuracy", "macro F1", "loss (nats)"),
-                [
-                    (split, f"{s.num_examples:,}", f"{s.accuracy:.4f}", f"{s.macro_f1:.4f}", f"{s.loss:.4f}")
-                    for split, s in self.splits.items()
-                ],
-            ),
-            _EPOCH_CHOICE if {"validation", "test"} <= self.splits.keys() else "",
-            *_format_confusions(self.splits, self.class_names),
-            "## Use",
-            "Run this in this directory, or replace `.` by its path or hub id:",
-            f"```python\n{_SNIPPET}```",
-            f"`truncation=True` cuts a text to its first {self.max_length:,} tokens, as in training. Without it the pipeline "
-            "crashes on a text longer than the model's positions.",
-            "## Training",
-            _format_table(
-                ("setting", "value"), [(f"`{key}`", f"`{_format_value(value)}`") for key, value in self.settings.items()]
-            ),
-            _format_parameters(self.parameters),
-            _format_table(
-                ("part", "trainable", "frozen"),
-                [(part, f"{trained:,}", f"{frozen:,}") for part, (trained, frozen) in self.parameters.items()],
-            ),
-            "## Limits",
-            "\n".join(f"- {limit}" for limit in _list_limits(data, self.class_names, self.max_length)),
-            "## Reproducing it",
-            "The same settings, data and versions give the same batches on any number of ranks. The run recorded these:",
-            _format_table(("what", "fingerprint"), [(what, f"`{value}`") for what, value in self.fingerprints.items()]),
-            _format_table(("library", "version"), list(self.versions.items())),
+        base, data, classes = _display_name(self.base_model), _display_name(self.dataset), self.class_names
+        scores = [
+            (split, f"{s.num_examples:,}", f"{s.accuracy:.4f}", f"{s.macro_f1:.4f}", f"{s.loss:.4f}")
+            for split, s in self.splits.items()
         ]
-        return "\n\n".join(block for block in blocks if block) + "\n"
+        settings = [(f"`{key}`", f"`{_format_value(value)}`") for key, value in self.settings.items()]
+        trainable, frozen = sum_parameters(self.parameters)
+        parts = [(part, f"{trained:,}", f"{fixed:,}") for part, (trained, fixed) in self.parameters.items()]
+        body = f"""\
+# {_escape_cell(self.name)}
+
+A GPT-2 text classifier for the classes {", ".join(map(_escape_cell, classes))}: `{base}` with part of its weights frozen, \
+fine-tuned on `{data}` by `agnews_dist`. It classifies from the hidden state of a text's last token.
+
+## Results
+
+{_format_table(("split", "examples", "accuracy", "macro F1", "loss (nats)"), scores)}
+
+{_EPOCH_CHOICE if {"validation", "test"} <= self.splits.keys() else ""}
+
+{"".join(_format_confusion(split, s, classes) for split, s in self.splits.items())}
+## Use
+
+Run this in this directory, or replace `.` by its path or hub id:
+
+```python
+{_SNIPPET}```
+
+`truncation=True` cuts a text to its first {self.max_length:,} tokens, as in training. Without it the pipeline crashes on a \
+text longer than the model's positions.
+
+## Training
+
+{_format_table(("setting", "value"), settings)}
+
+{f"{trainable:,} of {trainable + frozen:,} parameters were trained:" if parts else ""}
+
+{_format_table(("part", "trainable", "frozen"), parts)}
+
+## Limits
+
+- {_SYNTHETIC if data == "synthetic" else _AG_NEWS}
+- It always chooses one of {len(classes)} classes, also for a text about anything else, often with a high score. Scores are \
+softmax outputs, not calibrated probabilities.
+- It reads the first {self.max_length:,} tokens and ignores the rest. It was trained on short English news texts.
+
+## Reproducing it
+
+The same settings, data and versions give the same batches on any number of ranks. The run recorded these:
+
+{_format_table(("what", "fingerprint"), [(what, f"`{value}`") for what, value in self.fingerprints.items()])}
+
+{_format_table(("library", "version"), list(self.versions.items()))}"""
+        # Without content a table leaves blank lines.
+        return f"---\n{front}---\n\n" + re.sub(r"\n{3,}", "\n\n", body).rstrip() + "\n"
 
 
 _EPOCH_CHOICE = "The epoch was chosen on the validation split; the test split was scored once, after that choice."
-
+_SYNTHETIC = "The training texts were generated by a program; the figures above say nothing about real news."
+_AG_NEWS = (
+    "AG News was published for research and other non-commercial use; the data's licence may apply to this model. "
+    "No licence is stated here for the weights: they derive from the base model and the data."
+)
 _SNIPPET = """\
 from transformers import pipeline
 
@@ -111,10 +128,9 @@ def _build_front_matter(card: ModelCard) -> dict[str, object]:
         "tags": ["text-classification", "gpt2", "ag-news", "agnews_dist"],
         "metrics": ["accuracy", "f1"],
     }
-    base, data = _find_hub_id(card.base_model), _find_hub_id(card.dataset)
-    if base:
+    if base := _find_hub_id(card.base_model):
         front["base_model"] = base
-    if data:
+    if data := _find_hub_id(card.dataset):
         front["datasets"] = [data]
     name = _display_name(card.dataset)
     results = [
@@ -145,36 +161,10 @@ def _display_name(name: str) -> str:
     return name if _find_hub_id(name) or name in _GENERATED else Path(name).resolve().name
 
 
-def _list_limits(data: str, class_names: Sequence[str], max_length: int) -> list[str]:
-    if data == "synthetic":
-        origin = "The training texts were generated by a program; the figures above say nothing about real news."
-    else:
-        origin = (
-            "AG News was published for research and other non-commercial use; the data's licence may apply to this model. "
-            "No licence is stated here for the weights: they derive from the base model and the data."
-        )
-    return [
-        origin,
-        f"It always chooses one of {len(class_names)} classes, also for a text about anything else, often with a high "
-        "score. Scores are softmax outputs, not calibrated probabilities.",
-        f"It reads the first {max_length:,} tokens and ignores the rest. It was trained on short English news texts.",
-    ]
-
-
-def _format_confusions(splits: Mapping[str, Scores], class_names: Sequence[str]) -> list[str]:
-    blocks: list[str] = []
-    for split, scores in splits.items():
-        rows = [(name, *(f"{count:,}" for count in row)) for name, row in zip(class_names, scores.confusion, strict=True)]
-        blocks += [
-            f"Confusion on {_escape_cell(split)} (rows: true class, columns: predicted):",
-            _format_table(("", *class_names), rows),
-        ]
-    return blocks
-
-
-def _format_parameters(parameters: Mapping[str, tuple[int, int]]) -> str:
-    trainable, frozen = (sum(counts) for counts in zip(*parameters.values(), strict=True)) if parameters else (0, 0)
-    return f"{trainable:,} of {trainable + frozen:,} parameters were trained:" if parameters else ""
+def _format_confusion(split: str, scores: Scores, class_names: Sequence[str]) -> str:
+    rows = [(name, *(f"{count:,}" for count in row)) for name, row in zip(class_names, scores.confusion, strict=True)]
+    table = _format_table(("", *class_names), rows)
+    return f"Confusion on {_escape_cell(split)} (rows: true class, columns: predicted):\n\n{table}\n\n"
 
 
 def _format_value(value: object) -> str:

@@ -1,9 +1,7 @@
 """Console for files and pipes: lines with the time of day, no colours, few enough to read in a job's log."""
 
 import math
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TextIO
 
@@ -11,40 +9,28 @@ import numpy as np
 
 from agnews_dist import events
 from agnews_dist.evaluation.metrics import compute_class_scores
-from agnews_dist.report.formatting import describe_event, escape_text, format_duration, format_ratio, name_evaluation
+from agnews_dist.report.formatting import describe_event, escape_text, format_ratio, sum_parameters
 from agnews_dist.report.progress import StepProgress, TaskProgress
-
-
-@dataclass
-class _Task:
-    progress: TaskProgress
-    next_line: float
-    """Seconds after the start when the next line is due. It doubles, so that an hour of work takes ten lines."""
 
 
 class PlainLines:
     """Sink that writes lines with the time of day to `file`.
 
     Steps and checkpoints: the first, the last, and one every `seconds_between_lines`; with `every_step` all of them.
-    Long tasks: a line after that many seconds, after twice, four times ... as many, and one at the end.
+    Long tasks: a line after that many seconds, after twice, four times ... as many, and one at the end. So an hour of work
+    takes ten lines.
     """
 
     def __init__(
-        self,
-        file: TextIO,
-        *,
-        every_step: bool = False,
-        seconds_between_lines: float = 10.0,
-        clock: Callable[[], float] = time.monotonic,
+        self, file: TextIO, *, every_step: bool = False, seconds_between_lines: float = 10.0, clock: Callable[[], float]
     ) -> None:
-        self._file = file
-        self._every_step = every_step
-        self._interval = seconds_between_lines
-        self._clock = clock
+        self._file, self._every_step, self._interval, self._clock = file, every_step, seconds_between_lines, clock
         self._steps = StepProgress(0, clock)
         self._last_line: float | None = None
         self._last_saved = -math.inf
-        self._tasks: dict[str, _Task] = {}
+        self._tasks: dict[str, TaskProgress] = {}
+        self._next_lines: dict[str, float] = {}
+        """Task -> seconds after its start when the next line is due."""
 
     def __call__(self, event: events.Event) -> None:
         """Write the event's lines if they are due."""
@@ -59,9 +45,7 @@ class PlainLines:
                 self._print_header(event)
             case events.EvalDone():
                 self._print_evaluation(event)
-            case events.Warned():
-                self._print(f"warning: {event.message}")
-            case events.NonFinite() | events.Resumed() | events.OverfitChecked():
+            case events.Warned() | events.NonFinite() | events.Resumed() | events.OverfitChecked():
                 self._print(describe_event(event))
             case events.CheckpointSaved():
                 self._print_checkpoint(event)
@@ -91,7 +75,7 @@ class PlainLines:
         self._print(f"run started on {datetime.now():%Y-%m-%d}" + (f", {event.num_steps} steps" if event.num_steps else ""))
         self._print_rows(event.facts)
         if event.parameters:
-            trainable, frozen = (sum(counts) for counts in zip(*event.parameters.values(), strict=True))
+            trainable, frozen = sum_parameters(event.parameters)
             self._print(f"parameters: {trainable:,} trainable, {frozen:,} frozen")
             self._print_rows({part: f"{trained:>13,} {fixed:>13,}" for part, (trained, fixed) in event.parameters.items()})
 
@@ -111,23 +95,19 @@ class PlainLines:
             self._print(describe_event(event))
 
     def _print_progress(self, event: events.Progress) -> None:
-        task = self._tasks.setdefault(event.task, _Task(TaskProgress(event, self._clock), next_line=self._interval))
-        task.progress.add(event)
-        if task.progress.is_complete:
+        task = self._tasks.setdefault(event.task, TaskProgress(event, self._clock))
+        task.add(event)
+        if task.is_complete:
             del self._tasks[event.task]
-            self._print(task.progress.format_line())
-        elif task.progress.elapsed >= task.next_line:
-            task.next_line = 2 * task.progress.elapsed
-            self._print(task.progress.format_line())
+            self._next_lines.pop(event.task, None)
+            self._print(task.format_line())
+        elif task.elapsed >= self._next_lines.get(event.task, self._interval):
+            self._next_lines[event.task] = 2 * task.elapsed
+            self._print(task.format_line())
 
     def _print_evaluation(self, event: events.EvalDone) -> None:
-        scores = event.scores
         classes = ", ".join(
             f"{name} {format_ratio(each.precision)}/{format_ratio(each.recall)}"
-            for name, each in zip(event.class_names, compute_class_scores(np.asarray(scores.confusion)), strict=True)
+            for name, each in zip(event.class_names, compute_class_scores(np.asarray(event.scores.confusion)), strict=True)
         )
-        self._print(
-            f"{name_evaluation(event.split, event.epoch)}: accuracy {scores.accuracy:.4f} ({scores.num_correct:,} of "
-            f"{scores.num_examples:,}), macro F1 {scores.macro_f1:.4f}, loss {scores.loss:.4f}, "
-            f"{format_duration(event.seconds)}; precision/recall: {classes}"
-        )
+        self._print(f"{describe_event(event)}; precision/recall: {classes}")

@@ -1,13 +1,13 @@
 """One screen for a forecast: facts about the batches, and the lengths of the texts as bars."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import rich.console
 from rich.table import Table
 from rich.text import Text
 
 from agnews_dist.data.batching.forecast import Bin, Forecast, Spread
-from agnews_dist.report.formatting import can_draw, escape_text, format_ratio
+from agnews_dist.report.formatting import can_draw, escape_text, format_ratio, lay_out_facts
 
 _MIN_BAR_WIDTH = 4
 """Fewer columns are too few for bars."""
@@ -15,17 +15,16 @@ _MIN_BAR_WIDTH = 4
 
 def show_plan(plan: Forecast, *, title: str, num_truncated: int, max_length: int, out: rich.console.Console) -> None:
     """Print the forecast in the width of `out`; plain ASCII unless `out` is a terminal with Unicode."""
-    facts = _list_facts(plan, num_truncated=num_truncated, max_length=max_length)
     for part in (
         Text(escape_text(title, out.encoding), style="bold", overflow="fold"),
-        _lay_out(facts),
+        lay_out_facts(_list_facts(plan, num_truncated, max_length), out.encoding),
         Text(),
         _draw_bars(plan.histogram, width=out.width, in_blocks=can_draw(out)),
     ):
         out.print(part, highlight=False)
 
 
-def _list_facts(plan: Forecast, *, num_truncated: int, max_length: int) -> dict[str, str]:
+def _list_facts(plan: Forecast, num_truncated: int, max_length: int) -> dict[str, str]:
     num_texts, settings = plan.num_examples, plan.settings
     mean = plan.num_tokens / max(1, num_texts)
     budget, window = settings.global_token_budget, settings.bucket_window
@@ -50,18 +49,7 @@ def _list_facts(plan: Forecast, *, num_truncated: int, max_length: int) -> dict[
 
 def _format_spread(figure: Spread) -> str:
     """Format as `31.9 (7-32)`, or as one value if all are equal."""
-    if figure.min == figure.max:
-        return f"{figure.min:,}"
-    return f"{figure.mean:,.1f} ({figure.min:,}-{figure.max:,})"
-
-
-def _lay_out(facts: Mapping[str, str]) -> Table:
-    rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="dim", overflow="fold")
-    rows.add_column(overflow="fold")
-    for label, value in facts.items():
-        rows.add_row(Text(label), Text(value))
-    return rows
+    return f"{figure.min:,}" if figure.min == figure.max else f"{figure.mean:,.1f} ({figure.min:,}-{figure.max:,})"
 
 
 def _draw_bars(bins: Sequence[Bin], *, width: int, in_blocks: bool) -> Table:

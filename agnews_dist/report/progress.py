@@ -1,6 +1,5 @@
 """Progress of training steps and of long tasks: smoothed loss, rate, time left."""
 
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -16,15 +15,13 @@ MIN_RATE_SECONDS = 0.1
 class StepProgress:
     """Progress of a training of `num_steps` steps (0: unknown)."""
 
-    def __init__(self, num_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.num_steps = num_steps
-        self._clock = clock
+    def __init__(self, num_steps: int, clock: Callable[[], float]) -> None:
+        self.num_steps, self._clock = num_steps, clock
         self._recent: deque[StepDone] = deque(maxlen=WINDOW)
         self._first: tuple[int, float] | None = None
 
     @property
     def last(self) -> StepDone:
-        """The newest step."""
         return self._recent[-1]
 
     @property
@@ -33,22 +30,10 @@ class StepProgress:
         return self.last.step == self.num_steps
 
     def add(self, event: StepDone) -> None:
-        """Add one step."""
         self._recent.append(event)
         if self._first is None:
             # The first step includes warm-up, so the time left is computed from its end.
             self._first = (event.step, self._clock())
-
-    @property
-    def mean_loss(self) -> float:
-        """Mean loss over the last WINDOW steps."""
-        return sum(event.loss for event in self._recent) / len(self._recent)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Real tokens of all ranks per second of the last WINDOW steps."""
-        seconds = sum(event.seconds for event in self._recent)
-        return sum(event.num_tokens for event in self._recent) / seconds if seconds > 0 else 0.0
 
     @property
     def eta(self) -> float | None:
@@ -63,20 +48,21 @@ class StepProgress:
 
     def format_figures(self, *, exact: bool = False) -> list[str]:
         """Format the figures as short texts. `exact`: the newest step's loss instead of the mean."""
-        loss = self.last.loss if exact else self.mean_loss
+        mean_loss = sum(event.loss for event in self._recent) / len(self._recent)
+        seconds = sum(event.seconds for event in self._recent)
+        tokens_per_second = sum(event.num_tokens for event in self._recent) / seconds if seconds > 0 else 0.0
         return [
             f"epoch {self.last.epoch}",
-            f"loss {loss:.4f}" if exact else f"mean loss {loss:.4f}",
+            f"loss {self.last.loss:.4f}" if exact else f"mean loss {mean_loss:.4f}",
             f"lr {self.last.lr:.2e}",
             "update skipped" if self.last.grad_norm is None else f"grad norm {self.last.grad_norm:.3g}",
-            f"{self.tokens_per_second:,.0f} tokens/s",
+            f"{tokens_per_second:,.0f} tokens/s",
         ]
 
     def format_step(self) -> str:
         """Format `step 12/375`, with the number padded for alignment."""
-        total = f"{self.num_steps}" if self.num_steps else ""
-        number = f"{self.last.step:>{len(total)}}"
-        return f"step {number}/{total}" if total else f"step {number}"
+        total = str(self.num_steps)
+        return f"step {self.last.step:>{len(total)}}/{total}" if self.num_steps else f"step {self.last.step}"
 
     def format_eta(self) -> str | None:
         """Format `ETA 0:42`; None if it is unknown or the training is complete."""
@@ -86,14 +72,11 @@ class StepProgress:
 class TaskProgress:
     """Progress of one long task. Work of the first report was already done and does not count for the rate."""
 
-    def __init__(self, first: Progress, clock: Callable[[], float] = time.monotonic) -> None:
-        self.last = first
-        self._clock = clock
-        self._started = clock()
+    def __init__(self, first: Progress, clock: Callable[[], float]) -> None:
+        self.last, self._clock, self._started = first, clock, clock()
         self._base = (self._started, first.done)
 
     def add(self, event: Progress) -> None:
-        """Add one report."""
         self.last = event
         now = self._clock()
         if now - self._started < MIN_RATE_SECONDS:
@@ -107,7 +90,6 @@ class TaskProgress:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the first report."""
         return self._clock() - self._started
 
     @property
@@ -126,8 +108,7 @@ class TaskProgress:
     def format_count(self) -> str:
         """Format `1,000/6,000 tokens`."""
         total = f"/{self.last.total:,}" if self.last.total > 0 else ""
-        unit = f" {self.last.unit}" if self.last.unit else ""
-        return f"{self.last.done:,}{total}{unit}"
+        return f"{self.last.done:,}{total} {self.last.unit}".rstrip()
 
     def format_rate(self) -> str | None:
         """Format `12,345 tokens/s`; None if it is unknown or the task has no unit."""
@@ -143,7 +124,7 @@ class TaskProgress:
         """Format `tokenize: 1,000/6,000 (17%) after 10.0 s`, or at the end `tokenize: 6,000 done in 1:00`."""
         last = self.last
         if self.is_complete:
-            state = f"{last.done:,}{f' {last.unit}' if last.unit else ''} done in {format_duration(self.elapsed)}"
+            state = f"{f'{last.done:,} {last.unit}'.rstrip()} done in {format_duration(self.elapsed)}"
         else:
             percent = f" ({last.done / last.total:.0%})" if last.total > 0 else ""
             state = f"{self.format_count()}{percent} after {format_duration(self.elapsed)}"

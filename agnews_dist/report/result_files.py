@@ -1,10 +1,9 @@
 """Result files of a run: result.json and predictions-<split>.jsonl."""
 
-import dataclasses
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,7 @@ from agnews_dist.storage.atomic import to_json_value, write_text
 if TYPE_CHECKING:
     from agnews_dist.evaluation.evaluator import SplitScores
 
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy")
-OPTIONAL_PACKAGES = ("deepspeed",)
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy", "deepspeed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,31 +66,23 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object of result.json, keys in the order of the fields."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
-            "splits": {split: dataclasses.asdict(scores) for split, scores in self.splits.items()},
-            "seconds": dataclasses.asdict(self.seconds),
-        }
+        return asdict(self)
 
 
 def versions() -> dict[str, str]:
     """Look up the versions of Python, this package and the libraries that results depend on."""
     found = {"python": platform.python_version(), "agnews_dist": agnews_dist.__version__}
-    for package in (*PACKAGES, *OPTIONAL_PACKAGES):
+    for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            if package in PACKAGES:
+            if package != "deepspeed":
                 found[package] = "unknown"
     return found
 
 
 def write_json(path: Path, obj: Mapping[str, object]) -> None:
-    """Write `obj` as strict, indented JSON, whole or not at all. NaN and infinities become null.
-
-    Raises:
-        UserError: the file cannot be written.
-        TypeError: `obj` contains a value without a JSON form.
-    """
+    """Write `obj` as strict, indented JSON, whole or not at all. NaN and infinities become null."""
     write_text(path, [json.dumps(to_json_value(obj), indent=2, allow_nan=False), "\n"])
 
 
@@ -101,9 +91,6 @@ def write_predictions(directory: Path, name: str, split: "SplitScores") -> Path:
 
     The file is predictions-<name>.jsonl; its path is returned. A probability is the shortest text of its float32 value: the
     float32 logits have no more digits. Non-finite ones are null.
-
-    Raises:
-        UserError: the file cannot be written.
     """
     path = directory / f"predictions-{name}.jsonl"
     # numpy formats all numbers at once, several times faster than json.dumps per row.

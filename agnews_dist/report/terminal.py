@@ -1,12 +1,10 @@
 """Console on a terminal: panels and tables, and below them a live display that is erased at the end."""
 
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import rich.console
-from rich import box
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -16,7 +14,15 @@ from rich.text import Text
 
 from agnews_dist import events
 from agnews_dist.evaluation.metrics import compute_class_scores
-from agnews_dist.report.formatting import describe_event, escape_text, format_duration, format_ratio, name_evaluation
+from agnews_dist.report.formatting import (
+    describe_event,
+    escape_text,
+    format_duration,
+    format_ratio,
+    lay_out_facts,
+    name_evaluation,
+    sum_parameters,
+)
 from agnews_dist.report.progress import StepProgress, TaskProgress
 
 SECONDS_BETWEEN_REFRESHES = 0.1
@@ -30,12 +36,8 @@ class TerminalDisplay:
     All output is `Text`, because rich interprets markup such as `[red]` in strings.
     """
 
-    def __init__(
-        self, out: rich.console.Console, *, every_step: bool = False, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._out = out
-        self._every_step = every_step
-        self._clock = clock
+    def __init__(self, out: rich.console.Console, *, every_step: bool, clock: Callable[[], float]) -> None:
+        self._out, self._every_step, self._clock = out, every_step, clock
         self._steps = StepProgress(0, clock)
         self._is_training = False
         self._tasks: dict[str, TaskProgress] = {}
@@ -54,11 +56,12 @@ class TerminalDisplay:
                 self._steps = StepProgress(event.num_steps, self._clock)
                 self._print(self._build_header(event))
             case events.EvalDone():
-                self._end_open_tasks()
+                # A task of unknown total never reports its end.
+                self._tasks.clear()
+                if not self._is_training:
+                    self.close()
                 self._print(self._build_evaluation(event))
-            case events.Warned():
-                self._print(self._escape(f"warning: {event.message}", "yellow"))
-            case events.NonFinite():
+            case events.Warned() | events.NonFinite():
                 self._print(self._escape(describe_event(event), "yellow"))
             case events.Resumed():
                 self._print(self._escape(describe_event(event)))
@@ -89,18 +92,10 @@ class TerminalDisplay:
     def _print(self, renderable: RenderableType, *, no_wrap: bool = False) -> None:
         self._out.print(renderable, highlight=False, no_wrap=no_wrap, crop=no_wrap)
 
-    def _build_rows(self, facts: Mapping[str, str]) -> Table:
-        rows = Table.grid(padding=(0, 2))
-        rows.add_column(style="dim", overflow="fold")
-        rows.add_column(overflow="fold")
-        for label, value in facts.items():
-            rows.add_row(self._escape(label), self._escape(value))
-        return rows
-
     def _build_header(self, event: events.RunStarted) -> Panel:
-        parts: list[RenderableType] = [self._build_rows(event.facts)]
+        parts: list[RenderableType] = [lay_out_facts(event.facts, self._out.encoding)]
         if event.parameters:
-            trainable, frozen = (sum(counts) for counts in zip(*event.parameters.values(), strict=True))
+            trainable, frozen = sum_parameters(event.parameters)
             table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_footer=True, header_style="dim")
             table.add_column(Text("parameters"), Text("total"), overflow="fold")
             table.add_column(Text("trainable"), Text(f"{trainable:,}", style="green"), justify="right", overflow="fold")
@@ -112,7 +107,7 @@ class TerminalDisplay:
                     Text(f"{fixed:,}" if fixed else "-", style="" if fixed else "dim"),
                 )
             parts += [Text(), table]
-        return Panel(Group(*parts), title="agnews_dist", title_align="left", border_style="cyan", box=box.ROUNDED)
+        return Panel(Group(*parts), title="agnews_dist", title_align="left", border_style="cyan")
 
     def _build_evaluation(self, event: events.EvalDone) -> RenderableType:
         scores, title = event.scores, Text(overflow="fold")
@@ -130,28 +125,16 @@ class TerminalDisplay:
         return Group(title, table, Text())
 
     def _print_summary(self, event: events.RunDone) -> None:
-        facts, paths = self._build_rows(event.facts), self._build_rows(event.paths)
+        parts: list[RenderableType] = [lay_out_facts(event.facts, self._out.encoding)]
         longest = max((len(label) + len(path) for label, path in event.paths.items()), default=0)
         fits_panel = longest + 16 <= self._out.width
-        self._print(
-            Panel(
-                Group(facts, *([Text(), paths] if fits_panel and event.paths else [])),
-                title="done",
-                title_align="left",
-                border_style="green",
-                box=box.ROUNDED,
-            )
-        )
+        if fits_panel and event.paths:
+            parts += [Text(), lay_out_facts(event.paths, self._out.encoding)]
+        self._print(Panel(Group(*parts), title="done", title_align="left", border_style="green"))
         if not fits_panel:
             # Outside the frame a long path stays one line that can be copied.
             for label, path in event.paths.items():
                 self._out.print(self._escape(f"{label}  {path}"), soft_wrap=True, highlight=False)
-
-    def _end_open_tasks(self) -> None:
-        """Remove all tasks. A task of unknown total never reports its end."""
-        self._tasks.clear()
-        if not self._is_training:
-            self.close()
 
     def _show_step(self, event: events.StepDone) -> None:
         self._steps.add(event)
@@ -200,18 +183,14 @@ class TerminalDisplay:
     def _build_live_lines(self) -> RenderableType:
         lines: list[RenderableType] = []
         if self._is_training:
-            lines.append(
-                self._build_bar(
-                    self._steps.format_step(), self._steps.last.step, self._steps.num_steps, self._steps.format_eta()
-                )
-            )
-            lines.append(Text("  ".join(self._steps.format_figures()), style="dim", overflow="fold"))
+            steps = self._steps
+            lines.append(self._build_bar(steps.format_step(), steps.last.step, steps.num_steps, steps.format_eta()))
+            lines.append(Text("  ".join(steps.format_figures()), style="dim", overflow="fold"))
         for name, task in self._tasks.items():
             done, total = task.last.done, task.last.total
             if task.last.unit:
                 lines.append(self._build_bar(name, done, total, task.format_eta()))
-                figures = "  ".join(filter(None, [task.format_count(), task.format_rate()]))
-                lines.append(self._escape(figures, "dim"))
+                lines.append(self._escape("  ".join(filter(None, [task.format_count(), task.format_rate()])), "dim"))
             else:
                 eta = f"ETA {format_duration(task.elapsed / done * (total - done))}" if done and total > 0 else None
                 lines.append(self._build_bar(f"{name} {task.format_count()}", done, total, eta))

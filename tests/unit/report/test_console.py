@@ -4,6 +4,7 @@ import dataclasses
 import io
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from agnews_dist.events import (
     Scores,
     Warned,
 )
-from agnews_dist.report.console import Console
+from agnews_dist.report.console import create_console
 from agnews_dist.report.plain import PlainLines
 from agnews_dist.report.terminal import TerminalDisplay
 
@@ -58,8 +59,8 @@ SAVED = CheckpointSaved(path="runs/x/checkpoints/step-00000040", step=40, num_by
 def render(*events: Event, terminal: bool, width: int = 80, every_step: bool = False, clock: Clock | None = None) -> str:
     out = io.StringIO()
     inner = rich.console.Console(file=out, force_terminal=terminal, width=width, _environ={"TERM": "xterm-256color"})
-    with Console(inner, every_step=every_step, clock=clock or Clock()) as console:
-        assert type(console._sink) is (TerminalDisplay if terminal else PlainLines)
+    with closing(create_console(inner, every_step=every_step, clock=clock or Clock())) as console:
+        assert type(console) is (TerminalDisplay if terminal else PlainLines)
         for event in events:
             console(event)
     return out.getvalue() if not terminal else ANSI.sub("", out.getvalue())
@@ -134,7 +135,7 @@ def test_text_from_data_is_printed_without_markup(terminal: bool) -> None:
 def test_warnings_are_yellow_unless_NO_COLOR() -> None:
     def raw_output(environ: dict[str, str]) -> str:
         out = io.StringIO()
-        Console(rich.console.Console(file=out, force_terminal=True, _environ={"TERM": "xterm-256color", **environ}))(
+        create_console(rich.console.Console(file=out, force_terminal=True, _environ={"TERM": "xterm-256color", **environ}))(
             Warned(message="careful")
         )
         return out.getvalue()
@@ -146,7 +147,7 @@ def test_warnings_are_yellow_unless_NO_COLOR() -> None:
 @pytest.mark.parametrize("environ", [{"TERM": "dumb"}, {"TERM": "unknown"}])
 def test_a_dumb_terminal_gets_plain_lines(environ: dict[str, str]) -> None:
     out = io.StringIO()
-    with Console(rich.console.Console(file=out, force_terminal=True, _environ=environ)) as console:
+    with closing(create_console(rich.console.Console(file=out, force_terminal=True, _environ=environ))) as console:
         console(make_step(1))
         console(STARTED)
     assert "\x1b" not in out.getvalue()
@@ -167,7 +168,7 @@ def test_plain_lines_have_a_time_and_no_control_codes() -> None:
 def test_an_encoding_without_unicode_gets_escapes() -> None:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")
-    with Console(rich.console.Console(file=file, force_terminal=True)) as console:
+    with closing(create_console(rich.console.Console(file=file, force_terminal=True))) as console:
         console(Warned(message="caf\xe9 \U0001f600"))
         console(STARTED)
     # Frames and bars need Unicode, so this gets plain lines.
@@ -251,7 +252,7 @@ def test_terminal_task_has_a_bar_and_a_line_if_long() -> None:
     clock = Clock()
     out = io.StringIO()
     inner = rich.console.Console(file=out, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"})
-    with Console(inner, clock=clock) as console:
+    with closing(create_console(inner, clock=clock)) as console:
         for done in (0, 50, 100):
             console(Progress(task="tokenising", done=done, total=100))
             clock.now += 10
@@ -292,7 +293,7 @@ def test_terminal_task_with_a_unit_has_rate_and_eta() -> None:
     clock = Clock()
     out = io.StringIO()
     inner = rich.console.Console(file=out, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"})
-    with Console(inner, clock=clock) as console:
+    with closing(create_console(inner, clock=clock)) as console:
         console(make_progress(0))
         assert not re.search(r"ETA|/s", out.getvalue())
         clock.now += 30.0
@@ -320,7 +321,7 @@ def test_terminal_redraws_at_most_ten_times_per_second() -> None:
     clock = Clock()
     out = io.StringIO()
     inner = rich.console.Console(file=out, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"})
-    with Console(inner, clock=clock) as console:
+    with closing(create_console(inner, clock=clock)) as console:
         console(dataclasses.replace(STARTED, num_steps=2000))
         for number in range(1, 1001):
             clock.now += 0.001

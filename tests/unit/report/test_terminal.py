@@ -10,8 +10,9 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 def test_pipes_are_plain_despite_force_color() -> None:
     code = (
-        "from agnews_dist.report.console import Console\nfrom agnews_dist.events import Warned, Progress\n"
-        "with Console() as console:\n    console(Warned(message='careful'))\n"
+        "from contextlib import closing\nfrom agnews_dist.events import Warned, Progress\n"
+        "from agnews_dist.report.console import create_console\n"
+        "with closing(create_console()) as console:\n    console(Warned(message='careful'))\n"
         "    console(Progress(task='t', done=1, total=2))\n"
     )
     done = python("-c", code, FORCE_COLOR="1", TERM="xterm-256color")
@@ -20,10 +21,11 @@ def test_pipes_are_plain_despite_force_color() -> None:
 
 IN_A_TERMINAL = """
 import sys
-from agnews_dist.report.console import Console
+from agnews_dist.report.console import create_console
+from contextlib import closing
 from agnews_dist.events import Progress, RunStarted, StepDone
 try:
-    with Console() as console:
+    with closing(create_console()) as console:
         console(RunStarted(facts={}, parameters={}, num_steps=5))
         for n in (1, 2, 3):
             console(StepDone(step=n, epoch=1, loss=1, lr=1, grad_norm=1, num_examples=1, num_tokens=1, seconds=1))
@@ -38,9 +40,10 @@ print("after")
 
 TASK_IN_A_TERMINAL = """
 import time
-from agnews_dist.report.console import Console
+from agnews_dist.report.console import create_console
+from contextlib import closing
 from agnews_dist.events import Progress
-with Console() as console:
+with closing(create_console()) as console:
     for done in range(0, 4_000, 400):
         console(Progress(task="frozen prefix", done=done, total=4_000, unit="tokens"))
         time.sleep(0.22)
