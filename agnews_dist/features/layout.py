@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from agnews_dist.data.rows import Ints
-from agnews_dist.model.packed import cut_into_calls
+from agnews_dist.model.packed import cut_by_size
 
 SEGMENT_BYTES = 64 << 20
 """Largest segment, unless a single call is larger. A killed process loses at most one segment per thread."""
@@ -61,20 +61,16 @@ def lay_out(
     evaluated split are its evaluation micro-batches. Then the calls, and with them the last bits of the scores, are the same
     with and without a cache.
     """
-    texts = tuple(ids[begin:end] for ids in groups for begin, end in cut_into_calls(lengths_N[ids], call_tokens))
+    texts = tuple(ids[begin:end] for ids in groups for begin, end in cut_by_size(lengths_N[ids], call_tokens))
     rows_N = np.ones_like(lengths_N) if one_row_per_text else lengths_N.astype(np.int64)
     order = np.concatenate([np.empty(0, np.int64), *texts])
     begin_N = np.full(len(lengths_N), -1, np.int64)
     ends = np.cumsum(rows_N[order])
     begin_N[order] = ends - rows_N[order]
-    rows_of_calls = np.array([0, *(int(rows_N[ids].sum()) for ids in texts)], np.int64).cumsum()
-    calls_S = [0]
-    limit = max(1, min(SEGMENT_BYTES // row_bytes, -(-int(rows_of_calls[-1]) // NUM_SEGMENTS)))
-    while calls_S[-1] < len(texts):
-        begin = calls_S[-1]
-        last_fitting = int(np.searchsorted(rows_of_calls, rows_of_calls[begin] + limit, side="right")) - 1
-        calls_S.append(max(begin + 1, last_fitting))
-    return Layout(texts, begin_N, rows_N, np.array(calls_S), rows_of_calls[calls_S])
+    rows_of_calls = np.array([rows_N[ids].sum() for ids in texts], np.int64)
+    limit = max(1, min(SEGMENT_BYTES // row_bytes, -(-int(rows_of_calls.sum()) // NUM_SEGMENTS)))
+    calls_S = np.array([0, *(end for _, end in cut_by_size(rows_of_calls, limit))], np.int64)
+    return Layout(texts, begin_N, rows_N, calls_S, np.concatenate([[0], rows_of_calls.cumsum()])[calls_S])
 
 
 def assign_owners(lengths_N: Ints, num_ranks: int) -> Ints:

@@ -65,16 +65,8 @@ def export_model(
     """Export for `AutoModelForSequenceClassification` and `pipeline("text-classification")`.
 
     The weights are fp32, and frozen ones equal their source bit for bit. The directory appears whole or not at all, and
-    replaces an existing one.
-
-    Args:
-        directory: of the export.
-        classifier: the model.
-        tokenizer: its tokenizer.
-        trained: the suffix's weights by name; None takes them from the classifier, which must not be sharded.
-        class_names: name of each class.
-        max_length: limit of a text's tokens.
-        card: content of README.md.
+    replaces an existing one. `trained` are the suffix's weights by name; None takes them from the classifier, which must not be
+    sharded. `card` is the content of README.md.
 
     Raises:
         ModelError: the head's bias does not fold, or the directory cannot be written.
@@ -83,7 +75,7 @@ def export_model(
     atomic.sweep(directory.parent, re.escape(directory.name))
     try:
         with atomic.new_directory(directory) as staging:
-            _write_model(staging, classifier, state, tokenizer, class_names)
+            _write_model(staging, classifier, state, cast("int | None", tokenizer.pad_token_id), class_names)
             _write_tokenizer(staging, tokenizer, max_length)
             (staging / "README.md").write_text(card, encoding="utf-8")
             # safetensors makes its files private to the user; here they get the mode that the umask gives to other files.
@@ -104,10 +96,6 @@ def load_classifier(
 
     The classifier is split where the training split it, if its config.json has that number. This matters under bf16, where only
     the trained weights stay in fp32.
-
-    Args:
-        name: directory, run directory (its `model/`) or hub id.
-        revision: of a hub id.
 
     Raises:
         ModelError: as `load_backbone`; or the model has no head or a single class.
@@ -145,16 +133,12 @@ def _huggingface_state(classifier: Classifier, trained: Mapping[str, Tensor]) ->
 
 
 def _write_model(
-    directory: Path,
-    classifier: Classifier,
-    state: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerFast,
-    class_names: Sequence[str],
+    directory: Path, classifier: Classifier, state: dict[str, Tensor], pad_id: int | None, class_names: Sequence[str]
 ) -> None:
     config = copy.deepcopy(classifier.config)
     config.id2label = dict(enumerate(class_names))
     config.label2id = {name: i for i, name in enumerate(class_names)}
-    config.pad_token_id = cast("int | None", tokenizer.pad_token_id)
+    config.pad_token_id = pad_id
     config.problem_type = "single_label_classification"
     config.dtype = "float32"
     setattr(config, TRAINABLE_BLOCKS_KEY, len(classifier.suffix.h))

@@ -1,7 +1,4 @@
-"""GPT-2 from a name to a classifier: load or draw the weights, add a row for [PAD], split at the freeze boundary.
-
-A training calls `load_backbone` and `split_model`. export.py writes a classifier and loads it again.
-"""
+"""GPT-2 from a name to a classifier: load or draw the weights, add a row for [PAD], split at the freeze boundary."""
 
 import copy
 import re
@@ -31,9 +28,8 @@ class Backbone:
 
     model: GPT2Model
     head_CD: Tensor | None
-    """Head of the checkpoint; None if it is not a classifier."""
     class_names: tuple[str, ...] | None
-    """Class names of the checkpoint; None if it is not a classifier."""
+    """Head and class names are None if the checkpoint is not a classifier."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +64,10 @@ def load_backbone(
     tokenizer: PreTrainedTokenizerFast,
     config: GPT2Config | None = None,
 ) -> Backbone:
-    """Load GPT-2. The global random state is neither used nor changed.
+    """Load GPT-2 by hub id, directory, run directory or 'embedded'. The global random state is neither used nor changed.
 
-    Args:
-        name: hub id, directory, run directory or 'embedded'.
-        revision: of a hub id.
-        init: 'random' reads only the config, and draws the weights from `seed`.
-        seed: for `init` 'random'.
-        tokenizer: decides the number of embedding rows.
-        config: result of `load_model_config`, so that a training reads the file once; None reads it.
+    With `init` 'random' only the config is read, and the weights are drawn from `seed`. The `tokenizer` decides the number of
+    embedding rows. A `config` from `load_model_config` saves reading it again.
 
     Raises:
         ModelError: hub unreachable; no such directory; no config or weights, or damaged, incomplete or non-finite
@@ -107,7 +98,12 @@ def load_model_config(
         return embedded_config()
     location = locate(name, revision)
     has_only_tokenizer = not location.has_any(CONFIG_FILE) and location.has_any(*TOKENIZER_FILES)
-    return _default_config(tokenizer) if init == "random" and has_only_tokenizer else _read_config(location)
+    if not has_only_tokenizer or init != "random":
+        return _read_config(location)
+    # GPT-2 small, without the row of [PAD] that `_fit_vocabulary` adds: so both pad tokens give the same drawn weights.
+    num_rows = len(tokenizer) - int(_has_additional_pad(tokenizer))
+    end_of_text = cast(int, tokenizer.eos_token_id)
+    return GPT2Config(vocab_size=num_rows, bos_token_id=end_of_text, eos_token_id=end_of_text)
 
 
 def split_model(backbone: Backbone, *, trainable_blocks: int | Literal["all"], num_classes: int, seed: int) -> Classifier:
@@ -137,12 +133,10 @@ def split_model(backbone: Backbone, *, trainable_blocks: int | Literal["all"], n
         else:
             generator = torch.Generator().manual_seed(_stream_seed(seed, _HEAD_STREAM))
             out_head.weight.normal_(0.0, config.initializer_range, generator=generator)
-    blocks = dict(enumerate(model.h))
+    blocks = list(enumerate(model.h))
     boundary = num_blocks - num_trainable
-    prefix = Prefix(
-        model.wte, model.wpe, {i: block for i, block in blocks.items() if i < boundary}, last_token_only=num_trainable == 0
-    )
-    suffix = Suffix({i: block for i, block in blocks.items() if i >= boundary}, model.ln_f, out_head).float().eval()
+    prefix = Prefix(model.wte, model.wpe, dict(blocks[:boundary]), last_token_only=num_trainable == 0)
+    suffix = Suffix(dict(blocks[boundary:]), model.ln_f, out_head).float().eval()
     # Moving a module replaces the data of its parameters. These references keep the original data without a copy.
     frozen_state = {f"transformer.{name}": weight.detach() for name, weight in prefix.named_parameters()}
     return Classifier(prefix, suffix, config, frozen_state)
@@ -153,7 +147,7 @@ def count_parameters(classifier: Classifier) -> dict[str, tuple[int, int]]:
     prefix, suffix = classifier.prefix, classifier.suffix
     parts: dict[str, list[nn.Module]] = {"embeddings": [prefix.wte, prefix.wpe]}
     for blocks in (prefix.h, suffix.h):
-        numbers = list(blocks.keys())
+        numbers = list(blocks)
         if numbers:
             first, last = numbers[0], numbers[-1]
             parts[f"h.{first}" if first == last else f"h.{first}-{last}"] = list(blocks.values())
@@ -162,11 +156,7 @@ def count_parameters(classifier: Classifier) -> dict[str, tuple[int, int]]:
 
 
 def check_max_length(max_length: int, num_positions: int) -> None:
-    """Check that the model has a position embedding for every token of a text.
-
-    Raises:
-        ModelError: `max_length` exceeds `num_positions`.
-    """
+    """Check that the model has a position embedding for every token of a text; raise ModelError if not."""
     if max_length > num_positions:
         raise ModelError(
             f"data.max_length {max_length}: the model has {num_positions} positions. "
@@ -187,12 +177,11 @@ def _draw_weights(config: GPT2Config, seed: int, name: str) -> GPT2Model:
     with torch.random.fork_rng(devices=[]), silence_transformers():
         torch.default_generator.manual_seed(_stream_seed(seed, _BACKBONE_STREAM))
         try:
-            model = GPT2Model(config).float().eval()
+            return GPT2Model(config).float().eval()
         except (ValueError, KeyError) as error:  # a width the heads do not divide, an unknown activation
             raise ModelError(
                 f"{CONFIG_FILE} of model {name!r}: it describes no possible model ({error}). Correct {CONFIG_FILE}."
             ) from error
-    return model
 
 
 def _read_config(location: Location) -> GPT2Config:
@@ -203,12 +192,11 @@ def _read_config(location: Location) -> GPT2Config:
         )
     with reading(location, CONFIG_FILE):
         raw = GPT2Config.get_config_dict(location.target, revision=location.revision)[0]
-    if raw.get("model_type") != "gpt2":
-        raise ModelError(
-            f"model {location.name!r} is a {raw.get('model_type')!r} model: only GPT-2 is supported. "
-            "Choose a GPT-2 of any size, such as gpt2, gpt2-medium or distilgpt2."
-        )
-    with reading(location, CONFIG_FILE):
+        if raw.get("model_type") != "gpt2":
+            raise ModelError(
+                f"model {location.name!r} is a {raw.get('model_type')!r} model: only GPT-2 is supported. "
+                "Choose a GPT-2 of any size, such as gpt2, gpt2-medium or distilgpt2."
+            )
         config = GPT2Config.from_dict(raw)
     if config.add_cross_attention:
         raise ModelError(
@@ -216,14 +204,6 @@ def _read_config(location: Location) -> GPT2Config:
             "Choose a GPT-2 without cross-attention."
         )
     return config
-
-
-def _default_config(tokenizer: PreTrainedTokenizerFast) -> GPT2Config:
-    """Return the config of GPT-2 small for a tokenizer."""
-    # Without the row of [PAD], which `_fit_vocabulary` adds: so the drawn weights are the same for both pad tokens.
-    num_rows = len(tokenizer) - int(_has_additional_pad(tokenizer))
-    end_of_text = cast(int, tokenizer.eos_token_id)
-    return GPT2Config(vocab_size=num_rows, bos_token_id=end_of_text, eos_token_id=end_of_text)
 
 
 def _read_weights(location: Location, config: GPT2Config) -> tuple[GPT2Model, Tensor | None, tuple[str, ...] | None]:
@@ -252,16 +232,11 @@ def _read_weights(location: Location, config: GPT2Config) -> tuple[GPT2Model, Te
     if not isinstance(loaded, GPT2ForSequenceClassification):
         return cast(GPT2Model, loaded), None, None
     names = cast(dict[int, str], config.id2label)
-    class_names = tuple(names[i] for i in range(len(names)))
-    return loaded.transformer, loaded.score.weight.detach(), class_names
+    return loaded.transformer, loaded.score.weight.detach(), tuple(names[i] for i in range(len(names)))
 
 
 def _check_loaded(loaded: nn.Module, report: dict[str, Any], location: Location) -> None:
-    """Check that every weight was read: Hugging Face replaces missing or misshapen ones by random numbers.
-
-    Raises:
-        ModelError: weights are missing, have another shape, are left over or are not finite.
-    """
+    """Check that every weight was read and is finite: Hugging Face replaces missing or misshapen ones by random numbers."""
     surplus = [key for key in report["unexpected_keys"] if re.search(r"(^|\.)h\.\d+\.(?!attn\.(masked_)?bias$)", key)]
     for keys, fault in (
         (report["missing_keys"], "are missing"),
@@ -287,11 +262,7 @@ def _has_additional_pad(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 
 def _fit_vocabulary(model: GPT2Model, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    """Add an embedding row for an additional pad token, the mean of the others.
-
-    Raises:
-        ModelError: the numbers of rows and tokens do not fit.
-    """
+    """Check that each token has an embedding row; add one, the mean of the others, for an additional pad token."""
     num_rows, num_tokens = model.wte.num_embeddings, len(tokenizer)
     if num_tokens == num_rows + 1 and _has_additional_pad(tokenizer):
         rows_VD = model.wte.weight.detach()

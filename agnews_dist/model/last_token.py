@@ -28,13 +28,8 @@ def run_last_token_block(block: Any, hidden_BTD: Tensor, lengths_B: Tensor, keys
     """Run one of Hugging Face's blocks for the last real token of right-padded hidden_BTD; return last_BD.
 
     Parameters, gradients and places of dropout are the same as Hugging Face's. The gradient of the key's bias is exactly zero,
-    as in exact arithmetic. The padding must be finite and has no influence.
-
-    Args:
-        block: a GPT2Block, or a module with its parts.
-        hidden_BTD: input of the block.
-        lengths_B: number of real tokens of each text, >= 1.
-        keys_B: keys of the dropout masks (see `example_keys`); None draws them from torch's random state.
+    as in exact arithmetic. `lengths_B` counts real tokens, >= 1. The padding must be finite and has no influence. `keys_B` are
+    the keys of the dropout masks (see `example_keys`); None draws the masks from torch's random state.
     """
     norm, attention, mlp = block.ln_1, block.attn, block.mlp
     num_texts, num_tokens, width = hidden_BTD.shape

@@ -6,29 +6,28 @@ The functions use the parameters of Hugging Face's blocks. Packed texts are cut 
 import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import NewGELUActivation
 
-Ints = NDArray[np.int64]
+from agnews_dist.data.rows import Ints
+
 T = TypeVar("T")
 Attend = Callable[[Tensor, int, float], Tensor]
 """(qkv_P, number of heads, factor of the scores) -> attended_PD."""
 
 
 class Linear(NamedTuple):
-    """Parameters of one of Hugging Face's Conv1D layers."""
+    """Parameters of one of Hugging Face's Conv1D layers; the weight has the shape (inputs, outputs)."""
 
     bias: Tensor
     weight: Tensor
-    """Shape (inputs, outputs)."""
 
 
 class Norm(NamedTuple):
@@ -134,9 +133,8 @@ def _after_attention(
 @cache
 def _compile_halves() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """Compile the work around attention, once for all blocks (weights are inputs) and all numbers of tokens."""
-    compiled = (torch.compile(half, dynamic=True, fullgraph=True) for half in (_before_attention, _after_attention))
-    before, after = cast("tuple[Callable[..., Tensor], Callable[..., Tensor]]", tuple(compiled))
-    return before, after
+    compile_half = partial(torch.compile, dynamic=True, fullgraph=True)
+    return compile_half(_before_attention), compile_half(_after_attention)
 
 
 def score_factor(attention: Any) -> float:
@@ -156,18 +154,18 @@ def gelu_tanh(inner: Tensor) -> Tensor:
     return functional.gelu(inner, approximate="tanh")
 
 
-def cut_into_calls(lengths_B: Ints, call_tokens: int) -> list[tuple[int, int]]:
-    """Cut texts, in their order, into calls of at most `call_tokens` tokens and at least one text: (begin, end) of each.
+def cut_by_size(sizes: Ints, limit: int) -> list[tuple[int, int]]:
+    """Cut items, in their order, into pieces of at most `limit` in size and at least one item: (begin, end) of each.
 
-    >>> cut_into_calls(np.array([9, 3, 3, 2]), 6)
+    >>> cut_by_size(np.array([9, 3, 3, 2]), 6)
     [(0, 1), (1, 3), (3, 4)]
     """
-    ends = np.cumsum(lengths_B)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
     bounds: list[tuple[int, int]] = []
     begin = 0
-    while begin < len(lengths_B):
-        before = int(ends[begin - 1]) if begin else 0
-        end = max(begin + 1, int(np.searchsorted(ends, before + call_tokens, side="right")))
+    while begin < len(sizes):
+        last_fitting = int(np.searchsorted(offsets, offsets[begin] + limit, side="right")) - 1
+        end = max(begin + 1, last_fitting)
         bounds.append((begin, end))
         begin = end
     return bounds

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from agnews_dist.data.batching.batch import Batch
 from agnews_dist.model.last_token import run_last_token_block
-from agnews_dist.model.packed import cut_into_calls, make_packed_attention, run_in_threads, run_packed_block
+from agnews_dist.model.packed import cut_by_size, make_packed_attention, run_in_threads, run_packed_block
 
 CALL_TOKENS = {"cpu": 512, "cuda": 65536}
 """Tokens per packed call: few enough for a CPU core's cache, enough to fill a GPU.
@@ -51,29 +51,20 @@ def run_block(block: nn.Module, hidden_BTD: Tensor) -> Tensor:
 
 
 class Prefix(nn.Module):
-    """Embeddings and the frozen blocks, always in eval mode.
-
-    Parameter names are Hugging Face's without `transformer.`.
-    """
+    """Embeddings and the frozen blocks, always in eval mode. Parameter names are Hugging Face's without `transformer.`."""
 
     def __init__(
         self, wte: nn.Embedding, wpe: nn.Embedding, blocks: Mapping[int, nn.Module], *, last_token_only: bool = False
     ) -> None:
-        """Freeze the modules.
+        """Freeze the modules; `blocks`: number of the block in the whole model -> the block, bottom to top.
 
-        Args:
-            wte: token embedding.
-            wpe: position embedding.
-            blocks: number of the block in the whole model -> the block, bottom to top.
-            last_token_only: no block follows, so the fast path computes the last block for the last token only.
+        `last_token_only`: no block follows, so the fast path computes the last block for the last token only.
         """
         super().__init__()
-        self.wte = wte
-        self.wpe = wpe
+        self.wte, self.wpe = wte, wpe
         self.h = nn.ModuleDict({str(number): block for number, block in blocks.items()})
         self.fast_path = True
         self.compiled = False
-        """True if packed calls run through torch.compile."""
         self._last_token_only = last_token_only and len(blocks) > 0
         self.requires_grad_(False)
         self.eval()
@@ -136,7 +127,7 @@ class Prefix(nn.Module):
         texts = [tokens_BT[row, :length] for row, length in enumerate(lengths)]
         calls = [
             partial(self.rows, torch.cat(texts[begin:end]), lengths[begin:end])
-            for begin, end in cut_into_calls(lengths_B.cpu().numpy(), self.call_tokens)
+            for begin, end in cut_by_size(lengths_B.cpu().numpy(), self.call_tokens)
         ]
         rows = torch.cat(run_in_threads(calls, tokens_BT.device))
         if self._last_token_only:

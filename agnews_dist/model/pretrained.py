@@ -17,7 +17,6 @@ EMBEDDED = "embedded"
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
-PAD_TOKEN = "[PAD]"
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class Location:
     """A model's directory, or its id on the hub."""
 
     name: str
-    """Name given by the user."""
     revision: str | None
     directory: Path | None
     """None if `name` is a hub id."""
@@ -66,11 +64,7 @@ def locate(name: str, revision: str | None) -> Location:
 
 @contextmanager
 def reading(location: Location, what: str) -> Generator[None]:
-    """Silence Hugging Face inside the block and translate its exceptions; the block reads `what` from `location`.
-
-    Raises:
-        ModelError: the block raised an exception.
-    """
+    """Silence Hugging Face inside the block, which reads `what` from `location`, and turn its exceptions into ModelError."""
 
     def make_error(reason: str) -> ModelError:
         if location.directory is None:
@@ -91,31 +85,22 @@ def reading(location: Location, what: str) -> Generator[None]:
 def load_tokenizer(name: str, *, revision: str | None, pad_token: Literal["new", "eos"]) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a model (hub id, directory, run directory or 'embedded') and choose its pad token.
 
-    Padding is on the right. `<|endoftext|>` or `[PAD]` in a text become ordinary tokens.
-
-    Args:
-        name: the model's name.
-        revision: of a hub id.
-        pad_token: 'new' keeps a pad token other than the end-of-text token, else adds [PAD]; 'eos' uses the end-of-text token.
+    Padding is on the right. `<|endoftext|>` or `[PAD]` in a text become ordinary tokens. The pad token 'new' keeps one other
+    than the end-of-text token, else adds [PAD]; 'eos' is the end-of-text token.
 
     Raises:
-        ModelError: hub unreachable, no such directory, no or damaged tokenizer files, no fast tokenizer, no
-            end-of-text token.
+        ModelError: hub unreachable, no such directory, no or damaged tokenizer files, no fast tokenizer, no end-of-text token.
     """
     tokenizer = load_unpadded_tokenizer(name, revision=revision)
     if pad_token == "eos":
         tokenizer.pad_token = tokenizer.eos_token
     elif tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     return tokenizer
 
 
 def load_unpadded_tokenizer(name: str, *, revision: str | None) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a model with the pad token of its files, if any.
-
-    Raises:
-        ModelError: as `load_tokenizer`.
-    """
+    """Load the tokenizer of a model as `load_tokenizer` does, but with the pad token of its files, if any."""
     if name == EMBEDDED:
         tokenizer = embedded_tokenizer()
     else:
@@ -138,7 +123,6 @@ def load_unpadded_tokenizer(name: str, *, revision: str | None) -> PreTrainedTok
             f"tokenizer of {name!r} has no end-of-text token: it is not GPT-2's. "
             "Set eos_token in its tokenizer_config.json, or choose another model."
         )
-    tokenizer.padding_side = "right"
-    tokenizer.truncation_side = "right"
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.split_special_tokens = True
     return tokenizer

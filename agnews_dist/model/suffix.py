@@ -26,8 +26,7 @@ class Suffix(nn.Module):
         last = max(blocks, default=None)
         modules = {str(i): LastBlock(block) if i == last else block for i, block in blocks.items()}
         self.h = nn.ModuleDict(modules)
-        self.ln_f = ln_f
-        self.out_head = out_head
+        self.ln_f, self.out_head = ln_f, out_head
         self._activations = [block.get_submodule("mlp.act") for block in blocks.values()]
         self.use_fast_path(True)
         self.autocast_dtype: torch.dtype | None = None
@@ -90,7 +89,6 @@ class LastBlock(nn.Module):
 
     @property
     def block(self) -> nn.Module:
-        """Hugging Face's block."""
         return self._block[0]
 
     def forward(self, hidden_BTD: Tensor, lengths_B: Tensor, fast_path: bool, keys_B: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from agnews_dist.data.rows import Ints
 from agnews_dist.features import layout as layout_module
 from agnews_dist.features.layout import Layout, assign_owners, lay_out, order_longest_first
-from agnews_dist.model.packed import cut_into_calls
+from agnews_dist.model.packed import cut_by_size
 
 ROW_BYTES = 1536
 
@@ -153,7 +153,7 @@ def test_order_longest_first_keeps_file_order_among_equal_lengths() -> None:
     ],
 )
 def test_call_bounds_fill_calls_up_to_the_limit(lengths: list[int], call_tokens: int, bounds: list[tuple[int, int]]) -> None:
-    assert cut_into_calls(np.array(lengths, dtype=np.int64), call_tokens) == bounds
+    assert cut_by_size(np.array(lengths, dtype=np.int64), call_tokens) == bounds
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
