@@ -41,7 +41,7 @@ class RunStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone:
-    """One optimiser step; every rank has the same numbers."""
+    """One optimiser step over all ranks; every rank has the same numbers."""
 
     step: int
     """Steps done so far, from 1."""
@@ -53,11 +53,9 @@ class StepDone:
     grad_norm: float | None
     """Global gradient norm before clipping."""
     num_examples: int
-    """Examples of the global batch."""
     num_tokens: int
     """Real tokens of the global batch."""
     seconds: float
-    """Wall time of the step."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,7 @@
 """`agnews-dist evaluate`: score a split of any source with a saved classifier, on any number of ranks.
 
---model.name    a run's directory, an exported directory, or a hub id of a GPT2ForSequenceClassification
---data.source   as in training; of a single file all rows are scored
---split         train, validation or test; for a held-out validation split give --config runs/NAME/config.yaml too
---output        directory for result.json and predictions-<split>.jsonl
+--model.name is a run's directory, an exported directory, or a hub id of a GPT2ForSequenceClassification. Of a single file as
+--data.source all rows are scored. For a held-out validation split give --config runs/NAME/config.yaml too.
 """
 
 import time

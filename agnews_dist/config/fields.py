@@ -40,7 +40,6 @@ class RawValue:
     source: str
     """Name in messages: `--optim.lr fast`, or `optim.lr fast (my.yaml, line 3)`."""
     syntax: Literal["plain", "quoted", "null", "collection"] = "plain"
-    """YAML syntax of the value."""
 
 
 @dataclass
@@ -88,11 +87,7 @@ def to_one_line(text: str | None) -> str:
 
 
 def parse_value(type_: Any, raw: RawValue) -> Any:
-    """Convert a text to the type.
-
-    Raises:
-        WrongTypeError: the type does not admit it.
-    """
+    """Convert a text to the type."""
     union = get_origin(type_) in (Union, types.UnionType)
     admitted = get_args(type_) if union else (type_,)
     if raw.syntax == "null":

@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from agnews_dist.distributed.slurm import is_slurm_job, slurm_count
+from agnews_dist.distributed.slurm import slurm_count
 from agnews_dist.errors import UserError
 
 CORES = Path("/sys/devices/system/cpu")
@@ -53,7 +53,7 @@ def count_devices(environ: Mapping[str, str]) -> int:
         return 1 if names[0].startswith("MIG-") else len(names)
     if (num_gpus := slurm_count(environ, "SLURM_GPUS_ON_NODE")) is not None:
         return num_gpus
-    if is_slurm_job(environ):
+    if "SLURM_JOB_ID" in environ:
         return 0  # the job did not request any
     import torch  # here, as it takes seconds
 
@@ -89,11 +89,7 @@ def _locate(core: int) -> tuple[int, int, int]:
 
 
 def free_port() -> int:
-    """Return a port of `PORTS` that is free on this node now.
-
-    Raises:
-        UserError: all are taken.
-    """
+    """Return a port of `PORTS` that is free on this node now."""
     for port in random.sample(PORTS, len(PORTS)):
         try:
             with closing(socket.create_server(("", port))):
@@ -107,11 +103,7 @@ def free_port() -> int:
 
 
 def choose_variables(environ: Mapping[str, str], cores: Cores, launcher: str) -> dict[str, str]:
-    """Return the variables that the module's docstring lists.
-
-    Raises:
-        UserError: NPROC is not a number above 0.
-    """
+    """Return the variables that the module's docstring lists."""
     given = environ.get("NPROC") or str(max(1, count_devices(environ)))
     if not given.isdecimal() or int(given) < 1:
         raise UserError(f"NPROC={given!r}: {launcher} needs a number of ranks, at least 1. Set NPROC=2, for example.")
@@ -119,7 +111,7 @@ def choose_variables(environ: Mapping[str, str], cores: Cores, launcher: str) ->
     threads = environ.get("OMP_NUM_THREADS") or str(max(1, cores.count // num_ranks))
     share = len(cores.allowed) // num_ranks
     bound: list[str] = []
-    if cores.is_exclusive and is_slurm_job(environ) and num_ranks > 1 and share >= 1:
+    if cores.is_exclusive and "SLURM_JOB_ID" in environ and num_ranks > 1 and share >= 1:
         bound = [",".join(map(str, cores.allowed[i * share : (i + 1) * share])) for i in range(num_ranks)]
     return {"NPROC": str(num_ranks), "OMP_NUM_THREADS": threads, "RANK_CORES": " ".join(bound)}
 

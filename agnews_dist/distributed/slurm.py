@@ -7,11 +7,6 @@ from collections.abc import Mapping
 import psutil
 
 
-def is_slurm_job(environ: Mapping[str, str]) -> bool:
-    """Return whether this process runs in a Slurm job."""
-    return "SLURM_JOB_ID" in environ
-
-
 def slurm_seconds_left(environ: Mapping[str, str], now: float) -> float | None:
     """Return the seconds until the job's time limit at `now` (Unix seconds); None without a limit, or with one in the past.
 

@@ -25,7 +25,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, Stopped, UserError
 from agnews_dist.events import Resumed, Warned
 from agnews_dist.features.placement import RequestedPlace
-from agnews_dist.report.console import Console, Sinks
+from agnews_dist.report.console import Sinks, create_console
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.result_files import versions
 from agnews_dist.run.directory import LOCK_SECONDS, RunDirectory, run_name
@@ -110,9 +110,7 @@ class Attempt:
         point = find_resume_point(
             directory.directory, resume=resume, overwrite=directory.overwrite, settings=self._settings, accept=accept
         )
-        if point is not None and point.is_own:
-            directory.reopen()
-        else:
+        if point is None or not point.is_own:
             directory.create()
             self._log = EventLog(directory.staging / LOG_FILE)
             self._sinks.add(self._log)
@@ -269,7 +267,7 @@ class Attempt:
     def __enter__(self) -> "Attempt":
         self._stack.enter_context(self._sinks)
         if self._engine.world.is_main:
-            self._sinks.add(Console(every_step=self._config.run.debug))
+            self._sinks.add(create_console(every_step=self._config.run.debug))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

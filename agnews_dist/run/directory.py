@@ -18,11 +18,7 @@ LOCK_SECONDS = 10.0
 
 
 def run_name(name: str | None, model_name: str, now: datetime) -> str:
-    """Return `name`, or one made from model and time: `gpt2-20260131-235959`.
-
-    Raises:
-        UserError: the name is not a plain directory name.
-    """
+    """Return `name`, or one made from model and time: `gpt2-20260131-235959`."""
     if name is None:
         return f"{Path(model_name).name or 'run'}-{now:%Y%m%d-%H%M%S}"
     if not name or Path(name).name != name or name in {".", ".."}:
@@ -34,7 +30,7 @@ def run_name(name: str | None, model_name: str, now: datetime) -> str:
 
 
 class RunDirectory:
-    """The directory of one run: `lock()`, then `create()` or `reopen()`, then `commit()`, at the end `close()`.
+    """The directory of one run: `lock()`, for a new run `create()`, then `commit()`, at the end `close()`.
 
     Before `commit()` a new run writes to a hidden staging directory, and a resumed run writes nothing. If the run is
     refused or killed before that, its name stays free, and the results that it was to replace are kept.
@@ -49,7 +45,6 @@ class RunDirectory:
         self.overwrite, self._config_yaml = overwrite, config_yaml
         self.path = self.directory
         """The directory that holds the run's files now."""
-        self._is_reopened = False
         self._lock: int | None = None
         self._lock_path = runs / f".{name}.lock"
 
@@ -72,10 +67,6 @@ class RunDirectory:
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as error:
             raise self._unwritable(error) from error
-
-    def reopen(self) -> None:
-        """Continue the existing run. Its files stay unchanged until `commit()`."""
-        self._is_reopened = True
 
     def create(self) -> None:
         """Create the staging directory, with the resolved config in it.
@@ -116,14 +107,10 @@ class RunDirectory:
             )
 
     def commit(self) -> None:
-        """Begin the run: give the staging directory its name, and delete the run that it replaces.
-
-        Raises:
-            UserError: the directory of a reopened run cannot be written.
-        """
-        if self._is_reopened:
+        """Name the directory of a new run, and delete the run that it replaces. For a resumed run, write the config."""
+        if self.path == self.directory:
             atomic.write_text(self.directory / CONFIG_FILE, [self._config_yaml])
-        elif self.path == self.staging:
+        else:
             shutil.rmtree(self._replaced, ignore_errors=True)
             atomic.replace(self.staging, self.directory, aside=self._replaced)
             self.path = self.directory

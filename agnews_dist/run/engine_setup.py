@@ -22,11 +22,7 @@ SLURM_MARGIN_SECONDS = 60.0
 
 
 def zero_options(engine: EngineConfig) -> ZeroOptions | None:
-    """Return DeepSpeed's options, the user's own JSON included; None for another engine.
-
-    Raises:
-        ConfigError: the user's DeepSpeed JSON cannot be read.
-    """
+    """Return DeepSpeed's options, the user's own JSON included; None for another engine."""
     if engine.backend != "deepspeed":
         return None
     own = read_deepspeed_file(engine.deepspeed_config) if engine.deepspeed_config is not None else {}
@@ -56,11 +52,7 @@ def check_engine(config: Config, world: World) -> None:
 
 
 def start_engine(engine: EngineConfig, world: World, *, is_training: bool = True) -> Engine:
-    """Choose device and precision and open the process group. Without training, DeepSpeed and FSDP have nothing to shard.
-
-    Raises:
-        UserError: see `Engine`.
-    """
+    """Choose device and precision and open the process group. Without training, DeepSpeed and FSDP have nothing to shard."""
     return Engine(
         world,
         device=engine.device,
@@ -74,11 +66,7 @@ def start_engine(engine: EngineConfig, world: World, *, is_training: bool = True
 
 
 def start_training_engine(config: Config, world: World, preemption: PreemptionHandler) -> Engine:
-    """Check and start the engine of a training, and connect every rank's `preemption` with the others. Collective.
-
-    Raises:
-        UserError: see `check_engine` and `Engine`.
-    """
+    """Check and start the engine of a training, and connect every rank's `preemption` with the others. Collective."""
     check_engine(config, world)
     set_deadline(preemption, config.run.max_minutes)
     if config.run.debug:

@@ -85,11 +85,7 @@ def read_starts(file: Path) -> list[Start]:
 
 
 def write_starts(file: Path, starts: Sequence[Start]) -> None:
-    """Replace the file.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Replace the file."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -42,11 +42,7 @@ def write_results(
     *,
     attempt: Attempt,
 ) -> None:
-    """Write model, predictions and result.json of a training, on rank 0. Collective.
-
-    Raises:
-        SharedError: something cannot be written.
-    """
+    """Write model, predictions and result.json of a training, on rank 0. Collective."""
     directory, monitors = attempt.directory, attempt.monitors
     peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
     scores = {name: split.scores for name, split in split_scores.items()}
@@ -126,11 +122,7 @@ def write_scores(
     timer: StageTimer,
     emit: Emit,
 ) -> None:
-    """Write result.json and predictions of the split that `evaluate` scored, on rank 0. Collective.
-
-    Raises:
-        SharedError: something cannot be written.
-    """
+    """Write result.json and predictions of the split that `evaluate` scored, on rank 0. Collective."""
     peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
 
     def write() -> None:

@@ -82,11 +82,7 @@ class ResumePoint:
 
 
 def parse_accept(text: str) -> list[str]:
-    """Return the settings that `--accept` names.
-
-    Raises:
-        UserError: one of them cannot be accepted.
-    """
+    """Return the settings that `--accept` names."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in ACCEPTABLE:
@@ -97,10 +93,7 @@ def parse_accept(text: str) -> list[str]:
 def find_resume_point(
     directory: Path, *, resume: str, overwrite: bool, settings: Mapping[str, object], accept: Collection[str]
 ) -> ResumePoint | None:
-    """Find the checkpoint that `checkpoint.resume` means for the run in `directory`, which need not exist.
-
-    Returns:
-        None if the run starts from the beginning.
+    """Find the checkpoint that `checkpoint.resume` means for the run in `directory`; None: it starts from the beginning.
 
     Raises:
         AlreadyFinished: the run is finished, and no setting differs.
@@ -219,11 +212,7 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], accept: 
 
 
 def check_fingerprints(checkpoint: Checkpoint, fingerprints: Mapping[str, str]) -> None:
-    """Check that data, tokenizer and frozen weights are unchanged.
-
-    Raises:
-        UserError: one of them differs from the checkpoint's.
-    """
+    """Check that data, tokenizer and frozen weights are unchanged."""
     saved = checkpoint.state["fingerprints"]
     differing = [
         f"the {what} had the fingerprint {str(saved.get(name))[:12]}, now {fingerprints[name][:12]}"

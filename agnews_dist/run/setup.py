@@ -1,23 +1,33 @@
-"""A training's objects from its configuration: model and tokens, loader, features, trainer."""
+"""A run's objects from its configuration: model and tokens, memory estimate, loader, features, trainer."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import psutil
+import torch
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from agnews_dist.config.schema import BatchConfig, Config, DataConfig, ModelConfig
-from agnews_dist.data.batching.loader import TokenTable, TrainLoader
+from agnews_dist.data.batching.loader import EVALUATION_TOKENS, TokenTable, TrainLoader
 from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.data.batching.shares import quadratic_weight
 from agnews_dist.data.corpus import Corpus, load_corpus
-from agnews_dist.data.tokens import TokenStore, open_or_build
+from agnews_dist.data.rows import hash_corpus
+from agnews_dist.data.tokens import TokenSplit, TokenStore, open_or_build
 from agnews_dist.distributed.world import World
+from agnews_dist.engine.device import choose_precision, should_use_cuda
 from agnews_dist.engine.engine import Engine
+from agnews_dist.engine.memory import Setup, Shape
+from agnews_dist.errors import DataError
 from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
-from agnews_dist.events import Emit, Progress
+from agnews_dist.events import Emit, Progress, Warned
 from agnews_dist.features.manager import CacheSettings, FeatureCache
 from agnews_dist.features.placement import RequestedPlace
+from agnews_dist.model.export import load_classifier
 from agnews_dist.model.gpt2 import Classifier, check_max_length, count_parameters, load_backbone, load_model_config, split_model
+from agnews_dist.model.prefix import CALL_TOKENS
 from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.run.fingerprints import run_fingerprints
@@ -52,6 +62,18 @@ class TrainingInputs:
         return self.store.class_names
 
 
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """A saved classifier and the split to score, equal on every rank."""
+
+    classifier: Classifier
+    tokenizer: PreTrainedTokenizerFast
+    class_names: tuple[str, ...]
+    tokens: TokenSplit
+    fingerprint: str
+    """sha256 of the tokens."""
+
+
 def pad_id_of(tokenizer: PreTrainedTokenizerFast) -> int:
     """Return the token id that fills a batch after a text's last token."""
     pad_id = tokenizer.pad_token_id
@@ -72,11 +94,7 @@ def read_model_files(model: ModelConfig, data: DataConfig) -> ModelFiles:
 
 
 def load_text(data: DataConfig, *, hold_out: bool = True) -> Corpus:
-    """Load the rows of `data.source`; `hold_out`: make a validation split if there is none.
-
-    Raises:
-        DataError: the source cannot be read, or a row is wrong.
-    """
+    """Load the rows of `data.source`; `hold_out`: make a validation split if there is none."""
     return load_corpus(
         data.source,
         revision=data.revision,
@@ -122,6 +140,118 @@ def load_training_inputs(
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
     return TrainingInputs(classifier, files.tokenizer, store, fingerprints, count_parameters(classifier))
+
+
+def load_evaluation_inputs(
+    config: Config, *, split: str | None, max_length: int | None, emit: Emit, timer: StageTimer, world: World
+) -> EvaluationInputs:
+    """Load a classifier and one tokenised split.
+
+    `split`: None means test, or the whole of a single file. `max_length`: tokens per text; None: as in training. Another length
+    is used, with a warning.
+
+    Raises:
+        UserError: no classifier, no such split, classes that do not fit, or any fault of the files.
+    """
+    data, model = config.data, config.model
+    classifier, tokenizer, class_names, trained_length = load_classifier(model.name, revision=model.revision)
+    if max_length is not None and max_length != trained_length:
+        check_max_length(max_length, classifier.config.n_positions)
+        message = f"data.max_length {max_length}: the model was saved with {trained_length}, scores may differ"
+        emit(Warned(message=message))
+    corpus = _load_split(data, split)
+    _check_classes(data.source, corpus.class_names, class_names)
+    with timer.stage("tokenize"):
+        length = max_length or trained_length
+        store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world)
+    [tokens] = store.splits.values()
+    return EvaluationInputs(classifier, tokenizer, class_names, tokens, store.fingerprint)
+
+
+def _load_split(data: DataConfig, split: str | None) -> Corpus:
+    """Load a corpus of one split; by default a single file whole, else the test split."""
+    corpus = load_text(data, hold_out=False)
+    if split in ("train", "validation") and "validation" not in corpus.splits:
+        corpus = load_text(data)
+    name = split or (next(iter(corpus.splits)) if Path(data.source).expanduser().is_file() else "test")
+    if name not in corpus.splits:
+        raise DataError(
+            f"{data.source} has no {name} split (only {', '.join(corpus.splits)}): there is nothing to score. Choose one of "
+            "these with --split; a single file is scored whole without it."
+        )
+    wanted = {name: corpus.splits[name]}
+    return Corpus(wanted, corpus.class_names, hash_corpus(wanted, corpus.class_names))
+
+
+def _check_classes(source: str, of_data: tuple[str, ...], of_model: tuple[str, ...]) -> None:
+    """Check that a label means the same class in the data and in the model."""
+    has_names = of_model != tuple(f"LABEL_{i}" for i in range(len(of_model)))
+    if len(of_data) != len(of_model) or (has_names and of_data != of_model):
+        raise DataError(
+            f"{source} has the classes {', '.join(of_data)}, the model {', '.join(of_model)}: labels would not match. Score "
+            "the model on data with its own classes, in its own order."
+        )
+
+
+def build_shape(gpt2: GPT2Config) -> Shape:
+    """Return the sizes of a GPT-2 that its memory depends on."""
+    return Shape(
+        num_blocks=gpt2.n_layer,
+        width=gpt2.n_embd,
+        inner=gpt2.n_inner or 4 * gpt2.n_embd,
+        num_heads=gpt2.n_head,
+        num_rows=gpt2.vocab_size + 1,
+        num_positions=gpt2.n_positions,
+    )
+
+
+def build_memory_setup(config: Config, world: World, gpt2: GPT2Config | None = None) -> tuple[Shape, Setup]:
+    """Return the two arguments of the memory estimate, for this rank on this machine. `gpt2`: the model's, if it is read.
+
+    Raises:
+        UserError: the model cannot be read, or the device or precision is not available here.
+    """
+    gpt2 = gpt2 or read_model_files(config.model, config.data).config
+    engine, blocks = config.engine, config.model.trainable_blocks
+    use_cuda = should_use_cuda(world, engine.device)
+    half = choose_precision(engine.precision, use_cuda=use_cuda) != "fp32"
+    stored = str(gpt2.dtype or "float32").removeprefix("torch.")
+    setup = Setup(
+        trainable_blocks=gpt2.n_layer if blocks == "all" else min(blocks, gpt2.n_layer),
+        num_ranks=world.num_ranks,
+        ranks_per_node=world.ranks_per_node,
+        backend=engine.backend,
+        zero_stage=engine.zero_stage,
+        offload=engine.offload,
+        max_tokens_per_rank=config.batch.max_tokens_per_rank,
+        max_length=config.data.max_length,
+        texts_per_rank=count_texts_per_rank(config, world, use_cuda=use_cuda),
+        num_threads=torch.get_num_threads(),
+        device="cuda" if use_cuda else "cpu",
+        half=half,
+        # Weights used in the type they are stored in stay memory-mapped: the ranks of a node share those pages.
+        shares_frozen=not (use_cuda or half) and config.model.init == "pretrained" and stored == "float32",
+        fast_path=engine.fast_path,
+        activation_checkpointing=engine.activation_checkpointing,
+        compress_gradients=engine.gradient_compression == "bf16",
+        runtime_bytes=psutil.Process().memory_info().rss,
+        call_tokens=CALL_TOKENS["cuda" if use_cuda else "cpu"],
+        evaluation_tokens=EVALUATION_TOKENS,
+    )
+    return build_shape(gpt2), setup
+
+
+def count_texts_per_rank(config: Config, world: World, *, use_cuda: bool) -> int | None:
+    """Return the most texts of a global batch that one rank takes. With a token budget, every text counts as full length."""
+    batch, num_ranks = config.batch, world.num_ranks
+    texts = batch.global_batch_size
+    if batch.global_token_budget is not None:
+        texts = math.ceil(batch.global_token_budget / config.data.max_length)
+    share = math.ceil(texts / num_ranks)
+    if use_cuda and num_ranks > 1:
+        # With features sharded over GPUs a rank takes the texts whose features it holds: a random number, mean + 4 deviations.
+        share = min(texts, share + math.ceil(4 * math.sqrt(share)))
+    return share
 
 
 def place_inputs(config: Config, inputs: TrainingInputs, engine: Engine) -> dict[str, TokenTable]:
@@ -205,11 +335,7 @@ def build_evaluation(
 def check_first_step(
     config: Config, classifier: Classifier, table: TokenTable, loader: TrainLoader, engine: Engine, emit: Emit
 ) -> None:
-    """Run the checks that the configuration asks for before the first step: overfit one batch, dry-run the largest step.
-
-    Raises:
-        UserError: one of them failed.
-    """
+    """Run the checks that the configuration asks for before the first step: overfit one batch, dry-run the largest step."""
     if config.run.debug:
         emit(overfit_one_batch(classifier, table, engine, lr=config.optim.lr))
     if config.batch.longest_first:

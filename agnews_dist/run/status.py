@@ -65,11 +65,7 @@ class StatusFile:
         self.directory, self.attempt, self.step, self._job = directory, attempt, step, job
 
     def write(self, state: State, reason: str) -> None:
-        """Replace the file, whole or not at all.
-
-        Raises:
-            UserError: it cannot be written.
-        """
+        """Replace the file, whole or not at all."""
         status = Status(
             state=state,
             attempt=self.attempt,

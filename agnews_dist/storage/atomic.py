@@ -151,11 +151,7 @@ def _remove(path: Path) -> None:
 
 
 def to_json_value(value: object) -> Any:
-    """Convert to what strict JSON can hold: tuples become lists, numpy scalars numbers, NaN and infinities null.
-
-    Raises:
-        TypeError: it contains something else.
-    """
+    """Convert to what strict JSON can hold: tuples become lists, numpy scalars numbers, NaN and infinities null."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, np.generic):

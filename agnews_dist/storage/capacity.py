@@ -51,18 +51,18 @@ def _reclaimable_bytes(group: Path) -> int:
     return int(value) if value.isdigit() else 0
 
 
-def _own_cgroups(root: Path) -> list[Path]:
+def _own_cgroups(root: Path) -> set[Path]:
     """Return the directories of this process's control group and of its parents below `root`."""
     try:
         lines = _OWN_CGROUP.read_text().splitlines()
     except OSError:
-        return []
-    paths = [line.split(":", 2)[2].strip("/") for line in lines if line.split(":", 2)[1] in ("", "memory")]
-    groups = [root]
-    for path in paths:
-        parts = path.split("/")
-        groups += [root.joinpath(*parts[: i + 1]) for i in range(len(parts))]
-    return list(dict.fromkeys(groups))
+        return set()
+    groups = {root}
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers in ("", "memory"):
+            group = root / path.strip("/")
+            groups |= {each for each in (group, *group.parents) if each.is_relative_to(root)}
+    return groups
 
 
 def gigabytes(num_bytes: int) -> str:
@@ -71,8 +71,8 @@ def gigabytes(num_bytes: int) -> str:
     >>> gigabytes(9_600_000_000), gigabytes(41_000_000), gigabytes(900)
     ('9.6 GB', '41 MB', '1 kB')
     """
-    for unit, size in (("GB", 10**9), ("MB", 10**6)):
-        if num_bytes >= size:
-            value = num_bytes / size
-            return f"{value:,.1f} {unit}" if unit == "GB" else f"{value:.0f} {unit}"
+    if num_bytes >= 10**9:
+        return f"{num_bytes / 10**9:,.1f} GB"
+    if num_bytes >= 10**6:
+        return f"{num_bytes / 10**6:.0f} MB"
     return f"{-(-num_bytes // 1000)} kB"

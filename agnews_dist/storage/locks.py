@@ -1,4 +1,7 @@
-"""Locks on files: the kernel releases them when the handle is closed or its process ends."""
+"""Locks on files: the kernel releases them when the handle is closed or its process ends.
+
+`try_lock`, `wait_for_lock`, `locked` and `lock_shared` raise OSError if the file cannot be opened or locked.
+"""
 
 import fcntl
 import os
@@ -19,11 +22,7 @@ def is_open_at(handle: int, path: Path) -> bool:
 
 
 def try_lock(path: Path, *, create: bool = True) -> int | None:
-    """Lock a file exclusively without waiting; return its handle, or None if another process holds a lock.
-
-    Raises:
-        OSError: the file cannot be opened (FileNotFoundError: `create` is False and it does not exist) or locked.
-    """
+    """Lock a file exclusively without waiting; return its handle, or None if another process holds a lock."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,11 +39,7 @@ def try_lock(path: Path, *, create: bool = True) -> int | None:
 
 
 def wait_for_lock(path: Path, timeout_seconds: float = float("inf")) -> int | None:
-    """Lock a file exclusively, waiting for other processes; return its handle, or None after `timeout_seconds`.
-
-    Raises:
-        OSError: the file cannot be opened or locked.
-    """
+    """Lock a file exclusively, waiting for other processes; return its handle, or None after `timeout_seconds`."""
     deadline = time.monotonic() + timeout_seconds
     while (handle := try_lock(path)) is None and time.monotonic() < deadline:
         time.sleep(POLL_INTERVAL_SECONDS)
@@ -53,11 +48,7 @@ def wait_for_lock(path: Path, timeout_seconds: float = float("inf")) -> int | No
 
 @contextmanager
 def locked(path: Path) -> Generator[None]:
-    """Hold an exclusive lock on a file in a `with` block, waiting for other processes.
-
-    Raises:
-        OSError: the file cannot be opened or locked.
-    """
+    """Hold an exclusive lock on a file in a `with` block, waiting for other processes."""
     handle = wait_for_lock(path)
     assert handle is not None
     try:
@@ -67,11 +58,7 @@ def locked(path: Path) -> Generator[None]:
 
 
 def lock_shared(path: Path) -> int:
-    """Create a file and its directory, set its time to now and lock it shared, waiting for exclusive locks; return its handle.
-
-    Raises:
-        OSError: it does not exist and cannot be created.
-    """
+    """Create a file if needed, set its time to now and lock it shared, waiting for exclusive locks; return its handle."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

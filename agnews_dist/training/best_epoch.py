@@ -24,7 +24,7 @@ class BestEpoch:
 
     @property
     def name(self) -> str:
-        """The name of its directory next to the checkpoints."""
+        """Name of the directory next to the checkpoints."""
         return f"best-{self._step:08d}"
 
     @property
@@ -66,10 +66,8 @@ class BestEpoch:
 class RunningTotals:
     """Tokens and seconds of all steps so far. Equal on every rank, except for the seconds."""
 
-    def __init__(self, seconds: float = 0.0) -> None:
-        """Start from `seconds`, which the features took before the first step: training needed them too."""
-        self.seconds = seconds
-        self.tally = Tally()
+    def __init__(self) -> None:
+        self.seconds, self.tally = 0.0, Tally()
 
     def add(self, share: Share, seconds: float) -> None:
         """Add one step."""

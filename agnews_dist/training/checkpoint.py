@@ -56,7 +56,6 @@ class Checkpoint:
     tensors: dict[str, dict[str, Tensor]]
     """Groups, on the CPU."""
     state: dict[str, Any]
-    """The content of state.json."""
 
 
 def write_checkpoint(path: Path, tensors: Groups, state: Mapping[str, Any]) -> int:
@@ -84,11 +83,7 @@ def write_checkpoint(path: Path, tensors: Groups, state: Mapping[str, Any]) -> i
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify the checkpoint at `path`.
-
-    Raises:
-        DamagedError: it is incomplete, changed or unreadable.
-    """
+    """Read and verify the checkpoint at `path`, or raise a `DamagedError`."""
     contents = _read_verified(path)
     try:
         state: Any = json.loads(contents.pop(STATE))

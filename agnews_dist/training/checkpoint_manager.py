@@ -97,7 +97,8 @@ class CheckpointManager:
         """Return whether rank 0 requests a checkpoint after `step` steps. While one is being written, none is due."""
         if self._log is None:
             return False
-        self.poll()
+        if self._write_in_progress is not None and self._write_in_progress.result.done():
+            self.wait()
         now = time.monotonic()
         if now - self._last_save_time < self._every_seconds and (self._every_steps is None or step % self._every_steps):
             return False
@@ -158,11 +159,6 @@ class CheckpointManager:
         num_bytes += write_checkpoint(self._folder / name, {"weights": weights, "moments": moments}, content)
         prune(self._folder, self._keep, also={name, *_referenced_best(self._folder, self._keep)})
         return num_bytes
-
-    def poll(self) -> None:
-        """Report the write in progress, if it has ended."""
-        if self._write_in_progress is not None and self._write_in_progress.result.done():
-            self.wait()
 
     def wait(self) -> None:
         """Wait for the write in progress and report how it ended."""

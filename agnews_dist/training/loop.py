@@ -87,9 +87,6 @@ class Trainer:
         """Resume from a checkpoint: position, totals, loss scale, weights, moments and best epoch. Collective.
 
         `state`: the JSON part, equal on every rank. The tensors are read on rank 0 alone.
-
-        Raises:
-            SharedError: the position belongs to another plan.
         """
         outcome = collectives.catch(lambda: load_position(state["position"], self._loader.fingerprint))
         self._epoch, self._epoch_step = collectives.raise_if_any_failed(outcome)

@@ -101,15 +101,8 @@ def train_step(
 ) -> StepResult:
     """Compute the gradients of one global batch, clip them by global norm, and update on all ranks or on none.
 
-    Args:
-        engine: this rank's engine.
-        embed: returns the features of a micro-batch at the freeze boundary, without autograd.
-        strategy: the trainable part.
-        batches: this rank's micro-batches.
-        dropout_key: see `model.dropout.step_key`.
-        nonfinite: the action at a loss or gradient that is not finite.
-        stop: this rank requests that the run stops.
-        save: this rank requests a checkpoint; only rank 0's request counts.
+    `embed` returns the features of a micro-batch at the freeze boundary, without autograd. `dropout_key`: see
+    `model.dropout.step_key`. `stop` and `save`: this rank requests that the run stops, or a checkpoint (only rank 0's counts).
 
     Raises:
         NonFiniteError: on all ranks, if any rank saw a non-finite loss or gradient and `nonfinite` is 'stop'; parameters and

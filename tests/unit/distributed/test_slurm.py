@@ -2,7 +2,7 @@
 
 import pytest
 
-from agnews_dist.distributed.slurm import identify_job, is_restarted, is_slurm_job, slurm_count, slurm_seconds_left
+from agnews_dist.distributed.slurm import identify_job, is_restarted, slurm_count, slurm_seconds_left
 
 
 @pytest.mark.parametrize("end", ["", "Unknown", "NONE", "1e9", "999", "²"])
@@ -20,11 +20,6 @@ def test_slurm_seconds_left_counts_to_the_limit():
 def test_slurm_count_reads_numbers_only(text, count):
     assert slurm_count({"SLURM_GPUS_ON_NODE": text}, "SLURM_GPUS_ON_NODE") == count
     assert slurm_count({}, "SLURM_GPUS_ON_NODE") is None
-
-
-def test_is_slurm_job_needs_a_job_number():
-    assert is_slurm_job({"SLURM_JOB_ID": "7"})
-    assert not is_slurm_job({"SLURM_CONF": "/etc/slurm/slurm.conf"})
 
 
 def test_identify_job_is_the_same_for_all_starts_of_a_job():

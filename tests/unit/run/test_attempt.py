@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,7 +227,7 @@ def test_every_rank_knows_the_checkpoint_on_disk(tmp_path, monkeypatch):
     with make_attempt(make_config(tmp_path), World(rank=1, num_ranks=2, local_rank=1, ranks_per_node=2)) as attempt:
         attempt.claim()
         attempt.begin(FINGERPRINTS)
-        with attempt.open_checkpoints(trainer, FINGERPRINTS, "host") as checkpoints:
+        with closing(attempt.open_checkpoints(trainer, FINGERPRINTS, "host")) as checkpoints:
             checkpoints.save(40, {}, None, is_scored=False, wait=True)
     assert trainer.loaded == (state, {}, {}), "only rank 0 has the tensors"
     assert list(tmp_path.iterdir()) == [], "only rank 0 writes"

@@ -97,12 +97,11 @@ def test_create_reports_an_unwritable_directory(tmp_path):
         create(Path("/proc/nowhere"), "a")
 
 
-def test_reopened_run_keeps_its_files_and_gets_the_new_config(tmp_path):
+def test_resumed_run_keeps_its_files_and_gets_the_new_config(tmp_path):
     directory = create(tmp_path, "a")
     (directory / "events.jsonl").write_text("{}\n")
     with closing(RunDirectory(tmp_path, "a", overwrite=False, config_yaml="run: {seed: 1}\n")) as run:
         run.lock()
-        run.reopen()
         assert run.path == directory
         assert (directory / "config.yaml").read_text() == "run: {}\n", "nothing is written before the run begins"
         run.commit()
