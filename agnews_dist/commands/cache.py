@@ -1,9 +1,4 @@
-"""`agnews-dist cache`: list the caches below data.cache_dir, of tokens and of features, or clear some of them.
-
-WHAT ...    with --clear: all, features, tokens, or keys from the list
---clear     remove these, except those that a process uses
---json      print one JSON object
-"""
+"""`agnews-dist cache`: list the caches below data.cache_dir, of tokens and of features, or clear some of them."""
 
 import json
 from collections.abc import Sequence

@@ -36,12 +36,7 @@ def run_command(
     A user error is printed without a traceback. Rank 0 prints an error that all ranks raise together. One rank per node prints
     an error in the arguments or the launcher's variables, as all ranks have it. Every other error is printed by its own rank.
 
-    Args:
-        command: name for the usage line.
-        argv: arguments after the command; None: those of the process.
-        body: the command itself.
-        options: arguments that the command takes besides the configuration.
-        preemption: handler of signals while the command runs.
+    `argv`: arguments after the command; None: those of the process. `preemption`: handler of signals while the command runs.
     """
     if preemption is not None:
         preemption.start()

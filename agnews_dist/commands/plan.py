@@ -1,11 +1,7 @@
 """Forecast of the batches before a job: steps, padding, balance of the ranks, text lengths.
 
-    python -m agnews_dist plan --config FILE --ranks 8
-
-Takes the configuration of the training. Needs the text and the model's config and tokenizer, but no weights.
-
---ranks    ranks of the training; default: those of this launch
---json     print one JSON object on standard output and everything else on standard error
+Takes the configuration of the training. Needs the text and the model's config and tokenizer, but no weights. With --json,
+standard output is one JSON object and everything else goes to standard error.
 """
 
 import json

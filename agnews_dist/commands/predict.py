@@ -1,9 +1,6 @@
 """`agnews-dist predict`: classify texts with a saved classifier, in one process. Answers come in the order of the texts.
 
-TEXT ...        the texts; without any, --file; without that, one text per line of standard input
---model.name    a run's directory, an exported directory, or a hub id of a GPT2ForSequenceClassification
---file          one text per line; in a .jsonl file one object per line with "text" and optionally "id"
---format        table (default on a terminal) or jsonl (default elsewhere): {"id", "text", "prediction", "probabilities"}
+--model.name is a run's directory, an exported directory, or a hub id of a GPT2ForSequenceClassification.
 """
 
 import os

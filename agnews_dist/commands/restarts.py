@@ -5,11 +5,6 @@ Batch scripts call it (slurm/job.sh) with the arguments of the training. The fir
 again     the run was stopped before its end, or failed after it had saved new steps
 finished  the run is complete
 give_up   the run failed before it began, or several starts in a row saved nothing new
-
---at           begin: count a start; end: the start has ended
---starts       file that counts the job's starts, one JSON object per line
---limit        starts in a row that may save nothing new; default 3
---was_stopped  with --at end: the job was asked to stop
 """
 
 import os
