@@ -126,7 +126,8 @@ def _read_csv(path: Path, name: str) -> RawRows:
             features=Features({column: Value("string") for column in columns}),
             na_filter=False,
             column_names=list(columns),
-            header=None if original and _is_row(header) else 0,
+            # A number in the first line is a label: the file has no header.
+            header=None if original and _INTEGER.fullmatch(header[0]) else 0,
             # Otherwise a row with an extra field would shift the columns.
             index_col=False,
             encoding="utf-8-sig",
@@ -138,15 +139,11 @@ def _read_csv(path: Path, name: str) -> RawRows:
     return RawRows(texts, labels, Origin.of_file(name, len(texts)), first_label=1)
 
 
-def _is_row(header: Sequence[str]) -> bool:
-    return bool(_INTEGER.fullmatch(header[0]))
-
-
 def _original_columns(header: Sequence[str]) -> tuple[str, ...] | None:
     """Return names for AG News' original columns if `header` is their header or first row, else None."""
     plain = [name.strip().lower().removesuffix(" index") for name in header]
-    is_original = plain == list(_ORIGINAL_COLUMNS) or (len(header) == len(_ORIGINAL_COLUMNS) and _is_row(header))
-    return _ORIGINAL_COLUMNS if is_original else None
+    is_row = len(header) == len(_ORIGINAL_COLUMNS) and _INTEGER.fullmatch(header[0])
+    return _ORIGINAL_COLUMNS if is_row or plain == list(_ORIGINAL_COLUMNS) else None
 
 
 def _read_jsonl(path: Path, name: str) -> RawRows:

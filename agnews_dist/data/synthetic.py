@@ -88,8 +88,7 @@ def _draw_length(rng: Random) -> float:
 
 def _write_text(rng: Random, label: int) -> str:
     """Write a headline and its description, joined by a space as in AG News."""
-    is_ambiguous = rng.random() < _AMBIGUOUS_SHARE
-    own_share = _AMBIGUOUS if is_ambiguous else _CLEAR
+    own_share = _AMBIGUOUS if rng.random() < _AMBIGUOUS_SHARE else _CLEAR
     neighbour = _NEIGHBOURS[label][_draw_integer(rng, 0, 2)]
 
     def topic() -> str:
