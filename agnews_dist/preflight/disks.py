@@ -6,9 +6,7 @@ import mmap
 import os
 import time
 import uuid
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from agnews_dist.preflight.findings import Finding
@@ -16,54 +14,35 @@ from agnews_dist.storage.capacity import gigabytes
 from agnews_dist.storage.directories import free_disk_bytes
 
 PROBE_BYTES = 1 << 20
-SLOW_SECONDS = 2.0
-"""Limit for one file of PROBE_BYTES. A checkpoint is hundreds of times larger."""
 SHARED_SECONDS = 5.0
 """Wait for a file written on another node: network file systems may show it some seconds later."""
 
 
 def probe_directory(name: str, directory: Path, needed_bytes: int, *, optional_bytes: int = 0) -> Finding:
-    """Check that `directory` takes what the run writes there. Leaves nothing behind but the directory.
+    """Check that `directory` takes what the run writes there. Leaves nothing behind.
 
     `optional_bytes`: written in addition to `needed_bytes` if there is space.
     """
-    check, start = f"disk: {name}", time.perf_counter()
+    check, num_bytes = f"disk: {name}", needed_bytes + optional_bytes
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _write_and_read(directory)
+        _write_and_read(find_existing(directory))
     except OSError as error:
-        failure = _explain_failure(check, directory, error)
-        is_optional = not needed_bytes and directory.is_dir()
-        return replace(failure, verdict="warn") if is_optional else failure
-    seconds, free = time.perf_counter() - start, free_disk_bytes(directory)
-    found = f"{directory}: {gigabytes(free)} free, the run writes about {gigabytes(needed_bytes + optional_bytes)}"
-    if free < needed_bytes + optional_bytes:
-        remedy = "Free some space, or choose another directory"
-        return Finding(check=check, verdict="fail" if free < needed_bytes else "warn", found=found, remedy=remedy)
-    if seconds > SLOW_SECONDS:
-        remedy = "Choose a faster file system: export and evaluation wait for the disk, checkpoints do not"
-        return Finding(check=check, verdict="warn", found=f"{found}; 1 MiB took {seconds:.1f} s", remedy=remedy)
-    return Finding(check=check, verdict="ok", found=found)
+        return _explain_failure(check, directory, error)
+    free = free_disk_bytes(directory)
+    found = f"{directory}: {gigabytes(free)} free, the run writes about {gigabytes(num_bytes)}"
+    if free < num_bytes:
+        verdict = "fail" if free < needed_bytes else "warn"
+        return Finding(check, verdict, found, "Free some space, or choose another directory")
+    return Finding(check, "ok", found)
 
 
-def list_missing_parents(directory: Path) -> list[Path]:
-    """Return the directories that creating `directory` would create, innermost first. Call it before the first probe."""
-    return [path for path in (directory, *directory.parents) if not path.exists()]
-
-
-def remove_empty(directories: Sequence[Path]) -> None:
-    """Remove the directories that are still empty, in this order. Call it when no rank writes there any more."""
-    for path in directories:
-        with suppress(OSError):  # another process has written into it
-            path.rmdir()
+def find_existing(directory: Path) -> Path:
+    """Return `directory`, or the nearest parent that exists: the run would create `directory` there."""
+    return next(path for path in (directory, *directory.parents) if os.path.lexists(path))
 
 
 def _write_and_read(directory: Path) -> None:
-    """Do everything that a run does with its files.
-
-    Raises:
-        OSError: a step failed; `strerror` names the step if the system's message does not.
-    """
+    """Do everything that a run does with its files. Raises OSError."""
     content = os.urandom(PROBE_BYTES)
     partial, complete = (directory / f".doctor-{uuid.uuid4().hex}" for _ in range(2))
     try:
@@ -90,7 +69,7 @@ def _explain_failure(check: str, directory: Path, error: OSError) -> Finding:
         why, remedy = f"full: {why}", "Free some space there, or choose another directory"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         why = f"not writable: {why}"
-    return Finding(check=check, verdict="fail", found=f"{directory} is {why}", remedy=remedy)
+    return Finding(check, "fail", f"{directory} is {why}", remedy)
 
 
 def wait_for_file(path: Path) -> bool:

@@ -3,14 +3,17 @@
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, TypeVar
+from itertools import groupby
+from typing import Literal, TypeVar
 
 Verdict = Literal["ok", "warn", "fail"]
-WORST_FIRST: Sequence[Verdict] = ("fail", "warn", "ok")
+CALL_THREAD = "preflight call"
+NO_ANSWER = "no answer within"
+"""First words of the error of a call that hangs."""
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
     """One row of the doctor's table."""
 
@@ -19,7 +22,6 @@ class Finding:
     verdict: Verdict
     """warn: the job runs, slower or with a risk. fail: the job does not run, or its results are wrong."""
     found: str
-    """Facts with their values."""
     remedy: str = ""
     """Fix; empty if the verdict is ok, or if `found` is a complete error message."""
     ranks: tuple[int, ...] = ()
@@ -31,71 +33,55 @@ def merge_findings(by_rank: Sequence[Iterable[Finding]]) -> list[Finding]:
     ranks: dict[Finding, list[int]] = {}
     for rank, findings in enumerate(by_rank):
         for finding in findings:
-            ranks.setdefault(replace(finding, ranks=()), []).append(rank)
+            ranks.setdefault(finding, []).append(rank)
     checks = list(dict.fromkeys(finding.check for finding in ranks))
     rows = [replace(finding, ranks=tuple(own)) for finding, own in ranks.items()]
     return sorted(rows, key=lambda row: checks.index(row.check))
 
 
-def worst_verdict(findings: Iterable[Finding]) -> Verdict:
+def worst_verdict(findings: Iterable[Finding]) -> str:
     """Return the worst verdict; ok without findings."""
-    verdicts = {finding.verdict for finding in findings}
-    for verdict in WORST_FIRST:
-        if verdict in verdicts:
-            return verdict
-    return "ok"
+    return max((finding.verdict for finding in findings), key=["ok", "warn", "fail"].index, default="ok")
 
 
-def format_ranks(ranks: Sequence[int], num_ranks: int) -> str:
+def format_ranks(ranks: Sequence[int]) -> str:
     """Format rank numbers.
 
-    >>> format_ranks((0, 1, 2, 5), 8), format_ranks((3,), 8), format_ranks((0, 1), 2)
-    ('ranks 0-2, 5', 'rank 3', 'all')
+    >>> format_ranks((0, 1, 2, 5)), format_ranks((3,))
+    ('ranks 0-2, 5', 'rank 3')
     """
-    if not ranks or len(ranks) == num_ranks:
-        return "all"
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and rank == spans[-1][-1] + 1:
-            spans[-1].append(rank)
-        else:
-            spans.append([rank])
-    listed = ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
-    return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
+    spans: list[str] = []
+    for _, group in groupby(enumerate(sorted(ranks)), key=lambda item: item[1] - item[0]):
+        numbers = [rank for _, rank in group]
+        spans.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}")
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(spans)}"
 
 
-@dataclass(frozen=True)
-class Outcome(Generic[T]):
-    """Value or error of a call with a time limit."""
+def run_with_timeout(seconds: float, call: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return (value of `call`, None), or (None, first line of its error), after `seconds` at most.
 
-    value: T | None
-    error: str | None
-    """First line of the exception's text, or that the time limit passed."""
-    timed_out: bool = False
-
-
-_unfinished: list[threading.Thread] = []
-
-
-def run_with_timeout(seconds: float, call: Callable[[], T]) -> Outcome[T]:
-    """Run `call` in a thread and wait `seconds` at most. Catches OSError and RuntimeError, which drivers raise."""
-    outcome: Outcome[T] = Outcome(None, f"no answer within {seconds:g} s", timed_out=True)
+    Catches OSError and RuntimeError, which drivers raise.
+    """
+    outcome: tuple[T | None, str | None] = None, f"{NO_ANSWER} {seconds:g} s"
 
     def run() -> None:
         nonlocal outcome
         try:
-            outcome = Outcome(call(), None)
+            outcome = call(), None
         except (OSError, RuntimeError) as error:
-            outcome = Outcome(None, (str(error).strip().splitlines() or [type(error).__name__])[0])
+            outcome = None, first_line(error)
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run, name=CALL_THREAD, daemon=True)
     thread.start()
     thread.join(seconds)
-    if thread.is_alive():
-        _unfinished.append(thread)
     return outcome
 
 
 def has_unfinished_calls() -> bool:
     """Return whether a call still hangs in a driver. Then only os._exit ends this process for sure."""
-    return any(thread.is_alive() for thread in _unfinished)
+    return any(thread.name == CALL_THREAD for thread in threading.enumerate())
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's text, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

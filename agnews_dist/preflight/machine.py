@@ -1,25 +1,28 @@
-"""Checks that each rank makes alone: device, compiler, memory, data, disks, hub."""
+"""Checks that each rank makes alone: device, memory, data, disks, hub."""
 
 import os
-import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.cuda.nccl import version as nccl_version
 
 from agnews_dist.data.corpus import check_source
-from agnews_dist.distributed.node_resources import count_devices
+from agnews_dist.distributed import collectives
+from agnews_dist.distributed.node_resources import Cores, count_devices, find_cores
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import choose_precision, should_use_cuda
 from agnews_dist.engine.memory import Setup, Shape
 from agnews_dist.errors import UserError
-from agnews_dist.preflight.disks import list_missing_parents, probe_directory
-from agnews_dist.preflight.findings import Finding, run_with_timeout
+from agnews_dist.preflight.disks import probe_directory
+from agnews_dist.preflight.findings import Finding, first_line, run_with_timeout
 from agnews_dist.preflight.hub_check import check_hub
-from agnews_dist.preflight.memory_check import Diagnosis, diagnose
+from agnews_dist.preflight.memory_check import check_memory
+from agnews_dist.report.result_files import versions
 
 DEVICE_FILES = Path("/dev")
 TOKEN_BYTES = 50_000_000
@@ -43,7 +46,6 @@ class PlannedRun:
     source: str
     device: str
     precision: str
-    compile: str
     run_dir: Path
     cache_dir: Path
     num_checkpoints: int
@@ -59,25 +61,27 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """Device type and precision of a rank: equal on all ranks, or they cannot train together."""
+    """Device type and precision of a rank, equal on all ranks, and the GPU model."""
 
     device: str
     """cuda, cpu, or unusable."""
     precision: str
     name: str
-    """GPU model."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankReport:
-    """Results of one rank's own checks."""
+    """Results of one rank's own checks, and facts that are compared with other ranks."""
 
-    findings: list[Finding]
-    diagnosis: Diagnosis | None
-    """None: the model's config cannot be read."""
+    host: str
     device: DeviceInfo
-    created: list[Path]
-    """Directories that the disk checks created."""
+    cores: Cores
+    threads: int
+    versions: Mapping[str, str]
+    settings: Mapping[str, object]
+    findings: list[Finding]
+    memory: Mapping[str, object]
+    """Memory estimate, for JSON."""
 
 
 UNUSABLE = DeviceInfo("unusable", "", "")
@@ -88,13 +92,30 @@ def check_rank(planned: PlannedRun, world: World) -> RankReport:
     # Before any other read from the hub: it switches to offline mode if the hub does not answer.
     hub = check_hub(planned.model_name, planned.revision, planned.init, planned.source)
     device, info = check_device(planned)
-    memory, diagnosis, sizes = check_memory(planned)
-    # The ranks of a node see the same disks.
-    disks, created = check_disks(planned, sizes) if world.local_rank == 0 else ([], [])
-    compiler, data = check_compiler(planned.compile), check_data(planned.source)
+    sizes, values = None, {"fits": False}
+    try:
+        sizes = planned.read_memory_setup()
+        memory, values = check_memory(planned.model_name, *sizes, planned.world)
+    except UserError as error:
+        memory = Finding("model", "fail", str(error))
+    except RuntimeError as error:  # from the GPU driver
+        memory = Finding("memory", "fail", first_line(error))
     # A missing device is reported once, not again by the memory check.
     memory_rows = [memory] if memory.found != device.found else []
-    return RankReport([device, compiler, *memory_rows, data, *disks, hub], diagnosis, info, created)
+    no_data = collectives.catch(partial(check_source, planned.source))
+    data = Finding("data", "fail", str(no_data)) if no_data is not None else Finding("data", "ok", planned.source)
+    # The ranks of a node see the same disks.
+    disks = check_disks(planned, sizes) if world.local_rank == 0 else []
+    return RankReport(
+        host=socket.gethostname(),
+        device=info,
+        cores=find_cores(os.environ),
+        threads=torch.get_num_threads(),
+        versions=versions(),
+        settings=planned.settings,
+        findings=[device, *memory_rows, data, *disks, hub],
+        memory=values,
+    )
 
 
 def check_device(planned: PlannedRun) -> tuple[Finding, DeviceInfo]:
@@ -105,22 +126,21 @@ def check_device(planned: PlannedRun) -> tuple[Finding, DeviceInfo]:
         use_cuda = should_use_cuda(world, planned.device)
         precision = choose_precision(planned.precision, use_cuda=use_cuda)
     except UserError as error:
-        return Finding(check="device", verdict="fail", found=str(error)), UNUSABLE
+        return Finding("device", "fail", str(error)), UNUSABLE
     if not use_cuda:
         return _check_cpu(planned.device, precision), DeviceInfo("cpu", precision, "")
-    outcome = run_with_timeout(GPU_SECONDS, lambda: _multiply_on_gpu(world.local_rank))
-    if outcome.value is None:
-        found = f"GPU {world.local_rank} fails: {outcome.error}"
+    described, error = run_with_timeout(GPU_SECONDS, lambda: _multiply_on_gpu(world.local_rank))
+    if described is None:
         remedy = "Look for another program on it with nvidia-smi, or exclude this node (sbatch --exclude)"
-        return Finding(check="device", verdict="fail", found=found, remedy=remedy), UNUSABLE
-    name, found = outcome.value
+        return Finding("device", "fail", f"GPU {world.local_rank} fails: {error}", remedy), UNUSABLE
+    name, found = described
     found += f", runs in {precision}, CUDA {torch.version.cuda}"
     info, num_visible = DeviceInfo("cuda", precision, name), torch.cuda.device_count()
     if num_visible > world.ranks_per_node:
         remedy = "Start one rank per GPU: --nproc_per_node, or NPROC"
         found += f"; {world.ranks_per_node} of {num_visible} GPUs used"
-        return Finding(check="device", verdict="warn", found=found, remedy=remedy), info
-    return Finding(check="device", verdict="ok", found=found), info
+        return Finding("device", "warn", found, remedy), info
+    return Finding("device", "ok", found), info
 
 
 def _check_cpu(wanted: str, precision: str) -> Finding:
@@ -129,13 +149,13 @@ def _check_cpu(wanted: str, precision: str) -> Finding:
     is_stated = not {"CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID"}.isdisjoint(os.environ)
     num_gpus = count_devices(os.environ) if is_stated else len(list(DEVICE_FILES.glob("nvidia[0-9]*")))
     if wanted == "cpu" or not num_gpus:
-        return Finding(check="device", verdict="ok", found=f"CPU, {precision}, no GPU is used")
+        return Finding("device", "ok", f"CPU, {precision}, no GPU is used")
     found = f"torch {torch.__version__} sees no GPU, though {num_gpus} are here: the job would run on the CPU"
     remedy = (
         "Check nvidia-smi, the container's GPU option (apptainer --nv) and that torch is a CUDA build for this driver; "
         "or set --engine.device cpu"
     )
-    return Finding(check="device", verdict="fail", found=found, remedy=remedy)
+    return Finding("device", "fail", found, remedy)
 
 
 def _multiply_on_gpu(index: int) -> tuple[str, str]:
@@ -150,43 +170,8 @@ def _multiply_on_gpu(index: int) -> tuple[str, str]:
     return properties.name, f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, {has_bf16}, NCCL {nccl}"
 
 
-def check_compiler(compile_setting: str) -> Finding:
-    """Check for a C++ compiler, which torch.compile needs on a CPU."""
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is not None:
-        return Finding(check="C++ compiler", verdict="ok", found=compiler)
-    remedy = "Install one (Debian and Ubuntu: apt install g++), load its module, or set --engine.compile never"
-    verdict = "fail" if compile_setting == "always" else "warn"
-    return Finding(check="C++ compiler", verdict=verdict, found="none: torch.compile is not available", remedy=remedy)
-
-
-def check_data(source: str) -> Finding:
-    """Check that a path exists. Reads no rows."""
-    try:
-        check_source(source)
-    except UserError as error:
-        return Finding(check="data", verdict="fail", found=str(error))
-    return Finding(check="data", verdict="ok", found=source)
-
-
-def check_memory(planned: PlannedRun) -> tuple[Finding, Diagnosis | None, tuple[Shape, Setup] | None]:
-    """Check that the run fits into memory. Returns (finding, diagnosis, sizes); None if the model's config cannot be read."""
-    try:
-        sizes = planned.read_memory_setup()
-        diagnosis = diagnose(planned.model_name, *sizes, planned.world)
-    except UserError as error:
-        return Finding(check="model", verdict="fail", found=str(error)), None, None
-    except RuntimeError as error:  # from the GPU driver
-        return Finding(check="memory", verdict="fail", found=str(error).splitlines()[0]), None, None
-    if diagnosis.problem is not None:
-        return Finding(check="memory", verdict="fail", found=diagnosis.problem), diagnosis, sizes
-    needed = max(diagnosis.estimate.device_bytes, diagnosis.estimate.host_bytes)
-    found = f"about {needed / 1e9:.1f} GB per rank: it fits"
-    return Finding(check="memory", verdict="ok", found=found), diagnosis, sizes
-
-
-def check_disks(planned: PlannedRun, sizes: tuple[Shape, Setup] | None) -> tuple[list[Finding], list[Path]]:
-    """Write to every directory that the run writes to. Returns (findings, directories created)."""
+def check_disks(planned: PlannedRun, sizes: tuple[Shape, Setup] | None) -> list[Finding]:
+    """Write to every directory that the run writes to."""
     checkpoints = model = features = 0
     if sizes is not None:
         shape, setup = sizes
@@ -194,14 +179,8 @@ def check_disks(planned: PlannedRun, sizes: tuple[Shape, Setup] | None) -> tuple
         checkpoints = BYTES_PER_SAVED_WEIGHT * trained * (planned.num_checkpoints + 2)
         model = 4 * (trained + shape.count_frozen(setup.trainable_blocks))
         features = min(planned.feature_bytes, 4 * AG_NEWS_TOKENS * shape.width)
-    findings: list[Finding] = []
-    created: list[Path] = []
-    for name, directory, needed_bytes, optional_bytes in (
-        ("run.dir", planned.run_dir, checkpoints + model, 0),
-        ("data.cache_dir", planned.cache_dir, TOKEN_BYTES, features),
-        ("temporary", Path(tempfile.gettempdir()), 1_000_000, 0),
-    ):
-        path = directory.absolute()
-        created.extend(list_missing_parents(path))
-        findings.append(probe_directory(name, path, needed_bytes, optional_bytes=optional_bytes))
-    return findings, created
+    return [
+        probe_directory("run.dir", planned.run_dir, checkpoints + model),
+        probe_directory("data.cache_dir", planned.cache_dir, TOKEN_BYTES, optional_bytes=features),
+        probe_directory("temporary", Path(tempfile.gettempdir()), 1_000_000),
+    ]

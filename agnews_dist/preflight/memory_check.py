@@ -1,41 +1,38 @@
 """Check that a run fits into this machine: compare its memory estimate with the free memory, before any weight is loaded."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import free_device_bytes
-from agnews_dist.engine.memory import Estimate, Setup, Shape, estimate, explain_misfit
+from agnews_dist.engine.memory import Estimate, Setup, Shape, estimate, explain_misfit, format_estimate
 from agnews_dist.errors import ModelError
+from agnews_dist.preflight.findings import Finding
 from agnews_dist.report.result_files import versions
-from agnews_dist.storage.capacity import free_host_bytes
+from agnews_dist.storage.capacity import free_host_bytes, gigabytes
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """Memory estimate of a run, next to the free memory of this machine."""
-
-    facts: Mapping[str, str]
-    """Versions, for bug reports."""
-    setting: str
-    """Model, trainable blocks, engine and ranks of the estimate."""
-    estimate: Estimate
-    free_device: int
-    """Bytes per rank."""
-    free_host: int
-    """Bytes of the node."""
-    problem: str | None
-    """Message of the error if the run cannot fit, with settings that fit."""
-
-    def to_dict(self) -> Mapping[str, object]:
-        """Return a form for JSON."""
-        return asdict(self) | {
-            "device_bytes": self.estimate.device_bytes,
-            "host_bytes": self.estimate.host_bytes,
-            "fits": self.problem is None,
-        }
+def check_memory(model_name: str, shape: Shape, setup: Setup, world: World) -> tuple[Finding, dict[str, object]]:
+    """Check that the run fits. Returns (finding, estimate and free bytes for JSON)."""
+    found, (free_device, free_host) = estimate(shape, setup), _free_bytes(setup, world)
+    problem = explain_misfit(shape, setup, free_device=free_device, free_host=free_host)
+    blocks = f"{setup.trainable_blocks} of {shape.num_blocks} blocks train"
+    values: dict[str, object] = {
+        "facts": versions(),  # for bug reports
+        "setting": f"{model_name}, {blocks}, engine {setup.backend}, {world.num_ranks} rank(s)",
+        "estimate": asdict(found),
+        "free_device": free_device,
+        "free_host": free_host,
+        "problem": problem,
+        "device_bytes": found.device_bytes,
+        "host_bytes": found.host_bytes,
+        "fits": problem is None,
+    }
+    if problem is not None:
+        return Finding("memory", "fail", problem), values
+    host = f", and {gigabytes(found.host_bytes)} in host memory" if found.host else ""
+    return Finding("memory", "ok", f"{format_estimate(found)}{host}; {gigabytes(free_device)} are free: it fits"), values
 
 
 def check_fits(shape: Shape, setup: Setup, world: World) -> Estimate:
@@ -44,29 +41,14 @@ def check_fits(shape: Shape, setup: Setup, world: World) -> Estimate:
     Raises:
         ModelError: the run cannot fit. The message names settings that fit.
     """
-    free_device, free_host = free_bytes(setup, world)
+    free_device, free_host = _free_bytes(setup, world)
     problem = explain_misfit(shape, setup, free_device=free_device, free_host=free_host)
     if problem is not None:
         raise ModelError(problem)
     return estimate(shape, setup)
 
 
-def diagnose(model_name: str, shape: Shape, setup: Setup, world: World) -> Diagnosis:
-    """Return the memory estimate and the free memory, whether or not the run fits."""
-    free_device, free_host = free_bytes(setup, world)
-    blocks = f"{setup.trainable_blocks} of {shape.num_blocks} blocks train"
-    return Diagnosis(
-        facts=versions(),
-        setting=f"{model_name}, {blocks}, engine {setup.backend}, {world.num_ranks} rank(s)",
-        estimate=estimate(shape, setup),
-        free_device=free_device,
-        free_host=free_host,
-        problem=explain_misfit(shape, setup, free_device=free_device, free_host=free_host),
-    )
-
-
-def free_bytes(setup: Setup, world: World) -> tuple[int, int]:
+def _free_bytes(setup: Setup, world: World) -> tuple[int, int]:
     """Return the free bytes (on this rank's device, on its node). On a CPU, memory the process already uses counts as free."""
-    device = torch.device(setup.device, world.local_rank) if setup.device == "cuda" else torch.device("cpu")
-    free = free_device_bytes(device, world.ranks_per_node)
+    free = free_device_bytes(torch.device(setup.device, world.local_rank), world.ranks_per_node)
     return free + (setup.runtime_bytes if setup.device == "cpu" else 0), free_host_bytes()

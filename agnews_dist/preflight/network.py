@@ -10,19 +10,16 @@ import torch
 
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World
-from agnews_dist.preflight.findings import Finding, format_ranks, run_with_timeout
+from agnews_dist.preflight.findings import NO_ANSWER, Finding, format_ranks, run_with_timeout
 
 NUMBERS = 1 << 18
 """fp32 numbers of a message: 1 MiB, as much as a gradient bucket of a small block."""
-REPEATS = 4
 SUM_SECONDS = 20.0
 """Limit for the all-reduces: NCCL opens its connections in the first collective."""
 PAIRS_SECONDS = 15.0
-"""Limit for all pairs together; the rest is skipped."""
-ALL_PAIRS_UP_TO = 8
+"""Limit for all turns together; the rest is skipped."""
 SLOW_RANK = 1.5
-STARVED = 1 / SLOW_RANK
-"""Share of CPU time below which a rank is reported, even if all ranks are as slow."""
+"""A rank is reported from this ratio of speeds on, or of wall-clock time to its CPU time."""
 WORK_SECONDS = 1.5
 """Several periods of the scheduler: a CPU-time limit pauses a process for tenths of a second."""
 SKEW_WARN, SKEW_FAIL = 1.0, 10.0
@@ -42,78 +39,68 @@ class Work:
 def check_sum(world: World, device: torch.device) -> Finding:
     """Check all-reduces with known results."""
     if world.num_ranks == 1:
-        return Finding(check="all-reduce", verdict="ok", found="one rank: nothing to add up")
+        return Finding("all-reduce", "ok", "one rank: nothing to add up")
     outcomes = collectives.all_gather(run_with_timeout(SUM_SECONDS, lambda: _add_up(world, device)))
     backend = "NCCL" if device.type == "cuda" else "gloo"
-    failed = {rank: outcome for rank, outcome in enumerate(outcomes) if outcome.error is not None}
+    failed = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
     if failed:
         # Real errors first: a rank that timed out may only have waited for another.
-        by_cause = sorted(failed.items(), key=lambda item: item[1].timed_out)
-        errors = "; ".join(f"{outcome.error} on rank {rank}" for rank, outcome in by_cause[:4])
+        by_cause = sorted(failed, key=lambda rank: failed[rank].startswith(NO_ANSWER))
+        errors = "; ".join(f"{failed[rank]} on rank {rank}" for rank in by_cause[:4])
         remedy = "Set NCCL_DEBUG=INFO, check NCCL_SOCKET_IFNAME (launch/network.sh) and firewalls between the nodes"
-        found = f"fails over {backend}: {errors}"
-        return Finding(check="all-reduce", verdict="fail", found=found, remedy=remedy, ranks=tuple(failed))
-    wrong = [rank for rank, outcome in enumerate(outcomes) if outcome.value]
+        return Finding("all-reduce", "fail", f"fails over {backend}: {errors}", remedy, tuple(failed))
+    wrong = tuple(rank for rank, (num_wrong, _) in enumerate(outcomes) if num_wrong)
     if wrong:
-        found = f"wrong sums on {format_ranks(wrong, 0)}"
         remedy = "Have network cards and memory of these nodes tested: gradients would be wrong as well"
-        return Finding(check="all-reduce", verdict="fail", found=found, remedy=remedy, ranks=tuple(wrong))
-    return Finding(check="all-reduce", verdict="ok", found=f"right over {backend}")
+        return Finding("all-reduce", "fail", f"wrong sums on {format_ranks(wrong)}", remedy, wrong)
+    return Finding("all-reduce", "ok", f"right over {backend}")
 
 
 def _add_up(world: World, device: torch.device) -> int:
     """Return the number of wrong sums in some all-reduces."""
-    _select_gpu(device)
+    torch.get_device_module(device).set_device(device)  # a property of each thread
     base = torch.arange(NUMBERS, device=device) % 7
     expected = base * world.num_ranks + world.num_ranks * (world.num_ranks - 1) // 2
     num_wrong = 0
-    for _ in range(REPEATS):
+    for _ in range(4):
         numbers = (base + world.rank).float()
         collectives.all_reduce(numbers)
         num_wrong += int((numbers != expected).sum())
     return num_wrong
 
 
-def choose_pairs(hosts: Sequence[str]) -> list[tuple[int, int]]:
-    """Return all pairs of up to 8 ranks. Of more: neighbours in the reduction ring, and the first ranks of the nodes."""
-    num_ranks = len(hosts)
-    if num_ranks <= ALL_PAIRS_UP_TO:
-        return [(a, b) for a in range(num_ranks) for b in range(a + 1, num_ranks)]
-    leaders = sorted({host: rank for rank, host in reversed(list(enumerate(hosts)))}.values())
-    ring = [(rank, (rank + 1) % num_ranks) for rank in range(num_ranks)]
-    between_nodes = [(leaders[0], leader) for leader in leaders[1:]]
-    return sorted({(min(pair), max(pair)) for pair in ring + between_nodes})
+def choose_peers(turn: int, num_ranks: int) -> list[int]:
+    """Return each rank's peer in a turn; a rank may be its own. In `num_ranks` turns every two ranks meet once."""
+    return [(turn - rank) % num_ranks for rank in range(num_ranks)]
 
 
 def check_pairs(world: World, device: torch.device, hosts: Sequence[str]) -> Finding:
-    """Check that the two ranks of each pair reach each other, one pair after the other."""
-    pairs = choose_pairs(hosts)
-    if not pairs:
-        return Finding(check="pairs of ranks", verdict="ok", found="one rank")
-    start, num_done = time.monotonic(), 0
-    for a, b in pairs:
-        # Rank 0's clock decides for all, so that all stop at the same pair.
+    """Check that every two ranks reach each other."""
+    start, num_done, num_pairs = time.monotonic(), 0, world.num_ranks * (world.num_ranks - 1) // 2
+    for turn in range(world.num_ranks):
+        # Rank 0's clock decides for all, so that all stop after the same turn.
         if collectives.all_gather(time.monotonic() - start > PAIRS_SECONDS)[0]:
             break
-        num_done += 1
-        error: str | None = None
-        if world.rank in (a, b):
-            error = run_with_timeout(SUM_SECONDS, partial(_exchange, a + b - world.rank, device)).error
-        errors = [each for each in collectives.all_gather(error) if each is not None]
-        if errors:
-            found = f"ranks {a} ({hosts[a]}) and {b} ({hosts[b]}) cannot talk: {errors[0]}"
-            remedy = "Exclude one of the two nodes (sbatch --exclude), and have their network checked"
-            return Finding(check="pairs of ranks", verdict="fail", found=found, remedy=remedy, ranks=(a, b))
-    found = f"{num_done} of {len(pairs)} pairs exchange data"
-    return Finding(check="pairs of ranks", verdict="ok", found=found)
+        peers = choose_peers(turn, world.num_ranks)
+        peer, error = peers[world.rank], None
+        if peer != world.rank:
+            _, error = run_with_timeout(SUM_SECONDS, partial(_exchange, peer, device))
+        for a, failure in enumerate(collectives.all_gather(error)):
+            if failure is not None:
+                b = peers[a]
+                found = f"ranks {a} ({hosts[a]}) and {b} ({hosts[b]}) cannot talk: {failure}"
+                remedy = "Exclude one of the two nodes (sbatch --exclude), and have their network checked"
+                return Finding("pairs of ranks", "fail", found, remedy, (a, b))
+        num_done += sum(a < b for a, b in enumerate(peers))
+    return Finding("pairs of ranks", "ok", f"{num_done} of {num_pairs} pairs exchange data")
 
 
 def _exchange(peer: int, device: torch.device) -> None:
     """Send and receive a message at the same time."""
-    _select_gpu(device)
+    torch.get_device_module(device).set_device(device)  # a property of each thread
     sent, received = torch.zeros(NUMBERS, device=device), torch.empty(NUMBERS, device=device)
     collectives.exchange(sent, received, peer)
-    _synchronise(device)
+    torch.get_device_module(device).synchronize(device)
 
 
 def measure_work(device: torch.device, dtype: torch.dtype) -> Work:
@@ -121,13 +108,13 @@ def measure_work(device: torch.device, dtype: torch.dtype) -> Work:
     side = 4096 if device.type == "cuda" else 384
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     torch.mm(left, right)
-    _synchronise(device)
+    torch.get_device_module(device).synchronize(device)
     collectives.all_gather(None)
     count, start, cpu_start = 0, time.perf_counter(), time.thread_time()
     while (seconds := time.perf_counter() - start) < WORK_SECONDS:
         for _ in range(8):
             torch.mm(left, right)
-        _synchronise(device)
+        torch.get_device_module(device).synchronize(device)
         count += 8
     share = (time.thread_time() - cpu_start) / seconds
     return Work(count * 2 * side**3 / seconds, None if device.type == "cuda" else share)
@@ -136,7 +123,7 @@ def measure_work(device: torch.device, dtype: torch.dtype) -> Work:
 def judge_work(works: Sequence[Work], hosts: Sequence[str], num_cores: Sequence[int]) -> Finding:
     """Name the ranks that are slower than the others, or get too little CPU time, with host and cores."""
     rates = [work.rate for work in works]
-    typical = max(rates) if len(rates) < 3 else statistics.median(rates)
+    typical = statistics.median(rates) if len(rates) > 2 else max(rates)
     slow: dict[int, str] = {}
     for rank, work in enumerate(works):
         faults: list[str] = []
@@ -144,15 +131,14 @@ def judge_work(works: Sequence[Work], hosts: Sequence[str], num_cores: Sequence[
             faults.append(f"computes {typical / work.rate:.1f} times as slowly as others")
             if num_cores[rank] < max(num_cores):
                 faults.append(f"has {num_cores[rank]} core(s) instead of {max(num_cores)}")
-        if work.share is not None and work.share < STARVED:
+        if work.share is not None and work.share * SLOW_RANK < 1:
             faults.append(f"gets {work.share:.0%} of the time on its core")
         if faults:
             slow[rank] = f"rank {rank} on {hosts[rank]} {', '.join(faults)}"
     if not slow:
-        return Finding(check="speed", verdict="ok", found=f"{typical / 1e9:,.0f} GFLOP/s per rank")
+        return Finding("speed", "ok", f"{typical / 1e9:,.0f} GFLOP/s per rank")
     remedy = "Look there for other programs, CPU-time limits, bound cores or heat: every step waits for the slowest rank"
-    found = "; ".join(list(slow.values())[:8])
-    return Finding(check="speed", verdict="warn", found=found, remedy=remedy, ranks=tuple(slow))
+    return Finding("speed", "warn", "; ".join(list(slow.values())[:8]), remedy, tuple(slow))
 
 
 def measure_clock_offsets(world: World) -> list[float]:
@@ -170,7 +156,7 @@ def judge_clocks(offsets: Sequence[float], hosts: Sequence[str]) -> Finding:
     skews = [offset - middle if len(offsets) > 2 else offset for offset in offsets]
     largest = max(map(abs, skews))
     if largest <= SKEW_WARN:
-        return Finding(check="clocks", verdict="ok", found=f"equal within {max(largest, 0.01):.2f} s")
+        return Finding("clocks", "ok", f"equal within {max(largest, 0.01):.2f} s")
     wrong = [rank for rank, skew in enumerate(skews) if abs(skew) > SKEW_WARN]
     found = "; ".join(
         f"rank {rank} on {hosts[rank]} is {abs(skews[rank]):,.1f} s {'ahead' if skews[rank] > 0 else 'behind'}"
@@ -178,15 +164,4 @@ def judge_clocks(offsets: Sequence[float], hosts: Sequence[str]) -> Finding:
     )
     remedy = "Set the node's clock (chronyc tracking, timedatectl): torchrun takes nodes with wrong clocks for dead"
     verdict = "fail" if largest > SKEW_FAIL else "warn"
-    return Finding(check="clocks", verdict=verdict, found=found, remedy=remedy, ranks=tuple(wrong))
-
-
-def _select_gpu(device: torch.device) -> None:
-    """Set the current GPU, which is a property of each thread."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return Finding("clocks", verdict, found, remedy, tuple(wrong))

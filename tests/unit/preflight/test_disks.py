@@ -1,23 +1,24 @@
-"""Disk checks: nodes that probe a new directory at the same time, and leave nothing behind."""
+"""Disk checks: probes write where a run would create its directory, and leave nothing behind."""
 
 import errno
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from agnews_dist.preflight.disks import list_missing_parents, probe_directory, remove_empty, wait_for_file
+from agnews_dist.preflight.disks import probe_directory, wait_for_file
 
 
-def test_probe_directory_on_several_nodes_at_once(tmp_path):
-    with ThreadPoolExecutor(8) as pool:
-        for number in range(5):
-            directory = tmp_path / str(number) / "runs"
-            created = list_missing_parents(directory)
-            findings = list(pool.map(lambda _, path=directory: probe_directory("run.dir", path, 1), range(8)))
-            assert {finding.verdict for finding in findings} == {"ok"}, findings
-            remove_empty(created)
-            assert list(tmp_path.iterdir()) == []
+def test_probe_directory_creates_no_directory(tmp_path):
+    assert probe_directory("run.dir", tmp_path / "a" / "runs", 1).verdict == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_probe_directory_refuses_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert probe_directory("run.dir", tmp_path / "file", 1).found == f"{tmp_path}/file is Not a directory"
+    assert probe_directory("run.dir", tmp_path / "file" / "runs", 1).verdict == "fail"
+    assert probe_directory("run.dir", tmp_path / "link" / "runs", 1).verdict == "fail"
 
 
 def test_probe_directory_without_enough_space(tmp_path):

@@ -32,16 +32,3 @@ def test_check_cpu_fails_if_there_are_gpus_that_torch_does_not_see(tmp_path, mon
     else:
         assert finding.verdict == "fail"
         assert f"sees no GPU, though {num_gpus} are here: the job would run on the CPU" in finding.found
-
-
-def test_check_compiler_fails_only_if_it_is_required(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert machine.check_compiler("always").verdict == "fail"
-    assert machine.check_compiler("auto").verdict == "warn"
-
-
-def test_check_data_reports_a_missing_path(tmp_path):
-    assert machine.check_data("synthetic").verdict == "ok"
-    finding = machine.check_data(str(tmp_path / "nowhere"))
-    assert finding.verdict == "fail"
-    assert "does not exist" in finding.found

@@ -1,8 +1,10 @@
 """Network checks: pairs of ranks, slow ranks and wrong clocks."""
 
+from itertools import combinations
+
 import pytest
 
-from agnews_dist.preflight.network import Work, choose_pairs, judge_clocks, judge_work
+from agnews_dist.preflight.network import Work, choose_peers, judge_clocks, judge_work
 
 HOSTS = ["a", "a", "b", "b"]
 
@@ -11,16 +13,14 @@ def works(*gigaflops: float, share: float | None = 1.0) -> list[Work]:
     return [Work(rate * 1e9, share) for rate in gigaflops]
 
 
-def test_choose_pairs_takes_all_pairs_of_few_ranks():
-    assert len(choose_pairs(["a"] * 8)) == 28
-    assert choose_pairs(["a"]) == []
-
-
-def test_choose_pairs_takes_ring_and_first_ranks_of_many():
-    pairs = choose_pairs([f"node{rank // 8}" for rank in range(32)])
-    assert len(pairs) == 32 + 3
-    assert {(0, 8), (0, 16), (0, 24), (7, 8), (0, 31)} <= set(pairs)
-    assert all(a < b for a, b in pairs)
+@pytest.mark.parametrize("num_ranks", [1, 2, 5, 8])
+def test_choose_peers_lets_every_two_ranks_meet_once(num_ranks):
+    met = []
+    for turn in range(num_ranks):
+        peers = choose_peers(turn, num_ranks)
+        assert all(peers[peer] == rank for rank, peer in enumerate(peers))
+        met += [(rank, peer) for rank, peer in enumerate(peers) if rank < peer]
+    assert sorted(met) == list(combinations(range(num_ranks), 2))
 
 
 def test_judge_work_names_the_slow_rank_with_its_cores():

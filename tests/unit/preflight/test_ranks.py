@@ -4,16 +4,17 @@ import pytest
 
 from agnews_dist.distributed.node_resources import Cores
 from agnews_dist.distributed.world import World
-from agnews_dist.preflight.machine import DeviceInfo
-from agnews_dist.preflight.ranks import RankFacts, check_world, compare_ranks, judge_cores, judge_devices
+from agnews_dist.preflight.machine import DeviceInfo, RankReport
+from agnews_dist.preflight.ranks import check_world, compare_ranks, judge_cores, judge_devices
 
 GPU = DeviceInfo("cuda", "bf16", "H100")
 WORLD, HOSTS = World(num_ranks=4, ranks_per_node=2), ["a", "a", "b", "b"]
 
 
-def rank_on(host: str, *cores: int, threads: int, count: int | None = None) -> RankFacts:
-    """Return a rank's facts; `count`: cores that a CPU-time limit leaves, by default all."""
-    return RankFacts(host, GPU, Cores(cores, len(cores) if count is None else count), threads, {}, {})
+def rank_on(host: str, *cores: int, threads: int, count: int | None = None) -> RankReport:
+    """Return a rank's report; `count`: cores that a CPU-time limit leaves, by default all."""
+    allowed = Cores(cores, len(cores) if count is None else count)
+    return RankReport(host=host, device=GPU, cores=allowed, threads=threads, versions={}, settings={}, findings=[], memory={})
 
 
 def test_compare_ranks_lists_differences_with_both_values():
@@ -40,16 +41,6 @@ def test_check_world_compares_with_the_nodes_of_the_slurm_step():
     finding = check_world(None, WORLD, HOSTS, step)
     assert (finding.verdict, finding.found) == ("fail", "4 rank(s) on 2 node(s): a, b; Slurm gave the step 3 node(s)")
     assert check_world(None, WORLD, HOSTS, {**step, "SLURM_STEP_NUM_NODES": "2"}).verdict == "ok"
-
-
-def test_check_world_warns_of_idle_nodes_of_the_slurm_job():
-    # torchrun in the batch script itself, or a step on some of the nodes.
-    job = {"SLURM_JOB_NUM_NODES": "3", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    finding = check_world(None, WORLD, HOSTS, job)
-    assert (finding.verdict, "the other nodes of the job's 3 are idle" in finding.found) == ("warn", True)
-    assert check_world(None, WORLD, HOSTS, {**job, "SLURM_JOB_NUM_NODES": "2"}).verdict == "ok"
-    # Without a launcher, in an allocation of several nodes: only a question about a planned training.
-    assert check_world(None, World(), ["a"], {"SLURM_JOB_NUM_NODES": "3"}).verdict == "ok"
 
 
 def test_judge_devices_fails_for_different_types_and_warns_for_different_gpus():

@@ -6,24 +6,20 @@ import sys
 
 import pytest
 
-from agnews_dist.preflight.rendezvous_check import Rendezvous, check_rendezvous, main
-
-
-def head(host: str, port: int, *, num_nodes: int = 1) -> Rendezvous:
-    return Rendezvous(host=host, port=port, num_nodes=num_nodes, node=0)
+from agnews_dist.preflight.rendezvous_check import check_rendezvous, main
 
 
 def test_check_rendezvous_of_one_node_on_a_free_port():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-        taken = check_rendezvous(head("localhost", port))
+        taken = check_rendezvous("localhost", port, num_nodes=1, node=0)
     assert taken.verdict == "fail"
     assert f"port {port} of {socket.gethostname()} is taken by process" in taken.found
-    assert check_rendezvous(head("localhost", port)).verdict == "ok"
+    assert check_rendezvous("localhost", port, num_nodes=1, node=0).verdict == "ok"
 
 
 def test_check_rendezvous_refuses_loopback_for_several_nodes():
-    finding = check_rendezvous(head("localhost", 29400, num_nodes=2))
+    finding = check_rendezvous("localhost", 29400, num_nodes=2, node=0)
     assert finding.verdict == "fail"
     assert "which means each node itself" in finding.found
 
