@@ -36,7 +36,7 @@ def open_process_group(world: World, backend: str, timeout_seconds: int) -> None
     except DistError as error:
         raise UserError(
             f"rendezvous at {address} failed ({_first_line(error)}): the ranks cannot train together. "
-            "Check other ranks' errors, that rank 0 runs there, that the port is free and that no firewall closes it."
+            "Check other ranks' errors, that rank 0 runs there, the port and firewalls."
         ) from error
     try:
         prefix = _share_prefix(prefixed("agnews_dist", store), world, timeout_seconds)
@@ -44,7 +44,7 @@ def open_process_group(world: World, backend: str, timeout_seconds: int) -> None
     except RuntimeError as error:  # raised by the store, gloo and NCCL
         raise UserError(
             f"the ranks met at {address} but could not connect ({_first_line(error)}): they cannot train together. "
-            "Check other ranks' errors and firewalls, and set GLOO_SOCKET_IFNAME to an interface that all nodes reach."
+            "Check other ranks' errors, firewalls, and set GLOO_SOCKET_IFNAME."
         ) from error
 
 

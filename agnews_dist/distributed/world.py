@@ -94,6 +94,6 @@ def _refuse_processes_without_ranks(environ: Mapping[str, str]) -> None:
     port = environ.get("MASTER_PORT")
     if port and environ.get("ACCELERATE_MIXED_PRECISION"):
         raise UserError(
-            f"accelerate launch started one process without a rank, with MASTER_PORT={port}: on a CPU it starts no others. "
+            f"accelerate launch started one process, with MASTER_PORT={port}: on a CPU it starts no others. "
             "Use launch/accelerate.sh, or unset MASTER_PORT for a single process."
         )

@@ -4,10 +4,10 @@ import pytest
 
 from agnews_dist.distributed.node_resources import Cores
 from agnews_dist.distributed.world import World
-from agnews_dist.preflight.machine import DeviceInfo, RankReport
+from agnews_dist.preflight.machine import RankReport
 from agnews_dist.preflight.ranks import check_world, compare_ranks, judge_cores, judge_devices
 
-GPU = DeviceInfo("cuda", "bf16", "H100")
+GPU = {"device": "cuda", "precision": "bf16", "GPU": "H100"}
 WORLD, HOSTS = World(num_ranks=4, ranks_per_node=2), ["a", "a", "b", "b"]
 
 
@@ -44,12 +44,12 @@ def test_check_world_compares_with_the_nodes_of_the_slurm_step():
 
 
 def test_judge_devices_fails_for_different_types_and_warns_for_different_gpus():
-    cpu = DeviceInfo("cpu", "fp32", "")
-    finding = judge_devices([GPU, GPU, cpu, DeviceInfo("cuda", "fp32", "V100")])
+    cpu = {"device": "cpu", "precision": "fp32"}
+    finding = judge_devices([GPU, GPU, cpu, {"device": "cuda", "precision": "fp32", "GPU": "V100"}])
     assert (finding.verdict, finding.ranks) == ("fail", (2, 3))
     assert finding.found == "device cuda on rank 0, cpu on rank 2; precision bf16 on rank 0, fp32 on ranks 2-3"
     assert judge_devices([GPU, GPU]).verdict == judge_devices([cpu]).verdict == "ok"
-    slower = judge_devices([GPU, DeviceInfo("cuda", "bf16", "A100")])
+    slower = judge_devices([GPU, {**GPU, "GPU": "A100"}])
     assert (slower.verdict, slower.found, slower.ranks) == ("warn", "GPU H100 on rank 0, A100 on rank 1", (1,))
 
 
