@@ -119,7 +119,7 @@ def test_accelerate_on_a_cpu_without_our_configuration_is_refused() -> None:
         timeout=TIMEOUT,
     )
     assert done.returncode != 0
-    assert "accelerate launch started one process without a rank" in done.stderr
+    assert "accelerate launch started one process" in done.stderr
 
 
 # --- results of real trainings ---

@@ -90,6 +90,6 @@ def test_port_in_use_is_named(address):
     port = address(0)
     with (
         socket.create_server(("", port)),
-        pytest.raises(UserError, match=rf"^rendezvous at 127\.0\.0\.1:{port} failed \(.*EADDRINUSE.*the port is free"),
+        pytest.raises(UserError, match=rf"^rendezvous at 127\.0\.0\.1:{port} failed \(.*EADDRINUSE.*the port and firewalls"),
     ):
         rendezvous.open_process_group(World(rank=0, num_ranks=2), "gloo", 5)

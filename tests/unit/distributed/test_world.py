@@ -101,7 +101,7 @@ def test_detect_world_names_a_missing_variable_of_deepspeed(name: str) -> None:
 
 
 def test_detect_world_refuses_accelerates_silent_single_process() -> None:
-    with pytest.raises(UserError, match=r"without a rank, with MASTER_PORT=29500: .* Use launch/accelerate\.sh, or unset"):
+    with pytest.raises(UserError, match=r"started one process, with MASTER_PORT=29500: .* Use launch/accelerate\.sh, or unset"):
         detect_world(ACCELERATE_ON_A_CPU)
     # Accepted: with ranks; without a port, for one process; a port without accelerate's variable.
     assert detect_world({**ACCELERATE_ON_A_CPU, **TORCHRUN}) == detect_world(TORCHRUN)
