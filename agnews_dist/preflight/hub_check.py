@@ -2,7 +2,6 @@
 
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,17 +16,14 @@ HUB_SECONDS = 5.0
 
 def check_hub(model: str, revision: str | None, init: str, source: str) -> Finding:
     """Check that the run can get its model and data. If the hub does not answer, put this process into offline mode."""
-    cached: dict[str, bool] = {}
+    cached: dict[str, bool] = {}  # hub id -> whether it is complete in the local cache
     with suppress(ModelError):  # a wrong path: reported when the model is read
         if model != EMBEDDED and locate(model, revision).directory is None:
             cached[model] = _has_model(model, revision, init)
     if source != SYNTHETIC and not Path(source).expanduser().exists() and not is_local_path(source):
         cached[source] = _has_data(source)
-    return _judge_hub(cached) if cached else Finding("hub", "ok", "not needed: model and data are local")
-
-
-def _judge_hub(cached: Mapping[str, bool]) -> Finding:
-    """Check the hub for hub ids; `cached`: whether each is complete in the local cache."""
+    if not cached:
+        return Finding("hub", "ok", "not needed: model and data are local")
     from huggingface_hub import constants
 
     missing = ", ".join(name for name, is_cached in cached.items() if not is_cached)

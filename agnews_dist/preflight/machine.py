@@ -32,6 +32,7 @@ GPU_SECONDS = 60.0
 BYTES_PER_SAVED_WEIGHT = 12
 """fp32 bytes of a trainable weight and AdamW's two moments."""
 AG_NEWS_TOKENS = 52 * 128_000
+UNUSABLE = {"device": "unusable"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +60,13 @@ class PlannedRun:
     """Reads the model's config; raises a UserError if it cannot."""
 
 
-@dataclass(frozen=True)
-class DeviceInfo:
-    """Device type and precision of a rank, equal on all ranks, and the GPU model."""
-
-    device: str
-    """cuda, cpu, or unusable."""
-    precision: str
-    name: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class RankReport:
     """Results of one rank's own checks, and facts that are compared with other ranks."""
 
     host: str
-    device: DeviceInfo
+    device: Mapping[str, str]
+    """Type (cuda, cpu or unusable), precision and, of a GPU, model."""
     cores: Cores
     threads: int
     versions: Mapping[str, str]
@@ -82,9 +74,6 @@ class RankReport:
     findings: list[Finding]
     memory: Mapping[str, object]
     """Memory estimate, for JSON."""
-
-
-UNUSABLE = DeviceInfo("unusable", "", "")
 
 
 def check_rank(planned: PlannedRun, world: World) -> RankReport:
@@ -118,8 +107,8 @@ def check_rank(planned: PlannedRun, world: World) -> RankReport:
     )
 
 
-def check_device(planned: PlannedRun) -> tuple[Finding, DeviceInfo]:
-    """Check device, driver, precision, and that the engine can start."""
+def check_device(planned: PlannedRun) -> tuple[Finding, dict[str, str]]:
+    """Check device, driver, precision, and that the engine can start. Returns the device's facts as well."""
     world = planned.world
     try:
         planned.check_engine()
@@ -128,14 +117,14 @@ def check_device(planned: PlannedRun) -> tuple[Finding, DeviceInfo]:
     except UserError as error:
         return Finding("device", "fail", str(error)), UNUSABLE
     if not use_cuda:
-        return _check_cpu(planned.device, precision), DeviceInfo("cpu", precision, "")
+        return _check_cpu(planned.device, precision), {"device": "cpu", "precision": precision}
     described, error = run_with_timeout(GPU_SECONDS, lambda: _multiply_on_gpu(world.local_rank))
     if described is None:
         remedy = "Look for another program on it with nvidia-smi, or exclude this node (sbatch --exclude)"
         return Finding("device", "fail", f"GPU {world.local_rank} fails: {error}", remedy), UNUSABLE
     name, found = described
     found += f", runs in {precision}, CUDA {torch.version.cuda}"
-    info, num_visible = DeviceInfo("cuda", precision, name), torch.cuda.device_count()
+    info, num_visible = {"device": "cuda", "precision": precision, "GPU": name}, torch.cuda.device_count()
     if num_visible > world.ranks_per_node:
         remedy = "Start one rank per GPU: --nproc_per_node, or NPROC"
         found += f"; {world.ranks_per_node} of {num_visible} GPUs used"

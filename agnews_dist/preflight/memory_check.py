@@ -15,7 +15,10 @@ from agnews_dist.storage.capacity import free_host_bytes, gigabytes
 
 def check_memory(model_name: str, shape: Shape, setup: Setup, world: World) -> tuple[Finding, dict[str, object]]:
     """Check that the run fits. Returns (finding, estimate and free bytes for JSON)."""
-    found, (free_device, free_host) = estimate(shape, setup), _free_bytes(setup, world)
+    found, free_host = estimate(shape, setup), free_host_bytes()
+    free_device = free_device_bytes(torch.device(setup.device, world.local_rank), world.ranks_per_node)
+    # On a CPU, memory that the process already uses counts as free: the estimate contains it.
+    free_device += setup.runtime_bytes if setup.device == "cpu" else 0
     problem = explain_misfit(shape, setup, free_device=free_device, free_host=free_host)
     blocks = f"{setup.trainable_blocks} of {shape.num_blocks} blocks train"
     values: dict[str, object] = {
@@ -41,14 +44,7 @@ def check_fits(shape: Shape, setup: Setup, world: World) -> Estimate:
     Raises:
         ModelError: the run cannot fit. The message names settings that fit.
     """
-    free_device, free_host = _free_bytes(setup, world)
-    problem = explain_misfit(shape, setup, free_device=free_device, free_host=free_host)
-    if problem is not None:
-        raise ModelError(problem)
+    finding, _ = check_memory("", shape, setup, world)
+    if finding.verdict == "fail":
+        raise ModelError(finding.found)
     return estimate(shape, setup)
-
-
-def _free_bytes(setup: Setup, world: World) -> tuple[int, int]:
-    """Return the free bytes (on this rank's device, on its node). On a CPU, memory the process already uses counts as free."""
-    free = free_device_bytes(torch.device(setup.device, world.local_rank), world.ranks_per_node)
-    return free + (setup.runtime_bytes if setup.device == "cpu" else 0), free_host_bytes()

@@ -61,12 +61,8 @@ def _add_up(world: World, device: torch.device) -> int:
     torch.get_device_module(device).set_device(device)  # a property of each thread
     base = torch.arange(NUMBERS, device=device) % 7
     expected = base * world.num_ranks + world.num_ranks * (world.num_ranks - 1) // 2
-    num_wrong = 0
-    for _ in range(4):
-        numbers = (base + world.rank).float()
-        collectives.all_reduce(numbers)
-        num_wrong += int((numbers != expected).sum())
-    return num_wrong
+    sums = [collectives.all_reduce((base + world.rank).float()) for _ in range(4)]
+    return sum(int((numbers != expected).sum()) for numbers in sums)
 
 
 def choose_peers(turn: int, num_ranks: int) -> list[int]:
@@ -158,10 +154,7 @@ def judge_clocks(offsets: Sequence[float], hosts: Sequence[str]) -> Finding:
     if largest <= SKEW_WARN:
         return Finding("clocks", "ok", f"equal within {max(largest, 0.01):.2f} s")
     wrong = [rank for rank, skew in enumerate(skews) if abs(skew) > SKEW_WARN]
-    found = "; ".join(
-        f"rank {rank} on {hosts[rank]} is {abs(skews[rank]):,.1f} s {'ahead' if skews[rank] > 0 else 'behind'}"
-        for rank in wrong[:8]
-    )
+    named = [(f"rank {rank} on {hosts[rank]}", skews[rank]) for rank in wrong[:8]]
+    found = "; ".join(f"{name} is {abs(skew):,.1f} s {'ahead' if skew > 0 else 'behind'}" for name, skew in named)
     remedy = "Set the node's clock (chronyc tracking, timedatectl): torchrun takes nodes with wrong clocks for dead"
-    verdict = "fail" if largest > SKEW_FAIL else "warn"
-    return Finding("clocks", verdict, found, remedy, tuple(wrong))
+    return Finding("clocks", "fail" if largest > SKEW_FAIL else "warn", found, remedy, tuple(wrong))

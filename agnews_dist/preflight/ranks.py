@@ -9,7 +9,7 @@ from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World
 from agnews_dist.preflight.disks import find_existing, wait_for_file
 from agnews_dist.preflight.findings import Finding, format_ranks
-from agnews_dist.preflight.machine import DeviceInfo, RankReport
+from agnews_dist.preflight.machine import RankReport
 
 
 def compare_ranks(check: str, by_rank: Sequence[Mapping[str, object]], remedy: str) -> Finding:
@@ -43,15 +43,14 @@ def check_world(expected: int | None, world: World, hosts: Sequence[str], enviro
     return Finding("world", "ok", found)
 
 
-def judge_devices(devices: Sequence[DeviceInfo]) -> Finding:
+def judge_devices(devices: Sequence[Mapping[str, str]]) -> Finding:
     """Check that all ranks use the same type of device and precision (fail), and the same GPU model (warn)."""
-    required = [{"device": each.device, "precision": each.precision} for each in devices]
     remedy = "Check the node that differs (nvidia-smi, driver, the container's --nv), or exclude it (sbatch --exclude)"
-    found = compare_ranks("devices", required, remedy)
-    if found.verdict == "ok":
-        names = compare_ranks("devices", [{"GPU": each.name} for each in devices], "Use one GPU model: others wait")
-        return replace(names, verdict="warn") if names.remedy else found
-    return found
+    found = compare_ranks("devices", [{**each, "GPU": ""} for each in devices], remedy)
+    if found.verdict == "fail":
+        return found
+    found = compare_ranks("devices", devices, "Use one GPU model: others wait")
+    return replace(found, verdict="warn") if found.verdict == "fail" else found
 
 
 def judge_cores(reports: Sequence[RankReport]) -> Finding:

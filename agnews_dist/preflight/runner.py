@@ -46,13 +46,18 @@ def run_checks(planned: PlannedRun, world: World, *, num_expected: int | None, a
         findings = [*merge_findings([own.findings for own in reports]), *together]
     except (UserError, RuntimeError) as failure:
         # Print this rank's own findings all the same. Only a rank that waited knows which rank did not come: all raise.
-        error = failure if isinstance(failure, UserError) else _explain_lost_rank(failure)
+        lost = f"a rank was lost during the measurements ({first_line(failure).rstrip('. ')}): a training would fail as well. "
+        lost += "Look for another rank's error above, and for a node that is overloaded or out of memory."
+        error = failure if isinstance(failure, UserError) else UserError(lost)
         findings = merge_findings([[*report.findings, Finding("rendezvous", "fail", str(error))]])
     if world.is_main:
         print_findings(findings, report, world.num_ranks, as_json=as_json)
     if error is None and worst_verdict(findings) == "fail":
-        # All ranks have the same findings.
-        error = SharedError(_summarise_failures(findings), rank=0)
+        # All ranks have the same findings. A complete error message comes first, else the names of the failed checks.
+        failed = [finding for finding in findings if finding.verdict == "fail"]
+        names = ", ".join(finding.check for finding in failed)
+        summary = f"{len(failed)} of {len(findings)} checks failed ({names}): the run would fail. Fix these checks."
+        error = SharedError(next((finding.found for finding in failed if not finding.remedy), summary), rank=0)
     if has_unfinished_calls():
         # A normal end would wait for the thread that hangs in a driver.
         if error is not None and world.is_main:
@@ -65,18 +70,14 @@ def run_checks(planned: PlannedRun, world: World, *, num_expected: int | None, a
 
 
 def form_group(world: World, report: RankReport) -> torch.device:
-    """Create the process group. Returns the device to measure: a GPU if every rank uses its own, else the CPU.
-
-    Raises:
-        UserError: not all ranks came within MEETING_SECONDS.
-    """
+    """Create the process group. Returns the device to measure: a GPU if every rank uses its own, else the CPU."""
     if world.num_ranks > 1:
         # By default NCCL's watchdog ends the process if a collective hangs, and all findings would be lost.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         # Both: the ranks must be able to exchange findings even if the GPUs cannot.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         open_process_group(world, backend, MEETING_SECONDS)
-    if not all(collectives.all_gather(report.device.device == "cuda")):
+    if not all(collectives.all_gather(report.device["device"] == "cuda")):
         return torch.device("cpu")
     torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)
@@ -86,9 +87,9 @@ def check_together(
     planned: PlannedRun, world: World, reports: Sequence[RankReport], device: torch.device, num_expected: int | None
 ) -> list[Finding]:
     """Compare the reports of all ranks, and measure clocks, shared files, network and speed."""
-    hosts, own = [report.host for report in reports], reports[world.rank]
+    hosts = [report.host for report in reports]
     # Before the first NCCL collective: if that hangs, the GPU may hang as well.
-    dtype = DTYPES[own.device.precision] if device.type == "cuda" else torch.float32
+    dtype = DTYPES[reports[world.rank].device["precision"]] if device.type == "cuda" else torch.float32
     works = collectives.all_gather(network.measure_work(device, dtype))
     sums = network.check_sum(world, device)
     return [
@@ -118,18 +119,3 @@ def print_findings(findings: Sequence[Finding], report: RankReport, num_ranks: i
         print(escape_text(row, sys.stdout.encoding))
     verdicts = [finding.verdict for finding in findings]
     print(f"{verdicts.count('fail')} failure(s), {verdicts.count('warn')} warning(s).")
-
-
-def _summarise_failures(findings: Sequence[Finding]) -> str:
-    """Return the first complete error message, else the names of the failed checks."""
-    failed = [finding for finding in findings if finding.verdict == "fail"]
-    names = ", ".join(finding.check for finding in failed)
-    summary = f"{len(failed)} of {len(findings)} checks failed ({names}): the run would fail. Fix these checks."
-    return next((finding.found for finding in failed if not finding.remedy), summary)
-
-
-def _explain_lost_rank(error: RuntimeError) -> UserError:
-    return UserError(
-        f"a rank was lost during the measurements ({first_line(error).rstrip('. ')}): a training would fail as well. Look for "
-        "another rank's error above, and for a node that is overloaded or out of memory."
-    )
