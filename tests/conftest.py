@@ -5,9 +5,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("AGNEWS_SHARED", REPOSITORY.parent / "shared"))
+from support.processes import SHARED
 
 # Offline, an accidental hub id fails at once and not after retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

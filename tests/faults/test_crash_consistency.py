@@ -32,7 +32,7 @@ from support.processes import REPOSITORY, TIMEOUT, environment
 from support.tools import skip_without
 
 from agnews_dist.run.resume import read_newest_usable
-from agnews_dist.training.checkpoint import Checkpoint, list_checkpoints, parse_step, read_checkpoint, sweep
+from agnews_dist.training.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, sweep
 
 HERE = Path(__file__).parent
 A, B, C = 7, 14, 21
@@ -117,6 +117,11 @@ def before_a_repeated(folder: Path) -> None:
 SCENARIOS = [before_any, before_the_next, before_a_repeated]
 
 
+def step_of(path: Path) -> int:
+    """Return the number in a checkpoint's name."""
+    return int(path.name.split("-")[1])
+
+
 class Disk:
     """The checkpoint folder of a scenario, restored before every fault."""
 
@@ -165,8 +170,8 @@ class Disk:
         assert step == (B if is_b else A if self.has_a else None), where
         assert len(warnings) == is_damaged_there, f"{where}: {warnings}"
         for path in [*list_checkpoints(self.folder), *list_checkpoints(self.folder, "best")]:
-            if not (self.is_repeated and parse_step(path) == B):
-                assert parse_step(read_checkpoint(path).path) in (A, B), where
+            if not (self.is_repeated and step_of(path) == B):
+                assert step_of(read_checkpoint(path).path) in (A, B), where
 
     def check_next_save(self, where: str) -> None:
         """Check that the next attempt saves and removes all leftovers."""

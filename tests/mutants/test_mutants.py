@@ -18,9 +18,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import SHARED
 from support.fork_server import run_pytest
-from support.processes import REPOSITORY, TIMEOUT, environment
+from support.processes import REPOSITORY, SHARED, TIMEOUT, environment
 
 PATCHES = sorted(Path(__file__).parent.glob("*.patch"))
 HEADER = re.compile(r"# contract: (.{20,})\n# test: (tests/\S.*)\n# red: (.+)\n(# needs: shared\n)?(?=--- a/)")

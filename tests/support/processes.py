@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+SHARED = Path(os.environ.get("AGNEWS_SHARED", REPOSITORY.parent / "shared"))
+"""Real AG News rows, tokenizer and a small GPT-2; tests that need them skip where this folder is absent."""
 TIMEOUT = 300.0
 """Seconds until a child counts as hanging: the longest takes 30 on two busy cores. pytest's own limit is three times that."""
 
