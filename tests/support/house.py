@@ -15,6 +15,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "agnews_dist"
 MAX_MODULE, MIN_MODULE, MAX_FUNCTION, MAX_PARAMETERS, MAX_SENTENCE = 400, 40, 80, 8, 25
+MAX_README = 160
 _VERBS = """
 accept accumulate acquire add adjust advance allocate answer append apply ask assert assign attach attend average await
 balance begin bind block bound bring broadcast build bypass calculate call cancel cap cast check choose claim clamp
@@ -143,6 +144,20 @@ def banned_words(path: Path) -> Iterator[Violation]:
     for line, piece in pieces:
         for match in BANNED.finditer(" ".join(piece.split())):
             yield f"{line}: {match[0]!r}"
+
+
+def misplaced_entries(package: Path) -> list[Violation]:
+    """Entries that the top of the package has but should not have, or should have but has not."""
+    folders = "commands config data distributed engine evaluation features model preflight report run storage training"
+    modules = "__init__.py __main__.py errors.py events.py train.py"
+    entries = {path.name for path in package.iterdir() if path.name != "__pycache__"}
+    return sorted(entries ^ {*folders.split(), *modules.split()})
+
+
+def readme_length(path: Path) -> list[Violation]:
+    """A README of more than MAX_README lines."""
+    num_lines = path.read_text(encoding="utf-8").count("\n")
+    return [f"{num_lines} lines, at most {MAX_README}"] if num_lines > MAX_README else []
 
 
 def repeated_names(modules: Iterable[Path]) -> list[str]:

@@ -4,6 +4,7 @@ Each rule is a function of tests/support/house.py that lists violations; for eac
 """
 
 import ast
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,13 +67,13 @@ def test_there_is_something_to_check() -> None:
     assert len(house.test_names()) > 500
 
 
-def test_the_package_shows_its_architecture() -> None:
-    """Folders, and the four modules that are more than a folder's."""
-    folders = "commands config data distributed engine evaluation features model preflight report run storage training"
-    entries = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-    assert entries == {*folders.split(), "__init__.py", "__main__.py", "errors.py", "events.py", "train.py"}
+def test_the_package_shows_its_architecture(tmp_path: Path) -> None:
+    """Folders, and the modules that belong to no folder."""
+    assert house.misplaced_entries(PACKAGE) == []
     top = {path.name for path in REPOSITORY.iterdir() if path.is_dir() and not path.name.startswith(".")}
     assert {"agnews_dist", "launch", "configs", "tests", "slurm", "docs"} <= top
+    (tmp_path / "helpers.py").touch()
+    assert {"helpers.py", "errors.py", "run"} <= set(house.misplaced_entries(tmp_path)), "one too many, others missing"
 
 
 def test_the_package_is_small() -> None:
@@ -154,8 +155,11 @@ def test_names_of_tests_and_mutants_use_plain_words() -> None:
     assert house.banned_in_names(names) == names[:3]
 
 
-def test_the_readme_is_short() -> None:
-    assert (REPOSITORY / "README.md").read_text(encoding="utf-8").count("\n") <= 160
+def test_the_readme_is_short(tmp_path: Path) -> None:
+    assert house.readme_length(REPOSITORY / "README.md") == []
+    control = tmp_path / "README.md"
+    control.write_text("line\n" * 161, encoding="utf-8")
+    assert house.readme_length(control)
 
 
 @pytest.mark.parametrize(
@@ -293,11 +297,27 @@ def test_the_form() -> None:
         assert not has_the_form(bad), bad
 
 
+def lint_imports(directory: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+
+
 def test_import_layers() -> None:
-    lint_imports = Path(sys.executable).with_name("lint-imports")
-    done = subprocess.run([str(lint_imports)], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = lint_imports(REPOSITORY)
     assert done.returncode == 0, done.stdout
     assert "3 kept, 0 broken" in done.stdout
+
+
+@pytest.mark.slow
+def test_an_import_of_a_higher_layer_breaks_the_contracts(tmp_path: Path) -> None:
+    """One edit breaks each contract: a layer upwards, a Config in the library, torch in the settings."""
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+    with (tmp_path / PACKAGE.name / "events.py").open("a", encoding="utf-8") as file:
+        file.write("from agnews_dist.config import schema\nimport torch\n")
+    done = lint_imports(tmp_path)
+    assert done.returncode == 1
+    assert "0 kept, 3 broken" in done.stdout, done.stdout
 
 
 def declared() -> list[Requirement]:
