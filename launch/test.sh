@@ -40,5 +40,5 @@ fi
 # Three at a time, also on two cores: most tests wait for imports and for other processes. The tests of a file share its set-up;
 # the mutants are one file and share nothing.
 stage tests "$bin/python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/slurm tests/faults tests/ranks \
-    tests/run tests/gpu tests/unit
+    tests/run tests/gpu tests/unit --durations=40
 stage mutants "$bin/python" -m pytest -n 3 tests/mutants

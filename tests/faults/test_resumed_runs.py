@@ -229,15 +229,15 @@ def test_two_jobs_do_not_write_into_one_run(tmp_path):
     assert read_status(tmp_path)["attempt"] == 1
 
 
-@pytest.mark.parametrize("limit", ["run.max_minutes 0.2", "the time limit of the Slurm job"])
+@pytest.mark.parametrize("limit", ["run.max_minutes 0.6", "the time limit of the Slurm job"])
 def test_time_limit_stops_the_run(tmp_path, limit):
-    """Set a limit of 12 s, where a start takes 4 and the run minutes."""
+    """Set a limit of 36 s, where a start takes 4 and the run minutes."""
     more, environ = (), {}
     if limit.startswith("run."):
-        more = ("--run.max_minutes", "0.2")
+        more = ("--run.max_minutes", "0.6")
     else:
         # The run ends a minute before the job, as Slurm may be that early.
-        environ = {"SLURM_JOB_END_TIME": str(int(time.time()) + 72), "SLURM_JOB_ID": "4711"}
+        environ = {"SLURM_JOB_END_TIME": str(int(time.time()) + 96), "SLURM_JOB_ID": "4711"}
     output = wait_for(start(tmp_path, "--optim.epochs", "2000", *more, num_ranks=1, **environ), tmp_path, 75)
     assert re.search(rf"stopped \({limit}\) at step \d+, which is saved", output), output
     assert read_status(tmp_path)["state"] == "preempted"

@@ -61,7 +61,7 @@ def test_error_on_one_rank_stops_all(tmp_path):
     done = train(tmp_path, FAULTY_RANK, "1", "--data.source=/nowhere/rows.csv", "train")
     (line,) = errors(done)
     assert line.startswith("[rank 1/2] error: data.source '/nowhere/rows.csv' does not exist")
-    assert "Check the path" in line
+    assert "Correct it" in line
     assert rank_lines(done) == [line]
     assert not (tmp_path / "mine").exists()
 

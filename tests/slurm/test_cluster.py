@@ -267,7 +267,7 @@ def test_train_does_not_start_if_the_doctor_fails(
     job = submit(SCRIPTS / "train.sbatch", "--config", quickstart, *options, DOCTOR="1")
     assert lab.ends(job, SECONDS) == "FAILED"
     log = read_log(project, "agnews-train", job)
-    assert re.search(r"disk: run\.dir +│ fail ", log), log
+    assert re.search(r"^fail +disk: run\.dir", log, re.MULTILINE), log
     assert re.search(r"error: \d of \d+ checks failed \(.*disk: run\.dir", log)
     assert "error: doctor exited with status 1. The ranks' logs are in" in log
     assert not (project / "logs" / f"agnews-train-{job}" / "starts.jsonl").exists()
