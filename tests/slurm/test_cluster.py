@@ -68,10 +68,10 @@ def wait_for_step(lab: Lab, job: str, run: Path, step: int) -> None:
     def has_step() -> bool:
         if max(logged_steps(run), default=0) >= step:
             return True
-        assert lab.state(job) not in ENDED, lab.told(job)
+        assert lab.state(job) not in ENDED, lab.describe_job(job)
         return False
 
-    lab.wait_for(has_step, SECONDS, lambda: lab.told(job))
+    lab.wait_for(has_step, SECONDS, lambda: lab.describe_job(job))
 
 
 @contextmanager
@@ -124,9 +124,9 @@ def test_train_starts_one_rank_per_gpu_of_the_job(lab: Lab, submit: Callable[...
     job = submit(
         "--nodes=2", "--gres=gpu:8", "--ntasks-per-node=2", SCRIPTS / "train.sbatch", "--optim.lr", "3e-4 '", DRY_RUN="1"
     )
-    assert lab.ends(job, SECONDS) == "COMPLETED", lab.told(job)
+    assert lab.ends(job, SECONDS) == "COMPLETED", lab.describe_job(job)
     commands = [line for line in read_log(project, "agnews-train", job).splitlines() if "torch.distributed.run" in line]
-    assert len(commands) == 2, lab.told(job)
+    assert len(commands) == 2, lab.describe_job(job)
     meeting = f"--rdzv_endpoint {lab.nodes[0]}:{20000 + int(job)} --rdzv_id {job}"
     for command in commands:
         assert f"--nproc_per_node 8 --max_restarts 0 --nnodes 2 --rdzv_backend c10d {meeting}" in command
@@ -152,7 +152,7 @@ def test_batch_scripts_print_their_commands_in_a_dry_run(lab: Lab, submit: Calla
         "prepare": ["prepare --config my\\ file.yaml"],
     }
     for name, job in jobs.items():
-        assert lab.ends(job, SECONDS) == "COMPLETED", lab.told(job)
+        assert lab.ends(job, SECONDS) == "COMPLETED", lab.describe_job(job)
         log = read_log(project, f"agnews-{name}", f"{job}_5" if name == "sweep" else job)
         commands = re.findall(r"torch\.distributed\.run --nproc_per_node (\d) .* -m agnews_dist (.*) $", log, re.MULTILINE)
         assert commands == [(str(ranks[name]), command) for command in expected[name] for _ in lab.nodes], log
@@ -169,11 +169,11 @@ def two_at_once(lab: Lab, submit: Callable[..., str], quickstart: Path, project:
         ran = lab.client("squeue", "-h", "-j", limited, "-o", "%M").split(":")
         # Less than the two minutes before the end at which Slurm sends the signal.
         lab.client("scontrol", "update", f"JobId={limited}", f"TimeLimit={int(ran[-2]) + 2}")
-        lab.wait_for(lambda: has_pending(signal.SIGUSR1, rank), SECONDS, lambda: lab.told(limited))
-    lab.wait_for(lambda: lab.state(limited) == "PENDING", SECONDS, lambda: lab.told(limited))
+        lab.wait_for(lambda: has_pending(signal.SIGUSR1, rank), SECONDS, lambda: lab.describe_job(limited))
+    lab.wait_for(lambda: lab.state(limited) == "PENDING", SECONDS, lambda: lab.describe_job(limited))
     lab.client("scontrol", "update", f"JobId={limited}", "TimeLimit=30")
-    assert lab.ends(limited, SECONDS) == "COMPLETED", lab.told(limited)
-    assert lab.ends(undisturbed, SECONDS) == "COMPLETED", lab.told(undisturbed)
+    assert lab.ends(limited, SECONDS) == "COMPLETED", lab.describe_job(limited)
+    assert lab.ends(undisturbed, SECONDS) == "COMPLETED", lab.describe_job(undisturbed)
     return limited, undisturbed
 
 
@@ -213,14 +213,14 @@ def test_train_resumes_after_a_preemption_and_a_dead_node(
         urgent = submit("--nodes=2", "--partition=high", "--exclusive", "--wrap", "sleep 1")
         assert lab.ends(urgent, SECONDS) == "COMPLETED"
     saved = json.loads((run / "status.json").read_text())
-    assert saved["state"] == "preempted", lab.told(job)
+    assert saved["state"] == "preempted", lab.describe_job(job)
     assert saved["step"] >= 20
     wait_for_step(lab, job, run, saved["step"] + 20)
     with suspended_rank(job):
         lab.set_down(lab.nodes[1])
         lab.set_up(lab.nodes[1])
-    assert lab.ends(job, SECONDS) == "COMPLETED", lab.told(job)
-    assert restarts(lab, job) == 2, lab.told(job)
+    assert lab.ends(job, SECONDS) == "COMPLETED", lab.describe_job(job)
+    assert restarts(lab, job) == 2, lab.describe_job(job)
     check_same_results(run, project / "runs" / f"agnews-train-{two_at_once[1]}")
     assert json.loads((run / "status.json").read_text())["attempt"] == 3
 
@@ -229,7 +229,7 @@ def test_train_does_not_requeue_a_cancelled_job(lab: Lab, submit: Callable[..., 
     job = submit(SCRIPTS / "train.sbatch", "--config", quickstart, *LONG)
     wait_for_step(lab, job, project / "runs" / f"agnews-train-{job}", 5)
     lab.client("scancel", job)
-    lab.wait_for(lambda: lab.state(job) == "CANCELLED", SECONDS, lambda: lab.told(job))
+    lab.wait_for(lambda: lab.state(job) == "CANCELLED", SECONDS, lambda: lab.describe_job(job))
     lab.wait_for(
         lambda: "not requeued by this script" in read_log(project, "agnews-train", job),
         SECONDS,
@@ -276,7 +276,7 @@ def test_train_does_not_start_if_the_doctor_fails(
 def test_sweep_takes_lines_of_settings(lab: Lab, submit: Callable[..., str], quickstart: Path, project: Path) -> None:
     (project / "rates.txt").write_text("--optim.lr 1e-3 --optim.epochs 1\n--optim.lr 2e-3  --optim.epochs 1\n")
     job = submit("--nodes=2", "--array=1-3", SCRIPTS / "sweep.sbatch", "--config", quickstart, SETTINGS="rates.txt")
-    assert lab.ends(job, SECONDS) == "COMPLETED FAILED", lab.told(job)
+    assert lab.ends(job, SECONDS) == "COMPLETED FAILED", lab.describe_job(job)
     rates = {
         re.search(r"sweep-(\d)", path.parent.name)[1]: re.search(r"lr: (\S+)", path.read_text())[1]  # pyright: ignore[reportOptionalSubscript]
         for path in project.glob("runs/agnews-sweep-*/config.yaml")
@@ -299,7 +299,7 @@ def test_prepare_debug_and_evaluate_run_on_two_nodes(
         "evaluate": submit("--nodes=2", SCRIPTS / "evaluate.sbatch", *map(str, scored)),
     }
     for job in jobs.values():
-        assert lab.ends(job, SECONDS) == "COMPLETED", lab.told(job)
+        assert lab.ends(job, SECONDS) == "COMPLETED", lab.describe_job(job)
     assert len(list(project.glob("fresh/*/meta.json"))) == 1
     small = project / "runs" / f"agnews-debug-{jobs['debug']}"
     assert json.loads((small / "result.json").read_text())["num_ranks"] == num_hosts
@@ -312,13 +312,13 @@ def test_prepare_debug_and_evaluate_run_on_two_nodes(
 def test_sweep_requeues_one_task_of_an_array(lab: Lab, submit: Callable[..., str], quickstart: Path, project: Path) -> None:
     # One task has the array's own number, which means all tasks to Slurm's clients.
     array = submit("--array=1-2", SCRIPTS / "sweep.sbatch", "--config", quickstart, *LONG, "--run.dir", "swept")
-    lab.wait_for(lambda: lab.state(array) == "RUNNING", SECONDS, lambda: lab.told(array))
+    lab.wait_for(lambda: lab.state(array) == "RUNNING", SECONDS, lambda: lab.describe_job(array))
     numbers = lab.client("squeue", "-h", "-r", "-j", array, "-o", "%A %i").split()
     task = dict(zip(numbers[::2], numbers[1::2], strict=True))[array]
     (other,) = {f"{array}_1", f"{array}_2"} - {task}
     wait_for_step(lab, array, project / "swept" / f"agnews-sweep-{task[-1]}-{array}", 20)
     lab.client("scancel", "--signal=USR1", "--batch", task)
-    assert lab.ends(array, SECONDS) == "COMPLETED", lab.told(array)
+    assert lab.ends(array, SECONDS) == "COMPLETED", lab.describe_job(array)
     assert (restarts(lab, task), restarts(lab, other)) == (1, 0)
     log = (project / f"agnews-sweep-{task}.log").read_text()
     assert f"job {task}: requeued" in log
@@ -335,10 +335,10 @@ def test_train_requeues_a_job_that_is_stopped_during_the_doctor(
     lab.wait_for(
         lambda: any(mine.items() <= environment_of(process).items() for process in psutil.process_iter()),
         SECONDS,
-        lambda: lab.told(job),
+        lambda: lab.describe_job(job),
     )
     lab.client("scancel", "--signal=USR1", "--batch", job)
-    assert lab.ends(job, SECONDS) == "COMPLETED", lab.told(job)
+    assert lab.ends(job, SECONDS) == "COMPLETED", lab.describe_job(job)
     assert restarts(lab, job) == 1
     log = read_log(project, "agnews-train", job)
     assert log.index(f"job {job}: requeued") < log.index(f"job {job}: start 1, 0 steps are saved"), log
@@ -351,7 +351,7 @@ def test_train_ends_at_once_if_a_node_cannot_meet_the_others(
         pytest.skip("on loopback both nodes have the same ports")
     with listening(lab.inside(lab.nodes[0]), 23456) as owner:
         job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--config", quickstart, PORT="23456")
-        assert lab.ends(job, SECONDS) == "FAILED", lab.told(job)
+        assert lab.ends(job, SECONDS) == "FAILED", lab.describe_job(job)
     log = read_log(project, "agnews-train", job)
     assert f"error: rendezvous: port 23456 of {lab.nodes[0]} is taken by process {owner} (python" in log, log
     assert "give_up: this start failed before the run began" in log

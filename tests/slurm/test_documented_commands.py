@@ -65,7 +65,7 @@ def test_documented_commands_run(lab: Lab, environ: dict[str, str], quickstart: 
     stages = dict(re.findall(r"^(prepare|train|evaluate) (\d+)$", done.stdout, re.MULTILINE))
     assert list(stages) == ["prepare", "train", "evaluate"]
     for job in [*submitted, *stages.values()]:
-        assert lab.state(job) == "COMPLETED", lab.told(job)
+        assert lab.state(job) == "COMPLETED", lab.describe_job(job)
     debug, train, _, evaluate = submitted
     results = {path.parent.name: json.loads(path.read_text()) for path in clone.glob("runs/*/result.json")}
     ranks = {name: result["num_ranks"] for name, result in results.items()}

@@ -134,11 +134,11 @@ class Lab:
 
     def ends(self, job: str, seconds: float = 120) -> str:
         """Wait for the end of a job, requeues included; its last state."""
-        self.wait_for(lambda: set(self.state(job).split()) <= set(ENDED), seconds, lambda: self.told(job))
+        self.wait_for(lambda: set(self.state(job).split()) <= set(ENDED), seconds, lambda: self.describe_job(job))
         return self.state(job)
 
-    def told(self, job: str) -> str:
-        """All that is known of a job, for a failed test's message."""
+    def describe_job(self, job: str) -> str:
+        """Return the state, logs and controller log of a job, for a failed test's message."""
         shown = self.client("scontrol", "show", "job", job, check=False)
         logs: list[str] = []
         for file in re.findall(r"StdOut=(\S+)", shown):

@@ -157,7 +157,7 @@ def main() -> int:
     output = args.output.resolve()
     log, job = output / "log.jsonl", output / "job"
     if log.exists() and not args.resume:
-        parser.error(f"{log} is there: two runs in one log could not be told apart. Give another --output, or --resume.")
+        parser.error(f"{log} exists: one log cannot hold two runs. Give another --output, or --resume.")
     if args.install_peers:
         subprocess.run([sys.executable, "-m", "pip", "install", "-r", str(HERE / "requirements.txt")], check=True)
     environment = child_environment(args.threads)

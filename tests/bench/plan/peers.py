@@ -123,7 +123,7 @@ class HFLengthGrouped(Sampler):
 
 
 class HFDistributedLengthGrouped(Sampler):
-    """Hugging Face `DistributedLengthGroupedSampler`. It is told the global batch, which suits it better than the rank's."""
+    """Hugging Face `DistributedLengthGroupedSampler`. It gets the global batch, which suits it better than the rank's."""
 
     def rank(self, rank: int, epoch: int) -> Batches:
         from torch.utils.data import BatchSampler
