@@ -33,7 +33,7 @@ SECONDS_TO_STOP = 30.0
 """Time in which a run stops, as documented."""
 GRACEFUL = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "USR2": signal.SIGUSR2, "INT": signal.SIGINT}
 HARD = {"KILL": signal.SIGKILL, "STOP": signal.SIGSTOP}
-DELAYS = {"tokenise": 2.0, "features": 1.0, "train": 1.0, "save": 0.01, "evaluate": 0.1, "export": 0.3}
+DELAYS = {"tokenise": 1.0, "features": 0.5, "train": 1.0, "save": 0.01, "evaluate": 0.1, "export": 0.2}
 """Longest time in seconds between the beginning of a phase and the kill."""
 
 
@@ -116,7 +116,6 @@ def check(kill: Kill, timeline: Timeline, log: Path, earlier: Status | None) -> 
     kill.status = status.state if status is not None else None
     done = max(timeline.steps, kill.step)
     kill.repeated = done - timeline.saved() if kill.status != "finished" else 0
-    # Before its handlers are set, a process dies of the signal and nothing has begun.
     has_begun = kill.hit != "tokenise" or status != earlier
     # Ranks survive their agent, notice that it is gone, and save.
     if (kill.how in GRACEFUL and not (kill.through == "torchrun" and kill.target == "all")) or kill.target == "agent":
@@ -125,8 +124,9 @@ def check(kill: Kill, timeline: Timeline, log: Path, earlier: Status | None) -> 
         if kill.repeated > 0:
             kill.faults.append(f"{kill.repeated} steps were done and not saved")
         right = [75, 75] if kill.status != "finished" else [0, 0]
-        is_before_start = not has_begun and any(code is not None and code < 0 for code in kill.codes)
-        if kill.through == "forked" and kill.codes != right and not is_before_start:
+        # Before its handlers are set, and after a finished run has restored them, a process dies of the signal.
+        is_outside = (not has_begun or kill.status == "finished") and any(code is not None and code < 0 for code in kill.codes)
+        if kill.through == "forked" and kill.codes != right and not is_outside:
             kill.faults.append(f"exit codes {kill.codes}")
     elif kill.how in HARD:
         if kill.status == "preempted" and kill.hit != "tokenise":

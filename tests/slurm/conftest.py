@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from support import slurm_cluster as cluster
-from support.processes import REPOSITORY, environment
+from support import small_run
+from support.processes import environment
 from support.tools import skip_without
 
 
@@ -29,6 +31,12 @@ def environ(lab: cluster.Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.fixture(scope="module")
-def quickstart() -> Path:
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration of a short real training."""
-    return REPOSITORY / "configs" / "quickstart.yaml"
+    inputs = small_run.write_inputs()
+    limits = {f"limit_{split}": size for split, size in small_run.SIZES.items()}
+    data = {"source": str(inputs / "rows"), "max_length": small_run.MAX_LENGTH, **limits}
+    sections = {"data": data, "model": {"name": str(inputs / "model")}, "batch": {"global_batch_size": small_run.GLOBAL_BATCH}}
+    path = tmp_path_factory.mktemp("config") / "short.yaml"
+    path.write_text(yaml.safe_dump({**sections, "optim": {"lr": 2e-3, "epochs": 1}}))
+    return path

@@ -31,14 +31,14 @@ def make_clone(repository: Path, target: Path) -> Path:
     return target
 
 
-def test_documented_commands_run(lab: Lab, environ: dict[str, str], quickstart: Path, tmp_path: Path) -> None:
+def test_documented_commands_run(lab: Lab, environ: dict[str, str], short: Path, tmp_path: Path) -> None:
     lines = read_commands()
     assert lines[:2] == ["cp slurm/site.env.example slurm/site.env", "source slurm/site.env"]
     # The page shows every script; submit.sh uses prepare.
     scripts = {path.name for path in [*(REPOSITORY / "slurm").glob("*.sbatch"), REPOSITORY / "slurm" / "submit.sh"]}
     assert {name for name in scripts if any(f"slurm/{name}" in line for line in lines)} == scripts - {"prepare.sbatch"}
     clone = make_clone(REPOSITORY, tmp_path / "clone")
-    mine = yaml.safe_load(quickstart.read_text())
+    mine = yaml.safe_load(short.read_text())
     mine["optim"]["epochs"] = 1
     (clone / "my.yaml").write_text(yaml.safe_dump(mine))
     # "edit its first three lines": this cluster has another partition, no accounts, and no real GPUs.
