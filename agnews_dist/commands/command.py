@@ -87,6 +87,7 @@ def _run_body(
             print_line("interrupted")
         return 130, False
     except Exception:
+        # A bug, at the outermost frame: every line of the traceback names the rank, and the other ranks learn of it.
         text = traceback.format_exc()
         # If another rank failed first, one line replaces the traceback.
         consequence = preemption.report_failure(text.strip().splitlines()[-1]) if preemption is not None else None

@@ -57,6 +57,11 @@ class Kill:
     faults: list[str] = field(default_factory=list)
 
 
+def number_of(how: str) -> signal.Signals:
+    """Return the signal of a kill."""
+    return {**GRACEFUL, **HARD}[how]
+
+
 def is_at(timeline: Timeline, phase: str, step: int) -> bool:
     """Return whether the run is in `phase` after at least `step` steps."""
     return timeline.phase(NUM_STEPS, EPOCHS) == phase and timeline.steps >= step
@@ -86,9 +91,8 @@ def kill_attempt(kill: Kill, directory: Path, place: str, rng: random.Random) ->
         kill.hit, kill.step = timeline.phase(NUM_STEPS, EPOCHS), timeline.steps
         if job.has_ended():
             return False
-        number = {**GRACEFUL, **HARD}[kill.how]
         start = time.monotonic()
-        pids = job.signal(kill.target, number)
+        pids = job.signal(kill.target, number_of(kill.how))
         if kill.how == "STOP" and kill.target == "all":
             # No process is left to notice: a machine that hangs and is then reset.
             job.kill()
@@ -124,9 +128,11 @@ def check(kill: Kill, timeline: Timeline, log: Path, earlier: Status | None) -> 
         if kill.repeated > 0:
             kill.faults.append(f"{kill.repeated} steps were done and not saved")
         right = [75, 75] if kill.status != "finished" else [0, 0]
-        # Before its handlers are set, and after a finished run has restored them, a process dies of the signal.
-        is_outside = (not has_begun or kill.status == "finished") and any(code is not None and code < 0 for code in kill.codes)
-        if kill.through == "forked" and kill.codes != right and not is_outside:
+        # Before its handlers are set a process dies of the signal, and the other rank notices.
+        is_before_start = not has_begun and any(code is not None and code < 0 for code in kill.codes)
+        # A rank that has finished its run restores the handlers, and may die of the signal before it exits.
+        is_after_end = kill.status == "finished" and set(kill.codes) <= {0, -number_of(kill.how)}
+        if kill.through == "forked" and kill.codes != right and not is_before_start and not is_after_end:
             kill.faults.append(f"exit codes {kill.codes}")
     elif kill.how in HARD:
         if kill.status == "preempted" and kill.hit != "tokenise":

@@ -240,7 +240,7 @@ def test_time_limit_stops_the_run(tmp_path, limit):
         output = wait_for(start(tmp_path, "--optim.epochs", "2000", *more, num_ranks=1, **environ), tmp_path, 75)
         if "before its first checkpoint" not in output:
             break
-    assert re.search(rf"stopped \({limit}.*\) at step \d+, which is saved", output), output
+    assert re.search(rf"stopped \({limit}( [\d.]+)?\) at step \d+, which is saved", output), output
     assert read_status(tmp_path)["state"] == "preempted"
 
 

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from support import fork_server, house
 from support.processes import REPOSITORY, environment
+from support.settings import group_by_section
 from support.tools import skip_without
 from torch.distributed.run import get_args_parser
 
@@ -129,7 +130,7 @@ class Folder:
         for name in ("requirements.lock", "pyproject.toml", "Makefile"):
             shutil.copy(REPOSITORY / name, path / name)
         self._write_environment()
-        (path / "my.yaml").write_text(yaml.safe_dump(nested(CHEAP)))
+        (path / "my.yaml").write_text(yaml.safe_dump(group_by_section(CHEAP)))
         (path / "texts.txt").write_text("Shares fell.\nThe striker scored twice.\n")
         (path / "data" / "news").mkdir(parents=True)
         for split, num_rows in (("train", 48), ("test", 12)):
@@ -193,15 +194,6 @@ class Folder:
         )
         assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
-
-
-def nested(settings: dict[str, object]) -> dict[str, dict[str, object]]:
-    """Convert dotted keys to the sections of a YAML file."""
-    found: dict[str, dict[str, object]] = {}
-    for key, value in settings.items():
-        section, name = key.split(".")
-        found.setdefault(section, {})[name] = value
-    return found
 
 
 def cheapened(words: list[str]) -> list[str]:

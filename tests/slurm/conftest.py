@@ -8,6 +8,7 @@ import yaml
 from support import slurm_cluster as cluster
 from support import small_run
 from support.processes import environment
+from support.settings import group_by_section
 from support.tools import skip_without
 
 
@@ -31,12 +32,8 @@ def environ(lab: cluster.Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration of a short real training."""
-    inputs = small_run.write_inputs()
-    limits = {f"limit_{split}": size for split, size in small_run.SIZES.items()}
-    data = {"source": str(inputs / "rows"), "max_length": small_run.MAX_LENGTH, **limits}
-    sections = {"data": data, "model": {"name": str(inputs / "model")}, "batch": {"global_batch_size": small_run.GLOBAL_BATCH}}
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration file of a short real training."""
     path = tmp_path_factory.mktemp("config") / "short.yaml"
-    path.write_text(yaml.safe_dump({**sections, "optim": {"lr": 2e-3, "epochs": 1}}))
+    path.write_text(yaml.safe_dump(group_by_section({**small_run.settings(), "optim.epochs": 1})))
     return path

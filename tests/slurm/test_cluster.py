@@ -160,9 +160,9 @@ def test_batch_scripts_print_their_commands_in_a_dry_run(lab: Lab, submit: Calla
 
 
 @pytest.fixture(scope="module")
-def two_at_once(lab: Lab, submit: Callable[..., str], short: Path, project: Path) -> tuple[str, str]:
+def two_at_once(lab: Lab, submit: Callable[..., str], config: Path, project: Path) -> tuple[str, str]:
     """Two jobs with the same training on the same nodes: the first reaches its time limit, the second runs undisturbed."""
-    arguments = ("--nodes=2", "--time=30", SCRIPTS / "train.sbatch", "--config", short, *LONG)
+    arguments = ("--nodes=2", "--time=30", SCRIPTS / "train.sbatch", "--config", config, *LONG)
     limited, undisturbed = submit(*arguments), submit(*arguments)
     wait_for_step(lab, limited, project / "runs" / f"agnews-train-{limited}", 20)
     with suspended_rank(limited) as rank:
@@ -204,9 +204,9 @@ def test_train_appends_to_one_log_per_rank(two_at_once: tuple[str, str], project
 
 
 def test_train_resumes_after_a_preemption_and_a_dead_node(
-    lab: Lab, submit: Callable[..., str], short: Path, project: Path, two_at_once: tuple[str, str]
+    lab: Lab, submit: Callable[..., str], config: Path, project: Path, two_at_once: tuple[str, str]
 ) -> None:
-    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--config", short, *LONG, "--run.name", "taken")
+    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--config", config, *LONG, "--run.name", "taken")
     run = project / "runs" / "taken"
     wait_for_step(lab, job, run, 20)
     with suspended_rank(job):  # until Slurm sends SIGCONT, before its SIGTERM
@@ -225,8 +225,8 @@ def test_train_resumes_after_a_preemption_and_a_dead_node(
     assert json.loads((run / "status.json").read_text())["attempt"] == 3
 
 
-def test_train_does_not_requeue_a_cancelled_job(lab: Lab, submit: Callable[..., str], short: Path, project: Path) -> None:
-    job = submit(SCRIPTS / "train.sbatch", "--config", short, *LONG)
+def test_train_does_not_requeue_a_cancelled_job(lab: Lab, submit: Callable[..., str], config: Path, project: Path) -> None:
+    job = submit(SCRIPTS / "train.sbatch", "--config", config, *LONG)
     wait_for_step(lab, job, project / "runs" / f"agnews-train-{job}", 5)
     lab.client("scancel", job)
     lab.wait_for(lambda: lab.state(job) == "CANCELLED", SECONDS, lambda: lab.describe_job(job))
@@ -240,9 +240,9 @@ def test_train_does_not_requeue_a_cancelled_job(lab: Lab, submit: Callable[..., 
 
 
 def test_train_gives_up_after_starts_that_save_nothing(
-    lab: Lab, submit: Callable[..., str], short: Path, project: Path
+    lab: Lab, submit: Callable[..., str], config: Path, project: Path
 ) -> None:
-    arguments = (SCRIPTS / "train.sbatch", "--config", short)
+    arguments = (SCRIPTS / "train.sbatch", "--config", config)
     diverging = submit(*arguments, "--optim.lr", "1e30", MAX_FRUITLESS_STARTS="2")
     absent = submit(*arguments, "--data.source", "./nowhere")
     wrong = submit(*arguments, "--optim.lrr", "1")
@@ -259,10 +259,10 @@ def test_train_gives_up_after_starts_that_save_nothing(
     assert f"The ranks' logs are in {project}/logs/agnews-train-{diverging}" in log
 
 
-def test_train_does_not_start_if_the_doctor_fails(lab: Lab, submit: Callable[..., str], short: Path, project: Path) -> None:
+def test_train_does_not_start_if_the_doctor_fails(lab: Lab, submit: Callable[..., str], config: Path, project: Path) -> None:
     (project / "file").write_text("")
     options = ("--run.dir", f"{project}/file/runs", "--accept", "optim.lr")
-    job = submit(SCRIPTS / "train.sbatch", "--config", short, *options, DOCTOR="1")
+    job = submit(SCRIPTS / "train.sbatch", "--config", config, *options, DOCTOR="1")
     assert lab.ends(job, SECONDS) == "FAILED"
     log = read_log(project, "agnews-train", job)
     assert re.search(r"^fail +disk: run\.dir", log, re.MULTILINE), log
@@ -272,10 +272,11 @@ def test_train_does_not_start_if_the_doctor_fails(lab: Lab, submit: Callable[...
 
 
 def test_sweep_takes_lines_of_settings_and_requeues_one_task(
-    lab: Lab, submit: Callable[..., str], short: Path, project: Path
+    lab: Lab, submit: Callable[..., str], config: Path, project: Path
 ) -> None:
-    (project / "rates.txt").write_text("--optim.lr 1e-3 --optim.epochs 10\n\n--optim.lr 2e-3  --optim.epochs 10\n")
-    array = submit("--array=1-3", SCRIPTS / "sweep.sbatch", "--config", short, SETTINGS="rates.txt")
+    long = " ".join(LONG)
+    (project / "rates.txt").write_text(f"--optim.lr 1e-3 {long}\n\n--optim.lr 2e-3  {long}\n")
+    array = submit("--array=1-3", SCRIPTS / "sweep.sbatch", "--config", config, SETTINGS="rates.txt")
     lab.wait_for(lambda: lab.state(f"{array}_2") == "FAILED", SECONDS, lambda: lab.describe_job(array))
     # The last task has the array's own number, which means all tasks to Slurm's clients.
     task, other = f"{array}_3", f"{array}_1"
@@ -296,11 +297,11 @@ def test_sweep_takes_lines_of_settings_and_requeues_one_task(
 
 
 def test_train_requeues_a_job_that_is_stopped_during_the_doctor(
-    lab: Lab, submit: Callable[..., str], short: Path, project: Path
+    lab: Lab, submit: Callable[..., str], config: Path, project: Path
 ) -> None:
     # Without the user's environment, as some sites require; the scripts' own variables must reach the nodes.
     kept = ",".join(("DOCTOR=1", *(f"{name}={value}" for name, value in lab.environ.items() if name == "SLURM_CONF")))
-    job = submit(f"--export={kept}", SCRIPTS / "train.sbatch", "--config", short, "--optim.epochs", "1")
+    job = submit(f"--export={kept}", SCRIPTS / "train.sbatch", "--config", config, "--optim.epochs", "1")
     mine = {"SLURM_JOB_ID": job, "COMMAND": "doctor", "RANK": "0"}
     lab.wait_for(
         lambda: any(mine.items() <= environment_of(process).items() for process in psutil.process_iter()),
@@ -315,12 +316,12 @@ def test_train_requeues_a_job_that_is_stopped_during_the_doctor(
 
 
 def test_train_ends_at_once_if_a_node_cannot_meet_the_others(
-    lab: Lab, submit: Callable[..., str], short: Path, project: Path
+    lab: Lab, submit: Callable[..., str], config: Path, project: Path
 ) -> None:
     if not lab.is_networked:
         pytest.skip("on loopback both nodes have the same ports")
     with listening(lab.inside(lab.nodes[0]), 23456) as owner:
-        job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--config", short, PORT="23456")
+        job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--config", config, PORT="23456")
         assert lab.ends(job, SECONDS) == "FAILED", lab.describe_job(job)
     log = read_log(project, "agnews-train", job)
     assert f"error: rendezvous: port 23456 of {lab.nodes[0]} is taken by process {owner} (python" in log, log

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from support.processes import REPOSITORY, environment
 from support.slurm_cluster import Lab
+from support.small_run import SIZES
 
 pytestmark = pytest.mark.timeout(3600)
 PAGE = (REPOSITORY / "docs" / "clusters.md").read_text(encoding="utf-8")
@@ -31,16 +32,14 @@ def make_clone(repository: Path, target: Path) -> Path:
     return target
 
 
-def test_documented_commands_run(lab: Lab, environ: dict[str, str], short: Path, tmp_path: Path) -> None:
+def test_documented_commands_run(lab: Lab, environ: dict[str, str], config: Path, tmp_path: Path) -> None:
     lines = read_commands()
     assert lines[:2] == ["cp slurm/site.env.example slurm/site.env", "source slurm/site.env"]
     # The page shows every script; submit.sh uses prepare.
     scripts = {path.name for path in [*(REPOSITORY / "slurm").glob("*.sbatch"), REPOSITORY / "slurm" / "submit.sh"]}
     assert {name for name in scripts if any(f"slurm/{name}" in line for line in lines)} == scripts - {"prepare.sbatch"}
     clone = make_clone(REPOSITORY, tmp_path / "clone")
-    mine = yaml.safe_load(short.read_text())
-    mine["optim"]["epochs"] = 1
-    (clone / "my.yaml").write_text(yaml.safe_dump(mine))
+    shutil.copy(config, clone / "my.yaml")
     # "edit its first three lines": this cluster has another partition, no accounts, and no real GPUs.
     edit = "sed -i -e s/=gpu/=main/ -e /SBATCH_ACCOUNT/d -e /SBATCH_GPUS_PER_NODE=/d slurm/site.env"
     assert re.search(r"edit its first three lines", SECTION)
@@ -81,7 +80,7 @@ def test_documented_commands_run(lab: Lab, environ: dict[str, str], short: Path,
     # The evaluation, on the same rows and another number of ranks, counts the same.
     scored = json.loads((clone / "scores" / "first" / "result.json").read_text())["splits"]["test"]
     trained = results["first"]["splits"]["test"]
-    assert scored["num_examples"] == mine["data"]["limit_test"]
+    assert scored["num_examples"] == SIZES["test"]
     assert [name for name, value in scored.items() if value != trained[name] and name != "loss"] == []
     assert "validation: accuracy" in (clone / f"agnews-evaluate-{evaluate}.log").read_text()
 

@@ -1,6 +1,6 @@
 """Helpers for tests of settings: configuration files and the errors that they cause."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,15 @@ def write(path: Path, text: str) -> str:
     """Write a file and return its path."""
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def group_by_section(settings: Mapping[str, object]) -> dict[str, dict[str, object]]:
+    """Convert dotted keys to the sections of a YAML file."""
+    found: dict[str, dict[str, object]] = {}
+    for key, value in settings.items():
+        section, name = key.split(".")
+        found.setdefault(section, {})[name] = value
+    return found
 
 
 def errors_of(argv: Sequence[str], options: Sequence[Option] = ()) -> list[str]:

@@ -22,7 +22,8 @@ EPOCHS = 3
 RANK_TIMEOUT = 10
 """engine.timeout_seconds: a rank that is silent for this long has failed."""
 SIZES = {"train": 608, "validation": 150, "test": 150}
-GLOBAL_BATCH, MAX_LENGTH = 16, 64
+MAX_LENGTH = 64
+GLOBAL_BATCH = 16
 EPOCH_STEPS = SIZES["train"] // GLOBAL_BATCH
 NUM_STEPS = EPOCHS * EPOCH_STEPS
 
@@ -31,7 +32,7 @@ NUM_STEPS = EPOCHS * EPOCH_STEPS
 def write_inputs() -> Path:
     """Write `rows` and `model` to a new directory, removed at the end of this process.
 
-    From files a rank starts twice as fast: it need not generate text and train a tokenizer.
+    With `synthetic` and `embedded` every rank would generate the text and train the tokenizer again, half of its CPU time.
     """
     directory = Path(tempfile.mkdtemp(prefix="small-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
@@ -55,15 +56,24 @@ def run_directory(directory: Path) -> Path:
     return directory / "runs" / "small"
 
 
+def settings() -> dict[str, object]:
+    """Return the settings of the training, without its duration and places."""
+    return {
+        "data.source": str(write_inputs() / "rows"),
+        "data.max_length": MAX_LENGTH,
+        "model.name": str(write_inputs() / "model"),
+        "batch.global_batch_size": GLOBAL_BATCH,
+        "optim.lr": 2e-3,
+    }
+
+
 def arguments(directory: Path, *more: str) -> list[str]:
     """Return the command line of the run; options in `more` win."""
-    inputs = write_inputs()
     return [
-        *("--data.source", str(inputs / "rows"), "--data.max_length", str(MAX_LENGTH), "--model.name", str(inputs / "model")),
-        *("--optim.epochs", str(EPOCHS)),
+        *(word for key, value in settings().items() for word in (f"--{key}", str(value))),
+        *("--optim.epochs", str(EPOCHS), "--checkpoint.every_steps", "7", "--engine.timeout_seconds", str(RANK_TIMEOUT)),
         *("--run.dir", str(directory / "runs"), "--run.name", "small", "--data.cache_dir", str(directory / "cache")),
-        *("--batch.global_batch_size", str(GLOBAL_BATCH), "--checkpoint.every_steps", "7", "--optim.lr", "2e-3"),
-        *("--engine.timeout_seconds", str(RANK_TIMEOUT), *more),
+        *more,
     ]
 
 
