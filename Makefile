@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 check:
 	bash launch/test.sh
 
-# Lint, format and the fast unit tests: half a minute on two idle cores.
+# Lint, format and the fast unit tests: a minute on two idle cores.
 quick: lint format-check
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests/unit
 

@@ -24,7 +24,8 @@ import psutil
 from support.network_hosts import Hosts, can_be_made
 
 NUM_NODES, CORES, MEMORY_MB, GPUS = 2, 4, 16000, 8
-CLIENT_SECONDS = 20
+CLIENT_SECONDS, START_SECONDS = 60, 120
+"""Limits for a client or daemon to return, and for the nodes to be there: many times what a busy machine needs."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
 CONFIGURATION = """\
@@ -155,7 +156,7 @@ class Lab:
         """Bring a node back that was set down, unless Slurm has done so: its daemon still answers."""
         self.client("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
         shown = ("sinfo", "-h", "-n", node, "-o", "%T")
-        self.wait_for(lambda: "down" not in self.client(*shown), 30, lambda: self.client(*shown))
+        self.wait_for(lambda: "down" not in self.client(*shown), START_SECONDS, lambda: self.client(*shown))
 
     def inside(self, host: str) -> list[str]:
         """What runs a command on a node."""
@@ -184,7 +185,7 @@ class Lab:
         idle = ("sinfo", "-h", "-N", "-t", "idle", "-p", "main", "-o", "%N")
         self.wait_for(
             lambda: len(self.client(*idle, check=False).split()) == NUM_NODES,
-            30,
+            START_SECONDS,
             lambda: "".join(log.read_text(errors="replace")[-3000:] for log in root.glob("*.log")),
         )
 
