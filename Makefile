@@ -4,6 +4,8 @@ BIN := .venv/bin
 CODE := agnews_dist tests
 # One thread per process: the multi-process tests start several processes on the same cores.
 export OMP_NUM_THREADS ?= 1
+# Containers often set this. The package would be compiled again in each process.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: check quick lint format format-check types imports test unit ranks runs faults slurm mutants lock wheel clean
 

@@ -28,6 +28,8 @@ stage() {
 
 # One thread per process: the multi-process tests start several processes on the same cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Containers often set this. The package would be compiled again in each of a thousand processes.
+unset PYTHONDONTWRITEBYTECODE
 bin=.venv/bin
 stage environment bash launch/env.sh
 stage lint "$bin/ruff" check agnews_dist tests

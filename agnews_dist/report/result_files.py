@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,8 @@ class Result:
         return asdict(self)
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Look up the versions of Python, this package and the libraries that results depend on."""
     found = {"python": platform.python_version(), "agnews_dist": agnews_dist.__version__}
     for package in PACKAGES:

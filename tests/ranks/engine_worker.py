@@ -1,4 +1,4 @@
-"""Worker of test_engines.py: the same 20 updates under every engine, and checks of each engine."""
+"""Worker of test_engines.py: the same updates under every engine, and checks of each engine."""
 
 import json
 import math
@@ -122,7 +122,7 @@ def inspect_engine(strategy: Strategy, engine: Engine) -> dict:
 
 
 def train(world: World, settings: dict, case: dict, output: Path) -> None:
-    """Make 20 updates; save weights, losses, norms and evaluation."""
+    """Make all updates; save weights, losses, norms and evaluation."""
     settings = settings | case
     engine = start(world, case["engine"])
     classifier, strategy = prepare(engine, settings, max_grad_norm=case["max_grad_norm"], sgd=case["sgd"])

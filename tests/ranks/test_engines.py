@@ -1,7 +1,7 @@
 """Every engine trains the same weights as Hugging Face's module in one process, on 1, 2 and 3 ranks.
 
-Cases: DDP, FSDP2, ZeRO 1, 2, 3 with and without offloading x accumulation x trainable blocks, 20 updates each. One launch per
-number of ranks runs all of them, and checks what an engine refuses, restores and keeps.
+Cases: DDP, FSDP2, ZeRO 1, 2, 3 with and without offloading, with and without accumulation, and trainable blocks, 12 updates
+each. One launch per number of ranks runs all of them, and checks what an engine refuses, restores and keeps.
 """
 
 import itertools
@@ -29,7 +29,7 @@ RANKS = (1, 2, 3)
 # Unequal shares. 29 = 3 batches of 9 and one of 2, so that one of three ranks has no example in it.
 LENGTHS = [30, 30, 28, 28, 27, 26, 25, 25, 24, 20, 20, 18, 17, 16, 12, 9, 8, 7, 7, 5, 5, 4, 3, 3, 2, 1, 1, 1, 1]
 EVALUATION_LENGTHS = [30, 22, 17, 12, 9, 9, 7, 5, 3, 2, 1]
-NUM_STEPS, LR, WEIGHT_DECAY, BATCH = 20, 1e-3, 0.1, 9
+NUM_STEPS, LR, WEIGHT_DECAY, BATCH = 12, 1e-3, 0.1, 9
 TOLERANCE = 2e-5
 BROKEN = "AGNEWS_MUTANT" in os.environ
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -40,7 +40,7 @@ WHOLE, PARTS = 10_000, 60
 def cases() -> list[dict]:
     made = [
         {"engine": engine, "trainable_blocks": blocks, "max_tokens": tokens, "max_grad_norm": 1.0, "sgd": False}
-        for engine, blocks, tokens in itertools.product(ENGINES, (1, 2, "all"), (WHOLE, PARTS))
+        for engine, (blocks, tokens) in itertools.product(ENGINES, ((1, WHOLE), (1, PARTS), (2, PARTS), ("all", PARTS)))
     ]
     made += [
         {"engine": engine, "trainable_blocks": 2, "max_tokens": PARTS, "max_grad_norm": 1.0, "sgd": False}
@@ -61,10 +61,10 @@ CASES = {case["name"]: case for case in cases()}
 
 
 def cases_of(num_ranks: int) -> dict[str, dict]:
-    """Select all cases on two ranks, otherwise those of AdamW in several micro-batches."""
+    """Select all cases on two ranks, otherwise those of two blocks with AdamW."""
     if num_ranks == 2:
         return CASES
-    return {name: case for name, case in CASES.items() if case["max_tokens"] == PARTS and not case["sgd"]}
+    return {name: case for name, case in CASES.items() if case["trainable_blocks"] == 2 and not case["sgd"]}
 
 
 EVERYWHERE = [(num_ranks, name) for num_ranks in RANKS for name in cases_of(num_ranks)]
@@ -72,7 +72,7 @@ EVERYWHERE = [(num_ranks, name) for num_ranks in RANKS for name in cases_of(num_
 MEANS_OF_MEANS = [
     case | {"name": f"{case['engine']}-mean-of-means", "mean_of_means": True}
     for name, case in CASES.items()
-    if name in (f"ddp-2-{WHOLE}-adamw", f"zero2-2-{WHOLE}-adamw")
+    if name in (f"ddp-1-{WHOLE}-adamw", f"zero2-1-{WHOLE}-adamw")
 ]
 
 
@@ -229,7 +229,7 @@ def test_engines_have_the_given_settings(saved, name):
 def test_means_of_means_train_other_weights(saved, references, control):
     num_ranks, directory = saved
     weights = load_file(directory / f"{control['name']}.safetensors")
-    difference, _ = largest_difference(weights, references[2, False]["weights"], has_key_bias=False)
+    difference, _ = largest_difference(weights, references[1, False]["weights"], has_key_bias=False)
     assert difference < TOLERANCE if num_ranks == 1 else difference > 50 * TOLERANCE
 
 

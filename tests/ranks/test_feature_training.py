@@ -29,7 +29,7 @@ RNG = np.random.default_rng(7)
 LENGTHS = {name: RNG.integers(1, 31, size).tolist() for name, size in (("train", 64), ("validation", 33), ("test", 21))}
 # 64 = 9 x 7 + 1: one batch leaves ranks without a row. Some steps take several micro-batches.
 SETTINGS = {"global_batch_size": 7, "bucket_window": 3, "seed": 5}
-EPOCHS, LR, DECAY = 5, 0.01, 0.05
+EPOCHS, LR, DECAY = 3, 0.01, 0.05
 RANKS = (1, 2, 3)
 PLACES = ("off", "host", "device", "disk")
 BLOCKS = (0, 1, 2)
@@ -51,8 +51,8 @@ NAMED = {each["name"]: each for each in CASES}
 
 def names_of(num_ranks: int) -> list[str]:
     """Return all cases for one rank; for several ranks, those that differ from one rank."""
-    excluded = {1: set(), 2: {"off-0", "host-0"}, 3: {"off-0", "host-0", "disk-0", "off-2", "plain", "device-all"}}
-    return [name for name in NAMED if name not in excluded[num_ranks]]
+    excluded = {"off-0", "host-0", "disk-0", "off-2", "plain", "device-all"} if num_ranks > 1 else set()
+    return [name for name in NAMED if name not in excluded]
 
 
 RUNS = [(num_ranks, name) for num_ranks in RANKS for name in names_of(num_ranks)]
@@ -136,7 +136,7 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 def test_training_on_cached_features_ends_at_the_reference_weights(saved, trainable_blocks):
     batches = global_batches()
     expected, losses = train_reference(trainable_blocks, batches)
-    assert len(losses) == 50
+    assert len(losses) == 30
     for num_ranks, name in RUNS:
         if NAMED[name]["trainable_blocks"] == trainable_blocks:
             for rank in range(num_ranks):

@@ -7,22 +7,23 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from support import small_run
 from support.events import read_events
 from support.fork_server import run_python, run_ranks
-from support.processes import REPOSITORY, torchrun
+from support.processes import REPOSITORY
 
 FAULTY_RANK = str(REPOSITORY / "tests" / "ranks" / "faulty_rank.py")
-SMALL = [
-    *("--model.name", "embedded", "--data.limit_train", "60", "--data.limit_validation", "9", "--data.limit_test", "9"),
-    *("--batch.global_batch_size", "10", "--run.name", "mine"),
-]
+LIMITS = ("--data.limit_train", "60", "--data.limit_validation", "9", "--data.limit_test", "9")
 CPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def train(directory: Path, *launched: str, source: str = "synthetic", launch=run_ranks) -> subprocess.CompletedProcess[str]:
+def train(directory: Path, *launched: str, source: str = "") -> subprocess.CompletedProcess[str]:
     """Train on two ranks. A rank that waits in a collective ends at engine.timeout_seconds (600), which is a failure here."""
-    places = ["--run.dir", str(directory), "--data.cache_dir", str(directory / "cache"), "--data.source", source]
-    return launch(2, *launched, *SMALL, *places, check=False, **CPU)
+    inputs = small_run.write_inputs()
+    words = ["--model.name", str(inputs / "model"), "--data.source", source or str(inputs / "rows"), *LIMITS]
+    words += ["--data.max_length", str(small_run.MAX_LENGTH), "--batch.global_batch_size", "10"]
+    words += ["--run.dir", str(directory), "--run.name", "mine", "--data.cache_dir", str(directory / "cache")]
+    return run_ranks(2, *launched, *words, check=False, **CPU)
 
 
 def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -75,7 +76,7 @@ def test_rank_with_other_data_is_found_before_training(tmp_path):
 
 
 def test_bug_on_one_rank_stops_all_and_every_line_names_the_rank(tmp_path):
-    done = train(tmp_path, FAULTY_RANK, "1", "crash", "train", launch=torchrun)
+    done = train(tmp_path, FAULTY_RANK, "1", "crash", "train")
     assert done.returncode != 0
     lines = done.stderr.splitlines()
     begin = lines.index("[rank 1/2] Traceback (most recent call last):")

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import fork_server
+from support import fork_server, small_run
 from support.processes import REPOSITORY, TIMEOUT, environment
 from support.tools import requires_tool
 
-CONFIG = ("--config", str(REPOSITORY / "configs" / "quickstart.yaml"))
 DOCTOR = ("-m", "agnews_dist", "doctor")
 
 
@@ -47,8 +46,16 @@ class Report:
         return {row["check"]: row["found"] for row in self.result["findings"] if row["verdict"] == verdict}
 
 
-def run_doctor(*ranks: Rank, folder: Path, arguments: Sequence[str] = CONFIG, program: Sequence[str] = DOCTOR) -> Report:
-    """Run the doctor on these ranks; their output goes to files in `folder`."""
+def training() -> tuple[str, ...]:
+    """Return the settings of a small training."""
+    return tuple(word for key, value in small_run.settings().items() for word in (f"--{key}", str(value)))
+
+
+def run_doctor(
+    *ranks: Rank, folder: Path, arguments: Sequence[str] | None = None, program: Sequence[str] = DOCTOR
+) -> Report:
+    """Run the doctor on these ranks; their output goes to files in `folder`. `arguments`: by default those of `training`."""
+    arguments = training() if arguments is None else arguments
     worlds = fork_server.rank_variables(len(ranks)) if len(ranks) > 1 else [{}]
     waits = [
         start_rank(rank, [*program, *arguments, "--json", *rank.arguments], world, folder / f"rank-{number}")
@@ -94,7 +101,7 @@ def start_rank(rank: Rank, command: list[str], world: Mapping[str, str], log: Pa
 
 def test_two_healthy_ranks(tmp_path: Path) -> None:
     directories = ("--run.dir", str(tmp_path / "a" / "runs"), "--data.cache_dir", str(tmp_path / "b" / "cache"))
-    report = run_doctor(Rank(), Rank(), folder=tmp_path, arguments=(*CONFIG, *directories))
+    report = run_doctor(Rank(), Rank(), folder=tmp_path, arguments=(*training(), *directories))
     assert report.codes == [0, 0], report.err
     assert report.found("fail") == {}
     found = report.found("ok")
@@ -113,7 +120,7 @@ def test_different_versions_and_settings_and_a_missing_rank(tmp_path: Path) -> N
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 9.9.9\n")
     paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
     odd = Rank(prefix=("env",), arguments=("--optim.lr", "0.5"), environ=paths)
-    report = run_doctor(Rank(), odd, folder=tmp_path, arguments=(*CONFIG, "--ranks", "4"))
+    report = run_doctor(Rank(), odd, folder=tmp_path, arguments=(*training(), "--ranks", "4"))
     assert report.codes == [1, 1], report.err
     failures = report.found("fail")
     assert set(failures) == {"versions", "configuration", "world"}
@@ -192,7 +199,7 @@ def test_unwritable_disks(tmp_path: Path) -> None:
     )
     directories = ("--run.dir", str(fixed / "runs"), "--data.cache_dir", str(full / "cache"))
     report = run_doctor(
-        Rank(prefix=("unshare", "--mount", "sh", "-c", mounts, "sh")), folder=tmp_path, arguments=(*CONFIG, *directories)
+        Rank(prefix=("unshare", "--mount", "sh", "-c", mounts, "sh")), folder=tmp_path, arguments=(*training(), *directories)
     )
     assert report.codes == [1]
     failures = report.found("fail")
@@ -274,7 +281,7 @@ def test_gpus_that_torch_does_not_see(tmp_path: Path) -> None:
     found = report.found("fail")
     assert set(found) == {"device"}
     assert "sees no GPU, though 2 are here: the job would run on the CPU" in found["device"]
-    assert run_doctor(rank, folder=tmp_path, arguments=(*CONFIG, "--engine.device", "cpu")).codes == [0]
+    assert run_doctor(rank, folder=tmp_path, arguments=(*training(), "--engine.device", "cpu")).codes == [0]
 
 
 BROKEN_NETWORK = """

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file
+from support import small_run
 from support.processes import REPOSITORY, TIMEOUT, environment
 
 from agnews_dist.distributed.node_resources import PORTS
@@ -137,32 +138,31 @@ class Outcome:
     model: Path
 
 
-ZERO_3 = ("--engine.backend", "deepspeed", "--engine.zero_stage", "3")
+FORKED = "forked ranks"
+"""Not a script: ranks as srun starts them."""
 JOBS = {
     "torchrun": ("local.sh", (), ("ddp", 2)),
     "accelerate": ("accelerate.sh", (), ("ddp", 2)),
     "deepspeed": ("deepspeed.sh", (), ("deepspeed", 2)),
-    "torchrun with ZeRO 3": ("local.sh", ZERO_3, ("deepspeed", 3)),
-    "accelerate with FSDP2": ("accelerate.sh", ("--engine.backend", "fsdp"), ("fsdp", 2)),
+    "ZeRO 3": (FORKED, ("--engine.backend", "deepspeed", "--engine.zero_stage", "3"), ("deepspeed", 3)),
+    "FSDP2": (FORKED, ("--engine.backend", "fsdp"), ("fsdp", 2)),
 }
 EQUAL = ("num_steps", "num_ranks", "global_batch_size", "padding_efficiency", "critical_path_efficiency", "rank_balance")
 
 
 @pytest.fixture(scope="module")
-def outcomes(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     directory = tmp_path_factory.mktemp("launchers")
     outcomes: dict[str, Outcome] = {}
-    for name, (script, arguments, _) in JOBS.items():
-        process = start_launcher(
-            REPOSITORY / "launch" / script,
-            *("--config", "configs/gpt2_mini_cpu.yaml", "--data.source", str(shared / "data" / "ag_news")),
-            *("--model.name", str(shared / "checkpoints" / "gpt2-mini"), "--data.cache_dir", str(directory / "cache")),
-            *("--data.limit_train", "256", "--data.limit_validation", "64", "--optim.epochs", "1"),
-            *("--run.dir", str(directory), "--run.name", name, *arguments),
-        )
-        err = wait_for_end(process)
-        assert process.returncode == 0, f"{name}: {err[-6000:]}"
-        run = directory / name
+    for name, (script, more, _) in JOBS.items():
+        arguments = small_run.arguments(directory, "--optim.epochs", "1", "--run.name", name, *more)
+        if script == FORKED:
+            small_run.finish(directory, "--optim.epochs", "1", "--run.name", name, *more)
+        else:
+            process = start_launcher(REPOSITORY / "launch" / script, *arguments)
+            err = wait_for_end(process)
+            assert process.returncode == 0, f"{name}: {err[-6000:]}"
+        run = directory / "runs" / name
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         rows = [json.loads(line) for line in (run / "predictions-validation.jsonl").read_text().splitlines()]
         outcomes[name] = Outcome(
@@ -178,10 +178,11 @@ def outcomes(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def check_same_numbers(found: Outcome, reference: Outcome) -> None:
     """Check that counts are equal, and that sums in another order are equal to rounding. Dropout is on."""
     assert {name: found.result[name] for name in EQUAL} == {name: reference.result[name] for name in EQUAL}
-    assert found.result["splits"].keys() == reference.result["splits"].keys() == {"validation"}
-    scores, expected = dict(found.result["splits"]["validation"]), dict(reference.result["splits"]["validation"])
-    assert scores.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-6)
-    assert scores == expected
+    assert found.result["splits"].keys() == reference.result["splits"].keys() == {"validation", "test"}
+    for split, of_reference in reference.result["splits"].items():
+        scores, expected = dict(found.result["splits"][split]), dict(of_reference)
+        assert scores.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-6)
+        assert scores == expected
     assert found.predictions == reference.predictions
     assert len(found.steps) == len(reference.steps)
     for step, expected_step in zip(found.steps, reference.steps, strict=True):
@@ -192,8 +193,9 @@ def test_reference_run_has_two_ranks_and_learns(outcomes: dict[str, Outcome]) ->
     # Without learning, equal numbers would prove nothing. Clipping is active at every step.
     reference = outcomes["torchrun"]
     assert reference.result["num_ranks"] == 2
-    assert reference.result["num_steps"] == len(reference.steps) == 8
-    assert reference.result["splits"]["validation"]["num_examples"] == len(reference.predictions) == 64
+    assert reference.result["num_steps"] == len(reference.steps) == small_run.EPOCH_STEPS
+    num_examples = reference.result["splits"]["validation"]["num_examples"]
+    assert num_examples == len(reference.predictions) == small_run.SIZES["validation"]
     assert len({round(loss, 2) for loss, _ in reference.steps}) > 4
     assert min(norm for _, norm in reference.steps) > 1
 

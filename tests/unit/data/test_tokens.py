@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.processes import TIMEOUT, environment, python
+from support import small_run
+from support.fork_server import run_python
+from support.processes import TIMEOUT, environment
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -115,7 +117,7 @@ def test_encode_logs_nothing_for_long_texts():
         print("now the tokenizer itself", file=sys.stderr)
         tokenizer(long)
     """
-    ours, its_own = python("-c", code).stderr.split("now the tokenizer itself")
+    ours, its_own = run_python("-c", code).stderr.split("now the tokenizer itself")
     assert ours == ""
     assert "longer than the specified maximum" in its_own
 
@@ -325,15 +327,16 @@ def test_file_at_the_path_of_the_cache_is_replaced(tmp_path):
 WORKER = """
 import hashlib, json, os, sys, time
 from pathlib import Path
+from transformers import PreTrainedTokenizerFast
 from agnews_dist.data.corpus import load_corpus
 from agnews_dist.data.tokens import open_or_build
 from agnews_dist.events import Progress
-from agnews_dist.model.embedded import embedded_tokenizer
 
 cache, seconds, builds_first = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "first"
 limits = {"train": 2_500, "validation": 60, "test": 40}
 corpus = load_corpus("synthetic", revision=None, validation_fraction=0.1, limits=limits, seed=0)
-tokenizer = embedded_tokenizer()
+# Not `embedded_tokenizer`: that imports torch and trains it again.
+tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[4])
 print("ready", flush=True)
 sys.stdin.readline()
 
@@ -354,8 +357,9 @@ class Worker:
     """Process that opens the corpus of this file slowly after `go`."""
 
     def __init__(self, cache: Path, seconds: float, order: str = "first") -> None:
+        tokenizer = small_run.write_inputs() / "model"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(cache), str(seconds), order],
+            [sys.executable, "-c", WORKER, str(cache), str(seconds), order, str(tokenizer)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from support.fork_server import run_python
 from support.processes import python
 
 from agnews_dist.distributed.world import World
@@ -53,7 +54,7 @@ def test_accelerate_variables_neither_compile_nor_scale():
         print(type(strategy.module).__name__, layer.weight.grad.item())
     """
     variables = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_DYNAMO_BACKEND": "eager"}
-    done: subprocess.CompletedProcess[str] = python("-c", code, **variables)
+    done: subprocess.CompletedProcess[str] = run_python("-c", code, **variables)
     assert done.stdout == "Linear 1.0\n"
 
 
