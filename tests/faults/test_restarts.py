@@ -1,7 +1,6 @@
 """torchrun restarts a failed job: it resumes from the last checkpoint, also with fewer nodes."""
 
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,30 +58,6 @@ def test_rank_that_crashes_once_is_restarted_and_the_run_ends_the_same(whole, tm
     assert "resumed from step 28, attempt 2: " in output
     assert read_status(tmp_path) == {**read_status(tmp_path), "state": "finished", "attempt": 2}
     assert differences(run_directory(tmp_path), run_directory(whole)) == []
-
-
-def test_launch_script_forwards_signals_of_clusters(tmp_path):
-    """Send USR1, of which torchrun alone would die while its ranks keep running."""
-    log, timeline = tmp_path / "log.txt", Timeline(run_directory(tmp_path))
-    with log.open("ab") as file:
-        job = subprocess.Popen(
-            ["bash", str(REPOSITORY / "launch" / "local.sh"), *arguments(tmp_path, "--optim.epochs", "300")],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment(NPROC="2"),
-            cwd=REPOSITORY,
-            start_new_session=True,
-        )
-    try:
-        assert wait_until(lambda: timeline.steps > 10 or job.poll() is not None, every=0.05)
-        job.send_signal(signal.SIGUSR1)
-        job.wait(timeout=TIMEOUT)
-    finally:
-        kill_node(job)
-    assert re.search(r"stopped \(SIGUSR1\) at step \d+, which is saved", log.read_text()), log.read_text()[-4000:]
-    assert read_status(tmp_path)["state"] == "preempted"
-    assert read_status(tmp_path)["step"] == timeline.steps
 
 
 def test_remaining_node_resumes_when_the_other_is_lost(tmp_path):

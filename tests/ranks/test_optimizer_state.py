@@ -56,7 +56,9 @@ def two(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("two")
     if BROKEN:
         return launch(2, directory, resumed=["ddp", "fsdp", "zero2", "zero3"], scales=["ddp", "zero2"], refusals=True)
-    crossed = [(engine, str(directory / f"{source}-half.safetensors"), f"{source}-in-{engine}") for source, engine in RING.items()]
+    crossed = [
+        (engine, str(directory / f"{source}-half.safetensors"), f"{source}-in-{engine}") for source, engine in RING.items()
+    ]
     return launch(2, directory, resumed=ENGINES, crossed=crossed, refusals=True, scales=["ddp", "zero2", "zero3"])
 
 

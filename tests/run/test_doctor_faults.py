@@ -51,9 +51,7 @@ def training() -> tuple[str, ...]:
     return tuple(word for key, value in small_run.settings().items() for word in (f"--{key}", str(value)))
 
 
-def run_doctor(
-    *ranks: Rank, folder: Path, arguments: Sequence[str] | None = None, program: Sequence[str] = DOCTOR
-) -> Report:
+def run_doctor(*ranks: Rank, folder: Path, arguments: Sequence[str] | None = None, program: Sequence[str] = DOCTOR) -> Report:
     """Run the doctor on these ranks; their output goes to files in `folder`. `arguments`: by default those of `training`."""
     arguments = training() if arguments is None else arguments
     worlds = fork_server.rank_variables(len(ranks)) if len(ranks) > 1 else [{}]

@@ -5,29 +5,25 @@ import glob
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from support import fork_server
+from support import fork_server, small_run
 from support.events import read_events
-from support.processes import REPOSITORY, TIMEOUT, environment
+from support.jobs import ForkedJob
+from support.processes import wait_until
 from transformers import GPT2Model
 
 from agnews_dist.model.embedded import embedded_config, embedded_tokenizer, scale_embeddings
 
 TRAINING = [
-    *("train", "--data.source", "synthetic", "--optim.epochs", "3"),
-    *("--data.limit_train", "240", "--data.limit_validation", "60", "--data.limit_test", "240"),
-    *("--batch.global_batch_size", "12", "--optim.lr", "3e-3"),
+    *("train", "--optim.epochs", "3", "--batch.global_batch_size", "12", "--optim.lr", "3e-3"),
+    *("--data.limit_train", "240", "--data.limit_validation", "60"),
 ]
 ON_DISK = ("--engine.feature_cache", "disk")
 PLACES = ("off", "host", "device", "disk")
@@ -94,7 +90,8 @@ def arguments(model) -> Arguments:
     def make(directory: Path, name: str, *more: object) -> list[str]:
         """Return the arguments of a training with runs and cache in `directory`; later arguments override."""
         place = ("--run.dir", directory, "--run.name", name, "--data.cache_dir", directory / "cache")
-        return [str(argument) for argument in (*TRAINING, "--model.name", model, *place, *more)]
+        inputs = ("--data.source", small_run.write_inputs() / "rows", "--model.name", model)
+        return [str(argument) for argument in (*TRAINING, *inputs, *place, *more)]
 
     return make
 
@@ -244,30 +241,27 @@ def flip_bit(path: Path, position: int) -> None:
         file.write(bytes([byte ^ 0x40]))
 
 
-@pytest.mark.parametrize("damage", ["a flipped bit", "truncated", "missing", "no mark", "a wrong mark"])
+@pytest.mark.parametrize("damage", ["one segment", "truncated", "missing"])
 def test_damaged_files_are_repaired_and_results_stay_the_same(runs, reused, train, damage):
     directory, found = runs.directory, runs.by_place
     train_cache = runs.caches["train"]
     rows, before = train_cache / "rows.bin", finished_segments(directory)
     content = rows.read_bytes()
-    mark = sorted((train_cache / "marks").iterdir())[3]
-    if damage == "a flipped bit":
+    marks = sorted((train_cache / "marks").iterdir())
+    if damage == "one segment":
         flip_bit(rows, len(content) // 2 + 3)
+        marks[3].unlink()
+        marks[5].write_text("f" * 64)
     elif damage == "truncated":
         os.truncate(rows, len(content) * 3 // 4)
-    elif damage == "missing":
-        rows.unlink()
-    elif damage == "no mark":
-        mark.unlink()
     else:
-        mark.write_text("f" * 64)
+        rows.unlink()
     run = train(directory, f"repaired-{damage.replace(' ', '-')}", "--engine.feature_cache", "disk")
     check_same(run, found["host"])
     assert rows.read_bytes() == content
     again = {name: when for name, when in finished_segments(directory).items() if before[name] != when}
     assert set(again) <= {name for name in before if train_cache.name in name.parts}
-    num_segments = len(list((train_cache / "marks").iterdir()))
-    expected = {"a flipped bit": 1, "no mark": 1, "a wrong mark": 1, "missing": num_segments}.get(damage, num_segments // 4)
+    expected = {"one segment": 3, "truncated": len(marks) // 4, "missing": len(marks)}[damage]
     assert len(again) == pytest.approx(expected, rel=0.2), "undamaged segments are not computed again"
 
 
@@ -317,7 +311,7 @@ def test_plain_path_gives_close_results_without_a_cache(tmp_path, runs, train, r
     check_close(plain, found["host"])
     assert plain.header == "off: the plain path computes features at every use"
     assert plain.probabilities.tolist() != found["off"].probabilities.tolist(), "control: another computation"
-    data = ("--data.source", "synthetic", "--data.cache_dir", str(directory / "cache"), "--data.limit_test", "240")
+    data = ("--data.source", str(small_run.write_inputs() / "rows"), "--data.cache_dir", str(directory / "cache"))
     for number, fast_path in enumerate(("true", "false")):
         model = ("--model.name", str(directory / "host"), "--engine.fast_path", fast_path)
         output = tmp_path / f"scores-{number}"
@@ -347,32 +341,22 @@ def test_plain_path_with_a_cache_is_refused(tmp_path, run_command, place, argume
 # --- several processes
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "agnews_dist", *arguments]
-    return subprocess.Popen(
-        command, env=environment(), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
+def kill_when(condition: Callable[[], bool], job: ForkedJob, log: Path) -> None:
+    """Kill all ranks of a job as soon as `condition` is true."""
     try:
-        while not condition():
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            assert time.monotonic() < end, "the condition never became true"
-            time.sleep(0.001)
-    except BaseException:
-        process.terminate()  # torchrun passes it on to its ranks
-        process.communicate()
-        raise
+        assert wait_until(lambda: condition() or job.has_ended(), every=0.001), "the condition never became true"
+        assert not job.has_ended(), log.read_text()
+    finally:
+        job.kill()
 
 
 def test_two_concurrent_trainings_fill_one_cache(tmp_path, runs, arguments):
-    found = runs.by_place
-    processes = [start(arguments(tmp_path, name, *ON_DISK)) for name in ("one", "two")]
-    for process in processes:
-        _, err = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == 0, err
+    found, log = runs.by_place, tmp_path / "log.txt"
+    jobs = [ForkedJob(arguments(tmp_path, name, *ON_DISK)[1:], log, num_ranks=1) for name in ("one", "two")]
+    for job in jobs:
+        wait_until(job.has_ended)
+        job.kill()
+        assert job.codes() == [0], log.read_text()
     for name in ("one", "two"):
         run = Run(tmp_path / name, "")
         check_same(run, found["host"])
@@ -383,10 +367,9 @@ def test_two_concurrent_trainings_fill_one_cache(tmp_path, runs, arguments):
 def test_killed_training_loses_no_finished_segment(tmp_path, runs, train, arguments):
     for attempt in range(3):  # on a busy machine the kill may come too late
         directory = tmp_path / str(attempt)
-        killed = start(arguments(directory, "killed", *ON_DISK))
-        wait_until(lambda directory=directory: len(finished_segments(directory)) >= 3, killed)
-        killed.kill()
-        killed.communicate()
+        log = tmp_path / f"log-{attempt}.txt"
+        killed = ForkedJob(arguments(directory, "killed", *ON_DISK)[1:], log, num_ranks=1)
+        kill_when(lambda directory=directory: len(finished_segments(directory)) >= 3, killed, log)
         before = finished_segments(directory)
         if len(before) < runs.num_segments - 10:
             break
@@ -420,23 +403,10 @@ def leftovers() -> Iterator[tuple[Path, Path]]:
         shutil.rmtree(directory.parent, ignore_errors=True)
 
 
-def kill_job(arguments: list[str], keys: set[str]) -> set[str]:
-    """Kill a job of two ranks and its launcher while its files in shared memory have names; return the jobs that stay there."""
+def kill_job(arguments: list[str], keys: set[str], log: Path) -> set[str]:
+    """Kill a job of two ranks while its files in shared memory have names; return the jobs that stay there."""
     before = shared_jobs(keys)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    job = subprocess.Popen(
-        [*launcher, "-m", "agnews_dist.train", *arguments],
-        env=environment(),
-        cwd=REPOSITORY,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_until(lambda: bool(shared_jobs(keys) - before), job)
-    processes = [job, *psutil.Process(job.pid).children(recursive=True)]
-    for process in processes:
-        process.send_signal(signal.SIGKILL)
-    job.wait()
-    psutil.wait_procs(processes[1:], timeout=TIMEOUT)
+    kill_when(lambda: bool(shared_jobs(keys) - before), ForkedJob(arguments, log), log)
     return shared_jobs(keys) - before
 
 
@@ -452,10 +422,12 @@ def test_two_ranks_share_host_memory_and_leave_no_files(tmp_path, runs, argument
 
     before = shared_jobs(keys)
     # With this many rows there is time for the kill.
-    many = ("--data.limit_train", 4000, "--engine.feature_cache", "host")
+    rows = shutil.copytree(small_run.write_inputs() / "rows", tmp_path / "rows")
+    (rows / "train.jsonl").write_text((rows / "train.jsonl").read_text() * 7)
+    many = ("--data.source", rows, "--data.limit_train", 4000, "--engine.feature_cache", "host")
     training = arguments(tmp_path, "killed", *many, "--run.overwrite")[1:]
     # Repeated if a training of another test has removed the directory, as every training does at its start.
-    left = next(filter(None, (kill_job(training, keys) for _ in range(4))), set())
+    left = next(filter(None, (kill_job(training, keys, tmp_path / "log.txt") for _ in range(4))), set())
     assert len(left) == 1, "a job was killed before it removed the names"
     host = train_on_two_ranks("host")
     assert host.header.endswith("MB, as requested")

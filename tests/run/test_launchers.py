@@ -46,7 +46,7 @@ def wait_for_end(process: subprocess.Popen[str]) -> str:
 # --- environment and end of the ranks, with a stand-in for the training ---
 
 STAND_IN = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 from agnews_dist.distributed.world import detect_world
 
@@ -56,6 +56,7 @@ def main(argv=None):
     facts |= {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "MASTER_PORT")}
     file = Path(os.environ["FACTS"], f"{facts['world']['rank']}.part")
     file.write_text(json.dumps(facts))
+    signal.signal(signal.SIGUSR1, lambda *_: (file.with_suffix(".usr1").touch(), sys.exit(75)))
     file.rename(file.with_suffix(".json"))
     time.sleep(3600)
 """
@@ -90,8 +91,10 @@ def test_launcher_starts_and_ends_two_ranks(stand_in: Path, tmp_path: Path, scri
         ranks: list[dict[str, Any]] = [json.loads(file.read_text()) for file in found]
         alive = [psutil.pid_exists(rank["pid"]) for rank in ranks]
     finally:
-        process.terminate()
+        # Clusters announce the end with USR1, of which torchrun alone would die while its ranks keep running.
+        process.send_signal(signal.SIGUSR1 if script == "local.sh" else signal.SIGTERM)
         err = wait_for_end(process)
+    assert len(list(facts.glob("*.usr1"))) == (2 if script == "local.sh" else 0)
     assert alive == [True, True], err
     default = ["--config", str(stand_in / "configs" / "deepspeed.yaml")] if script == "deepspeed.sh" else []
     for number, rank in enumerate(ranks):

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from support import small_run
 from support.network_hosts import Hosts, can_be_made, listening
 from support.processes import REPOSITORY, TIMEOUT, environment
 from support.tools import skip_without
 
 NODE = str(REPOSITORY / "launch" / "node.sh")
-QUICKSTART = ("--config", str(REPOSITORY / "configs" / "quickstart.yaml"))
 START = Callable[..., subprocess.Popen[str]]
 
 
@@ -58,7 +58,8 @@ def start(hosts: Hosts, tmp_path: Path) -> Iterator[START]:
 def test_node_trains_on_two_hosts(hosts: Hosts, start: START, tmp_path: Path) -> None:
     head = hosts.address("first")
     # The second host starts first, before anything listens.
-    nodes = [start(name, *QUICKSTART, "--run.name", "two hosts", HEAD=head, PORT="29500") for name in ("second", "first")]
+    words = small_run.arguments(tmp_path, "--run.name", "two hosts", "--optim.epochs", "1")
+    nodes = [start(name, *words, HEAD=head, PORT="29500") for name in ("second", "first")]
     outputs = [node.communicate(timeout=TIMEOUT) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     result = json.loads((tmp_path / "runs" / "two hosts" / "result.json").read_text())
@@ -155,7 +156,7 @@ def test_node_chooses_the_interface_that_leads_to_the_head(hosts: Hosts, start: 
 
 def test_doctor_on_two_hosts(hosts: Hosts, start: START, tmp_path: Path) -> None:
     head = {"HEAD": hosts.address("first"), "PORT": "29504", "COMMAND": "doctor", "LOGS": ""}
-    nodes = [start(name, *QUICKSTART, "--json", "--run.dir", str(tmp_path / "runs"), **head) for name in ("first", "second")]
+    nodes = [start(name, *small_run.arguments(tmp_path), "--json", **head) for name in ("first", "second")]
     outputs = [node.communicate(timeout=TIMEOUT) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     result = json.loads(next(out for out, _ in outputs if out))

@@ -31,8 +31,8 @@ from types import ModuleType
 from support.processes import REPOSITORY, TIMEOUT, describe_output, environment
 
 PRELOADED = """
-    accelerate datasets deepspeed jsonargparse psutil pyarrow.parquet rich.console rich.progress safetensors.torch sklearn.metrics
-    torch torch.distributed torch.nn.parallel yaml transformers.models.auto.modeling_auto
+    accelerate datasets deepspeed jsonargparse psutil pyarrow.parquet rich.console rich.progress safetensors.torch
+    sklearn.metrics torch torch.distributed torch.nn.parallel yaml transformers.models.auto.modeling_auto
     transformers.models.auto.tokenization_auto transformers.pipelines transformers.models.gpt2.modeling_gpt2
     transformers.models.gpt2.tokenization_gpt2
 """.split()  # noqa: SIM905
