@@ -102,6 +102,10 @@ def has_pending(number: signal.Signals, process: psutil.Process) -> bool:
     return pending is not None and bool(int(pending[1], 16) & 1 << number - 1)
 
 
+def read_status(run: Path) -> dict[str, Any]:
+    return json.loads((run / "status.json").read_text())
+
+
 def read_log(project: Path, name: str, job: str) -> str:
     return (project / f"{name}-{job}.log").read_text()
 
@@ -161,10 +165,14 @@ def test_batch_scripts_print_their_commands_in_a_dry_run(lab: Lab, submit: Calla
 
 @pytest.fixture(scope="module")
 def two_at_once(lab: Lab, submit: Callable[..., str], config: Path, project: Path) -> tuple[str, str]:
-    """Two jobs with the same training on the same nodes: the first reaches its time limit, the second runs undisturbed."""
+    """Two jobs with the same training on the same nodes: the first is interrupted three times, the second runs undisturbed.
+
+    Interruptions: a time limit, a preemption, a dead node.
+    """
     arguments = ("--nodes=2", "--time=30", SCRIPTS / "train.sbatch", "--config", config, *LONG)
     limited, undisturbed = submit(*arguments), submit(*arguments)
-    wait_for_step(lab, limited, project / "runs" / f"agnews-train-{limited}", 20)
+    run = project / "runs" / f"agnews-train-{limited}"
+    wait_for_step(lab, limited, run, 20)
     with suspended_rank(limited) as rank:
         ran = lab.client("squeue", "-h", "-j", limited, "-o", "%M").split(":")
         # Less than the two minutes before the end at which Slurm sends the signal.
@@ -172,21 +180,34 @@ def two_at_once(lab: Lab, submit: Callable[..., str], config: Path, project: Pat
         lab.wait_for(lambda: has_pending(signal.SIGUSR1, rank), SECONDS, lambda: lab.describe_job(limited))
     lab.wait_for(lambda: lab.state(limited) == "PENDING", SECONDS, lambda: lab.describe_job(limited))
     lab.client("scontrol", "update", f"JobId={limited}", "TimeLimit=30")
-    assert lab.ends(limited, SECONDS) == "COMPLETED", lab.describe_job(limited)
+    # The next interruptions take both nodes.
     assert lab.ends(undisturbed, SECONDS) == "COMPLETED", lab.describe_job(undisturbed)
+    wait_for_step(lab, limited, run, read_status(run)["step"] + 20)
+    with suspended_rank(limited):  # until Slurm sends SIGCONT, before its SIGTERM
+        urgent = submit("--nodes=2", "--partition=high", "--exclusive", "--wrap", "sleep 1")
+        assert lab.ends(urgent, SECONDS) == "COMPLETED"
+    saved = read_status(run)
+    assert saved["state"] == "preempted", lab.describe_job(limited)
+    assert saved["step"] >= 40
+    wait_for_step(lab, limited, run, saved["step"] + 20)
+    with suspended_rank(limited):
+        lab.set_down(lab.nodes[1])
+        lab.set_up(lab.nodes[1])
+    assert lab.ends(limited, SECONDS) == "COMPLETED", lab.describe_job(limited)
     return limited, undisturbed
 
 
-def test_train_is_requeued_and_resumes_after_its_time_limit(lab: Lab, two_at_once: tuple[str, str], project: Path) -> None:
+def test_train_is_requeued_and_resumes_after_every_interruption(lab: Lab, two_at_once: tuple[str, str], project: Path) -> None:
     limited, undisturbed = two_at_once
-    assert (restarts(lab, limited), restarts(lab, undisturbed)) == (1, 0)
+    assert (restarts(lab, limited), restarts(lab, undisturbed)) == (3, 0)
     run, other = (project / "runs" / f"agnews-train-{job}" for job in two_at_once)
+    assert read_status(run)["attempt"] == 4
     check_same_results(run, other)
     assert logged_steps(run) == logged_steps(other) == list(range(1, max(logged_steps(run)) + 1))
     log = read_log(project, "agnews-train", limited)
     assert "stopped (SIGUSR1) at step" in log, log
     assert f"job {limited}: requeued" in log
-    assert f"job {limited}: the training exited with status 0; finished: after 2 attempt(s)" in log
+    assert f"job {limited}: the training exited with status 0; finished: after 4 attempt(s)" in log
 
 
 def test_train_appends_to_one_log_per_rank(two_at_once: tuple[str, str], project: Path) -> None:
@@ -196,33 +217,11 @@ def test_train_appends_to_one_log_per_rank(two_at_once: tuple[str, str], project
     ]
     log = (logs / "rank-0.log").read_text()
     assert re.search(r"== rank 0 of 2 on \S+, .*, restart 1\n", log)
-    assert log.count("run started on") == 2
+    assert log.count("run started on") == 4
     # The first start's lines are still there, its end included.
     assert log.index("stopped (SIGUSR1) at step") < log.index(", restart 1\n") < log.index(" done\n")
     assert "Traceback" not in log + read_log(project, "agnews-train", two_at_once[0])
-    assert (logs / "rank-1.log").read_text().count("== rank 1 of 2") == 2
-
-
-def test_train_resumes_after_a_preemption_and_a_dead_node(
-    lab: Lab, submit: Callable[..., str], config: Path, project: Path, two_at_once: tuple[str, str]
-) -> None:
-    job = submit("--nodes=2", SCRIPTS / "train.sbatch", "--config", config, *LONG, "--run.name", "taken")
-    run = project / "runs" / "taken"
-    wait_for_step(lab, job, run, 20)
-    with suspended_rank(job):  # until Slurm sends SIGCONT, before its SIGTERM
-        urgent = submit("--nodes=2", "--partition=high", "--exclusive", "--wrap", "sleep 1")
-        assert lab.ends(urgent, SECONDS) == "COMPLETED"
-    saved = json.loads((run / "status.json").read_text())
-    assert saved["state"] == "preempted", lab.describe_job(job)
-    assert saved["step"] >= 20
-    wait_for_step(lab, job, run, saved["step"] + 20)
-    with suspended_rank(job):
-        lab.set_down(lab.nodes[1])
-        lab.set_up(lab.nodes[1])
-    assert lab.ends(job, SECONDS) == "COMPLETED", lab.describe_job(job)
-    assert restarts(lab, job) == 2, lab.describe_job(job)
-    check_same_results(run, project / "runs" / f"agnews-train-{two_at_once[1]}")
-    assert json.loads((run / "status.json").read_text())["attempt"] == 3
+    assert (logs / "rank-1.log").read_text().count("== rank 1 of 2") == 4
 
 
 def test_train_does_not_requeue_a_cancelled_job(lab: Lab, submit: Callable[..., str], config: Path, project: Path) -> None:
