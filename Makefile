@@ -34,7 +34,7 @@ imports:
 
 # All tests but the mutants. The targets below are its parts: one process, several ranks, whole runs, faults, Slurm.
 test:
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/slurm tests/faults tests/ranks \
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder tests/slurm tests/faults tests/ranks \
 	    tests/run tests/gpu tests/unit
 
 unit:

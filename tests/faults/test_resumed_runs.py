@@ -12,6 +12,7 @@ from support.jobs import ForkedJob
 from support.processes import wait_until
 from support.small_run import (
     EPOCH_STEPS,
+    EPOCHS,
     NUM_STEPS,
     arguments,
     differences,
@@ -48,10 +49,18 @@ def assert_same_as(whole: Path, directory: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def whole_of_one(tmp_path_factory) -> Path:
+    """The directory of an uninterrupted run of one rank."""
+    directory = tmp_path_factory.mktemp("whole-of-one")
+    finish(directory, num_ranks=1)
+    return directory
+
+
+@pytest.fixture(scope="module")
 def stopped_once(tmp_path_factory) -> Path:
-    """A run that was stopped in the second epoch. Tests do not change it."""
+    """A run of one rank that was stopped in the second epoch. Tests do not change it."""
     directory = tmp_path_factory.mktemp("stopped")
-    stop(directory, at_step=MIDDLE)
+    stop(directory, at_step=MIDDLE, num_ranks=1)
     return directory
 
 
@@ -107,8 +116,7 @@ def test_saving_at_every_step_changes_nothing(whole, tmp_path):
     assert len(saved(tmp_path)) <= 4, "the two and the best epochs that they name"
 
 
-def test_one_process_resumes_after_ctrl_c_under_the_name_it_printed(tmp_path):
-    finish(tmp_path / "whole", num_ranks=1)
+def test_one_process_resumes_after_ctrl_c_under_the_name_it_printed(whole_of_one, tmp_path):
     output = stop(tmp_path / "cut", "--run.name", "null", at_step=30, fault="INT", num_ranks=1)
     (run,) = (tmp_path / "cut" / "runs").iterdir()
     assert f"--run.name {run.name}." in output
@@ -117,34 +125,34 @@ def test_one_process_resumes_after_ctrl_c_under_the_name_it_printed(tmp_path):
     more = ("--run.name", "other", "--engine.feature_cache", "disk", "--optim.epochs", "1")
     finish(tmp_path / "cut", *more, num_ranks=1)
     wait_for(start(tmp_path / "cut", "--run.name", run.name, num_ranks=1), tmp_path / "cut")
-    assert differences(run, run_directory(tmp_path / "whole")) == []
+    assert differences(run, run_directory(whole_of_one)) == []
     results = [json.loads((path / "result.json").read_text()) for path in (run, run.with_name("other"))]
     assert [result["feature_cache"] for result in results] == ["host", "disk"]
     assert spent["tokenize"] > results[1]["seconds"]["tokenize"], "only the first run tokenises"
     assert all(results[0]["seconds"][stage] >= seconds for stage, seconds in spent.items())
 
 
-def test_damaged_checkpoint_is_skipped_by_name(whole, stopped):
+def test_damaged_checkpoint_is_skipped_by_name(whole_of_one, stopped):
     newest, before = newest_two(stopped)
     file = newest / "moments.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    finish(stopped)
+    finish(stopped, num_ranks=1)
     assert re.search(rf"warning: .*{newest.name}.*moments.safetensors.*It is skipped", read_log(stopped))
     assert f"resumed from step {int(before.name[5:13])}, attempt 2: {before}" in read_log(stopped)
-    assert_same_as(whole, stopped)
+    assert_same_as(whole_of_one, stopped)
 
 
-def test_resuming_from_an_earlier_checkpoint_removes_the_later_one(whole, stopped):
+def test_resuming_from_an_earlier_checkpoint_removes_the_later_one(whole_of_one, stopped):
     later, earlier = newest_two(stopped)
     step = int(earlier.name[5:13])
-    output = stop(stopped, "--checkpoint.resume", str(earlier), at_step=1)
+    output = stop(stopped, "--checkpoint.resume", str(earlier), at_step=1, num_ranks=1)
     assert f"{later} is removed: " in output
     assert read_status(stopped)["step"] < int(later.name[5:13])
-    finish(stopped)
+    finish(stopped, num_ranks=1)
     assert f"resumed from step {step + 1}, attempt 3: " in read_log(stopped)
-    assert_same_as(whole, stopped)
+    assert_same_as(whole_of_one, stopped)
 
 
 def test_settings_of_another_training_are_refused_by_name(stopped_once):
@@ -172,7 +180,7 @@ def test_other_frozen_weights_are_refused(shared, tmp_path):
 
 
 def test_accepted_learning_rate_is_used(stopped):
-    finish(stopped, "--optim.lr", "1e-3", "--accept", "optim.lr")
+    finish(stopped, "--optim.lr", "1e-3", "--accept", "optim.lr", num_ranks=1)
     assert re.search(r"warning: optim.lr was 0.002, is 0.001", read_log(stopped))
     steps = Timeline(run_directory(stopped)).of("StepDone")
     assert max(event["lr"] for event in steps) == pytest.approx(2e-3)
@@ -181,34 +189,37 @@ def test_accepted_learning_rate_is_used(stopped):
 
 def test_more_epochs_continue_a_finished_run(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    finish(tmp_path, "--optim.epochs", "4")
-    assert re.search(r"warning: optim.epochs was 3, is 4: the learning rate now follows the schedule", read_log(tmp_path))
+    finish(tmp_path, "--optim.epochs", str(EPOCHS + 1))
+    changed = f"warning: optim.epochs was {EPOCHS}, is {EPOCHS + 1}: the learning rate now follows the schedule"
+    assert changed in read_log(tmp_path)
     timeline = Timeline(run_directory(tmp_path))
     steps = timeline.of("StepDone")
     assert [event["step"] for event in steps] == list(range(1, NUM_STEPS + EPOCH_STEPS + 1))
     assert steps[NUM_STEPS]["lr"] > steps[NUM_STEPS - 1]["lr"]
-    assert len([event for event in timeline.of("EvalDone") if event["split"] == "validation"]) == 4
+    assert len([event for event in timeline.of("EvalDone") if event["split"] == "validation"]) == EPOCHS + 1
 
 
-def test_settings_that_do_not_change_results_resume_without_a_warning(whole, stopped):
-    finish(stopped, "--checkpoint.every_steps", "50", "--run.max_minutes", "30", "--batch.max_tokens_per_rank", "4096")
+def test_settings_that_do_not_change_results_resume_without_a_warning(whole_of_one, stopped):
+    others = ("--checkpoint.every_steps", "50", "--run.max_minutes", "30", "--batch.max_tokens_per_rank", "4096")
+    finish(stopped, *others, num_ranks=1)
     assert not re.search("warning: .* was ", read_log(stopped))
-    assert_same_as(whole, stopped)
+    assert_same_as(whole_of_one, stopped)
 
 
 def test_resume_never_takes_overwrite_to_replace_a_run(stopped):
-    output = wait_for(start(stopped, "--checkpoint.resume", "never"), stopped, 1)
+    output = wait_for(start(stopped, "--checkpoint.resume", "never", num_ranks=1), stopped, 1)
     assert re.search(r"error: \S+small exists: its results would be lost", output)
     assert read_status(stopped)["step"] == MIDDLE
-    finish(stopped, "--checkpoint.resume", "never", "--run.overwrite")
+    finish(stopped, "--checkpoint.resume", "never", "--run.overwrite", num_ranks=1)
     assert read_status(stopped)["attempt"] == 1
 
 
-def test_resume_path_starts_a_new_run_from_another_runs_checkpoint(whole, stopped):
-    finish(stopped, "--run.name", "forked", "--checkpoint.resume", str(run_directory(stopped)))
-    assert "weights" not in differences(stopped / "runs" / "forked", run_directory(whole))
+def test_resume_path_starts_a_new_run_from_another_runs_checkpoint(whole_of_one, stopped):
+    finish(stopped, "--run.name", "forked", "--checkpoint.resume", str(run_directory(stopped)), num_ranks=1)
+    assert "weights" not in differences(stopped / "runs" / "forked", run_directory(whole_of_one))
     assert read_status(stopped)["state"] == "preempted", "the source run is unchanged"
-    output = wait_for(start(stopped, "--run.name", "x", "--checkpoint.resume", str(stopped / "nothing")), stopped, 1)
+    nothing = ("--run.name", "x", "--checkpoint.resume", str(stopped / "nothing"))
+    output = wait_for(start(stopped, *nothing, num_ranks=1), stopped, 1)
     assert re.search(r"error: checkpoint.resume \S+nothing: no such directory", output)
 
 

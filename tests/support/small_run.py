@@ -18,7 +18,7 @@ from support.jobs import NUM_RANKS, ForkedJob
 from support.processes import TIMEOUT, wait_until
 from support.timeline import Timeline
 
-EPOCHS = 3
+EPOCHS = 2
 RANK_TIMEOUT = 10
 """engine.timeout_seconds: a rank that is silent for this long has failed."""
 SIZES = {"train": 608, "validation": 150, "test": 150}
