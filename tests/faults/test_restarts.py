@@ -68,7 +68,7 @@ def test_remaining_node_resumes_when_the_other_is_lost(tmp_path):
         *("--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=lost"),
         *(f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1", "--monitor-interval=0.3"),
     ]
-    script = ("-m", "agnews_dist.train", *arguments(tmp_path, "--optim.epochs", "12"))
+    script = ("-m", "agnews_dist.train", *arguments(tmp_path, "--optim.epochs", "6"))
     logs = [tmp_path / "first.txt", tmp_path / "second.txt"]
     first = agent(logs[0], *options, f"--rdzv-conf={rendezvous}1", script=script)
     second = None

@@ -33,6 +33,7 @@ NUM_STEPS, LR, WEIGHT_DECAY, BATCH = 12, 1e-3, 0.1, 9
 TOLERANCE = 2e-5
 BROKEN = "AGNEWS_MUTANT" in os.environ
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+OFFLOADING = ("zero2-offload", "zero3-offload")
 # Token limits of a micro-batch: one for all, or about two for the largest share.
 WHOLE, PARTS = 10_000, 60
 
@@ -44,7 +45,7 @@ def cases() -> list[dict]:
     ]
     made += [
         {"engine": engine, "trainable_blocks": 2, "max_tokens": PARTS, "max_grad_norm": 1.0, "sgd": False}
-        for engine in ("zero2-offload", "zero3-offload")
+        for engine in OFFLOADING
     ]
     made += [
         {"engine": engine, "trainable_blocks": 2, "max_tokens": PARTS, "max_grad_norm": 0.0, "sgd": True} for engine in ENGINES
@@ -91,7 +92,7 @@ def launch(tmp_path_factory) -> Callable[[int], Path]:
             "lr": LR,
             "weight_decay": WEIGHT_DECAY,
             "cases": [*cases_of(num_ranks).values(), *MEANS_OF_MEANS],
-            "checked": ["zero3"] if BROKEN or num_ranks == 1 else None,
+            "checked": ["zero3"] if BROKEN else {1: ["zero3"], 2: [*ENGINES, *OFFLOADING], 3: ["zero3", "fsdp"]}[num_ranks],
             "precisions": num_ranks == 2 and not BROKEN,
             "reductions": num_ranks == 2,
         }

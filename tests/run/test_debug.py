@@ -6,21 +6,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support import fork_server, processes
+from support import fork_server
 from support.events import read_events
 
 
-def debug(directory: Path, python=processes.python) -> subprocess.CompletedProcess[str]:
+def debug(directory: Path) -> subprocess.CompletedProcess[str]:
     command = ["-m", "agnews_dist.train", "--debug", "--run.dir", str(directory), "--run.name", "debug"]
-    return python(*command, XDG_CACHE_HOME=str(directory), CUDA_VISIBLE_DEVICES="")
+    return fork_server.run_python(*command, XDG_CACHE_HOME=str(directory), CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.fixture(scope="module")
 def twice(tmp_path_factory) -> list[tuple[Path, subprocess.CompletedProcess[str]]]:
     directories = [tmp_path_factory.mktemp("debug") for _ in range(2)]
-    # In a cold process and in a forked one.
-    starts = (processes.python, fork_server.run_python)
-    return [(directory / "debug", debug(directory, start)) for directory, start in zip(directories, starts, strict=True)]
+    return [(directory / "debug", debug(directory)) for directory in directories]
 
 
 def test_debug_prints_the_overfit_check_and_every_step(twice):

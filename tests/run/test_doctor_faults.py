@@ -221,42 +221,41 @@ def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
     assert "disk: run.dir" in report.found("ok")
 
 
-def test_hub_data_that_is_not_cached_in_offline_mode(tmp_path: Path) -> None:
-    environ = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    arguments = ("--model.name", "embedded", "--data.source", "owner/BigNews")
-    report = run_doctor(Rank(prefix=("env",), environ=environ), folder=tmp_path, arguments=arguments)
-    assert report.codes == [1]
-    found = f"owner/BigNews: not complete below {tmp_path}, and HF_HUB_OFFLINE is set"
-    assert report.found("fail") == {"hub": found}
-    # `datasets` names the directory of a data set that it has built like this.
-    (tmp_path / "datasets" / "owner___big_news" / "default" / "0.0.0" / "abc").mkdir(parents=True)
-    report = run_doctor(Rank(prefix=("env",), environ=environ), folder=tmp_path, arguments=arguments)
-    assert report.codes == [0]
-    assert report.found("ok")["hub"].startswith(f"all is below {tmp_path}")
-
-
-def test_a_hub_that_does_not_answer_is_asked_once(shared: Path, tmp_path: Path) -> None:
-    # A node behind a firewall: the tokenizer alone would wait for minutes, although it is cached.
+@pytest.fixture
+def cached_model(shared: Path, tmp_path: Path) -> Path:
+    """The model me/mini as the hub's cache at `tmp_path` holds it."""
     snapshot = tmp_path / "hub" / "models--me--mini" / "snapshots" / "abc"
     shutil.copytree(shared / "checkpoints" / "gpt2-mini", snapshot)
     (tmp_path / "hub" / "models--me--mini" / "refs").mkdir()
     (tmp_path / "hub" / "models--me--mini" / "refs" / "main").write_text("abc")
-    arguments = ("--model.name", "me/mini", "--data.source", "synthetic")
+    return snapshot
+
+
+HUB_NAMES = ("--model.name", "me/mini", "--data.source", "owner/BigNews")
+
+
+def test_hub_files_that_are_not_cached_in_offline_mode(cached_model: Path, tmp_path: Path) -> None:
+    # A model without its weights is not complete.
+    for weights in cached_model.glob("*.safetensors"):
+        weights.unlink()
+    rank = Rank(prefix=("env",), environ={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+    report = run_doctor(rank, folder=tmp_path, arguments=HUB_NAMES)
+    assert report.codes == [1]
+    found = f"me/mini, owner/BigNews: not complete below {tmp_path}, and HF_HUB_OFFLINE is set"
+    assert report.found("fail") == {"hub": found}
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(cached_model: Path, tmp_path: Path) -> None:
+    # A node behind a firewall: the tokenizer alone would wait for minutes, although it is cached.
+    # `datasets` names the directory of a data set that it has built like this.
+    (tmp_path / "datasets" / "owner___big_news" / "default" / "0.0.0" / "abc").mkdir(parents=True)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         environ = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
-        rank = Rank(prefix=("env",), environ=environ)
-        report = run_doctor(rank, folder=tmp_path, arguments=arguments)
+        report = run_doctor(Rank(prefix=("env",), environ=environ), folder=tmp_path, arguments=HUB_NAMES)
         assert report.codes == [0], report.err
         assert report.found("warn")["hub"] == f"{endpoint} cannot be reached (timed out); all is below {tmp_path}"
         assert count_connections(silent) == 1
-        # A model without its weights is not complete.
-        for weights in snapshot.glob("*.safetensors"):
-            weights.unlink()
-        report = run_doctor(rank, folder=tmp_path, arguments=arguments)
-    assert report.codes == [1]
-    found = f"me/mini: not complete below {tmp_path}, and {endpoint} cannot be reached (timed out)"
-    assert report.found("fail") == {"hub": found}
 
 
 def count_connections(server: socket.socket) -> int:

@@ -1,4 +1,4 @@
-"""A training of two ranks under torchrun, and every use of its run directory."""
+"""A training of two ranks, and every use of its run directory."""
 
 import json
 import subprocess
@@ -9,7 +9,6 @@ import pytest
 from safetensors.torch import load_file
 from support import fork_server
 from support.events import read_events
-from support.processes import python, torchrun
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from agnews_dist.data.corpus import load_corpus
@@ -30,7 +29,7 @@ def trained(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     directory = tmp_path_factory.mktemp("runs")
     command = ["-m", "agnews_dist.train", "--model.name", "embedded", *DATA, "--optim.epochs", "3", "--profile"]
     place = ["--run.dir", str(directory), "--run.name", "two", "--data.cache_dir", str(directory / "cache")]
-    done = torchrun(2, *command, *place, "--batch.max_tokens_per_rank", "512", *BATCHES)
+    done = fork_server.run_ranks(2, *command, *place, "--batch.max_tokens_per_rank", "512", *BATCHES)
     return directory / "two", done
 
 
@@ -41,7 +40,7 @@ def test_run_directory_has_the_documented_files(trained):
     assert names == files | {"model", "profile", "checkpoints", "status.json"}
     trace = json.loads((directory / "profile" / "trace.json").read_text())
     assert len(trace["traceEvents"]) > 100
-    python("-m", "agnews_dist.train", "--config", str(directory / "config.yaml"), "--print_config")
+    fork_server.run_python("-m", "agnews_dist.train", "--config", str(directory / "config.yaml"), "--print_config")
 
 
 def test_result_json_agrees_with_the_predictions(trained):

@@ -5,7 +5,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from support.processes import python
+from support.fork_server import run_python
 from support.toy import toy_classifier, toy_split
 
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader
@@ -96,7 +96,7 @@ print(kinds)
 
 @pytest.mark.slow
 def test_dry_run_computes_in_the_precision_of_training():
-    assert python("-c", IN_BF16, PYTHONPATH="tests/unit/training:tests:tests/ranks:.").stdout == "{torch.bfloat16}\n"
+    assert run_python("-c", IN_BF16, PYTHONPATH="tests/unit/training:tests:tests/ranks:.").stdout == "{torch.bfloat16}\n"
 
 
 OUT_OF_MEMORY = """
@@ -127,7 +127,7 @@ except UserError as error:
 
 @pytest.mark.slow
 def test_dry_run_reports_a_step_that_does_not_fit():
-    done = python("-c", OUT_OF_MEMORY, PYTHONPATH="tests:tests/ranks:.")
+    done = run_python("-c", OUT_OF_MEMORY, PYTHONPATH="tests:tests/ranks:.")
     assert "largest step (20000 x 32 tokens at once): out of memory." in done.stdout
     assert "Lower batch.max_tokens_per_rank" in done.stdout
 
