@@ -10,6 +10,7 @@ import re
 import sys
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -64,6 +65,12 @@ def module_lengths(path: Path) -> Iterator[Violation]:
         yield f"{num_lines} lines: a module has {MIN_MODULE} to {MAX_MODULE}"
 
 
+@cache
+def parse(path: Path) -> ast.Module:
+    """Return the syntax tree of a module. Callers must not change it."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def functions_of(tree: ast.Module) -> list[tuple[ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
     """Every function, and whether it is a method."""
     methods = {id(part) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for part in node.body}
@@ -72,7 +79,7 @@ def functions_of(tree: ast.Module) -> list[tuple[ast.FunctionDef | ast.AsyncFunc
 
 def function_sizes(path: Path) -> Iterator[Violation]:
     """Functions of more than MAX_FUNCTION lines or MAX_PARAMETERS parameters."""
-    for node, is_method in functions_of(ast.parse(path.read_text(encoding="utf-8"))):
+    for node, is_method in functions_of(parse(path)):
         num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
         if num_lines > MAX_FUNCTION:
             yield f"{node.lineno}: {node.name} has {num_lines} lines, at most {MAX_FUNCTION}"
@@ -107,7 +114,7 @@ def docstrings_of(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
 
 def first_words(path: Path) -> Iterator[Violation]:
     """Docstrings of functions that begin with no verb, and others that begin with a WRONG_START."""
-    for line, text, is_called in docstrings_of(ast.parse(path.read_text(encoding="utf-8"))):
+    for line, text, is_called in docstrings_of(parse(path)):
         word = re.match(r"\w*", text)
         first = word[0] if word else ""
         if is_called and first.lower() not in VERBS:
@@ -125,7 +132,7 @@ def sentences(text: str) -> list[str]:
 
 def long_sentences(path: Path) -> Iterator[Violation]:
     """Sentences of docstrings with more than MAX_SENTENCE words."""
-    for line, text, _ in docstrings_of(ast.parse(path.read_text(encoding="utf-8"))):
+    for line, text, _ in docstrings_of(parse(path)):
         for sentence in sentences(text):
             num_words = len(sentence.split())
             if num_words > MAX_SENTENCE:

@@ -30,10 +30,6 @@ def name_of(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
-def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
 def dotted(node: ast.AST) -> str:
     """`torch.distributed.init` for that expression; empty for anything that is no chain of names."""
     if isinstance(node, ast.Name):
@@ -58,7 +54,7 @@ def references(tree: ast.Module) -> Iterator[str]:
 
 
 def reaches(path: Path, module: str) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for name in references(tree_of(path)))
+    return any(name == module or name.startswith(f"{module}.") for name in references(house.parse(path)))
 
 
 def test_there_is_something_to_check() -> None:
@@ -199,7 +195,7 @@ def test_the_launcher_is_asked_in_one_place() -> None:
     readers = [
         name_of(path)
         for path in MODULES
-        for node in ast.walk(tree_of(path))
+        for node in ast.walk(house.parse(path))
         if isinstance(node, ast.Constant) and node.value in LAUNCHER_VARIABLES
     ]
     assert len(readers) >= len(LAUNCHER_VARIABLES)
@@ -228,7 +224,7 @@ def user_errors() -> set[str]:
     bases = {
         node.name: {dotted(base).rsplit(".", 1)[-1] for base in node.bases}
         for path in MODULES
-        for node in ast.walk(tree_of(path))
+        for node in ast.walk(house.parse(path))
         if isinstance(node, ast.ClassDef)
     }
     found = {"UserError"}
@@ -266,7 +262,7 @@ def own_text(node: ast.ClassDef) -> ast.expr | None:
 
 def messages(classes: set[str]) -> list[tuple[str, ast.expr]]:
     """Every message of a user error, with its place: an argument of `raise`, or written by the class of the error."""
-    trees = {path: tree_of(path) for path in MODULES}
+    trees = {path: house.parse(path) for path in MODULES}
     nodes = [(name_of(path), node) for path, tree in trees.items() for node in ast.walk(tree)]
     defined = [(module, node) for module, node in nodes if isinstance(node, ast.ClassDef) and node.name in classes]
     own = {node.name: (f"{module}:{node.lineno}", text) for module, node in defined if (text := own_text(node)) is not None}

@@ -66,6 +66,7 @@ def check_exactly_once(planner: Planner, lengths: Ints, chosen: PlanSettings) ->
         assert sorted(map(len, found), reverse=True) == sizes
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(LENGTHS, SETTINGS, st.integers(0, 3))
 def test_plan_holds_every_example_once(lengths, chosen, epoch):
@@ -270,6 +271,7 @@ def test_plan_is_independent_of_the_storage_type(tmp_path, chosen, kind):
     assert {ids.dtype for ids in found} == {np.dtype(np.int64)}
 
 
+@pytest.mark.slow
 def test_plan_is_equal_in_another_process():
     code = """if True:
         import json, numpy as np

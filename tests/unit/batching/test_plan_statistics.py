@@ -58,6 +58,7 @@ def stream(seed: int) -> np.random.PCG64:
     return np.random.PCG64(np.random.SeedSequence(seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
 def test_shuffle_is_uniform(count):
     check_uniform(lambda seed: shuffle(count, stream(seed)).tolist(), count, 12_000)

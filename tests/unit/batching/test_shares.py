@@ -320,6 +320,7 @@ def test_share_batch_balances_ranks_over_micro_batches():
     assert found.critical_tokens == 41
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_ranks", "accumulation"), [(8, 2), (8, 4), (3, 2)])
 def test_share_batch_is_better_than_slices_in_order(ag_news, num_ranks, accumulation):
     batches = list(plan(ag_news[:20_000], PlanSettings(global_batch_size=64), epoch=0).global_batches())

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -248,11 +247,9 @@ def test_check_source_refuses_a_missing_path(tmp_path):
             load(source)
 
 
-def test_read_hub_offline_fails_quickly_with_fixes():
-    begin = time.perf_counter()
+def test_read_hub_offline_fails_with_fixes():
     with pytest.raises(DataError, match=r"'fancyzhx/ag_news' cannot be loaded from the hub: ConnectionError.*OfflineMode") as e:
         load("fancyzhx/ag_news")
-    assert time.perf_counter() - begin < 10
     assert "set --data.source to a local directory or file" in str(e.value)
     assert "python -m agnews_dist prepare" in str(e.value)
     assert "HF_HOME" in str(e.value)

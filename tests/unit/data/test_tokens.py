@@ -95,6 +95,7 @@ def test_encode_gpt2_by_hand(shared):
     assert encode(tokenizer, ["Hello world", "a<|endoftext|>"], 3) == ([[15496, 995], [64, 27, 91]], 1)
 
 
+@pytest.mark.slow
 def test_encode_truncates_and_counts_long_texts():
     tokenizer = embedded_tokenizer()
     long = " ".join(["news"] * 10_000)
@@ -181,6 +182,7 @@ def test_open_or_build_tokenises_ag_news_with_gpt2(shared, tmp_path):
     assert 48 < store.splits["train"].lengths.mean() < 56
 
 
+@pytest.mark.slow
 def test_large_vocabularies_are_int32(tmp_path):
     vocabulary = {f"w{i}": i for i in range(70_000)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))

@@ -2,10 +2,14 @@
 
 import time
 
+import pytest
 from torch.distributed import HashStore
 
 from agnews_dist.distributed.coordinator import POLL_SECONDS, SILENCE_SECONDS, Coordinator
 from agnews_dist.distributed.heartbeat import CLOSED
+
+# They wait for a heartbeat that does not come.
+pytestmark = pytest.mark.slow
 
 
 def make_coordinator(store: HashStore, rank: int) -> Coordinator:

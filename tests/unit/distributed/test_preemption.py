@@ -13,6 +13,9 @@ from support.processes import REPOSITORY, environment
 
 from agnews_dist.distributed.preemption import SIGNALS, PreemptionHandler, preempted_exit_code
 
+# Processes that end, or wait for a grace time.
+pytestmark = pytest.mark.slow
+
 PRELUDE = """
 import ctypes, os, signal, sys, threading, time
 from agnews_dist.distributed.preemption import PreemptionHandler
@@ -109,7 +112,6 @@ def test_main_thread_may_end_by_itself():
     assert (code, printed) == (7, "SIGUSR2\n")
 
 
-@pytest.mark.slow
 def test_second_signal_ends_at_once_unless_it_repeats_a_ctrl_c():
     child = Child(TRAIN)
     child.process.send_signal(signal.SIGINT)
@@ -158,7 +160,6 @@ def test_vanished_launcher_stops_the_process_but_a_shell_does_not(tmp_path):
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("body", ["raise RuntimeError('a bug')", "threading.Event().wait()"])
 def test_before_exit_cannot_prevent_the_end(body):
     code = BLOCK.replace('print(f"{state}: {reason}")', body)
@@ -245,7 +246,6 @@ os._exit(7)
 )
 
 
-@pytest.mark.slow
 def test_launchers_signal_after_a_failure_is_not_a_stop():
     code, printed, _ = run_and_signal(RANK_1_FAILED)
     assert (code, printed.splitlines()[-1]) == (7, "stop reason: None")

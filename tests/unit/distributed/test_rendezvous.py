@@ -12,6 +12,9 @@ from agnews_dist.distributed.node_resources import free_port
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import UserError
 
+# Processes that meet, or wait for ranks that do not come.
+pytestmark = pytest.mark.slow
+
 
 def share_prefix(store: dist.Store, num_ranks: int, late: int = 0) -> list[str]:
     """Return the prefix that each rank received; rank `late` comes last."""
@@ -75,7 +78,6 @@ def address(monkeypatch):
     return give
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_alone_at_the_address_names_it(address, rank):
     """The other rank died of an error, or waits at another address."""

@@ -84,6 +84,7 @@ def test_texts_from_arguments(run_directory: Path, texts: list[str], capsys: pyt
     assert len(captured.err.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
 @pytest.mark.parametrize("has_last_line_end", [True, False])
 def test_texts_from_standard_input(

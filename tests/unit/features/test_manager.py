@@ -89,6 +89,7 @@ def test_feature_cache_reports_progress_without_features_of_an_earlier_run(tmp_p
     assert {(event.total, event.unit) for event in first + second} == {(num_tokens, "tokens")}
 
 
+@pytest.mark.slow
 def test_feature_cache_of_another_format_is_computed_again_and_left_alone(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(keys, "FORMAT", keys.FORMAT - 1)

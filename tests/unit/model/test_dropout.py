@@ -106,6 +106,7 @@ def correlation(first: Tensor, second: Tensor) -> float:
     return float(abs(pairs[0, 1]) * first.numel() ** 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_masks_of_neighbours_do_not_correlate(p: float) -> None:
     """Masks of neighbouring steps, seeds, examples, sites, rows and elements do not correlate, at distances 1 and 2."""

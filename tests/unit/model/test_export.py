@@ -23,6 +23,9 @@ from agnews_dist.model.export import export_model, fold_bias, load_classifier
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split_model
 from agnews_dist.model.pretrained import load_tokenizer
 
+# Hugging Face loads and runs every export.
+pytestmark = pytest.mark.slow
+
 CLASS_NAMES = ("World", "Sports", "Business", "Sci/Tech")
 MAX_LENGTH = 40
 TEXTS = [
@@ -102,7 +105,6 @@ def exported(request: pytest.FixtureRequest) -> Exported:
     return request.getfixturevalue(request.param)
 
 
-@pytest.mark.slow
 def test_huggingface_computes_our_logits(exported: Exported) -> None:
     ours = our_logits(exported.classifier, exported.tokenizer, TEXTS)
     theirs = huggingface_logits(exported.directory, TEXTS)
@@ -112,7 +114,6 @@ def test_huggingface_computes_our_logits(exported: Exported) -> None:
     assert (theirs - without_bias).abs().max() > 20, "control: without the bias the logits are very different"
 
 
-@pytest.mark.slow
 def test_pipeline_returns_class_names(exported: Exported) -> None:
     classify = pipeline("text-classification", model=str(exported.directory))
     answers = classify(TEXTS, truncation=True, top_k=None, batch_size=3)
@@ -140,7 +141,6 @@ def test_files_and_config(exported: Exported) -> None:
     assert sorted(path.name for path in exported.directory.parent.iterdir()) == ["model"], "no temporary files are left"
 
 
-@pytest.mark.slow
 def test_exported_tokenizer_splits_special_tokens_and_keeps_no_call_options(exported: Exported) -> None:
     """transformers 5.23 loads `split_special_tokens` but its save_pretrained forgets it."""
     tokenizer = AutoTokenizer.from_pretrained(exported.directory)
@@ -302,7 +302,6 @@ def test_fold_fails_if_fp32_is_not_precise_enough() -> None:
 # --- loading an export
 
 
-@pytest.mark.slow
 def test_loading_an_export_gives_the_same_classifier(exported: Exported) -> None:
     classifier, tokenizer, class_names, max_length = load_classifier(str(exported.directory.parent))
     assert (class_names, max_length) == (CLASS_NAMES, MAX_LENGTH)

@@ -81,6 +81,7 @@ def edit_config(directory: Path, **changes: object) -> None:
 # --- pretrained weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["GPT2Model", "GPT2LMHeadModel", "classifier"])
 def test_three_kinds_of_checkpoint_give_the_same_backbone(
     checkpoints: dict[str, Path], tokenizer: PreTrainedTokenizerFast, kind: str

@@ -123,6 +123,7 @@ with closing(RunDirectory(Path(sys.argv[1]), "a", overwrite=True, config_yaml=""
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
 def test_lock_excludes_other_processes_until_its_owner_ends(tmp_path, killed):
     owner = subprocess.Popen([sys.executable, "-c", OWNER, tmp_path, "60"], stdout=subprocess.PIPE, env=environment())
@@ -139,6 +140,7 @@ def test_lock_excludes_other_processes_until_its_owner_ends(tmp_path, killed):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_lock_waits_for_an_owner_that_is_ending(tmp_path):
     owner = subprocess.Popen([sys.executable, "-c", OWNER, tmp_path, "1"], stdout=subprocess.PIPE, env=environment())
     with owner:

@@ -112,6 +112,7 @@ def test_wait_for_lock_gives_up_after_the_timeout(tmp_path: Path) -> None:
     os.close(handle)
 
 
+@pytest.mark.slow
 def test_locked_waits_for_another_process(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     handle = try_lock(path)
