@@ -12,9 +12,9 @@ unexport PYTHONDONTWRITEBYTECODE
 check:
 	bash launch/test.sh
 
-# Lint, format and the fast unit tests: a minute on two idle cores.
+# Lint, format and the fast unit tests: half a minute on two idle cores.
 quick: lint format-check
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests/unit
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" tests/unit
 
 lint:
 	$(BIN)/ruff check $(CODE)

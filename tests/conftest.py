@@ -1,5 +1,6 @@
 """Shared fixtures and settings of all tests, and a guard against unnoticed skips in CI."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # No test depends on a duration.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
+
+# The objects of imported libraries stay for good. To visit them in each garbage collection takes half a second.
+gc.disable()
 
 _skipped: list[str] = []
 
@@ -29,6 +33,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "shared" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.shared)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
