@@ -55,7 +55,10 @@ def test_rank_that_crashes_once_is_restarted_and_the_run_ends_the_same(whole, tm
     output = log.read_text()
     assert mark.exists()
     assert output.count("ZeroDivisionError: a bug on one rank") == 1
-    assert "resumed from step 28, attempt 2: " in output
+    # The checkpoint of step 28 may still be being written at the crash in step 30.
+    resumed = re.search(r"resumed from step (\d+), attempt 2: ", output)
+    assert resumed, output[-6000:]
+    assert int(resumed[1]) in (7, 14, 21, 28)
     assert read_status(tmp_path) == {**read_status(tmp_path), "state": "finished", "attempt": 2}
     assert differences(run_directory(tmp_path), run_directory(whole)) == []
 

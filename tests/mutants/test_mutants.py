@@ -43,7 +43,7 @@ def copy(tmp_path) -> Path:
 
 def run_test(copy: Path, test: str) -> tuple[int | None, str]:
     paths = os.pathsep.join(map(str, (copy, copy / "tests")))
-    environ = environment(AGNEWS_SHARED=str(SHARED), AGNEWS_MUTANT="1", PYTHONPATH=paths)
+    environ = environment(AGNEWS_SHARED=str(SHARED), AGNEWS_MUTANT=test, PYTHONPATH=paths)
     return run_pytest(copy, test, environ, timeout=TIMEOUT)
 
 

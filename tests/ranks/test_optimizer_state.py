@@ -55,7 +55,7 @@ def two(tmp_path_factory) -> Path:
     """Files of two ranks: the state of every engine, and each engine resumed from another."""
     directory = tmp_path_factory.mktemp("two")
     if BROKEN:
-        return launch(2, directory, resumed=["ddp", "fsdp", "zero2", "zero3"], scales=["ddp", "zero2"], refusals=True)
+        return launch(2, directory, resumed=[name for name in CROSSED if f"[{name}]" in os.environ["AGNEWS_MUTANT"]])
     crossed = [
         (engine, str(directory / f"{source}-half.safetensors"), f"{source}-in-{engine}") for source, engine in RING.items()
     ]
