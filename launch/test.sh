@@ -36,17 +36,17 @@ stage lint "$bin/ruff" check agnews_dist tests
 stage format "$bin/ruff" format --check agnews_dist tests
 stage layers "$bin/lint-imports"
 if (($# == 0)); then
-    # Four files at a time, also on two cores: many tests wait for a time limit, a disk or Slurm. Long files first. The mutants
-    # are one file, and so run while all others do.
+    # Four files at a time, also on two cores: many tests wait for a time limit, a disk or Slurm. Long files are first. The
+    # mutants are one file: one process runs them, while three run the others.
     set -- -n 4 --dist loadfile --no-loadscope-reorder --durations=40 \
         tests/slurm tests/mutants tests/faults tests/ranks tests/run tests/gpu tests/unit
 fi
 # The type checker uses one core: it runs at the same time as the tests.
 types=$(mktemp)
+trap 'rm -f "$types"' EXIT
 stage types "$bin/basedpyright" >"$types" 2>&1 &
 status=0
 stage tests "$bin/python" -m pytest "$@" || status=$?
 wait $! || status=$?
 cat "$types"
-rm "$types"
 exit "$status"

@@ -1,7 +1,7 @@
 """Every engine trains the same weights as Hugging Face's module in one process, on 1, 2 and 3 ranks.
 
-Cases: DDP, FSDP2, ZeRO 1, 2, 3 with and without offloading, with and without accumulation, and trainable blocks, 12 updates
-each. One launch per number of ranks runs all of them, and checks what an engine refuses, restores and keeps.
+Cases: DDP, FSDP2, ZeRO 1, 2, 3 with and without offloading; with and without accumulation; one, two or all blocks trainable.
+Each makes 12 updates. One launch per number of ranks runs all of them, and checks what an engine refuses, restores and keeps.
 """
 
 import itertools

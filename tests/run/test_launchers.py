@@ -158,11 +158,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     directory = tmp_path_factory.mktemp("launchers")
     outcomes: dict[str, Outcome] = {}
     for name, (script, more, _) in JOBS.items():
-        arguments = small_run.arguments(directory, "--optim.epochs", "1", "--run.name", name, *more)
+        own = ("--optim.epochs", "1", "--run.name", name, *more)
         if script == FORKED:
-            small_run.finish(directory, "--optim.epochs", "1", "--run.name", name, *more)
+            small_run.finish(directory, *own)
         else:
-            process = start_launcher(REPOSITORY / "launch" / script, *arguments)
+            process = start_launcher(REPOSITORY / "launch" / script, *small_run.arguments(directory, *own))
             err = wait_for_end(process)
             assert process.returncode == 0, f"{name}: {err[-6000:]}"
         run = directory / "runs" / name
