@@ -57,8 +57,11 @@ def main(argv=None):
     file = Path(os.environ["FACTS"], f"{facts['world']['rank']}.part")
     file.write_text(json.dumps(facts))
     signal.signal(signal.SIGUSR1, lambda *_: (file.with_suffix(".usr1").touch(), sys.exit(75)))
+    parent = os.getppid()
     file.rename(file.with_suffix(".json"))
-    time.sleep(3600)
+    while os.getppid() == parent:
+        time.sleep(0.1)
+    file.with_suffix(".orphan").touch()
 """
 
 
@@ -94,6 +97,7 @@ def test_launcher_starts_and_ends_two_ranks(stand_in: Path, tmp_path: Path, scri
         # Clusters announce the end with USR1, of which torchrun alone would die while its ranks keep running.
         process.send_signal(signal.SIGUSR1 if script == "local.sh" else signal.SIGTERM)
         err = wait_for_end(process)
+    assert list(facts.glob("*.orphan")) == [], "the launcher ends its ranks before itself"
     assert len(list(facts.glob("*.usr1"))) == (2 if script == "local.sh" else 0)
     assert alive == [True, True], err
     default = ["--config", str(stand_in / "configs" / "deepspeed.yaml")] if script == "deepspeed.sh" else []
