@@ -141,6 +141,13 @@ def test_files_and_config(exported: Exported) -> None:
     assert sorted(path.name for path in exported.directory.parent.iterdir()) == ["model"], "no temporary files are left"
 
 
+def test_model_files_are_those_that_hugging_face_saves(exported: Exported, tmp_path: Path) -> None:
+    AutoModelForSequenceClassification.from_pretrained(exported.directory).save_pretrained(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        is_same = (tmp_path / name).read_bytes() == (exported.directory / name).read_bytes()
+        assert is_same, name
+
+
 def test_exported_tokenizer_splits_special_tokens_and_keeps_no_call_options(exported: Exported) -> None:
     """transformers 5.23 loads `split_special_tokens` but its save_pretrained forgets it."""
     tokenizer = AutoTokenizer.from_pretrained(exported.directory)
