@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from agnews_dist.commands.command import run_command
+from agnews_dist.commands.command import importing, run_command
 from agnews_dist.config.command_line import Loaded, Option
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
@@ -31,9 +31,10 @@ def manage_caches(world: World, loaded: Loaded) -> None:
     if not world.is_main:
         return
     # Imported here, so that --help does not wait for numpy.
-    from agnews_dist.features.inventory import choose_caches, clear_caches, list_all_caches
-    from agnews_dist.report.cache_view import caches_to_json, show_caches
-    from agnews_dist.storage.directories import cache_root
+    with importing():
+        from agnews_dist.features.inventory import choose_caches, clear_caches, list_all_caches
+        from agnews_dist.report.cache_view import caches_to_json, show_caches
+        from agnews_dist.storage.directories import cache_root
 
     root = cache_root(loaded.config.data.cache_dir)
     limit_bytes = int(loaded.config.engine.feature_cache_gigabytes * 1e9)

@@ -1,11 +1,12 @@
 """Running a command: detect the world, load the configuration, print errors once, choose the exit code."""
 
+import gc
 import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 
 from agnews_dist.config.command_line import Loaded, Option, load
 from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code, print_line
@@ -22,6 +23,20 @@ TRAINING_OPTIONS = (
 )
 """Options of a training; commands that run before or after a training take them too."""
 Body = Callable[[World, Loaded], None]
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """A context for the imports of a command, without garbage collection. It takes a quarter of the time and finds nothing.
+
+    Objects that exist at its end are not visited by later collections either: libraries keep theirs for good.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def run_command(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from agnews_dist.commands.command import TRAINING_OPTIONS, run_command
+from agnews_dist.commands.command import TRAINING_OPTIONS, importing, run_command
 from agnews_dist.config.command_line import Loaded, Option
 from agnews_dist.distributed.world import World, is_launched
 from agnews_dist.errors import ConfigError
@@ -35,12 +35,13 @@ def run(world: World, loaded: Loaded) -> None:
     """
     planned_world = _planned_world(world, loaded)
     # Imported here, not above: --help and a wrong setting must not wait seconds for torch.
-    from agnews_dist.preflight.machine import PlannedRun
-    from agnews_dist.preflight.runner import run_checks
-    from agnews_dist.run.engine_setup import check_engine
-    from agnews_dist.run.fingerprints import weight_settings
-    from agnews_dist.run.setup import build_memory_setup
-    from agnews_dist.storage.directories import cache_root
+    with importing():
+        from agnews_dist.preflight.machine import PlannedRun
+        from agnews_dist.preflight.runner import run_checks
+        from agnews_dist.run.engine_setup import check_engine
+        from agnews_dist.run.fingerprints import weight_settings
+        from agnews_dist.run.setup import build_memory_setup
+        from agnews_dist.storage.directories import cache_root
 
     config, engine = loaded.config, loaded.config.engine
     compared = {"engine.backend": engine.backend, "engine.zero_stage": engine.zero_stage}

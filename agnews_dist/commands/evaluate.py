@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from agnews_dist.commands.command import run_command
+from agnews_dist.commands.command import importing, run_command
 from agnews_dist.config.command_line import Loaded, Option
 from agnews_dist.distributed.world import World
 
@@ -27,16 +27,17 @@ def evaluate(world: World, loaded: Loaded) -> None:
     """Score one split, and show or write the result."""
     start = time.perf_counter()
     # Imported here, so that --help and wrong settings do not wait for torch.
-    from agnews_dist.data.batching.loader import TokenTable
-    from agnews_dist.data.corpus import check_source
-    from agnews_dist.distributed import collectives
-    from agnews_dist.engine.device import should_use_cuda
-    from agnews_dist.evaluation.evaluator import evaluate_split
-    from agnews_dist.events import RunStarted
-    from agnews_dist.model.gpt2 import count_parameters
-    from agnews_dist.report.console import Sinks, create_console
-    from agnews_dist.run import directory, engine_setup, fingerprints, results, setup
-    from agnews_dist.training.timing import StageTimer
+    with importing():
+        from agnews_dist.data.batching.loader import TokenTable
+        from agnews_dist.data.corpus import check_source
+        from agnews_dist.distributed import collectives
+        from agnews_dist.engine.device import should_use_cuda
+        from agnews_dist.evaluation.evaluator import evaluate_split
+        from agnews_dist.events import RunStarted
+        from agnews_dist.model.gpt2 import count_parameters
+        from agnews_dist.report.console import Sinks, create_console
+        from agnews_dist.run import directory, engine_setup, fingerprints, results, setup
+        from agnews_dist.training.timing import StageTimer
 
     config, output, timer = loaded.config, loaded.options["output"], StageTimer(start)
     should_use_cuda(world, config.engine.device)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 
-from agnews_dist.commands.command import run_command
+from agnews_dist.commands.command import importing, run_command
 from agnews_dist.config import command_line as cli
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
@@ -34,15 +34,16 @@ def run(world: World, loaded: cli.Loaded) -> None:
     if not world.is_main:
         return
     # Imported here, so that --help and wrong settings do not wait seconds for torch.
-    from agnews_dist.data.batching.forecast import forecast, warn_of_idle_ranks
-    from agnews_dist.data.batching.shares import quadratic_weight
-    from agnews_dist.events import Progress, Warned
-    from agnews_dist.model.gpt2 import check_max_length, load_model_config
-    from agnews_dist.model.pretrained import load_tokenizer
-    from agnews_dist.report.console import create_console
-    from agnews_dist.report.formatting import create_output
-    from agnews_dist.report.plan_view import show_plan
-    from agnews_dist.run.setup import load_text, open_tokens, plan_settings
+    with importing():
+        from agnews_dist.data.batching.forecast import forecast, warn_of_idle_ranks
+        from agnews_dist.data.batching.shares import quadratic_weight
+        from agnews_dist.events import Progress, Warned
+        from agnews_dist.model.gpt2 import check_max_length, load_model_config
+        from agnews_dist.model.pretrained import load_tokenizer
+        from agnews_dist.report.console import create_console
+        from agnews_dist.report.formatting import create_output
+        from agnews_dist.report.plan_view import show_plan
+        from agnews_dist.run.setup import load_text, open_tokens, plan_settings
 
     data, model, batch = config.data, config.model, config.batch
     settings = plan_settings(batch, config.run.seed)

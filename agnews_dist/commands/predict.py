@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from agnews_dist.commands.command import run_command
+from agnews_dist.commands.command import importing, run_command
 from agnews_dist.config.command_line import Loaded, Option
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError, UserError
@@ -38,11 +38,12 @@ def predict(world: World, loaded: Loaded) -> None:
             "directory, such as runs/NAME."
         )
     # Imported here, so that --help and wrong settings do not wait for torch.
-    from agnews_dist.evaluation.predictor import classify, read_texts
-    from agnews_dist.model.export import load_classifier
-    from agnews_dist.model.gpt2 import check_max_length
-    from agnews_dist.report.prediction_view import print_lines, print_table
-    from agnews_dist.run.engine_setup import place_classifier, start_engine
+    with importing():
+        from agnews_dist.evaluation.predictor import classify, read_texts
+        from agnews_dist.model.export import load_classifier
+        from agnews_dist.model.gpt2 import check_max_length
+        from agnews_dist.report.prediction_view import print_lines, print_table
+        from agnews_dist.run.engine_setup import place_classifier, start_engine
 
     def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)

@@ -6,7 +6,7 @@ Takes the arguments of the training. Model and data go to the caches of their li
 import time
 from collections.abc import Sequence
 
-from agnews_dist.commands.command import TRAINING_OPTIONS, run_command
+from agnews_dist.commands.command import TRAINING_OPTIONS, importing, run_command
 from agnews_dist.config.command_line import Loaded
 from agnews_dist.distributed.world import World
 
@@ -20,11 +20,12 @@ def prepare(world: World, loaded: Loaded) -> None:
     """Load the model once, so that its files are cached, and open or build the token cache."""
     start = time.perf_counter()
     # Imported here, so that --help and wrong settings do not wait for torch.
-    from agnews_dist.data.corpus import check_source
-    from agnews_dist.events import RunDone
-    from agnews_dist.report.console import Sinks, create_console
-    from agnews_dist.run.setup import load_training_inputs
-    from agnews_dist.training.timing import StageTimer
+    with importing():
+        from agnews_dist.data.corpus import check_source
+        from agnews_dist.events import RunDone
+        from agnews_dist.report.console import Sinks, create_console
+        from agnews_dist.run.setup import load_training_inputs
+        from agnews_dist.training.timing import StageTimer
 
     config = loaded.config
     with Sinks() as emit:

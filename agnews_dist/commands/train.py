@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 
-from agnews_dist.commands.command import TRAINING_OPTIONS, run_command
+from agnews_dist.commands.command import TRAINING_OPTIONS, importing, run_command
 from agnews_dist.config.command_line import Loaded
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.world import World
@@ -32,15 +32,16 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
     """
     start = time.perf_counter()
     # Imported here: --help and wrong settings must not wait seconds for torch.
-    from agnews_dist import training
-    from agnews_dist.data.corpus import check_source
-    from agnews_dist.distributed import collectives
-    from agnews_dist.preflight.memory_check import Estimate, check_fits
-    from agnews_dist.run import setup
-    from agnews_dist.run.attempt import Attempt
-    from agnews_dist.run.engine_setup import start_training_engine
-    from agnews_dist.run.results import write_results
-    from agnews_dist.run.summary import log_summary
+    with importing():
+        from agnews_dist import training
+        from agnews_dist.data.corpus import check_source
+        from agnews_dist.distributed import collectives
+        from agnews_dist.preflight.memory_check import Estimate, check_fits
+        from agnews_dist.run import setup
+        from agnews_dist.run.attempt import Attempt
+        from agnews_dist.run.engine_setup import start_training_engine
+        from agnews_dist.run.results import write_results
+        from agnews_dist.run.summary import log_summary
 
     config, timer = loaded.config, training.StageTimer(start)
     engine = start_training_engine(config, world, preemption)
