@@ -112,12 +112,22 @@ def test_two_healthy_ranks(tmp_path: Path) -> None:
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
+def test_one_rank_on_each_of_two_nodes(tmp_path: Path) -> None:
+    node = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    report = run_doctor(Rank(environ=node), Rank(environ=node), folder=tmp_path)
+    assert report.codes == [0, 0], report.err
+    found = report.found("ok")
+    assert found["world"].startswith("2 rank(s) on 2 node(s): ")
+    assert found["pairs of ranks"] == "1 of 1 pairs exchange data"
+    assert found["shared: run.dir"] == "visible on every node"
+
+
 def test_different_versions_and_settings_and_a_missing_rank(tmp_path: Path) -> None:
     other = tmp_path / "accelerate-9.9.9.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 9.9.9\n")
     paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
-    odd = Rank(prefix=("env",), arguments=("--optim.lr", "0.5"), environ=paths)
+    odd = Rank(arguments=("--optim.lr", "0.5"), environ=paths)
     report = run_doctor(Rank(), odd, folder=tmp_path, arguments=(*training(), "--ranks", "4"))
     assert report.codes == [1, 1], report.err
     failures = report.found("fail")
@@ -185,20 +195,29 @@ def bind(core: int) -> Callable[[int], object]:
     return lambda pid: os.sched_setaffinity(pid, [core])
 
 
+ON_BAD_DISKS = """
+import ctypes, pathlib, subprocess, sys
+from agnews_dist.commands import doctor
+full, fixed = sys.argv[1:3]
+CLONE_NEWNS = 0x20000
+assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", full], check=True)
+pathlib.Path(full, "filler").write_bytes(bytes(1900 * 1024))
+subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=2m", "none", fixed], check=True)
+sys.exit(doctor.main(sys.argv[3:]))
+"""
+
+
 def test_unwritable_disks(tmp_path: Path) -> None:
     full, fixed = (tmp_path / name for name in ("full", "fixed"))
     for directory in (full, fixed):
         directory.mkdir()
     if os.geteuid() != 0:
         pytest.skip("only root mounts file systems")
-    mounts = (
-        f"mount -t tmpfs -o size=2m none {full} && head -c 1900k /dev/zero >{full}/filler && "
-        f'mount -t tmpfs -o ro,size=2m none {fixed} && exec "$@"'
-    )
     directories = ("--run.dir", str(fixed / "runs"), "--data.cache_dir", str(full / "cache"))
-    report = run_doctor(
-        Rank(prefix=("unshare", "--mount", "sh", "-c", mounts, "sh")), folder=tmp_path, arguments=(*training(), *directories)
-    )
+    program = ("-c", ON_BAD_DISKS, str(full), str(fixed))
+    report = run_doctor(Rank(), folder=tmp_path, arguments=(*training(), *directories), program=program)
     assert report.codes == [1]
     failures = report.found("fail")
     assert set(failures) == {"disk: run.dir", "disk: data.cache_dir"}

@@ -154,18 +154,6 @@ def test_node_chooses_the_interface_that_leads_to_the_head(hosts: Hosts, start: 
     assert f"--local_addr {hosts.address('second')} " in out
 
 
-def test_doctor_on_two_hosts(hosts: Hosts, start: START, tmp_path: Path) -> None:
-    head = {"HEAD": hosts.address("first"), "PORT": "29504", "COMMAND": "doctor", "LOGS": ""}
-    nodes = [start(name, *small_run.arguments(tmp_path), "--json", **head) for name in ("first", "second")]
-    outputs = [node.communicate(timeout=TIMEOUT) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    result = json.loads(next(out for out, _ in outputs if out))
-    found = {row["check"]: row["found"] for row in result["findings"]}
-    assert found["world"].startswith("2 rank(s) on 2 node(s): ")
-    assert found["pairs of ranks"] == "1 of 1 pairs exchange data"
-    assert found["shared: run.dir"] == "visible on every node"
-
-
 def dry_run(tmp_path: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run node.sh with DRY_RUN=1, outside of Slurm."""
     clean = {name: value for name, value in environment().items() if not name.startswith("SLURM")}
