@@ -1,35 +1,31 @@
 """Independent processes build one feature file together, are killed, and continue it."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 from feature_builder import expected, feature_file
-from support.processes import REPOSITORY, TIMEOUT
+from support import fork_server
+from support.processes import REPOSITORY, TIMEOUT, environment
 
+BUILDER = str(REPOSITORY / "tests" / "ranks" / "feature_builder.py")
 NUM_SEGMENTS = 40
 
 
-def start(directory: Path, log: Path, *, seconds: float = 0.02, threads: int = 1) -> subprocess.Popen[str]:
+def start(directory: Path, log: Path, *, seconds: float = 0.02, threads: int = 1) -> BaseProcess:
     arguments = [str(directory), str(NUM_SEGMENTS), str(seconds), str(threads), str(log)]
-    return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "tests" / "ranks" / "feature_builder.py"), *arguments],
-        env=os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests' / 'ranks'}", "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    output = directory.with_name("output")
+    return fork_server.start([BUILDER, *arguments], environment(), fork_server.Streams(output, output))
 
 
-def finish(builder: subprocess.Popen[str]) -> None:
-    _, errors = builder.communicate(timeout=TIMEOUT)
-    assert builder.returncode == 0, errors
+def finish(directory: Path, builder: BaseProcess) -> None:
+    builder.join(TIMEOUT)
+    fork_server.abort(builder)
+    assert builder.exitcode == 0, directory.with_name("output").read_text()
 
 
 def computed(log: Path) -> list[tuple[int, int]]:
@@ -58,7 +54,7 @@ def test_concurrent_builders_share_the_work(tmp_path, num_builders, threads):
     directory, log = tmp_path / ("a" * 64), tmp_path / "log"
     builders = [start(directory, log, seconds=0.05, threads=threads) for _ in range(num_builders)]
     for builder in builders:
-        finish(builder)
+        finish(directory, builder)
     assert_complete(directory)
     found = computed(log)
     assert Counter(segment for _, segment in found) == Counter(range(NUM_SEGMENTS)), "each segment is computed once"
@@ -76,11 +72,11 @@ def test_killed_builder_loses_no_finished_segment(tmp_path):
         builder = start(directory, log)
         wait_for(log, len(computed(log)) + rng.randint(1, 5))
         time.sleep(rng.random() * 0.03)
-        builder.send_signal(signal.SIGKILL)
-        builder.communicate()
+        builder.kill()
+        builder.join()
     before = computed(log)
     assert not feature_file(directory, NUM_SEGMENTS).is_complete, "killed before the end"
-    finish(start(directory, log))
+    finish(directory, start(directory, log))
     assert_complete(directory)
     again = Counter(segment for _, segment in computed(log))
     assert set(again) == set(range(NUM_SEGMENTS))
@@ -97,9 +93,9 @@ def test_living_builder_takes_over_the_segment_of_a_killed_one(tmp_path):
     living = start(directory, log)
     wait_for(log, NUM_SEGMENTS - 1)
     time.sleep(0.3)
-    assert living.poll() is None, "it waits for the segment that the other has locked"
+    assert living.exitcode is None, "it waits for the segment that the other has locked"
     assert not feature_file(directory, NUM_SEGMENTS).is_complete
     stuck.kill()
-    stuck.communicate()
-    finish(living)
+    stuck.join()
+    finish(directory, living)
     assert_complete(directory)

@@ -1,17 +1,17 @@
 """Processes of a node that load one checkpoint share its memory pages: it is in memory once, not once per process."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.processes import REPOSITORY, environment
+from support import fork_server
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from agnews_dist.model.pretrained import load_tokenizer
 
 NUM_PROCESSES = 2
-LOADER = """
+LOADERS = """
+import multiprocessing
 import sys
 import psutil
 import torch
@@ -19,21 +19,35 @@ from agnews_dist.model.gpt2 import load_backbone, split_model
 from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.run.fingerprints import weights_fingerprint
 
-def report_memory():
-    print(flush=True)
-    sys.stdin.readline()
-    # A page that n processes map counts one n-th in each.
-    print(psutil.Process().memory_full_info().pss, flush=True)
-    sys.stdin.readline()
+checkpoint, how, num_processes = sys.argv[1], sys.argv[2], int(sys.argv[3])
+fork = multiprocessing.get_context("fork")
+started, begin, loaded, end = (fork.Barrier(num_processes + 1, timeout=300) for _ in range(4))
 
-tokenizer = load_tokenizer(sys.argv[1], revision=None, pad_token="new")
-report_memory()
-backbone = load_backbone(sys.argv[1], revision=None, init="pretrained", seed=0, tokenizer=tokenizer)
-classifier = split_model(backbone, trainable_blocks=1, num_classes=4, seed=0)
-if sys.argv[2] == "copied":
-    classifier.prefix._apply(torch.clone)
-weights_fingerprint(classifier.frozen_state)  # reads every frozen weight, as a run does
-report_memory()
+def load():
+    tokenizer = load_tokenizer(checkpoint, revision=None, pad_token="new")
+    started.wait()
+    begin.wait()
+    backbone = load_backbone(checkpoint, revision=None, init="pretrained", seed=0, tokenizer=tokenizer)
+    classifier = split_model(backbone, trainable_blocks=1, num_classes=4, seed=0)
+    if how == "copied":
+        classifier.prefix._apply(torch.clone)
+    weights_fingerprint(classifier.frozen_state)  # reads every frozen weight, as a run does
+    loaded.wait()
+    end.wait()
+
+def measure():
+    # A page that n processes map counts one n-th in each.
+    return sum(psutil.Process(loader.pid).memory_full_info().pss for loader in loaders)
+
+loaders = [fork.Process(target=load, daemon=True) for _ in range(num_processes)]
+for loader in loaders:
+    loader.start()
+started.wait()
+before = measure()
+begin.wait()
+loaded.wait()
+print(measure() - before)
+end.wait()
 """
 
 
@@ -52,35 +66,8 @@ def growth(checkpoint: Path, how: str) -> float:
     """Return the memory that loading adds to all processes together, as a multiple of the checkpoint."""
     size = (checkpoint / "model.safetensors").stat().st_size
     assert size > 250 * 2**20, "large compared with the other memory of a process"
-    command = [sys.executable, "-c", LOADER, str(checkpoint), how]
-    pipe = subprocess.PIPE
-    processes = [
-        subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment(), cwd=REPOSITORY)
-        for _ in range(NUM_PROCESSES)
-    ]
-
-    def total() -> int:
-        for process in processes:  # wait for all
-            assert process.stdout is not None
-            assert process.stdout.readline() == "\n"
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-        num_bytes = sum(int(process.stdout.readline()) for process in processes if process.stdout)
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-        return num_bytes
-
-    try:
-        before = total()
-        return (total() - before) / size
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    done = fork_server.run_python("-c", LOADERS, str(checkpoint), how, str(NUM_PROCESSES))
+    return int(done.stdout) / size
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells shared pages apart")

@@ -67,7 +67,7 @@ def run_doctor(*ranks: Rank, folder: Path, arguments: Sequence[str] | None = Non
 
 def start_rank(rank: Rank, command: list[str], world: Mapping[str, str], log: Path) -> Callable[[], int]:
     """Start a rank; return a function that waits for its exit code."""
-    environ = environment(**world, **rank.environ)
+    environ = environment(**{**world, **rank.environ})
     out, err = log.with_suffix(".out"), log.with_suffix(".err")
     out.write_text("")
     err.write_text("")
@@ -112,12 +112,20 @@ def test_two_healthy_ranks(tmp_path: Path) -> None:
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
+ON_ITS_OWN_HOST = """
+import os, socket, sys
+from agnews_dist.commands import doctor
+socket.gethostname = lambda: f"host{os.environ['RANK']}"
+sys.exit(doctor.main(sys.argv[1:]))
+"""
+
+
 def test_one_rank_on_each_of_two_nodes(tmp_path: Path) -> None:
-    node = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    report = run_doctor(Rank(environ=node), Rank(environ=node), folder=tmp_path)
+    node = Rank(environ={"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
+    report = run_doctor(node, node, folder=tmp_path, program=("-c", ON_ITS_OWN_HOST))
     assert report.codes == [0, 0], report.err
     found = report.found("ok")
-    assert found["world"].startswith("2 rank(s) on 2 node(s): ")
+    assert found["world"] == "2 rank(s) on 2 node(s): host0, host1"
     assert found["pairs of ranks"] == "1 of 1 pairs exchange data"
     assert found["shared: run.dir"] == "visible on every node"
 
