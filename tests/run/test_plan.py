@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support import fork_server
+from support import fork_server, small_run
 from support.processes import in_a_terminal
 
 from agnews_dist.__main__ import main
@@ -46,7 +46,9 @@ def run_plan(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[dict, 
     ids=["examples", "tokens"],
 )
 def test_plan_predicts_the_figures_of_a_training_on_two_ranks(batches, tmp_path: Path, caches: str, capsys) -> None:
-    words = [*TINY, "--data.limit_train", "250", "--data.limit_validation", "8", "--data.max_length", "40"]
+    inputs = small_run.write_inputs()
+    files = ("--model.name", str(inputs / "model"), "--data.source", str(inputs / "rows"))
+    words = [*TINY, *files, "--data.limit_train", "250", "--data.limit_validation", "8", "--data.max_length", "40"]
     words += ["--optim.epochs", "2", "--batch.max_tokens_per_rank", "160", *batches]
     fork_server.run_ranks(
         2, "-m", "agnews_dist.train", *words, "--run.dir", str(tmp_path), "--run.name", "run", XDG_CACHE_HOME=caches

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from safetensors.torch import load_file
+from support import fork_server
 from support.network_hosts import listening
 from support.processes import REPOSITORY
 from support.slurm_cluster import ENDED, Lab
@@ -164,54 +165,51 @@ def test_batch_scripts_print_their_commands_in_a_dry_run(lab: Lab, submit: Calla
 
 
 @pytest.fixture(scope="module")
-def two_at_once(lab: Lab, submit: Callable[..., str], config: Path, project: Path) -> tuple[str, str]:
-    """Two jobs with the same training on the same nodes: the first is interrupted three times, the second runs undisturbed.
-
-    Interruptions: a time limit, a preemption, a dead node.
-    """
-    arguments = ("--nodes=2", "--time=30", SCRIPTS / "train.sbatch", "--config", config, *LONG)
-    limited, undisturbed = submit(*arguments), submit(*arguments)
-    run = project / "runs" / f"agnews-train-{limited}"
-    wait_for_step(lab, limited, run, 20)
-    with suspended_rank(limited) as rank:
-        ran = lab.client("squeue", "-h", "-j", limited, "-o", "%M").split(":")
+def interrupted(lab: Lab, submit: Callable[..., str], config: Path, project: Path) -> str:
+    """A job that was interrupted by a time limit, a preemption and a dead node."""
+    job = submit("--nodes=2", "--time=30", SCRIPTS / "train.sbatch", "--config", config, *LONG)
+    run = project / "runs" / f"agnews-train-{job}"
+    wait_for_step(lab, job, run, 20)
+    with suspended_rank(job) as rank:
+        ran = lab.client("squeue", "-h", "-j", job, "-o", "%M").split(":")
         # Less than the two minutes before the end at which Slurm sends the signal.
-        lab.client("scontrol", "update", f"JobId={limited}", f"TimeLimit={int(ran[-2]) + 2}")
-        lab.wait_for(lambda: has_pending(signal.SIGUSR1, rank), SECONDS, lambda: lab.describe_job(limited))
-    lab.wait_for(lambda: lab.state(limited) == "PENDING", SECONDS, lambda: lab.describe_job(limited))
-    lab.client("scontrol", "update", f"JobId={limited}", "TimeLimit=30")
-    # The next interruptions take both nodes.
-    assert lab.ends(undisturbed, SECONDS) == "COMPLETED", lab.describe_job(undisturbed)
-    wait_for_step(lab, limited, run, read_status(run)["step"] + 20)
-    with suspended_rank(limited):  # until Slurm sends SIGCONT, before its SIGTERM
+        lab.client("scontrol", "update", f"JobId={job}", f"TimeLimit={int(ran[-2]) + 2}")
+        lab.wait_for(lambda: has_pending(signal.SIGUSR1, rank), SECONDS, lambda: lab.describe_job(job))
+    lab.wait_for(lambda: lab.state(job) == "PENDING", SECONDS, lambda: lab.describe_job(job))
+    lab.client("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    wait_for_step(lab, job, run, read_status(run)["step"] + 20)
+    with suspended_rank(job):  # until Slurm sends SIGCONT, before its SIGTERM
         urgent = submit("--nodes=2", "--partition=high", "--exclusive", "--wrap", "sleep 1")
         assert lab.ends(urgent, SECONDS) == "COMPLETED"
     saved = read_status(run)
-    assert saved["state"] == "preempted", lab.describe_job(limited)
+    assert saved["state"] == "preempted", lab.describe_job(job)
     assert saved["step"] >= 40
-    wait_for_step(lab, limited, run, saved["step"] + 20)
-    with suspended_rank(limited):
+    wait_for_step(lab, job, run, saved["step"] + 20)
+    with suspended_rank(job):
         lab.set_down(lab.nodes[1])
         lab.set_up(lab.nodes[1])
-    assert lab.ends(limited, SECONDS) == "COMPLETED", lab.describe_job(limited)
-    return limited, undisturbed
+    assert lab.ends(job, SECONDS) == "COMPLETED", lab.describe_job(job)
+    return job
 
 
-def test_train_is_requeued_and_resumes_after_every_interruption(lab: Lab, two_at_once: tuple[str, str], project: Path) -> None:
-    limited, undisturbed = two_at_once
-    assert (restarts(lab, limited), restarts(lab, undisturbed)) == (3, 0)
-    run, other = (project / "runs" / f"agnews-train-{job}" for job in two_at_once)
+def test_train_is_requeued_and_resumes_after_every_interruption(
+    lab: Lab, interrupted: str, config: Path, project: Path, tmp_path: Path
+) -> None:
+    assert restarts(lab, interrupted) == 3
+    run, other = project / "runs" / f"agnews-train-{interrupted}", tmp_path / "undisturbed"
     assert read_status(run)["attempt"] == 4
+    own = ("--run.dir", str(tmp_path), "--run.name", other.name, "--data.cache_dir", str(tmp_path / "cache"))
+    fork_server.run_ranks(2, "-m", "agnews_dist.train", "--config", str(config), *LONG, *own)
     check_same_results(run, other)
     assert logged_steps(run) == logged_steps(other) == list(range(1, max(logged_steps(run)) + 1))
-    log = read_log(project, "agnews-train", limited)
+    log = read_log(project, "agnews-train", interrupted)
     assert "stopped (SIGUSR1) at step" in log, log
-    assert f"job {limited}: requeued" in log
-    assert f"job {limited}: the training exited with status 0; finished: after 4 attempt(s)" in log
+    assert f"job {interrupted}: requeued" in log
+    assert f"job {interrupted}: the training exited with status 0; finished: after 4 attempt(s)" in log
 
 
-def test_train_appends_to_one_log_per_rank(two_at_once: tuple[str, str], project: Path) -> None:
-    logs = project / "logs" / f"agnews-train-{two_at_once[0]}"
+def test_train_appends_to_one_log_per_rank(interrupted: str, project: Path) -> None:
+    logs = project / "logs" / f"agnews-train-{interrupted}"
     assert sorted(path.name for path in logs.iterdir()) == [
         *("rank-0.log", "rank-1.log", "starts.jsonl", "torchrun-0.log", "torchrun-1.log")
     ]
@@ -220,7 +218,7 @@ def test_train_appends_to_one_log_per_rank(two_at_once: tuple[str, str], project
     assert log.count("run started on") == 4
     # The first start's lines are still there, its end included.
     assert log.index("stopped (SIGUSR1) at step") < log.index(", restart 1\n") < log.index(" done\n")
-    assert "Traceback" not in log + read_log(project, "agnews-train", two_at_once[0])
+    assert "Traceback" not in log + read_log(project, "agnews-train", interrupted)
     assert (logs / "rank-1.log").read_text().count("== rank 1 of 2") == 4
 
 
@@ -243,15 +241,11 @@ def test_train_gives_up_after_starts_that_save_nothing(
 ) -> None:
     arguments = (SCRIPTS / "train.sbatch", "--config", config)
     diverging = submit(*arguments, "--optim.lr", "1e30", MAX_FRUITLESS_STARTS="2")
-    absent = submit(*arguments, "--data.source", "./nowhere")
     wrong = submit(*arguments, "--optim.lrr", "1")
-    assert [lab.ends(job, SECONDS) for job in (wrong, absent, diverging)] == ["FAILED"] * 3
-    # Errors in settings or data are not retried.
-    assert [restarts(lab, job) for job in (wrong, absent)] == [0, 0]
+    assert [lab.ends(job, SECONDS) for job in (wrong, diverging)] == ["FAILED"] * 2
+    # Errors in settings are not retried.
     assert "Did you mean '--optim.lr'?" in read_log(project, "agnews-train", wrong)
-    log = read_log(project, "agnews-train", absent)
-    assert "give_up: this start failed before the run began" in log
-    assert "./nowhere' does not exist" in log
+    assert restarts(lab, wrong) == 0
     assert restarts(lab, diverging) == 1
     log = read_log(project, "agnews-train", diverging)
     assert "give_up: 2 starts in a row have saved nothing beyond step 0" in log, log

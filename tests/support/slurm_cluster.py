@@ -131,7 +131,7 @@ class Lab:
         end = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < end, f"not within {seconds} s: {what()}"
-            time.sleep(0.2)
+            time.sleep(0.5)
 
     def ends(self, job: str, seconds: float = 120) -> str:
         """Wait for the end of a job, requeues included; its last state."""
