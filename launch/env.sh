@@ -41,10 +41,16 @@ if [[ $python != .venv/bin/python ]]; then
     "$python" -m venv --clear .venv
 fi
 echo "installing requirements.lock for Python $version into .venv; the first time takes minutes"
-.venv/bin/python -m pip install --quiet --no-compile --requirement requirements.lock
+install=(.venv/bin/python -m pip install --quiet --no-compile)
+# torch is half of the work, so the rest is installed at the same time. The last call adds what torch's build needs on this machine.
+"${install[@]}" --no-deps "$(grep '^torch==' requirements.lock)" &
+"${install[@]}" --no-deps --requirement <(grep -v '^torch==' requirements.lock)
+wait $!
+"${install[@]}" --requirement requirements.lock
 # pip would compile all with one core. What is left out here is compiled when it is imported. Some templates are not Python.
 packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-.venv/bin/python -m compileall -q -j 0 -x '/tests?/|/transformers/models/(?!auto/|gpt2/)\w+/' "$packages" >/dev/null || true
+rare='/(tests?|testing|_inductor|_vendor|lexers)/|/transformers/models/(?!auto/|gpt2/)\w+/'
+.venv/bin/python -m compileall -q -j 0 -x "$rare" "$packages" >/dev/null || true
 # The lock file includes the build backend: without build isolation nothing unpinned is installed.
 .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 echo "$wanted" >"$stamp"
