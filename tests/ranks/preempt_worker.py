@@ -54,8 +54,9 @@ def run(world, _, *, handler: PreemptionHandler, directory: Path, state: str) ->
             fcntl.flock(file, fcntl.LOCK_EX)
             fcntl.flock(os.open(directory / "lock", os.O_RDWR), fcntl.LOCK_EX)
     elif state == "compute":
-        while True:
+        while True:  # with pauses, as other tests need the core as well
             sum(range(1000))
+            time.sleep(0.001)
     elif state == "crash":
         wait_for(directory / "crash")
         raise ZeroDivisionError("a bug on one rank")

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -234,8 +235,11 @@ def _set_up(environ: dict[str, str], streams: Streams, directory: Path) -> None:
     for name in list(sys.modules):
         if name.partition(".")[0] in _OWN_PACKAGES:
             del sys.modules[name]
-    # The objects of the libraries stay for good: a collection that visits them takes half a second.
+    # The objects of the libraries stay for good: a collection that visits them takes half a second. Nor does torch have to
+    # remove its operators one by one at exit.
     gc.freeze()
+    for finalizer in weakref.finalize._registry:
+        finalizer.atexit = False
 
 
 def _run(command: list[str]) -> int:

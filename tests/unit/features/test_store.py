@@ -4,12 +4,12 @@ import json
 import os
 import resource
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from feature_builder import KEY, ROWS_PER_SEGMENT, WIDTH, expected, feature_file, rows_of
+from support import fork_server
 from support.processes import REPOSITORY
 
 from agnews_dist.features.eviction import IN_USE, ROWS, mark_path, remove
@@ -197,14 +197,8 @@ except OSError as error:
 
     def run(num_segments: int) -> str:
         paths = [REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tests" / "unit" / "features", REPOSITORY / "tests" / "ranks"]
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(disk / KEY), str(num_segments)],
-            env=os.environ | {"PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return done.stdout.strip()
+        path = ":".join(map(str, paths))
+        return fork_server.run_python("-c", script, str(disk / KEY), str(num_segments), PYTHONPATH=path).stdout.strip()
 
     try:
         assert run(1000) == "No space left on device"
