@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2Model
 
 from agnews_dist.data.synthetic import generate
@@ -47,7 +48,9 @@ def write_inputs() -> Path:
         torch.manual_seed(0)
         model = GPT2Model(GPT2Config(vocab_size=len(tokenizer), **shape, bos_token_id=0, eos_token_id=0))
     scale_embeddings(model)
-    model.save_pretrained(directory / "model")
+    # Not `save_pretrained`: that imports an installed DeepSpeed, which prints.
+    model.config.save_pretrained(directory / "model")
+    save_file(model.state_dict(), directory / "model" / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 
