@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.settings import errors_of, write
 
@@ -91,6 +91,7 @@ def values_of(type_: Any) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.slow
+@settings(max_examples=50)
 @given(st.data())
 def test_dump_and_load_preserve_any_config(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     # Random values that obey the rules between settings.
