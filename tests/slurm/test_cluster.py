@@ -241,11 +241,15 @@ def test_train_gives_up_after_starts_that_save_nothing(
 ) -> None:
     arguments = (SCRIPTS / "train.sbatch", "--config", config)
     diverging = submit(*arguments, "--optim.lr", "1e30", MAX_FRUITLESS_STARTS="2")
+    absent = submit(*arguments, "--data.source", "./nowhere")
     wrong = submit(*arguments, "--optim.lrr", "1")
-    assert [lab.ends(job, SECONDS) for job in (wrong, diverging)] == ["FAILED"] * 2
-    # Errors in settings are not retried.
+    assert [lab.ends(job, SECONDS) for job in (wrong, absent, diverging)] == ["FAILED"] * 3
+    # Errors in settings or data are not retried.
+    assert [restarts(lab, job) for job in (wrong, absent)] == [0, 0]
     assert "Did you mean '--optim.lr'?" in read_log(project, "agnews-train", wrong)
-    assert restarts(lab, wrong) == 0
+    log = read_log(project, "agnews-train", absent)
+    assert "give_up: this start failed before the run began" in log
+    assert "./nowhere' does not exist" in log
     assert restarts(lab, diverging) == 1
     log = read_log(project, "agnews-train", diverging)
     assert "give_up: 2 starts in a row have saved nothing beyond step 0" in log, log
