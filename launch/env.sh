@@ -44,8 +44,9 @@ echo "installing requirements.lock for Python $version into .venv; the first tim
 install=(.venv/bin/python -m pip install --quiet --no-compile)
 # torch is half of the work, so the rest is installed at the same time. The last call adds what torch's build needs on this machine.
 "${install[@]}" --no-deps "$(grep '^torch==' requirements.lock)" &
+torch=$!
 "${install[@]}" --no-deps --requirement <(grep -v '^torch==' requirements.lock)
-wait $!
+wait "$torch"
 "${install[@]}" --requirement requirements.lock
 # pip would compile all with one core. What is left out here is compiled when it is imported. Some templates are not Python.
 packages=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

@@ -4,8 +4,9 @@ A cold start spends four seconds on imports. A test of what a run does, and not 
 `run_python`, `run_ranks` and `run_pytest` run a command to its end, `start` returns the process.
 
 A forked process has the arguments, environment, working directory, standard streams, signals and exit code of a cold one. The
-server holds no module of this repository, so a child may import another copy of it. Two things differ: libraries read their
-import-time variables (HF_HOME, OMP_NUM_THREADS) from `processes.environment()`, and all children share one hash seed.
+server holds no module of this repository, so a child may import another copy of it. Three things differ: libraries read their
+import-time variables (HF_HOME, OMP_NUM_THREADS) from `processes.environment()`, all children share one hash seed, and what
+libraries do at exit is left out.
 """
 
 import atexit

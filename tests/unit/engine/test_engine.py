@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from support.fork_server import run_python
+from support.processes import python
 
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.deepspeed_config import ZeroOptions
@@ -119,5 +120,6 @@ print(round(before - layer.weight.item(), 6), os.listdir(os.environ["TORCH_EXTEN
 def test_deepspeed_needs_neither_launcher_nor_compiler(tmp_path):
     """Check one process without MPI or compiler. accelerate's variable must not scale the gradient."""
     variables = {"PATH": "/nowhere", "TORCH_EXTENSIONS_DIR": str(tmp_path), "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
-    done = run_python("-c", ONE_PROCESS, **variables)
+    # Started cold: the import of DeepSpeed, too, must need no compiler.
+    done: subprocess.CompletedProcess[str] = python("-c", ONE_PROCESS, **variables)
     assert done.stdout.splitlines()[-1] == "1.0 []"
