@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # Containers often set this. The package would be compiled again in each process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: check quick lint format format-check types imports test unit ranks runs faults slurm mutants lock wheel clean
+.PHONY: check quick lint format format-check types imports test unit ranks runs faults slurm mutants lock docs wheel clean
 
 check:
 	bash launch/test.sh
@@ -61,6 +61,11 @@ mutants:
 lock:
 	$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.10 --all-extras --no-annotate \
 	    --custom-compile-command "make lock" $(UPGRADE) --output-file requirements.lock
+
+# The files that follow from the schema of the settings.
+docs:
+	$(BIN)/agnews-dist schema > configs/settings.schema.json
+	$(BIN)/agnews-dist schema --format markdown > docs/settings.md
 
 wheel:
 	$(BIN)/python -m hatchling build -t wheel

@@ -6,7 +6,7 @@ A part imports only parts below it:
 
     __main__.py    command line: agnews-dist COMMAND, python -m agnews_dist COMMAND, torchrun -m agnews_dist COMMAND
     train.py       entry of `torchrun -m agnews_dist.train`
-    commands/      one module per command: train, evaluate, predict, prepare, plan, doctor, cache, restarts
+    commands/      one module per command (train, evaluate, predict, prepare, plan, doctor, cache, restarts), arguments, help
     preflight/     checks before a job: machine, disks, hub, memory, network, ranks
     run/           one run: objects from settings, directory, resume, status, results
     training/      the loop: steps, optimizer, checkpoints, best epoch, diagnostics
@@ -17,7 +17,7 @@ A part imports only parts below it:
     engine/        how the trainable part runs: device, precision, DDP, FSDP2, DeepSpeed
     data/          rows from files or the hub, tokens, token cache
       batching/    which examples form each global batch, how ranks share it, loader, sampler
-    config/        every setting: schema, YAML, flags, validation
+    config/        every setting: schema, values, YAML files
     distributed/   ranks of a job: launcher variables, rendezvous, collectives, heartbeats, stop requests
     storage/       files: atomic publishing, locks, free space
     events.py      everything that a run reports

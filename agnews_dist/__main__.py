@@ -16,8 +16,11 @@ COMMANDS = {
     "prepare": "load and tokenise the data before a job, on a machine with a network",
     "restarts": "decide whether to restart a job that has ended (for batch scripts)",
     "cache": "list or remove the tokens and features kept on disk",
+    "schema": "print the JSON schema of configuration files, for editors",
 }
-"""Name -> one line of help. Each command is a module of `agnews_dist.commands` with a function `main`."""
+"""Name -> one line of help."""
+MODULES = {name: f"agnews_dist.commands.{name if name != 'schema' else 'print_schema'}" for name in COMMANDS}
+"""Name -> module with COMMAND and `main`. Names of modules are unique in the package, and config has a `schema`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,12 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
     if name in COMMANDS:
-        return importlib.import_module(f"agnews_dist.commands.{name}").main(arguments[1:])
+        return importlib.import_module(MODULES[name]).main(arguments[1:])
+    if name.partition("=")[0] in ("--install_completion", "--print_completion"):
+        return importlib.import_module("agnews_dist.commands.completion").main(arguments, MODULES)
     if name == "--version":
         print(f"agnews_dist {__version__}")
         return 0
     commands = "\n".join(f"  {command:<10}{text}" for command, text in COMMANDS.items())
-    usage = f"usage: agnews-dist COMMAND [--help] [--section.field VALUE ...]\n\n{commands}"
+    usage = (
+        f"usage: agnews-dist COMMAND [--help] [--section.field VALUE ...]\n\n{commands}\n\n"
+        "agnews-dist --install_completion [bash|zsh|fish] completes commands and settings in a shell."
+    )
     if name in ("--help", "-h"):
         print(usage)
         return 0

@@ -58,6 +58,26 @@ def did_you_mean(wrong: str, valid: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def find_nearest(wrong: str, valid: Iterable[str]) -> list[str]:
+    """Return the dotted names or flags nearest to `wrong`: those with the same last part, or else the most similar one.
+
+    >>> find_nearest("--lr", ["--optim.lr", "--run.seed"])
+    ['--optim.lr']
+    """
+    by_last_part: dict[str, list[str]] = {}
+    for name in valid:
+        by_last_part.setdefault(_last_part(name), []).append(name)
+    if _last_part(wrong) in by_last_part:
+        return by_last_part[_last_part(wrong)]
+    if "." in wrong:
+        return difflib.get_close_matches(wrong, [name for names in by_last_part.values() for name in names], n=1)
+    return [name for part in difflib.get_close_matches(_last_part(wrong), by_last_part, n=1) for name in by_last_part[part]]
+
+
+def _last_part(name: str) -> str:
+    return name.lstrip("-").replace("-", "_").rsplit(".", 1)[-1]
+
+
 NUM_NAMED_IDS = 20
 """Examples that a message names; events.jsonl has all of them."""
 

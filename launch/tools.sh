@@ -12,6 +12,8 @@ shellcheck shellcheck       faults in shell scripts
 ip         iproute2         jobs on two simulated hosts
 faketime   faketime         wrong clocks
 cpulimit   cpulimit         ranks with too little CPU time
+zsh        zsh              completion in zsh
+fish       fish             completion in fish
 '
 # Debian installs daemons here, which the PATH of a user may lack.
 export PATH=$PATH:/usr/sbin:/sbin

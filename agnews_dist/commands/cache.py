@@ -3,21 +3,27 @@
 import json
 from collections.abc import Sequence
 
+from agnews_dist.commands.arguments import Command, Loaded, Option
 from agnews_dist.commands.command import importing, run_command
-from agnews_dist.config.command_line import Loaded, Option
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
 
-OPTIONS = (
-    Option("what", nargs="*", help="With --clear: all, features, tokens, or keys from the list."),
-    Option("--clear", type=bool, default=False, help="Remove the named caches, except those that a process uses."),
-    Option("--json", type=bool, default=False, help="Print one JSON object instead of a list."),
+COMMAND = Command(
+    "cache",
+    "List the tokens and features kept on disk, or remove some of them. What a process uses is never removed.",
+    ("agnews-dist cache", "agnews-dist cache --clear features", "agnews-dist cache --data.cache_dir /scratch/cache --json"),
+    (
+        Option("what", "With --clear: all, features, tokens, or keys.", nargs="*"),
+        Option("--clear", "Remove the named caches.", bool, False),
+        Option("--json", "Print one JSON object.", bool, False),
+    ),
+    ("data.cache_dir", "engine.feature_cache_gigabytes"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
-    return run_command("cache", argv, manage_caches, OPTIONS)
+    return run_command(COMMAND, argv, manage_caches)
 
 
 def manage_caches(world: World, loaded: Loaded) -> None:

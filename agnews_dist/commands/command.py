@@ -7,21 +7,21 @@ import sys
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import replace
 
-from agnews_dist.config.command_line import Loaded, Option, load
+from agnews_dist.commands.arguments import Command, HelpRequest, Loaded, Option, load
+from agnews_dist.commands.help import format_help
 from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code, print_line
 from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.errors import SharedError, Stopped, UserError
 
 TRAINING_OPTIONS = (
-    Option("--profile", "Write a torch.profiler trace of a few steps on rank 0 and print the top operators.", bool, False),
-    Option(
-        "--accept",
-        "Settings that may differ from those of the resumed checkpoint, separated by commas: optim.lr, for example.",
-        default="",
-    ),
+    Option("--profile", "Write a torch.profiler trace.", bool, False),
+    Option("--accept", "Settings that may differ on resume.", tuple[str, ...], ()),
 )
-"""Options of a training; commands that run before or after a training take them too."""
+"""Options of a training."""
+PASSED_ON = tuple(replace(option, level="advanced") for option in TRAINING_OPTIONS)
+"""The same for commands that run before or after a training and take its arguments."""
 Body = Callable[[World, Loaded], None]
 
 
@@ -39,13 +39,7 @@ def importing() -> Generator[None]:
         gc.enable()
 
 
-def run_command(
-    command: str,
-    argv: Sequence[str] | None,
-    body: Body,
-    options: Sequence[Option] = (),
-    preemption: PreemptionHandler | None = None,
-) -> int:
+def run_command(command: Command, argv: Sequence[str] | None, body: Body, preemption: PreemptionHandler | None = None) -> int:
     """Run `body` and return the exit code of the process.
 
     A user error is printed without a traceback. Rank 0 prints an error that all ranks raise together. One rank per node prints
@@ -56,7 +50,7 @@ def run_command(
     if preemption is not None:
         preemption.start()
     try:
-        exit_code, ends_together = _run_body(command, argv, body, options, preemption)
+        exit_code, ends_together = _run_body(command, argv, body, preemption)
         # Here no traceback keeps the model alive: DDP's wrapper must be gone before its process group is.
         if ends_together and "torch" in sys.modules:
             from agnews_dist.distributed import collectives
@@ -69,17 +63,20 @@ def run_command(
 
 
 def _run_body(
-    command: str, argv: Sequence[str] | None, body: Body, options: Sequence[Option], preemption: PreemptionHandler | None
+    command: Command, argv: Sequence[str] | None, body: Body, preemption: PreemptionHandler | None
 ) -> tuple[int, bool]:
     """Return (exit code, whether all ranks end together). If not, other ranks may be in a collective with the process group."""
     world, is_loaded = World(), False
     try:
         world = detect_world(os.environ)
-        # `--help` and `--print_config` print and end the process on every rank; rank 0's output is enough.
+        # `--print_config` prints and ends the process on every rank; rank 0's output is enough.
         with nullcontext() if world.is_main else redirect_stdout(io.StringIO()):
-            loaded = load(command, sys.argv[1:] if argv is None else argv, options)
+            loaded = load(sys.argv[1:] if argv is None else argv, command.options)
         is_loaded = True
         body(world, loaded)
+    except HelpRequest as request:
+        if world.is_main:
+            print(format_help(command, everything=request.level == "all"), end="")
     except SharedError as error:
         if world.is_main and error.exit_code == 0:
             print(error, flush=True)

@@ -1,7 +1,7 @@
 """Check whether a training would run here: `python -m agnews_dist doctor`, alone or under torchrun.
 
 Every rank checks its machine, the disks and the model's config. Then the ranks meet, compare facts and measure each other.
-Loads no weights and no data. Exit code 1: the run would fail. Takes the options of a training, and OPTIONS.
+Loads no weights and no data. Exit code 1: the run would fail. Takes the options of a training, and its own.
 """
 
 import os
@@ -9,22 +9,32 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from agnews_dist.commands.command import TRAINING_OPTIONS, importing, run_command
-from agnews_dist.config.command_line import Loaded, Option
+from agnews_dist.commands.arguments import Command, Loaded, Option
+from agnews_dist.commands.command import PASSED_ON, importing, run_command
+from agnews_dist.config.schema import Count
 from agnews_dist.distributed.world import World, is_launched
 from agnews_dist.errors import ConfigError
 
-OPTIONS = (
-    *TRAINING_OPTIONS,
-    Option("--ranks", "Ranks of the training; under a launcher: expected number of ranks.", int | None),
-    Option("--ranks_per_node", "Ranks on one node; default: all of --ranks.", int | None),
-    Option("--json", "Print one JSON object instead of a table.", bool, default=False),
+COMMAND = Command(
+    "doctor",
+    "Check machine, disks, hub, memory and settings before a job. Under a launcher, the ranks meet and compare too.",
+    (
+        "agnews-dist doctor --config my.yaml --ranks 8",
+        "torchrun --nproc_per_node=8 -m agnews_dist doctor --config my.yaml",
+        "agnews-dist doctor --config my.yaml --ranks 64 --ranks_per_node 8 --json",
+    ),
+    (
+        *PASSED_ON,
+        Option("--ranks", "Ranks of the training, or to expect here.", Count | None),
+        Option("--ranks_per_node", "Ranks on one node; default: all.", Count | None),
+        Option("--json", "Print one JSON object.", bool, False),
+    ),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
-    return run_command("doctor", argv, run, OPTIONS)
+    return run_command(COMMAND, argv, run)
 
 
 def run(world: World, loaded: Loaded) -> None:
@@ -39,12 +49,13 @@ def run(world: World, loaded: Loaded) -> None:
         from agnews_dist.preflight.machine import PlannedRun
         from agnews_dist.preflight.runner import run_checks
         from agnews_dist.run.engine_setup import check_engine
-        from agnews_dist.run.fingerprints import weight_settings
+        from agnews_dist.run.fingerprints import setting_values
         from agnews_dist.run.setup import build_memory_setup
         from agnews_dist.storage.directories import cache_root
 
     config, engine = loaded.config, loaded.config.engine
-    compared = {"engine.backend": engine.backend, "engine.zero_stage": engine.zero_stage}
+    # Ranks of one run may keep their caches in different directories, but differ in nothing else.
+    compared = {key: value for key, value in setting_values(config).items() if key != "data.cache_dir"}
     planned = PlannedRun(
         world=planned_world,
         model_name=config.model.name,
@@ -57,7 +68,7 @@ def run(world: World, loaded: Loaded) -> None:
         cache_dir=cache_root(config.data.cache_dir).absolute(),
         num_checkpoints=config.checkpoint.keep,
         feature_bytes=int(engine.feature_cache_gigabytes * 1e9) if engine.feature_cache == "disk" else 0,
-        settings={**weight_settings(config), **compared},
+        settings=compared,
         check_engine=partial(check_engine, config, planned_world),
         read_memory_setup=partial(build_memory_setup, config, planned_world),
     )
@@ -67,9 +78,6 @@ def run(world: World, loaded: Loaded) -> None:
 def _planned_world(world: World, loaded: Loaded) -> World:
     """Return the ranks of the planned training: those of this launch, or those of the options."""
     ranks, per_node = loaded.options["ranks"], loaded.options["ranks_per_node"]
-    for name, value in (("--ranks", ranks), ("--ranks_per_node", per_node)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} {value}: a training has at least one rank. Set it to 1 or more.")
     if ranks is None or is_launched(os.environ):
         return world
     if per_node is not None and per_node > ranks:

@@ -7,20 +7,32 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
+from agnews_dist.commands.arguments import Command, Loaded, Option
 from agnews_dist.commands.command import importing, run_command
-from agnews_dist.config.command_line import Loaded, Option
+from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.world import World
 
-OPTIONS = (
-    Option("--split", choices=("train", "validation", "test"), help="Split to score; default: test, or a whole file."),
-    Option("--output", help="Directory for result.json and predictions-<split>.jsonl; default: none are written."),
+COMMAND = Command(
+    "evaluate",
+    "Score a split of any source with a saved model. Any number of ranks gives the same scores.",
+    (
+        "agnews-dist evaluate --model.name runs/NAME --data.source data/news",
+        "agnews-dist evaluate --config runs/NAME/config.yaml --model.name runs/NAME",
+        "agnews-dist evaluate --model.name runs/NAME --data.source new.csv --output out",
+    ),
+    (
+        Option("--split", "Split to score; default: test, or a whole file.", Literal["train", "validation", "test"]),
+        Option("--output", "Directory for scores and predictions.", PathText),
+    ),
+    ("data.source", "data.max_length", "data.cache_dir", "model.name", "engine.device", "engine.precision", "run.overwrite"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
-    return run_command("evaluate", argv, evaluate, OPTIONS)
+    return run_command(COMMAND, argv, evaluate)
 
 
 def evaluate(world: World, loaded: Loaded) -> None:

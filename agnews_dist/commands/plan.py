@@ -9,28 +9,36 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 
+from agnews_dist.commands.arguments import Command, Loaded, Option
 from agnews_dist.commands.command import importing, run_command
-from agnews_dist.config import command_line as cli
+from agnews_dist.config.schema import Count
 from agnews_dist.distributed.world import World
-from agnews_dist.errors import ConfigError
 
-OPTIONS = (
-    cli.Option("--ranks", type=int | None, help="Ranks of the training; default: those of this launch."),
-    cli.Option("--json", type=bool, default=False, help="Print one JSON object instead of a table and bars."),
+COMMAND = Command(
+    "plan",
+    "Show the batches of a training before it runs: steps, padding, balance of the ranks. Loads no weights.",
+    (
+        "agnews-dist plan --config my.yaml --ranks 8",
+        "agnews-dist plan --data.source data/news --model.name models/gpt2 --ranks 64",
+        "agnews-dist plan --config my.yaml --json",
+    ),
+    (
+        Option("--ranks", "Ranks of the training; default: those of this launch.", Count | None),
+        Option("--json", "Print one JSON object.", bool, False),
+    ),
+    ("data.source", "data.max_length", "data.limit_train", "model.name", "batch", "optim.epochs", "run.seed"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
-    return run_command("plan", argv, run, OPTIONS)
+    return run_command(COMMAND, argv, run)
 
 
-def run(world: World, loaded: cli.Loaded) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Open or build the token cache and show the forecast, on rank 0 only."""
     config, as_json = loaded.config, loaded.options["json"]
     num_ranks = world.num_ranks if loaded.options["ranks"] is None else loaded.options["ranks"]
-    if num_ranks < 1:
-        raise ConfigError(f"--ranks {num_ranks}: must be at least 1. Set it to 1 or more.")
     if not world.is_main:
         return
     # Imported here, so that --help and wrong settings do not wait seconds for torch.

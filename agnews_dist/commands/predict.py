@@ -6,22 +6,34 @@
 import os
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
+from agnews_dist.commands.arguments import Command, Loaded, Option
 from agnews_dist.commands.command import importing, run_command
-from agnews_dist.config.command_line import Loaded, Option
+from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError, UserError
 
-OPTIONS = (
-    Option("text", nargs="*", help="Texts to classify; default: --file, or the lines of standard input."),
-    Option("--file", help="File with one text per line, or .jsonl with 'text' and optionally 'id' per line."),
-    Option("--format", choices=("table", "jsonl"), help="Output; default: a table on a terminal, else JSON lines."),
+COMMAND = Command(
+    "predict",
+    "Classify texts from arguments, a file or standard input. Answers come in the order of the texts.",
+    (
+        'agnews-dist predict --model.name runs/NAME "Shares fell." "He scored."',
+        "agnews-dist predict --model.name runs/NAME --file texts.txt --format jsonl",
+        "cat texts.txt | agnews-dist predict --model.name runs/NAME",
+    ),
+    (
+        Option("text", "Texts to classify.", nargs="*"),
+        Option("--file", "One text per line, or .jsonl with 'text' per line.", PathText),
+        Option("--format", "Default: table on a terminal, else JSON lines.", Literal["table", "jsonl"]),
+    ),
+    ("data.max_length", "model", "engine.device", "engine.precision"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
-    return run_command("predict", argv, predict, OPTIONS)
+    return run_command(COMMAND, argv, predict)
 
 
 def predict(world: World, loaded: Loaded) -> None:

@@ -6,14 +6,26 @@ Takes the arguments of the training. Model and data go to the caches of their li
 import time
 from collections.abc import Sequence
 
-from agnews_dist.commands.command import TRAINING_OPTIONS, importing, run_command
-from agnews_dist.config.command_line import Loaded
+from agnews_dist.commands.arguments import Command, Loaded
+from agnews_dist.commands.command import PASSED_ON, importing, run_command
 from agnews_dist.distributed.world import World
+
+COMMAND = Command(
+    "prepare",
+    "Load and tokenise the data before a job, on a machine with a network. Give it the arguments of the training.",
+    (
+        "agnews-dist prepare --config my.yaml",
+        "agnews-dist prepare --config my.yaml --data.cache_dir '$SCRATCH/cache'",
+        "HF_HOME=/shared/hf agnews-dist prepare",
+    ),
+    PASSED_ON,
+    ("data", "model"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
-    return run_command("prepare", argv, prepare, TRAINING_OPTIONS)
+    return run_command(COMMAND, argv, prepare)
 
 
 def prepare(world: World, loaded: Loaded) -> None:

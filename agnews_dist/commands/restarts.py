@@ -10,26 +10,38 @@ give_up   the run failed before it began, or several starts in a row saved nothi
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from agnews_dist.commands.command import TRAINING_OPTIONS, run_command
-from agnews_dist.config.command_line import Loaded, Option
+from agnews_dist.commands.arguments import Command, Loaded, Option
+from agnews_dist.commands.command import PASSED_ON, run_command
+from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.slurm import identify_job
 from agnews_dist.distributed.world import World
 from agnews_dist.run.restart_policy import decide_at_begin, decide_at_end, read_starts, start_from_status, write_starts
 from agnews_dist.run.status import read_status, run_of_job
 
-OPTIONS = (
-    *TRAINING_OPTIONS,
-    Option("--at", choices=("begin", "end"), default="end", help="Whether a start begins or has ended."),
-    Option("--starts", help="File that counts the job's starts."),
-    Option("--limit", type=int, default=3, help="Starts in a row that may save nothing new."),
-    Option("--was_stopped", type=bool, default=False, help="With --at end: the job was asked to stop."),
+COMMAND = Command(
+    "restarts",
+    "Decide whether a job that has ended is started again, for batch scripts. Give it the arguments of the training.",
+    (
+        "agnews-dist restarts --at begin --starts starts.jsonl --config my.yaml",
+        "agnews-dist restarts --at end --starts starts.jsonl --config my.yaml",
+        "agnews-dist restarts --at end --was_stopped --run.name news",
+    ),
+    (
+        *PASSED_ON,
+        Option("--at", "Whether a start begins or has ended.", Literal["begin", "end"], "end"),
+        Option("--starts", "File that counts the job's starts.", PathText, "starts.jsonl"),
+        Option("--limit", "Starts in a row that may save nothing new.", int, 3),
+        Option("--was_stopped", "With --at end: the job was asked to stop.", bool, False),
+    ),
+    ("run.dir", "run.name"),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 for every answer, or 2 for wrong settings."""
-    return run_command("restarts", argv, decide_restart, OPTIONS)
+    return run_command(COMMAND, argv, decide_restart)
 
 
 def decide_restart(_: World, loaded: Loaded) -> None:
@@ -42,7 +54,7 @@ def decide_restart(_: World, loaded: Loaded) -> None:
     runs = Path(config.run.dir)
     name = config.run.name or run_of_job(runs, identify_job(os.environ))
     status = read_status(runs / name) if name is not None else None
-    file = Path(options["starts"] or "starts.jsonl")
+    file = Path(options["starts"])
     if options["at"] == "begin":
         starts = [*read_starts(file), start_from_status(status)]
         write_starts(file, starts)

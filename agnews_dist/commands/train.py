@@ -12,16 +12,27 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 
+from agnews_dist.commands.arguments import Command, Loaded
 from agnews_dist.commands.command import TRAINING_OPTIONS, importing, run_command
-from agnews_dist.config.command_line import Loaded
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.world import World
+
+COMMAND = Command(
+    "train",
+    "Fine-tune, evaluate, and write a model that Hugging Face loads. Under torchrun, all ranks train one model.",
+    (
+        "agnews-dist train --debug",
+        "agnews-dist train --config my.yaml --optim.lr 3e-4 --run.name news",
+        "torchrun --nproc_per_node=8 -m agnews_dist.train --config my.yaml",
+    ),
+    TRAINING_OPTIONS,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, 1 for a failed run, 2 for wrong settings, or the exit code of a stop (preemption.py)."""
     preemption = PreemptionHandler(os.environ)
-    return run_command("train", argv, partial(train, preemption=preemption), TRAINING_OPTIONS, preemption=preemption)
+    return run_command(COMMAND, argv, partial(train, preemption=preemption), preemption)
 
 
 def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> None:

@@ -1,1 +1,1 @@
-"""Every setting: schema and validation, YAML files, command line. Knows no torch."""
+"""Every setting: schema, values, YAML files. Knows no torch and no command line."""

@@ -1,21 +1,25 @@
-"""Fields of `Config` as settings: dotted key, type, default and help; reading and writing of their values.
+"""Fields of `Config` as settings: dotted key, type, help; texts to values and back, and messages about wrong ones.
 
-One rule for YAML and command line: the field's type decides what a text means, so `1e-4` is a number for `optim.lr` and a name
-for `run.name`. jsonargparse does the reading. `null` and `~` are null in both; quoted YAML stays text.
+One rule for YAML and command line: the setting's type decides what a text means, so `1e-4` is a number for `optim.lr` and a
+name for `run.name`. pydantic checks the limits.
 """
 
-import difflib
 import functools
 import types
-from argparse import ArgumentError
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from agnews_dist.config.schema import Config
-from agnews_dist.errors import did_you_mean
+from pydantic import TypeAdapter, ValidationError
 
+from agnews_dist.config.schema import Config, Level, Resume, Sweep
+from agnews_dist.errors import ConfigError, did_you_mean, find_nearest
+from agnews_dist.storage.directories import expand_path
+
+BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 TYPE_NAMES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+LIMITS = {"ge": "{} or more", "gt": "more than {}", "le": "at most {}", "lt": "less than {}", "func": "a path"}
 
 
 @dataclass(frozen=True)
@@ -25,126 +29,191 @@ class Setting:
     section: str
     name: str
     type: Any
+    """Annotation, with its limits."""
     default: Any
-    help: str
-    """The docstring under the field, on one line."""
+    resume: Resume
+    sweep: Sweep
+    level: Level
 
-
-@dataclass(frozen=True)
-class RawValue:
-    """A value as the user wrote it."""
-
-    name: str
-    """Dotted key, or the name of an option of the command."""
-    text: str
-    source: str
-    """Name in messages: `--optim.lr fast`, or `optim.lr fast (my.yaml, line 3)`."""
-    syntax: Literal["plain", "quoted", "null", "collection"] = "plain"
-
-
-@dataclass
-class Problems:
-    """Messages about wrong settings, in the order in which they were found."""
-
-    lines: list[str] = field(default_factory=list[str])
-    has_lost_values: bool = False
-    """A value could not be assigned to a setting, so the other values do not show what the user meant."""
-
-    def add(self, line: str, *, loses_value: bool = True) -> None:
-        """Add a message. `loses_value=False`: the problem hides no value from validation."""
-        self.lines.append(line)
-        self.has_lost_values = self.has_lost_values or loses_value
-
-
-class WrongTypeError(Exception):
-    """A text that the setting's type does not admit; the message names the admitted values."""
+    @property
+    def help(self) -> str:
+        """Docstring under the field, on one line."""
+        return _read_texts(self.section)[self.name]
 
 
 @functools.cache
 def all_sections() -> Mapping[str, tuple[Any, str]]:
-    """Return section name -> (dataclass, help)."""
-    hints = get_type_hints(Config)
-    return {f.name: (hints[f.name], to_one_line(hints[f.name].__doc__)) for f in fields(Config)}
+    """Return section name -> (model, help)."""
+    models: dict[str, Any] = {name: info.annotation for name, info in Config.model_fields.items()}
+    return {name: (model, model.__doc__) for name, model in models.items()}
 
 
 @functools.cache
 def all_settings() -> Mapping[str, Setting]:
     """Return dotted key -> setting, in the order of schema.py."""
-    from docstring_parser import parse_from_object
-
     found: dict[str, Setting] = {}
-    for section, (cls, _) in all_sections().items():
-        texts = {param.arg_name: to_one_line(param.description) for param in parse_from_object(cls).params}
-        hints = get_type_hints(cls)
-        for f in fields(cls):
-            found[f"{section}.{f.name}"] = Setting(section, f.name, hints[f.name], f.default, texts.get(f.name, ""))
+    for section, (model, _) in all_sections().items():
+        for name, info in model.model_fields.items():
+            type_ = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+            found[f"{section}.{name}"] = Setting(section, name, type_, info.default, **info.json_schema_extra)
     return found
 
 
-def to_one_line(text: str | None) -> str:
-    """Replace line breaks and indents by single blanks."""
-    return " ".join((text or "").split())
-
-
-def parse_value(type_: Any, raw: RawValue) -> Any:
-    """Convert a text to the type."""
-    union = get_origin(type_) in (Union, types.UnionType)
-    admitted = get_args(type_) if union else (type_,)
-    if raw.syntax == "null":
-        if type(None) in admitted:
-            return None
-    elif raw.syntax != "collection":
-        if str in admitted:
-            return raw.text
-        value = _parse(type_, raw.text)
-        if value is not None and (raw.syntax == "plain" or isinstance(value, str)):
-            return value
-    choices = [str(choice) for member in admitted for choice in get_args(member)]
-    expected = " or ".join([TYPE_NAMES[member] for member in admitted if member in TYPE_NAMES] + choices)
-    fix = " Remove the quotes." if raw.syntax == "quoted" and _parse(type_, raw.text) is not None else ""
-    raise WrongTypeError(f"it takes {expected}.{fix}{did_you_mean(raw.text, choices)}")
-
-
 @functools.cache
-def _make_parser(type_: Any) -> Any:
-    from jsonargparse import ArgumentParser
+def _read_texts(section: str) -> dict[str, str]:
+    from docstring_parser import parse_from_object
 
-    parser = ArgumentParser(exit_on_error=False, default_env=False)
-    parser.add_argument("--value", type=type_)
-    return parser
+    params = parse_from_object(all_sections()[section][0]).params
+    return {param.arg_name: " ".join((param.description or "").split()) for param in params}
 
 
-def _parse(type_: Any, text: str) -> Any:
-    """Parse with jsonargparse; return None if it refuses."""
+class Quoted(str):
+    """Text in quotes in a YAML file: never a number, `true` or `null`."""
+
+
+@dataclass(frozen=True)
+class RawValue:
+    """A value as the user wrote it.
+
+    `value`: text, Quoted text, None for null, a list of these, or a dict, which no setting takes.
+    `source`: name in messages: `--optim.lr 'fast'`, or `optim.lr 'fast' (my.yaml, line 3)`.
+    `place`: `my.yaml, line 3`; empty for a flag.
+    """
+
+    name: str
+    value: object
+    source: str
+    place: str = ""
+
+
+@dataclass
+class Problems:
+    """Messages about wrong settings, and parts of keys whose values are unknown because of them."""
+
+    lines: list[str] = field(default_factory=list[str])
+    hidden: set[str] = field(default_factory=set[str])
+
+    def add(self, line: str, hides: str | None = "") -> None:
+        """Add a message. `hides`: part of the keys whose values are unknown now ("": all keys); None: all values are known."""
+        self.lines.append(line)
+        self.hidden |= set() if hides is None else {hides}
+
+    def add_unknown(self, name: str, source: str, valid: Iterable[str]) -> None:
+        """Add the message for an unknown name, with the nearest valid ones."""
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if (near := find_nearest(name, valid)) else ""
+        self.add(f"{source}: it would have no effect.{hint} Correct or remove it; --help all lists all settings.", None)
+
+
+def split_type(type_: Any, limits: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Yield (type, limits) of the members of a union: `int`, `str`, `Literal[...]`, `tuple[str, ...]`."""
+    if get_origin(type_) is Annotated:
+        inner, *extra = get_args(type_)
+        yield from split_type(inner, (*limits, *(each for one in extra for each in getattr(one, "metadata", [one]))))
+    elif get_origin(type_) in (Union, types.UnionType):
+        yield from (pair for member in get_args(type_) for pair in split_type(member, limits))
+    else:
+        yield type_, limits
+
+
+def choices_of(type_: Any) -> list[str]:
+    """Return the words that a type admits besides numbers and text."""
+    return [str(choice) for member, _ in split_type(type_) if get_origin(member) is Literal for choice in get_args(member)]
+
+
+def is_path(type_: Any) -> bool:
+    """Return whether values are paths: `~` and variables are replaced in them."""
+    return any(getattr(limit, "func", None) is expand_path for _, limits in split_type(type_) for limit in limits)
+
+
+def describe_type(type_: Any) -> str:
+    """Describe the admitted values: `a whole number (1 or more) or null`."""
+    found: list[str] = []
+    for member, limits in split_type(type_):
+        if get_origin(member) is tuple:
+            found.append(f"a list a,b,... of {describe_type(get_args(member)[0])}")
+        elif member in TYPE_NAMES:
+            ranges = [LIMITS[name].format(getattr(limit, name)) for limit in limits for name in LIMITS if hasattr(limit, name)]
+            found.append(TYPE_NAMES[member] + f" ({', '.join(ranges)})" * bool(ranges))
+    found += choices_of(type_)
+    return ", ".join(found[:-1]) + " or " * (len(found) > 1) + found[-1]
+
+
+def convert(type_: Any, value: object) -> Any:
+    """Convert a raw value to the first member of the type that admits it. Limits are not checked here.
+
+    Raises:
+        ValueError: no member admits it.
+    """
+    for member, _ in split_type(type_):
+        if get_origin(member) is tuple and isinstance(value, (str, list)):
+            parts: list[Any] = [text.strip() for text in value.split(",")] if isinstance(value, str) else value
+            return tuple(convert(get_args(member)[0], part) for part in parts)
+        if value is None and member is type(None):
+            return None
+        if isinstance(value, str) and member is str:
+            return str(value)
+        if isinstance(value, str) and member in (int, float, bool) and not isinstance(value, Quoted):
+            with suppress(ValueError, KeyError):
+                return BOOLS[value.lower()] if member is bool else member(value)
+        for choice in get_args(member):
+            if str(choice) == value and (isinstance(choice, str) or not isinstance(value, Quoted)):
+                return choice
+    raise ValueError(value)
+
+
+def check_value(raw: RawValue, type_: Any, default: object) -> tuple[Any, Any]:
+    """Return (the converted value, the same with paths expanded).
+
+    Raises:
+        ValueError: the type or its limits do not admit it; the text is the whole message.
+    """
     try:
-        return _make_parser(type_).parse_args([f"--value={text}"]).value
-    except ArgumentError:
-        return None
+        value = convert(type_, raw.value)
+        return value, TypeAdapter(type_).validate_python(value, strict=True)
+    except ValueError as error:
+        own = error.errors()[0].get("ctx", {}).get("error") if isinstance(error, ValidationError) else None
+    if own is not None:
+        raise ValueError(f"{raw.source}: {own}")
+    fix = "Remove the quotes" if isinstance(raw.value, Quoted) else "Correct it"
+    hint = did_you_mean(str(raw.value), choices_of(type_))
+    raise ValueError(f"{raw.source}: it takes {describe_type(type_)}.{hint} {fix}; the default is {format_value(default)}.")
 
 
-def format_value(value: object) -> str:
-    """Format as one line of YAML that `parse_value` reads back."""
+def build_config(raw_values: Sequence[RawValue], problems: Problems) -> Config:
+    """Build the configuration; later values override earlier ones.
+
+    Raises:
+        ConfigError: `problems` has lines, or gets some: wrong values, and settings that contradict each other.
+    """
+    config, contradictions = Config(), list[str]()
+    sections = {section: dict[str, Any]() for section in all_sections()}
+    for raw in raw_values:
+        setting = all_settings()[raw.name]
+        try:
+            sections[setting.section][setting.name] = check_value(raw, setting.type, setting.default)[0]
+        except ValueError as error:
+            problems.add(str(error), hides=raw.name)
+    try:
+        config = Config(**{section: model(**sections[section]) for section, (model, _) in all_sections().items()})
+    except ValidationError as error:
+        contradictions = error.errors()[0]["msg"].removeprefix("Value error, ").splitlines()
+    for line in contradictions:
+        subject, _, rest = line.partition(": ")
+        places = {raw.name: f"{raw.name} in {raw.place}" for raw in raw_values if raw.name in subject and raw.place}
+        # An unreadable value is still the default here, so messages that name its setting are left out.
+        if not any(hidden in subject for hidden in problems.hidden):
+            problems.lines.append(f"{subject} ({'; '.join(places.values())}): {rest}" if places else line)
+    if problems.lines:
+        raise ConfigError("\n".join(problems.lines))
+    return config
+
+
+def format_value(value: object, *, escape: bool = False) -> str:
+    """Format as one line of YAML that `convert` reads back. `escape`: `$` as `$$`, for a path."""
     import yaml
 
+    value = value.replace("$", "$$") if escape and isinstance(value, str) else value
     style = '"' if isinstance(value, str) and not value.isprintable() else None
-    return yaml.safe_dump(value, default_style=style, allow_unicode=True, width=float("inf")).split("\n")[0]
-
-
-def format_unknown_name(name: str, source: str, valid: Iterable[str]) -> str:
-    """Format the message for an unknown name, with the nearest valid ones: `--optim.lr` for `--lr`."""
-    names = list(valid)
-    by_last_part: dict[str, list[str]] = {}
-    for candidate in names:
-        by_last_part.setdefault(_last_part(candidate), []).append(candidate)
-    near = by_last_part.get(_last_part(name), [])
-    if not near and "." in name:
-        near = difflib.get_close_matches(name, names, n=1)
-    elif not near:
-        parts = difflib.get_close_matches(_last_part(name), by_last_part, n=1)
-        near = [candidate for part in parts for candidate in by_last_part[part]]
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"{source}: it would have no effect.{hint} Correct or remove it; --help lists all settings."
-
-
-def _last_part(name: str) -> str:
-    return name.lstrip("-").replace("-", "_").rsplit(".", 1)[-1]
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_style=style, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return text.split("\n")[0]

@@ -1,57 +1,64 @@
-"""YAML configuration files: values with their line numbers, and all problems of a file at once."""
+"""YAML configuration files: values with their line numbers, all problems of a file at once, and the way back."""
 
+import textwrap
 from pathlib import Path
-from typing import Literal
 
 import yaml
 
-from agnews_dist.config.fields import Problems, RawValue, all_sections, all_settings, format_unknown_name, to_one_line
+from agnews_dist.config.fields import Problems, Quoted, RawValue, all_sections, all_settings, format_value, is_path
+from agnews_dist.config.schema import Config
 from agnews_dist.errors import did_you_mean
+from agnews_dist.storage.directories import expand_path
 
 SHIPPED = ("debug.yaml", "deepspeed.yaml", "gpt2_ddp.yaml", "gpt2_mini_cpu.yaml", "gpt2_xl_deepspeed.yaml", "quickstart.yaml")
 EXAMPLE = "Write for example 'optim:' and below it '  lr: 0.001'."
+MAX_BYTES = 100_000
+"""Size of a file. All settings with their help take 10 kB; PyYAML reads 100 kB in a second."""
+BUILDERS = {yaml.AnchorToken: "an anchor", yaml.AliasToken: "an alias", yaml.TagToken: "a tag"}
+"""Tokens that copy or build objects."""
 
 
 def find_config(path: str) -> Path:
-    """Return the path itself, or the shipped file if `debug.yaml` or `configs/debug.yaml`, say, does not exist.
-
-    No other path is replaced: a mistyped path must not silently become another file.
-    """
-    given = Path(path)
+    """Return the path itself, or a shipped file for its name (`debug.yaml`, `configs/debug.yaml`) if it does not exist."""
+    given = Path(expand_path(path))
     if not given.exists() and given.name in SHIPPED and given.parent in (Path(), Path("configs")):
-        package = Path(__file__).resolve().parents[1]
-        for directory in (package / "configs", package.parent / "configs"):
-            if (directory / given.name).is_file():
-                return directory / given.name
+        package, repository = Path(__file__).resolve().parents[1:3]
+        return next(filter(Path.is_file, (folder / "configs" / given.name for folder in (package, repository))), given)
     return given
 
 
 def read_config(path: str, problems: Problems) -> list[RawValue]:
     """Return the values of a file in its order; add what is wrong to `problems` instead."""
-    text = _read_text(path, problems)
-    if text is None:
-        return []
     try:
+        text = _read_text(path, problems)
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if type(token) in BUILDERS:
+                what = f"{path}, line {token.start_mark.line + 1}, has {BUILDERS[type(token)]}"
+                problems.add(f"{what}: settings are plain values. Write the value itself.")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except RecursionError:
+        problems.add(f"{path} is nested too deeply: settings are two levels deep. {EXAMPLE}")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}," if mark else ""
-        what = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
-        problems.add(
-            f"{path}{line} is not valid YAML ({to_one_line(str(what))}): its settings cannot be read. Correct the file."
-        )
-        return []
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        problems.add(f"{path} holds {_describe(root)}: it must hold sections with settings. {EXAMPLE}")
-        return []
-    return _read_mapping("", root, path, problems, {})
+        what = " ".join(str(getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML").split())
+        problems.add(f"{path}{line} is not valid YAML ({what}): its settings cannot be read. Correct the file.")
+    else:
+        if isinstance(root, yaml.MappingNode):
+            return _read_mapping("", root, path, problems, {})
+        if root is not None:
+            problems.add(f"{path} holds {_describe(root)}: it must hold sections with settings. {EXAMPLE}")
+    return []
 
 
-def _read_text(path: str, problems: Problems) -> str | None:
+def _read_text(path: str, problems: Problems) -> str:
+    """Return the text of a file; empty if it is not a readable text of the size of a configuration."""
     try:
-        return find_config(path).read_bytes().decode("utf-8-sig")
+        with find_config(path).open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) <= MAX_BYTES:
+            return content.decode("utf-8-sig")
+        problems.add(f"--config {path!r}: it is larger than {MAX_BYTES // 1000} kB. Give a file of settings, not of data.")
     except FileNotFoundError:
         hint = did_you_mean(path, [f"configs/{name}" for name in SHIPPED])
         problems.add(f"--config {path!r}: it does not exist.{hint} Shipped files are {', '.join(SHIPPED)}.")
@@ -59,7 +66,9 @@ def _read_text(path: str, problems: Problems) -> str | None:
         problems.add(f"--config {path!r}: it cannot be read ({error.strerror}). Give a readable YAML file.")
     except UnicodeDecodeError as error:
         problems.add(f"--config {path!r}: byte {error.start} is not UTF-8. Save the file as UTF-8.")
-    return None
+    except ValueError as error:
+        problems.add(f"--config {path!r}: {error}")
+    return ""
 
 
 def _read_mapping(
@@ -69,36 +78,55 @@ def _read_mapping(
     found: list[RawValue] = []
     for key_node, node in mapping.value:
         line = key_node.start_mark.line + 1
+        place = f"{path}, line {line}"
         if not isinstance(key_node, yaml.ScalarNode):
-            problems.add(f"{_describe(key_node)} as a key ({path}, line {line}): keys are names of settings. {EXAMPLE}")
+            problems.add(f"{_describe(key_node)} as a key ({place}): keys are names of settings. {EXAMPLE}")
             continue
         key = f"{prefix}{key_node.value}"
-        source = f"{key} {_describe(node)} ({path}, line {line})"
+        source = f"{key} {_describe(node)} ({place})"
         if key in first_line:
-            problems.add(f"{key} twice ({path}, lines {first_line[key]} and {line}): only one can count. Remove one.")
+            lines = f"{path}, lines {first_line[key]} and {line}"
+            problems.add(f"{key} twice ({lines}): only one can count. Remove one.", hides=key)
         elif key in all_settings():
-            found.append(RawValue(key, str(node.value), source, _syntax_of(node)))
+            found.append(RawValue(key, _read_node(node), source, place))
         elif key not in all_sections():
             valid = [*all_settings(), *([] if prefix else all_sections())]
-            message = format_unknown_name(key, f"unknown key {key!r} ({path}, line {line})", valid)
-            problems.add(message, loses_value=False)
+            problems.add_unknown(key, f"unknown key {key!r} ({place})", valid)
         elif isinstance(node, yaml.MappingNode):
             found += _read_mapping(f"{key}.", node, path, problems, first_line)
         elif node.value != "":  # an empty section is right: its settings may be commented out
-            problems.add(f"{source}: a section takes settings below it. {EXAMPLE}")
+            problems.add(f"{source}: a section takes settings below it. {EXAMPLE}", hides=f"{key}.")
         first_line.setdefault(key, line)
     return found
 
 
-def _syntax_of(node: yaml.Node) -> Literal["plain", "quoted", "null", "collection"]:
-    if not isinstance(node, yaml.ScalarNode):
-        return "collection"
-    if node.style is not None:
-        return "quoted"
-    return "null" if node.tag == "tag:yaml.org,2002:null" else "plain"
+def _read_node(node: yaml.Node) -> object:
+    if isinstance(node, yaml.SequenceNode):
+        return [_read_node(item) for item in node.value]
+    if isinstance(node, yaml.ScalarNode):
+        is_null = node.tag == "tag:yaml.org,2002:null" and node.style is None
+        return None if is_null else node.value if node.style is None else Quoted(node.value)
+    return {}
 
 
 def _describe(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
         return repr(node.value) if node.value or node.style else "null"
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+
+
+def dump(config: Config, *, only_changed: bool = False) -> str:
+    """Format as YAML that `--config` reads back as an equal `Config`: all settings with their help, or those that differ."""
+    lines: list[str] = []
+    for section, (_, text) in all_sections().items():
+        lines += [f"{section}:"] if only_changed else [f"# {text}", f"{section}:"]
+        for name, value in getattr(config, section):
+            setting = all_settings()[f"{section}.{name}"]
+            if not only_changed or value != setting.default:
+                lines += [] if only_changed else [f"  # {line}" for line in textwrap.wrap(setting.help, 116)]
+                lines.append(f"  {name}: {format_value(value, escape=is_path(setting.type))}")
+        if not only_changed:
+            lines.append("")
+        elif lines[-1] == f"{section}:":
+            lines.pop()
+    return "\n".join([*(lines or ["{}"]), *([""] if only_changed else [])])

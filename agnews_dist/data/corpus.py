@@ -62,7 +62,7 @@ def check_source(source: str) -> None:
     Raises:
         DataError: `source` reads like a path that does not exist.
     """
-    if source != SYNTHETIC and not Path(source).expanduser().exists() and is_local_path(source):
+    if source != SYNTHETIC and not Path(source).exists() and is_local_path(source):
         raise DataError(
             f"data.source {source!r} does not exist: no such path from {Path.cwd()}. Correct it, or set --data.source to a hub "
             "id such as fancyzhx/ag_news, or to 'synthetic'."
@@ -77,7 +77,7 @@ def _read(source: str, revision: str | None, seed: int) -> dict[str, RawRows]:
             raw[name] = RawRows(texts, labels, Origin.of_file(f"{SYNTHETIC} {name}", num_rows), CLASS_NAMES)
         return raw
     check_source(source)
-    path = Path(source).expanduser()
+    path = Path(source)
     return read_local(path) if path.exists() else read_hub(source, revision)
 
 

@@ -47,7 +47,7 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
         ConfigError: the file cannot be read, or holds no JSON object.
     """
     try:
-        read: object = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        read: object = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"engine.deepspeed_config {path!r}: the file cannot be read ({error.strerror}). Check the path."

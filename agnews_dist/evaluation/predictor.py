@@ -46,7 +46,7 @@ def read_texts(arguments: Sequence[str], file: str | None, stdin: TextIO) -> lis
         texts = [InputText(i, text, f"text argument {i + 1}") for i, text in enumerate(arguments)]
     elif file is not None:
         try:
-            content = Path(file).expanduser().read_bytes()
+            content = Path(file).read_bytes()
         except OSError as error:
             raise DataError(f"--file {file!r}: the file cannot be read ({error.strerror}). Check the path.") from error
         texts = list(_split_lines(content, file, is_jsonl=file.endswith(".jsonl")))

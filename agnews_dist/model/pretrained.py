@@ -44,7 +44,7 @@ def locate(name: str, revision: str | None) -> Location:
     Raises:
         ModelError: `name` is a file, or looks like a path that does not exist.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         is_run = (path / "model").is_dir() and not (path / CONFIG_FILE).is_file()
         return Location(name, revision, path / "model" if is_run else path)

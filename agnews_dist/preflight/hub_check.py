@@ -20,7 +20,7 @@ def check_hub(model: str, revision: str | None, init: str, source: str) -> Findi
     with suppress(ModelError):  # a wrong path: reported when the model is read
         if model != EMBEDDED and locate(model, revision).directory is None:
             cached[model] = _has_model(model, revision, init)
-    if source != SYNTHETIC and not Path(source).expanduser().exists() and not is_local_path(source):
+    if source != SYNTHETIC and not Path(source).exists() and not is_local_path(source):
         cached[source] = _has_data(source)
     if not cached:
         return Finding("hub", "ok", "not needed: model and data are local")

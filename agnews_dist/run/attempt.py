@@ -7,7 +7,7 @@ the work, the other ranks get the results.
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from agnews_dist.config.command_line import dump
 from agnews_dist.config.schema import Config
+from agnews_dist.config.yaml_file import dump
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.slurm import identify_job, is_restarted
@@ -33,9 +33,9 @@ from agnews_dist.run.fingerprints import weight_settings
 from agnews_dist.run.resume import (
     FOLDER,
     ResumePoint,
+    check_accepted,
     check_fingerprints,
     find_resume_point,
-    parse_accept,
     settings_after_restart,
 )
 from agnews_dist.run.status import State, StatusFile, run_of_job
@@ -56,9 +56,9 @@ class Attempt:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, preemption: PreemptionHandler, *, accept: str, timer: StageTimer
+        self, config: Config, engine: Engine, preemption: PreemptionHandler, *, accept: Collection[str], timer: StageTimer
     ) -> None:
-        """Prepare a start. `accept`: the settings that may differ from the checkpoint's, separated by commas."""
+        """Prepare a start. `accept`: the settings that may differ from the checkpoint's."""
         self._config, self._engine, self._preemption, self._accept = config, engine, preemption, accept
         self._settings = {**weight_settings(config), "engine.precision": engine.precision}
         self._sinks = Sinks()
@@ -93,13 +93,13 @@ class Attempt:
         collectives.raise_if_any_failed(collectives.catch(self._claim))
 
     def _claim(self) -> None:
-        accept = parse_accept(self._accept)
+        check_accepted(self._accept)
         if not self._engine.world.is_main:
             return
         run, job = self._config.run, identify_job(os.environ)
         runs, resume, is_later = Path(run.dir), self._config.checkpoint.resume, is_restarted(os.environ)
         if (name := run.name) is None and (is_later or resume == "auto"):
-            name = self._find_unfinished_run(runs, job, accept)
+            name = self._find_unfinished_run(runs, job)
         name = run_name(name, self._config.model.name, datetime.now())
         directory = RunDirectory(runs, name, overwrite=run.overwrite, config_yaml=dump(self._config))
         self._directory = directory
@@ -108,7 +108,7 @@ class Attempt:
         if is_later:
             resume, directory.overwrite = settings_after_restart(directory.directory, job, resume, overwrite=run.overwrite)
         point = find_resume_point(
-            directory.directory, resume=resume, overwrite=directory.overwrite, settings=self._settings, accept=accept
+            directory.directory, resume=resume, overwrite=directory.overwrite, settings=self._settings, accept=self._accept
         )
         if point is None or not point.is_own:
             directory.create()
@@ -122,12 +122,12 @@ class Attempt:
         for warning in point.warnings if point else ():
             self._sinks(Warned(message=warning))
 
-    def _find_unfinished_run(self, runs: Path, job: str | None, accept: Sequence[str]) -> str | None:
+    def _find_unfinished_run(self, runs: Path, job: str | None) -> str | None:
         """Return the name of the run that an earlier start of this job began without a `run.name`, if the settings match."""
         name = run_of_job(runs, job)
         try:
             if name is not None:
-                find_resume_point(runs / name, resume="auto", overwrite=False, settings=self._settings, accept=accept)
+                find_resume_point(runs / name, resume="auto", overwrite=False, settings=self._settings, accept=self._accept)
         except UserError:
             return None  # a different training of the same job
         return name

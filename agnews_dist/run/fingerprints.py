@@ -3,25 +3,24 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from agnews_dist.config.fields import all_settings
 from agnews_dist.config.schema import Config
 from agnews_dist.model.gpt2 import Classifier
 
 
+def setting_values(config: Config) -> dict[str, object]:
+    """Return dotted key -> value of every setting."""
+    return {f"{section}.{name}": value for section, part in config.model_dump().items() for name, value in part.items()}
+
+
 def weight_settings(config: Config) -> dict[str, object]:
-    """Return dotted key -> value of every setting that the weights depend on: without devices and output locations."""
-    sections = {"data": config.data, "model": config.model, "batch": config.batch, "optim": config.optim}
-    named = {f"{section}.{key}": value for section, part in sections.items() for key, value in asdict(part).items()}
-    for key in ("precision", "allow_tf32", "fast_path", "gradient_compression"):
-        named[f"engine.{key}"] = getattr(config.engine, key)
-    named["run.seed"] = config.run.seed
-    del named["data.cache_dir"]
-    return named
+    """Return dotted key -> value of every setting that the weights depend on, so that a resumed run compares it."""
+    return {key: value for key, value in setting_values(config).items() if all_settings()[key].resume != "ignored"}
 
 
 def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -46,11 +45,10 @@ def run_fingerprints(
 ) -> dict[str, str]:
     """Return sha256 of settings, tokenizer, tokens and frozen weights; `tokens`: the token cache's own fingerprint.
 
-    Directories and hub ids are left out of the settings: the other hashes cover what they hold.
+    Directories and hub ids are not among the settings: the other hashes cover what they hold.
     """
-    named = {key: value for key, value in weight_settings(config).items() if key not in ("data.source", "model.name")}
     return {
-        "config": hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest(),
+        "config": hashlib.sha256(json.dumps(weight_settings(config), sort_keys=True).encode()).hexdigest(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "tokens": tokens,
         "frozen_weights": weights_fingerprint(classifier.frozen_state),

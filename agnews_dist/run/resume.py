@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agnews_dist.config.fields import all_settings
 from agnews_dist.errors import AlreadyFinished, UserError
 from agnews_dist.run.status import read_status
 from agnews_dist.training.checkpoint import Checkpoint, DamagedError, Groups, best_name, list_checkpoints, read_checkpoint
@@ -16,31 +17,6 @@ from agnews_dist.training.checkpoint_manager import OnDisk
 
 FOLDER = "checkpoints"
 """Name of the folder of checkpoints in a run's directory."""
-ACCEPTABLE = (
-    "optim.lr",
-    "optim.epochs",
-    "optim.weight_decay",
-    "optim.warmup_ratio",
-    "optim.schedule",
-    "optim.max_grad_norm",
-    "engine.precision",
-    "engine.allow_tf32",
-    "engine.fast_path",
-    "engine.gradient_compression",
-)
-"""Settings that `--accept` allows to differ: another training from then on, on the same examples in the same order."""
-IGNORED = {
-    # Locations: the fingerprints compare what they hold.
-    "data.source",
-    "data.revision",
-    "model.name",
-    "model.revision",
-    # These change no result, apart from the order of additions.
-    "batch.max_tokens_per_rank",
-    "batch.longest_first",
-    "optim.nonfinite",
-}
-"""Settings that may differ without a message."""
 FINGERPRINT_NAMES = {
     "tokens": "data (or data.max_length)",
     "tokenizer": "tokenizer",
@@ -81,13 +57,17 @@ class ResumePoint:
         return (self.checkpoint.tensors if self.checkpoint else {}, self.best.tensors if self.best else {})
 
 
-def parse_accept(text: str) -> list[str]:
-    """Return the settings that `--accept` names."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
+def acceptable_settings() -> list[str]:
+    """Return the settings that `--accept` allows to differ: another training from then on, on the same batches."""
+    return [key for key, setting in all_settings().items() if setting.resume == "may be accepted"]
+
+
+def check_accepted(names: Collection[str]) -> None:
+    """Check the settings that `--accept` names."""
     for name in names:
-        if name not in ACCEPTABLE:
-            raise UserError(f"--accept {name}: this setting cannot change on resume. Choose among {', '.join(ACCEPTABLE)}.")
-    return names
+        if name not in acceptable_settings():
+            choices = ", ".join(acceptable_settings())
+            raise UserError(f"--accept {name}: this setting cannot change on resume. Choose among {choices}.")
 
 
 def find_resume_point(
@@ -104,7 +84,7 @@ def find_resume_point(
     status = read_status(directory)
     attempt = status.attempt + 1 if status else 1
     if resume != "auto":
-        checkpoint, best, warnings = _read_path(Path(resume).expanduser())
+        checkpoint, best, warnings = _read_path(Path(resume))
         is_own = checkpoint.path.resolve().parent == (directory / FOLDER).resolve()
         warnings += check_settings(checkpoint, settings, accept)
         return ResumePoint(checkpoint, best, is_own, attempt if is_own else 1, tuple(warnings))
@@ -176,9 +156,14 @@ def _read_best(checkpoint: Checkpoint) -> Checkpoint | None:
 
 
 def differing_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return setting -> (value in the checkpoint, value now) for those that matter and differ."""
-    keys = [key for key in {**saved, **now} if key not in IGNORED]
-    return {key: (saved.get(key), now.get(key)) for key in keys if saved.get(key) != now.get(key)}
+    """Return setting -> (value in the checkpoint, value now) for those that matter and differ.
+
+    A setting that is newer than the checkpoint had its default.
+    """
+    known = all_settings()
+    keys = [key for key in {**saved, **now} if key not in known or known[key].resume != "ignored"]
+    then = {key: setting.default for key, setting in known.items()} | {**saved}
+    return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
 
 
 def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], accept: Collection[str]) -> list[str]:
@@ -202,7 +187,7 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], accept: 
             refused[key] = line
     if refused:
         remedy = "Restore these settings, "
-        if refused.keys() <= {*ACCEPTABLE}:
+        if refused.keys() <= {*acceptable_settings()}:
             remedy += f"continue with --accept {','.join(refused)}, "
         raise UserError(
             f"{checkpoint.path} cannot be continued ({'; '.join(refused.values())}): the next steps would differ. "

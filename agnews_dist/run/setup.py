@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -173,7 +173,7 @@ def _load_split(data: DataConfig, split: str | None) -> Corpus:
     corpus = load_text(data, hold_out=False)
     if split in ("train", "validation") and "validation" not in corpus.splits:
         corpus = load_text(data)
-    name = split or (next(iter(corpus.splits)) if Path(data.source).expanduser().is_file() else "test")
+    name = split or (next(iter(corpus.splits)) if Path(data.source).is_file() else "test")
     if name not in corpus.splits:
         raise DataError(
             f"{data.source} has no {name} split (only {', '.join(corpus.splits)}): there is nothing to score. Choose one of "
@@ -344,5 +344,5 @@ def check_first_step(
 
 def build_trainer(config: Config, inputs: TrainingInputs, engine: Engine, loader: TrainLoader, monitors: Monitors) -> Trainer:
     """Build the training loop, which hands the trainable part to the engine. Collective."""
-    settings = TrainerSettings(**asdict(config.optim), seed=config.run.seed, class_names=inputs.class_names)
+    settings = TrainerSettings(**config.optim.model_dump(), seed=config.run.seed, class_names=inputs.class_names)
     return Trainer(inputs.classifier, engine, loader, settings, monitors)

@@ -1,11 +1,33 @@
-"""Directories: the root of all caches, the space that one takes, the space that is free below one."""
+"""Directories: paths as users write them, the root of all caches, the space that one takes or that is free below one."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 BLOCK_BYTES = 512
 """Unit of `st_blocks`, whatever the file system's own block size (POSIX)."""
+
+
+def expand_path(text: str) -> str:
+    """Replace `$NAME` and `${NAME}`, and `~` or `~user` at the start. `$$` is a dollar sign.
+
+    Raises:
+        ValueError: a variable is not set, or a user does not exist.
+    """
+
+    def value_of(match: re.Match[str]) -> str:
+        name = match[1].strip("{}")
+        if name != "$" and not os.environ.get(name):
+            raise ValueError(f"the variable {name!r} is not set. Set it, or write $$ for a dollar sign.")
+        return "$" if name == "$" else os.environ[name]
+
+    path = re.sub(r"\$(\$|\w+|\{[^}]*\}|)", value_of, text)
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        user = path.partition("/")[0][1:]
+        raise ValueError(f"the user {user!r} does not exist. Write the path itself, or ./~ for a name.") from None
 
 
 def cache_root(cache_dir: Path | str | None) -> Path:
@@ -14,7 +36,7 @@ def cache_root(cache_dir: Path | str | None) -> Path:
     It is `cache_dir` if that is set, else $XDG_CACHE_HOME/agnews_dist, else ~/.cache/agnews_dist.
     """
     if cache_dir:
-        return Path(cache_dir).expanduser()
+        return Path(cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agnews_dist"
 
 

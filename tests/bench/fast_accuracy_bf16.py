@@ -2,7 +2,6 @@
 
 import copy
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,7 +122,7 @@ class Rows:
         return CachedFeatures(rows, layout)
 
     def _sources(self, seed: int) -> TrainingInputs:
-        config = replace(self._config, run=RunConfig(seed=seed))
+        config = self._config.model_copy(update={"run": RunConfig(seed=seed)})
         return load_training_inputs(config, World(), ignore_event, StageTimer(time.perf_counter()))
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from agnews_dist.commands.arguments import Command
 from agnews_dist.commands.command import run_command
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
@@ -104,7 +105,7 @@ def main(directory: str, states: str) -> int:
     handler = PreemptionHandler(os.environ, grace_seconds=float(os.environ.get("GRACE_SECONDS", "600")))
     state = states.split(",")[int(os.environ["RANK"])]
     body = partial(run, handler=handler, directory=Path(directory), state=state)
-    return run_command("train", [], body, preemption=handler)
+    return run_command(Command("train", "Train.", ()), [], body, preemption=handler)
 
 
 if __name__ == "__main__":

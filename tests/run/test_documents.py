@@ -24,7 +24,8 @@ from support.tools import skip_without
 from torch.distributed.run import get_args_parser
 
 from agnews_dist.__main__ import COMMANDS
-from agnews_dist.config.command_line import load
+from agnews_dist.commands.arguments import load
+from agnews_dist.commands.command import TRAINING_OPTIONS
 
 READMES = [REPOSITORY / folder / "README.md" for folder in ("", "tests", "slurm")]
 PAGES = [*READMES, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -32,16 +33,17 @@ NUM_COMMANDS = {
     "README.md": 11,
     "tests/README.md": 4,
     "slurm/README.md": 0,
-    "CONTRIBUTING.md": 7,
+    "CONTRIBUTING.md": 8,
     "docs/batches.md": 2,
     "docs/clusters.md": 17,
-    "docs/commands.md": 16,
+    "docs/commands.md": 20,
     "docs/data.md": 4,
     "docs/engines.md": 5,
     "docs/faults.md": 5,
     "docs/features.md": 2,
     "docs/method.md": 0,
     "docs/reading.md": 0,
+    "docs/settings.md": 0,
 }
 LIMITS = {"data.limit_train": 48, "data.limit_validation": 16, "data.limit_test": 16, "batch.global_batch_size": 16}
 CHEAP = {"model.name": "models/gpt2", "data.source": "data/news", "optim.epochs": 1, "data.cache_dir": "cache"} | LIMITS
@@ -199,7 +201,7 @@ class Folder:
 def cheapened(words: list[str]) -> list[str]:
     """Add the settings of `CHEAP` that a command does not set itself."""
     command = words[0]
-    keys = {"cache": ["data.cache_dir"], "predict": [], "restarts": []}.get(command, list(CHEAP))
+    keys = {"cache": ["data.cache_dir"], "predict": [], "restarts": [], "schema": []}.get(command, list(CHEAP))
     if command == "evaluate":
         keys = ["data.cache_dir"]
     if command.startswith("-") or "--help" in words:
@@ -218,7 +220,11 @@ def split_module(words: list[str]) -> tuple[str, list[str]]:
 def run_python(folder: Folder, command: str) -> str:
     """Run `python -m agnews_dist...`, `agnews-dist ...` or `torchrun ... -m agnews_dist...`."""
     environ, (program, *words) = environment_of(shlex.split(command))
-    num_ranks = 1
+    num_ranks, output = 1, None
+    if ">" in words:
+        *words, _, output = words
+    if "--install_completion" in words:
+        environ["HOME"] = str(folder.path)
     if program == "agnews-dist":
         assert shutil.which("agnews-dist", path=str(REPOSITORY / ".venv" / "bin"))
         words = ["-m", "agnews_dist", *words]
@@ -227,7 +233,10 @@ def run_python(folder: Folder, command: str) -> str:
         assert options.module
         assert int(options.nproc_per_node) > 1
         num_ranks, words = 2, ["-m", options.training_script, *options.training_script_args]
-    return folder.run_module(*split_module(words), num_ranks, **environ)
+    printed = folder.run_module(*split_module(words), num_ranks, **environ)
+    if output is not None:
+        (folder.path / output).write_text(printed)
+    return printed
 
 
 def run_tests_program(_: Folder, command: str) -> str:
@@ -258,7 +267,7 @@ def check_printed(folder: Folder, command: str) -> str:
         files = [word for word in arguments if word.endswith(".yaml") and not word.startswith("runs/")]
         assert all((folder.path / file).is_file() for file in files)
         if name == "train":
-            load(name, [str(folder.path / word) if word in files else word for word in arguments])
+            load([str(folder.path / word) if word in files else word for word in arguments], TRAINING_OPTIONS)
         assert name in COMMANDS
     for line in submits:
         assert any((folder.path / word).is_file() for word in shlex.split(line) if word.endswith(".sbatch")), line

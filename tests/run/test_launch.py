@@ -14,7 +14,7 @@ import pytest
 from support.processes import TIMEOUT
 from support.tools import requires_tool
 
-from agnews_dist.config.command_line import load
+from agnews_dist.commands.arguments import load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = REPOSITORY / "slurm"
@@ -195,7 +195,7 @@ def test_deepspeed_config_yields_to_the_users_engine(
     Path("mine.yaml").write_text("optim: {epochs: 1}", encoding="utf-8")
     Path("ddp.yaml").write_text("engine: {backend: ddp}", encoding="utf-8")
     default = str(REPOSITORY / "configs" / "deepspeed.yaml")
-    assert load("train", ["--config", default, *arguments]).config.engine.backend == backend
+    assert load(["--config", default, *arguments]).config.engine.backend == backend
 
 
 @pytest.fixture

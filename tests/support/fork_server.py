@@ -33,11 +33,11 @@ from types import ModuleType
 from support.processes import REPOSITORY, TIMEOUT, describe_output, environment
 
 PRELOADED = """
-    accelerate datasets deepspeed deepspeed.runtime.zero.muon.original_muon docstring_parser hypothesis.strategies jsonargparse
-    psutil pyarrow.parquet pytest rich.console rich.progress safetensors.torch sklearn.metrics torch torch.distributed
-    torch.distributed.algorithms.ddp_comm_hooks.default_hooks torch.nn.parallel yaml transformers.models.auto.modeling_auto
-    transformers.models.auto.tokenization_auto transformers.pipelines transformers.models.gpt2.modeling_gpt2
-    transformers.models.gpt2.tokenization_gpt2
+    accelerate datasets deepspeed deepspeed.runtime.zero.muon.original_muon docstring_parser hypothesis.strategies
+    psutil pyarrow.parquet pydantic.main pytest rich.console rich.progress safetensors.torch sklearn.metrics torch
+    torch.distributed torch.distributed.algorithms.ddp_comm_hooks.default_hooks torch.nn.parallel yaml
+    transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto transformers.pipelines
+    transformers.models.gpt2.modeling_gpt2 transformers.models.gpt2.tokenization_gpt2
 """.split()  # noqa: SIM905
 """Third-party modules. None is a plugin of pytest."""
 _CONTEXT = multiprocessing.get_context("forkserver")

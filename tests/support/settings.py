@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agnews_dist.config.command_line import Option, load
+from agnews_dist.commands.arguments import Option, load
 from agnews_dist.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def group_by_section(settings: Mapping[str, object]) -> dict[str, dict[str, obje
 def errors_of(argv: Sequence[str], options: Sequence[Option] = ()) -> list[str]:
     """Return the lines of the error; each must have the form `<what>: <why>. <fix>.`"""
     with pytest.raises(ConfigError) as caught:
-        load("train", argv, options)
+        load(argv, options)
     assert caught.value.exit_code == 2
     lines = str(caught.value).split("\n")
     for line in lines:

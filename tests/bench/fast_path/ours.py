@@ -20,7 +20,7 @@ import job as jobs
 
 import agnews_dist
 
-LATE = ("datasets", "jsonargparse", "docstring_parser", "typeshed_client.resolver", "torch.profiler", "scipy.io")
+LATE = ("datasets", "docstring_parser", "torch.profiler", "scipy.io")
 
 
 def import_everything() -> None:

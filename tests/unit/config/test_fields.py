@@ -1,16 +1,28 @@
 """Values and names of settings: the same rules in YAML and on the command line."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from support.settings import errors_of, write
 
-from agnews_dist.config.command_line import Option, dump, load
-from agnews_dist.config.fields import all_settings
-from agnews_dist.config.schema import BatchConfig, Config, DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
+from agnews_dist.commands.arguments import Option, load
+from agnews_dist.config.fields import (
+    LIMITS,
+    Quoted,
+    all_sections,
+    all_settings,
+    convert,
+    describe_type,
+    format_value,
+    is_path,
+    split_type,
+)
+from agnews_dist.config.schema import Config
+from agnews_dist.config.yaml_file import dump
 
 
 @pytest.mark.parametrize(
@@ -41,7 +53,7 @@ def test_yaml_and_command_line_read_values_alike(tmp_path: Path, key: str, text:
     path = write(tmp_path / "a.yaml", f"{section}:\n  {name}: {text}\n")
     dotted = write(tmp_path / "b.yaml", f"{key}: {text}\n")
     for argv in (["--config", path], ["--config", dotted], [f"--{key}", text], [f"--{key}={text}"]):
-        got = getattr(getattr(load("train", argv).config, section), name)
+        got = getattr(getattr(load(argv).config, section), name)
         assert got == value, argv
         assert type(got) is type(value), argv
 
@@ -56,7 +68,7 @@ def test_yaml_and_command_line_read_values_alike(tmp_path: Path, key: str, text:
         ("--optim.max-grad-norm", "'--optim.max_grad_norm'"),
         ("--batch_size", "'--batch.global_batch_size'"),
         ("--print-config", "'--print_config'"),
-        ("--debgu", "'--run.debug' or '--debug'"),
+        ("--debgu", "'--debug' or '--run.debug'"),
         ("--splt", "'--split'"),
     ],
 )
@@ -71,58 +83,117 @@ def test_unknown_option_without_a_near_one_names_none() -> None:
     assert "Did you mean" not in line
 
 
-def values_of(type_: Any) -> st.SearchStrategy[Any]:
-    members = get_args(type_) or (type_,)
-    choices: list[st.SearchStrategy[Any]] = []
-    for member in members:
-        if member is str:
-            choices.append(st.text(st.characters(codec="utf-8")) | st.sampled_from(["null", "~", "", "1e-4", "- x", "a\nb"]))
-        elif member is int:
-            choices.append(st.integers(1, 10**6))
+def texts_of(type_: Any) -> st.SearchStrategy[Any]:
+    """Values that the type admits, drawn from its own description."""
+    strategies: list[st.SearchStrategy[Any]] = []
+    for member, limits in split_type(type_):
+        bounds = {name: getattr(limit, name) for limit in limits for name in ("ge", "gt", "le", "lt") if hasattr(limit, name)}
+        low, high = bounds.get("ge", bounds.get("gt", 0)), bounds.get("le", bounds.get("lt", 10**6))
+        if member is int:
+            strategies.append(st.integers(low, high - ("lt" in bounds)))
         elif member is float:
-            choices.append(st.floats(0, 1, exclude_min=True, exclude_max=True))
+            strategies.append(st.floats(low, high, exclude_min="gt" in bounds, exclude_max="lt" in bounds))
+        elif member is str:
+            texts = st.text(st.characters(codec="utf-8"), min_size=1) | st.sampled_from(
+                ["null", "1e-4", "- x", "a\nb", "a$b", "true"]
+            )
+            strategies.append(texts.map(lambda text: f"./{text}") if is_path(type_) else texts)
         elif member is bool:
-            choices.append(st.booleans())
+            strategies.append(st.booleans())
         elif member is type(None):
-            choices.append(st.none())
+            strategies.append(st.none())
         else:
-            choices.append(st.sampled_from(get_args(member) or (member,)))
-    return st.one_of(choices)
+            strategies.append(st.sampled_from(get_args(member)))
+    return st.one_of(strategies)
+
+
+def without_contradictions(sections: dict[str, dict[str, Any]]) -> Config:
+    """Build the configuration; settings that contradict others get their defaults."""
+    while True:
+        try:
+            return Config(**{name: all_sections()[name][0](**values) for name, values in sections.items()})
+        except ValidationError as error:
+            (found,) = error.errors()
+            assert found["loc"] == (), found
+            removed = [
+                key for key in all_settings() if key in found["msg"] and sections[key.split(".")[0]].pop(key.split(".")[1], 0)
+            ]
+            assert removed, found
 
 
 @pytest.mark.slow
 @settings(max_examples=50)
 @given(st.data())
-def test_dump_and_load_preserve_any_config(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    # Random values that obey the rules between settings.
+def test_any_config_is_the_same_printed_and_read_back(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     sections: dict[str, dict[str, Any]] = {}
     for key, setting in all_settings().items():
-        sections.setdefault(setting.section, {})[setting.name] = data.draw(values_of(setting.type), label=key)
-    sections["batch"]["max_tokens_per_rank"] += sections["data"]["max_length"]
-    if sections["batch"]["global_token_budget"] is not None:
-        sections["batch"]["global_token_budget"] += sections["data"]["max_length"]
-    sections["data"]["source"] += "x"
-    sections["model"]["name"] += "x"
-    engine = sections["engine"]
-    if not engine["fast_path"]:
-        engine["feature_cache"] = "off"
-    if engine["backend"] != "deepspeed":
-        engine |= {"zero_stage": 2, "offload": "none", "deepspeed_config": None}
-    if engine["offload"] == "all":
-        engine["zero_stage"] = 3
-    if engine["backend"] == "fsdp" and engine["precision"] == "fp16":
-        engine["precision"] = "bf16"
-    sections["batch"]["longest_first"] = sections["batch"]["longest_first"] and engine["backend"] == "ddp"
-    config = Config(
-        data=DataConfig(**sections["data"]),
-        model=ModelConfig(**sections["model"]),
-        batch=BatchConfig(**sections["batch"]),
-        optim=OptimConfig(**sections["optim"]),
-        engine=EngineConfig(**sections["engine"]),
-        run=RunConfig(**sections["run"]),
-    )
+        value = data.draw(texts_of(setting.type), label=key)
+        written = value.replace("$", "$$") if is_path(setting.type) and value is not None else value
+        sections.setdefault(setting.section, {})[setting.name] = written
+    config = without_contradictions(sections)
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
-    path.write_text(dump(config), encoding="utf-8", newline="")
-    loaded = load("train", ["--config", str(path)])
-    assert loaded.config == config
-    assert len(loaded.explicit) == len(all_settings())
+    for only_changed in (False, True):
+        path.write_text(dump(config, only_changed=only_changed), encoding="utf-8", newline="")
+        loaded = load(["--config", str(path)])
+        assert loaded.config == config
+        assert (len(loaded.explicit) == len(all_settings())) != only_changed
+
+
+WRONG = {
+    int: {"x", "1.5", "3.0", "1e3", "true", "'3'", '"3"', "[1]", "{a: 1}", "nan", "''", "0x"},
+    float: {"x", "true", "'1'", "[1]", "{a: 1}", "nan", "inf", "1e999", "''", "1,5"},
+    bool: {"x", "2", "1", "'true'", "[true]", "{a: 1}", "t", "''"},
+    str: {"[1]", "{a: 1}", "[]", "{}"},
+    Literal: {"x", "[1]", "{a: 1}", "''", "true", "nan", "9"},
+}
+"""Member of a type -> YAML that it does not admit."""
+
+
+def wrong_texts(type_: Any) -> list[str]:
+    """YAML values that no member of the type admits, or that are out of its limits."""
+    members = [member for member, _ in split_type(type_)]
+    wrong = set.intersection(*(WRONG[get_origin(each) or each] for each in members if each is not type(None)))
+    wrong |= set() if type(None) in members else {"null", "~"}
+    limits = {
+        name: getattr(limit, name)
+        for _, found in split_type(type_)
+        for limit in found
+        for name in LIMITS
+        if hasattr(limit, name)
+    }
+    outside = {"ge": -1, "gt": 0, "le": 1, "lt": 0}
+    return sorted(wrong | {str(value + outside[name]) if name in outside else "''" for name, value in limits.items()})
+
+
+@pytest.mark.parametrize("key", all_settings())
+def test_any_wrong_value_is_named_with_its_place(tmp_path: Path, key: str) -> None:
+    setting = all_settings()[key]
+    texts = wrong_texts(setting.type)
+    assert len(texts) >= 4
+    for text in texts:
+        path = write(tmp_path / "a.yaml", f"# one\n\n{key}: {text}\n")
+        [line] = errors_of(["--config", path])
+        assert line.startswith(f"{key} ")
+        assert f"({path}, line 3): it takes " in line
+        assert line.endswith(f"; the default is {format_value(setting.default)}.")
+        if text[0] not in "[{'\"~":
+            [line] = errors_of([f"--{key}={text}"])
+            assert line.startswith(f"--{key} {text!r}: it takes ")
+
+
+def test_types_are_described_in_plain_words() -> None:
+    assert describe_type(int | None) == "a whole number or null"
+    assert describe_type(tuple[int, ...]) == "a list a,b,... of a whole number"
+    assert describe_type(all_settings()["model.trainable_blocks"].type) == "a whole number (0 or more) or all"
+    assert describe_type(all_settings()["optim.warmup_ratio"].type) == "a number (0 or more, at most 1)"
+
+
+def test_lists_in_yaml_and_on_the_command_line_are_tuples() -> None:
+    for value in (["a", "b"], "a,b", "a , b"):
+        assert convert(tuple[str, ...], value) == ("a", "b")
+    assert convert(tuple[int, ...] | None, ["1", "2"]) == (1, 2)
+    assert convert(tuple[str, ...], []) == ()
+    assert format_value(("a", "b, c")) == "[a, 'b, c']"
+    for wrong in (None, {}, ["1", ["2"]], [Quoted("1")]):
+        with pytest.raises((ValueError, TypeError)):
+            convert(tuple[int, ...], wrong)

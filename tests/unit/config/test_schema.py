@@ -1,28 +1,33 @@
-"""`Config`: valid defaults, immutable sections, and one message per broken rule with value and fix."""
+"""`Config`: valid defaults, immutable sections, limits, and one message per contradiction with values and fix."""
 
-import dataclasses
 import math
-import typing
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from agnews_dist.config.fields import all_settings
-from agnews_dist.config.schema import BatchConfig, Config, DataConfig, ModelConfig, OptimConfig, validate
+from agnews_dist.config.fields import all_sections, all_settings
+from agnews_dist.config.schema import BatchConfig, Config, DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig
 
 
 def config_with(**values: Any) -> Config:
     """Return the defaults with fields changed: `config_with(optim__lr=1.0)`."""
-    config = Config()
+    sections: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         section, _, name = key.partition("__")
-        part = dataclasses.replace(getattr(config, section), **{name: value})
-        config = dataclasses.replace(config, **{section: part})
-    return config
+        sections.setdefault(section, {})[name] = value
+    return Config(**{section: all_sections()[section][0](**fields) for section, fields in sections.items()})
 
 
-def test_validate_accepts_the_defaults() -> None:
-    assert validate(Config()) == []
+def contradictions(**values: Any) -> list[str]:
+    """Return the messages about settings that contradict each other."""
+    try:
+        config_with(**values)
+    except ValidationError as error:
+        (found,) = error.errors()
+        assert found["loc"] == ()
+        return found["msg"].removeprefix("Value error, ").splitlines()
+    return []
 
 
 def test_config_has_the_documented_settings() -> None:
@@ -45,116 +50,130 @@ def test_config_defaults_to_gpt2_and_ag_news() -> None:
     assert (config.model.trainable_blocks, config.data.pad_token, config.model.init) == (1, "new", "pretrained")
 
 
-def test_config_is_immutable_and_keyword_only() -> None:
-    hints = typing.get_type_hints(Config)
-    assert len(hints) == 7
-    for section, cls in hints.items():
+def test_sections_are_immutable_keyword_only_and_refuse_unknown_fields() -> None:
+    assert len(all_sections()) == 7
+    for section, (model, _) in all_sections().items():
         part = getattr(Config(), section)
-        first = dataclasses.fields(cls)[0].name
-        with pytest.raises(dataclasses.FrozenInstanceError):
+        first = next(iter(model.model_fields))
+        with pytest.raises(ValidationError, match="frozen"):
             setattr(part, first, getattr(part, first))
         with pytest.raises(TypeError):
-            cls(getattr(part, first))
-    with pytest.raises(dataclasses.FrozenInstanceError):
+            model(getattr(part, first))
+        with pytest.raises(ValidationError, match="Extra inputs"):
+            model(no_such_field=1)
+    with pytest.raises(ValidationError, match="frozen"):
         Config().data = DataConfig()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_python_values_are_not_converted() -> None:
+    assert OptimConfig(lr=1).lr == 1.0
+    for model, values in ((OptimConfig, {"epochs": 3.0}), (OptimConfig, {"lr": "1e-3"}), (RunConfig, {"overwrite": "yes"})):
+        with pytest.raises(ValidationError):
+            model(**values)
+
+
+def test_levels_resume_and_sweep_are_set_for_every_field() -> None:
+    basic = [key for key, setting in all_settings().items() if setting.level == "basic"]
+    assert 10 < len(basic) <= 25
+    assert {"data.source", "model.name", "optim.lr", "run.name"} <= set(basic)
+    changing = {key for key, setting in all_settings().items() if setting.sweep == "changes features"}
+    assert {"data.max_length", "model.trainable_blocks", "model.name"} <= changing
+    for key, setting in all_settings().items():
+        assert setting.help.endswith("."), key
+        # Its features or its steps differ, so another value is another training.
+        if setting.sweep == "free":
+            assert setting.resume != "ignored", key
+
+
 @pytest.mark.parametrize(
-    ("field", "value", "fix"),
+    ("field", "value"),
     [
-        ("data__max_length", 0, "Set it to 1 or more."),
-        ("data__limit_train", 0, "Set it to 1 or more."),
-        ("data__limit_validation", -3, "Set it to 1 or more."),
-        ("data__limit_test", 0, "Set it to 1 or more."),
-        ("data__seed", -1, "Set it to 0 or more."),
-        ("batch__global_batch_size", 0, "Set it to 1 or more."),
-        ("batch__bucket_window", 0, "Set it to 1 or more."),
-        ("optim__epochs", 0, "Set it to 1 or more."),
-        ("engine__timeout_seconds", 0, "Set it to 1 or more."),
-        ("run__seed", -1, "Set it to 0 or more."),
-        ("data__validation_fraction", 0.0, "Set it between 0 and 1"),
-        ("data__validation_fraction", 1.0, "Set it between 0 and 1"),
-        ("model__trainable_blocks", -1, "Set 0 (final norm and head only), a count, or all."),
-        ("optim__lr", -1e-3, "Set it to 0 or more."),
-        ("optim__lr", math.inf, "Set it to 0 or more."),
-        ("optim__lr", math.nan, "Set it to 0 or more."),
-        ("optim__weight_decay", -0.1, "Set it to 0 or more."),
-        ("optim__max_grad_norm", math.inf, "Set it to 0 or more."),
-        ("optim__warmup_ratio", 1.5, "Set it between 0 and 1."),
-        ("optim__warmup_ratio", -0.5, "Set it between 0 and 1."),
+        *((field, 0) for field in ("data__max_length", "data__limit_train", "data__limit_test", "batch__global_batch_size")),
+        *((field, 0) for field in ("batch__bucket_window", "optim__epochs", "engine__timeout_seconds", "checkpoint__keep")),
+        *((field, -1) for field in ("data__limit_validation", "data__seed", "run__seed", "model__trainable_blocks")),
+        ("run__seed", 2**32),
+        ("data__validation_fraction", 0.0),
+        ("data__validation_fraction", 1.0),
+        ("data__validation_fraction", math.nan),
+        *(("optim__lr", value) for value in (-1e-3, math.inf, math.nan)),
+        ("optim__weight_decay", -0.1),
+        ("optim__max_grad_norm", math.inf),
+        ("optim__warmup_ratio", 1.5),
+        ("optim__warmup_ratio", -0.5),
+        ("engine__feature_cache_gigabytes", -1.0),
+        ("checkpoint__every_minutes", 0.0),
+        ("run__max_minutes", math.inf),
+        ("data__source", ""),
+        ("model__name", ""),
+        ("checkpoint__resume", ""),
     ],
 )
-def test_validate_names_a_value_out_of_range(field: str, value: float, fix: str) -> None:
-    [line] = validate(config_with(**{field: value}))
-    assert line.startswith(f"{field.replace('__', '.')} {value}: ")
-    assert fix in line
+def test_value_out_of_range_is_refused(field: str, value: float | str) -> None:
+    with pytest.raises(ValidationError) as raised:
+        config_with(**{field: value})
+    assert {error["loc"][0] for error in raised.value.errors()} == {field.partition("__")[2]}
 
 
-def test_validate_names_a_seed_too_large_for_torch() -> None:
-    [line] = validate(config_with(run__seed=2**32))
-    assert line == "run.seed 4294967296: too large. Set it to 4294967295 or less."
-    assert validate(config_with(run__seed=2**32 - 1)) == []
-
-
-def test_validate_accepts_the_limits_of_each_range() -> None:
-    config = Config(
+def test_limits_of_each_range_are_accepted() -> None:
+    Config(
         data=DataConfig(max_length=1, limit_train=1, limit_validation=1, limit_test=1, validation_fraction=0.999),
         model=ModelConfig(trainable_blocks=0),
         batch=BatchConfig(global_batch_size=1, max_tokens_per_rank=1, bucket_window=1),
         optim=OptimConfig(lr=0.0, epochs=1, weight_decay=0.0, warmup_ratio=1.0, max_grad_norm=0.0),
+        engine=EngineConfig(feature_cache_gigabytes=0.0),
+        run=RunConfig(seed=2**32 - 1),
     )
-    assert validate(config) == []
-    assert validate(config_with(model__trainable_blocks="all", optim__warmup_ratio=0.0)) == []
+    config_with(model__trainable_blocks="all", optim__warmup_ratio=0.0)
 
 
-def test_validate_names_sizes_that_contradict_each_other() -> None:
-    [line] = validate(config_with(batch__max_tokens_per_rank=255))
+def test_sizes_that_contradict_each_other_are_refused() -> None:
+    [line] = contradictions(batch__max_tokens_per_rank=255)
     assert line.startswith("batch.max_tokens_per_rank 255 is below data.max_length 256: ")
     assert "Raise the first or lower the second." in line
-    assert validate(config_with(batch__max_tokens_per_rank=256)) == []
-    [line] = validate(config_with(batch__global_token_budget=255))
+    assert contradictions(batch__max_tokens_per_rank=256) == []
+    [line] = contradictions(batch__global_token_budget=255)
     assert line.startswith("batch.global_token_budget 255 is below data.max_length 256: ")
     assert "Raise the first or lower the second." in line
-    assert validate(config_with(batch__global_token_budget=256, batch__bucket_window="epoch")) == []
+    assert contradictions(batch__global_token_budget=256, batch__bucket_window="epoch") == []
 
 
-@pytest.mark.parametrize("field", ["data__source", "model__name"])
-def test_validate_names_an_empty_source_or_model(field: str) -> None:
-    [line] = validate(config_with(**{field: ""}))
-    assert line.startswith(f"{field.replace('__', '.')} is empty: ")
-    assert "Set a hub id, a path, or " in line
-
-
-def test_validate_returns_all_messages_at_once() -> None:
-    assert len(validate(config_with(optim__lr=-1.0, optim__epochs=0, run__seed=-1, data__validation_fraction=2.0))) == 4
+def test_all_contradictions_are_reported_at_once() -> None:
+    found = contradictions(
+        engine__offload="all", batch__max_tokens_per_rank=1, engine__fast_path=False, engine__feature_cache="disk"
+    )
+    assert [line.partition(" ")[0] for line in found] == [
+        "batch.max_tokens_per_rank",
+        "engine.feature_cache",
+        "engine.offload",
+        "engine.offload",
+    ]
 
 
 @pytest.mark.parametrize(("field", "value"), [("zero_stage", 3), ("offload", "optimizer"), ("deepspeed_config", "ds.json")])
 @pytest.mark.parametrize("backend", ["ddp", "fsdp"])
-def test_validate_refuses_deepspeed_settings_without_deepspeed(backend: str, field: str, value: object) -> None:
-    [line] = validate(config_with(engine__backend=backend, **{f"engine__{field}": value}))
+def test_config_refuses_deepspeed_settings_without_deepspeed(backend: str, field: str, value: object) -> None:
+    [line] = contradictions(engine__backend=backend, **{f"engine__{field}": value})
     assert line.startswith(f"engine.{field} {value} with engine.backend {backend}: it is a setting of DeepSpeed")
     assert "Set engine.backend deepspeed, or leave it out." in line
-    assert validate(config_with(engine__backend="deepspeed", **{f"engine__{field}": value})) == []
+    assert contradictions(engine__backend="deepspeed", **{f"engine__{field}": value}) == []
 
 
-def test_validate_allows_offloaded_weights_with_stage_3_only() -> None:
-    config = config_with(engine__backend="deepspeed", engine__offload="all")
-    [line] = validate(config)
+def test_config_allows_offloaded_weights_with_stage_3_only() -> None:
+    [line] = contradictions(engine__backend="deepspeed", engine__offload="all")
     assert "engine.offload all with engine.zero_stage 2" in line
     assert "Set engine.zero_stage 3, or engine.offload optimizer." in line
-    assert validate(config_with(engine__backend="deepspeed", engine__offload="all", engine__zero_stage=3)) == []
+    assert contradictions(engine__backend="deepspeed", engine__offload="all", engine__zero_stage=3) == []
 
 
 @pytest.mark.parametrize("backend", ["fsdp", "deepspeed"])
-def test_validate_allows_longest_first_with_ddp_only(backend: str) -> None:
-    [line] = validate(config_with(engine__backend=backend, batch__longest_first=True))
-    assert line.startswith(f"batch.longest_first with engine.backend {backend}: ")
-    assert validate(config_with(batch__longest_first=True)) == []
+def test_config_allows_longest_first_with_ddp_only(backend: str) -> None:
+    [line] = contradictions(engine__backend=backend, batch__longest_first=True)
+    assert line.startswith(f"batch.longest_first true with engine.backend {backend}: ")
+    assert contradictions(batch__longest_first=True) == []
 
 
-def test_validate_refuses_fp16_with_fsdp() -> None:
-    [line] = validate(config_with(engine__backend="fsdp", engine__precision="fp16"))
+def test_config_refuses_fp16_with_fsdp() -> None:
+    [line] = contradictions(engine__backend="fsdp", engine__precision="fp16")
     assert "engine.precision fp16 with engine.backend fsdp" in line
     assert "Set engine.backend deepspeed with zero_stage 3, or engine.precision fp32." in line
-    assert validate(config_with(engine__backend="ddp", engine__precision="fp16")) == []
+    assert contradictions(engine__backend="ddp", engine__precision="fp16") == []

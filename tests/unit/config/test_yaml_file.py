@@ -1,12 +1,14 @@
 """YAML files: shipped ones, wrong ones, and the meaning of their values."""
 
+import json
 from pathlib import Path
 
 import pytest
 from support.processes import REPOSITORY
 from support.settings import errors_of, write
 
-from agnews_dist.config.command_line import load
+from agnews_dist.commands.arguments import load
+from agnews_dist.commands.print_schema import json_schema
 from agnews_dist.config.schema import Config, RunConfig
 from agnews_dist.config.yaml_file import SHIPPED
 
@@ -15,17 +17,17 @@ CONFIGS = REPOSITORY / "configs"
 
 def test_quoted_yaml_stays_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", "run: {name: 'null'}\ndata: {revision: \"1\", pad_token: 'eos'}")
-    config = load("train", ["--config", path]).config
+    config = load(["--config", path]).config
     assert (config.run.name, config.data.revision, config.data.pad_token) == ("null", "1", "eos")
 
 
 def test_shipped_configs_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load("train", ["--debug"]).config.run.debug is True
-    assert load("train", ["--config", "debug.yaml"]).config.run.debug is True
+    assert load(["--debug"]).config.run.debug is True
+    assert load(["--config", "debug.yaml"]).config.run.debug is True
     (tmp_path / "configs").mkdir()
     write(tmp_path / "configs" / "debug.yaml", "run: {name: mine}")
-    assert load("train", ["--debug"]).config == Config(run=RunConfig(name="mine"))
+    assert load(["--debug"]).config == Config(run=RunConfig(name="mine"))
 
 
 def test_mistyped_path_is_not_replaced_by_a_shipped_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +41,16 @@ def test_mistyped_path_is_not_replaced_by_a_shipped_config(tmp_path: Path, monke
     [
         (b"- a\n", "holds a list", "Write for example 'optim:'"),
         (b"just words\n", "holds 'just words'", "Write for example 'optim:'"),
+        (b"optim:\n  - lr\n", "optim a list", "Write for example 'optim:'"),
+        (b"optim: 'lr: 3'\n", "optim 'lr: 3'", "Write for example 'optim:'"),
+        (b"optim:\n  epochs: 3.0\n", "optim.epochs '3.0'", "takes a whole number (1 or more)"),
+        (b"optim:\n  lr: '1e-3'\n", "optim.lr '1e-3'", "Remove the quotes; the default is 0.001."),
+        (b"run:\n  debug: maybe\n", "run.debug 'maybe'", "takes true or false"),
+        (b"optim:\n  lr: -1\n", "optim.lr '-1'", "takes a number (0 or more)"),
+        (b"optim: &a\n  lr: 1\n", "line 1, has an anchor", "Write the value itself"),
+        (b"run:\n  name: !!python/name:os.system\n", "line 2, has a tag", "Write the value itself"),
+        (b"a: " + b"[" * 5000, "is nested too deeply", "Write for example 'optim:'"),
+        (b"#" * 5_000_000, "larger than 100 kB", "Give a file of settings"),
         (b"optim: {lr: 1\nrun: [", "line 2", "Correct the file"),
         (b"run:\n  seed: 1\n\tname: x\n", "line 3", "Correct the file"),
         (b"run: {seed: 1}\n---\nrun: {seed: 2}\n", "line 2", "Correct the file"),
@@ -53,7 +65,7 @@ def test_mistyped_path_is_not_replaced_by_a_shipped_config(tmp_path: Path, monke
         (b"run: {seed: {a: 1}}\n", "run.seed a mapping", "takes a whole number"),
         (b"data: {source: }\n", "data.source null", "takes text"),
         (b"lr: 3\n", "unknown key 'lr'", "Did you mean 'optim.lr'?"),
-        (b"1: 3\n", "unknown key '1'", "--help lists"),
+        (b"1: 3\n", "unknown key '1'", "--help all lists"),
     ],
 )
 def test_wrong_file_is_named_with_line_and_fix(tmp_path: Path, text: bytes, value: str, fix: str) -> None:
@@ -65,6 +77,31 @@ def test_wrong_file_is_named_with_line_and_fix(tmp_path: Path, text: bytes, valu
     assert fix in line
 
 
+def test_tags_build_nothing_and_every_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "run: !!python/object/apply:os.system ['touch made']\nbatch: &a {}\noptim: *a\n"
+    lines = errors_of(["--config", write(tmp_path / "a.yaml", text)])
+    assert [line.partition(": ")[0] for line in lines[:3]] == [
+        f"{tmp_path / 'a.yaml'}, line {n}, has {what}" for n, what in ((1, "a tag"), (2, "an anchor"), (3, "an alias"))
+    ]
+    assert not (tmp_path / "made").exists()
+
+
+def test_config_of_the_version_before_still_loads() -> None:
+    path = Path(__file__).with_name("config-0.1.yaml")
+    loaded = load(["--config", str(path)])
+    assert loaded.config == Config()
+    assert len(loaded.explicit) == 50
+
+
+def test_shipped_configs_name_the_schema_that_the_program_prints() -> None:
+    schema = json.loads((CONFIGS / "settings.schema.json").read_text(encoding="utf-8"))
+    assert schema == json_schema(), "write it again with: make docs"
+    for name in SHIPPED:
+        lines = (CONFIGS / name).read_text(encoding="utf-8").splitlines()
+        assert "# yaml-language-server: $schema=settings.schema.json" in lines, name
+
+
 def test_unreadable_file_is_named(tmp_path: Path) -> None:
     [missing] = errors_of(["--config", "configs/debgu.yaml"])
     assert "Did you mean 'configs/debug.yaml'?" in missing
@@ -74,7 +111,7 @@ def test_unreadable_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "{}\n", "optim:\nrun:\n", "\ufeff{}\n"])
 def test_file_without_values_changes_nothing(tmp_path: Path, text: str) -> None:
-    assert load("train", ["--config", write(tmp_path / "a.yaml", text)]) == load("train", [])
+    assert load(["--config", write(tmp_path / "a.yaml", text)]) == load([])
 
 
 def test_shipped_configs_name_their_command_and_repeat_no_default() -> None:
@@ -82,7 +119,7 @@ def test_shipped_configs_name_their_command_and_repeat_no_default() -> None:
     assert [path.name for path in found] == list(SHIPPED)
     assert len(found) == 6
     for path in found:
-        loaded = load("train", ["--config", str(path)])
+        loaded = load(["--config", str(path)])
         first = path.read_text(encoding="utf-8").split("\n")[0]
         assert first.startswith("# "), path
         command = first[2:].split()
@@ -96,8 +133,8 @@ def test_shipped_configs_name_their_command_and_repeat_no_default() -> None:
 
 
 def test_gpt2_ddp_equals_the_defaults_and_debug_is_small() -> None:
-    assert load("train", ["--config", str(CONFIGS / "gpt2_ddp.yaml")]) == load("train", [])
-    debug = load("train", ["--config", str(CONFIGS / "debug.yaml")]).config
+    assert load(["--config", str(CONFIGS / "gpt2_ddp.yaml")]) == load([])
+    debug = load(["--config", str(CONFIGS / "debug.yaml")]).config
     assert (debug.run.debug, debug.model.name, debug.data.source) == (True, "embedded", "synthetic")
-    quickstart = load("train", ["--config", str(CONFIGS / "quickstart.yaml")]).config
+    quickstart = load(["--config", str(CONFIGS / "quickstart.yaml")]).config
     assert (quickstart.model.name, quickstart.data.source, quickstart.data.limit_train) == ("embedded", "synthetic", 2000)

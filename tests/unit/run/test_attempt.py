@@ -3,7 +3,6 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from agnews_dist.config.schema import CheckpointConfig, Config, RunConfig
+from agnews_dist.config.schema import CheckpointConfig, Config, EngineConfig, RunConfig
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import AlreadyFinished, SharedError, Stopped
 from agnews_dist.events import Event, Warned
@@ -66,13 +65,13 @@ class FakeTrainer:
 
 def make_config(runs: Path, **changes: Any) -> Config:
     """Return the configuration of the run `small`."""
-    return replace(Config(run=RunConfig(dir=str(runs), name="small")), **changes)
+    return Config(run=RunConfig(dir=str(runs), name="small")).model_copy(update=changes)
 
 
 def make_attempt(config: Config, world: World | None = None) -> Attempt:
     """Return a start that is not entered yet."""
     engine = SimpleNamespace(world=world or World(), precision="fp32")
-    return Attempt(config, engine, FakePreemptionHandler(), accept="", timer=StageTimer(0.0))
+    return Attempt(config, engine, FakePreemptionHandler(), accept=(), timer=StageTimer(0.0))
 
 
 def leave_checkpoint(runs: Path, step: int, **state: Any) -> Path:
@@ -209,7 +208,7 @@ def test_attempt_resumes_and_removes_later_checkpoints(tmp_path):
 def test_requested_place_is_the_setting_unless_it_is_auto_on_as_many_ranks(tmp_path, place, num_ranks, expected):
     leave_checkpoint(tmp_path, 40, num_ranks=num_ranks, features="host")
     config = make_config(tmp_path, checkpoint=CheckpointConfig(resume="auto"))
-    config = replace(config, engine=replace(config.engine, feature_cache=place))
+    config = config.model_copy(update={"engine": EngineConfig(feature_cache=place)})
     with make_attempt(config) as attempt:
         attempt.claim()
         attempt.begin(FINGERPRINTS)

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from agnews_dist.config.fields import all_settings
 from agnews_dist.config.schema import Config
 from agnews_dist.errors import AlreadyFinished, UserError
 from agnews_dist.run.fingerprints import weight_settings
 from agnews_dist.run.resume import (
-    ACCEPTABLE,
-    IGNORED,
     ResumePoint,
+    acceptable_settings,
+    check_accepted,
     check_fingerprints,
     find_resume_point,
-    parse_accept,
     settings_after_restart,
 )
 from agnews_dist.run.status import StatusFile
@@ -117,10 +117,10 @@ REFUSED = {
 }
 
 
-def test_every_setting_is_refused_or_ignored():
-    # A new setting must be added to one of the lists.
-    assert {*REFUSED, *IGNORED, "data.limit_validation", "data.limit_test"} == {*SETTINGS}
-    assert set(ACCEPTABLE) < set(REFUSED)
+def test_compared_settings_are_those_that_the_schema_does_not_ignore():
+    assert {key for key, setting in all_settings().items() if setting.resume != "ignored"} == {*SETTINGS}
+    assert {*REFUSED, "data.limit_validation", "data.limit_test"} <= {*SETTINGS}
+    assert {"optim.lr", "engine.precision"} <= set(acceptable_settings()) < set(REFUSED)
     assert all(SETTINGS[key] != value for key, value in REFUSED.items()), "each value must differ from the default"
 
 
@@ -132,13 +132,14 @@ def test_differing_setting_is_refused_by_name_with_both_values(tmp_path, key):
         find(tmp_path / "run", **change)
     message = str(raised.value)
     assert message.startswith(f"{path} cannot be continued ({key} was {SETTINGS[key]}, is {REFUSED[key]}): ")
-    assert (f"continue with --accept {key}, or train from the start" in message) == (key in ACCEPTABLE)
-    if key in ACCEPTABLE:
-        (warning,) = find(tmp_path / "run", accept=parse_accept(key), **change).warnings
+    assert (f"continue with --accept {key}, or train from the start" in message) == (key in acceptable_settings())
+    if key in acceptable_settings():
+        check_accepted([key])
+        (warning,) = find(tmp_path / "run", accept=[key], **change).warnings
         assert warning.startswith(f"{key} was {SETTINGS[key]}, is {REFUSED[key]}, as accepted")
     else:
         with pytest.raises(UserError, match=rf"--accept {key}: this setting cannot change on resume\. Choose among"):
-            parse_accept(key)
+            check_accepted([key])
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_several_differences_are_reported_and_accepted_together(tmp_path):
     change = {"optim__lr": 1.0, "optim__schedule": "cosine"}
     with pytest.raises(UserError, match=r"\(optim.lr was .*; optim.schedule was .*--accept optim.lr,optim.schedule"):
         find(tmp_path / "run", **change)
-    assert len(find(tmp_path / "run", accept=parse_accept("optim.lr, optim.schedule"), **change).warnings) == 2
+    assert len(find(tmp_path / "run", accept=["optim.lr", "optim.schedule"], **change).warnings) == 2
     with pytest.raises(UserError, match=r"run.seed was 0, is 1") as raised:
         find(tmp_path / "run", accept=["optim.lr", "optim.schedule"], run__seed=1, **change)
     assert "--accept" not in str(raised.value)
@@ -178,8 +179,19 @@ def test_several_differences_are_reported_and_accepted_together(tmp_path):
 
 def test_ignored_settings_may_differ_without_a_warning(tmp_path):
     leave(tmp_path / "run", 40)
-    change = {key.replace(".", "__"): "other" for key in IGNORED}
+    change = {key.replace(".", "__"): "other" for key, setting in all_settings().items() if setting.resume == "ignored"}
+    assert "data__source" in change
     assert find(tmp_path / "run", **change).warnings == ()
+
+
+def test_setting_newer_than_the_checkpoint_had_its_default(tmp_path, monkeypatch):
+    old = {key: value for key, value in SETTINGS.items() if key != "optim.max_grad_norm"}
+    monkeypatch.setitem(globals(), "SETTINGS", old)
+    leave(tmp_path / "run", 40)
+    default = Config().optim.max_grad_norm
+    assert find(tmp_path / "run", optim__max_grad_norm=default).warnings == ()
+    with pytest.raises(UserError, match=rf"optim.max_grad_norm was {default}, is 9.0"):
+        find(tmp_path / "run", optim__max_grad_norm=9.0)
 
 
 def test_more_epochs_are_accepted_with_a_warning_about_the_learning_rate(tmp_path):

@@ -1,18 +1,60 @@
 """Cache root, used and free disk space."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from agnews_dist.storage.directories import cache_root, free_disk_bytes, used_disk_bytes
+from agnews_dist.storage.directories import cache_root, expand_path, free_disk_bytes, used_disk_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("runs", "runs"),
+        ("./a//b/", "./a//b/"),
+        ("~", "/home/me"),
+        ("~/runs", "/home/me/runs"),
+        ("a/~/b", "a/~/b"),
+        ("./~/b", "./~/b"),
+        ("$SCRATCH/runs", "/scratch/runs"),
+        ("${SCRATCH}2/runs", "/scratch2/runs"),
+        ("a$$b/$SCRATCH", "a$b//scratch"),
+        ("$$SCRATCH", "$SCRATCH"),
+        ("$$$$", "$$"),
+        ("~root/x", "/root/x"),
+    ],
+)
+def test_expand_path_replaces_home_and_variables(text: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    assert expand_path(text) == path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("$NOPE/runs", "the variable 'NOPE' is not set"),
+        ("a/${NOPE}", "the variable 'NOPE' is not set"),
+        ("$EMPTY/runs", "the variable 'EMPTY' is not set"),
+        ("${NOPE:-/tmp}", "the variable 'NOPE:-/tmp' is not set"),
+        ("$(date)", "the variable '' is not set"),
+        ("a$", "the variable '' is not set"),
+        ("~no_such_user/x", "the user 'no_such_user' does not exist"),
+    ],
+)
+def test_expand_path_refuses_what_it_cannot_replace(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOPE", raising=False)
+    monkeypatch.setenv("EMPTY", "")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        expand_path(text)
 
 
 def test_cache_root_follows_setting_then_xdg_then_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_root(str(tmp_path / "mine")) == tmp_path / "mine"
-    assert cache_root("~/mine") == tmp_path / "home" / "mine"
     assert cache_root(None) == tmp_path / "xdg" / "agnews_dist"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_root(None) == tmp_path / "home" / ".cache" / "agnews_dist"
