@@ -11,7 +11,7 @@ COMMANDS = {
     "train": "fine-tune, evaluate, and write a model that Hugging Face loads",
     "evaluate": "score a split of any source with a saved model",
     "predict": "classify texts from arguments, a file or standard input",
-    "plan": "show the batches of a training: steps, padding, balance of the ranks, text lengths",
+    "plan": "show the batches of a training: steps, padding, balance of the ranks",
     "doctor": "check machine, cluster and settings before a job",
     "prepare": "load and tokenise the data before a job, on a machine with a network",
     "restarts": "decide whether to restart a job that has ended (for batch scripts)",
@@ -36,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     commands = "\n".join(f"  {command:<10}{text}" for command, text in COMMANDS.items())
     usage = (
-        f"usage: agnews-dist COMMAND [--help] [--section.field VALUE ...]\n\n{commands}\n\n"
-        "agnews-dist --install_completion [bash|zsh|fish] completes commands and settings in a shell."
+        f"usage: agnews-dist COMMAND [--help] [--SECTION.FIELD VALUE]\n\n{commands}\n\n"
+        "  --install_completion [bash|zsh|fish]   complete commands and settings in a shell\n"
+        "  --version                              print the version"
     )
     if name in ("--help", "-h"):
         print(usage)

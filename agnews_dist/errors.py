@@ -58,6 +58,15 @@ def did_you_mean(wrong: str, valid: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def quote(text: str) -> str:
+    """Return the text in quotes, cut to a length that a message can show.
+
+    >>> quote("a" * 70)[-10:]
+    "aaaaaa..."
+    """
+    return repr(text) if len(text) <= 60 else f"{text[:57]!r}..."
+
+
 def find_nearest(wrong: str, valid: Iterable[str]) -> list[str]:
     """Return the dotted names or flags nearest to `wrong`: those with the same last part, or else the most similar one.
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from agnews_dist.config.fields import BOOLS, Problems, RawValue, all_sections, all_settings, build_config, check_value, is_path
 from agnews_dist.config.schema import Config, Level, PathText
 from agnews_dist.config.yaml_file import dump, read_config
+from agnews_dist.errors import quote
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Command:
     """Arguments that it takes besides the settings."""
     settings: Sequence[str] | None = None
     """Sections and keys of settings that the short help shows; None: the basic settings."""
+    shows_defaults: bool = True
+    """False: without a value, some settings are those of a saved model."""
 
     def shows(self, key: str) -> bool:
         """Return whether the short help shows a setting."""
@@ -98,17 +101,18 @@ def load(argv: Sequence[str], options: Sequence[Option] = ()) -> Loaded:
         _refuse_positionals(positionals, problems)
     values = {option.name: tuple(positionals) if option.nargs else option.default for option in options}
     raw_values = [raw for path in given.pop("--config", []) for raw in read_config(path, problems)]
-    for flag, (*_, text) in given.items():
+    for flag, text in ((flag, text) for flag, texts in given.items() for text in texts):
         known = settings.get(flag[2:]) or flags[flag]
         is_null = text in ("null", "Null", "NULL") or (text == "~" and not is_path(known.type))
-        raw = RawValue(flag[2:], None if is_null else text, f"{flag} {text!r}")
+        raw = RawValue(flag[2:], None if is_null else text, f"{flag} {quote(text)}")
         if flag not in flags:
             raw_values.append(raw)
             continue
         try:
-            values[flag] = check_value(raw, known.type, known.default)[1]
+            value = check_value(raw, known.type, known.default)[1]
+            values[flag] = (values[flag] or ()) + value if isinstance(value, tuple) else value
         except ValueError as error:
-            problems.add(str(error), hides=None)
+            problems.add(str(error))
     config = build_config(raw_values, problems)
     if "--print_config" in given:
         print(dump(config, only_changed=given["--print_config"][-1] == "changed"), end="")
@@ -125,27 +129,27 @@ def _split_arguments(
     known = {**flags, **{f"--{key}": setting for key, setting in all_settings().items()}}
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     for name in known:
-        names = [name, "-h"] if name == "--help" else [name]
-        parser.add_argument(*names, dest=name, nargs="?", const=getattr(known[name], "bare", None), action="append")
+        parser.add_argument(name, dest=name, nargs="?", const=getattr(known[name], "bare", None), action="append")
     bools = {name for name, each in known.items() if each.type is bool}
     parsed, rest = parser.parse_known_args(_attach_values(argv[:end], bools, takes_texts=takes_texts))
     given: dict[str, list[str]] = {}
     for name, texts in vars(parsed).items():
         if texts and None in texts:
-            problems.add(f"{name} without a value: it needs one. Write {name} VALUE.", hides=name.removeprefix("--"))
+            hides = [name[2:]] if name[2:] in all_settings() else [""] * (name == "--config")
+            problems.add(f"{name} without a value: it needs one. Write {name} VALUE.", *hides)
         elif texts:
             given[name] = texts
     positionals: list[str] = []
     while rest:
         word = rest.pop(0)
-        if word == "-" or not word.startswith("-"):
+        if word == "-" or not word.startswith("-") or (takes_texts and " " in word):
             positionals.append(word)
             continue
         name, equals, _ = word.partition("=")
         if name[2:] in all_sections():
-            problems.add(f"{word}: a section takes settings below it. Write {name}.FIELD VALUE.", hides=f"{name[2:]}.")
+            problems.add(f"{word}: a section takes settings below it. Write {name}.FIELD VALUE.", f"{name[2:]}.")
         else:
-            problems.add_unknown(name, f"unknown option {word!r}", known)
+            problems.add_unknown(name, f"unknown option {quote(word)}", known)
         if not equals and rest and not rest[0].startswith("-"):
             rest.pop(0)  # the unknown option's value
     return given, positionals + list(argv[end + 1 :])
@@ -157,13 +161,15 @@ def _attach_values(words: Sequence[str], bools: Collection[str], *, takes_texts:
     while rest:
         word = rest.pop(0)
         following = rest[0] if rest else ""
-        if word == "--debug":
-            word = "--config=configs/debug.yaml"
-        elif word in bools:
+        if word in bools:
             is_value = following.lower() in BOOLS or (following and not takes_texts and not following.startswith("-"))
             word += f"={rest.pop(0) if is_value else 'true'}"
+        elif word == "-h":
+            word = "--help"
         elif word.startswith("--") and "=" not in word and re.match(r"-[^-]", following) and following != "-h":
             word += f"={rest.pop(0)}"
+        if word.startswith("--debug=") and BOOLS.get(word[8:].lower()):
+            word = "--config=configs/debug.yaml"
         if not re.fullmatch(r"--local[-_]rank=\d+", word):  # added by launchers; the variable LOCAL_RANK has the same value
             found.append(word)
     return found
@@ -176,4 +182,4 @@ def _refuse_positionals(positionals: Sequence[str], problems: Problems) -> None:
             fix = f"Write --{argument}"
         elif argument.endswith((".yaml", ".yml")):
             fix = f"Write --config {argument}"
-        problems.add(f"argument {argument!r}: it follows no option that takes a value. {fix}, or remove it.")
+        problems.add(f"argument {quote(argument)}: it follows no option that takes a value. {fix}, or remove it.", "")

@@ -8,16 +8,19 @@ import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
+from typing import Literal
 
 from agnews_dist.commands.arguments import Command, HelpRequest, Loaded, Option, load
 from agnews_dist.commands.help import format_help
+from agnews_dist.config.fields import all_settings
 from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code, print_line
 from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.errors import SharedError, Stopped, UserError
 
+ACCEPTABLE = tuple(key for key, setting in all_settings().items() if setting.resume == "may be accepted")
 TRAINING_OPTIONS = (
     Option("--profile", "Write a torch.profiler trace.", bool, False),
-    Option("--accept", "Settings that may differ on resume.", tuple[str, ...], ()),
+    Option("--accept", "Settings that may differ on resume.", tuple[Literal[ACCEPTABLE], ...], ()),
 )
 """Options of a training."""
 PASSED_ON = tuple(replace(option, level="advanced") for option in TRAINING_OPTIONS)

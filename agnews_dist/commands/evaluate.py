@@ -27,6 +27,7 @@ COMMAND = Command(
         Option("--output", "Directory for scores and predictions.", PathText),
     ),
     ("data.source", "data.max_length", "data.cache_dir", "model.name", "engine.device", "engine.precision", "run.overwrite"),
+    shows_defaults=False,
 )
 
 

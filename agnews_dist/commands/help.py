@@ -33,35 +33,37 @@ def add_arguments(parser: ArgumentParser, command: Command, *, everything: bool,
         if everything or option.level == "basic":
             _add_argument(group, option)
     if not everything and any(map(command.shows, all_settings())):
-        group = parser.add_argument_group(f"settings, with defaults (--help all explains all {len(all_settings())})")
+        group = parser.add_argument_group(f"settings [with defaults] (--help all explains all {len(all_settings())})")
     for section, (_, text) in all_sections().items():
         if everything:
             group = parser.add_argument_group(section, text)
         for key, setting in all_settings().items():
             if setting.section != section or not (everything or command.shows(key)):
                 continue
-            text = setting.help.partition(". ")[0].removesuffix(".")
-            text += f" [{format_value(setting.default)}]" if setting.default not in (None, False) else ""
             if everything and not is_short:
-                text = f"{setting.help} It takes {describe_type(setting.type)}; default: {format_value(setting.default)}."
-            _add_argument(group, Option(f"--{key}", text, setting.type, setting.default))
+                text = f"{setting.help} It takes {describe_type(setting.type)}."
+            else:
+                text = setting.help.partition(". ")[0].removesuffix(".")
+            has_default = everything or command.shows_defaults
+            _add_argument(group, Option(f"--{key}", text, setting.type, setting.default), has_default=has_default)
 
 
-def _add_argument(group: Any, option: Option) -> None:
+def _add_argument(group: Any, option: Option, *, has_default: bool = True) -> None:
     text, choices = option.help.replace("%", "%%"), choices_of(option.type)
+    if has_default and option.default is not None and option.default is not False and option.default != ():
+        text += f" [{format_value(option.default)}]"
     if option.type is bool and not option.default:
         group.add_argument(option.name, action="store_true", help=text)
         return
     if option.type is bool:
         choices = ["true", "false"]
     members = [member for member, _ in split_type(option.type)]
-    metavar = "|".join(choices) if len(option.name) + len("|".join(choices)) <= 31 else "CHOICE"
+    words = [METAVARS[member] for member in members if member in METAVARS] + choices
+    metavar = "|".join(words) if len(option.name) + len("|".join(words)) <= 31 else "CHOICE"
     if option.nargs:
         metavar = option.name.upper()
     elif is_path(option.type):
         metavar = "PATH"
-    elif any(member in METAVARS for member in members):
-        metavar = next(METAVARS[member] for member in members if member in METAVARS)
     elif get_origin(members[0]) is tuple:
         metavar = "A,B"
     nargs = option.nargs or ("?" if option.bare else None)

@@ -27,7 +27,8 @@ COMMAND = Command(
         Option("--file", "One text per line, or .jsonl with 'text' per line.", PathText),
         Option("--format", "Default: table on a terminal, else JSON lines.", Literal["table", "jsonl"]),
     ),
-    ("data.max_length", "model", "engine.device", "engine.precision"),
+    ("data.max_length", "model.name", "model.revision", "engine.device", "engine.precision"),
+    shows_defaults=False,
 )
 
 

@@ -15,7 +15,7 @@ COMMAND = Command(
     "Print the JSON schema of configuration files. Editors complete and check settings with it.",
     (
         "agnews-dist schema > settings.schema.json",
-        "sed -i '1i # yaml-language-server: $schema=settings.schema.json' my.yaml",
+        "echo '# yaml-language-server: $schema=settings.schema.json' >> my.yaml",
         "agnews-dist schema --format markdown",
     ),
     (Option("--format", "JSON schema, or a page for readers.", Literal["json", "markdown"], "json"),),
@@ -52,10 +52,13 @@ def settings_page() -> str:
 def _lines_of_page() -> Iterator[str]:
     yield "# Settings"
     yield ""
-    yield "Written by `agnews-dist schema --format markdown`. Bold: the settings of the short `--help`."
+    yield "Written by `agnews-dist schema --format markdown`. Bold: the settings of `agnews-dist train --help`."
     yield ""
-    yield "**On resume** says what a resumed run does with another value. **In a sweep** says whether members of a sweep may"
-    yield "differ in the setting. *Changes features* means that each value needs a feature cache of its own."
+    yield "**On resume**: a resumed run refuses another value (*must match*), refuses it unless `--accept` names the setting"
+    yield "(*may be accepted*), or does not compare it (*ignored*). What a path or hub id holds is compared by its content."
+    yield ""
+    yield "**In a sweep**: members may differ in it (*free*), may differ, but each value needs a feature cache of its own"
+    yield "(*changes features*), or may not (*not sweepable*)."
     for section, (_, text) in all_sections().items():
         yield from ("", f"## {section}", "", text, "")
         yield "| setting | takes | default | on resume | in a sweep | what it does |"

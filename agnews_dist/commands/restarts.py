@@ -14,7 +14,7 @@ from typing import Literal
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
 from agnews_dist.commands.command import PASSED_ON, run_command
-from agnews_dist.config.schema import PathText
+from agnews_dist.config.schema import Count, PathText
 from agnews_dist.distributed.slurm import identify_job
 from agnews_dist.distributed.world import World
 from agnews_dist.run.restart_policy import decide_at_begin, decide_at_end, read_starts, start_from_status, write_starts
@@ -32,7 +32,7 @@ COMMAND = Command(
         *PASSED_ON,
         Option("--at", "Whether a start begins or has ended.", Literal["begin", "end"], "end"),
         Option("--starts", "File that counts the job's starts.", PathText, "starts.jsonl"),
-        Option("--limit", "Starts in a row that may save nothing new.", int, 3),
+        Option("--limit", "Starts in a row that may save nothing new.", Count, 3),
         Option("--was_stopped", "With --at end: the job was asked to stop.", bool, False),
     ),
     ("run.dir", "run.name"),

@@ -19,7 +19,8 @@ from agnews_dist.storage.directories import expand_path
 
 BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 TYPE_NAMES: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-LIMITS = {"ge": "{} or more", "gt": "more than {}", "le": "at most {}", "lt": "less than {}", "func": "a path"}
+LIMITS = {"ge": "{} or more", "gt": "more than {}", "le": "at most {}", "lt": "less than {}"}
+MARKS = {"allow_inf_nan": "finite", "min_length": "not empty", "func": "a path"}
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,12 @@ class Quoted(str):
 
 @dataclass(frozen=True)
 class RawValue:
-    """A value as the user wrote it.
-
-    `value`: text, Quoted text, None for null, a list of these, or a dict, which no setting takes.
-    `source`: name in messages: `--optim.lr 'fast'`, or `optim.lr 'fast' (my.yaml, line 3)`.
-    `place`: `my.yaml, line 3`; empty for a flag.
-    """
+    """A value as the user wrote it: text, Quoted text, None for null, a list of these, or a dict, which no setting takes."""
 
     name: str
     value: object
     source: str
+    """Name in messages: `--optim.lr 'fast'`, or `optim.lr 'fast' (my.yaml, line 3)`."""
     place: str = ""
 
 
@@ -93,15 +90,17 @@ class Problems:
     lines: list[str] = field(default_factory=list[str])
     hidden: set[str] = field(default_factory=set[str])
 
-    def add(self, line: str, hides: str | None = "") -> None:
-        """Add a message. `hides`: part of the keys whose values are unknown now ("": all keys); None: all values are known."""
+    def add(self, line: str, *hides: str) -> None:
+        """Add a message. `hides`: parts of the keys whose values are unknown now ("": all keys)."""
         self.lines.append(line)
-        self.hidden |= set() if hides is None else {hides}
+        self.hidden.update(hides)
 
     def add_unknown(self, name: str, source: str, valid: Iterable[str]) -> None:
         """Add the message for an unknown name, with the nearest valid ones."""
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if (near := find_nearest(name, valid)) else ""
-        self.add(f"{source}: it would have no effect.{hint} Correct or remove it; --help all lists all settings.", None)
+        near = find_nearest(name, valid)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        fix = "Correct or remove it; --help all lists all settings."
+        self.add(f"{source}: it would have no effect.{hint} {fix}", *(each.removeprefix("--") for each in near if "." in each))
 
 
 def split_type(type_: Any, limits: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
@@ -132,7 +131,8 @@ def describe_type(type_: Any) -> str:
         if get_origin(member) is tuple:
             found.append(f"a list a,b,... of {describe_type(get_args(member)[0])}")
         elif member in TYPE_NAMES:
-            ranges = [LIMITS[name].format(getattr(limit, name)) for limit in limits for name in LIMITS if hasattr(limit, name)]
+            words = {**LIMITS, **MARKS}
+            ranges = [words[name].format(getattr(limit, name)) for limit in limits for name in words if hasattr(limit, name)]
             found.append(TYPE_NAMES[member] + f" ({', '.join(ranges)})" * bool(ranges))
     found += choices_of(type_)
     return ", ".join(found[:-1]) + " or " * (len(found) > 1) + found[-1]
@@ -146,7 +146,8 @@ def convert(type_: Any, value: object) -> Any:
     """
     for member, _ in split_type(type_):
         if get_origin(member) is tuple and isinstance(value, (str, list)):
-            parts: list[Any] = [text.strip() for text in value.split(",")] if isinstance(value, str) else value
+            text = value.removeprefix("[").removesuffix("]") if isinstance(value, str) else ""
+            parts: list[Any] = [part.strip() for part in text.split(",") if part.strip()] if isinstance(value, str) else value
             return tuple(convert(get_args(member)[0], part) for part in parts)
         if value is None and member is type(None):
             return None
@@ -175,8 +176,10 @@ def check_value(raw: RawValue, type_: Any, default: object) -> tuple[Any, Any]:
     if own is not None:
         raise ValueError(f"{raw.source}: {own}")
     fix = "Remove the quotes" if isinstance(raw.value, Quoted) else "Correct it"
-    hint = did_you_mean(str(raw.value), choices_of(type_))
-    raise ValueError(f"{raw.source}: it takes {describe_type(type_)}.{hint} {fix}; the default is {format_value(default)}.")
+    hint = did_you_mean(str(raw.value).lower(), choices_of(type_)) if fix == "Correct it" else ""
+    expected = describe_type(type_)
+    known = f"; the default is {format_value(default)}" if default is not None or "null" in expected else ""
+    raise ValueError(f"{raw.source}: it takes {expected}.{hint} {fix}{known}.")
 
 
 def build_config(raw_values: Sequence[RawValue], problems: Problems) -> Config:
@@ -192,17 +195,18 @@ def build_config(raw_values: Sequence[RawValue], problems: Problems) -> Config:
         try:
             sections[setting.section][setting.name] = check_value(raw, setting.type, setting.default)[0]
         except ValueError as error:
-            problems.add(str(error), hides=raw.name)
+            problems.add(str(error), raw.name)
     try:
         config = Config(**{section: model(**sections[section]) for section, (model, _) in all_sections().items()})
     except ValidationError as error:
         contradictions = error.errors()[0]["msg"].removeprefix("Value error, ").splitlines()
     for line in contradictions:
         subject, _, rest = line.partition(": ")
-        places = {raw.name: f"{raw.name} in {raw.place}" for raw in raw_values if raw.name in subject and raw.place}
+        places = {raw.name: raw.place and f"{raw.name} in {raw.place}" for raw in raw_values if raw.name in subject}
         # An unreadable value is still the default here, so messages that name its setting are left out.
         if not any(hidden in subject for hidden in problems.hidden):
-            problems.lines.append(f"{subject} ({'; '.join(places.values())}): {rest}" if places else line)
+            shown = "; ".join(filter(None, places.values()))
+            problems.lines.append(f"{subject} ({shown}): {rest}" if shown else line)
     if problems.lines:
         raise ConfigError("\n".join(problems.lines))
     return config

@@ -24,6 +24,7 @@ def setting(default: Any, resume: Resume = "ignored", sweep: Sweep = "not sweepa
     return Field(default, json_schema_extra={"resume": resume, "sweep": sweep, "level": level})
 
 
+Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Minutes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -43,10 +44,10 @@ class DataConfig(Section):
     source: PathText = setting("fancyzhx/ag_news", "ignored", "changes features", "basic")
     """Hub id, directory or file. Files are parquet, csv or jsonl with 'text' and 'label', or the original csv: class,
     title, description. 'synthetic': generated headlines, without a network."""
-    revision: str | None = setting(None, "ignored", "changes features")
+    revision: Name | None = setting(None, "ignored", "changes features")
     """Commit or tag of the data set on the hub. null: the newest."""
     max_length: Count = setting(256, "must match", "changes features", "basic")
-    """Tokens per text. Longer texts are truncated and counted. AG News: mean 52, longest about 323."""
+    """Tokens per text, at most. Longer texts are truncated and counted. AG News: mean 52, longest about 323."""
     pad_token: Literal["new", "eos"] = setting("new", "must match", "changes features")
     """Token for padding. 'new' adds [PAD] as a frozen row of the embedding, 'eos' reuses <|endoftext|>. The logits do not
     depend on it."""
@@ -72,7 +73,7 @@ class ModelConfig(Section):
     name: PathText = setting("gpt2", "ignored", "changes features", "basic")
     """Hub id or directory of a GPT-2. The directory is a GPT2Model, GPT2LMHeadModel or GPT2ForSequenceClassification checkpoint
     or a run. 'embedded': a small tokenizer and model, generated without files."""
-    revision: str | None = setting(None, "ignored", "changes features")
+    revision: Name | None = setting(None, "ignored", "changes features")
     """Commit or tag of the model on the hub. null: the newest."""
     init: Literal["pretrained", "random"] = setting("pretrained", "must match", "changes features")
     """Start of the weights. 'random' takes only the shape and draws the weights with run.seed, for tests and baselines."""
@@ -120,7 +121,7 @@ class EngineConfig(Section):
     """Devices, parallelism and precision."""
 
     device: Literal["auto", "cpu", "cuda"] = setting("auto", level="basic")
-    """Device. 'auto' is CUDA if there is a GPU."""
+    """Device of the model. 'auto' is CUDA if there is a GPU."""
     backend: Literal["ddp", "fsdp", "deepspeed"] = setting("ddp", level="basic")
     """Engine: ddp, fsdp or deepspeed. 'ddp': every rank holds the whole trainable part. 'fsdp': the ranks shard its weights,
     gradients and optimizer state. 'deepspeed': the ranks shard what zero_stage says. The results are the same."""
@@ -135,7 +136,7 @@ class EngineConfig(Section):
     gradient_compression: Literal["none", "bf16"] = setting("none", "may be accepted", "free")
     """Rounding of exchanged gradients. 'bf16' halves their size; sums within a rank stay fp32."""
     activation_checkpointing: bool = setting(False)
-    """Recompute activations in the backward pass. Only of the trainable blocks: less memory, a third more time for them."""
+    """Recompute activations in the backward pass. This takes less memory, and a third more time for the trainable blocks."""
     precision: Literal["auto", "bf16", "fp32", "fp16"] = setting("auto", "may be accepted", "changes features", "basic")
     """Precision: auto, bf16, fp32 or fp16. 'auto' is bf16 on GPUs that have it, else fp32. bf16: autocast with fp32 master
     weights for the trainable part, bf16 weights for the frozen part. fp16: the same with loss scaling, for GPUs without
@@ -176,15 +177,15 @@ class RunConfig(Section):
 
     dir: PathText = setting("runs", level="basic")
     """Directory of all runs."""
-    name: str | None = setting(None, level="basic")
-    """Directory of this run in run.dir. null: the model's name and the time."""
+    name: Name | None = setting(None, level="basic")
+    """Name of the run, a directory in run.dir. null: the model's name and the time."""
     # Times the number of ranks, a larger one could exceed what torch's generators take.
     seed: Annotated[int, Field(ge=0, lt=2**32)] = setting(0, "must match", "free", "basic")
-    """Seed of weights, order and dropout. The order is that of the batches."""
+    """Seed of weights, batches and dropout."""
     overwrite: bool = setting(False, level="basic")
-    """Replace an existing run of this name. Unless it is this run, to be resumed."""
+    """Replace an existing run of this name. An unfinished run with the same settings is resumed instead."""
     max_minutes: Minutes | None = setting(None, level="basic")
-    """Limit of minutes, with a checkpoint. null: only before the time limit of a Slurm job."""
+    """Save and stop within this many minutes. null: only before the time limit of a Slurm job."""
     debug: bool = setting(False)
     """Debug the run. Use deterministic algorithms and anomaly detection, print every step, and first overfit one batch as a
     check."""
@@ -224,11 +225,9 @@ def _find_contradictions(data: DataConfig, batch: BatchConfig, engine: EngineCon
     for key in ("zero_stage", "offload", "deepspeed_config"):
         value = getattr(engine, key)
         if engine.backend != "deepspeed" and value != EngineConfig.model_fields[key].default:
-            fix = "Set engine.backend deepspeed, or leave it out."
-            yield f"engine.{key} {value} with {backend}: it is a setting of DeepSpeed. {fix}"
+            yield f"engine.{key} {value} with {backend}: it is DeepSpeed's. Set engine.backend deepspeed, or leave it out."
     if engine.offload == "all" and engine.zero_stage != 3:
-        fix = "Set engine.zero_stage 3, or engine.offload optimizer."
-        yield f"engine.offload all with {stage}: only stage 3 offloads weights. {fix}"
+        yield f"engine.offload all with {stage}: only stage 3 offloads weights. Set engine.zero_stage 3, or offload optimizer."
     if engine.precision == "fp16" and engine.backend == "fsdp":
         fix = "Set engine.backend deepspeed with zero_stage 3, or engine.precision fp32."
         yield f"engine.precision fp16 with {backend}: ranks would not agree on overflows. {fix}"

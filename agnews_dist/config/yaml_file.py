@@ -7,7 +7,7 @@ import yaml
 
 from agnews_dist.config.fields import Problems, Quoted, RawValue, all_sections, all_settings, format_value, is_path
 from agnews_dist.config.schema import Config
-from agnews_dist.errors import did_you_mean
+from agnews_dist.errors import did_you_mean, quote
 from agnews_dist.storage.directories import expand_path
 
 SHIPPED = ("debug.yaml", "deepspeed.yaml", "gpt2_ddp.yaml", "gpt2_mini_cpu.yaml", "gpt2_xl_deepspeed.yaml", "quickstart.yaml")
@@ -15,7 +15,6 @@ EXAMPLE = "Write for example 'optim:' and below it '  lr: 0.001'."
 MAX_BYTES = 100_000
 """Size of a file. All settings with their help take 10 kB; PyYAML reads 100 kB in a second."""
 BUILDERS = {yaml.AnchorToken: "an anchor", yaml.AliasToken: "an alias", yaml.TagToken: "a tag"}
-"""Tokens that copy or build objects."""
 
 
 def find_config(path: str) -> Path:
@@ -29,25 +28,24 @@ def find_config(path: str) -> Path:
 
 def read_config(path: str, problems: Problems) -> list[RawValue]:
     """Return the values of a file in its order; add what is wrong to `problems` instead."""
+    text = _read_text(path, problems)
     try:
-        text = _read_text(path, problems)
-        for token in yaml.scan(text, Loader=yaml.SafeLoader):
-            if type(token) in BUILDERS:
-                what = f"{path}, line {token.start_mark.line + 1}, has {BUILDERS[type(token)]}"
-                problems.add(f"{what}: settings are plain values. Write the value itself.")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        for token in (builders := [each for each in yaml.scan(text, Loader=yaml.SafeLoader) if type(each) in BUILDERS]):
+            what = f"{path}, line {token.start_mark.line + 1}, has {BUILDERS[type(token)]}"
+            problems.add(f"{what}: settings are plain values. Write the value itself.", "")
+        root = None if builders else yaml.compose(text, Loader=yaml.SafeLoader)
     except RecursionError:
-        problems.add(f"{path} is nested too deeply: settings are two levels deep. {EXAMPLE}")
+        problems.add(f"{path} is nested too deeply: settings are two levels deep. {EXAMPLE}", "")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}," if mark else ""
+        line = mark.line if mark else text[: getattr(error, "position", 0)].count("\n")
         what = " ".join(str(getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML").split())
-        problems.add(f"{path}{line} is not valid YAML ({what}): its settings cannot be read. Correct the file.")
+        problems.add(f"{path}, line {line + 1}, is not valid YAML ({what}): its settings cannot be read. Correct the file.", "")
     else:
         if isinstance(root, yaml.MappingNode):
             return _read_mapping("", root, path, problems, {})
         if root is not None:
-            problems.add(f"{path} holds {_describe(root)}: it must hold sections with settings. {EXAMPLE}")
+            problems.add(f"{path} holds {_describe(root)}: it must hold sections with settings. {EXAMPLE}", "")
     return []
 
 
@@ -58,16 +56,17 @@ def _read_text(path: str, problems: Problems) -> str:
             content = file.read(MAX_BYTES + 1)
         if len(content) <= MAX_BYTES:
             return content.decode("utf-8-sig")
-        problems.add(f"--config {path!r}: it is larger than {MAX_BYTES // 1000} kB. Give a file of settings, not of data.")
+        problems.add(f"--config {path!r}: it is larger than {MAX_BYTES // 1000} kB. Give a file of settings, not of data.", "")
     except FileNotFoundError:
         hint = did_you_mean(path, [f"configs/{name}" for name in SHIPPED])
-        problems.add(f"--config {path!r}: it does not exist.{hint} Shipped files are {', '.join(SHIPPED)}.")
+        problems.add(f"--config {path!r}: it does not exist.{hint} Shipped files are {', '.join(SHIPPED)}.", "")
     except OSError as error:
-        problems.add(f"--config {path!r}: it cannot be read ({error.strerror}). Give a readable YAML file.")
+        problems.add(f"--config {path!r}: it cannot be read ({error.strerror}). Give a readable YAML file.", "")
     except UnicodeDecodeError as error:
-        problems.add(f"--config {path!r}: byte {error.start} is not UTF-8. Save the file as UTF-8.")
+        line = error.object[: error.start].count(b"\n") + 1
+        problems.add(f"--config {path!r}: byte {error.start} (line {line}) is not UTF-8. Save the file as UTF-8.", "")
     except ValueError as error:
-        problems.add(f"--config {path!r}: {error}")
+        problems.add(f"--config {path!r}: {error}", "")
     return ""
 
 
@@ -80,13 +79,13 @@ def _read_mapping(
         line = key_node.start_mark.line + 1
         place = f"{path}, line {line}"
         if not isinstance(key_node, yaml.ScalarNode):
-            problems.add(f"{_describe(key_node)} as a key ({place}): keys are names of settings. {EXAMPLE}")
+            problems.add(f"{_describe(key_node)} as a key ({place}): keys are names of settings. {EXAMPLE}", "")
             continue
         key = f"{prefix}{key_node.value}"
         source = f"{key} {_describe(node)} ({place})"
         if key in first_line:
             lines = f"{path}, lines {first_line[key]} and {line}"
-            problems.add(f"{key} twice ({lines}): only one can count. Remove one.", hides=key)
+            problems.add(f"{key} twice ({lines}): only one can count. Remove one.", key)
         elif key in all_settings():
             found.append(RawValue(key, _read_node(node), source, place))
         elif key not in all_sections():
@@ -94,8 +93,8 @@ def _read_mapping(
             problems.add_unknown(key, f"unknown key {key!r} ({place})", valid)
         elif isinstance(node, yaml.MappingNode):
             found += _read_mapping(f"{key}.", node, path, problems, first_line)
-        elif node.value != "":  # an empty section is right: its settings may be commented out
-            problems.add(f"{source}: a section takes settings below it. {EXAMPLE}", hides=f"{key}.")
+        elif node.value != "" or node.style is not None:  # an empty section is right: its settings may be commented out
+            problems.add(f"{source}: a section takes settings below it. {EXAMPLE}", f"{key}.")
         first_line.setdefault(key, line)
     return found
 
@@ -111,22 +110,20 @@ def _read_node(node: yaml.Node) -> object:
 
 def _describe(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
-        return repr(node.value) if node.value or node.style else "null"
+        return quote(node.value) if node.value or node.style else "null"
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
 def dump(config: Config, *, only_changed: bool = False) -> str:
     """Format as YAML that `--config` reads back as an equal `Config`: all settings with their help, or those that differ."""
-    lines: list[str] = []
+    parts: list[str] = []
     for section, (_, text) in all_sections().items():
-        lines += [f"{section}:"] if only_changed else [f"# {text}", f"{section}:"]
+        lines: list[str] = []
         for name, value in getattr(config, section):
             setting = all_settings()[f"{section}.{name}"]
             if not only_changed or value != setting.default:
                 lines += [] if only_changed else [f"  # {line}" for line in textwrap.wrap(setting.help, 116)]
                 lines.append(f"  {name}: {format_value(value, escape=is_path(setting.type))}")
-        if not only_changed:
-            lines.append("")
-        elif lines[-1] == f"{section}:":
-            lines.pop()
-    return "\n".join([*(lines or ["{}"]), *([""] if only_changed else [])])
+        head = f"{section}:" if only_changed else f"# {text}\n{section}:"
+        parts += ["\n".join([head, *lines, ""])] if lines else []
+    return ("" if only_changed else "\n").join(parts) or "{}\n"

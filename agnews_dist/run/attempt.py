@@ -30,14 +30,7 @@ from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.result_files import versions
 from agnews_dist.run.directory import LOCK_SECONDS, RunDirectory, run_name
 from agnews_dist.run.fingerprints import weight_settings
-from agnews_dist.run.resume import (
-    FOLDER,
-    ResumePoint,
-    check_accepted,
-    check_fingerprints,
-    find_resume_point,
-    settings_after_restart,
-)
+from agnews_dist.run.resume import FOLDER, ResumePoint, check_fingerprints, find_resume_point, settings_after_restart
 from agnews_dist.run.status import State, StatusFile, run_of_job
 from agnews_dist.storage.atomic import discard
 from agnews_dist.training.checkpoint import list_checkpoints
@@ -93,7 +86,6 @@ class Attempt:
         collectives.raise_if_any_failed(collectives.catch(self._claim))
 
     def _claim(self) -> None:
-        check_accepted(self._accept)
         if not self._engine.world.is_main:
             return
         run, job = self._config.run, identify_job(os.environ)

@@ -19,8 +19,13 @@ def setting_values(config: Config) -> dict[str, object]:
 
 
 def weight_settings(config: Config) -> dict[str, object]:
-    """Return dotted key -> value of every setting that the weights depend on, so that a resumed run compares it."""
-    return {key: value for key, value in setting_values(config).items() if all_settings()[key].resume != "ignored"}
+    """Return dotted key -> value of every setting that the training depends on: without devices and output locations."""
+    found: dict[str, object] = {}
+    for key, value in setting_values(config).items():
+        setting = all_settings()[key]
+        if setting.resume != "ignored" or (setting.section in ("data", "model", "batch", "optim") and key != "data.cache_dir"):
+            found[key] = value
+    return found
 
 
 def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -45,10 +50,11 @@ def run_fingerprints(
 ) -> dict[str, str]:
     """Return sha256 of settings, tokenizer, tokens and frozen weights; `tokens`: the token cache's own fingerprint.
 
-    Directories and hub ids are not among the settings: the other hashes cover what they hold.
+    Directories and hub ids are left out of the settings: the other hashes cover what they hold.
     """
+    named = {key: value for key, value in weight_settings(config).items() if key not in ("data.source", "model.name")}
     return {
-        "config": hashlib.sha256(json.dumps(weight_settings(config), sort_keys=True).encode()).hexdigest(),
+        "config": hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "tokens": tokens,
         "frozen_weights": weights_fingerprint(classifier.frozen_state),

@@ -57,19 +57,6 @@ class ResumePoint:
         return (self.checkpoint.tensors if self.checkpoint else {}, self.best.tensors if self.best else {})
 
 
-def acceptable_settings() -> list[str]:
-    """Return the settings that `--accept` allows to differ: another training from then on, on the same batches."""
-    return [key for key, setting in all_settings().items() if setting.resume == "may be accepted"]
-
-
-def check_accepted(names: Collection[str]) -> None:
-    """Check the settings that `--accept` names."""
-    for name in names:
-        if name not in acceptable_settings():
-            choices = ", ".join(acceptable_settings())
-            raise UserError(f"--accept {name}: this setting cannot change on resume. Choose among {choices}.")
-
-
 def find_resume_point(
     directory: Path, *, resume: str, overwrite: bool, settings: Mapping[str, object], accept: Collection[str]
 ) -> ResumePoint | None:
@@ -187,7 +174,7 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], accept: 
             refused[key] = line
     if refused:
         remedy = "Restore these settings, "
-        if refused.keys() <= {*acceptable_settings()}:
+        if all(key in all_settings() and all_settings()[key].resume == "may be accepted" for key in refused):
             remedy += f"continue with --accept {','.join(refused)}, "
         raise UserError(
             f"{checkpoint.path} cannot be continued ({'; '.join(refused.values())}): the next steps would differ. "

@@ -13,16 +13,21 @@ def expand_path(text: str) -> str:
     """Replace `$NAME` and `${NAME}`, and `~` or `~user` at the start. `$$` is a dollar sign.
 
     Raises:
-        ValueError: a variable is not set, or a user does not exist.
+        ValueError: a variable is not set or empty, a user does not exist, or a $ or NUL means nothing.
     """
 
     def value_of(match: re.Match[str]) -> str:
         name = match[1].strip("{}")
+        if not name:
+            raise ValueError("a $ without a name. Write $NAME or ${NAME}, or $$ for a dollar sign.")
         if name != "$" and not os.environ.get(name):
-            raise ValueError(f"the variable {name!r} is not set. Set it, or write $$ for a dollar sign.")
+            state = "empty" if name in os.environ else "not set"
+            raise ValueError(f"the variable {name!r} is {state}. Set it, or write $$ for a dollar sign.")
         return "$" if name == "$" else os.environ[name]
 
-    path = re.sub(r"\$(\$|\w+|\{[^}]*\}|)", value_of, text)
+    if "\0" in text:
+        raise ValueError("a path has no NUL character. Remove it.")
+    path = re.sub(r"\$(\$|\w+|\{\w+\}|)", value_of, text)
     try:
         return str(Path(path).expanduser()) if path.startswith("~") else path
     except RuntimeError:

@@ -51,7 +51,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_loaded(shared: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--ranks", "0"), "--ranks 0: a training has at least one rank. Set it to 1 or more."),
+        (("--ranks", "0"), "--ranks '0': it takes a whole number (1 or more) or null. Correct it"),
         (("--ranks", "2", "--ranks_per_node", "3"), "--ranks_per_node 3 with --ranks 2: a node cannot have more"),
     ],
 )

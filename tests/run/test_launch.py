@@ -239,10 +239,12 @@ def test_tools_lists_what_is_missing_and_how_to_install_it(tmp_path: Path) -> No
     assert re.findall(r"^   (\w+) +(.*)$", out, re.MULTILINE) == [
         ("faketime", "wrong clocks"),
         ("cpulimit", "ranks with too little CPU time"),
+        ("zsh", "completion in zsh"),
+        ("fish", "completion in fish"),
     ]
-    assert "apt-get update && apt-get install -y --no-install-recommends cpulimit faketime" in out
-    (tmp_path / "faketime").symlink_to("/bin/true")
-    (tmp_path / "cpulimit").symlink_to("/bin/true")
+    assert "apt-get update && apt-get install -y --no-install-recommends cpulimit faketime fish zsh" in out
+    for tool in ("faketime", "cpulimit", "fish", "zsh"):
+        (tmp_path / tool).symlink_to("/bin/true")
     assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout == ""
 
 

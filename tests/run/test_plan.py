@@ -128,9 +128,9 @@ def test_plan_takes_the_ranks_of_the_launch_by_default(capsys, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("--ranks", "0"), 2, r"error: --ranks 0: .*Set it to 1 or more\."),
-        (("--ranks", "-3"), 2, r"error: --ranks -3: .*Set it to 1 or more\."),
-        (("--ranks", "two"), 2, r"error: --ranks 'two': it takes a whole number or null\. Correct it"),
+        (("--ranks", "0"), 2, r"error: --ranks '0': it takes a whole number \(1 or more\) or null\. Correct it"),
+        (("--ranks", "-3"), 2, r"error: --ranks '-3': it takes a whole number \(1 or more\) or null\. Correct it"),
+        (("--ranks", "two"), 2, r"error: --ranks 'two': it takes a whole number \(1 or more\) or null\. Correct it"),
         (("--data.max_length", "600"), 1, r"error: data\.max_length 600: the model has 512 positions.*at most 512"),
     ],
 )

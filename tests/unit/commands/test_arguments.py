@@ -9,6 +9,7 @@ from support.processes import REPOSITORY
 from support.settings import errors_of, write
 
 from agnews_dist.commands.arguments import HelpRequest, Loaded, Option, load
+from agnews_dist.commands.command import TRAINING_OPTIONS
 from agnews_dist.config.fields import all_settings
 from agnews_dist.config.schema import Config, OptimConfig, PathText, RunConfig
 
@@ -25,8 +26,10 @@ def test_flags_override_later_files_earlier_files_defaults(tmp_path: Path) -> No
     assert loaded.explicit == {"optim.lr", "optim.epochs", "optim.schedule", "run.seed"}
 
 
-def test_last_flag_wins() -> None:
+def test_last_flag_wins_and_every_one_is_checked() -> None:
     assert load(["--optim.lr", "1", "--optim.lr", "2"]).config.optim.lr == 2.0
+    [line] = errors_of(["--optim.lr", "x", "--optim.lr", "2"])
+    assert "--optim.lr 'x'" in line
 
 
 def test_explicit_includes_keys_set_to_their_default() -> None:
@@ -34,7 +37,7 @@ def test_explicit_includes_keys_set_to_their_default() -> None:
 
 
 def test_negative_number_is_a_value() -> None:
-    assert errors_of(["--optim.lr", "-1e-3"])[0].startswith("--optim.lr '-1e-3': it takes a number (0 or more). ")
+    assert errors_of(["--optim.lr", "-1e-3"])[0].startswith("--optim.lr '-1e-3': it takes a number (0 or more, finite). ")
     assert errors_of(["--optim.lr", "-x"])[0].startswith("--optim.lr '-x': ")
     assert load(["--run.name", "-x"]).config.run.name == "-x"
 
@@ -51,7 +54,10 @@ def test_bool_flag_without_a_value_is_true() -> None:
 
 def test_debug_is_short_for_its_config_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    assert load(["--debug"]) == load(["--config", "configs/debug.yaml"])
+    for argv in (["--debug"], ["--debug=true"], ["--debug", "yes"]):
+        assert load(argv) == load(["--config", "configs/debug.yaml"])
+    for argv in (["--debug=false"], ["--debug", "false"]):
+        assert load(argv) == load([])
     assert load(["--run.name", "x", "--debug"]).config.run.name == "x"
 
 
@@ -63,10 +69,10 @@ def test_all_errors_are_reported_with_file_and_line(tmp_path: Path) -> None:
     lines = errors_of(["--config", path, "--lr", "3e-4", "--optim.schedule", "cosin", "--run.seed", "x", "--optim.epochs"])
     for value, fix in [
         ("'optim.lrr' (" + path + ", line 2)", "Did you mean 'optim.lr'?"),
-        ("optim.lr 'null' (" + path + ", line 3)", "takes a number (0 or more). Correct it; the default is 0.001."),
+        ("optim.lr 'null' (" + path + ", line 3)", "takes a number (0 or more, finite). Correct it; the default is 0.001."),
         ("optim.epochs '3' (" + path + ", line 4)", "takes a whole number (1 or more). Remove the quotes; the default is 3."),
         ("model '3' (" + path + ", line 5)", "Write for example 'optim:'"),
-        ("data.source a list (" + path + ", line 6)", "takes text (a path)."),
+        ("data.source a list (" + path + ", line 6)", "takes text (not empty, a path)."),
         ("data.max_length '~' (" + path + ", line 6)", "takes a whole number (1 or more)."),
         ("'runn' (" + path + ", line 7)", "Did you mean 'run'?"),
         ("'--lr'", "Did you mean '--optim.lr'?"),
@@ -133,6 +139,11 @@ def test_contradictions_are_reported_with_other_errors_unless_a_value_is_lost(tm
         f"engine.offload all with engine.backend fsdp (engine.offload in {path}, line 2; engine.backend in {path}, line 3): "
     )
     assert stage.startswith(f"engine.offload all with engine.zero_stage 2 (engine.offload in {path}, line 2): ")
+    path = write(tmp_path / "c.yaml", "batch: {max_tokens_per_rank: 10}")
+    [size] = errors_of(["--config", path, "--batch.max_tokens_per_rank", "11"])
+    assert size.startswith("batch.max_tokens_per_rank 11 is below data.max_length 256: "), "the flag counts, not the file"
+    assert len(errors_of(["--batch.max_tokens_per_rank", "10", "--data.max_len", "5"])) == 1
+    assert len(errors_of(["--engine.offload", "all", "--at"], [Option("--at", "Time.")])) == 3
     [unread] = errors_of(["--config", write(tmp_path / "b.yaml", "engine: ["), "--engine.offload", "all"])
     assert "b.yaml" in unread
     # max_length is unreadable, so max_tokens_per_rank is not compared with its default.
@@ -142,6 +153,18 @@ def test_contradictions_are_reported_with_other_errors_unless_a_value_is_lost(tm
     negative, unread = errors_of(["--optim.epochs", "2.5", "--model.trainable_blocks", "-1"])
     assert "--optim.epochs '2.5'" in unread
     assert negative.startswith("--model.trainable_blocks '-1': it takes a whole number (0 or more) or all.")
+
+
+def test_texts_that_look_like_flags() -> None:
+    options = [Option("text", "Texts.", nargs="*")]
+    assert load(["-5 degrees", "--run.debug", "true", "yes"], options).options == {"text": ("-5 degrees", "yes")}
+    assert "unknown option '-heavy'" in errors_of(["-heavy"], options)[0]
+    assert load(["--", "-heavy", "--optim.lr"], options).options == {"text": ("-heavy", "--optim.lr")}
+
+
+def test_long_values_are_cut_in_messages() -> None:
+    for argv in (["--optim.lr", "x" * 5000], [f"--{'x' * 5000}"], ["x" * 5000], [f"--optim.epochs={'9' * 5000}x"]):
+        assert all(len(line) < 200 for line in errors_of(argv))
 
 
 def test_options_of_a_command() -> None:
@@ -225,9 +248,13 @@ def test_lists_are_values_of_options() -> None:
     options = [Option("--accept", "Names.", tuple[str, ...], ()), Option("--sizes", "Counts.", tuple[int, ...] | None)]
     assert load([], options).options == {"accept": (), "sizes": None}
     assert load(["--accept", "a, b,c", "--sizes=3"], options).options == {"accept": ("a", "b", "c"), "sizes": (3,)}
+    assert load(["--accept", "a", "--accept=[b, c]"], options).options["accept"] == ("a", "b", "c")
+    assert load(["--accept", ""], options).options["accept"] == ()
     assert load(["--sizes", "null"], options).options["sizes"] is None
     [line] = errors_of(["--sizes", "1,x"], options)
     assert line.startswith("--sizes '1,x': it takes a list a,b,... of a whole number or null.")
+    [line] = errors_of(["--accept", "optim.lr,optim.lrr"], TRAINING_OPTIONS)
+    assert line.startswith("--accept 'optim.lr,optim.lrr': it takes a list a,b,... of optim.lr, ")
 
 
 def test_paths_are_expanded_and_other_texts_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,9 @@ def test_help_all_explains_every_setting_with_values_and_default() -> None:
         assert f"--{key}" in shown
         text = "".join(setting.help.split()) + "Ittakes"
         assert text in shown, key
-        after = shown[shown.index(text) :].split("default:", 1)[1]
-        assert after.startswith("".join(format_value(setting.default).split()) + "."), key
+        if setting.default not in (None, False) or (setting.default == 0.0 and setting.default is not False):
+            after = shown[shown.index(text) :].split(".[", 1)[1]
+            assert after.startswith("".join(format_value(setting.default).split()) + "]"), key
     for words in ("[TEXT ...]", "100% yours", "--file TEXT", "--optim.schedule linear|cosine", "--engine.fast_path true|false"):
         assert words.replace(" ", "") in shown
 
@@ -64,3 +65,12 @@ def test_passed_on_options_are_in_the_long_help_only() -> None:
     assert "--profile" not in format_help(command_of("doctor"))
     assert "--profile" in format_help(command_of("doctor"), everything=True)
     assert "--profile" in format_help(command_of("train"))
+
+
+def test_defaults_are_shown_unless_a_saved_model_has_them() -> None:
+    shown = format_help(command_of("train"))
+    for words in ("Peak learning rate [0.001]", "Seed of weights, batches and dropout [0]", "--model.trainable_blocks INT|all"):
+        assert words in shown
+    assert "[3]" in format_help(command_of("restarts"))
+    assert "[256]" not in format_help(command_of("predict"))
+    assert "[gpt2]" not in format_help(command_of("evaluate"))

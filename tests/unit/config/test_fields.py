@@ -97,7 +97,8 @@ def texts_of(type_: Any) -> st.SearchStrategy[Any]:
             texts = st.text(st.characters(codec="utf-8"), min_size=1) | st.sampled_from(
                 ["null", "1e-4", "- x", "a\nb", "a$b", "true"]
             )
-            strategies.append(texts.map(lambda text: f"./{text}") if is_path(type_) else texts)
+            paths = texts.map(lambda text: f"./{text}".replace("\0", ""))
+            strategies.append(paths if is_path(type_) else texts)
         elif member is bool:
             strategies.append(st.booleans())
         elif member is type(None):

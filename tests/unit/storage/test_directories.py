@@ -37,10 +37,13 @@ def test_expand_path_replaces_home_and_variables(text: str, path: str, monkeypat
     [
         ("$NOPE/runs", "the variable 'NOPE' is not set"),
         ("a/${NOPE}", "the variable 'NOPE' is not set"),
-        ("$EMPTY/runs", "the variable 'EMPTY' is not set"),
-        ("${NOPE:-/tmp}", "the variable 'NOPE:-/tmp' is not set"),
-        ("$(date)", "the variable '' is not set"),
-        ("a$", "the variable '' is not set"),
+        ("$EMPTY", "the variable 'EMPTY' is empty. Set it"),
+        ("${NOPE:-/tmp}", "a $ without a name"),
+        ("$(date)", "a $ without a name"),
+        ("${HOME", "a $ without a name"),
+        ("${{HOME}}", "a $ without a name"),
+        ("a$", "a $ without a name"),
+        ("a\0b", "a path has no NUL character"),
         ("~no_such_user/x", "the user 'no_such_user' does not exist"),
     ],
 )
