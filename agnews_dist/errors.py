@@ -4,7 +4,6 @@ Every message reads `<what is wrong, with the value>: <why it matters>. <what to
 these errors: it keeps its traceback.
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 
@@ -54,7 +53,9 @@ def did_you_mean(wrong: str, valid: Iterable[str]) -> str:
     >>> did_you_mean("optim.lrr", ["optim.lr", "run.seed"])
     " Did you mean 'optim.lr'?"
     """
-    close = difflib.get_close_matches(wrong, list(valid), n=1, cutoff=0.5)
+    from difflib import get_close_matches  # late: imported by every command, needed by few
+
+    close = get_close_matches(wrong, list(valid), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
@@ -73,14 +74,16 @@ def find_nearest(wrong: str, valid: Iterable[str]) -> list[str]:
     >>> find_nearest("--lr", ["--optim.lr", "--run.seed"])
     ['--optim.lr']
     """
+    from difflib import get_close_matches
+
     by_last_part: dict[str, list[str]] = {}
     for name in valid:
         by_last_part.setdefault(_last_part(name), []).append(name)
     if _last_part(wrong) in by_last_part:
         return by_last_part[_last_part(wrong)]
     if "." in wrong:
-        return difflib.get_close_matches(wrong, [name for names in by_last_part.values() for name in names], n=1)
-    return [name for part in difflib.get_close_matches(_last_part(wrong), by_last_part, n=1) for name in by_last_part[part]]
+        return get_close_matches(wrong, [name for names in by_last_part.values() for name in names], n=1)
+    return [name for part in get_close_matches(_last_part(wrong), by_last_part, n=1) for name in by_last_part[part]]
 
 
 def _last_part(name: str) -> str:

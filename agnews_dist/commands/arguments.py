@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from agnews_dist.config.fields import BOOLS, Problems, RawValue, all_sections, all_settings, build_config, check_value, is_path
 from agnews_dist.config.schema import Config, Level, PathText
-from agnews_dist.config.yaml_file import dump, read_config
 from agnews_dist.errors import quote
 
 
@@ -100,7 +99,11 @@ def load(argv: Sequence[str], options: Sequence[Option] = ()) -> Loaded:
     if not takes_texts:
         _refuse_positionals(positionals, problems)
     values = {option.name: tuple(positionals) if option.nargs else option.default for option in options}
-    raw_values = [raw for path in given.pop("--config", []) for raw in read_config(path, problems)]
+    raw_values: list[RawValue] = []
+    for path in given.pop("--config", []):
+        from agnews_dist.config.yaml_file import read_config  # late: most ranks read no YAML
+
+        raw_values += read_config(path, problems)
     for flag, text in ((flag, text) for flag, texts in given.items() for text in texts):
         known = settings.get(flag[2:]) or flags[flag]
         is_null = text in ("null", "Null", "NULL") or (text == "~" and not is_path(known.type))
@@ -115,6 +118,8 @@ def load(argv: Sequence[str], options: Sequence[Option] = ()) -> Loaded:
             problems.add(str(error))
     config = build_config(raw_values, problems)
     if "--print_config" in given:
+        from agnews_dist.config.yaml_file import dump
+
         print(dump(config, only_changed=given["--print_config"][-1] == "changed"), end="")
         raise SystemExit(0)
     own = {option.name.lstrip("-"): values[option.name] for option in options}
