@@ -19,7 +19,7 @@ Level = Literal["basic", "advanced"]
 """Shown by `--help`; shown by `--help all` only."""
 
 
-def setting(default: Any, resume: Resume = "ignored", sweep: Sweep = "not sweepable", level: Level = "advanced") -> Any:
+def setting(default: Any, resume: Resume, sweep: Sweep, level: Level = "advanced") -> Any:
     """Return the field of a setting. The docstring under it is its help, and the first sentence alone its short help."""
     return Field(default, json_schema_extra={"resume": resume, "sweep": sweep, "level": level})
 
@@ -63,7 +63,7 @@ class DataConfig(Section):
     seed: Annotated[int, Field(ge=0)] = setting(0, "must match", "changes features")
     """Seed of the rows in use. It decides the synthetic text, the held-out rows and the limits. It is not run.seed: runs with
     different seeds use the same examples."""
-    cache_dir: PathText | None = setting(None)
+    cache_dir: PathText | None = setting(None, "ignored", "not sweepable")
     """Directory of tokens and features kept on disk. null: $XDG_CACHE_HOME/agnews_dist."""
 
 
@@ -88,11 +88,11 @@ class BatchConfig(Section):
     """Examples per step, over all ranks. The number of ranks does not change which examples."""
     global_token_budget: Count | None = setting(None, "must match", "free")
     """Real tokens per step, at most. Replaces global_batch_size: a step has any number of examples."""
-    max_tokens_per_rank: Count = setting(16384, level="basic")
+    max_tokens_per_rank: Count = setting(16384, "ignored", "not sweepable", "basic")
     """Padded tokens of a micro-batch. A larger share of a rank is split (gradient accumulation)."""
     bucket_window: Count | Literal["epoch"] = setting(256, "must match", "free")
     """Global batches sorted by length together. 1 gives random batches, more means less padding, 'epoch' sorts all examples."""
-    longest_first: bool = setting(False)
+    longest_first: bool = setting(False, "ignored", "not sweepable")
     """Run the largest step first, as a trial. It is the largest step of the first epoch; its result is discarded. The run fails
     early if memory is too small."""
 
@@ -112,7 +112,7 @@ class OptimConfig(Section):
     """Decay from the peak to 0 after the warm-up."""
     max_grad_norm: NonNegative = setting(1.0, "may be accepted", "free")
     """Clip the global gradient norm to this value. 0: no clipping."""
-    nonfinite: Literal["stop", "skip"] = setting("stop")
+    nonfinite: Literal["stop", "skip"] = setting("stop", "ignored", "not sweepable")
     """Action at a NaN or infinite loss or gradient. All ranks end the run, or skip that update. The examples are written to
     events.jsonl in both cases."""
 
@@ -120,22 +120,22 @@ class OptimConfig(Section):
 class EngineConfig(Section):
     """Devices, parallelism and precision."""
 
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", level="basic")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "ignored", "not sweepable", "basic")
     """Device of the model. 'auto' is CUDA if there is a GPU."""
-    backend: Literal["ddp", "fsdp", "deepspeed"] = setting("ddp", level="basic")
+    backend: Literal["ddp", "fsdp", "deepspeed"] = setting("ddp", "ignored", "not sweepable", "basic")
     """Engine: ddp, fsdp or deepspeed. 'ddp': every rank holds the whole trainable part. 'fsdp': the ranks shard its weights,
     gradients and optimizer state. 'deepspeed': the ranks shard what zero_stage says. The results are the same."""
-    zero_stage: Literal[1, 2, 3] = setting(2)
+    zero_stage: Literal[1, 2, 3] = setting(2, "ignored", "not sweepable")
     """Stage of DeepSpeed's ZeRO. The ranks shard the optimizer state (1), also gradients (2), also weights (3)."""
-    offload: Literal["none", "optimizer", "all"] = setting("none")
+    offload: Literal["none", "optimizer", "all"] = setting("none", "ignored", "not sweepable")
     """Part of DeepSpeed's state in host memory. 'optimizer': the optimizer state; 'all': the trainable weights too, with stage
     3 only."""
-    deepspeed_config: PathText | None = setting(None)
+    deepspeed_config: PathText | None = setting(None, "ignored", "not sweepable")
     """JSON file with DeepSpeed's own settings. Bucket sizes and overlap, for example. One that contradicts a setting here is an
     error."""
     gradient_compression: Literal["none", "bf16"] = setting("none", "may be accepted", "free")
     """Rounding of exchanged gradients. 'bf16' halves their size; sums within a rank stay fp32."""
-    activation_checkpointing: bool = setting(False)
+    activation_checkpointing: bool = setting(False, "ignored", "not sweepable")
     """Recompute activations in the backward pass. This takes less memory, and a third more time for the trainable blocks."""
     precision: Literal["auto", "bf16", "fp32", "fp16"] = setting("auto", "may be accepted", "changes features", "basic")
     """Precision: auto, bf16, fp32 or fp16. 'auto' is bf16 on GPUs that have it, else fp32. bf16: autocast with fp32 master
@@ -146,28 +146,28 @@ class EngineConfig(Section):
     fast_path: bool = setting(True, "may be accepted", "not sweepable")
     """Compute the frozen part the fast way. Without padding and autograd, and the last block for the last token only. false:
     Hugging Face's own forward in both parts, the reference, several times slower."""
-    feature_cache: Literal["auto", "device", "host", "disk", "off"] = setting("auto")
+    feature_cache: Literal["auto", "device", "host", "disk", "off"] = setting("auto", "ignored", "not sweepable")
     """Place of the frozen part's output between epochs. 'device': sharded over the ranks' memory. 'host': shared by the ranks
     of a node. 'disk': in data.cache_dir, also for later runs. 'off': computed at every use. 'auto': an earlier run's on disk,
     else the first place where it fits."""
-    feature_cache_gigabytes: NonNegative = setting(100.0)
+    feature_cache_gigabytes: NonNegative = setting(100.0, "ignored", "not sweepable")
     """Limit of all feature caches on disk. The least recently used are evicted first; 0: nothing on disk."""
-    compile: Literal["auto", "always", "never"] = setting("auto")
+    compile: Literal["auto", "always", "never"] = setting("auto", "ignored", "not sweepable")
     """torch.compile for the frozen part. 'auto': only where it saves more time than compiling takes."""
-    timeout_seconds: Count = setting(600)
+    timeout_seconds: Count = setting(600, "ignored", "not sweepable")
     """Seconds that a rank waits in a collective. Then the job fails."""
 
 
 class CheckpointConfig(Section):
     """Checkpoints and resuming."""
 
-    every_steps: Count | None = setting(None)
+    every_steps: Count | None = setting(None, "ignored", "not sweepable")
     """Save after this many steps. null: by time alone. The end of every epoch is always saved."""
-    every_minutes: Minutes | None = setting(5.0)
+    every_minutes: Minutes | None = setting(5.0, "ignored", "not sweepable")
     """Save this many minutes after the last checkpoint. null: by steps alone."""
-    keep: Count = setting(2)
+    keep: Count = setting(2, "ignored", "not sweepable")
     """Number of checkpoints to keep. The newest ones, besides the best epoch's weights."""
-    resume: PathText = setting("auto", level="basic")
+    resume: PathText = setting("auto", "ignored", "not sweepable", "basic")
     """Resume: auto, never, or a path. 'auto' resumes the unfinished run of this name, or without a name that of this job.
     'never' starts from the beginning. A path of a checkpoint or a run starts from there."""
 
@@ -175,18 +175,18 @@ class CheckpointConfig(Section):
 class RunConfig(Section):
     """Output, seed and limits of a run."""
 
-    dir: PathText = setting("runs", level="basic")
+    dir: PathText = setting("runs", "ignored", "not sweepable", "basic")
     """Directory of all runs."""
-    name: Name | None = setting(None, level="basic")
+    name: Name | None = setting(None, "ignored", "not sweepable", "basic")
     """Name of the run, a directory in run.dir. null: the model's name and the time."""
     # Times the number of ranks, a larger one could exceed what torch's generators take.
     seed: Annotated[int, Field(ge=0, lt=2**32)] = setting(0, "must match", "free", "basic")
     """Seed of weights, batches and dropout."""
-    overwrite: bool = setting(False, level="basic")
+    overwrite: bool = setting(False, "ignored", "not sweepable", "basic")
     """Replace an existing run of this name. An unfinished run with the same settings is resumed instead."""
-    max_minutes: Minutes | None = setting(None, level="basic")
+    max_minutes: Minutes | None = setting(None, "ignored", "not sweepable", "basic")
     """Save and stop within this many minutes. null: only before the time limit of a Slurm job."""
-    debug: bool = setting(False)
+    debug: bool = setting(False, "ignored", "not sweepable")
     """Debug the run. Use deterministic algorithms and anomaly detection, print every step, and first overfit one batch as a
     check."""
 
