@@ -1,9 +1,14 @@
 """YAML files: shipped ones, wrong ones, and the meaning of their values."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
+import yaml
 from support.processes import REPOSITORY
 from support.settings import errors_of, write
 
@@ -28,6 +33,22 @@ def test_shipped_configs_are_found_from_any_directory(tmp_path: Path, monkeypatc
     (tmp_path / "configs").mkdir()
     write(tmp_path / "configs" / "debug.yaml", "run: {name: mine}")
     assert load(["--debug"]).config == Config(run=RunConfig(name="mine"))
+
+
+@pytest.mark.slow
+def test_installed_wheel_finds_shipped_configs_by_name(tmp_path: Path) -> None:
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    build = ["-m", "hatchling", "build", "-t", "wheel", "-d", str(wheels)]
+    subprocess.run([sys.executable, *build], cwd=REPOSITORY, check=True, capture_output=True)
+    (wheel,) = wheels.iterdir()
+    with ZipFile(wheel) as archive:
+        archive.extractall(site)
+    for name in (*SHIPPED, "configs/debug.yaml"):
+        command = [sys.executable, "-m", "agnews_dist", "train", "--config", name, "--print_config", "changed"]
+        environ = {**os.environ, "PYTHONPATH": str(site)}
+        done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
+        shipped = yaml.safe_load((CONFIGS / Path(name).name).read_text(encoding="utf-8"))
+        assert yaml.safe_load(done.stdout) == shipped, name
 
 
 def test_mistyped_path_is_not_replaced_by_a_shipped_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
