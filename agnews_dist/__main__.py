@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     usage = (
         f"usage: agnews-dist COMMAND [--help] [--SECTION.FIELD VALUE]\n\n{commands}\n\n"
         "  --install_completion [bash|zsh|fish]   complete commands and settings in a shell\n"
+        "  --print_completion [bash|zsh|fish]     print the script that does so\n"
         "  --version                              print the version"
     )
     if name in ("--help", "-h"):

@@ -37,6 +37,7 @@ GENERAL = (
     Option("--help", "Show this text, or explain all settings.", Literal["basic", "all"], bare="basic"),
 )
 """Options of every command."""
+DEBUG = "--config=configs/debug.yaml"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def _split_arguments(
     for name in known:
         parser.add_argument(name, dest=name, nargs="?", const=getattr(known[name], "bare", None), action="append")
     bools = {name for name, each in known.items() if each.type is bool}
-    parsed, rest = parser.parse_known_args(_attach_values(argv[:end], bools, takes_texts=takes_texts))
+    words = _attach_values(argv[:end], bools, takes_texts=takes_texts)
+    parsed, rest = parser.parse_known_args(words)
     given: dict[str, list[str]] = {}
     for name, texts in vars(parsed).items():
         if texts and None in texts:
@@ -152,11 +154,12 @@ def _split_arguments(
             continue
         name, equals, _ = word.partition("=")
         if name[2:] in all_sections():
-            problems.add(f"{word}: a section takes settings below it. Write {name}.FIELD VALUE.", f"{name[2:]}.")
+            problems.add(f"{quote(word)}: a section takes settings below it. Write {name}.FIELD VALUE.", f"{name[2:]}.")
         else:
             problems.add_unknown(name, f"unknown option {quote(word)}", known)
-        if not equals and rest and not rest[0].startswith("-"):
-            rest.pop(0)  # the unknown option's value
+        following = words[words.index(word) + 1 :][:1]
+        if not equals and following == rest[:1] and not "".join(following).startswith("-"):
+            del rest[:1]  # the unknown option's value
     return given, positionals + list(argv[end + 1 :])
 
 
@@ -173,8 +176,9 @@ def _attach_values(words: Sequence[str], bools: Collection[str], *, takes_texts:
             word = "--help"
         elif word.startswith("--") and "=" not in word and re.match(r"-[^-]", following) and following != "-h":
             word += f"={rest.pop(0)}"
-        if word.startswith("--debug=") and BOOLS.get(word[8:].lower()):
-            word = "--config=configs/debug.yaml"
+        if word.startswith("--debug=") and word[8:].lower() in BOOLS:
+            found = [each for each in found if each != DEBUG]  # the last one counts
+            word = DEBUG if BOOLS[word[8:].lower()] else word
         if not re.fullmatch(r"--local[-_]rank=\d+", word):  # added by launchers; the variable LOCAL_RANK has the same value
             found.append(word)
     return found
@@ -184,7 +188,7 @@ def _refuse_positionals(positionals: Sequence[str], problems: Problems) -> None:
     for argument in positionals:
         fix = "Write --section.field VALUE"
         if argument.partition("=")[0] in all_settings():
-            fix = f"Write --{argument}"
+            fix = f"Write --{argument}" + " VALUE" * ("=" not in argument)
         elif argument.endswith((".yaml", ".yml")):
             fix = f"Write --config {argument}"
         problems.add(f"argument {quote(argument)}: it follows no option that takes a value. {fix}, or remove it.", "")

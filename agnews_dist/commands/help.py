@@ -33,7 +33,8 @@ def add_arguments(parser: ArgumentParser, command: Command, *, everything: bool,
         if everything or option.level == "basic":
             _add_argument(group, option)
     if not everything and any(map(command.shows, all_settings())):
-        group = parser.add_argument_group(f"settings [with defaults] (--help all explains all {len(all_settings())})")
+        title = "settings [with defaults]" if command.shows_defaults else "settings"
+        group = parser.add_argument_group(f"{title} (--help all explains all {len(all_settings())})")
     for section, (_, text) in all_sections().items():
         if everything:
             group = parser.add_argument_group(section, text)
@@ -44,8 +45,7 @@ def add_arguments(parser: ArgumentParser, command: Command, *, everything: bool,
                 text = f"{setting.help} It takes {describe_type(setting.type)}."
             else:
                 text = setting.help.partition(". ")[0].removesuffix(".")
-            has_default = everything or command.shows_defaults
-            _add_argument(group, Option(f"--{key}", text, setting.type, setting.default), has_default=has_default)
+            _add_argument(group, Option(f"--{key}", text, setting.type, setting.default), has_default=command.shows_defaults)
 
 
 def _add_argument(group: Any, option: Option, *, has_default: bool = True) -> None:
@@ -59,7 +59,8 @@ def _add_argument(group: Any, option: Option, *, has_default: bool = True) -> No
         choices = ["true", "false"]
     members = [member for member, _ in split_type(option.type)]
     words = [METAVARS[member] for member in members if member in METAVARS] + choices
-    metavar = "|".join(words) if len(option.name) + len("|".join(words)) <= 31 else "CHOICE"
+    is_short = len(option.name) + len("|".join(words)) <= 31
+    metavar = "|".join(words) if is_short else METAVARS.get(members[0], "CHOICE")
     if option.nargs:
         metavar = option.name.upper()
     elif is_path(option.type):
@@ -67,7 +68,9 @@ def _add_argument(group: Any, option: Option, *, has_default: bool = True) -> No
     elif get_origin(members[0]) is tuple:
         metavar = "A,B"
     nargs = option.nargs or ("?" if option.bare else None)
-    action = group.add_argument(option.name, nargs=nargs, metavar=metavar, help=text)
+    # shtab lets a flag that appends be repeated.
+    how = "append" if option.name == "--config" else "store"
+    action = group.add_argument(option.name, action=how, nargs=nargs, metavar=metavar, help=text)
     # Not given above: argparse would show them instead of the metavar. shtab completes them, or the names of files.
     action.choices = choices or None
     if is_path(option.type):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from agnews_dist.config.schema import Config, Level, Resume, Sweep
-from agnews_dist.errors import ConfigError, did_you_mean, find_nearest
+from agnews_dist.errors import ConfigError, did_you_mean, find_nearest, quote
 from agnews_dist.storage.directories import expand_path
 
 BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -115,13 +115,26 @@ def split_type(type_: Any, limits: tuple[Any, ...] = ()) -> Iterator[tuple[Any, 
 
 
 def choices_of(type_: Any) -> list[str]:
-    """Return the words that a type admits besides numbers and text."""
-    return [str(choice) for member, _ in split_type(type_) if get_origin(member) is Literal for choice in get_args(member)]
+    """Return the words that a type, or the elements of a list, admit besides numbers and text."""
+    inner = [get_args(member)[0] if get_origin(member) is tuple else member for member, _ in split_type(type_)]
+    return [
+        str(choice)
+        for each in inner
+        for member, _ in split_type(each)
+        if get_origin(member) is Literal
+        for choice in get_args(member)
+    ]
 
 
 def is_path(type_: Any) -> bool:
     """Return whether values are paths: `~` and variables are replaced in them."""
-    return any(getattr(limit, "func", None) is expand_path for _, limits in split_type(type_) for limit in limits)
+    members = [(get_args(each)[0], ()) if get_origin(each) is tuple else (each, limits) for each, limits in split_type(type_)]
+    return any(
+        getattr(limit, "func", None) is expand_path
+        for each, more in members
+        for _, limits in split_type(each, more)
+        for limit in limits
+    )
 
 
 def describe_type(type_: Any) -> str:
@@ -134,7 +147,8 @@ def describe_type(type_: Any) -> str:
             words = {**LIMITS, **MARKS}
             ranges = [words[name].format(getattr(limit, name)) for limit in limits for name in words if hasattr(limit, name)]
             found.append(TYPE_NAMES[member] + f" ({', '.join(ranges)})" * bool(ranges))
-    found += choices_of(type_)
+        elif get_origin(member) is Literal:
+            found += choices_of(member)
     return ", ".join(found[:-1]) + " or " * (len(found) > 1) + found[-1]
 
 
@@ -171,15 +185,18 @@ def check_value(raw: RawValue, type_: Any, default: object) -> tuple[Any, Any]:
     try:
         value = convert(type_, raw.value)
         return value, TypeAdapter(type_).validate_python(value, strict=True)
+    except ValidationError as error:
+        wrong, own = raw.value, error.errors()[0].get("ctx", {}).get("error")
     except ValueError as error:
-        own = error.errors()[0].get("ctx", {}).get("error") if isinstance(error, ValidationError) else None
+        wrong, own = error.args[0], None
     if own is not None:
         raise ValueError(f"{raw.source}: {own}")
-    fix = "Remove the quotes" if isinstance(raw.value, Quoted) else "Correct it"
-    hint = did_you_mean(str(raw.value).lower(), choices_of(type_)) if fix == "Correct it" else ""
+    fix = "Remove the quotes" if raw.value and isinstance(raw.value, Quoted) else "Correct it"
+    hint = did_you_mean(str(wrong).lower(), choices_of(type_)) if fix == "Correct it" else ""
     expected = describe_type(type_)
-    known = f"; the default is {format_value(default)}" if default is not None or "null" in expected else ""
-    raise ValueError(f"{raw.source}: it takes {expected}.{hint} {fix}{known}.")
+    known = f"; the default is {format_value(default)}" if default not in (None, ()) or "null" in expected else ""
+    item = f", {quote(str(wrong))}" if wrong != raw.value else ""
+    raise ValueError(f"{raw.source}{item}: it takes {expected}.{hint} {fix}{known}.")
 
 
 def build_config(raw_values: Sequence[RawValue], problems: Problems) -> Config:
@@ -216,8 +233,9 @@ def format_value(value: object, *, escape: bool = False) -> str:
     """Format as one line of YAML that `convert` reads back. `escape`: `$` as `$$`, for a path."""
     import yaml
 
-    value = value.replace("$", "$$") if escape and isinstance(value, str) else value
-    style = '"' if isinstance(value, str) and not value.isprintable() else None
-    plain = list(value) if isinstance(value, tuple) else value
+    items: list[Any] = list(value) if isinstance(value, tuple) else [value]
+    items = [item.replace("$", "$$") if escape and isinstance(item, str) else item for item in items]
+    plain = items if isinstance(value, tuple) else items[0]
+    style = '"' if isinstance(plain, str) and not plain.isprintable() else None
     text = yaml.safe_dump(plain, default_style=style, default_flow_style=True, allow_unicode=True, width=float("inf"))
     return text.split("\n")[0]

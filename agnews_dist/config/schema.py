@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from agnews_dist.storage.directories import expand_path
+from agnews_dist.storage.directories import check_directory_name, expand_path
 
 Resume = Literal["must match", "may be accepted", "ignored"]
 """A resumed run refuses another value; refuses it unless `--accept` names the setting; does not compare it."""
@@ -25,6 +25,7 @@ def setting(default: Any, resume: Resume, sweep: Sweep, level: Level = "advanced
 
 
 Name = Annotated[str, Field(min_length=1)]
+DirectoryName = Annotated[str, AfterValidator(check_directory_name)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Minutes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -150,7 +151,7 @@ class EngineConfig(Section):
     """Place of the frozen part's output between epochs. 'device': sharded over the ranks' memory. 'host': shared by the ranks
     of a node. 'disk': in data.cache_dir, also for later runs. 'off': computed at every use. 'auto': an earlier run's on disk,
     else the first place where it fits."""
-    feature_cache_gigabytes: NonNegative = setting(100.0, "ignored", "not sweepable")
+    feature_cache_gigabytes: Annotated[float, Field(ge=0, le=1e9)] = setting(100.0, "ignored", "not sweepable")
     """Limit of all feature caches on disk. The least recently used are evicted first; 0: nothing on disk."""
     compile: Literal["auto", "always", "never"] = setting("auto", "ignored", "not sweepable")
     """torch.compile for the frozen part. 'auto': only where it saves more time than compiling takes."""
@@ -177,7 +178,7 @@ class RunConfig(Section):
 
     dir: PathText = setting("runs", "ignored", "not sweepable", "basic")
     """Directory of all runs."""
-    name: Name | None = setting(None, "ignored", "not sweepable", "basic")
+    name: DirectoryName | None = setting(None, "ignored", "not sweepable", "basic")
     """Name of the run, a directory in run.dir. null: the model's name and the time."""
     # Times the number of ranks, a larger one could exceed what torch's generators take.
     seed: Annotated[int, Field(ge=0, lt=2**32)] = setting(0, "must match", "free", "basic")

@@ -90,7 +90,7 @@ def _read_mapping(
             found.append(RawValue(key, _read_node(node), source, place))
         elif key not in all_sections():
             valid = [*all_settings(), *([] if prefix else all_sections())]
-            problems.add_unknown(key, f"unknown key {key!r} ({place})", valid)
+            problems.add_unknown(key, f"unknown key {quote(key)} ({place})", valid)
         elif isinstance(node, yaml.MappingNode):
             found += _read_mapping(f"{key}.", node, path, problems, first_line)
         elif node.value != "" or node.style is not None:  # an empty section is right: its settings may be commented out

@@ -19,14 +19,7 @@ LOCK_SECONDS = 10.0
 
 def run_name(name: str | None, model_name: str, now: datetime) -> str:
     """Return `name`, or one made from model and time: `gpt2-20260131-235959`."""
-    if name is None:
-        return f"{Path(model_name).name or 'run'}-{now:%Y%m%d-%H%M%S}"
-    if not name or Path(name).name != name or name in {".", ".."}:
-        raise UserError(
-            f"run.name {name!r}: must be a plain directory name. Use letters, digits, '-', '_' and '.', and set --run.dir for "
-            "the parent directory."
-        )
-    return name
+    return f"{Path(model_name).name or 'run'}-{now:%Y%m%d-%H%M%S}" if name is None else name
 
 
 class RunDirectory:

@@ -14,12 +14,13 @@ from agnews_dist.model.gpt2 import Classifier
 
 
 def setting_values(config: Config) -> dict[str, object]:
-    """Return dotted key -> value of every setting."""
-    return {f"{section}.{name}": value for section, part in config.model_dump().items() for name, value in part.items()}
+    """Return dotted key -> value of every setting, as JSON holds it."""
+    sections = config.model_dump(mode="json").items()
+    return {f"{section}.{name}": value for section, part in sections for name, value in part.items()}
 
 
 def weight_settings(config: Config) -> dict[str, object]:
-    """Return dotted key -> value of every setting that the training depends on: without devices and output locations."""
+    """Return dotted key -> value of every setting that describes the training: without devices and output locations."""
     found: dict[str, object] = {}
     for key, value in setting_values(config).items():
         setting = all_settings()[key]

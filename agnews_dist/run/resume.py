@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agnews_dist.config.fields import all_settings
+from agnews_dist.config.fields import all_settings, format_value
 from agnews_dist.errors import AlreadyFinished, UserError
 from agnews_dist.run.status import read_status
 from agnews_dist.training.checkpoint import Checkpoint, DamagedError, Groups, best_name, list_checkpoints, read_checkpoint
@@ -149,7 +149,8 @@ def differing_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict
     """
     known = all_settings()
     keys = [key for key in {**saved, **now} if key not in known or known[key].resume != "ignored"]
-    then = {key: setting.default for key, setting in known.items()} | {**saved}
+    then = {key: list(each.default) if isinstance(each.default, tuple) else each.default for key, each in known.items()}
+    then |= saved
     return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
 
 
@@ -162,7 +163,7 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], accept: 
     warnings: list[str] = []
     refused: dict[str, str] = {}
     for key, (saved, now) in differing_settings(checkpoint.state["settings"], settings).items():
-        line = f"{key} was {saved}, is {now}"
+        line = f"{key} was {format_value(saved)}, is {format_value(now)}"
         if key == "optim.epochs" and now > saved:
             warnings.append(
                 f"{line}: the learning rate now follows the schedule of {now} epochs. The steps done so far had lower rates "

@@ -35,6 +35,17 @@ def expand_path(text: str) -> str:
         raise ValueError(f"the user {user!r} does not exist. Write the path itself, or ./~ for a name.") from None
 
 
+def check_directory_name(text: str) -> str:
+    """Return the text if it names a directory inside of another.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not text or Path(text).name != text or text == ".." or not text.isprintable():
+        raise ValueError("it must be a plain directory name. Use letters, digits, '-', '_' and '.'; run.dir sets the place.")
+    return text
+
+
 def cache_root(cache_dir: Path | str | None) -> Path:
     """Return the directory of all caches.
 

@@ -56,7 +56,7 @@ def test_debug_is_short_for_its_config_file(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(REPOSITORY)
     for argv in (["--debug"], ["--debug=true"], ["--debug", "yes"]):
         assert load(argv) == load(["--config", "configs/debug.yaml"])
-    for argv in (["--debug=false"], ["--debug", "false"]):
+    for argv in (["--debug=false"], ["--debug", "false"], ["--debug", "--debug=false"]):
         assert load(argv) == load([])
     assert load(["--run.name", "x", "--debug"]).config.run.name == "x"
 
@@ -84,6 +84,13 @@ def test_all_errors_are_reported_with_file_and_line(tmp_path: Path) -> None:
     assert len(lines) == 11
 
 
+def test_stray_word_after_an_unknown_option_is_named_too() -> None:
+    unknown, stray = errors_of(["--zzz", "--optim.lr", "3", "my.yaml"])
+    assert "'--zzz'" in unknown
+    assert "argument 'my.yaml'" in stray
+    assert len(errors_of(["--zzz", "3", "--yyy=4", "--optim.lr", "3"])) == 2
+
+
 def test_abbreviations_are_refused() -> None:
     assert "Did you mean '--optim.epochs'?" in errors_of(["--optim.epoch", "3"])[0]
     assert "Did you mean '--config'?" in errors_of(["--conf", "x.yaml"])[0]
@@ -95,12 +102,15 @@ def test_abbreviations_are_refused() -> None:
         (["foo"], "argument 'foo'", "Write --section.field VALUE"),
         (["configs/debug.yaml"], "argument 'configs/debug.yaml'", "Write --config configs/debug.yaml"),
         (["optim.lr=3"], "argument 'optim.lr=3'", "Write --optim.lr=3"),
+        (["optim.lr"], "argument 'optim.lr'", "Write --optim.lr VALUE"),
+        (["--run.name", "../x"], "--run.name '../x'", "it must be a plain directory name. Use letters"),
+        (["--engine.feature_cache_gigabytes", "1e308"], "--engine.feature_cache_gigabytes '1e308'", "at most"),
         (["--", "--optim.lr"], "argument '--optim.lr'", "remove it"),
         (["--debug=3"], "--debug '3'", "true or false"),
         (["--config"], "--config without a value", "Write --config VALUE"),
         (["--config="], "--config ''", "it cannot be read"),
-        (["--optim", "fast"], "--optim: a section", "Write --optim.FIELD VALUE"),
-        (["--optim={lr: 1}"], "--optim={lr: 1}: a section", "Write --optim.FIELD VALUE"),
+        (["--optim", "fast"], "'--optim': a section", "Write --optim.FIELD VALUE"),
+        (["--optim={lr: 1}"], "'--optim={lr: 1}': a section", "Write --optim.FIELD VALUE"),
         (["--print_config=some"], "--print_config 'some'", "it takes all or changed"),
         (["--optim.lr", "--run.seed", "1"], "--optim.lr without a value", "Write --optim.lr VALUE"),
         (["--optim.lr", "fast"], "--optim.lr 'fast'", "the default is 0.001"),
@@ -252,9 +262,10 @@ def test_lists_are_values_of_options() -> None:
     assert load(["--accept", ""], options).options["accept"] == ()
     assert load(["--sizes", "null"], options).options["sizes"] is None
     [line] = errors_of(["--sizes", "1,x"], options)
-    assert line.startswith("--sizes '1,x': it takes a list a,b,... of a whole number or null.")
+    assert line.startswith("--sizes '1,x', 'x': it takes a list a,b,... of a whole number or null.")
     [line] = errors_of(["--accept", "optim.lr,optim.lrr"], TRAINING_OPTIONS)
-    assert line.startswith("--accept 'optim.lr,optim.lrr': it takes a list a,b,... of optim.lr, ")
+    assert line.startswith("--accept 'optim.lr,optim.lrr', 'optim.lrr': it takes a list a,b,... of optim.lr, ")
+    assert line.endswith(" Did you mean 'optim.lr'? Correct it.")
 
 
 def test_paths_are_expanded_and_other_texts_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

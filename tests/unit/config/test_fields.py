@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -15,14 +16,16 @@ from agnews_dist.config.fields import (
     Quoted,
     all_sections,
     all_settings,
+    choices_of,
     convert,
     describe_type,
     format_value,
     is_path,
     split_type,
 )
-from agnews_dist.config.schema import Config
+from agnews_dist.config.schema import Config, PathText
 from agnews_dist.config.yaml_file import dump
+from agnews_dist.storage.directories import check_directory_name
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,10 @@ def texts_of(type_: Any) -> st.SearchStrategy[Any]:
             strategies.append(st.integers(low, high - ("lt" in bounds)))
         elif member is float:
             strategies.append(st.floats(low, high, exclude_min="gt" in bounds, exclude_max="lt" in bounds))
+        elif get_origin(member) is tuple:
+            strategies.append(st.lists(texts_of(get_args(member)[0])).map(tuple))
+        elif any(getattr(limit, "func", None) is check_directory_name for limit in limits):
+            strategies.append(st.sampled_from(["null", "1e-4", "- x", "a$b", "true", "007", "~", "a: b", "#x"]))
         elif member is str:
             texts = st.text(st.characters(codec="utf-8"), min_size=1) | st.sampled_from(
                 ["null", "1e-4", "- x", "a\nb", "a$b", "true"]
@@ -122,6 +129,13 @@ def without_contradictions(sections: dict[str, dict[str, Any]]) -> Config:
             assert removed, found
 
 
+def escape(value: Any) -> Any:
+    """Write a path, or each path of a list, without a variable in it."""
+    if isinstance(value, tuple):
+        return tuple(map(escape, value))
+    return value.replace("$", "$$") if isinstance(value, str) else value
+
+
 @pytest.mark.slow
 @settings(max_examples=50)
 @given(st.data())
@@ -129,7 +143,7 @@ def test_any_config_is_the_same_printed_and_read_back(tmp_path_factory: pytest.T
     sections: dict[str, dict[str, Any]] = {}
     for key, setting in all_settings().items():
         value = data.draw(texts_of(setting.type), label=key)
-        written = value.replace("$", "$$") if is_path(setting.type) and value is not None else value
+        written = escape(value) if is_path(setting.type) else value
         sections.setdefault(setting.section, {})[setting.name] = written
     config = without_contradictions(sections)
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
@@ -145,6 +159,7 @@ WRONG = {
     float: {"x", "true", "'1'", "[1]", "{a: 1}", "nan", "inf", "1e999", "''", "1,5"},
     bool: {"x", "2", "1", "'true'", "[true]", "{a: 1}", "t", "''"},
     str: {"[1]", "{a: 1}", "[]", "{}"},
+    tuple: {"{a: 1}", "[{a: 1}]", "[[1]]", "{}"},
     Literal: {"x", "[1]", "{a: 1}", "''", "true", "nan", "9"},
 }
 """Member of a type -> YAML that it does not admit."""
@@ -187,6 +202,15 @@ def test_types_are_described_in_plain_words() -> None:
     assert describe_type(tuple[int, ...]) == "a list a,b,... of a whole number"
     assert describe_type(all_settings()["model.trainable_blocks"].type) == "a whole number (0 or more) or all"
     assert describe_type(all_settings()["optim.warmup_ratio"].type) == "a number (0 or more, at most 1)"
+
+
+def test_lists_of_paths_and_choices() -> None:
+    assert is_path(tuple[PathText, ...] | None)
+    assert not is_path(tuple[str, ...])
+    written = format_value(("$a", "b"), escape=True)
+    assert convert(tuple[str, ...], yaml.safe_load(written)) == ("$$a", "b")
+    assert choices_of(tuple[Literal["a", "b"], ...]) == ["a", "b"]
+    assert describe_type(tuple[Literal["a", "b"], ...] | None) == "a list a,b,... of a or b or null"
 
 
 def test_lists_in_yaml_and_on_the_command_line_are_tuples() -> None:

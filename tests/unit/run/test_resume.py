@@ -9,7 +9,7 @@ import torch
 from support.settings import errors_of
 
 from agnews_dist.commands.command import TRAINING_OPTIONS
-from agnews_dist.config.fields import Setting, all_settings, choices_of, convert
+from agnews_dist.config.fields import Setting, all_settings, choices_of, convert, format_value
 from agnews_dist.config.schema import Config
 from agnews_dist.errors import AlreadyFinished, UserError
 from agnews_dist.run.fingerprints import weight_settings
@@ -131,11 +131,13 @@ def test_differing_setting_is_refused_by_name_with_both_values(tmp_path, key):
     with pytest.raises(UserError) as raised:
         find(tmp_path / "run", **change)
     message = str(raised.value)
-    assert message.startswith(f"{path} cannot be continued ({key} was {SETTINGS[key]}, is {REFUSED[key]}): ")
+    assert message.startswith(
+        f"{path} cannot be continued ({key} was {format_value(SETTINGS[key])}, is {format_value(REFUSED[key])}): "
+    )
     assert (f"continue with --accept {key}, or train from the start" in message) == (key in ACCEPTABLE)
     if key in ACCEPTABLE:
         (warning,) = find(tmp_path / "run", accept=[key], **change).warnings
-        assert warning.startswith(f"{key} was {SETTINGS[key]}, is {REFUSED[key]}, as accepted")
+        assert warning.startswith(f"{key} was {format_value(SETTINGS[key])}, is {format_value(REFUSED[key])}, as accepted")
     else:
         (line,) = errors_of(["--accept", key], TRAINING_OPTIONS)
         assert line.startswith(f"--accept '{key}': it takes a list a,b,... of optim.lr, ")
@@ -181,6 +183,14 @@ def test_ignored_settings_may_differ_without_a_warning(tmp_path):
     change = {key.replace(".", "__"): "other" for key, setting in all_settings().items() if setting.resume == "ignored"}
     assert "data__source" in change
     assert find(tmp_path / "run", **change).warnings == ()
+
+
+def test_list_read_back_from_a_checkpoint_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "SETTINGS", {**SETTINGS, "optim.betas": [0.9, 0.999]})
+    leave(tmp_path / "run", 40)
+    assert find(tmp_path / "run").warnings == ()
+    with pytest.raises(UserError, match=r"optim.betas was \[0.9, 0.999\], is \[0.8, 0.999\]"):
+        find(tmp_path / "run", optim__betas=[0.8, 0.999])
 
 
 def test_setting_newer_than_the_checkpoint_had_its_default(tmp_path, monkeypatch):

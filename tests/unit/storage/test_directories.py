@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agnews_dist.storage.directories import cache_root, expand_path, free_disk_bytes, used_disk_bytes
+from agnews_dist.storage.directories import cache_root, check_directory_name, expand_path, free_disk_bytes, used_disk_bytes
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,14 @@ def test_expand_path_refuses_what_it_cannot_replace(text: str, message: str, mon
     monkeypatch.setenv("EMPTY", "")
     with pytest.raises(ValueError, match=re.escape(message)):
         expand_path(text)
+
+
+def test_check_directory_name_refuses_names_that_leave_the_directory() -> None:
+    for name in ("mine", "gpt2-20260131", "a.b", "café", ".hidden", "a b"):
+        assert check_directory_name(name) == name
+    for name in ("", ".", "..", "a/b", "/a", "../a", "a/", "a\nb", "a\0b", "\x1b[31m"):
+        with pytest.raises(ValueError, match=r"plain directory name. Use letters.*run.dir"):
+            check_directory_name(name)
 
 
 def test_cache_root_follows_setting_then_xdg_then_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
