@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 BLOCK_BYTES = 512
@@ -67,9 +66,11 @@ def used_disk_bytes(directory: Path) -> int:
 
 def free_disk_bytes(directory: Path) -> int:
     """Return the free space where `directory` is or would be created; 0 if that is unknown."""
+    from shutil import disk_usage  # late: it imports three compressors, and every command imports this module
+
     for parent in (directory, *directory.absolute().parents):
         try:
-            return shutil.disk_usage(parent).free
+            return disk_usage(parent).free
         except (FileNotFoundError, NotADirectoryError):
             # Tried rather than checked first: another process may remove the directory in between.
             continue
