@@ -157,9 +157,9 @@ def _split_arguments(
             problems.add(f"{quote(word)}: a section takes settings below it. Write {name}.FIELD VALUE.", f"{name[2:]}.")
         else:
             problems.add_unknown(name, f"unknown option {quote(word)}", known)
-        following = words[words.index(word) + 1 :][:1]
-        if not equals and following == rest[:1] and not "".join(following).startswith("-"):
-            del rest[:1]  # the unknown option's value
+        following = "".join(words[words.index(word) + 1 :][:1])
+        if not equals and following and not following.startswith("-"):
+            rest.remove(following)  # the unknown option's value
     return given, positionals + list(argv[end + 1 :])
 
 

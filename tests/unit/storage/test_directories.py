@@ -1,5 +1,6 @@
 """Cache root, used and free disk space."""
 
+import pwd
 import re
 import shutil
 from pathlib import Path
@@ -23,7 +24,7 @@ from agnews_dist.storage.directories import cache_root, check_directory_name, ex
         ("a$$b/$SCRATCH", "a$b//scratch"),
         ("$$SCRATCH", "$SCRATCH"),
         ("$$$$", "$$"),
-        ("~root/x", "/root/x"),
+        ("~root/x", f"{pwd.getpwnam('root').pw_dir}/x"),
     ],
 )
 def test_expand_path_replaces_home_and_variables(text: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
