@@ -16,6 +16,31 @@ class Warned:
     message: str
 
 
+@dataclass(frozen=True)
+class DataFinding:
+    """One fact about the data that a user should know."""
+
+    what: str
+    """The fact with its count: `3 rows of test have a text that is also in train`."""
+    where: str = ""
+    """The first examples, with file and row."""
+    why: str = ""
+    """Its consequence."""
+    fix: str = ""
+    """What to do about it, without a full stop."""
+
+    def __str__(self) -> str:
+        where, why, fix = self.where and f" ({self.where})", self.why and f": {self.why}", self.fix and f" {self.fix}."
+        return f"{self.what}{where}{why}.{fix}" if self.why else f"{self.what}{where}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataChecked:
+    """The findings about the data, all together: the run continues."""
+
+    findings: tuple[DataFinding, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """Progress of long work other than training steps: `done` of `total` units of `task` (total 0: unknown)."""
@@ -148,7 +173,18 @@ class RunDone:
 
 
 Event = Union[
-    Warned, Progress, RunStarted, StepDone, NonFinite, Resumed, CheckpointSaved, EvalDone, Profiled, OverfitChecked, RunDone
+    Warned,
+    DataChecked,
+    Progress,
+    RunStarted,
+    StepDone,
+    NonFinite,
+    Resumed,
+    CheckpointSaved,
+    EvalDone,
+    Profiled,
+    OverfitChecked,
+    RunDone,
 ]
 Emit = Callable[[Event], None]
 

@@ -44,8 +44,9 @@ def prepare(world: World, loaded: Loaded) -> None:
         if world.is_main:
             emit.add(create_console())
         check_source(config.data.source)
-        store = load_training_inputs(config, world, emit, StageTimer(start)).store
-        facts = {
+        inputs = load_training_inputs(config, world, emit, StageTimer(start))
+        store = inputs.store
+        facts = {**inputs.data_facts} | {
             name: f"{len(split):,} texts, {int(split.lengths.sum()):,} tokens, longest {int(split.lengths.max())}, "
             f"{split.num_truncated:,} truncated to {config.data.max_length}"
             for name, split in store.splits.items()

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from agnews_dist.config.schema import Config, Level, Resume, Sweep
+from agnews_dist.config.schema import Config, Level, Resume, Section, Sweep
 from agnews_dist.errors import ConfigError, did_you_mean, find_nearest, quote
 from agnews_dist.storage.directories import expand_path
 
@@ -44,9 +44,20 @@ class Setting:
 
 @functools.cache
 def all_sections() -> Mapping[str, tuple[Any, str]]:
-    """Return section name -> (model, help)."""
-    models: dict[str, Any] = {name: info.annotation for name, info in Config.model_fields.items()}
-    return {name: (model, model.__doc__) for name, model in models.items()}
+    """Return section name -> (model, help); a section inside of another has a dotted name."""
+    return dict(_sections_of(Config, ""))
+
+
+def _sections_of(model: type[Section], prefix: str) -> Iterator[tuple[str, tuple[Any, str]]]:
+    for name, info in model.model_fields.items():
+        if _is_section(info.annotation):
+            inner: Any = info.annotation
+            yield f"{prefix}{name}", (inner, inner.__doc__)
+            yield from _sections_of(inner, f"{prefix}{name}.")
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 @functools.cache
@@ -55,6 +66,8 @@ def all_settings() -> Mapping[str, Setting]:
     found: dict[str, Setting] = {}
     for section, (model, _) in all_sections().items():
         for name, info in model.model_fields.items():
+            if _is_section(info.annotation):
+                continue
             type_ = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
             found[f"{section}.{name}"] = Setting(section, name, type_, info.default, **info.json_schema_extra)
     return found
@@ -214,7 +227,12 @@ def build_config(raw_values: Sequence[RawValue], problems: Problems) -> Config:
         except ValueError as error:
             problems.add(str(error), raw.name)
     try:
-        config = Config(**{section: model(**sections[section]) for section, (model, _) in all_sections().items()})
+        for section in reversed(sections):  # inner ones first
+            outer, _, name = section.rpartition(".")
+            if outer:
+                sections[outer][name] = all_sections()[section][0](**sections[section])
+        outermost = {section: model for section, (model, _) in all_sections().items() if "." not in section}
+        config = Config(**{section: model(**sections[section]) for section, model in outermost.items()})
     except ValidationError as error:
         contradictions = error.errors()[0]["msg"].removeprefix("Value error, ").splitlines()
     for line in contradictions:
@@ -227,6 +245,12 @@ def build_config(raw_values: Sequence[RawValue], problems: Problems) -> Config:
     if problems.lines:
         raise ConfigError("\n".join(problems.lines))
     return config
+
+
+def values_of(config: Config) -> Iterator[tuple[str, object]]:
+    """Yield (dotted key, value) of every setting."""
+    for key, setting in all_settings().items():
+        yield key, getattr(functools.reduce(getattr, setting.section.split("."), config), setting.name)
 
 
 def format_value(value: object, *, escape: bool = False) -> str:

@@ -39,14 +39,37 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
 
+class SplitsConfig(Section):
+    """Names of the splits in the source, where they are not the usual ones; none leaves a split out."""
+
+    train: Name | None = setting(None, "ignored", "changes features")
+    """Name of the training split. A split of the hub, or a word in the names of files or folders. null: train, training."""
+    validation: Name | None = setting(None, "ignored", "changes features")
+    """Name of the validation split. null: validation, valid, val, dev. 'none': rows of train are held out."""
+    test: Name | None = setting(None, "ignored", "changes features")
+    """Name of the test split. null: test, testing. 'none': nothing is scored at the end."""
+
+
 class DataConfig(Section):
     """Data set and tokens."""
 
     source: PathText = setting("fancyzhx/ag_news", "ignored", "changes features", "basic")
-    """Hub id, directory or file. Files are parquet, csv or jsonl with 'text' and 'label', or the original csv: class,
-    title, description. 'synthetic': generated headlines, without a network."""
+    """Hub id, directory or file. Files are csv, tsv, jsonl, json, parquet or arrow, also compressed. 'synthetic': generated
+    headlines, without a network."""
     revision: Name | None = setting(None, "ignored", "changes features")
     """Commit or tag of the data set on the hub. null: the newest."""
+    subset: Name | None = setting(None, "ignored", "changes features")
+    """Subset of the data set (configuration on the hub). In a directory, one that its README.md names, or a folder."""
+    splits: SplitsConfig = Field(default_factory=SplitsConfig)
+    text_column: tuple[Name, ...] | None = setting(None, "ignored", "changes features", "basic")
+    """Column of the text. Several are joined: title,description. null: text, sentence, content, utterance or
+    title,description, if only one of these is there."""
+    text_separator: str = setting(" ", "ignored", "changes features")
+    """Text between the joined columns. An empty or missing column is left out."""
+    label_column: Name | None = setting(None, "ignored", "changes features", "basic")
+    """Column of the label. null: label, labels, class, category, intent or target, if only one of these is there."""
+    class_names: tuple[Name, ...] | None = setting(None, "ignored", "changes features")
+    """Names of the classes, in index order. A list, or a file with one name per line. null: from the data, sorted by name."""
     max_length: Count = setting(256, "must match", "changes features", "basic")
     """Tokens per text, at most. Longer texts are truncated and counted. AG News: mean 52, longest about 323."""
     pad_token: Literal["new", "eos"] = setting("new", "must match", "changes features")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from agnews_dist.config.fields import Problems, Quoted, RawValue, all_sections, all_settings, format_value, is_path
+from agnews_dist.config.fields import Problems, Quoted, RawValue, all_sections, all_settings, format_value, is_path, values_of
 from agnews_dist.config.schema import Config
 from agnews_dist.errors import did_you_mean, quote
 from agnews_dist.storage.directories import expand_path
@@ -116,14 +116,19 @@ def _describe(node: yaml.Node) -> str:
 
 def dump(config: Config, *, only_changed: bool = False) -> str:
     """Format as YAML that `--config` reads back as an equal `Config`: all settings with their help, or those that differ."""
-    parts: list[str] = []
+    values, parts, written = dict(values_of(config)), list[str](), set[str]()
     for section, (_, text) in all_sections().items():
+        indent = "  " * section.count(".")
         lines: list[str] = []
-        for name, value in getattr(config, section):
-            setting = all_settings()[f"{section}.{name}"]
-            if not only_changed or value != setting.default:
+        for key, setting in all_settings().items():
+            if setting.section == section and not (only_changed and values[key] == setting.default):
                 lines += [] if only_changed else [f"  # {line}" for line in textwrap.wrap(setting.help, 116)]
-                lines.append(f"  {name}: {format_value(value, escape=is_path(setting.type))}")
-        head = f"{section}:" if only_changed else f"# {text}\n{section}:"
-        parts += ["\n".join([head, *lines, ""])] if lines else []
+                lines.append(f"  {setting.name}: {format_value(values[key], escape=is_path(setting.type))}")
+        outer, _, name = section.rpartition(".")
+        if lines:
+            # A section whose outer one has nothing to say needs its head all the same.
+            parts += [f"{outer}:\n"] if outer and outer not in written else []
+            head = [f"{name}:"] if only_changed else [f"# {text}", f"{name}:"]
+            parts.append("".join(f"{indent}{line}\n" for line in [*head, *lines]))
+            written.add(section)
     return ("" if only_changed else "\n").join(parts) or "{}\n"

@@ -1,15 +1,19 @@
 """The corpus of a source: checked splits of the hub, local files or synthetic text, with held-out validation and limits."""
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from agnews_dist.data.hub import read_hub
-from agnews_dist.data.local_files import is_local_path, read_local
-from agnews_dist.data.rows import Corpus, Ints, Origin, RawRows, Split, check_split, hash_corpus
+from agnews_dist.data.classes import Classes, decide_classes, read_class_names
+from agnews_dist.data.columns import Columns, ColumnSettings
+from agnews_dist.data.hub import open_hub
+from agnews_dist.data.local_files import SplitSettings, is_local_path, open_local
+from agnews_dist.data.quality import hash_texts, normalise
+from agnews_dist.data.rows import Corpus, Ints, Origin, RawRows, Split, hash_corpus, list_first, read_rows
 from agnews_dist.data.synthetic import CLASS_NAMES, SPLITS, generate
+from agnews_dist.data.texts import Texts
 from agnews_dist.errors import DataError
 
 SYNTHETIC = "synthetic"
@@ -19,41 +23,70 @@ _STREAMS = {"hold out": 0, "train": 1, "validation": 2, "test": 3}
 """Random streams of one seed, so that the choices are independent."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """What to read, and how."""
+
+    name: str
+    """'synthetic', an existing directory or file, or else a hub id."""
+    revision: str | None = None
+    """Of a data set on the hub."""
+    splits: SplitSettings = field(default_factory=SplitSettings)
+    columns: ColumnSettings = field(default_factory=ColumnSettings)
+    class_names: Sequence[str] | None = None
+    """Names of the classes in index order, or one name of a file with them; None: from the data."""
+    cache_dir: Path | None = None
+    """Place of texts that do not fit in memory."""
+
+
 def load_corpus(
-    source: str,
+    source: Source,
     *,
-    revision: str | None,
     validation_fraction: float,
     limits: Mapping[str, int | None],
     seed: int,
     hold_out: bool = True,
+    model_classes: tuple[str, ...] | None = None,
 ) -> Corpus:
-    """Load the splits of `source`: 'synthetic', an existing directory or file, or else a hub id.
+    """Load the splits of a source.
 
     Args:
-        revision: of a data set on the hub.
+        source: what to read.
         validation_fraction: part of train that becomes validation, if the source has no validation split.
         limits: maximum of rows per split name; None: no maximum.
         seed: decides the synthetic text, the held-out rows and the rows within the limits. Choices keep the class proportions.
         hold_out: require train, and hold out validation. False: take the splits as they are.
+        model_classes: classes of a saved model, which labels are to mean; None: the classes are those of the data.
 
     Raises:
         DataError: the source cannot be read, or its rows are wrong; names file and row.
     """
-    raw = _read(source, revision, seed)
-    class_names = _class_names(raw)
-    splits = {name: check_split(name, rows, class_names) for name, rows in raw.items()}
-    if hold_out:
-        if "train" not in splits:
-            raise DataError(
-                f"{source} has no train split (only {', '.join(splits)}): training needs one. Add a file whose name begins "
-                "with train."
-            )
-        if "validation" not in splits:
-            train, validation = hold_out_validation(splits["train"], fraction=validation_fraction, seed=seed)
-            splits = {**splits, "train": train, "validation": validation}
+    given = read_class_names(source.class_names) or model_classes
+    raw = _read(source, seed)
+    if hold_out and "train" not in raw:
+        raise DataError(
+            f"{source.name} has no train split (only {', '.join(raw)}): training needs one. Add a file whose name begins with "
+            "train, or set --data.splits.train."
+        )
+    classes = decide_classes(raw, given, source=source.name, is_model=source.class_names is None and model_classes is not None)
+    splits = {name: Split(name, rows.texts, classes.labels[name], rows.origin) for name, rows in raw.items()}
+    if hold_out and "validation" not in splits:
+        train, validation = hold_out_validation(splits["train"], fraction=validation_fraction, seed=seed)
+        splits = {**splits, "train": train, "validation": validation}
     splits = {name: limit_rows(splits[name], limits, seed=seed) for name in SPLITS if name in splits}
-    return Corpus(splits, class_names, hash_corpus(splits, class_names))
+    facts, findings = _describe(raw, classes), classes.findings
+    if "test" in splits and (splits["test"].labels < 0).all():
+        facts["test"] = "without labels: it is predicted, not scored"
+    return Corpus(splits, classes.names, hash_corpus(splits, classes.names), facts, findings)
+
+
+def _describe(raw: Mapping[str, RawRows], classes: Classes) -> dict[str, str]:
+    """Return the facts for the header: columns, classes, and how files were read."""
+    columns = dict.fromkeys(str(rows.columns) for rows in raw.values())
+    facts = {"columns": "; ".join(columns), "classes": f"{len(classes.names):,}: {list_first(classes.names, str)}"}
+    if notes := dict.fromkeys(note for rows in raw.values() for note in rows.notes):
+        facts["read as"] = "; ".join(notes)
+    return facts
 
 
 def check_source(source: str) -> None:
@@ -69,70 +102,86 @@ def check_source(source: str) -> None:
         )
 
 
-def _read(source: str, revision: str | None, seed: int) -> dict[str, RawRows]:
-    if source == SYNTHETIC:
-        raw: dict[str, RawRows] = {}
-        for name, num_rows in SYNTHETIC_ROWS.items():
-            texts, labels = zip(*generate(num_rows, seed, name), strict=True)
-            raw[name] = RawRows(texts, labels, Origin.of_file(f"{SYNTHETIC} {name}", num_rows), CLASS_NAMES)
-        return raw
-    check_source(source)
-    path = Path(source)
-    return read_local(path) if path.exists() else read_hub(source, revision)
+def _read(source: Source, seed: int) -> dict[str, RawRows]:
+    """Read the rows of every split that is not left out."""
+    wanted = [name for name in SPLITS if not source.splits.is_left_out(name)]
+    if source.name == SYNTHETIC:
+        return {name: _generate(name, seed) for name in wanted}
+    check_source(source.name)
+    path = Path(source.name)
+    tables = open_local(path, source.splits) if path.exists() else open_hub(source.name, source.revision, source.splits)
+    return {
+        name: read_rows(name, tables[name], source.columns, needs_label=name != "test", directory=source.cache_dir)
+        for name in wanted
+        if name in tables
+    }
 
 
-def _class_names(raw: Mapping[str, RawRows]) -> tuple[str, ...]:
-    """Return the class names of the ClassLabel features, or those of AG News if there are none."""
-    found = {name: rows.class_names for name, rows in raw.items() if rows.class_names is not None}
-    if len(set(found.values())) > 1:
-        listing = "; ".join(f"{name}: {', '.join(names)}" for name, names in found.items())
-        raise DataError(
-            f"the splits have different classes ({listing}): labels would differ in meaning. Write all splits with "
-            "the same class names."
-        )
-    return next(iter(found.values()), CLASS_NAMES)
+def _generate(name: str, seed: int) -> RawRows:
+    """Generate a split of synthetic text."""
+    rows = generate(SYNTHETIC_ROWS[name], seed, name)
+    labels_N = np.array([label for _, label in rows], dtype=np.int32)
+    texts, origin = Texts.of([text for text, _ in rows]), Origin.of_file(f"{SYNTHETIC} {name}", len(rows))
+    return RawRows(texts, tuple(range(len(CLASS_NAMES))), labels_N, origin, Columns(("text",), "label"), CLASS_NAMES)
 
 
-def choose_rows(labels_N: Ints, num_rows: int, *, seed: int, stream: int) -> Ints:
+def choose_rows(labels_N: Ints, num_rows: int, *, seed: int, stream: int, keep: int = 0) -> Ints:
     """Choose up to `num_rows` row numbers, ascending, with the class proportions of `labels_N`.
+
+    At least `keep` rows of every class are not chosen.
 
     Random bits come from the bit generator: numpy guarantees its stream across versions, but not `Generator.choice`.
     """
     num_all = len(labels_N)
-    if num_rows >= num_all:
+    if num_rows >= num_all and not keep:
         return np.arange(num_all, dtype=np.int64)
-    classes, counts = np.unique(labels_N, return_counts=True)
+    _, counts = np.unique(labels_N, return_counts=True)
     # Largest remainder in integers: quotas are rounded down, and the largest fractions get one more row.
     quotas, remainders = counts * num_rows // num_all, counts * num_rows % num_all
     for index in np.argsort(-remainders, kind="stable")[: num_rows - int(quotas.sum())]:
         quotas[index] += 1
+    quotas = np.minimum(quotas, counts - keep)
     order = np.argsort(np.random.PCG64(np.random.SeedSequence([seed, stream])).random_raw(num_all), kind="stable")
-    chosen = [order[labels_N[order] == label][:quota] for label, quota in zip(classes, quotas, strict=True)]
-    return np.sort(np.concatenate(chosen)).astype(np.int64)
+    # By class, and within a class in random order: row k of a class is chosen if k is below its quota.
+    order = order[np.argsort(labels_N[order], kind="stable")]
+    rank_N = np.arange(num_all) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.sort(order[rank_N < np.repeat(quotas, counts)]).astype(np.int64)
 
 
 def hold_out_validation(train: Split, *, fraction: float, seed: int) -> tuple[Split, Split]:
     """Hold out `fraction` of the rows, at least one and never all; returns (train, validation).
 
-    Only rows whose text occurs once are held out, or a duplicate in train would leak into validation.
+    Only rows whose text occurs once, also but for case, punctuation and white space, are held out: a duplicate in train would
+    leak into validation. Every class keeps a row in train.
 
     Raises:
-        DataError: there are fewer than two rows, or no text occurs only once.
+        DataError: there are fewer than two rows, or no row can be held out.
     """
     if len(train) < 2:
         raise DataError(
             f"train has {len(train)} row ({train.origin.name(0)}): training and validation need one each. Add "
             "rows, or give a directory with train and validation files."
         )
-    count_of = Counter(train.texts)
-    unique = np.array([i for i, text in enumerate(train.texts) if count_of[text] == 1], dtype=np.int64)
+    _, group_N, count_G = np.unique(hash_texts(train.texts, normalise), return_inverse=True, return_counts=True)
+    unique = np.flatnonzero(count_G[group_N] == 1)
     if not len(unique):
         raise DataError(
             f"no text of train ({train.origin.name(0)} and {len(train) - 1} more) occurs only once: validation would repeat "
             "training texts. Remove the duplicates, or add a validation file."
         )
+    counts_C = np.bincount(train.labels)
+    unique = unique[counts_C[train.labels[unique]] > 1]
+    if not len(unique):
+        raise DataError(
+            f"no class of train ({train.origin.name(0)} and {len(train) - 1} more) has two rows with different "
+            "texts: a held-out "
+            "row would leave its class without any. Add rows, or a validation file."
+        )
     num_held_out = min(max(1, round(fraction * len(train))), len(train) - 1)
-    held_out = unique[choose_rows(train.labels[unique], num_held_out, seed=seed, stream=_STREAMS["hold out"])]
+    # A class whose other rows are all duplicates keeps them; only a class of unique rows must keep one.
+    are_all_unique = np.bincount(train.labels[unique], minlength=len(counts_C)) == counts_C
+    keep = int(are_all_unique.any())
+    held_out = unique[choose_rows(train.labels[unique], num_held_out, seed=seed, stream=_STREAMS["hold out"], keep=keep)]
     kept = np.setdiff1d(np.arange(len(train), dtype=np.int64), held_out, assume_unique=True)
     return train.take(kept), train.take(held_out, "validation")
 

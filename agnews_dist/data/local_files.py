@@ -1,65 +1,129 @@
-"""Splits of a single local file, or of a directory in the layout of hub data sets."""
+"""Splits of a local source: a file, a directory in the layout of hub data sets, parts of Spark or Dask, `save_to_disk`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
-from agnews_dist.data.formats import SUFFIXES, read_file
-from agnews_dist.data.rows import Origin, RawRows, list_first
+from agnews_dist.data.formats.arrow_file import DatasetTable
+from agnews_dist.data.formats.registry import PART_SUFFIX, SUFFIXES, format_of, is_data_file, open_table
+from agnews_dist.data.formats.streams import COMPRESSIONS, is_hidden, split_suffix
+from agnews_dist.data.formats.table import Table
+from agnews_dist.data.hugging_face import silence_datasets, translate_errors
+from agnews_dist.data.rows import list_first
 from agnews_dist.errors import DataError, did_you_mean
 
 SPLIT_WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing")}
 """Names of a split in files, folders and on the hub: `train-00000-of-00001.parquet`, `dev.csv`, `train/0000.parquet`."""
+NO_SPLIT = "none"
+"""Value of `data.splits.<name>` that leaves a split out."""
+_PART = re.compile(r"(^|[-_.])part[-_.]?\d+|^\d+\.part$|^data-\d+-of-\d+", re.IGNORECASE)
+"""Names of the parts that Spark, Dask and `datasets` write."""
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    """Which part of a source is read, and which of its splits is which."""
+
+    subset: str | None = None
+    names: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
+    """Split -> name in the source, or `none`; absent or None: found by the usual names."""
+
+    def is_left_out(self, split: str) -> bool:
+        """Return whether the split is not to be read."""
+        return self.names.get(split) == NO_SPLIT
+
+    def find(self, split: str, available: Sequence[str], source: str) -> str | None:
+        """Return which of the names `available` is the split; None: none of them, or it is left out.
+
+        Raises:
+            DataError: the name that is set is not available.
+        """
+        if self.is_left_out(split):
+            return None
+        name = self.names.get(split)
+        if name is None:
+            taken = set(self.names.values())
+            return next((word for word in SPLIT_WORDS[split] if word in available and word not in taken), None)
+        if name not in available:
+            raise DataError(
+                f"data.splits.{split} {name!r}: {source} has only the splits {', '.join(available)}."
+                f"{did_you_mean(name, available)} Set it to one of these, or to none."
+            )
+        return name
 
 
 def is_local_path(source: str) -> bool:
     """Return whether `source` can only be a path: a hub id is `name` or `owner/name`, without a data suffix."""
-    suffixes = (*SUFFIXES, ".tsv", ".txt", ".gz", ".zip", ".arrow", ".xlsx")
-    return source.startswith((".", "/", "~")) or source.endswith(("/", *suffixes)) or "\\" in source or source.count("/") > 1
+    suffixes = (*SUFFIXES, *COMPRESSIONS, ".txt", ".xlsx")
+    is_path = source.startswith((".", "/", "~")) or source.endswith("/") or source.lower().endswith(suffixes)
+    return is_path or "\\" in source or source.count("/") > 1
 
 
-def read_local(path: Path) -> dict[str, RawRows]:
-    """Read the splits of a directory in the hub's layout, or a single file as the split 'train'.
+def open_local(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
+    """Open the tables of every split of a directory, or a single file as the split 'train'.
 
     Raises:
         DataError: no data file exists, a file cannot be read, or files of a split do not fit together.
     """
-    if path.is_dir():
-        files = find_files_by_split(path)
-        return {name: _join([read_file(file, str(file.relative_to(path))) for file in files[name]]) for name in files}
-    if path.suffix.lower() not in SUFFIXES:
-        raise DataError(
-            f"{path} has the unsupported suffix {path.suffix!r}: no reader knows it."
-            f"{did_you_mean(path.suffix, SUFFIXES)} Convert it to one of {', '.join(SUFFIXES)}."
+    if not path.is_dir():
+        return {"train": [open_table(path, path.name)]}
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _open_saved(path, settings)
+    splits = find_files_by_split(path, settings)
+    found: dict[str, list[Table]] = {}
+    for name, files in splits.items():
+        # Spark writes empty files for partitions without rows.
+        full = [file for file in files if file.stat().st_size] if len(files) > 1 else files
+        found[name] = [open_table(file, str(file.relative_to(path))) for file in full or files[:1]]
+    return found
+
+
+def _open_saved(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
+    """Open a directory that `datasets.save_to_disk` wrote."""
+
+    def make_error(reason: str) -> DataError:
+        return DataError(
+            f"{path} was written by save_to_disk of the datasets library and cannot be read: {reason}. Write it again, or use "
+            "to_parquet."
         )
-    return {"train": read_file(path, path.name)}
 
+    with silence_datasets(), translate_errors(make_error):
+        from datasets import DatasetDict, load_from_disk
 
-def find_files_by_split(directory: Path) -> dict[str, list[Path]]:
-    """Find the data files of `directory`, or else of its `data/`, by split, in order of their names."""
-    found: list[Path] = []
-    for parent in (directory, directory / "data"):
-        folders = [parent, *(parent / word for words in SPLIT_WORDS.values() for word in words)]
-        found = [
-            file
-            for folder in folders
-            if folder.is_dir()
-            for file in sorted(folder.iterdir())
-            if file.is_file() and file.suffix.lower() in SUFFIXES
-        ]
-        if found:
-            break
-    by_split = {name: [file for file in found if _split_of(file, directory) == name] for name in SPLIT_WORDS}
-    splits = {name: files for name, files in by_split.items() if files}
-    if not splits:
-        found_names = [file.name for file in sorted(directory.iterdir())]
+        loaded = load_from_disk(str(path))
+    if not isinstance(loaded, DatasetDict):
+        return {"train": [DatasetTable(loaded, path.name)]}
+    names = [str(name) for name in loaded]
+    chosen = {split: settings.find(split, names, str(path)) for split in SPLIT_WORDS}
+    if not any(chosen.values()):
         raise DataError(
-            f"{directory} has no data file of a split (found: {list_first(found_names, str) or 'nothing'}): one is needed. "
-            f"Name files train, validation and test with one of {', '.join(SUFFIXES)}, or name a single file."
+            f"{path} has the splits {', '.join(names)}: none is train, validation or test. Set --data.splits.train."
+        )
+    return {split: [DatasetTable(loaded[name], f"{path.name}/{name}")] for split, name in chosen.items() if name is not None}
+
+
+def find_files_by_split(directory: Path, settings: SplitSettings) -> dict[str, list[Path]]:
+    """Find the data files of a directory by split, in the order of their names; numbers in names count as numbers.
+
+    Raises:
+        DataError: there is none, the subset is unknown, or a split has files of several formats.
+    """
+    found = _files_of_card(directory, settings) or _files_of_layout(_enter_subset(directory, settings.subset), settings)
+    splits = {name: files for name, files in found.items() if files and not settings.is_left_out(name)}
+    for name in (name for name, word in settings.names.items() if word not in (None, NO_SPLIT) and name not in splits):
+        raise DataError(
+            f"data.splits.{name} {settings.names[name]!r}: no file or folder of {directory} has that name (found: "
+            f"{_list_files(directory)}). Correct it, or set it to none."
+        )
+    if not splits:
+        raise DataError(
+            f"{directory} has no data file of a split (found: {_list_files(directory)}): one is needed. Name files train, "
+            f"validation and test with one of {', '.join(SUFFIXES)}, set --data.splits.train, or name a single file."
         )
     for name, files in splits.items():
-        suffixes = sorted({file.suffix.lower() for file in files})
-        if len(suffixes) > 1:
+        if len({format_of(file) for file in files if file.stat().st_size}) > 1:
             raise DataError(
                 f"split {name!r} of {directory} has files of several formats ({list_first(files, lambda file: file.name)}): "
                 "probably the same rows twice. Leave only one format there."
@@ -67,28 +131,131 @@ def find_files_by_split(directory: Path) -> dict[str, list[Path]]:
     return splits
 
 
-def _split_of(file: Path, directory: Path) -> str | None:
-    for part in reversed(file.relative_to(directory).parts):
+def _list_files(directory: Path) -> str:
+    return list_first([file.name for file in sorted(directory.iterdir())], str) or "nothing"
+
+
+def _sort_key(path: Path) -> list[tuple[int, int | str]]:
+    """Return a key that sorts `part.10` behind `part.9`."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", str(path)) if part]
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Return the data files of a folder; a folder with the suffix of a format counts as its parts."""
+    found: list[Path] = []
+    for entry in sorted((entry for entry in folder.iterdir() if not is_hidden(Path(entry.name))), key=_sort_key):
+        if entry.is_dir() and split_suffix(entry)[0] in SUFFIXES:
+            found += _data_files(entry)
+        elif entry.is_file() and is_data_file(entry):
+            found.append(entry)
+    return found
+
+
+def _files_of_layout(directory: Path, settings: SplitSettings) -> dict[str, list[Path]]:
+    """Find files by the names of splits in `directory` and in folders of these names, or else in its `data/`."""
+    words = [word for names in SPLIT_WORDS.values() for word in names]
+    words += [word for word in settings.names.values() if word not in (None, NO_SPLIT)]
+    for parent in (directory, directory / "data"):
+        folders = [
+            parent,
+            *(folder for word in dict.fromkeys(words) if (folder := parent / word).is_dir() and folder != parent),
+        ]
+        files = [file for folder in folders if folder.is_dir() for file in _data_files(folder)]
+        if not files:
+            continue
+        found = {name: [file for file in files if _split_of(file, directory, settings) == name] for name in SPLIT_WORDS}
+        if any(found.values()):
+            return found
+        if all(_PART.search(file.name) or split_suffix(file)[0] == PART_SUFFIX for file in files):
+            return {"train": files}
+    return {}
+
+
+def _split_of(file: Path, directory: Path, settings: SplitSettings) -> str | None:
+    """Return the split that the file's name, or that of a folder above it, names; the nearest name counts."""
+    relative = file.relative_to(directory)
+    given = {name: split for split, name in settings.names.items() if name not in (None, NO_SPLIT)}
+    for part in reversed(relative.parts):
         words = re.split(r"[^a-z]+", Path(part).stem.lower())
+        stem = part.partition(".")[0]
+        for name, split in given.items():
+            if name in (part, stem, str(relative)) or name.lower() in re.split(r"[^a-z0-9]+", stem.lower()):
+                return split
         for split, names in SPLIT_WORDS.items():
-            if any(name in words for name in names):
+            if settings.names.get(split) is None and any(name in words and name not in given for name in names):
                 return split
     return None
 
 
-def _join(parts: Sequence[RawRows]) -> RawRows:
-    """Join the rows of a split's files."""
-    first = parts[0]
-    for part in parts[1:]:
-        if (part.class_names, part.first_label) != (first.class_names, first.first_label):
-            raise DataError(
-                f"{part.origin.files[0]} and {first.origin.files[0]} name or number their classes differently: labels of the "
-                "same split would mean different things. Write both files in the same way."
-            )
-    return RawRows(
-        [text for part in parts for text in part.texts],
-        [label for part in parts for label in part.labels],
-        Origin.concatenate([part.origin for part in parts]),
-        first.class_names,
-        first.first_label,
+def _enter_subset(directory: Path, subset: str | None) -> Path:
+    """Return the folder of a subset."""
+    if subset is None:
+        return directory
+    folder = next((folder for folder in (directory / subset, directory / "data" / subset) if folder.is_dir()), None)
+    if folder is None:
+        folders = [entry.name for entry in sorted(directory.iterdir()) if entry.is_dir() and not is_hidden(Path(entry.name))]
+        raise DataError(
+            f"data.subset {subset!r}: {directory} has no folder of that name, and its README.md does not name it (folders: "
+            f"{list_first(folders, str) or 'none'}).{did_you_mean(subset, folders)} Correct it, or leave it out."
+        )
+    return folder
+
+
+def _files_of_card(directory: Path, settings: SplitSettings) -> dict[str, list[Path]]:
+    """Find files by the `configs` in the front matter of README.md, as the hub does; empty without them.
+
+    Raises:
+        DataError: there are several subsets and none is chosen, or a pattern matches no file.
+    """
+    configs = _read_configs(directory / "README.md")
+    if not configs or (
+        settings.subset is not None and settings.subset not in configs and (directory / settings.subset).is_dir()
+    ):
+        return {}
+    default = [name for name, config in configs.items() if config.get("default")] or [
+        name for name in configs if name == "default"
+    ]
+    subset = settings.subset or next(iter(configs if len(configs) == 1 else default), None)
+    if subset not in configs:
+        wrong = f"data.subset {settings.subset!r}: it is unknown" if settings.subset else "data.subset is not set"
+        raise DataError(f"{wrong}: {directory} has the subsets {list_first(list(configs), str)}. Set --data.subset to one.")
+    patterns = _patterns_by_split(configs[subset].get("data_files"))
+    found: dict[str, list[Path]] = {}
+    for split in SPLIT_WORDS:
+        name = settings.find(split, list(patterns), f"subset {subset} of {directory}")
+        if name is not None:
+            files = {file for pattern in patterns[name] for file in directory.glob(pattern) if file.is_file()}
+            found[split] = sorted((file for file in files if not is_hidden(file.relative_to(directory))), key=_sort_key)
+            if not found[split]:
+                raise DataError(
+                    f"{directory}/README.md names {', '.join(patterns[name])} for {name}: no such file. Correct it."
+                )
+    return found
+
+
+def _read_configs(card: Path) -> dict[str, dict[str, Any]]:
+    """Return subset -> its entry under `configs` in the front matter of a data set's card."""
+    import yaml
+
+    try:
+        _, _, rest = card.read_text(encoding="utf-8").partition("---\n")
+        front = yaml.safe_load(rest.partition("\n---")[0])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    configs: Any = front.get("configs") if isinstance(front, dict) else None
+    entries = (
+        [cast("dict[str, Any]", config) for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
     )
+    return {str(entry.get("config_name", "default")): entry for entry in entries if entry.get("data_files")}
+
+
+def _patterns_by_split(data_files: Any) -> dict[str, list[str]]:
+    """Return split -> glob patterns; a plain list is all train, as on the hub."""
+    if isinstance(data_files, dict):
+        data_files = [{"split": split, "path": path} for split, path in cast("dict[str, Any]", data_files).items()]
+    entries: list[Any] = data_files if isinstance(data_files, list) else [data_files]
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        split, paths = (entry["split"], entry["path"]) if isinstance(entry, dict) else ("train", entry)
+        found.setdefault(str(split), []).extend([paths] if isinstance(paths, str) else list(paths))
+    return found

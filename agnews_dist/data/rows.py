@@ -1,18 +1,30 @@
-"""Rows of text with their labels and origins, and the checks that turn them into splits."""
+"""Rows of text with labels and origins, as they are read and as checked splits."""
 
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agnews_dist.errors import DataError, did_you_mean
+from agnews_dist.data.columns import Columns, ColumnSettings, find_columns, is_original
+from agnews_dist.data.formats.csv_file import CsvTable
+from agnews_dist.data.formats.table import Chunk, Table
+from agnews_dist.data.texts import Texts, TextWriter
+from agnews_dist.errors import DataError
+from agnews_dist.events import DataFinding
 
 Ints = NDArray[np.int64]
+LabelValue = str | int | bool
+MAX_CLASSES = 10_000
+NUM_SHOWN = 5
+"""Rows that a message lists; it counts the others."""
+UNREADABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")
+"""Characters that no name of a class may have: they end lines, control terminals or have no UTF-8 bytes."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,9 +37,9 @@ class Origin:
 
     files: tuple[str, ...]
     """Names relative to the source; `ag_news split train` for the hub."""
-    file_N: Ints
+    file_N: NDArray[np.int32]
     """Indices into `files`."""
-    row_N: Ints
+    row_N: NDArray[np.int32]
 
     def name(self, index: int) -> str:
         """Format the origin of one row: `train.csv row 17`."""
@@ -40,30 +52,30 @@ class Origin:
     @staticmethod
     def of_file(name: str, num_rows: int) -> "Origin":
         """Return the origin of rows 1 to `num_rows` of one file."""
-        return Origin((name,), np.zeros(num_rows, np.int64), np.arange(1, num_rows + 1, dtype=np.int64))
-
-    @staticmethod
-    def concatenate(parts: Sequence["Origin"]) -> "Origin":
-        """Join the rows of all parts, in order."""
-        first_file = np.cumsum([0, *(len(part.files) for part in parts)])
-        return Origin(
-            tuple(name for part in parts for name in part.files),
-            np.concatenate([part.file_N + first for part, first in zip(parts, first_file, strict=False)]),
-            np.concatenate([part.row_N for part in parts]),
-        )
+        return Origin((name,), np.zeros(num_rows, np.int32), np.arange(1, num_rows + 1, dtype=np.int32))
 
 
 @dataclass(frozen=True)
 class RawRows:
-    """Unchecked rows of a file or a hub split."""
+    """N rows of a split as they were read; the texts are checked, the labels are values of the file."""
 
-    texts: Sequence[object]
-    labels: Sequence[object]
+    texts: Texts
+    values: tuple[LabelValue, ...]
+    """The different labels, in the order in which they occur."""
+    code_N: NDArray[np.int32]
+    """Indices into `values`; -1: the row has no label."""
     origin: Origin
+    columns: Columns
     class_names: tuple[str, ...] | None = None
-    """Names in the file's ClassLabel feature; None if it has none."""
-    first_label: int = 0
-    """Number of the first class in the file: 1 in AG News' original csv."""
+    """Names in the files' ClassLabel type; None if they have none."""
+    is_original: bool = False
+    """True if the columns are those of AG News' original csv."""
+    notes: tuple[str, ...] = ()
+    """How the files were read, if that is not obvious."""
+
+    def first_of(self, code: int) -> str:
+        """Format the origin of the first row with a label."""
+        return self.origin.name(int(np.flatnonzero(self.code_N == code)[0]))
 
 
 @dataclass(frozen=True)
@@ -71,9 +83,9 @@ class Split:
     """N checked rows. The id of a row is its index here."""
 
     name: str
-    texts: Sequence[str]
+    texts: Texts
     labels: Ints
-    """int64 class indices, shape (N,)."""
+    """int64 class indices, shape (N,); -1 in every row of a split without labels."""
     origin: Origin
 
     def __len__(self) -> int:
@@ -81,8 +93,7 @@ class Split:
 
     def take(self, ids: Ints, name: str | None = None) -> "Split":
         """Select the rows `ids`, in that order, as a new split."""
-        texts = [self.texts[int(i)] for i in ids]
-        return Split(name or self.name, texts, self.labels[ids], self.origin.take(ids))
+        return Split(name or self.name, self.texts.take(ids), self.labels[ids], self.origin.take(ids))
 
 
 @dataclass(frozen=True)
@@ -94,13 +105,10 @@ class Corpus:
     class_names: tuple[str, ...]
     fingerprint: str
     """sha256 over class names, split names, texts and labels; the same on every machine and for every file format."""
-
-
-T = TypeVar("T")
-NUM_SHOWN = 5
-"""Rows that a message lists; it counts the others."""
-
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}", re.ASCII)
+    facts: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Label -> value for the header of a run: the columns, the classes, how the files were read."""
+    findings: tuple[DataFinding, ...] = ()
+    """What the labels' values show."""
 
 
 def list_first(rows: Sequence[T], name: Callable[[T], str]) -> str:
@@ -114,91 +122,187 @@ def count_rows(num_rows: int) -> str:
     return f"{num_rows:,} row" + "s" * (num_rows != 1)
 
 
-def check_columns(file: str, found: Sequence[str]) -> None:
-    """Check that the columns `found` contain 'text' and 'label'.
-
-    Raises:
-        DataError: a column is missing; names the columns found, and the nearest.
-    """
-    missing = [name for name in ("text", "label") if name not in found]
-    if missing:
-        columns = ", ".join(map(repr, found)) or "none"
-        raise DataError(
-            f"{file} has no column {' and no column '.join(map(repr, missing))} (found: {columns}): every row needs a text "
-            f"and a label.{did_you_mean(missing[0], found)} Rename the column to {missing[0]!r}."
-        )
-
-
-def check_split(name: str, raw: RawRows, class_names: tuple[str, ...]) -> Split:
-    """Check that texts are strings and labels classes; returns the rows with class indices.
-
-    Raises:
-        DataError: there are no rows, or a text or label of the wrong kind.
-    """
-    if not raw.texts:
-        raise DataError(
-            f"split {name!r} ({list_first(raw.origin.files, str)}) has no rows: at least one is needed. Check how the file was "
-            "written, or remove it."
-        )
-    bad = [i for i, text in enumerate(raw.texts) if not isinstance(text, str)]
-    if bad:
-        rows = list_first(bad, lambda i: f"{raw.origin.name(i)}: {_quote(raw.texts[i])}")
-        raise DataError(
-            f"text is not a string in {count_rows(len(bad))} ({rows}): only strings can be tokenised. Fill in or "
-            "remove these rows."
-        )
-    texts = [text for text in raw.texts if isinstance(text, str)]
-    return Split(name, texts, _parse_labels(raw, class_names), raw.origin)
-
-
-def _quote(value: object) -> str:
+def quote_value(value: object) -> str:
+    """Format a value of a file for a message; null and an empty field are both `null`."""
     if value is None or value == "":
         return "null"
     shown = repr(value)
     return shown if len(shown) <= 40 else f"{shown[:40]}..."
 
 
-def _parse_labels(raw: RawRows, class_names: tuple[str, ...]) -> Ints:
-    """Convert labels given as integers, digits or class names to int64 indices (N,)."""
+def read_rows(
+    split: str, tables: Sequence[Table], settings: ColumnSettings, *, needs_label: bool, directory: Path | None = None
+) -> RawRows:
+    """Read the tables of one split, in order, chunk by chunk; `directory`: place of texts beyond the memory.
 
-    # Labels take few different values, so each is parsed once. The type is part of the key because 1 == True == 1.0.
-    @lru_cache(maxsize=None, typed=True)
-    def parse(label: str | int) -> int | None:
-        return _parse_label(label, class_names, raw.first_label)
+    Raises:
+        DataError: there are no rows; a text is missing, blank or not a string; a label is not text, integer or boolean;
+            tables do not fit together.
+    """
+    reader = _Reader(split, settings, needs_label=needs_label, directory=directory)
+    for table in tables:
+        reader.read(table)
+    return reader.finish()
 
-    indices = [parse(label) if isinstance(label, str | int) else None for label in raw.labels]
-    bad = [i for i, index in enumerate(indices) if index is None]
-    if bad:
-        first, last = raw.first_label, raw.first_label + len(class_names) - 1
-        wrong = raw.labels[bad[0]]
-        nearest = did_you_mean(wrong, class_names) if isinstance(wrong, str) else ""
-        rows = list_first(bad, lambda i: f"{raw.origin.name(i)}: {_quote(raw.labels[i])}")
-        raise DataError(
-            f"label is not a class in {count_rows(len(bad))} ({rows}): classes are {first} to {last} "
-            f"or {', '.join(class_names)}.{nearest} Correct these rows."
+
+class _Reader:
+    """Collector of the rows of one split."""
+
+    def __init__(self, split: str, settings: ColumnSettings, *, needs_label: bool, directory: Path | None) -> None:
+        self._split, self._settings, self._needs_label = split, settings, needs_label
+        self._texts = TextWriter(directory)
+        self._codes: list[NDArray[np.int32]] = []
+        self._rows: list[NDArray[np.int32]] = []
+        self._code_of: dict[tuple[type, LabelValue], int] = {}
+        self._files: list[str] = []
+        self._sizes: list[int] = []
+        self._bad: dict[str, list[str]] = {}
+        self._suspects: list[tuple[str, str]] = []
+        """(field, row) of lines in a text that look like rows, see `CsvTable.looks_like_rows`."""
+        self._first: tuple[Table, Columns] | None = None
+        self._notes: dict[str, None] = {}
+
+    def read(self, table: Table) -> None:
+        """Add the rows of one table."""
+        columns = find_columns(table, self._settings, needs_label=self._needs_label)
+        first, its_columns = self._first or (table, columns)
+        self._first = (first, its_columns)
+        if columns.label is not None and its_columns.label is not None:
+            pair = (table.class_names(columns.label), first.class_names(its_columns.label))
+        else:
+            pair = (columns.label, its_columns.label)
+        if pair[0] != pair[1] or is_original(table, columns) != is_original(first, its_columns):
+            raise DataError(
+                f"{table.name} and {first.name} name or number their classes differently: labels of the same split would mean "
+                "different things. Write both files in the same way."
+            )
+        if table.note:
+            self._notes[table.note] = None
+        num_rows = 0
+        for chunk in table.chunks(columns.wanted):
+            self._add(table, columns, chunk)
+            num_rows += len(chunk)
+        self._files.append(table.name)
+        self._sizes.append(num_rows)
+
+    def _add(self, table: Table, columns: Columns, chunk: Chunk) -> None:
+        parts = [chunk.columns[column] for column in columns.text]
+        texts = parts[0] if len(parts) == 1 else [_join(each, self._settings.separator) for each in zip(*parts, strict=True)]
+        for i, text in enumerate(texts):
+            self._texts.add(self._encode(text, f"{table.name} row {chunk.row_N[i]}"))
+            if isinstance(text, str) and "\n" in text and isinstance(table, CsvTable) and columns.label is not None:
+                row = f"{table.name} row {chunk.row_N[i]}"
+                self._suspects += [(each, row) for each in table.looks_like_rows(text, columns.label)][:1]
+        self._rows.append(chunk.row_N)
+        labels = chunk.columns[columns.label] if columns.label is not None else [None] * len(chunk)
+        codes = [self._encode_label(label, table, int(row)) for label, row in zip(labels, chunk.row_N, strict=True)]
+        self._codes.append(np.array(codes, dtype=np.int32))
+
+    def _encode(self, text: object, row: str) -> bytes:
+        """Return the bytes of a text; of a bad one none, and remember it."""
+        if not isinstance(text, str):
+            self._bad.setdefault("text", []).append(f"{row}: {quote_value(text)}")
+            return b""
+        if not text or text.isspace():
+            self._bad.setdefault("blank", []).append(row)
+            return b""
+        try:
+            return text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{row} holds {text[error.start]!r}, half of a surrogate pair: it has no UTF-8 bytes to tokenise. "
+                "Write the file "
+                "again from the original text."
+            ) from error
+
+    def _encode_label(self, label: object, table: Table, row: int) -> int:
+        if isinstance(label, str):
+            label = label.strip()
+        key = (type(label), label)
+        try:
+            code = self._code_of.get(key)  # pyright: ignore[reportArgumentType] # only right values are stored
+        except TypeError:  # a list or an object
+            code = None
+        if code is not None:
+            return code
+        if label is None or label == "":
+            return -1
+        where = f"{table.name} row {row}"
+        if not isinstance(label, str | int):
+            kind = "a decimal number" if isinstance(label, float) else f"a {type(label).__name__}"
+            raise DataError(
+                f"label {quote_value(label)} in {where} is {kind}: a label is one text, integer or boolean. Set "
+                "--data.label_column to another column, or write the labels again."
+            )
+        if isinstance(label, str) and (found := UNREADABLE.search(label)):
+            raise DataError(
+                f"label {quote_value(label)} in {where} has the character {found[0]!r}: a class needs a readable "
+                "name. Correct it."
+            )
+        if len(self._code_of) >= MAX_CLASSES:
+            raise DataError(
+                f"{where} has the {MAX_CLASSES + 1:,}th different label, {quote_value(label)}: at most "
+                f"{MAX_CLASSES:,} classes are "
+                "possible. Set --data.label_column to the column of the classes."
+            )
+        self._code_of[(type(label), label)] = len(self._code_of)
+        return len(self._code_of) - 1
+
+    def finish(self) -> RawRows:
+        """Return all rows."""
+        assert self._first is not None
+        table, columns = self._first
+        if not sum(self._sizes):
+            raise DataError(
+                f"split {self._split!r} ({list_first(self._files, str)}) has no rows: at least one is needed. "
+                "Check how the file "
+                f"was written, remove it, or leave the split out with --data.splits.{self._split} none."
+            )
+        self._check_texts()
+        values = tuple(value for _, value in self._code_of)
+        names = {str(value) for value in values}
+        swallowed = [row for each, row in self._suspects if each.strip() in names]
+        if swallowed:
+            raise DataError(
+                f"text holds whole rows with labels in {count_rows(len(swallowed))} ({list_first(swallowed, str)}): a quote is "
+                "probably opened or closed too much. Correct the quotes there; if the text is right, write the file as jsonl."
+            )
+        file_N = np.repeat(np.arange(len(self._files), dtype=np.int32), self._sizes)
+        return RawRows(
+            self._texts.finish(),
+            values,
+            np.concatenate(self._codes),
+            Origin(tuple(self._files), file_N, np.concatenate(self._rows)),
+            columns,
+            table.class_names(columns.label) if columns.label is not None else None,
+            is_original(table, columns),
+            tuple(self._notes),
         )
-    return np.array(indices, dtype=np.int64)
+
+    def _check_texts(self) -> None:
+        if bad := self._bad.get("text"):
+            raise DataError(
+                f"text is not a string in {count_rows(len(bad))} ({list_first(bad, str)}): only strings can be "
+                "tokenised. Fill in "
+                "or remove these rows, or set --data.text_column."
+            )
+        if blank := self._bad.get("blank"):
+            raise DataError(
+                f"text is empty or only white space in {count_rows(len(blank))} ({list_first(blank, str)}): no "
+                "class can be read "
+                "from it. Remove these rows."
+            )
 
 
-def _parse_label(label: str | int, class_names: tuple[str, ...], first_label: int) -> int | None:
-    if isinstance(label, str):
-        if label in class_names:
-            return class_names.index(label)
-        if not _INTEGER.fullmatch(label.strip()):
-            return None
-        label = int(label)
-    if isinstance(label, bool):
-        return None
-    index = label - first_label
-    return index if 0 <= index < len(class_names) else None
+def _join(parts: Sequence[object], separator: str) -> object:
+    """Join the texts of several columns; missing and empty ones are left out. A value of another kind is returned, as bad."""
+    present = [part for part in parts if part is not None and part != ""]
+    wrong = [part for part in present if not isinstance(part, str)]
+    return wrong[0] if wrong else separator.join(map(str, present))
 
 
 def hash_corpus(splits: Mapping[str, Split], class_names: Iterable[str]) -> str:
-    """Hash class names, split names, texts and labels with sha256.
-
-    Raises:
-        DataError: a text holds half of a surrogate pair, which has no UTF-8 bytes.
-    """
+    """Hash class names, split names, texts and labels with sha256."""
     digest = hashlib.sha256()
 
     def add(text: bytes) -> None:
@@ -210,43 +314,7 @@ def hash_corpus(splits: Mapping[str, Split], class_names: Iterable[str]) -> str:
         add(name.encode())
     for name, split in splits.items():
         add(name.encode())
-        for i, text in enumerate(split.texts):
-            try:
-                add(text.encode())
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{split.origin.name(i)} holds {text[error.start]!r}, half of a surrogate pair: it has no "
-                    "UTF-8 bytes to tokenise. Write the file again from the original text."
-                ) from error
-        add(split.labels.astype("<i8").tobytes())
+        for i in range(len(split)):
+            add(split.texts.encoded(i))
+        digest.update(split.labels.astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-def check_corpus(corpus: Corpus) -> list[str]:
-    """Check that no text is blank, and that splits share no text; returns warnings about shared texts.
-
-    Raises:
-        DataError: texts are empty or only white space.
-    """
-    empty: list[tuple[Split, int]] = []
-    first_seen: dict[str, tuple[Split, int]] = {}
-    shared_texts: dict[tuple[str, str], list[str]] = {}
-    for split in corpus.splits.values():
-        for i, text in enumerate(split.texts):
-            if not text.strip():
-                empty.append((split, i))
-            earlier, j = first_seen.setdefault(text, (split, i))
-            if earlier is not split:
-                pair = f"{split.origin.name(i)} = {earlier.origin.name(j)}"
-                shared_texts.setdefault((split.name, earlier.name), []).append(pair)
-    if empty:
-        raise DataError(
-            f"text is empty or only white space in {count_rows(len(empty))} "
-            f"({list_first(empty, lambda row: row[0].origin.name(row[1]))}): no class can be read from it. Remove "
-            "these rows."
-        )
-    return [
-        f"{count_rows(len(pairs))} of {later} with a text that is also in {earlier} ({list_first(pairs, str)}): scores on "
-        f"{later} would be inflated. Remove them from {earlier}."
-        for (later, earlier), pairs in shared_texts.items()
-    ]

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from agnews_dist.data.rows import Ints
 from agnews_dist.errors import DataError
-from agnews_dist.events import Emit, Warned
+from agnews_dist.events import DataFinding, Emit, Warned
 from agnews_dist.storage import atomic
 from agnews_dist.storage.directories import used_disk_bytes
 from agnews_dist.storage.locks import is_locked, locked, try_lock
@@ -72,14 +72,14 @@ class CachedTokens:
 
     splits: Mapping[str, TokenSplit]
     class_names: tuple[str, ...]
-    warnings: tuple[str, ...]
-    """Warnings about the data, emitted when it was tokenised and at every opening."""
+    findings: tuple[DataFinding, ...]
+    """Findings about the data, emitted when it was tokenised and at every opening."""
 
 
-def read_or_build(directory: Path, build: Callable[[], CachedTokens], emit: Emit) -> tuple[CachedTokens, bool]:
+def read_or_build(directory: Path, build: Callable[[Path], CachedTokens], emit: Emit) -> tuple[CachedTokens, bool]:
     """Read a cache; if it is missing or damaged, one process builds it while the others wait for the lock.
 
-    Returns (content, whether it was found).
+    `build` may write token files to the directory that it gets (see `TokenWriter`). Returns (content, whether it was found).
 
     Raises:
         DataError: no valid cache exists and none can be written.
@@ -101,7 +101,7 @@ def read_or_build(directory: Path, build: Callable[[], CachedTokens], emit: Emit
             except (FileNotFoundError, DamagedCache) as fault:
                 if isinstance(fault, DamagedCache):
                     emit(Warned(message=f"token cache {directory} is damaged ({fault}): building it again."))
-                publish(directory, lambda building: write_tokens(building, build(), directory.name))
+                publish(directory, lambda building: write_tokens(building, build(building), directory.name))
                 return read_tokens(directory), False
     except (OSError, DamagedCache) as error:
         reason = getattr(error, "strerror", None) or error
@@ -147,13 +147,14 @@ def write_tokens(directory: Path, tokens: CachedTokens, key: str) -> None:
     for split in tokens.splits.values():
         for array in _ARRAYS:
             file = directory / f"{split.name}-{array}.npy"
-            np.save(file, getattr(split, array))
+            if not file.exists():  # not written by a TokenWriter
+                np.save(file, getattr(split, array))
             files[file.name] = _sha256(file)
     content = {
         "format": FORMAT,
         "key": key,
         "class_names": tokens.class_names,
-        "warnings": tokens.warnings,
+        "findings": [asdict(finding) for finding in tokens.findings],
         "splits": {
             split.name: {"texts": len(split), "tokens": len(split.tokens), "num_truncated": split.num_truncated}
             for split in tokens.splits.values()
@@ -163,6 +164,34 @@ def write_tokens(directory: Path, tokens: CachedTokens, key: str) -> None:
     }
     meta = {"content": content, "sha256": hash_json(content)}
     (directory / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+class TokenWriter:
+    """Writer of the tokens of one split, piece by piece: those of ten million texts do not fit in memory."""
+
+    def __init__(self, directory: Path, split: str, dtype: Any) -> None:
+        """Begin the file `<split>-tokens.npy`."""
+        self._path, self._dtype = directory / f"{split}-tokens.npy", np.dtype(dtype)
+        self._num_tokens = 0
+        self._file = self._path.open("w+b")
+        self._write_header()
+
+    def _write_header(self) -> None:
+        # numpy pads the header, so that a longer count takes no more space.
+        fields = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._num_tokens,)}
+        np.lib.format.write_array_header_1_0(self._file, fields)
+
+    def add(self, tokens: NDArray[Any]) -> None:
+        """Append tokens."""
+        self._file.write(tokens.astype(self._dtype, copy=False).tobytes())
+        self._num_tokens += len(tokens)
+
+    def finish(self) -> NDArray[Any]:
+        """Complete the file; return its tokens, memory-mapped."""
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+        return np.load(self._path, mmap_mode="r")
 
 
 def read_tokens(directory: Path) -> CachedTokens:
@@ -196,7 +225,10 @@ def read_tokens(directory: Path) -> CachedTokens:
         }
         with suppress(OSError):
             os.utime(directory)  # the last use, for lists
-        return CachedTokens(splits, tuple(content["class_names"]), tuple(content["warnings"]))
+        # Caches of before hold plain sentences.
+        findings = [DataFinding(text) for text in content.get("warnings", [])]
+        findings += [DataFinding(**each) for each in content.get("findings", [])]
+        return CachedTokens(splits, tuple(content["class_names"]), tuple(findings))
     except FileNotFoundError as error:
         raise DamagedCache(f"{Path(error.filename).name} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

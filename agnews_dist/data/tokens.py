@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from agnews_dist.data.rows import Corpus, Split, check_corpus
-from agnews_dist.data.token_cache import FORMAT, CachedTokens, TokenSplit, hash_json, read_or_build
+from agnews_dist.data.quality import find_faults
+from agnews_dist.data.rows import Corpus, Split
+from agnews_dist.data.token_cache import FORMAT, CachedTokens, TokenSplit, TokenWriter, hash_json, read_or_build
 from agnews_dist.errors import DataError
-from agnews_dist.events import Emit, Progress, Warned
+from agnews_dist.events import DataChecked, DataFinding, Emit, Progress
 from agnews_dist.storage.directories import cache_root
 
 _CHUNK_TEXTS = 1_000
@@ -102,9 +103,9 @@ def open_or_build(
         while not directory.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
     tokens, was_cached = read_or_build(directory, partial(_build, corpus, tokenizer, max_length, emit), emit)
-    for message in tokens.warnings:
-        emit(Warned(message=message))
-    return TokenStore(tokens.splits, tokens.class_names, tokens.warnings, directory, key, was_cached)
+    if tokens.findings:
+        emit(DataChecked(findings=tokens.findings))
+    return TokenStore(tokens.splits, tokens.class_names, tokens.findings, directory, key, was_cached)
 
 
 def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int) -> str:
@@ -116,35 +117,43 @@ def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int) ->
     return hash_json([FORMAT, corpus.fingerprint, content, max_length])
 
 
-def _build(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int, emit: Emit) -> CachedTokens:
-    """Check and tokenise every split."""
-    warnings = check_corpus(corpus)
+def _build(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int, emit: Emit, directory: Path) -> CachedTokens:
+    """Check and tokenise every split; the token files are written to `directory`."""
+    findings = find_faults(corpus)
     total, before = sum(map(len, corpus.splits.values())), 0
     splits: dict[str, TokenSplit] = {}
     for split in corpus.splits.values():
-        splits[split.name] = _tokenise(split, tokenizer, max_length, emit, before=before, total=total)
+        dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
+        report = partial(_report, emit, before, total)
+        splits[split.name] = _tokenise(split, tokenizer, max_length, TokenWriter(directory, split.name, dtype), report)
         before += len(split)
     cut = {split.name: split.num_truncated for split in splits.values() if split.num_truncated}
     if cut:
         num_cut = sum(cut.values())
         counts = ", ".join(f"{name} {count:,}" for name, count in cut.items())
-        warnings.append(
-            f"{num_cut:,} of {total:,} texts ({num_cut / total:.1%}; {counts}) are longer than {max_length} tokens and were "
-            "cut off: the model does not see the rest. Raise --data.max_length to keep it."
+        findings.append(
+            DataFinding(
+                f"{num_cut:,} of {total:,} texts are longer than {max_length} tokens",
+                f"{num_cut / total:.1%}; {counts}",
+                "they were cut off, and the model does not see the rest",
+                "Raise --data.max_length to keep it",
+            )
         )
-    return CachedTokens(splits, corpus.class_names, tuple(warnings))
+    return CachedTokens(splits, corpus.class_names, tuple(findings))
+
+
+def _report(emit: Emit, before: int, total: int, done: int) -> None:
+    emit(Progress(task="tokenize", done=before + done, total=total))
 
 
 def _tokenise(
-    split: Split, tokenizer: PreTrainedTokenizerFast, max_length: int, emit: Emit, *, before: int, total: int
+    split: Split, tokenizer: PreTrainedTokenizerFast, max_length: int, writer: TokenWriter, report: Callable[[int], None]
 ) -> TokenSplit:
-    """Tokenise one split in memory; `before` of the `total` texts are done already."""
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
-    chunks: list[np.ndarray[Any, Any]] = []
-    lengths: list[int] = []
+    """Tokenise one split into the writer's file; `report(n)`: n texts are done."""
+    lengths_N = np.zeros(len(split), np.int64)
     num_truncated = 0
     for begin in range(0, len(split), _CHUNK_TEXTS):
-        emit(Progress(task="tokenize", done=before + begin, total=total))
+        report(begin)
         ids, num_cut = encode(
             tokenizer,
             split.texts[begin : begin + _CHUNK_TEXTS],
@@ -152,8 +161,8 @@ def _tokenise(
             name=lambda i, begin=begin: split.origin.name(begin + i),
         )
         num_truncated += num_cut
-        lengths.extend(map(len, ids))
-        chunks.append(np.fromiter(chain.from_iterable(ids), dtype=dtype))
-    emit(Progress(task="tokenize", done=before + len(split), total=total))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return TokenSplit(split.name, np.concatenate(chunks), offsets, split.labels, num_truncated)
+        lengths_N[begin : begin + len(ids)] = [len(tokens) for tokens in ids]
+        writer.add(np.fromiter(chain.from_iterable(ids), dtype=np.int64))
+    report(len(split))
+    offsets = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int64)
+    return TokenSplit(split.name, writer.finish(), offsets, split.labels, num_truncated)

@@ -47,6 +47,9 @@ class PlainLines:
                 self._print_evaluation(event)
             case events.Warned() | events.NonFinite() | events.Resumed() | events.OverfitChecked():
                 self._print(describe_event(event))
+            case events.DataChecked():
+                for finding in event.findings:
+                    self._print(f"warning: {finding}")
             case events.CheckpointSaved():
                 self._print_checkpoint(event)
             case events.Profiled():

@@ -26,6 +26,8 @@ from agnews_dist.report.formatting import (
 from agnews_dist.report.progress import StepProgress, TaskProgress
 
 SECONDS_BETWEEN_REFRESHES = 0.1
+MIN_TABLE_WIDTH = 80
+"""Columns of a terminal below which the findings about the data are a list."""
 MIN_LINE_SECONDS = 2.0
 """Shorter tasks and checkpoints print no line."""
 
@@ -63,6 +65,8 @@ class TerminalDisplay:
                 self._print(self._build_evaluation(event))
             case events.Warned() | events.NonFinite():
                 self._print(self._escape(describe_event(event), "yellow"))
+            case events.DataChecked():
+                self._print(self._build_findings(event))
             case events.Resumed():
                 self._print(self._escape(describe_event(event)))
             case events.CheckpointSaved():
@@ -108,6 +112,18 @@ class TerminalDisplay:
                 )
             parts += [Text(), table]
         return Panel(Group(*parts), title="agnews_dist", title_align="left", border_style="cyan")
+
+    def _build_findings(self, event: events.DataChecked) -> RenderableType:
+        title = self._escape("warnings about the data", "yellow")
+        if self._out.width < MIN_TABLE_WIDTH:
+            return Group(title, *(self._escape(f"- {finding}") for finding in event.findings), Text())
+        table = Table(box=None, padding=(0, 0, 0, 2), header_style="dim")
+        for name, ratio in (("found", 3), ("where", 3), ("why it matters", 2), ("what to do", 2)):
+            table.add_column(Text(name), ratio=ratio, overflow="fold")
+        for finding in event.findings:
+            cells = (finding.what, finding.where, finding.why, finding.fix)
+            table.add_row(*map(self._escape, cells))
+        return Group(title, table, Text())
 
     def _build_evaluation(self, event: events.EvalDone) -> RenderableType:
         scores, title = event.scores, Text(overflow="fold")

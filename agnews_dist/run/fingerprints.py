@@ -8,15 +8,14 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from agnews_dist.config.fields import all_settings
+from agnews_dist.config.fields import all_settings, values_of
 from agnews_dist.config.schema import Config
 from agnews_dist.model.gpt2 import Classifier
 
 
 def setting_values(config: Config) -> dict[str, object]:
     """Return dotted key -> value of every setting, as JSON holds it."""
-    sections = config.model_dump(mode="json").items()
-    return {f"{section}.{name}": value for section, part in sections for name, value in part.items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values_of(config)}
 
 
 def weight_settings(config: Config) -> dict[str, object]:

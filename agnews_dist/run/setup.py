@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -13,8 +13,10 @@ from agnews_dist.config.schema import BatchConfig, Config, DataConfig, ModelConf
 from agnews_dist.data.batching.loader import EVALUATION_TOKENS, TokenTable, TrainLoader
 from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.data.batching.shares import quadratic_weight
-from agnews_dist.data.corpus import Corpus, load_corpus
-from agnews_dist.data.rows import hash_corpus
+from agnews_dist.data.columns import ColumnSettings
+from agnews_dist.data.corpus import Source, load_corpus
+from agnews_dist.data.local_files import SplitSettings
+from agnews_dist.data.rows import Corpus, hash_corpus
 from agnews_dist.data.tokens import TokenSplit, TokenStore, open_or_build
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import choose_precision, should_use_cuda
@@ -55,6 +57,8 @@ class TrainingInputs:
     fingerprints: Mapping[str, str]
     parameters: Mapping[str, tuple[int, int]]
     """Part of the model -> (trainable, frozen) parameters."""
+    data_facts: Mapping[str, str]
+    """Label -> value about the data, for the header."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -72,6 +76,8 @@ class EvaluationInputs:
     tokens: TokenSplit
     fingerprint: str
     """sha256 of the tokens."""
+    data_facts: Mapping[str, str]
+    """Label -> value about the data, for the header."""
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -93,15 +99,27 @@ def read_model_files(model: ModelConfig, data: DataConfig) -> ModelFiles:
     return ModelFiles(tokenizer, gpt2)
 
 
-def load_text(data: DataConfig, *, hold_out: bool = True) -> Corpus:
-    """Load the rows of `data.source`; `hold_out`: make a validation split if there is none."""
-    return load_corpus(
+def load_text(data: DataConfig, *, hold_out: bool = True, model_classes: tuple[str, ...] | None = None) -> Corpus:
+    """Load the rows of `data.source`.
+
+    `hold_out`: make a validation split if there is none. `model_classes`: the classes that labels are to mean.
+    """
+    splits = data.splits
+    source = Source(
         data.source,
         revision=data.revision,
+        splits=SplitSettings(data.subset, {"train": splits.train, "validation": splits.validation, "test": splits.test}),
+        columns=ColumnSettings(data.text_column, data.label_column, data.text_separator),
+        class_names=data.class_names,
+        cache_dir=cache_root(data.cache_dir),
+    )
+    return load_corpus(
+        source,
         validation_fraction=data.validation_fraction,
         limits={"train": data.limit_train, "validation": data.limit_validation, "test": data.limit_test},
         seed=data.seed,
         hold_out=hold_out,
+        model_classes=model_classes,
     )
 
 
@@ -139,7 +157,7 @@ def load_training_inputs(
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
-    return TrainingInputs(classifier, files.tokenizer, store, fingerprints, count_parameters(classifier))
+    return TrainingInputs(classifier, files.tokenizer, store, fingerprints, count_parameters(classifier), corpus.facts)
 
 
 def load_evaluation_inputs(
@@ -159,20 +177,20 @@ def load_evaluation_inputs(
         check_max_length(max_length, classifier.config.n_positions)
         message = f"data.max_length {max_length}: the model was saved with {trained_length}, scores may differ"
         emit(Warned(message=message))
-    corpus = _load_split(data, split)
-    _check_classes(data.source, corpus.class_names, class_names)
+    corpus = _load_split(data, split, class_names)
     with timer.stage("tokenize"):
         length = max_length or trained_length
         store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world)
     [tokens] = store.splits.values()
-    return EvaluationInputs(classifier, tokenizer, class_names, tokens, store.fingerprint)
+    return EvaluationInputs(classifier, tokenizer, corpus.class_names, tokens, store.fingerprint, corpus.facts)
 
 
-def _load_split(data: DataConfig, split: str | None) -> Corpus:
-    """Load a corpus of one split; by default a single file whole, else the test split."""
-    corpus = load_text(data, hold_out=False)
+def _load_split(data: DataConfig, split: str | None, class_names: tuple[str, ...]) -> Corpus:
+    """Load a corpus of one split with the model's classes; by default a single file whole, else the test split."""
+    corpus = load_text(data, hold_out=False, model_classes=class_names)
     if split in ("train", "validation") and "validation" not in corpus.splits:
-        corpus = load_text(data)
+        corpus = load_text(data, model_classes=class_names)
+    _check_classes(data.source, corpus.class_names, class_names)
     name = split or (next(iter(corpus.splits)) if Path(data.source).is_file() else "test")
     if name not in corpus.splits:
         raise DataError(
@@ -180,7 +198,7 @@ def _load_split(data: DataConfig, split: str | None) -> Corpus:
             "these with --split; a single file is scored whole without it."
         )
     wanted = {name: corpus.splits[name]}
-    return Corpus(wanted, corpus.class_names, hash_corpus(wanted, corpus.class_names))
+    return replace(corpus, splits=wanted, fingerprint=hash_corpus(wanted, corpus.class_names), findings=())
 
 
 def _check_classes(source: str, of_data: tuple[str, ...], of_model: tuple[str, ...]) -> None:

@@ -34,6 +34,7 @@ def log_summary(
         "memory": format_estimate(memory),
         "model": f"{config.model.name} ({config.model.init}), trainable blocks: {config.model.trainable_blocks}",
         "data": f"{config.data.source}: {rows}",
+        **inputs.data_facts,
         "tokens": f"{'cached' if inputs.store.was_cached else 'made now'}, at most {config.data.max_length} per text",
         "features": f"{features.choice.place}: {features.choice.reason}",
         "batch": batch_text(config.batch),

@@ -11,6 +11,7 @@ import shutil
 import uuid
 from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, is_dataclass
 from errno import EINVAL
 from pathlib import Path
 from typing import Any, cast
@@ -160,6 +161,8 @@ def to_json_value(value: object) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, Path):
         return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return to_json_value(asdict(value))
     if isinstance(value, Mapping):
         return {str(key): to_json_value(item) for key, item in cast(Mapping[object, object], value).items()}
     if isinstance(value, (list, tuple)):

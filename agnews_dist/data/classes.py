@@ -1,0 +1,269 @@
+"""The classes of a corpus: from ClassLabel types, text, integers or booleans, or as set; labels to class indices."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from agnews_dist.data.rows import MAX_CLASSES, UNREADABLE, Ints, LabelValue, RawRows, count_rows, list_first, quote_value
+from agnews_dist.data.synthetic import CLASS_NAMES
+from agnews_dist.errors import DataError, did_you_mean, quote
+from agnews_dist.events import DataFinding
+
+AG_NEWS = ("fancyzhx/ag_news", "ag_news")
+"""Hub ids of AG News."""
+_INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
+_DECIMAL = re.compile(r"[+-]?[0-9]*\.[0-9]+(e[+-]?[0-9]+)?", re.IGNORECASE)
+_WAY_OUT = "Correct these rows, or set --data.class_names or --data.label_column."
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Names of the classes in index order, and the labels of every split as indices."""
+
+    names: tuple[str, ...]
+    labels: Mapping[str, Ints]
+    """Split -> int64 indices (N,), all -1 in a test split without labels."""
+    findings: tuple[DataFinding, ...] = ()
+
+
+def read_class_names(given: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return the names of `data.class_names`: a list, or one name of a file with a name per line or a JSON list.
+
+    Raises:
+        DataError: the file cannot be read; a name is empty, unreadable or there twice; fewer than two.
+    """
+    if given is None:
+        return None
+    names, where = list(given), "data.class_names"
+    if len(names) == 1:
+        path = Path(names[0]).expanduser()
+        where = f"data.class_names {names[0]!r}"
+        if not path.is_file():
+            raise DataError(
+                f"{where}: a list has two names or more, and no such file exists. Write a,b,... or correct the path."
+            )
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+            names = json.loads(text) if path.suffix.lower() == ".json" else text.splitlines()
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{where} cannot be read ({error}): it must hold one name per line, in UTF-8. Correct it."
+            ) from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{where}: it must be a list of texts. Write one name per line.")
+    for i, name in enumerate(names):
+        if not name.strip() or UNREADABLE.search(name):
+            raise DataError(f"{where}: name {i + 1} is {name!r}: a class needs a readable name. Correct or remove it.")
+        if name in names[:i]:
+            raise DataError(
+                f"{where}: {quote(name)} is there twice, as name {names.index(name) + 1} and {i + 1}: names must "
+                "be unique. Remove one."
+            )
+    if not 2 <= len(names) <= MAX_CLASSES:
+        raise DataError(f"{where}: it has {len(names)} names, and 2 to {MAX_CLASSES:,} are possible. Name every class.")
+    return tuple(names)
+
+
+def decide_classes(
+    raw: Mapping[str, RawRows], given: tuple[str, ...] | None = None, *, source: str, is_model: bool = False
+) -> Classes:
+    """Decide the classes and return every label as an index.
+
+    `given`: names that are set; with `is_model` those of a saved model. If these are only numbers, the data's own names count.
+
+    Raises:
+        DataError: labels are missing, of different kinds or unknown; fewer than two classes.
+    """
+    labelled = {name: rows for name, rows in raw.items() if _is_labelled(name, rows)}
+    kinds = _kinds_of(labelled)
+    findings: list[DataFinding] = []
+    names = given
+    if given is not None and is_model and _are_numbers(given) and kinds != {"integer"}:
+        names = None
+    if names is None:
+        names, findings = _names_of_data(labelled, kinds, source)
+        if is_model and given is not None and labelled:
+            names = _names_for_model(names, given, source)
+    if len(names) < 2:
+        raise DataError(
+            f"{source} has one class only, {names[0]!r}: a classifier needs two or more. Set --data.label_column, or name all "
+            "classes with --data.class_names."
+            if names
+            else f"{source} has no labels: the classes are unknown. Set --data.label_column, or --data.class_names."
+        )
+    labels = {
+        name: _index_labels(rows, names) if name in labelled else np.full(len(rows.texts), -1, np.int64)
+        for name, rows in raw.items()
+    }
+    return Classes(names, labels, tuple(findings))
+
+
+def _is_labelled(name: str, rows: RawRows) -> bool:
+    """Return whether a split has labels. A test split may have none, or -1 in every row as in GLUE.
+
+    Raises:
+        DataError: labels are missing in some rows, or in a split that needs them.
+    """
+    missing_N = rows.code_N < 0
+    if rows.class_names is not None and -1 in rows.values:
+        missing_N |= rows.code_N == rows.values.index(-1)
+    if all(value in (-1, "-1") for value in rows.values):
+        missing_N[:] = True
+    if name == "test" and missing_N.all():
+        return False
+    if missing_N.any():
+        bad = np.flatnonzero(missing_N).tolist()
+        rest = "Fill in or remove these rows"
+        if missing_N.all():
+            rest = f"Set --data.label_column, or leave the split out with --data.splits.{name} none"
+        raise DataError(f"label is missing in {count_rows(len(bad))} of {name} ({list_first(bad, rows.origin.name)}). {rest}.")
+    return True
+
+
+def _kind_of(value: LabelValue) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, int) or _INTEGER.fullmatch(value):
+        return "integer"
+    return "text"
+
+
+def _kinds_of(labelled: Mapping[str, RawRows]) -> set[str]:
+    """Return the kinds of labels; those of ClassLabel types are text, as they have names."""
+    return {"text" if rows.class_names else _kind_of(value) for rows in labelled.values() for value in rows.values}
+
+
+def _names_of_data(labelled: Mapping[str, RawRows], kinds: set[str], source: str) -> tuple[tuple[str, ...], list[DataFinding]]:
+    """Return the names that the data gives its classes, and what is to be said about them."""
+    found = {name: rows.class_names for name, rows in labelled.items() if rows.class_names is not None}
+    if len(set(found.values())) > 1 or 0 < len(found) < len(labelled):
+        listing = "; ".join(f"{name}: {list_first(rows.class_names or ('no names',), str)}" for name, rows in labelled.items())
+        raise DataError(
+            f"the splits have different classes ({listing}): labels would differ in meaning. Write all splits "
+            "with the same class "
+            "names, or set --data.class_names."
+        )
+    if found:
+        return next(iter(found.values())), []
+    if len(kinds) > 1:
+        examples = {_kind_of(value): (rows, code) for rows in labelled.values() for code, value in enumerate(rows.values)}
+        listing = ", ".join(f"{rows.first_of(code)}: {quote_value(rows.values[code])}" for rows, code in examples.values())
+        raise DataError(
+            f"labels are of different kinds ({listing}): they could be numbers or names. Write all in one way, or set "
+            "--data.class_names."
+        )
+    values = {value for rows in labelled.values() for value in rows.values}
+    if kinds == {"boolean"}:
+        return tuple(map(str, sorted(values))), []
+    if kinds == {"integer"}:
+        return _names_of_integers(labelled, sorted({int(value) for value in values}), source)
+    names = sorted(map(str, values))
+    if names and all(_DECIMAL.fullmatch(name) or _INTEGER.fullmatch(name) for name in names):
+        rows = next(iter(labelled.values()))
+        raise DataError(
+            f"label {names[0]!r} in {rows.origin.name(0)} is a decimal number: a label is one text, integer or boolean. Set "
+            "--data.label_column, or name the classes with --data.class_names."
+        )
+    by_fold: dict[str, list[str]] = {}
+    for name in names:
+        by_fold.setdefault(" ".join(name.casefold().split()), []).append(name)
+    alike = [" and ".join(map(repr, group)) for group in by_fold.values() if len(group) > 1]
+    finding = DataFinding(
+        f"{len(alike)} pair(s) of classes with names that differ only in case or white space",
+        list_first(alike, str),
+        "they are different classes",
+        "Write the labels alike, if they are one class",
+    )
+    return tuple(names), [finding] if alike else []
+
+
+def _names_of_integers(
+    labelled: Mapping[str, RawRows], numbers: list[int], source: str
+) -> tuple[tuple[str, ...], list[DataFinding]]:
+    is_original = all(rows.is_original for rows in labelled.values())
+    if (is_original and numbers == [1, 2, 3, 4]) or (source in AG_NEWS and set(numbers) <= {0, 1, 2, 3}):
+        return CLASS_NAMES, []
+    names = tuple(f"LABEL_{number}" for number in numbers)
+    findings = [
+        DataFinding(
+            f"{len(names)} classes without names",
+            list_first(names, str),
+            "the labels are integers",
+            "Name the classes with --data.class_names",
+        )
+    ]
+    if numbers[:1] == [1] and numbers == list(range(1, len(numbers) + 1)):
+        findings.append(
+            DataFinding(
+                f"labels seem to count from 1 to {len(numbers)}",
+                "",
+                "class LABEL_1 has index 0",
+                "Nothing is lost; number from 0 to avoid confusion",
+            )
+        )
+    return names, findings
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    """Return whether a model's classes have no names but Hugging Face's default ones."""
+    return tuple(names) == tuple(f"LABEL_{i}" for i in range(len(names)))
+
+
+def _names_for_model(of_data: tuple[str, ...], of_model: tuple[str, ...], source: str) -> tuple[str, ...]:
+    """Return the data's names for a model whose classes have none."""
+    if len(of_data) != len(of_model):
+        raise DataError(
+            f"{source} has {len(of_data)} classes ({list_first(of_data, str)}), the model {len(of_model)} without "
+            "names: labels "
+            "would not match. Name the model's classes, in its order, with --data.class_names."
+        )
+    return of_data
+
+
+def _index_labels(rows: RawRows, names: tuple[str, ...]) -> Ints:
+    """Return the labels as indices into `names`, int64 (N,)."""
+    index_of = {name: i for i, name in enumerate(names)}
+    indices = [_index_of(value, rows, index_of) for value in rows.values]
+    table = np.array([-1 if index is None else index for index in indices], dtype=np.int64)
+    labels_N = table[rows.code_N]
+    bad = np.flatnonzero(labels_N < 0).tolist()
+    if bad:
+        wrong = rows.values[rows.code_N[bad[0]]]
+        nearest = did_you_mean(wrong, names) if isinstance(wrong, str) else ""
+        listing = list_first(bad, lambda i: f"{rows.origin.name(i)}: {quote_value(_shown(rows, i))}")
+        counts = " The labels seem to count from 1: number them from 0." if _counts_from_1(rows, len(names)) else ""
+        raise DataError(
+            f"label is not a class in {count_rows(len(bad))} ({listing}): classes are {list_first(names, str)}, or 0 to "
+            f"{len(names) - 1}.{nearest}{counts} {_WAY_OUT}"
+        )
+    return labels_N
+
+
+def _index_of(value: LabelValue, rows: RawRows, index_of: Mapping[str, int]) -> int | None:
+    """Return the index of a label's class: by its name, else by its number."""
+    if rows.class_names is not None and isinstance(value, int):
+        return index_of.get(rows.class_names[value]) if 0 <= value < len(rows.class_names) else None
+    text = str(value)
+    if text in index_of:
+        return index_of[text]
+    if isinstance(value, bool) or not _INTEGER.fullmatch(text):
+        return None
+    if f"LABEL_{int(value)}" in index_of:
+        return index_of[f"LABEL_{int(value)}"]
+    number = int(value) - (rows.is_original and tuple(index_of) == CLASS_NAMES)
+    return number if 0 <= number < len(index_of) and "LABEL_" not in next(iter(index_of)) else None
+
+
+def _shown(rows: RawRows, i: int) -> object:
+    value = rows.values[rows.code_N[i]]
+    names = rows.class_names
+    return names[value] if names is not None and isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def _counts_from_1(rows: RawRows, num_classes: int) -> bool:
+    numbers = {int(value) for value in rows.values if _kind_of(value) == "integer"}
+    return bool(numbers) and min(numbers) == 1 and max(numbers) == num_classes

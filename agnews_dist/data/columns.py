@@ -1,0 +1,125 @@
+"""The text columns and the label column of a table: as set, or found by the names that data sets usually give them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from agnews_dist.data.formats.csv_file import ORIGINAL_COLUMNS
+from agnews_dist.data.formats.table import Table, check_has, list_columns
+from agnews_dist.errors import DataError
+
+TEXT_NAMES = (("text",), ("sentence",), ("content",), ("utterance",), ("title", "description"))
+"""Usual names of text columns; more than one name: their texts are joined."""
+LABEL_NAMES = ("label", "labels", "class", "category", "intent", "target")
+"""Usual names of the label column."""
+ORIGINAL_LABEL = "class index"
+"""Label column in the header that some copies of AG News' csv have."""
+
+
+@dataclass(frozen=True)
+class ColumnSettings:
+    """Names of columns that the user has set; None: found by the usual names."""
+
+    text: tuple[str, ...] | None = None
+    label: str | None = None
+    separator: str = " "
+    """Between the texts of several columns."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one table."""
+
+    text: tuple[str, ...]
+    label: str | None
+    """None: the table has no labels."""
+
+    @cached_property
+    def wanted(self) -> tuple[str, ...]:
+        """All columns to read."""
+        return (*self.text, self.label) if self.label is not None else self.text
+
+    def __str__(self) -> str:
+        return (
+            f"text from {' + '.join(map(repr, self.text))}, label from {self.label!r}"
+            if self.label
+            else (f"text from {' + '.join(map(repr, self.text))}, no label")
+        )
+
+
+def find_columns(table: Table, settings: ColumnSettings, *, needs_label: bool = True) -> Columns:
+    """Find the columns of a table; `needs_label` False: without a label column, the result has none.
+
+    Raises:
+        DataError: a column is missing, or several could be meant; names the columns found.
+    """
+    if settings.text is not None:
+        check_has(table.name, table.columns, settings.text, "data.text_column")
+    text = settings.text or _find_text(table)
+    if settings.label is not None and (needs_label or settings.label in table.columns):
+        check_has(table.name, table.columns, (settings.label,), "data.label_column")
+        label = settings.label
+    else:
+        label = None if settings.label is not None else _find_label(table, text, needs_label=needs_label)
+    if label is not None and label in text:
+        raise DataError(
+            f"data.label_column {label!r}: it is the text column of {table.name} too. Set --data.text_column or "
+            "--data.label_column to another one."
+        )
+    return Columns(text, label)
+
+
+def is_original(table: Table, columns: Columns) -> bool:
+    """Return whether the columns are those of AG News' original csv, whose classes count from 1."""
+    plain = tuple(name.strip().lower() for name in (columns.label or "", *columns.text))
+    return plain in (ORIGINAL_COLUMNS, (ORIGINAL_LABEL, *ORIGINAL_COLUMNS[1:])) and len(table.columns) == len(ORIGINAL_COLUMNS)
+
+
+def _find_text(table: Table) -> tuple[str, ...]:
+    found = [names for usual in TEXT_NAMES if (names := _match(table.columns, usual))]
+    if len(found) == 1:
+        return found[0]
+    usual = ", ".join(" + ".join(names) for names in TEXT_NAMES)
+    if found:
+        candidates = " or ".join(" + ".join(map(repr, names)) for names in found)
+        raise DataError(
+            f"{table.name} has several columns that could be the text ({candidates}). Set --data.text_column to one."
+        )
+    raise DataError(
+        f"{table.name} has no column that is usually the text (found: {list_columns(table.columns)}; usual: {usual}). "
+        f"Set --data.text_column{_header_hint(table)}."
+    )
+
+
+def _find_label(table: Table, text: Sequence[str], *, needs_label: bool) -> str | None:
+    usual = (*LABEL_NAMES, *((ORIGINAL_LABEL,) if len(text) > 1 else ()))
+    found = [names[0] for name in usual if (names := _match(table.columns, (name,))) and names[0] not in text]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        candidates = " or ".join(map(repr, found))
+        raise DataError(
+            f"{table.name} has several columns that could be the label ({candidates}). Set --data.label_column to one."
+        )
+    if not needs_label:
+        return None
+    raise DataError(
+        f"{table.name} has no column that is usually the label (found: {list_columns(table.columns)}; usual: "
+        f"{', '.join(LABEL_NAMES)}). Set --data.label_column{_header_hint(table)}."
+    )
+
+
+def _header_hint(table: Table) -> str:
+    return ", or add a first line that names the columns" if getattr(table, "has_header", False) else " to one of these"
+
+
+def _match(columns: Sequence[str], usual: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the columns with these names, whatever their case; None if one is missing."""
+    by_name = dict(_by_plain_name(columns))
+    found = tuple(name if name in columns else by_name.get(name) for name in usual)
+    return tuple(name for name in found if name) if None not in found else None
+
+
+def _by_plain_name(columns: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for column in columns:
+        yield column.strip().lower(), column

@@ -1,0 +1,137 @@
+"""parquet and arrow files, and data sets of the `datasets` library, read in chunks by pyarrow. Only wanted columns are read."""
+
+import json
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agnews_dist.data.formats.streams import open_bytes, split_suffix
+from agnews_dist.data.formats.table import CHUNK_ROWS, Chunk, Table, check_unique
+from agnews_dist.data.hugging_face import silence_datasets, translate_errors
+from agnews_dist.errors import DataError
+
+
+@contextmanager
+def _reading(name: str) -> Generator[None]:
+    """Turn pyarrow's exceptions inside the block into DataError."""
+    with translate_errors(lambda reason: DataError(f"{name} cannot be read: {reason}. Copy or download the file again.")):
+        yield
+
+
+class _ArrowTable(Table):
+    """Base of tables that pyarrow reads batch by batch."""
+
+    def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
+        """Yield the rows; see `Table`."""
+        start = 1
+        batches = self._batches(list(wanted))
+        while True:
+            with _reading(self.name):
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                columns = {column: batch.column(column).to_pylist() for column in wanted}
+            yield Chunk(columns, np.arange(start, start + batch.num_rows, dtype=np.int32))
+            start += batch.num_rows
+
+    def class_names(self, column: str) -> tuple[str, ...] | None:
+        """Return the names that `datasets` has written into the file's metadata."""
+        metadata = (self.schema.metadata or {}).get(b"huggingface") if self.schema is not None else None
+        try:
+            names = json.loads(metadata)["info"]["features"][column]["names"] if metadata else None
+        except (ValueError, KeyError, TypeError):
+            return None
+        return tuple(map(str, names)) if isinstance(names, list) and names else None
+
+    def _batches(self, wanted: list[str]) -> Iterator[Any]:
+        raise NotImplementedError
+
+
+class ParquetTable(_ArrowTable):
+    """A parquet file."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        """Read the schema."""
+        from pyarrow.parquet import ParquetFile
+
+        self._path, self.name = path, name
+        with _reading(name), _open_seekable(path, name) as source:
+            self.schema = ParquetFile(source).schema_arrow
+        self.columns = check_unique(name, self.schema.names)
+
+    def _batches(self, wanted: list[str]) -> Iterator[Any]:
+        from pyarrow.parquet import ParquetFile
+
+        with _open_seekable(self._path, self.name) as source:
+            yield from ParquetFile(source).iter_batches(batch_size=CHUNK_ROWS, columns=wanted)
+
+
+class ArrowTable(_ArrowTable):
+    """An arrow file (also called feather), or an arrow stream."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        """Read the schema."""
+        self._path, self.name = path, name
+        with _reading(name), _open_seekable(path, name) as source:
+            self.schema = _open_ipc(source).schema
+        self.columns = check_unique(name, self.schema.names)
+
+    def _batches(self, wanted: list[str]) -> Iterator[Any]:
+        with _open_seekable(self._path, self.name) as source:
+            reader = _open_ipc(source)
+            is_file = hasattr(reader, "num_record_batches")
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+            for batch in batches:
+                for begin in range(0, batch.num_rows, CHUNK_ROWS):
+                    yield batch.select(wanted).slice(begin, CHUNK_ROWS)
+
+
+class DatasetTable(_ArrowTable):
+    """A split of a data set that the `datasets` library has loaded."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        """Wrap `datasets.Dataset`."""
+        self._dataset, self.name = dataset, name
+        self.columns = check_unique(name, dataset.column_names)
+        self.schema = dataset.features.arrow_schema
+
+    def class_names(self, column: str) -> tuple[str, ...] | None:
+        """Return the names of a ClassLabel feature."""
+        names = getattr(self._dataset.features.get(column), "names", None)
+        return tuple(names) if names else None
+
+    def _batches(self, wanted: list[str]) -> Iterator[Any]:
+        with silence_datasets():
+            yield from self._dataset.select_columns(wanted).with_format("arrow").iter(batch_size=CHUNK_ROWS)
+
+
+@contextmanager
+def _open_seekable(path: Path, name: str) -> Generator[Any]:
+    """Open a file that pyarrow may read at any place: mapped, or decompressed in memory."""
+    import pyarrow as pa
+
+    if not path.stat().st_size:
+        raise DataError(f"{name} is empty: at least one row is needed. Check how it was written, or remove it.")
+    if split_suffix(path)[1]:
+        with open_bytes(path, name) as file:
+            yield pa.BufferReader(file.read())
+        return
+    try:
+        source = pa.memory_map(str(path))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions.") from error
+    with source:
+        yield source
+
+
+def _open_ipc(source: Any) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.ipc.open_file(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        return pa.ipc.open_stream(source)

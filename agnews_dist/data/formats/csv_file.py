@@ -1,0 +1,263 @@
+"""Strict csv and tsv (RFC 4180): a record that two programs could read differently is an error, never a guess.
+
+pandas, pyarrow and Python's csv module accept a stray quote and then swallow or change rows in silence. Backslash escapes and
+other separators are recognised, and said. Where two dialects fit a file and give other texts, it is refused.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from agnews_dist.data.formats.streams import read_lines
+from agnews_dist.data.formats.table import CHUNK_ROWS, Chunk, Table, check_unique
+from agnews_dist.errors import DataError, quote
+
+ORIGINAL_COLUMNS = ("class", "title", "description")
+"""Columns of AG News' original csv, which has no header."""
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_ADVICE = "Put texts with {separators}, quotes or line breaks in double quotes, and double every quote inside."
+
+
+class Fault(Exception):  # noqa: N818 (becomes a DataError once no dialect fits)
+    """A record that the dialect does not allow; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What separates fields, and what protects the characters in them."""
+
+    separator: str
+    has_quotes: bool = True
+    """False: quotes are ordinary characters."""
+    has_escapes: bool = False
+    """True: a backslash before a quote, a separator, a line break or a backslash protects it."""
+
+    @cached_property
+    def quoted(self) -> re.Pattern[str]:
+        """Pattern of a quoted field."""
+        if self.has_escapes:
+            return re.compile(r'"([^"\\]*(?:(?:\\.|"")[^"\\]*)*)"(?!")', re.DOTALL)
+        return re.compile(r'"([^"]*(?:""[^"]*)*)"(?!")')
+
+    @cached_property
+    def unquoted(self) -> re.Pattern[str]:
+        """Pattern of a field without quotes."""
+        plain = rf"[^{re.escape(self.separator)}\r\n\\]" if self.has_escapes else rf"[^{re.escape(self.separator)}\r\n]"
+        return re.compile(rf"((?:{plain}|\\.)*)" if self.has_escapes else rf"({plain}*)", re.DOTALL)
+
+    @cached_property
+    def stray_quote(self) -> re.Pattern[str]:
+        """Pattern of a quote that no field without quotes may hold; with escapes, one that is not protected."""
+        return re.compile(r'(?:^|[^\\])(?:\\\\)*"' if self.has_escapes else "(?!)")
+
+    @cached_property
+    def _escape(self) -> re.Pattern[str]:
+        return re.compile(rf'\\(["\\\r\n{re.escape(self.separator)}])|"(")', re.DOTALL)
+
+    def unprotect(self, field: str, *, is_quoted: bool) -> str:
+        """Return the text of a field."""
+        if self.has_escapes:
+            return self._escape.sub(lambda match: match[1] or match[2], field)
+        return field.replace('""', '"') if is_quoted else field
+
+
+class CsvTable(Table):
+    """A csv or tsv file with a header, or AG News' original columns without one."""
+
+    def __init__(self, path: Path, name: str, separator: str | None = None) -> None:
+        """Find the dialect and the columns; `separator`: None: the one of the first line."""
+        self._path, self.name = path, name
+        first = next(read_lines(path, name), "")
+        if not first.strip():
+            if not any(line.strip() for line in read_lines(path, name)):
+                raise DataError(f"{name} is empty: at least one row is needed. Check how it was written, or remove it.")
+            raise DataError(f"{name} line 1 is blank: it must name the columns. Remove the blank lines before the header.")
+        self.dialect = Dialect(separator or _guess_separator(first))
+        try:
+            self.dialect = self._find_dialect()
+            _, header = next(self._records(self.dialect))
+        except Fault as fault:
+            raise self._refuse(fault) from fault
+        if any(re.fullmatch(r"\s*'.*'\s*", field) for field in header):
+            raise self._refuse(Fault("line 1: its fields are in single quotes"))
+        is_row = len(header) == len(ORIGINAL_COLUMNS) and _INTEGER.fullmatch(header[0])
+        self.has_header = not is_row
+        self.columns = ORIGINAL_COLUMNS if is_row else check_unique(name, header)
+        if separator is None and self.dialect.separator != ",":
+            self.note = f"fields are separated by {_SEPARATORS[self.dialect.separator]}"
+        if self.dialect.has_escapes:
+            self.note = "; ".join(filter(None, (self.note, "a backslash protects quotes and separators")))
+        elif not self.dialect.has_quotes:
+            self.note = "; ".join(filter(None, (self.note, "quotes are ordinary characters")))
+
+    def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
+        """Yield the rows as unchanged strings: `NA` stays a text, and `007` keeps its zeros."""
+        indices = [self.columns.index(column) for column in wanted]
+        values: list[list[object]] = [[] for _ in indices]
+        num_rows, start = 0, 1
+        try:
+            records = self._records(self.dialect)
+            if self.has_header:
+                next(records)
+            for _, fields in records:
+                for column, index in zip(values, indices, strict=True):
+                    column.append(fields[index])
+                num_rows += 1
+                if num_rows % CHUNK_ROWS == 0:
+                    yield Chunk(dict(zip(wanted, values, strict=True)), np.arange(start, num_rows + 1, dtype=np.int32))
+                    values, start = [[] for _ in indices], num_rows + 1
+        except Fault as fault:
+            raise self._refuse(fault) from fault
+        yield Chunk(dict(zip(wanted, values, strict=True)), np.arange(start, num_rows + 1, dtype=np.int32))
+
+    def looks_like_rows(self, text: str, column: str) -> Iterator[str]:
+        """Yield the field of `column` in each line of a text, but for the last, that has as many fields as a row.
+
+        Two stray quotes turn all rows between them into one text. If these fields are labels, they did.
+        """
+        for line in text.split("\n")[:-1]:
+            fields = line.removesuffix("\r").split(self.dialect.separator)
+            if len(fields) == len(self.columns):
+                yield fields[self.columns.index(column)].strip('"')
+
+    def _refuse(self, fault: Fault) -> DataError:
+        separators = _SEPARATORS[self.dialect.separator]
+        return DataError(f"{self.name} {fault}: rows could be lost or changed. {_ADVICE.format(separators=separators)}")
+
+    def _records(self, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
+        """Yield (line number, fields) of each record, the header included; all have equally many fields."""
+        num_fields = 0
+        for line, fields in _parse(read_lines(self._path, self.name), dialect):
+            num_fields = num_fields or len(fields)
+            if len(fields) != num_fields:
+                raise Fault(f"line {line} has {len(fields)} fields, and the first line {num_fields}")
+            yield line, fields
+
+    def _find_dialect(self) -> Dialect:
+        """Return the only dialect that fits the file.
+
+        Raises:
+            Fault: none fits, or two do and give other texts.
+        """
+        first = self.dialect
+        has_quotes = has_backslashes = False
+        for line in read_lines(self._path, self.name):
+            has_quotes, has_backslashes = has_quotes or '"' in line, has_backslashes or "\\" in line
+            if has_quotes and has_backslashes:
+                break
+        if has_backslashes:
+            escaped = replace(first, has_escapes=True)
+            fault, other = self._try(first), self._try(escaped)
+            has_single, has_pairs = self._count_backslashes()
+            if fault is not None and other is None and not (has_single and has_pairs):
+                return escaped
+            if fault is None and other is None and not has_single:
+                self._compare(first, escaped)
+        if first.separator == "\t" and has_quotes and self._try(first) is not None:
+            plain = replace(first, has_quotes=False)
+            if self._try(plain) is None and not any(
+                len(field) > 1 and field[0] == field[-1] == '"' for _, fields in self._records(plain) for field in fields
+            ):
+                return plain
+        return first
+
+    def _try(self, dialect: Dialect) -> Fault | None:
+        try:
+            for _ in self._records(dialect):
+                pass
+        except Fault as fault:
+            return fault
+        return None
+
+    def _count_backslashes(self) -> tuple[bool, bool]:
+        """Return whether backslashes protect nothing somewhere, and whether one protects another somewhere."""
+        protected = re.compile(rf'\\(["\\\r\n{re.escape(self.dialect.separator)}])?')
+        has_single = has_pairs = False
+        for line in read_lines(self._path, self.name):
+            for match in protected.finditer(line) if "\\" in line else ():
+                has_single, has_pairs = has_single or match[1] is None, has_pairs or match[1] == "\\"
+        return has_single, has_pairs
+
+    def _compare(self, one: Dialect, other: Dialect) -> None:
+        """Raise a Fault if two dialects give other texts."""
+        for first, second in zip_longest(self._records(one), self._records(other)):
+            if first is None or second is None or first[1] != second[1]:
+                line = first[0] if first else "?"
+                raise Fault(f"line {line} has a backslash that may protect the next character, or be part of the text")
+
+
+def _guess_separator(first: str) -> str:
+    """Return the separator of the first line: a comma, unless it has none and another one."""
+    counts = {separator: len(re.findall(re.escape(separator), re.sub(r'"[^"]*"', "", first))) for separator in _SEPARATORS}
+    return "," if counts[","] else max(counts, key=lambda separator: counts[separator])
+
+
+def _parse(lines: Iterator[str], dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, fields) of each record. Blank lines between records are left out."""
+    separator, number = dialect.separator, 0
+    single_quoted = re.compile(rf"(?:^|{re.escape(separator)})'[^']*(?:''[^']*)+'(?:{re.escape(separator)}|\r?$)")
+    lines = iter(lines)
+    for line in lines:
+        number += 1
+        if (dialect.has_quotes and '"' in line) or (dialect.has_escapes and "\\" in line):
+            fields, num_more = _parse_protected(line, lines, dialect, number)
+            yield number, fields
+            number += num_more
+            continue
+        text = line.removesuffix("\n").removesuffix("\r")
+        if "\r" in text:
+            raise Fault(f"line {number} has a carriage return outside of quotes")
+        if "''" in text and dialect.has_quotes and single_quoted.search(text):
+            raise Fault(f"line {number}: its fields are in single quotes")
+        if text:
+            yield number, text.split(separator)
+
+
+def _parse_protected(line: str, lines: Iterator[str], dialect: Dialect, number: int) -> tuple[list[str], int]:
+    """Parse a record with quotes or escapes, which may take more lines; return its fields, and how many lines more."""
+    separator, record, num_more = dialect.separator, line, 0
+    quoted, unquoted = dialect.quoted, dialect.unquoted
+    fields: list[str] = []
+    position = 0
+    while True:
+        is_quoted = dialect.has_quotes and record.startswith('"', position)
+        match = (quoted if is_quoted else unquoted).match(record, position)
+        is_open = match is None or (not is_quoted and match.end() == len(record) and record.endswith("\\\n"))
+        if match is None or is_open:
+            more = _read_until_quote(lines) if is_quoted else list(filter(None, [next(lines, "")]))
+            if not more:
+                if is_quoted:
+                    raise Fault(f"line {number}: the quote that begins field {len(fields) + 1} is not closed")
+                raise Fault(f"line {number} ends in a backslash")
+            record, num_more = record + "".join(more), num_more + len(more)
+            continue
+        field, position = match[1], match.end()
+        if not is_quoted and '"' in field and (dialect.stray_quote.search(field) or field.lstrip().startswith('"')):
+            raise Fault(f"line {number}: a quote does not begin field {len(fields) + 1}, {quote(field[:40])}")
+        fields.append(dialect.unprotect(field, is_quoted=is_quoted))
+        if record.startswith(separator, position):
+            position += 1
+        elif record[position:] in ("\n", "\r\n", ""):
+            return fields, num_more
+        elif not is_quoted:
+            raise Fault(f"line {number} has a carriage return outside of quotes")
+        else:
+            where = f", closed in line {number + num_more}," if num_more else ""
+            following = quote(record[position : position + 20].rstrip("\r\n"))
+            raise Fault(f"line {number}: the quoted field {len(fields)}{where} is followed by {following}, not by a separator")
+
+
+def _read_until_quote(lines: Iterator[str]) -> list[str]:
+    """Return the next lines up to the first with a quote; empty if no quote is left."""
+    found: list[str] = []
+    for line in lines:
+        found.append(line)
+        if '"' in line:
+            return found
+    return []

@@ -1,0 +1,91 @@
+"""A table that is read in chunks: what every reader of a file format provides."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agnews_dist.errors import DataError, did_you_mean
+
+CHUNK_ROWS = 10_000
+"""Rows that a reader holds as Python objects at once."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of a table."""
+
+    columns: Mapping[str, Sequence[object]]
+    """Column -> its values, of equal length."""
+    row_N: NDArray[np.int32]
+    """Row numbers from 1. In csv they count records without header and blank lines, in jsonl lines; elsewhere rows."""
+
+    def __len__(self) -> int:
+        return len(self.row_N)
+
+
+class Table(ABC):
+    """Rows of one file, or of one split of a data set, read anew by each call of `chunks`."""
+
+    name: str
+    """Name in messages: `train.csv`, `ag_news split train`."""
+    columns: tuple[str, ...]
+    """Names of the columns, in the order of the file."""
+    note: str = ""
+    """How the file was read, if that is not obvious: `fields separated by ';'`."""
+    schema: Any = None
+    """The pyarrow schema of a file that has types; else None."""
+
+    @abstractmethod
+    def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
+        """Yield the rows in chunks, with the columns `wanted` only.
+
+        Raises:
+            DataError: the file is damaged or not of its format; names file and line or row.
+        """
+
+    def class_names(self, column: str) -> tuple[str, ...] | None:  # noqa: ARG002
+        """Return the names in the column's ClassLabel type of the `datasets` library; None if it has another type."""
+        return None
+
+
+def check_unique(name: str, columns: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns if each name occurs once.
+
+    Raises:
+        DataError: a name is there twice.
+    """
+    twice = sorted({column for column in columns if column and list(columns).count(column) > 1})
+    if twice:
+        raise DataError(
+            f"{name} has two columns of the same name ({', '.join(map(repr, twice))}): names must be unique. "
+            "Rename or remove one."
+        )
+    return tuple(columns)
+
+
+def check_has(name: str, found: Sequence[str], wanted: Sequence[str], setting: str) -> None:
+    """Check that the columns `wanted`, which `setting` names, are among those found.
+
+    Raises:
+        DataError: one is missing; names the columns found, and the nearest.
+    """
+    for column in wanted:
+        if column not in found:
+            raise DataError(
+                f"{name} has no column {column!r} (found: {list_columns(found)}): {setting} names it."
+                f"{did_you_mean(column, found)} Set --{setting} to a column of the file."
+            )
+
+
+def list_columns(columns: Sequence[str]) -> str:
+    """List the names of columns for a message, at most twelve.
+
+    >>> list_columns(["id", "text"])
+    "'id', 'text'"
+    """
+    more = len(columns) - 12
+    return ", ".join(map(repr, columns[:12])) + (f" and {more} more" if more > 0 else "") or "none"
