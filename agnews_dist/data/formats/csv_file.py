@@ -49,7 +49,7 @@ class Dialect:
     def unquoted(self) -> re.Pattern[str]:
         """Pattern of a field without quotes."""
         plain = rf"[^{re.escape(self.separator)}\r\n\\]" if self.has_escapes else rf"[^{re.escape(self.separator)}\r\n]"
-        return re.compile(rf"((?:{plain}|\\.)*)" if self.has_escapes else rf"({plain}*)", re.DOTALL)
+        return re.compile(rf"((?:{plain}|\\[^\r])*)" if self.has_escapes else rf"({plain}*)", re.DOTALL)
 
     @cached_property
     def stray_quote(self) -> re.Pattern[str]:
@@ -146,18 +146,23 @@ class CsvTable(Table):
             Fault: none fits, or two do and give other texts.
         """
         first = self.dialect
-        has_quotes = has_backslashes = False
-        for line in read_lines(self._path, self.name):
+        has_quotes, has_backslashes, single = False, False, 0
+        for number, line in enumerate(read_lines(self._path, self.name), start=1):
             has_quotes, has_backslashes = has_quotes or '"' in line, has_backslashes or "\\" in line
             if has_quotes and has_backslashes:
                 break
+            single = single or number * ("\\'" in line)
+        if single and not has_quotes:
+            raise Fault(f"line {single} has a backslash that may protect the single quote behind it, or be part of the text")
         if has_backslashes:
             escaped = replace(first, has_escapes=True)
             fault, other = self._try(first), self._try(escaped)
-            has_single, has_pairs = self._count_backslashes()
-            if fault is not None and other is None and not (has_single and has_pairs):
+            single, pair = self._find_backslashes()
+            if fault is not None and other is None and not (single and pair):
                 return escaped
-            if fault is None and other is None and not has_single:
+            if fault is None and pair and not single:
+                raise Fault(f"line {pair} has a backslash that may protect the next one, or be part of the text")
+            if fault is None and other is None and not single:
                 self._compare(first, escaped)
         if first.separator == "\t" and has_quotes and self._try(first) is not None:
             plain = replace(first, has_quotes=False)
@@ -175,14 +180,15 @@ class CsvTable(Table):
             return fault
         return None
 
-    def _count_backslashes(self) -> tuple[bool, bool]:
-        """Return whether backslashes protect nothing somewhere, and whether one protects another somewhere."""
+    def _find_backslashes(self) -> tuple[int, int]:
+        """Return the first lines where a backslash protects nothing, and where one may protect another; 0: nowhere."""
         protected = re.compile(rf'\\(["\\\r\n{re.escape(self.dialect.separator)}])?')
-        has_single = has_pairs = False
-        for line in read_lines(self._path, self.name):
+        single = pair = 0
+        for number, line in enumerate(read_lines(self._path, self.name), start=1):
             for match in protected.finditer(line) if "\\" in line else ():
-                has_single, has_pairs = has_single or match[1] is None, has_pairs or match[1] == "\\"
-        return has_single, has_pairs
+                single = single or number * (match[1] is None)
+                pair = pair or number * (match[1] == "\\")
+        return single, pair
 
     def _compare(self, one: Dialect, other: Dialect) -> None:
         """Raise a Fault if two dialects give other texts."""
@@ -210,7 +216,7 @@ def _parse(lines: Iterator[str], dialect: Dialect) -> Iterator[tuple[int, list[s
             yield number, fields
             number += num_more
             continue
-        text = line.removesuffix("\n").removesuffix("\r")
+        text = line.removesuffix("\r\n").removesuffix("\n")
         if "\r" in text:
             raise Fault(f"line {number} has a carriage return outside of quotes")
         if "''" in text and dialect.has_quotes and single_quoted.search(text):
@@ -240,6 +246,8 @@ def _parse_protected(line: str, lines: Iterator[str], dialect: Dialect, number: 
         field, position = match[1], match.end()
         if not is_quoted and '"' in field and (dialect.stray_quote.search(field) or field.lstrip().startswith('"')):
             raise Fault(f"line {number}: a quote does not begin field {len(fields) + 1}, {quote(field[:40])}")
+        if not is_quoted and len(field) > 1 and field[0] == field[-1] == "'" and (dialect.has_escapes or "''" in field[1:-1]):
+            raise Fault(f"line {number}: its fields are in single quotes")
         fields.append(dialect.unprotect(field, is_quoted=is_quoted))
         if record.startswith(separator, position):
             position += 1
