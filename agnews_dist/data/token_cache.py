@@ -181,6 +181,12 @@ class TokenWriter:
         fields = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self._num_tokens,)}
         np.lib.format.write_array_header_1_0(self._file, fields)
 
+    def __enter__(self) -> "TokenWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
     def add(self, tokens: NDArray[Any]) -> None:
         """Append tokens."""
         self._file.write(tokens.astype(self._dtype, copy=False).tobytes())

@@ -125,7 +125,8 @@ def _build(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int, 
     for split in corpus.splits.values():
         dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
         report = partial(_report, emit, before, total)
-        splits[split.name] = _tokenise(split, tokenizer, max_length, TokenWriter(directory, split.name, dtype), report)
+        with TokenWriter(directory, split.name, dtype) as writer:
+            splits[split.name] = _tokenise(split, tokenizer, max_length, writer, report)
         before += len(split)
     cut = {split.name: split.num_truncated for split in splits.values() if split.num_truncated}
     if cut:
