@@ -11,7 +11,7 @@ from support import fork_server
 from support.events import read_events
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from agnews_dist.data.corpus import load_corpus
+from agnews_dist.data.corpus import Source, load_corpus
 
 CLASS_NAMES = ("World", "Sports", "Business", "Sci/Tech")
 LIMITS = ("--data.limit_train", "480", "--data.limit_validation", "101", "--data.limit_test", "103")
@@ -110,7 +110,7 @@ def test_hugging_face_loads_the_model_and_predicts_the_same(trained):
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
     texts = (
         load_corpus(
-            "synthetic", revision=None, validation_fraction=0.05, limits={"train": 480, "validation": 101, "test": 103}, seed=0
+            Source("synthetic"), validation_fraction=0.05, limits={"train": 480, "validation": 101, "test": 103}, seed=0
         )
         .splits["test"]
         .texts

@@ -34,6 +34,8 @@ class JsonTable(Table):
         keys: dict[str, None] = {}
         for _, row in islice(self._rows(), CHUNK_ROWS):
             keys |= dict.fromkeys(row)
+        if not keys:
+            raise DataError(f"{name} has no rows: at least one is needed. Check how it was written, or remove it.")
         self.columns = tuple(keys)
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:

@@ -18,11 +18,12 @@ from support.processes import TIMEOUT, environment
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from agnews_dist.data.corpus import load_corpus
+from agnews_dist.data.corpus import Source, load_corpus
 from agnews_dist.data.rows import Corpus, Origin, Split
+from agnews_dist.data.texts import Texts
 from agnews_dist.data.tokens import TokenStore, encode, open_or_build
 from agnews_dist.errors import DataError
-from agnews_dist.events import Event, Progress, Warned, ignore_event
+from agnews_dist.events import DataChecked, Event, Progress, Warned, ignore_event
 from agnews_dist.model.embedded import embedded_tokenizer
 
 SPECIAL = "a <|endoftext|> b [PAD] c"
@@ -31,13 +32,15 @@ SPECIAL = "a <|endoftext|> b [PAD] c"
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
     limits = {"train": 2_500, "validation": 60, "test": 40}
-    return load_corpus("synthetic", revision=None, validation_fraction=0.1, limits=limits, seed=0)
+    return load_corpus(Source("synthetic"), validation_fraction=0.1, limits=limits, seed=0)
 
 
 def small_corpus(*texts: str) -> Corpus:
     labels = np.arange(len(texts), dtype=np.int64) % 4
     digest = hashlib.sha256(repr(texts).encode()).hexdigest()
-    return Corpus({"train": Split("train", texts, labels, Origin.of_file("x.csv", len(texts)))}, ("a", "b", "c", "d"), digest)
+    return Corpus(
+        {"train": Split("train", Texts.of(texts), labels, Origin.of_file("x.csv", len(texts)))}, ("a", "b", "c", "d"), digest
+    )
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerFast, pad_token: str) -> PreTrainedTokenizerFast:
@@ -153,7 +156,7 @@ def test_open_or_build_gives_the_tokenizers_tokens(tmp_path, corpus):
     assert not built.was_cached
     assert built.path == tmp_path / "new" / "cache" / built.fingerprint
     assert built.class_names == corpus.class_names
-    assert built.warnings == ()
+    assert built.findings == ()
     progress = [event for event in events if isinstance(event, Progress)]
     assert [event.done for event in progress] == [0, 1_000, 2_000, 2_500, 2_500, 2_560, 2_560, 2_600]
     assert {event.total for event in progress} == {2_600}
@@ -173,9 +176,7 @@ def test_open_or_build_gives_the_tokenizers_tokens(tmp_path, corpus):
 @pytest.mark.slow
 def test_open_or_build_tokenises_ag_news_with_gpt2(shared, tmp_path):
     source = shared / "data/ag_news"
-    corpus = load_corpus(
-        str(source), revision=None, validation_fraction=0.1, limits={"train": 1_500, "validation": 100}, seed=0
-    )
+    corpus = load_corpus(Source(str(source)), validation_fraction=0.1, limits={"train": 1_500, "validation": 100}, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2")
     store = open_tokens(corpus, tmp_path, tokenizer=tokenizer)
     check_tokens(store, corpus, tokenizer)
@@ -214,7 +215,7 @@ def test_the_key_is_data_tokenizer_and_length_but_not_the_pad_token(tmp_path):
 def test_open_or_build_repeats_warnings_at_every_opening(tmp_path):
     texts = ["short", *["far too long for this length " * 3] * 3]
     corpus = small_corpus(*texts)
-    twin = Split("test", texts[:1], np.zeros(1, np.int64), Origin.of_file("t.csv", 1))
+    twin = Split("test", Texts.of(texts[:1]), np.zeros(1, np.int64), Origin.of_file("t.csv", 1))
     corpus = Corpus({**corpus.splits, "test": twin}, corpus.class_names, corpus.fingerprint)
     for was_cached in (False, True):
         events: list[Event] = []
@@ -222,17 +223,11 @@ def test_open_or_build_repeats_warnings_at_every_opening(tmp_path):
         assert store.was_cached == was_cached
         assert store.splits["train"].num_truncated == 3
         assert store.splits["train"].lengths.max() == 4
-        assert warnings_of(events) == list(store.warnings)
-        leak, cut = store.warnings
-        assert leak.startswith("1 row of test with a text that is also in train (t.csv row 1 = x.csv row 1)")
-        assert cut.startswith("3 of 5 texts (60.0%; train 3) are longer than 4 tokens and were cut off")
-        assert "Raise --data.max_length" in cut
-
-
-def test_blank_text_stops_the_build_without_leftovers(tmp_path):
-    with pytest.raises(DataError, match=r"white space in 1 row \(x.csv row 2\)"):
-        open_tokens(small_corpus("a", " "), tmp_path)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+        assert [event.findings for event in events if isinstance(event, DataChecked)] == [store.findings]
+        leak, cut = store.findings[-2:]
+        assert str(leak).startswith("1 row of test with a text that is also in train (t.csv row 1 = x.csv row 1): ")
+        assert str(cut).startswith("3 of 5 texts are longer than 4 tokens (60.0%; train 3): they were cut off")
+        assert "Raise --data.max_length" in str(cut)
 
 
 def test_default_directory_follows_xdg(tmp_path, monkeypatch):
@@ -330,13 +325,13 @@ WORKER = """
 import hashlib, json, os, sys, time
 from pathlib import Path
 from transformers import PreTrainedTokenizerFast
-from agnews_dist.data.corpus import load_corpus
+from agnews_dist.data.corpus import Source, load_corpus
 from agnews_dist.data.tokens import open_or_build
 from agnews_dist.events import Progress
 
 cache, seconds, builds_first = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "first"
 limits = {"train": 2_500, "validation": 60, "test": 40}
-corpus = load_corpus("synthetic", revision=None, validation_fraction=0.1, limits=limits, seed=0)
+corpus = load_corpus(Source("synthetic"), validation_fraction=0.1, limits=limits, seed=0)
 # Not `embedded_tokenizer`: that imports torch and trains it again.
 tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[4])
 print("ready", flush=True)
