@@ -25,9 +25,9 @@ class DataFinding:
     where: str = ""
     """The first examples, with file and row."""
     why: str = ""
-    """Its consequence."""
+    """Consequence of the fact."""
     fix: str = ""
-    """What to do about it, without a full stop."""
+    """Advice, without a full stop."""
 
     def __str__(self) -> str:
         where, why, fix = self.where and f" ({self.where})", self.why and f": {self.why}", self.fix and f" {self.fix}."

@@ -40,7 +40,8 @@ def json_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     for section, (model, _) in all_sections().items():
         for name, entry in schema["$defs"][model.__name__]["properties"].items():
-            entry["description"] = all_settings()[f"{section}.{name}"].help
+            if f"{section}.{name}" in all_settings():
+                entry["description"] = all_settings()[f"{section}.{name}"].help
     return schema
 
 

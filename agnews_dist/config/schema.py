@@ -26,6 +26,7 @@ def setting(default: Any, resume: Resume, sweep: Sweep, level: Level = "advanced
 
 Name = Annotated[str, Field(min_length=1)]
 DirectoryName = Annotated[str, AfterValidator(check_directory_name)]
+Names = Annotated[tuple[Name, ...], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Minutes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -61,14 +62,14 @@ class DataConfig(Section):
     subset: Name | None = setting(None, "ignored", "changes features")
     """Subset of the data set (configuration on the hub). In a directory, one that its README.md names, or a folder."""
     splits: SplitsConfig = Field(default_factory=SplitsConfig)
-    text_column: tuple[Name, ...] | None = setting(None, "ignored", "changes features", "basic")
+    text_column: Names | None = setting(None, "ignored", "changes features")
     """Column of the text. Several are joined: title,description. null: text, sentence, content, utterance or
     title,description, if only one of these is there."""
     text_separator: str = setting(" ", "ignored", "changes features")
     """Text between the joined columns. An empty or missing column is left out."""
-    label_column: Name | None = setting(None, "ignored", "changes features", "basic")
+    label_column: Name | None = setting(None, "ignored", "changes features")
     """Column of the label. null: label, labels, class, category, intent or target, if only one of these is there."""
-    class_names: tuple[Name, ...] | None = setting(None, "ignored", "changes features")
+    class_names: Names | None = setting(None, "ignored", "changes features")
     """Names of the classes, in index order. A list, or a file with one name per line. null: from the data, sorted by name."""
     max_length: Count = setting(256, "must match", "changes features", "basic")
     """Tokens per text, at most. Longer texts are truncated and counted. AG News: mean 52, longest about 323."""

@@ -131,7 +131,7 @@ def test_labels_count_from_1(tmp_path):
     path = write(tmp_path / "a.jsonl", [1, 2, 3])
     assert [finding.what for finding in load(path).findings] == ["3 classes without names", "labels seem to count from 1 to 3"]
     with pytest.raises(
-        DataError, match=r"in 1 row \(a.jsonl row 3: 3\): classes are x, y, z, or 0 to 2. The labels seem to count from 1"
+        DataError, match=r"in 1 row \(a.jsonl row 3: 3\): classes are x, y, z, or 0 to 2; they seem to count from 1"
     ):
         load(path, names=["x", "y", "z"])
 

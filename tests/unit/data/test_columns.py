@@ -37,19 +37,12 @@ def test_usual_names_are_found(columns, text, label):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (
-            ("text", "content", "label"),
-            r"several columns that could be the text \('text' or 'content'\). Set --data.text_column",
-        ),
+        (("text", "content", "label"), "several columns that could be the text: 'text' or 'content'. Set --data.text_column"),
         (
             ("text", "title", "description", "label"),
-            r"several columns that could be the text \('text' or 'title' "
-            r"\+ 'description'\)",
+            r"several columns that could be the text: 'text' or 'title' \+ 'description'",
         ),
-        (
-            ("text", "label", "class"),
-            r"several columns that could be the label \('label' or 'class'\). Set --data.label_column",
-        ),
+        (("text", "label", "class"), r"several columns that could be the label: 'label' or 'class'. Set --data.label_column"),
         (("headline", "label"), r"no column that is usually the text \(found: 'headline', 'label'; usual: text, sentence"),
         (("text", "topic"), r"no column that is usually the label \(found: 'text', 'topic'; usual: label, labels"),
     ],

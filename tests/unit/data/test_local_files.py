@@ -200,6 +200,6 @@ def test_files_that_no_reader_knows_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["news.CSV", "a.csv.gz", "b.tsv", "c.feather", "../x", "d.txt"])
-def test_paths_are_told_from_hub_ids(source):
+def test_paths_differ_from_hub_ids(source):
     assert is_local_path(source)
     assert not is_local_path("owner/name")

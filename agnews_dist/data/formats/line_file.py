@@ -1,4 +1,4 @@
-"""jsonl (one object per line) and json (an array of objects, or one object per line), read in chunks.
+"""Formats of lines: jsonl (one object per line), json (an array of objects, or one object per line) and plain text.
 
 `datasets` is not used. It infers a type per block: one wrong label changes others, and text that looks like dates becomes
 dates. Its errors do not name the line.
@@ -18,6 +18,24 @@ from agnews_dist.errors import DataError
 
 _MAX_OBJECT = 1 << 24
 """Characters after which an object of an array is not awaited any more."""
+
+
+class TextTable(Table):
+    """A file with one text per line, as a table with the column `text`."""
+
+    columns = ("text",)
+
+    def __init__(self, path: Path, name: str) -> None:
+        """Remember the file."""
+        self._path, self.name = path, name
+
+    def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
+        """Yield the lines without their ends; see `Table`."""
+        lines, start = read_lines(self._path, self.name), 1
+        while part := list(islice(lines, CHUNK_ROWS)):
+            texts = [line.removesuffix("\n").removesuffix("\r") for line in part]
+            yield Chunk(dict.fromkeys(wanted, texts), np.arange(start, start + len(texts), dtype=np.int32))
+            start += len(texts)
 
 
 class JsonTable(Table):
@@ -91,7 +109,7 @@ class JsonTable(Table):
         while True:
             try:
                 value, end = _DECODER.raw_decode(text, position)
-                # A number may go on in the next line's text only if it ends the text at hand.
+                # A number that ends the text at hand may continue in the next line.
                 if end < len(text) or isinstance(value, (dict, list, str)):
                     return value, text, end
                 reason: Exception = ValueError("the array is not closed")
