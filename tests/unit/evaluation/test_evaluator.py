@@ -166,7 +166,7 @@ def test_a_split_without_labels_is_predicted_and_not_scored(engine, num_classes)
 
 
 @pytest.mark.parametrize("label", [-1, CLASSES])
-def test_a_label_that_is_no_class_is_refused_before_any_batch(engine, label):
+def test_a_label_outside_the_classes_is_refused_before_any_batch(engine, label):
     rows = toy_split([3, 4, 5])
     table = make_table(replace(rows, labels=np.array([0, label, 1])))
     with pytest.raises(ValueError, match=f"label {label} outside the 4 classes"):

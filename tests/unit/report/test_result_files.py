@@ -72,6 +72,9 @@ def test_write_json_is_strict_and_accepts_numpy(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_json(path, {"a": math.nan, "b": (np.float32("inf"), np.int64(3), np.bool_(True)), "c": Path("d"), "é": 0.1})
     assert parse_strictly(path.read_text()) == {"a": None, "b": [None, 3, True], "c": "d", "é": 0.1}
+    write_json(path, {"record": scores_of([[1, 0], [0, 0]], math.nan)})
+    record = {"num_examples": 1, "num_correct": 1, "accuracy": 1, "macro_f1": 1, "loss": None, "confusion": [[1, 0], [0, 0]]}
+    assert parse_strictly(path.read_text()) == {"record": record}
     with pytest.raises(TypeError, match="set has no JSON form"):
         write_json(path, {"a": {1}})
 
