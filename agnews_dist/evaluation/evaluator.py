@@ -4,7 +4,6 @@ Micro-batches depend on the text lengths alone and are never divided. So an exam
 on any number of ranks. With equal thread counts they are equal to the last bit.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -63,11 +62,8 @@ class SplitScores:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def state_dict(self) -> dict[str, object]:
-        """Return the JSON part of the state: scores and seconds. A loss that is not finite is None."""
-        scores = None if self.scores is None else asdict(self.scores)
-        if scores is not None and not math.isfinite(scores["loss"]):
-            scores["loss"] = None
-        return {"scores": scores, "seconds": self.seconds}
+        """Return the JSON part of the state: scores and seconds."""
+        return {"scores": None if self.scores is None else asdict(self.scores), "seconds": self.seconds}
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> "SplitScores":
@@ -78,12 +74,9 @@ class SplitScores:
             fields = dict[str, Any](state["scores"])
             if fields["confusion"] is not None:
                 fields["confusion"] = tuple(tuple(row) for row in fields["confusion"])
-            if fields["loss"] is None:
-                fields["loss"] = math.nan
             scores = Scores(**fields)
-        return cls(
-            arrays["labels"], arrays["predictions"], arrays["probabilities"], scores, state["seconds"], arrays.get("classes")
-        )
+        labels_N, predictions_N, probabilities_NK = (arrays[name] for name in ("labels", "predictions", "probabilities"))
+        return cls(labels_N, predictions_N, probabilities_NK, scores, state["seconds"], arrays.get("classes"))
 
     def to_event(self, split: str, epoch: int, class_names: tuple[str, ...]) -> EvalDone | Predicted:
         """Return the event that reports these scores, or that there are none."""
