@@ -54,16 +54,13 @@ class TerminalDisplay:
                 self.close()
                 self._steps = StepProgress(event.num_steps, self._clock)
                 self._print(self._build_header(event))
-            case events.EvalDone():
+            case events.EvalDone() | events.Predicted():
                 # A task of unknown total never reports its end.
                 self._tasks.clear()
                 if not self._is_training:
                     self.close()
-                self._print(self._build_evaluation(event))
-            case events.Predicted():
-                self._tasks.clear()
-                self.close()
-                self._print(self._escape(describe_event(event), "bold"))
+                is_scored = isinstance(event, events.EvalDone)
+                self._print(self._build_evaluation(event) if is_scored else self._escape(describe_event(event), "bold"))
             case events.Warned() | events.NonFinite():
                 self._print(self._escape(describe_event(event), "yellow"))
             case events.Resumed():
