@@ -127,7 +127,22 @@ class Scores:
     macro_f1: float
     loss: float
     """Mean loss per example (nats)."""
-    confusion: tuple[tuple[int, ...], ...]
+    confusion: tuple[tuple[int, ...], ...] | None
+    """None if there are more than 256 classes; in events, more than 20."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScores:
+    """Scores of one class. A ratio with denominator 0 is NaN."""
+
+    name: str
+    num_examples: int
+    precision: float
+    """Correct predictions of this class / predictions of this class."""
+    recall: float
+    """Correct predictions of this class / examples of this class."""
+    f1: float
+    """2 x correct predictions / (examples + predictions)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +153,20 @@ class EvalDone:
     epoch: int
     """Number of the training epoch before the evaluation; 0 outside training."""
     scores: Scores
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...] | None
+    """Names of the rows of `scores.confusion`; None without it."""
+    num_classes: int
+    classes: tuple[ClassScores, ...]
+    """Scores of every class, or of the 5 with the lowest F1 if there are more than 20."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """One split without labels was predicted over all ranks. It has no scores."""
+
+    split: str
+    num_examples: int
     seconds: float
 
 
@@ -182,6 +210,7 @@ Event = Union[
     Resumed,
     CheckpointSaved,
     EvalDone,
+    Predicted,
     Profiled,
     OverfitChecked,
     RunDone,

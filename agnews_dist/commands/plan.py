@@ -52,6 +52,7 @@ def run(world: World, loaded: Loaded) -> None:
         from agnews_dist.report.formatting import create_output
         from agnews_dist.report.plan_view import show_plan
         from agnews_dist.run.setup import load_text, open_tokens, plan_settings
+        from agnews_dist.storage.atomic import to_json_value
 
     data, model, batch = config.data, config.model, config.batch
     settings = plan_settings(batch, config.run.seed)
@@ -76,7 +77,7 @@ def run(world: World, loaded: Loaded) -> None:
         emit.close()
         if as_json:
             fields = {**estimate.to_dict(), "num_truncated": split.num_truncated, "max_length": data.max_length}
-            print(json.dumps(fields, indent=2, allow_nan=False))
+            print(json.dumps(to_json_value(fields), indent=2, allow_nan=False))
         else:
             show_plan(
                 estimate,

@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def print_schema(world: World, loaded: Loaded) -> None:
     """Print the schema or the page, on rank 0."""
     if world.is_main:
-        print(settings_page() if loaded.options["format"] == "markdown" else json.dumps(json_schema(), indent=1))
+        print(
+            settings_page() if loaded.options["format"] == "markdown" else json.dumps(json_schema(), indent=1, allow_nan=False)
+        )
 
 
 def json_schema() -> dict[str, Any]:

@@ -215,7 +215,7 @@ def check_value(raw: RawValue, type_: Any, default: object) -> tuple[Any, Any]:
 def make_config(sections: Mapping[str, Mapping[str, Any]]) -> Config:
     """Make a configuration of section -> name -> value; what is absent has its default."""
     values = {section: dict(sections.get(section, {})) for section in ("", *all_sections())}
-    for section, (model, _) in reversed(all_sections().items()):
+    for section, (model, _) in reversed(list(all_sections().items())):
         outer, _, name = section.rpartition(".")
         values[outer][name] = model(**values[section])
     return Config(**values[""])

@@ -167,4 +167,4 @@ def _write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerFast, max_le
     settings = cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
     settings |= {"split_special_tokens": True, "padding_side": "right", "truncation_side": "right"}
     settings = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

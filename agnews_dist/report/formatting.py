@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agnews_dist.errors import format_ids
-from agnews_dist.events import CheckpointSaved, EvalDone, NonFinite, OverfitChecked, Resumed, Warned
+from agnews_dist.events import CheckpointSaved, EvalDone, NonFinite, OverfitChecked, Predicted, Resumed, Warned
 
 # Characters that move the cursor, ring the bell or change the reading direction; tab and newline are allowed.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -74,7 +74,7 @@ def sum_parameters(parameters: Mapping[str, tuple[int, int]]) -> tuple[int, int]
     return sum(trainable for trainable, _ in parameters.values()), sum(frozen for _, frozen in parameters.values())
 
 
-def describe_event(event: Warned | NonFinite | Resumed | CheckpointSaved | EvalDone | OverfitChecked) -> str:
+def describe_event(event: Warned | NonFinite | Resumed | CheckpointSaved | EvalDone | Predicted | OverfitChecked) -> str:
     """Describe an event in one line."""
     match event:
         case Warned():
@@ -95,6 +95,11 @@ def describe_event(event: Warned | NonFinite | Resumed | CheckpointSaved | EvalD
                 f"{scores.num_examples:,}), macro F1 {scores.macro_f1:.4f}, loss {scores.loss:.4f}, "
                 f"{format_duration(event.seconds)}"
             )
+        case Predicted():
+            return (
+                f"{event.split}: {event.num_examples:,} rows without labels: predicted, not scored, "
+                f"{format_duration(event.seconds)}"
+            )
         case OverfitChecked():
             return (
                 f"overfit check: {event.num_examples} examples, {event.num_steps} steps: loss "
@@ -105,3 +110,8 @@ def describe_event(event: Warned | NonFinite | Resumed | CheckpointSaved | EvalD
 def name_evaluation(split: str, epoch: int) -> str:
     """Name an evaluation: `epoch 2 validation`, or the split alone outside training (epoch 0)."""
     return f"epoch {epoch} {split}" if epoch else split
+
+
+def describe_selection(event: EvalDone) -> str:
+    """Describe which classes an evaluation lists: `lowest F1 of 150 classes`; an empty string if it lists all."""
+    return "" if len(event.classes) == event.num_classes else f"lowest F1 of {event.num_classes:,} classes"

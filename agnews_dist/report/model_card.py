@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from agnews_dist.evaluation.metrics import MAX_LISTED_CLASSES
 from agnews_dist.events import Scores
 from agnews_dist.report.formatting import sum_parameters
 
@@ -162,6 +163,9 @@ def _display_name(name: str) -> str:
 
 
 def _format_confusion(split: str, scores: Scores, class_names: Sequence[str]) -> str:
+    """Format the confusion matrix; of more classes than a table can show an empty string."""
+    if scores.confusion is None or len(class_names) > MAX_LISTED_CLASSES:
+        return ""
     rows = [(name, *(f"{count:,}" for count in row)) for name, row in zip(class_names, scores.confusion, strict=True)]
     table = _format_table(("", *class_names), rows)
     return f"Confusion on {_escape_cell(split)} (rows: true class, columns: predicted):\n\n{table}\n\n"

@@ -12,13 +12,14 @@ from rich.text import Text
 
 from agnews_dist.evaluation.predictor import InputText
 from agnews_dist.report.formatting import create_output, escape_text
+from agnews_dist.storage.atomic import to_json_value
 
 Predictions = Iterable[tuple[InputText, NDArray[np.float64]]]
 """Texts with their class probabilities."""
 
 
 def print_lines(predictions: Predictions, class_names: Sequence[str]) -> None:
-    """Print one JSON object per text."""
+    """Print one JSON object per text. NaN and infinities, also in the id of an input line, become null."""
     for text, probabilities_C in predictions:
         # float32 logits hold no more digits than float32 probabilities.
         digits_C = map(str, probabilities_C.astype("f4"))
@@ -29,7 +30,7 @@ def print_lines(predictions: Predictions, class_names: Sequence[str]) -> None:
             "probabilities": dict(zip(class_names, map(float, digits_C), strict=True)),
         }
         # ASCII: neither the locale nor a line separator in a text can break a line.
-        print(json.dumps(answer))
+        print(json.dumps(to_json_value(answer), allow_nan=False))
 
 
 def print_table(predictions: Predictions, class_names: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from agnews_dist.config.schema import Config
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.engine import Engine
 from agnews_dist.evaluation.evaluator import SplitScores
-from agnews_dist.events import Emit, RunDone
+from agnews_dist.events import Emit, RunDone, Scores
 from agnews_dist.features.manager import FeatureCache
 from agnews_dist.model.export import export_model
 from agnews_dist.report.model_card import ModelCard
@@ -45,7 +45,7 @@ def write_results(
     """Write model, predictions and result.json of a training, on rank 0. Collective."""
     directory, monitors = attempt.directory, attempt.monitors
     peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
-    scores = {name: split.scores for name, split in split_scores.items()}
+    scores = _select_scored(split_scores)
 
     def write() -> None:
         _export(config, inputs, trainer, split_scores, directory)
@@ -85,6 +85,11 @@ def write_results(
     collectives.raise_if_any_failed(collectives.catch(write) if engine.world.is_main else None)
 
 
+def _select_scored(splits: Mapping[str, SplitScores]) -> dict[str, Scores]:
+    """Return the scores of the splits that have labels."""
+    return {name: split.scores for name, split in splits.items() if split.scores is not None}
+
+
 def _export(
     config: Config, inputs: TrainingInputs, trainer: Trainer, split_scores: Mapping[str, SplitScores], directory: Path
 ) -> None:
@@ -95,7 +100,7 @@ def _export(
         dataset=config.data.source,
         class_names=inputs.class_names,
         max_length=config.data.max_length,
-        splits={name: split.scores for name, split in split_scores.items()},
+        splits=_select_scored(split_scores),
         parameters=inputs.parameters,
         settings=weight_settings(config),
         versions=versions(),
@@ -129,7 +134,7 @@ def write_scores(
         directory.mkdir(parents=True, exist_ok=True)
         path = write_predictions(directory, name, split)
         result = Result(
-            splits={name: split.scores},
+            splits=_select_scored({name: split}),
             num_steps=0,
             num_ranks=engine.world.num_ranks,
             seconds=Seconds(**timer.totals()),

@@ -16,7 +16,7 @@ from agnews_dist.data.batching.shares import quadratic_weight
 from agnews_dist.data.columns import ColumnSettings
 from agnews_dist.data.corpus import Source, load_corpus
 from agnews_dist.data.local_files import SplitSettings
-from agnews_dist.data.rows import Corpus, hash_corpus
+from agnews_dist.data.rows import NUM_SHOWN, Corpus, hash_corpus, list_first
 from agnews_dist.data.tokens import TokenSplit, TokenStore, open_or_build
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import choose_precision, should_use_cuda
@@ -205,8 +205,12 @@ def _check_classes(source: str, of_data: tuple[str, ...], of_model: tuple[str, .
     """Check that a label means the same class in the data and in the model."""
     has_names = of_model != tuple(f"LABEL_{i}" for i in range(len(of_model)))
     if len(of_data) != len(of_model) or (has_names and of_data != of_model):
+        first = next((i for i, pair in enumerate(zip(of_data, of_model, strict=False)) if pair[0] != pair[1]), 0)
+        # Of many classes, begin with the first that differs.
+        begin = first if first >= NUM_SHOWN else 0
+        data, model = (f"{'..., ' * (begin > 0)}{list_first(names[begin:], str)}" for names in (of_data, of_model))
         raise DataError(
-            f"{source} has the classes {', '.join(of_data)}, the model {', '.join(of_model)}: labels would not match. Score "
+            f"{source} has the classes {data}, the model {model}: labels would not match. Score "
             "the model on data with its own classes, in its own order."
         )
 

@@ -39,6 +39,7 @@ class BestEpoch:
         Every rank decides from the same integers, so all decide alike.
         """
         new, old = scores.scores, self._scores.scores if self._scores else None
+        assert new is not None, "validation has labels"
         if old is None or (new.num_correct, -new.loss) > (old.num_correct, -old.loss):
             self.epoch, self._step, self._scores = epoch, step, scores
             # Drop the old copy before making the new one: memory need hold only one.

@@ -145,7 +145,7 @@ def train(world: World, settings: dict, case: dict, output: Path) -> None:
     state = strategy.gather_weights()
     assert bool(state) == world.is_main, "whole on rank 0 only"
     if world.is_main:
-        check_scored_weights(settings, state, table, scored.probabilities_NC)
+        check_scored_weights(settings, state, table, scored.probabilities_NK)
     facts = {
         "losses": losses,
         "norms": norms,

@@ -30,11 +30,12 @@ def toy_model(dropout: float = 0.0) -> GPT2Model:
     return GPT2Model(config).eval()
 
 
-def toy_classifier(trainable_blocks: int = 1, dropout: float = 0.0) -> Classifier:
+def toy_classifier(trainable_blocks: int = 1, dropout: float = 0.0, num_classes: int = CLASSES) -> Classifier:
     classifier = split_model(
-        Backbone(toy_model(dropout), None, None), trainable_blocks=trainable_blocks, num_classes=CLASSES, seed=5
+        Backbone(toy_model(dropout), None, None), trainable_blocks=trainable_blocks, num_classes=num_classes, seed=5
     )
-    torch.nn.init.normal_(classifier.suffix.out_head.bias, generator=torch.Generator().manual_seed(3))
+    if classifier.suffix.out_head.bias is not None:
+        torch.nn.init.normal_(classifier.suffix.out_head.bias, generator=torch.Generator().manual_seed(3))
     return classifier
 
 

@@ -293,6 +293,21 @@ def test_user_errors_say_what_why_and_what_to_do() -> None:
     assert long == []
 
 
+def writers_of_nan(tree: ast.Module) -> list[int]:
+    """Return the lines of calls that may write NaN, which is not JSON."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and dotted(node.func).startswith("json.dump")]
+    strict = {"allow_nan=False"}
+    return [call.lineno for call in calls if not strict & {ast.unparse(keyword) for keyword in call.keywords}]
+
+
+def test_no_json_holds_nan() -> None:
+    found = [name_of(path) for path in MODULES for _ in writers_of_nan(house.parse(path))]
+    assert found == ["training/checkpoint.py"], "the state of a checkpoint, which only this module reads"
+    lax = "json.dumps(1)\njson.dump(1, file, allow_nan=True)\njson.dumps(1, allow_nan=False)\n"
+    assert writers_of_nan(ast.parse(lax)) == [1, 2]
+    assert not any(reaches(path, "json.JSONEncoder") for path in MODULES)
+
+
 def test_the_form() -> None:
     assert has_the_form("lr -1: the update would point uphill. Set it to at least 0.")
     for bad in ("lr is wrong", "lr -1: bad.", "lr -1 is bad. Set another.", "lr: bad. Fix it"):

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from support.scores import scores_of
 
-from agnews_dist.evaluation.metrics import compute_scores
 from agnews_dist.report.model_card import ModelCard
 
-VALIDATION = compute_scores(np.array([[9, 1], [2, 8]]), 8.0)
-TEST = compute_scores(np.array([[40, 10], [5, 45]]), 50.0)
+VALIDATION = scores_of([[9, 1], [2, 8]], 8.0)
+TEST = scores_of([[40, 10], [5, 45]], 50.0)
 
 
 def card(**changes: Any) -> str:
@@ -123,6 +123,14 @@ def test_odd_names_are_escaped() -> None:
     assert front_matter(text)["model-index"][0]["name"] == name
     assert "| a\\|b | 40 | 10 |" in text
     assert "| c d | 5 | 45 |" in text
+
+
+def test_a_confusion_matrix_too_wide_for_a_page_is_left_out() -> None:
+    for num_classes in (20, 21, 300):
+        scores = scores_of(np.eye(num_classes, dtype=int).tolist(), 1.0)
+        text = card(class_names=tuple(f"c{i}" for i in range(num_classes)), splits={"test": scores})
+        assert ("| c19 | 0 |" in text) == ("Confusion on test" in text) == (num_classes == 20)
+        assert f"| test | {num_classes} | 1.0000 | 1.0000 |" in text
 
 
 def test_a_card_without_scores_is_valid() -> None:

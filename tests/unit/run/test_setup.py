@@ -1,5 +1,6 @@
 """The objects of a training: what each rank keeps, and the loader after a change of the features' place."""
 
+import re
 import time
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ from support.toy import toy_classifier, toy_split
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
-from agnews_dist.run.setup import TrainingInputs, build_features, place_inputs
+from agnews_dist.errors import DataError
+from agnews_dist.run.setup import TrainingInputs, _check_classes, build_features, place_inputs
 from agnews_dist.training.loop import Monitors
 from agnews_dist.training.timing import StageTimer
 
@@ -54,3 +56,23 @@ def test_build_features_updates_the_owners_after_a_fallback():
     assert events == ["taken"]
     assert 3.0 <= timer.seconds["setup"] < 4.0, "everything before, except tokenising"
     assert 0.002 <= timer.seconds["prefix"] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("of_data", "of_model", "message"),
+    [
+        ("ab", "ba", "x has the classes a, b, the model b, a: labels would not match"),
+        ("ab", "abc", "x has the classes a, b, the model a, b, c: labels"),
+        ("abcdefghijklmn", "abcdefghi", "classes a, b, c, d, e and 9 more, the model a, b, c, d, e and 4 more: labels"),
+        (
+            "abcdefghijklmn",
+            "abcdefghXjklmn",
+            "classes ..., i, j, k, l, m and 1 more, the model ..., X, j, k, l, m and 1 more: labels",
+        ),
+    ],
+)
+def test_classes_that_differ_from_the_models_are_named(of_data, of_model, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        _check_classes("x", tuple(of_data), tuple(of_model))
+    _check_classes("x", tuple(of_model), tuple(of_model))
+    _check_classes("x", tuple(of_model), tuple(f"LABEL_{i}" for i in range(len(of_model))))
