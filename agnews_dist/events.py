@@ -112,9 +112,25 @@ class EvalDone:
     split: str
     epoch: int
     """Number of the training epoch before the evaluation; 0 outside training."""
+    step: int = 0
+    """Steps done before the evaluation; 0 outside training."""
     scores: Scores
     class_names: tuple[str, ...]
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppedEarly:
+    """The end of a training that no longer improved."""
+
+    step: int
+    """Steps done."""
+    epoch: int
+    num_worse: int
+    """Evaluations in a row that were not better than the best one."""
+    metric: str
+    """Name of the score that was compared."""
+    best_step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +158,24 @@ class RunDone:
     """The final panel."""
 
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Label -> value: accuracies, best epoch, seconds."""
+    """Label -> value: accuracies, best weights, seconds."""
     paths: Mapping[str, str] = field(default_factory=dict[str, str])
     """Kind of file -> path."""
 
 
 Event = Union[
-    Warned, Progress, RunStarted, StepDone, NonFinite, Resumed, CheckpointSaved, EvalDone, Profiled, OverfitChecked, RunDone
+    Warned,
+    Progress,
+    RunStarted,
+    StepDone,
+    NonFinite,
+    Resumed,
+    CheckpointSaved,
+    EvalDone,
+    StoppedEarly,
+    Profiled,
+    OverfitChecked,
+    RunDone,
 ]
 Emit = Callable[[Event], None]
 

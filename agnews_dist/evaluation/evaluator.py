@@ -55,9 +55,9 @@ class SplitScores:
         labels_N, predictions_N, probabilities_NC = (tensors[name].numpy() for name in names)
         return cls(labels_N, predictions_N, probabilities_NC, Scores(**scores), state["seconds"])
 
-    def to_event(self, split: str, epoch: int, class_names: tuple[str, ...]) -> EvalDone:
+    def to_event(self, split: str, epoch: int, class_names: tuple[str, ...], *, step: int = 0) -> EvalDone:
         """Return the event that reports these scores."""
-        return EvalDone(split=split, epoch=epoch, scores=self.scores, class_names=class_names, seconds=self.seconds)
+        return EvalDone(split=split, epoch=epoch, step=step, scores=self.scores, class_names=class_names, seconds=self.seconds)
 
 
 def log_softmax_NC(logits_NC: NDArray[np.float32]) -> NDArray[np.float64]:

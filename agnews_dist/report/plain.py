@@ -45,7 +45,7 @@ class PlainLines:
                 self._print_header(event)
             case events.EvalDone():
                 self._print_evaluation(event)
-            case events.Warned() | events.NonFinite() | events.Resumed() | events.OverfitChecked():
+            case events.Warned() | events.NonFinite() | events.Resumed() | events.StoppedEarly() | events.OverfitChecked():
                 self._print(describe_event(event))
             case events.CheckpointSaved():
                 self._print_checkpoint(event)

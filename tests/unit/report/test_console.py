@@ -46,7 +46,7 @@ EVALUATED = EvalDone(
     class_names=("World", "[b]Sports", "Business"),
     seconds=75.0,
 )
-DONE = RunDone(facts={"best epoch": "2 of 3"}, paths={"model": "runs/x/model"})
+DONE = RunDone(facts={"best weights": "2 of 3"}, paths={"model": "runs/x/model"})
 OTHERS: list[Event] = [
     Profiled(path="runs/x/trace.json", top_operators="Name    CPU\naten::addmm   40%"),
     OverfitChecked(num_examples=8, num_steps=50, first_loss=1.4, last_loss=0.0123, accuracy=1.0),
@@ -103,7 +103,7 @@ def test_other_events_are_printed(terminal: bool) -> None:
         "step 7 skipped its update: loss or gradient not finite, examples 100, 101,",
         "119 and 2 more",
         "resumed from step 40, attempt 3: runs/x/checkpoints/step-00000040",
-        "best epoch",
+        "best weights",
         "2 of 3",
         "model",
         "runs/x/model",

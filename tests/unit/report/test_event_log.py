@@ -28,6 +28,7 @@ from agnews_dist.events import (
     RunStarted,
     Scores,
     StepDone,
+    StoppedEarly,
     Warned,
 )
 from agnews_dist.report.console import Sinks
@@ -47,9 +48,10 @@ EVENTS: list[Event] = [
         class_names=("World", "Sci/Tech"),
         seconds=0.1,
     ),
+    StoppedEarly(step=9, epoch=2, num_worse=3, metric="loss", best_step=6),
     Profiled(path="trace.json", top_operators="a\nb"),
     OverfitChecked(num_examples=8, num_steps=50, first_loss=1.4, last_loss=0.01, accuracy=1.0),
-    RunDone(facts={"best epoch": "1"}, paths={"model": "runs/x/model"}),
+    RunDone(facts={"best weights": "1"}, paths={"model": "runs/x/model"}),
 ]
 
 
@@ -60,7 +62,7 @@ def test_every_event_is_written_with_its_fields(tmp_path: Path) -> None:
         for event in EVENTS:
             log(event)
     found = read_events(path)
-    assert len(found) == len(EVENTS) == 7
+    assert len(found) == len(EVENTS) == 8
     for line, event in zip(found, EVENTS, strict=True):
         assert list(line)[:2] == ["event", "time"]
         assert line.pop("event") == type(event).__name__
@@ -77,7 +79,7 @@ def test_scores_are_fields_of_the_line_in_their_place(tmp_path: Path) -> None:
         log(EVENTS[3])
     (line,) = read_events(tmp_path / "events.jsonl")
     assert list(line) == [
-        "event", "time", "split", "epoch", "num_examples", "num_correct", "accuracy", "macro_f1", "loss", "confusion",
+        "event", "time", "split", "epoch", "step", "num_examples", "num_correct", "accuracy", "macro_f1", "loss", "confusion",
         "class_names", "seconds",
     ]  # fmt: skip
 

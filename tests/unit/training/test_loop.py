@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,16 @@ class FakePreemptionHandler:
 class Run:
     """One start of a small training."""
 
-    def __init__(self, directory: Path, *, stop_at: int | None = None, batch_size: int = 6, **options: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        stop_at: int | None = None,
+        batch_size: int = 6,
+        changes: dict[str, Any] | None = None,
+        class_weights_C: np.ndarray | None = None,
+        **options: Any,
+    ) -> None:
         directory.mkdir(exist_ok=True)
         self.engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
         self.classifier, self.events = toy_classifier(dropout=0.2), list[Event]()
@@ -56,18 +66,26 @@ class Run:
         self.timer, self.folder = StageTimer(0.0), directory / "checkpoints"
         self.table = TokenTable(toy_split(LENGTHS), pad_id=0, device=self.engine.device)
         plan = PlanSettings(global_batch_size=batch_size)
-        loader = TrainLoader(self.table, self.engine.world, plan, max_tokens_per_rank=100, quadratic=0.0)
+        loader = TrainLoader(
+            self.table, self.engine.world, plan, max_tokens_per_rank=100, quadratic=0.0, class_weights_C=class_weights_C
+        )
         settings = TrainerSettings(
             epochs=EPOCHS,
+            max_steps=None,
             lr=1e-2,
             weight_decay=0.1,
             warmup_ratio=0.2,
             schedule="linear",
             max_grad_norm=1.0,
+            label_smoothing=0.0,
+            best_metric="accuracy",
+            evaluate_every="epoch",
+            patience=None,
             nonfinite="stop",
             seed=3,
             class_names=("a", "b", "c", "d"),
         )
+        settings = replace(settings, **changes or {})
         monitors = Monitors(self.events.append, self.timer, self.preemption)
         self.trainer = Trainer(self.classifier, self.engine, loader, settings, monitors)
         self.timer.seconds["prefix"] = 0.5
@@ -182,10 +200,10 @@ def test_checkpoint_holds_the_state_in_a_fixed_order(tmp_path):
     assert names == [f"step-0000000{end}" for end in ("8-scored", "6", "4-scored", "3")]
     state = read_checkpoint(run.folder / "step-00000006").state
     assert list(state) == [
-        *("precision", "position", "num_updates", "scaling", "totals", "seconds", "step", "log_bytes", "best")
+        *("precision", "position", "scored_step", "num_updates", "scaling", "totals", "seconds", "step", "log_bytes", "best")
     ]
     assert (state["position"]["epoch"], state["position"]["step"], state["num_updates"]) == (1, 2, 6)
-    assert list(state["best"]) == ["name", "epoch", "step", "scores", "seconds"]
+    assert list(state["best"]) == ["name", "epoch", "step", "num_worse", "scores", "seconds"]
     assert list(state["totals"]) == ["seconds", "tally"]
     assert state["seconds"]["train"] == pytest.approx(state["totals"]["seconds"], abs=1e-3), "features are a part of it"
     assert state["seconds"]["prefix"] >= 0.5

@@ -16,7 +16,7 @@ from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.model.prefix import Features, uncached_features
-from agnews_dist.training.step import NonFiniteError, train_step
+from agnews_dist.training.step import NonFiniteError, StepSettings, train_step
 
 LENGTHS = [int(length) for length in np.random.default_rng(1).integers(1, 31, 24)]
 
@@ -84,7 +84,7 @@ def test_non_finite_loss_changes_neither_parameters_nor_moments(engine, bad):
         train_step(engine, poisoned, strategy, batches)
     assert raised.value.ids == tuple(sorted(batch.ids_B.tolist()))
     assert all(torch.equal(value, old) for value, old in zip(watched, before, strict=True))
-    result = train_step(engine, poisoned, strategy, batches, nonfinite="skip")
+    result = train_step(engine, poisoned, strategy, batches, settings=StepSettings(nonfinite="skip"))
     assert (math.isnan(result.loss), result.grad_norm, result.bad_ids) == (True, None, raised.value.ids)
     assert all(torch.equal(value, old) for value, old in zip(watched, before, strict=True))
     train_step(engine, uncached_features(classifier.prefix), strategy, batches)
@@ -100,7 +100,7 @@ def test_skipped_update_names_the_example_with_a_non_finite_loss(engine):
         return Features(hidden_BTD.masked_fill((batch.ids_B == 5)[:, None, None], math.nan), lengths_B)
 
     assert len(batches.micro_batches) > 3
-    assert train_step(engine, poisoned, strategy, batches, nonfinite="skip").bad_ids == (5,)
+    assert train_step(engine, poisoned, strategy, batches, settings=StepSettings(nonfinite="skip")).bad_ids == (5,)
 
 
 @pytest.mark.parametrize(("stop", "save"), [(False, False), (True, False), (False, True)])

@@ -8,7 +8,7 @@ import torch
 
 from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.events import Scores
-from agnews_dist.training.best_epoch import BestEpoch
+from agnews_dist.training.best_weights import BestWeights
 
 
 class FakeStrategy:
@@ -37,7 +37,7 @@ def scores(num_correct: int, loss: float) -> SplitScores:
 @pytest.mark.parametrize(("second", "best"), [((3, 0.9), 2), ((2, 0.4), 2), ((2, 0.5), 1), ((2, 0.6), 1), ((1, 0.1), 1)])
 def test_update_keeps_the_epoch_with_higher_accuracy_or_lower_loss(second, best):
     strategy = FakeStrategy()
-    epoch = BestEpoch(strategy)
+    epoch = BestWeights(strategy)
     assert (epoch.epoch, epoch.state_dict()) == (0, None)
     for number, (num_correct, loss) in enumerate([(2, 0.5), second], start=1):
         strategy.value = float(number)
@@ -48,11 +48,11 @@ def test_update_keeps_the_epoch_with_higher_accuracy_or_lower_loss(second, best)
 
 
 def test_load_state_dict_restores_scores_and_weights():
-    saved, restored = (BestEpoch(FakeStrategy()) for _ in range(2))
+    saved, restored = (BestWeights(FakeStrategy()) for _ in range(2))
     saved.update(3, scores(2, 0.5), step=30)
     state = saved.state_dict()
     assert state is not None
-    assert list(state) == ["name", "epoch", "step", "scores", "seconds"]
+    assert list(state) == ["name", "epoch", "step", "num_worse", "scores", "seconds"]
     restored.load_state_dict(state, saved.scores.tensors(), saved.weights)
     assert restored.state_dict() == state
     assert restored.weights is saved.weights
