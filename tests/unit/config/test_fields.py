@@ -1,5 +1,6 @@
 """Values and names of settings: the same rules in YAML and on the command line."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -191,7 +192,7 @@ def test_any_wrong_value_is_named_with_its_place(tmp_path: Path, key: str) -> No
         path = write(tmp_path / "a.yaml", f"# one\n\n{key}: {text}\n")
         [line] = errors_of(["--config", path])
         assert line.startswith(f"{key} ")
-        assert f"({path}, line 3): it takes " in line
+        assert re.search(rf"\({re.escape(path)}, line 3\)(, .+)?: it takes ", line)
         assert line.endswith(f"; the default is {format_value(setting.default)}.")
         if text[0] not in "[{'\"~":
             [line] = errors_of([f"--{key}={text}"])

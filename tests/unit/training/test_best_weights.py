@@ -1,5 +1,6 @@
-"""The best epoch: highest accuracy, then lowest loss; restored with its weights and predictions."""
+"""The best weights: chosen by any metric, ties by the loss; restored with their scores, predictions and counter."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -25,36 +26,74 @@ class FakeStrategy:
         self.loaded = weights
 
 
-def scores(num_correct: int, loss: float) -> SplitScores:
+def scores(num_correct: int, loss: float, macro_f1: float = 0.5) -> SplitScores:
     """Return the scores of four examples."""
     confusion = ((num_correct, 4 - num_correct), (0, 0))
     made = Scores(
-        num_examples=4, num_correct=num_correct, accuracy=num_correct / 4, macro_f1=0.5, loss=loss, confusion=confusion
+        num_examples=4, num_correct=num_correct, accuracy=num_correct / 4, macro_f1=macro_f1, loss=loss, confusion=confusion
     )
     return SplitScores(np.zeros(4, np.int64), np.arange(4) % 2, np.full((4, 2), loss), made, 1.5)
 
 
-@pytest.mark.parametrize(("second", "best"), [((3, 0.9), 2), ((2, 0.4), 2), ((2, 0.5), 1), ((2, 0.6), 1), ((1, 0.1), 1)])
-def test_update_keeps_the_epoch_with_higher_accuracy_or_lower_loss(second, best):
+@pytest.mark.parametrize(
+    ("metric", "second", "best"),
+    [
+        # The first evaluation has 2 correct, loss 0.5 and macro F1 0.5.
+        *(("accuracy", (3, 0.9, 0.1), 2), ("accuracy", (2, 0.4, 0.1), 2), ("accuracy", (2, 0.5, 0.9), 1)),
+        *(("accuracy", (2, 0.6, 0.9), 1), ("accuracy", (1, 0.1, 0.9), 1), ("accuracy", (3, math.nan, 0.9), 2)),
+        *(("macro_f1", (1, 0.9, 0.6), 2), ("macro_f1", (4, 0.1, 0.4), 1), ("macro_f1", (1, 0.4, 0.5), 2)),
+        *(("macro_f1", (4, 0.5, 0.5), 1), ("loss", (1, 0.4, 0.1), 2), ("loss", (4, 0.5, 0.9), 1)),
+        *(("loss", (4, math.nan, 0.9), 1), ("loss", (4, math.inf, 0.9), 1)),
+    ],
+)
+def test_update_keeps_the_weights_that_are_better_by_the_metric(metric, second, best):
     strategy = FakeStrategy()
-    epoch = BestWeights(strategy)
-    assert (epoch.epoch, epoch.state_dict()) == (0, None)
-    for number, (num_correct, loss) in enumerate([(2, 0.5), second], start=1):
+    kept = BestWeights(strategy, metric)
+    assert (kept.epoch, kept.num_worse, kept.state_dict()) == (0, 0, None)
+    for number, made in enumerate([(2, 0.5, 0.5), second], start=1):
         strategy.value = float(number)
-        epoch.update(number, scores(num_correct, loss), step=10 * number)
-    assert (epoch.epoch, epoch.name, epoch.weights["w"].tolist()) == (best, f"best-{10 * best:08d}", [float(best)])
-    epoch.restore()
-    assert strategy.loaded is epoch.weights
+        kept.update(number, scores(*made), step=10 * number)
+    assert (kept.epoch, kept.step, kept.name) == (best, 10 * best, f"best-{10 * best:08d}")
+    assert (kept.weights["w"].tolist(), kept.num_worse) == ([float(best)], 2 - best)
+    kept.restore()
+    assert strategy.loaded is kept.weights
+
+
+def test_any_finite_loss_is_better_than_none():
+    kept = BestWeights(FakeStrategy(), "loss")
+    kept.update(1, scores(2, math.nan), step=1)
+    kept.update(2, scores(1, 9.0), step=2)
+    assert (kept.epoch, kept.num_worse) == (2, 0)
+
+
+def test_evaluations_without_improvement_are_counted_from_the_best_one():
+    kept, counts = BestWeights(FakeStrategy()), list[int]()
+    for step, num_correct in enumerate([1, 1, 0, 2, 2, 3, 1, 2], start=1):
+        kept.update(1, scores(num_correct, 0.5), step=step)
+        counts.append(kept.num_worse)
+    assert counts == [0, 1, 2, 0, 1, 0, 1, 2]
 
 
 def test_load_state_dict_restores_scores_and_weights():
     saved, restored = (BestWeights(FakeStrategy()) for _ in range(2))
     saved.update(3, scores(2, 0.5), step=30)
+    saved.update(4, scores(1, 0.5), step=40)
     state = saved.state_dict()
     assert state is not None
     assert list(state) == ["name", "epoch", "step", "num_worse", "scores", "seconds"]
     restored.load_state_dict(state, saved.scores.tensors(), saved.weights)
     assert restored.state_dict() == state
     assert restored.weights is saved.weights
+    assert (restored.epoch, restored.step, restored.num_worse) == (3, 30, 1)
     assert restored.scores.scores == saved.scores.scores
     assert np.array_equal(restored.scores.probabilities_NC, saved.scores.probabilities_NC)
+
+
+def test_state_of_a_checkpoint_without_a_counter_is_read():
+    saved, restored = (BestWeights(FakeStrategy()) for _ in range(2))
+    saved.update(3, scores(2, 0.5), step=30)
+    state = saved.state_dict()
+    assert state is not None
+    del state["num_worse"]
+    restored.load_state_dict(state, saved.scores.tensors(), saved.weights)
+    assert (restored.step, restored.num_worse) == (30, 0)
