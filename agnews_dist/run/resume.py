@@ -90,7 +90,7 @@ def find_resume_point(
     if is_finished and not differing:
         raise AlreadyFinished(
             f"{directory} is finished ({status.step} steps): nothing is left to do. Read its result.json; train it again with "
-            "--run.overwrite, or longer with a larger --optim.epochs (or max_steps)."
+            "--run.overwrite, or longer with more optim.epochs or max_steps."
         )
     return ResumePoint(checkpoint, best, True, attempt, tuple(warnings))
 

@@ -16,7 +16,7 @@ def test_balanced_weights_are_those_of_scikit_learn():
     assert found_C[LABELS_N].sum() == pytest.approx(8 * 3 / 4), "every class with rows has the same total"
 
 
-def test_list_is_taken_as_it_is_and_none_is_no_weight():
+def test_list_is_taken_as_it_is_and_none_means_equal_weights():
     found_C = compute_class_weights((0.1, 2.0, 3.0, 4.0), LABELS_N, num_classes=4)
     assert found_C is not None
     assert (found_C.tolist(), found_C.dtype) == ([0.1, 2.0, 3.0, 4.0], np.float64)
