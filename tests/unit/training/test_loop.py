@@ -46,6 +46,14 @@ class FakePreemptionHandler:
         self.is_exiting = True
 
 
+class WaitingManager(CheckpointManager):
+    """A manager that misses no checkpoint: each is on disk before training continues."""
+
+    def save(self, *arguments: Any, **options: Any) -> None:
+        """Save and wait."""
+        super().save(*arguments, **{**options, "wait": True})
+
+
 class Run:
     """One start of a small training."""
 
@@ -100,7 +108,7 @@ class Run:
 
     def fit(self, validate: Callable[[], SplitScores] | None = None, *, every_steps: int | None = None) -> None:
         """Train to the end, or to the step before which a stop is requested."""
-        manager = CheckpointManager(
+        manager = WaitingManager(
             self.folder,
             self.trainer.strategy,
             CheckpointSettings(keep=9, every_steps=every_steps, every_minutes=None),
@@ -110,8 +118,7 @@ class Run:
             **self._options,
         )
         with closing(manager):
-            # Waiting after each step makes the number of checkpoints certain.
-            self.trainer.fit(validate or self.validate, manager, after_step=manager.wait)
+            self.trainer.fit(validate or self.validate, manager)
 
     def validate(self) -> SplitScores:
         """Score the training texts."""
@@ -305,6 +312,22 @@ def test_resumed_training_evaluates_inside_an_epoch_exactly_once(whole_by_steps,
     assert same(second.outcome(), whole_by_steps.outcome())
     assert steps_of(first) + steps_of(second) == steps_of(whole_by_steps)
     assert evaluations(first, second) == evaluations(whole_by_steps)
+
+
+def test_every_checkpoint_continues_with_the_same_bits(whole_by_steps, tmp_path):
+    """Resume as after a kill: from each checkpoint of a run that saved after every step."""
+    saved = Run(tmp_path / "saved", changes=EVERY_3, class_weights_C=WEIGHTS_C)
+    saved.fit(every_steps=1)
+    paths = list_checkpoints(saved.folder)
+    assert [path.name[5:] for path in paths[:4]] == ["00000012-scored", "00000011", "00000010", "00000009-scored"]
+    assert len(paths) == 9
+    for path in paths:
+        run = Run(tmp_path / path.name, changes=EVERY_3, class_weights_C=WEIGHTS_C)
+        run.load(read_checkpoint(path))
+        run.fit()
+        assert same(run.outcome(), whole_by_steps.outcome()), path.name
+        step = int(path.name[5:13])
+        assert [found[1] for found in evaluations(run)] == [each for each in (6, 9, 12) if each > step]
 
 
 def test_class_weights_change_the_training_and_not_the_evaluation(tmp_path):
