@@ -14,7 +14,7 @@ from agnews_dist.data.batching.loader import EVALUATION_TOKENS, TokenTable, Trai
 from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.data.batching.shares import quadratic_weight
 from agnews_dist.data.corpus import Corpus, load_corpus
-from agnews_dist.data.rows import hash_corpus
+from agnews_dist.data.rows import Ints, hash_corpus
 from agnews_dist.data.tokens import TokenSplit, TokenStore, open_or_build
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import choose_precision, should_use_cuda
@@ -292,14 +292,14 @@ def build_loader(config: Config, classifier: Classifier, table: TokenTable, worl
     )
 
 
-def estimate_epochs(config: Config, table: TokenTable) -> int:
-    """Return the epochs of a run; with `optim.max_steps` about as many as its steps take."""
+def estimate_epochs(config: Config, lengths_N: Ints) -> int:
+    """Return the epochs of a run, begun ones included; with a token budget and `optim.max_steps`, about as many."""
     max_steps, budget = config.optim.max_steps, config.batch.global_token_budget
     if max_steps is None:
         return config.optim.epochs
     if budget is not None:
-        return math.ceil(max_steps * budget / int(table.lengths_N.sum()))
-    return math.ceil(max_steps * config.batch.global_batch_size / len(table))
+        return math.ceil(max_steps * budget / int(lengths_N.sum()))
+    return math.ceil(max_steps / math.ceil(len(lengths_N) / config.batch.global_batch_size))
 
 
 def open_features(
@@ -310,7 +310,7 @@ def open_features(
     inputs.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=config.engine.compile)
     settings = CacheSettings(
         requested=requested,
-        num_epochs=estimate_epochs(config, tables["train"]),
+        num_epochs=estimate_epochs(config, tables["train"].lengths_N),
         directory=cache_root(config.data.cache_dir) / "features",
         limit_bytes=int(config.engine.feature_cache_gigabytes * 1e9),
         frozen_weights=inputs.fingerprints["frozen_weights"],
