@@ -152,6 +152,8 @@ class EvalDone:
     split: str
     epoch: int
     """Number of the training epoch before the evaluation; 0 outside training."""
+    step: int = 0
+    """Steps done before the evaluation; 0 outside training."""
     scores: Scores
     class_names: tuple[str, ...] | None
     """Names of the rows of `scores.confusion`; None without it."""
@@ -168,6 +170,20 @@ class Predicted:
     split: str
     num_examples: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppedEarly:
+    """The end of a training that no longer improved."""
+
+    step: int
+    """Steps done."""
+    epoch: int
+    num_worse: int
+    """Evaluations in a row that were not better than the best one."""
+    metric: str
+    """Name of the score that was compared."""
+    best_step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +211,7 @@ class RunDone:
     """The final panel."""
 
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Label -> value: accuracies, best epoch, seconds."""
+    """Label -> value: accuracies, best weights, seconds."""
     paths: Mapping[str, str] = field(default_factory=dict[str, str])
     """Kind of file -> path."""
 
@@ -211,6 +227,7 @@ Event = Union[
     CheckpointSaved,
     EvalDone,
     Predicted,
+    StoppedEarly,
     Profiled,
     OverfitChecked,
     RunDone,

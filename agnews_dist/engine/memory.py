@@ -97,7 +97,7 @@ class Estimate:
 
     device: Mapping[str, int]
     host: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Host memory of rank 0 when it has a GPU: offloaded tensors, copies for the best epoch and for a checkpoint."""
+    """Host memory of rank 0 when it has a GPU: offloaded tensors, copies for the best weights and for a checkpoint."""
 
     @property
     def device_bytes(self) -> int:
@@ -109,7 +109,7 @@ class Estimate:
 
 
 def estimate(shape: Shape, setup: Setup) -> Estimate:
-    """Estimate the memory of rank 0, which needs the most: it also copies the best epoch and checkpoints."""
+    """Estimate the memory of rank 0, which needs the most: it also copies the best weights and checkpoints."""
     total = shape.count_trainable(setup.trainable_blocks, setup.num_classes)
     shard = -(-total // setup.num_ranks)
     zero = setup.zero_stage if setup.backend == "deepspeed" else 0
@@ -144,7 +144,7 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
         "features": setup.cache_bytes,
     }
     # A checkpoint is written from a copy of weights and moments while training continues.
-    host = {"best epoch": 4 * total, "checkpoint": 12 * total}
+    host = {"best weights": 4 * total, "checkpoint": 12 * total}
     if setup.offload != "none":
         # The update also holds its gradients and a second copy of the weights on the host.
         host["optimizer"] = device.pop("optimizer") + 8 * shard

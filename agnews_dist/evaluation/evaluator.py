@@ -78,7 +78,7 @@ class SplitScores:
         labels_N, predictions_N, probabilities_NK = (arrays[name] for name in ("labels", "predictions", "probabilities"))
         return cls(labels_N, predictions_N, probabilities_NK, scores, state["seconds"], arrays.get("classes"))
 
-    def to_event(self, split: str, epoch: int, class_names: tuple[str, ...]) -> EvalDone | Predicted:
+    def to_event(self, split: str, epoch: int, class_names: tuple[str, ...], *, step: int = 0) -> EvalDone | Predicted:
         """Return the event that reports these scores, or that there are none."""
         if self.scores is None:
             return Predicted(split=split, num_examples=len(self.labels_N), seconds=self.seconds)
@@ -88,6 +88,7 @@ class SplitScores:
         return EvalDone(
             split=split,
             epoch=epoch,
+            step=step,
             scores=self.scores if has_all else replace(self.scores, confusion=None),
             class_names=class_names if has_all else None,
             num_classes=len(class_names),

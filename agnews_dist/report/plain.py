@@ -42,7 +42,14 @@ class PlainLines:
                 self._print_header(event)
             case events.EvalDone():
                 self._print_evaluation(event)
-            case events.Warned() | events.NonFinite() | events.Resumed() | events.OverfitChecked() | events.Predicted():
+            case (
+                events.Warned()
+                | events.NonFinite()
+                | events.Resumed()
+                | events.StoppedEarly()
+                | events.OverfitChecked()
+                | events.Predicted()
+            ):
                 self._print(describe_event(event))
             case events.DataChecked():
                 for finding in event.findings:

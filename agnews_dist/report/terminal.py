@@ -67,7 +67,7 @@ class TerminalDisplay:
                 self._print(self._escape(describe_event(event), "yellow"))
             case events.DataChecked():
                 self._print(self._build_findings(event))
-            case events.Resumed():
+            case events.Resumed() | events.StoppedEarly():
                 self._print(self._escape(describe_event(event)))
             case events.CheckpointSaved():
                 if self._every_step or event.seconds >= MIN_LINE_SECONDS:
@@ -127,7 +127,7 @@ class TerminalDisplay:
 
     def _build_evaluation(self, event: events.EvalDone) -> RenderableType:
         scores, title = event.scores, Text(overflow="fold")
-        title.append(self._escape(name_evaluation(event.split, event.epoch), "bold"))
+        title.append(self._escape(name_evaluation(event), "bold"))
         title.append(f"  accuracy {scores.accuracy:.4f}", style="bold green")
         title.append(f"  macro F1 {scores.macro_f1:.4f}  loss {scores.loss:.4f}")
         title.append(f"  {format_duration(event.seconds)}", style="dim")

@@ -78,7 +78,7 @@ def write_results(
         }
         if features.num_bytes:
             facts["features"] = f"{gigabytes(features.num_bytes)} kept in {features.choice.place}"
-        facts["best epoch"] = f"{trainer.best.epoch} of {config.optim.epochs}"
+        facts["best weights"] = f"step {trainer.best.step} of {trainer.step}, in epoch {trainer.best.epoch}"
         facts["time"] = f"{seconds['total']:.1f} s, {tokens_per_second:,.0f} tokens/s in training"
         monitors.emit(RunDone(facts=facts, paths=paths))
 
@@ -93,7 +93,7 @@ def _select_scored(splits: Mapping[str, SplitScores]) -> dict[str, Scores]:
 def _export(
     config: Config, inputs: TrainingInputs, trainer: Trainer, split_scores: Mapping[str, SplitScores], directory: Path
 ) -> None:
-    """Export the best epoch as a directory that Hugging Face loads, with its model card."""
+    """Export the best weights as a directory that Hugging Face loads, with its model card."""
     card = ModelCard(
         name=directory.name,
         base_model=config.model.name,

@@ -16,7 +16,7 @@ from agnews_dist.data.batching.shares import quadratic_weight
 from agnews_dist.data.columns import ColumnSettings
 from agnews_dist.data.corpus import Source, load_corpus
 from agnews_dist.data.local_files import SplitSettings
-from agnews_dist.data.rows import NUM_SHOWN, Corpus, hash_corpus, list_first
+from agnews_dist.data.rows import NUM_SHOWN, Corpus, Ints, hash_corpus, list_first
 from agnews_dist.data.tokens import TokenSplit, TokenStore, open_or_build
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import choose_precision, should_use_cuda
@@ -34,6 +34,7 @@ from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.run.fingerprints import run_fingerprints
 from agnews_dist.storage.directories import cache_root
+from agnews_dist.training.class_weights import check_class_weights, compute_class_weights
 from agnews_dist.training.diagnostics import dry_run, overfit_one_batch
 from agnews_dist.training.loop import Monitors, Trainer, TrainerSettings
 from agnews_dist.training.timing import StageTimer
@@ -153,6 +154,7 @@ def load_training_inputs(
     )
     emit(Progress(task=f"load {data.source}", done=0, total=0))
     corpus = load_text(data)
+    check_class_weights(config.optim.class_weights, corpus.class_names)
     classifier = split_model(backbone, trainable_blocks=model.trainable_blocks, num_classes=len(corpus.class_names), seed=seed)
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
@@ -300,6 +302,7 @@ def plan_settings(batch: BatchConfig, seed: int) -> PlanSettings:
 
 def build_loader(config: Config, classifier: Classifier, table: TokenTable, world: World) -> TrainLoader:
     """Build this rank's loader of the training split."""
+    num_classes = classifier.suffix.out_head.out_features
     return TrainLoader(
         table,
         world,
@@ -307,7 +310,18 @@ def build_loader(config: Config, classifier: Classifier, table: TokenTable, worl
         max_tokens_per_rank=config.batch.max_tokens_per_rank,
         quadratic=quadratic_weight(classifier.config.n_embd),
         max_length=config.data.max_length,
+        class_weights_C=compute_class_weights(config.optim.class_weights, table.labels_N, num_classes=num_classes),
     )
+
+
+def estimate_epochs(config: Config, lengths_N: Ints) -> int:
+    """Return the epochs of a run, begun ones included; with a token budget and `optim.max_steps`, about as many."""
+    max_steps, budget = config.optim.max_steps, config.batch.global_token_budget
+    if max_steps is None:
+        return config.optim.epochs
+    if budget is not None:
+        return math.ceil(max_steps * budget / int(lengths_N.sum()))
+    return math.ceil(max_steps / math.ceil(len(lengths_N) / config.batch.global_batch_size))
 
 
 def open_features(
@@ -318,7 +332,7 @@ def open_features(
     inputs.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=config.engine.compile)
     settings = CacheSettings(
         requested=requested,
-        num_epochs=config.optim.epochs,
+        num_epochs=estimate_epochs(config, tables["train"].lengths_N),
         directory=cache_root(config.data.cache_dir) / "features",
         limit_bytes=int(config.engine.feature_cache_gigabytes * 1e9),
         frozen_weights=inputs.fingerprints["frozen_weights"],
@@ -366,5 +380,6 @@ def check_first_step(
 
 def build_trainer(config: Config, inputs: TrainingInputs, engine: Engine, loader: TrainLoader, monitors: Monitors) -> Trainer:
     """Build the training loop, which hands the trainable part to the engine. Collective."""
-    settings = TrainerSettings(**config.optim.model_dump(), seed=config.run.seed, class_names=inputs.class_names)
+    optim = config.optim.model_dump(exclude={"class_weights"})  # the loader has them as numbers
+    settings = TrainerSettings(**optim, seed=config.run.seed, class_names=inputs.class_names)
     return Trainer(inputs.classifier, engine, loader, settings, monitors)

@@ -116,7 +116,7 @@ def list_checkpoints(directory: Path, prefix: str = "step") -> list[Path]:
 
 
 def prune(directory: Path, keep: int, also: Collection[str]) -> None:
-    """Remove all checkpoints except the newest `keep` and those named in `also`; of best epochs, all except the latter."""
+    """Remove all checkpoints except the newest `keep` and those named in `also`; of best weights, all except the latter."""
     try:
         outdated = [*list_checkpoints(directory)[keep:], *list_checkpoints(directory, "best")]
     except OSError:
@@ -212,6 +212,6 @@ def _write(file: Path, parts: Sequence[memoryview]) -> tuple[str, int]:
 
 
 def best_name(state: Mapping[str, Any]) -> str | None:
-    """Return the name of the best epoch's directory, next to the checkpoint with this `state`; None: no epoch is scored yet."""
+    """Return the name of the best weights' directory, next to the checkpoint with this `state`; None: nothing is scored yet."""
     best = state.get("best")
     return best["name"] if best else None

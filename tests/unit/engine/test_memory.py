@@ -113,9 +113,9 @@ def test_estimate_shards_what_each_engine_shards() -> None:
 
 def test_estimate_on_a_cpu_has_one_memory() -> None:
     on_gpu, on_cpu = (estimate(XL, setup(device=device, runtime_bytes=5)) for device in ("cuda", "cpu"))
-    assert on_gpu.host == {"best epoch": 4 * XL.count_trainable(1, 4), "checkpoint": 12 * XL.count_trainable(1, 4)}
+    assert on_gpu.host == {"best weights": 4 * XL.count_trainable(1, 4), "checkpoint": 12 * XL.count_trainable(1, 4)}
     assert on_cpu.host == {}
-    assert on_cpu.device["best epoch"] == on_gpu.host["best epoch"]
+    assert on_cpu.device["best weights"] == on_gpu.host["best weights"]
     assert on_cpu.device["libraries"] == 5
     assert on_cpu.device["frozen weights"] == 4 * XL.count_frozen(1)
     half = estimate(XL, setup(half=True))

@@ -29,6 +29,7 @@ from agnews_dist.events import (
     RunDone,
     RunStarted,
     Scores,
+    StoppedEarly,
     Warned,
 )
 from agnews_dist.report.console import create_console
@@ -58,13 +59,14 @@ EVALUATED = EvalDone(
     ),
     seconds=75.0,
 )
-DONE = RunDone(facts={"best epoch": "2 of 3"}, paths={"model": "runs/x/model"})
+DONE = RunDone(facts={"best weights": "2 of 3"}, paths={"model": "runs/x/model"})
 OTHERS: list[Event] = [
     Profiled(path="runs/x/trace.json", top_operators="Name    CPU\naten::addmm   40%"),
     OverfitChecked(num_examples=8, num_steps=50, first_loss=1.4, last_loss=0.0123, accuracy=1.0),
     NonFinite(step=7, epoch=1, ids=tuple(range(100, 122))),
     Resumed(path="runs/x/checkpoints/step-00000040", step=40, attempt=3),
     Predicted(split="test", num_examples=1_600, seconds=75.0),
+    StoppedEarly(step=90, epoch=2, num_worse=3, metric="macro_f1", best_step=60),
 ]
 SAVED = CheckpointSaved(path="runs/x/checkpoints/step-00000040", step=40, num_bytes=85_432_100, stall=0.0123, seconds=2.5)
 
@@ -104,6 +106,7 @@ def test_evaluation_has_scores_and_each_class(terminal: bool) -> None:
     else:
         assert "precision/recall: World 0.600/0.750, [b]Sports 0.500/0.333, Business -/-" in text
         assert "(4 of 7)" in text
+    assert "epoch 2, step 750 validation" in render(dataclasses.replace(EVALUATED, step=750), terminal=terminal)
     assert "epoch" not in render(dataclasses.replace(EVALUATED, split="test", epoch=0), terminal=terminal)
 
 
@@ -141,7 +144,8 @@ def test_other_events_are_printed(terminal: bool) -> None:
         "119 and 2 more",
         "resumed from step 40, attempt 3: runs/x/checkpoints/step-00000040",
         "test: 1,600 rows without labels: predicted, not scored, 1:15",
-        "best epoch",
+        "stopped early after step 90: 3 evaluations without a better macro_f1 (optim.patience); the best is that of step 60",
+        "best weights",
         "2 of 3",
         "model",
         "runs/x/model",

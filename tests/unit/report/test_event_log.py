@@ -34,6 +34,7 @@ from agnews_dist.events import (
     RunStarted,
     Scores,
     StepDone,
+    StoppedEarly,
     Warned,
 )
 from agnews_dist.report.console import Sinks
@@ -56,9 +57,10 @@ EVENTS: list[Event] = [
         seconds=0.1,
     ),
     Predicted(split="test", num_examples=3, seconds=0.1),
+    StoppedEarly(step=9, epoch=2, num_worse=3, metric="loss", best_step=6),
     Profiled(path="trace.json", top_operators="a\nb"),
     OverfitChecked(num_examples=8, num_steps=50, first_loss=1.4, last_loss=0.01, accuracy=1.0),
-    RunDone(facts={"best epoch": "1"}, paths={"model": "runs/x/model"}),
+    RunDone(facts={"best weights": "1"}, paths={"model": "runs/x/model"}),
 ]
 
 
@@ -86,7 +88,7 @@ def test_scores_are_fields_of_the_line_in_their_place(tmp_path: Path) -> None:
         log(EVENTS[3])
     (line,) = read_events(tmp_path / "events.jsonl")
     assert list(line) == [
-        "event", "time", "split", "epoch", "num_examples", "num_correct", "accuracy", "macro_f1", "loss", "confusion",
+        "event", "time", "split", "epoch", "step", "num_examples", "num_correct", "accuracy", "macro_f1", "loss", "confusion",
         "class_names", "num_classes", "classes", "seconds",
     ]  # fmt: skip
 
