@@ -15,7 +15,7 @@ from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.data.batching.shares import quadratic_weight
 from agnews_dist.data.corpus import Corpus, load_corpus
 from agnews_dist.data.rows import hash_corpus
-from agnews_dist.data.tokens import TokenSplit, TokenStore, open_or_build
+from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding, TokenSplit, TokenStore, open_or_build
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import choose_precision, should_use_cuda
 from agnews_dist.engine.engine import Engine
@@ -29,6 +29,7 @@ from agnews_dist.model.export import load_classifier
 from agnews_dist.model.gpt2 import Classifier, check_max_length, count_parameters, load_backbone, load_model_config, split_model
 from agnews_dist.model.prefix import CALL_TOKENS
 from agnews_dist.model.pretrained import load_tokenizer
+from agnews_dist.model.tokenizer_files import check_export
 from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.run.fingerprints import run_fingerprints
 from agnews_dist.storage.directories import cache_root
@@ -106,7 +107,14 @@ def load_text(data: DataConfig, *, hold_out: bool = True) -> Corpus:
 
 
 def open_tokens(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, data: DataConfig, *, max_length: int, emit: Emit, world: World
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    data: DataConfig,
+    *,
+    max_length: int,
+    emit: Emit,
+    world: World,
+    encoding: TextEncoding = TRAINING_ENCODING,
 ) -> TokenStore:
     """Open the token cache of `corpus`. If there is none, one process per node builds it while the others wait at a lock."""
     return open_or_build(
@@ -116,6 +124,7 @@ def open_tokens(
         cache_dir=cache_root(data.cache_dir),
         emit=emit,
         builds_first=world.local_rank == 0,
+        encoding=encoding,
     )
 
 
@@ -130,12 +139,22 @@ def load_training_inputs(
     data, model, seed = config.data, config.model, config.run.seed
     emit(Progress(task=f"load {model.name}", done=0, total=0))
     files = files or read_model_files(model, data)
+    if world.is_main:
+        # Rank 0 alone exports. Before training, as a faulty export would lose it.
+        check_export(files.tokenizer, data.max_length, name=model.name)
     backbone = load_backbone(
         model.name, revision=model.revision, init=model.init, seed=seed, tokenizer=files.tokenizer, config=files.config
     )
+    for note in backbone.notes:
+        emit(Warned(message=note))
+    if backbone.head_fault is not None:
+        emit(Warned(message=f"config.json of model {model.name!r}: {backbone.head_fault}. Its head is not used."))
     emit(Progress(task=f"load {data.source}", done=0, total=0))
     corpus = load_text(data)
-    classifier = split_model(backbone, trainable_blocks=model.trainable_blocks, num_classes=len(corpus.class_names), seed=seed)
+    names = corpus.class_names
+    classifier = split_model(
+        backbone, trainable_blocks=model.trainable_blocks, num_classes=len(names), seed=seed, class_names=names
+    )
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
@@ -154,7 +173,10 @@ def load_evaluation_inputs(
         UserError: no classifier, no such split, classes that do not fit, or any fault of the files.
     """
     data, model = config.data, config.model
-    classifier, tokenizer, class_names, trained_length = load_classifier(model.name, revision=model.revision)
+    saved = load_classifier(model.name, revision=model.revision)
+    classifier, tokenizer, class_names, trained_length, encoding, notes = saved
+    for note in notes:
+        emit(Warned(message=note))
     if max_length is not None and max_length != trained_length:
         check_max_length(max_length, classifier.config.n_positions)
         message = f"data.max_length {max_length}: the model was saved with {trained_length}, scores may differ"
@@ -163,7 +185,7 @@ def load_evaluation_inputs(
     _check_classes(data.source, corpus.class_names, class_names)
     with timer.stage("tokenize"):
         length = max_length or trained_length
-        store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world)
+        store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world, encoding=encoding)
     [tokens] = store.splits.values()
     return EvaluationInputs(classifier, tokenizer, class_names, tokens, store.fingerprint)
 

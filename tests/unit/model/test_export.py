@@ -18,6 +18,7 @@ from transformers import (
     pipeline,
 )
 
+from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding
 from agnews_dist.errors import ModelError
 from agnews_dist.model.export import export_model, fold_bias, load_classifier
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split_model
@@ -310,8 +311,8 @@ def test_fold_fails_if_fp32_is_not_precise_enough() -> None:
 
 
 def test_loading_an_export_gives_the_same_classifier(exported: Exported) -> None:
-    classifier, tokenizer, class_names, max_length = load_classifier(str(exported.directory.parent))
-    assert (class_names, max_length) == (CLASS_NAMES, MAX_LENGTH)
+    classifier, tokenizer, class_names, max_length, encoding, _ = load_classifier(str(exported.directory.parent))
+    assert (class_names, max_length, encoding) == (CLASS_NAMES, MAX_LENGTH, TRAINING_ENCODING)
     assert len(tokenizer) == len(exported.tokenizer)
     assert tokenizer.pad_token_id == exported.tokenizer.pad_token_id
     assert not classifier.suffix.training
@@ -331,8 +332,9 @@ def test_loading_a_classifier_of_hugging_face(tmp_path: Path) -> None:
     model = GPT2ForSequenceClassification(GPT2Config(**shape, eos_token_id=0, num_labels=3)).eval()
     model.save_pretrained(tmp_path)
 
-    classifier, tokenizer, class_names, max_length = load_classifier(str(tmp_path))
+    classifier, tokenizer, class_names, max_length, encoding, _ = load_classifier(str(tmp_path))
     assert (class_names, max_length) == (("LABEL_0", "LABEL_1", "LABEL_2"), 48)
+    assert encoding == TextEncoding(splits_special_tokens=False)
     for text in TEXTS:
         ids = tokenizer(text, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")["input_ids"]
         with torch.no_grad():
