@@ -65,7 +65,7 @@ def load_backbone(
             ones; not GPT-2; a vocabulary that does not fit the tokenizer.
     """
     config = copy.deepcopy(config) or load_model_config(name, revision=revision, init=init, tokenizer=tokenizer)
-    pad_id = cast("int | None", config.pad_token_id)
+    pad_id = config.pad_token_id
     if name == EMBEDDED:
         backbone = Backbone(_draw_weights(config, EMBEDDED_SEED if init == "pretrained" else seed, name), None, None)
         scale_embeddings(backbone.model)

@@ -56,7 +56,7 @@ def _read_raw_config(location: Location) -> dict[str, Any]:
             "or set --model.name to one that Hugging Face's save_pretrained wrote."
         )
     with reading(location, CONFIG_FILE):
-        raw = cast("dict[str, Any]", GPT2Config.get_config_dict(location.target, revision=location.revision)[0])
+        raw = GPT2Config.get_config_dict(location.target, revision=location.revision)[0]
         if raw.get("model_type") != "gpt2":
             raise ModelError(
                 f"model {location.name!r} is a {raw.get('model_type')!r} model: only GPT-2 is supported. "
