@@ -21,12 +21,14 @@ from agnews_dist.data.hugging_face import silence_transformers
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding
 from agnews_dist.errors import ModelError
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split_model
-from agnews_dist.model.pretrained import CONFIG_FILE, can_produce, read_tokenizer
+from agnews_dist.model.pretrained import CONFIG_FILE, can_produce, locate, read_tokenizer
 from agnews_dist.model.tokenizer_files import write_tokenizer
 from agnews_dist.storage import atomic
 
 TRAINABLE_BLOCKS_KEY = "trainable_blocks"
 """Our key of the exported config.json: the number of trained blocks, which are the last ones."""
+EXPORT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
+"""Files of an export."""
 FOLDING_TOLERANCE = 1e-5
 """Limit of a logit's error by folding, relative to max(1, the largest bias)."""
 
@@ -91,6 +93,20 @@ def export_model(
             f"the model cannot be written to {directory}: {error.strerror or error}. "
             "Free some space, or choose a writable --run.dir."
         ) from error
+
+
+def find_export(name: str) -> Path:
+    """Return the directory of a run's exported model; `name` may be that directory itself.
+
+    Raises:
+        ModelError: there is none, or it is not whole.
+    """
+    directory = locate(name, None).directory
+    if directory is None:
+        raise ModelError(f"run {name!r} is not a directory. Correct the path.")
+    if missing := [file for file in EXPORT_FILES if not (directory / file).is_file()]:
+        raise ModelError(f"run {name!r}: it has no exported model ({missing[0]} is missing). Finish its training first.")
+    return directory
 
 
 class SavedClassifier(NamedTuple):
