@@ -21,7 +21,8 @@ from agnews_dist.data.hugging_face import silence_transformers
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding
 from agnews_dist.errors import ModelError
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split_model
-from agnews_dist.model.pretrained import CONFIG_FILE, can_produce, locate, read_tokenizer
+from agnews_dist.model.pretrained import can_produce, locate, read_tokenizer
+from agnews_dist.model.saved_model import check_head
 from agnews_dist.model.tokenizer_files import write_tokenizer
 from agnews_dist.storage import atomic
 
@@ -131,6 +132,7 @@ def load_classifier(name: str, *, revision: str | None = None) -> SavedClassifie
     Raises:
         ModelError: as `load_backbone`; or the model has no head, one of another kind, or a single class.
     """
+    check_head(name, revision)
     tokenizer = read_tokenizer(name, revision=revision)
     encoding = _read_encoding(tokenizer)
     if tokenizer.pad_token is None:
@@ -138,10 +140,6 @@ def load_classifier(name: str, *, revision: str | None = None) -> SavedClassifie
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.padding_side = "right"
     backbone = load_backbone(name, revision=revision, init="pretrained", seed=0, tokenizer=tokenizer)
-    if backbone.head_fault is not None:
-        raise ModelError(
-            f"{CONFIG_FILE} of model {name!r}: {backbone.head_fault}. Correct {CONFIG_FILE}, or choose another model."
-        )
     if backbone.head_CD is None or not backbone.class_names:
         raise ModelError(
             f"model {name!r} has no classification head: its predictions would be random. "

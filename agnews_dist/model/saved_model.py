@@ -10,12 +10,12 @@ from torch import Tensor, nn, random
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
 
 from agnews_dist.errors import ModelError
-from agnews_dist.model.pretrained import CONFIG_FILE, WEIGHT_FILES, Location, reading
+from agnews_dist.model.pretrained import CONFIG_FILE, EMBEDDED, WEIGHT_FILES, Location, locate, reading
 
 _HEAD_FIELDS = ("id2label", "label2id", "num_labels", "problem_type")
 """Keys of config.json that describe a classification head."""
-_WRAPPED = r"(^|\.)(?:(?:_orig_mod|module)\.)+"
-"""Parts of names that torch.compile and DistributedDataParallel add, anywhere in a name."""
+_WRAPPED = {r"^(?:(?:_orig_mod|module)\.)+": "", r"\.(?:(?:_orig_mod|module)\.)+": "."}
+"""Parts of names that torch.compile and DistributedDataParallel add, at the start and inside: pattern -> replacement."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ def _read_raw_config(location: Location) -> dict[str, Any]:
                 "Choose a GPT-2 of any size, such as gpt2, gpt2-medium or distilgpt2."
             )
     return raw
+
+
+def check_head(name: str, revision: str | None) -> None:
+    """Check that config.json describes a classifier of one class per text, if any; raise ModelError with the wrong field."""
+    if name != EMBEDDED and (fault := _find_head_fault(_read_raw_config(locate(name, revision)))):
+        raise ModelError(f"{CONFIG_FILE} of model {name!r}: {fault}. Correct {CONFIG_FILE}, or choose another model.")
 
 
 def _find_head_fault(raw: Mapping[str, Any]) -> str | None:
@@ -117,7 +123,7 @@ def read_weights(location: Location, config: GPT2Config) -> Backbone:
         loaded, report = load(renamed)
     _check_loaded(loaded, report, location)
     notes: tuple[str, ...] = ()
-    if _WRAPPED in renamed:
+    if renamed.keys() & _WRAPPED.keys():
         notes = (f"weights of model {location.name!r}: _orig_mod. and module. are removed from their names.",)
     if not isinstance(loaded, GPT2ForSequenceClassification):
         return Backbone(cast(GPT2Model, loaded), None, None, fault, notes)
@@ -129,8 +135,10 @@ def read_weights(location: Location, config: GPT2Config) -> Backbone:
 def _find_new_names(report: dict[str, Any], *, is_tied: bool) -> dict[str, str]:
     """Return how names of a file become those of the missing weights, as regular expressions; empty if they cannot."""
     unexpected: set[str] = set(report["unexpected_keys"])
-    plain = {re.sub(_WRAPPED, r"\1", name) for name in unexpected}
-    renamed = {_WRAPPED: r"\1"} if plain != unexpected else {}
+    plain = unexpected
+    for pattern, replacement in _WRAPPED.items():
+        plain = {re.sub(pattern, replacement, name) for name in plain}
+    renamed = dict(_WRAPPED) if plain != unexpected else {}
     # Tied weights may be stored once, as those of the language model's head.
     if is_tied and "lm_head.weight" in plain and not any(name.endswith("wte.weight") for name in plain):
         renamed[r"^lm_head\.weight$"] = "transformer.wte.weight"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.tiny_models import save_tiny_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -18,7 +19,7 @@ from transformers import (
     pipeline,
 )
 
-from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding
+from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding, encode
 from agnews_dist.errors import ModelError
 from agnews_dist.model.export import export_model, fold_bias, load_classifier
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split_model
@@ -365,3 +366,69 @@ def test_the_export_is_readable_by_others(embedded: Exported) -> None:
     os.umask(umask)
     assert embedded.directory.stat().st_mode & 0o777 == 0o777 & ~umask
     assert (embedded.directory / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+# --- classifiers made elsewhere
+
+
+ODD_TEXTS = [*TEXTS, "<|endoftext|>", "a <|endoftext|><|endoftext|>", "<|endoftext|> begins"]
+ODD_TEXTS += ["long " * 100, "long <|endoftext|>" * 60]
+
+
+@pytest.mark.parametrize("template", [None, "$A <|endoftext|>", "<|endoftext|> $A", "<|endoftext|> $A <|endoftext|>"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pad_token_id": 0},
+        {"pad_token_id": None},
+        {"pad_token_id": 70, "tokenizer_split_special_tokens": True},
+        {"pad_token_id": 0, "tokenizer_truncation_side": "left", "tokenizer_padding_side": "left"},
+        {"pad_token_id": 0, "tokenizer_model_input_names": ["input_ids", "token_type_ids", "attention_mask"]},
+    ],
+)
+def test_predictions_are_those_of_the_pipeline(tmp_path: Path, template: str | None, changes: dict[str, object]) -> None:
+    save_tiny_model(tmp_path, num_classes=4, template=template, tokenizer_model_max_length=64, **changes)
+    classify = pipeline("text-classification", model=str(tmp_path), top_k=None)
+    saved = load_classifier(str(tmp_path))
+    for text in ODD_TEXTS:
+        [ids], _ = encode(saved.tokenizer, [text], saved.max_length, encoding=saved.encoding)
+        with torch.no_grad():
+            ours = saved.classifier.logits(torch.tensor([ids]), torch.tensor([len(ids)])).softmax(-1)[0]
+        theirs = {answer["label"]: answer["score"] for answer in classify([text], truncation=True)[0]}
+        expected = torch.tensor([theirs[name] for name in saved.class_names])
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5, msg=lambda message, text=text: f"{text!r}: {message}")
+
+
+@pytest.mark.parametrize(("num_classes", "has_bias"), [(64, True), (65, False), (150, False), (300, False)])
+def test_many_classes_have_a_bias_only_if_it_folds(tmp_path: Path, num_classes: int, has_bias: bool) -> None:
+    """The embedded model has width 128."""
+    tokenizer = load_tokenizer("embedded", revision=None, pad_token="new")
+    backbone = load_backbone("embedded", revision=None, init="pretrained", seed=0, tokenizer=tokenizer)
+    classifier = split_model(backbone, trainable_blocks=1, num_classes=num_classes, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in classifier.suffix.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+    assert (classifier.suffix.out_head.bias is not None) == has_bias
+    names = [f"topic {i}" for i in range(num_classes)]
+    export_model(tmp_path / "model", classifier, tokenizer, class_names=names, max_length=MAX_LENGTH, card="")
+    ours = our_logits(classifier, tokenizer, TEXTS).softmax(-1)
+    torch.testing.assert_close(huggingface_logits(tmp_path / "model", TEXTS).softmax(-1), ours, rtol=1e-4, atol=1e-7)
+    assert load_classifier(str(tmp_path)).class_names == tuple(names)
+
+
+def test_torch_export_takes_the_model_as_it_is(embedded: Exported) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(embedded.directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(embedded.directory)
+
+    def batch(*texts: str) -> dict[str, torch.Tensor]:
+        return dict(tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True))
+
+    free = {0: torch.export.Dim("texts", min=2, max=64), 1: torch.export.Dim("tokens", min=2, max=256)}
+    given = batch("The coach left the club", "Oil")
+    program = torch.export.export(model, (), given, dynamic_shapes=dict.fromkeys(given, free), strict=False).module()
+    other = batch("A probe on the moon, said the agency", "A vote", "Go")
+    with torch.no_grad():
+        outputs = model(**other)
+        assert list(outputs) == ["logits"], "no cache"
+        torch.testing.assert_close(program(**other).logits, outputs.logits)
