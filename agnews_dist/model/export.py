@@ -6,6 +6,7 @@ computed in fp64.
 """
 
 import copy
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from agnews_dist.model.pretrained import can_produce, locate, read_tokenizer
 from agnews_dist.model.saved_model import check_head
 from agnews_dist.model.tokenizer_files import write_tokenizer
 from agnews_dist.storage import atomic
+from agnews_dist.storage.capacity import gigabytes
 
 TRAINABLE_BLOCKS_KEY = "trainable_blocks"
 """Our key of the exported config.json: the number of trained blocks, which are the last ones."""
@@ -94,6 +96,31 @@ def export_model(
             f"the model cannot be written to {directory}: {error.strerror or error}. "
             "Free some space, or choose a writable --run.dir."
         ) from error
+
+
+def check_room(directory: Path, num_parameters: int) -> None:
+    """Check before training that the export can be written below an existing `directory`, as far as that is known.
+
+    Raises:
+        ModelError: too little space, no free inode, or a path that is not UTF-8, which safetensors cannot write.
+    """
+    try:
+        str(directory.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(f"run.dir {str(directory)!r}: its path is not UTF-8. Set --run.dir to another one.") from error
+    try:
+        system = os.statvfs(directory)
+    except OSError:
+        return
+    needed, free = 4 * num_parameters, system.f_bavail * system.f_frsize
+    if free < needed:
+        raise ModelError(
+            f"run.dir {directory}: {gigabytes(free)} free, the exported model takes {gigabytes(needed)}. Free some space, or "
+            "set --run.dir to another disk."
+        )
+    # Some file systems count no inodes.
+    if system.f_files and system.f_favail < 2 * len(EXPORT_FILES):
+        raise ModelError(f"run.dir {directory}: no inodes are free. Remove some files, or set --run.dir to another disk.")
 
 
 def find_export(name: str) -> Path:

@@ -25,7 +25,7 @@ from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
 from agnews_dist.events import Emit, Progress, Warned
 from agnews_dist.features.manager import CacheSettings, FeatureCache
 from agnews_dist.features.placement import RequestedPlace
-from agnews_dist.model.export import load_classifier
+from agnews_dist.model.export import check_room, load_classifier
 from agnews_dist.model.gpt2 import Classifier, check_max_length, count_parameters, load_backbone, load_model_config, split_model
 from agnews_dist.model.prefix import CALL_TOKENS
 from agnews_dist.model.pretrained import load_tokenizer
@@ -155,10 +155,13 @@ def load_training_inputs(
     classifier = split_model(
         backbone, trainable_blocks=model.trainable_blocks, num_classes=len(names), seed=seed, class_names=names
     )
+    parameters = count_parameters(classifier)
+    if world.is_main:
+        check_room(Path(config.run.dir), sum(map(sum, parameters.values())))
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
-    return TrainingInputs(classifier, files.tokenizer, store, fingerprints, count_parameters(classifier))
+    return TrainingInputs(classifier, files.tokenizer, store, fingerprints, parameters)
 
 
 def load_evaluation_inputs(

@@ -21,7 +21,7 @@ from transformers import (
 
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding, encode
 from agnews_dist.errors import ModelError
-from agnews_dist.model.export import export_model, fold_bias, load_classifier
+from agnews_dist.model.export import check_room, export_model, fold_bias, load_classifier
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split_model
 from agnews_dist.model.pretrained import load_tokenizer
 
@@ -256,6 +256,17 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, embedded: Exported) 
             max_length=MAX_LENGTH,
             card="",
         )
+
+
+def test_room_is_checked_before_training(tmp_path: Path) -> None:
+    check_room(tmp_path, 1_000_000)
+    check_room(tmp_path / "not yet there", 10**18)
+    with pytest.raises(
+        ModelError, match=r"run\.dir .*free, the exported model takes 4,?000,?000,?000.* GB\. Free some space, or set"
+    ):
+        check_room(tmp_path, 10**18)
+    with pytest.raises(ModelError, match=r"run\.dir '.*udcff': its path is not UTF-8\. Set --run\.dir to another"):
+        check_room(tmp_path / os.fsdecode(b"\xff"), 1)
 
 
 # --- folding of the bias, against the equation
