@@ -131,7 +131,7 @@ def find_export(name: str) -> Path:
     """
     directory = locate(name, None).directory
     if directory is None:
-        raise ModelError(f"run {name!r} is not a directory. Correct the path.")
+        raise ModelError(f"run {name!r}: it is not a directory. Correct the path.")
     if missing := [file for file in EXPORT_FILES if not (directory / file).is_file()]:
         raise ModelError(f"run {name!r}: it has no exported model ({missing[0]} is missing). Finish its training first.")
     return directory

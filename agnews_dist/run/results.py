@@ -77,7 +77,8 @@ def write_results(
             _export(config, inputs, trainer, split_scores, directory)
         except ModelError as error:
             raise ModelError(
-                f"{error} The scores are in {directory}; the same command with --run.name {directory.name} exports again."
+                f"export of {directory.name}: it failed, and the scores are in {directory}. {error} The same command with "
+                f"--run.name {directory.name} exports again."
             ) from error
         facts = {
             f"{name} accuracy": f"{split.accuracy:.4f} ({split.num_correct}/{split.num_examples})"

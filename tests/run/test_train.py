@@ -196,7 +196,7 @@ def test_a_failing_export_loses_no_scores_and_can_be_repeated(tmp_path: Path) ->
     failed = python("-c", program, *arguments, check=False)
     run = tmp_path / "runs" / "news"
     assert failed.returncode == 1
-    assert f"the disk is full. The scores are in {run}; the same command with --run.name news exports again." in failed.stderr
+    assert f"the scores are in {run}. the disk is full. The same command with --run.name news exports again." in failed.stderr
     assert not (run / "model").exists()
     assert json.loads((run / "result.json").read_text())["splits"]["test"]["num_examples"] == 16
     assert len((run / "predictions-test.jsonl").read_text().splitlines()) == 16

@@ -51,7 +51,7 @@ def test_refusals(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert export_run.main([]) == 2
     assert "export of 0 runs: it takes one. Write agnews-dist export RUN." in capfd.readouterr().err
     assert export_run.main([str(tmp_path / "none")]) == 1
-    assert "none' does not exist" in capfd.readouterr().err
+    assert "none' does not exist: " in capfd.readouterr().err
     assert export_run.main([str(tmp_path)]) == 1
     assert "it has no exported model (config.json is missing). Finish its training first." in capfd.readouterr().err
     monkeypatch.setattr(onnx_file, "PACKAGES", ("torch", "onnx_of_tomorrow"))

@@ -113,7 +113,7 @@ def test_a_pad_token_that_texts_contain_is_replaced(tmp_path: Path, pad: str) ->
     assert tokenizer.pad_token_id not in tokenizer("a! [PAD] [PAD1] ab")["input_ids"]
 
 
-def test_end_of_text_that_texts_contain_is_no_pad_token(tmp_path: Path) -> None:
+def test_end_of_text_that_texts_contain_is_refused_as_pad_token(tmp_path: Path) -> None:
     backend = Tokenizer(models.WordLevel({END: 0, "a": 1, "[UNK]": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     source = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
