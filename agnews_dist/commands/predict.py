@@ -64,13 +64,16 @@ def predict(world: World, loaded: Loaded) -> None:
     if not options["text"] and options["file"] is None and sys.stdin.isatty():
         print("Reading texts from the terminal, one per line; end with Ctrl-D.", file=sys.stderr, flush=True)
     texts = read_texts(options["text"], options["file"], sys.stdin)
-    classifier, tokenizer, class_names, max_length = load_classifier(config.model.name, revision=config.model.revision)
+    saved = load_classifier(config.model.name, revision=config.model.revision)
+    classifier, tokenizer, class_names, max_length, encoding, notes = saved
+    for note in notes:
+        warn(note)
     if "data.max_length" in loaded.explicit:
         max_length = config.data.max_length
         check_max_length(max_length, classifier.config.n_positions)
     engine = start_engine(config.engine, world, is_training=False)
     place_classifier(classifier, engine, fast_path=config.engine.fast_path)
-    predictions = classify(texts, classifier, tokenizer, engine, max_length=max_length, warn=warn)
+    predictions = classify(texts, classifier, tokenizer, engine, max_length=max_length, encoding=encoding, warn=warn)
     is_table = options["format"] == "table" or (options["format"] is None and sys.stdout.isatty())
     try:
         (print_table if is_table else print_lines)(predictions, class_names)

@@ -75,8 +75,8 @@ class DataConfig(Section):
     max_length: Count = setting(256, "must match", "changes features", "basic")
     """Tokens per text, at most. Longer texts are truncated and counted. AG News: mean 52, longest about 323."""
     pad_token: Literal["new", "eos"] = setting("new", "must match", "changes features")
-    """Token for padding. 'new' adds [PAD] as a frozen row of the embedding, 'eos' reuses <|endoftext|>. The logits do not
-    depend on it."""
+    """Token for padding. 'new' keeps one that no text can contain, or adds [PAD] as a frozen row of the embedding; 'eos' reuses
+    <|endoftext|>. The logits do not depend on it."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = setting(0.05, "must match", "changes features")
     """Share of training rows to hold out. They are stratified by label, and held out only if the source has no validation
     split."""

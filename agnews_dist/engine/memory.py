@@ -48,8 +48,9 @@ class Shape:
         return 4 * self.width**2 + 2 * self.width * self.inner + 9 * self.width + self.inner
 
     def count_trainable(self, trainable_blocks: int, num_classes: int) -> int:
-        # The last blocks, the final norm, `out_head`.
-        return trainable_blocks * self.block + 2 * self.width + num_classes * (self.width + 1)
+        # The last blocks, the final norm, `out_head`; its bias as in model/gpt2.py.
+        has_bias = 2 * num_classes <= self.width
+        return trainable_blocks * self.block + 2 * self.width + num_classes * (self.width + has_bias)
 
     def count_frozen(self, trainable_blocks: int) -> int:
         embeddings = (self.num_rows + self.num_positions) * self.width

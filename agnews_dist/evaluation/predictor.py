@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.data.batching.loader import TokenTable
-from agnews_dist.data.tokens import TokenSplit, encode
+from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding, TokenSplit, encode
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import ConfigError, DataError
 from agnews_dist.evaluation.evaluator import compute_rank_logits, log_softmax_NC
@@ -112,6 +112,7 @@ def classify(
     engine: Engine,
     *,
     max_length: int,
+    encoding: TextEncoding = TRAINING_ENCODING,
     warn: Callable[[str], object],
 ) -> Iterator[tuple[InputText, NDArray[np.float64]]]:
     """Yield each text with its class probabilities, in order. Within a chunk, batches are sorted by length.
@@ -125,7 +126,9 @@ def classify(
     for begin in range(0, len(texts), TEXTS_PER_CHUNK):
         chunk = texts[begin : begin + TEXTS_PER_CHUNK]
         locations = [text.location for text in chunk]
-        ids, num_truncated = encode(tokenizer, [text.text for text in chunk], max_length, name=locations.__getitem__)
+        ids, num_truncated = encode(
+            tokenizer, [text.text for text in chunk], max_length, encoding=encoding, name=locations.__getitem__
+        )
         num_cut += num_truncated
         split = TokenSplit(
             name="texts",

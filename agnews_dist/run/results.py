@@ -1,4 +1,4 @@
-"""The files that a finished run leaves: exported model, predictions, result.json."""
+"""The files that a finished run leaves: predictions, result.json, exported model."""
 
 import resource
 import sys
@@ -10,6 +10,7 @@ import torch
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.engine import Engine
+from agnews_dist.errors import ModelError
 from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.events import Emit, RunDone, Scores
 from agnews_dist.features.manager import FeatureCache
@@ -42,13 +43,12 @@ def write_results(
     *,
     attempt: Attempt,
 ) -> None:
-    """Write model, predictions and result.json of a training, on rank 0. Collective."""
+    """Write predictions, result.json and the model of a training, on rank 0. Collective."""
     directory, monitors = attempt.directory, attempt.monitors
     peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
     scores = _select_scored(split_scores)
 
     def write() -> None:
-        _export(config, inputs, trainer, split_scores, directory)
         paths = {"model": str(directory / "model"), "result": str(directory / "result.json")}
         paths |= {f"{name} predictions": str(write_predictions(directory, name, split)) for name, split in split_scores.items()}
         seconds = monitors.timer.totals()
@@ -72,6 +72,14 @@ def write_results(
             fingerprints=inputs.fingerprints,
         )
         write_json(directory / "result.json", result.to_dict())
+        # Last: a failing export must lose no scores.
+        try:
+            _export(config, inputs, trainer, split_scores, directory)
+        except ModelError as error:
+            raise ModelError(
+                f"export of {directory.name}: it failed, and the scores are in {directory}. {error} The same command with "
+                f"--run.name {directory.name} exports again."
+            ) from error
         facts = {
             f"{name} accuracy": f"{split.accuracy:.4f} ({split.num_correct}/{split.num_examples})"
             for name, split in scores.items()

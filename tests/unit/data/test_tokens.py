@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ import pytest
 from support import small_run
 from support.fork_server import run_python
 from support.processes import TIMEOUT, environment
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from agnews_dist.data.corpus import Source, load_corpus
 from agnews_dist.data.rows import Corpus, Origin, Split
 from agnews_dist.data.texts import Texts
-from agnews_dist.data.tokens import TokenStore, encode, open_or_build
+from agnews_dist.data.tokens import TextEncoding, TokenStore, encode, open_or_build
 from agnews_dist.errors import DataError
 from agnews_dist.events import DataChecked, Event, Progress, Warned, ignore_event
 from agnews_dist.model.embedded import embedded_tokenizer
@@ -108,6 +109,43 @@ def test_encode_truncates_and_counts_long_texts():
     assert [len(tokens) for tokens in ids][::2] == [7, 7]
     assert ids[1] == tokenizer("short")["input_ids"]
     assert ids[0] == tokenizer(long, verbose=False)["input_ids"][:7]
+
+
+def test_encode_of_a_classifier_made_elsewhere():
+    tokenizer = embedded_tokenizer()
+    end = tokenizer.eos_token_id
+    template = processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)])
+    tokenizer.backend_tokenizer.post_processor = template
+    first, second, third = tokenizer("news", add_special_tokens=False)["input_ids"]
+    texts = ["news", "<|endoftext|>", "news" * 9, "news<|endoftext|>news"]
+    rules = TextEncoding(adds_special_tokens=True, splits_special_tokens=False)
+    ids, num_truncated = encode(tokenizer, texts, 5, encoding=rules)
+    assert ids == [
+        [first, second, third, end],
+        [end, end],
+        [first, second, third, first, end],
+        [first, second, third, end, end],
+    ]
+    assert num_truncated == 2
+    ids, _ = encode(tokenizer, texts, 5, encoding=replace(rules, pad_id=end))
+    assert ids == [[first, second, third], [end], [first, second, third, first], [first, second, third]]
+    tokenizer.truncation_side = "left"
+    assert encode(tokenizer, ["news" * 9], 5, encoding=rules)[0] == [[third, first, second, third, end]]
+
+
+def test_the_key_of_a_classifier_made_elsewhere_is_another(tmp_path):
+    corpus, tokenizer = small_corpus("The market rose."), embedded_tokenizer()
+    rules = [
+        TextEncoding(),
+        TextEncoding(adds_special_tokens=True),
+        TextEncoding(splits_special_tokens=False),
+        TextEncoding(pad_id=3),
+    ]
+    stores = [open_tokens(corpus, tmp_path, tokenizer=tokenizer, encoding=each) for each in rules]
+    tokenizer.truncation_side = "left"
+    stores.append(open_tokens(corpus, tmp_path, tokenizer=tokenizer))
+    assert len({store.fingerprint for store in stores}) == 5
+    assert stores[0].fingerprint == open_tokens(corpus, tmp_path, tokenizer=embedded_tokenizer()).fingerprint
 
 
 @pytest.mark.slow

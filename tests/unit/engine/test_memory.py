@@ -25,7 +25,7 @@ from agnews_dist.engine.memory import (
     format_estimate,
     propose_settings,
 )
-from agnews_dist.model.gpt2 import Backbone, split_model
+from agnews_dist.model.gpt2 import Backbone, has_head_bias, split_model
 from agnews_dist.model.prefix import CALL_TOKENS
 from agnews_dist.run.setup import build_shape, count_texts_per_rank
 
@@ -204,3 +204,10 @@ def test_the_documented_memory_table_is_the_estimate() -> None:
     pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     assert [row for row in memory_table() if row not in text] == []
+
+
+@pytest.mark.parametrize("num_classes", [2, 64, 65, 150])
+def test_the_heads_bias_is_counted_where_the_model_has_one(num_classes: int) -> None:
+    shape = Shape(num_blocks=1, width=128, inner=512, num_heads=2, num_rows=9, num_positions=9)
+    has_bias = has_head_bias(num_classes, 128)
+    assert shape.count_trainable(0, num_classes) == 2 * 128 + num_classes * 128 + num_classes * has_bias

@@ -117,6 +117,29 @@ def test_generated_model_and_data_are_not_hub_ids() -> None:
     assert "non-commercial" not in text
 
 
+def test_nothing_is_claimed_about_other_data() -> None:
+    text = card(dataset="someone/reviews")
+    front = front_matter(text)
+    assert "language" not in front
+    assert front["tags"] == ["text-classification", "gpt2", "agnews_dist"]
+    assert front["datasets"] == ["someone/reviews"]
+    for claim in ("AG News", "non-commercial", "English", "news"):
+        assert claim not in text.replace("agnews_dist", "")
+    assert "No licence is stated here" in text
+    assert front_matter(card(dataset="someone/ag_news"))["language"] == "en"
+
+
+def test_many_classes_are_cut_and_have_no_table() -> None:
+    names = tuple(f"topic {i}" for i in range(150))
+    scores = scores_of(np.eye(150, dtype=int).tolist(), 1.0)
+    text = card(class_names=names, splits={"test": scores})
+    assert "for 150 classes (topic 0, topic 1," in text
+    assert "topic 19 and 130 more)" in text
+    assert "topic 20" not in text
+    assert "Confusion" not in text
+    assert len(text) < 5_000
+
+
 def test_odd_names_are_escaped() -> None:
     name = "run: 'a' | \"b\" #1\n---"
     text = card(name=name, class_names=("a|b", "c\nd"))
