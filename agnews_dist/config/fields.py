@@ -264,6 +264,6 @@ def format_value(value: object, *, escape: bool = False) -> str:
     items: list[Any] = list(value) if isinstance(value, tuple) else [value]
     items = [item.replace("$", "$$") if escape and isinstance(item, str) else item for item in items]
     plain = items if isinstance(value, tuple) else items[0]
-    style = '"' if isinstance(plain, str) and not plain.isprintable() else None
+    style = '"' if any(isinstance(item, str) and not item.isprintable() for item in items) else None
     text = yaml.safe_dump(plain, default_style=style, default_flow_style=True, allow_unicode=True, width=float("inf"))
     return text.split("\n")[0]

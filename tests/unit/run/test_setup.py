@@ -39,7 +39,7 @@ def test_place_inputs_keeps_the_frozen_weights_for_the_export_on_rank_0_only(mon
     monkeypatch.setattr(engine, "world", World(rank=rank, num_ranks=2, local_rank=rank, ranks_per_node=2))
     classifier, tokenizer = toy_classifier(), SimpleNamespace(pad_token_id=96)
     store = SimpleNamespace(splits={"train": toy_split([3, 1]), "test": toy_split([2])}, class_names=("a", "b"))
-    inputs = TrainingInputs(classifier, tokenizer, store, {}, {})
+    inputs = TrainingInputs(classifier, tokenizer, store, {}, {}, {})
     frozen = set(classifier.frozen_state)
     assert frozen
     tables = place_inputs(Config(), inputs, engine)
