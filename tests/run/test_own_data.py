@@ -206,3 +206,60 @@ def test_header_and_card_are_true_for_the_data(trained: Trained) -> None:
     assert all(name in card for name in names[:3])
     assert not any(word in card.lower() for word in ("ag news", "ag_news", "ag-news", "world", "sci/tech", "striker"))
     assert "language:" not in card
+
+
+CLASS_COUNTS = {"urgent": 4, "other": 60, "billing": 12}
+"""Training rows of each class, in the order of the class-names file, which is not that of sorting."""
+IMBALANCE = ("--optim.class_weights", "balanced", "--optim.label_smoothing", "0.1", "--optim.best_metric", "macro_f1")
+
+
+@pytest.fixture(scope="module")
+def imbalanced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write compressed tsv whose test split has no labels, and a file of class names."""
+    directory = tmp_path_factory.mktemp("imbalanced")
+    (directory / "rows").mkdir()
+    for seed, split in enumerate(("train", "valid", "test")):
+        rows = [
+            (f"{name} matter {k} of {split}\twith a tab", name)
+            for name, count in CLASS_COUNTS.items()
+            for k in range(count if split == "train" else 3)
+        ]
+        random.Random(seed).shuffle(rows)
+        header = ("text",) if split == "test" else ("text", "target")
+        write_csv(directory / "rows" / f"{split}.tsv.gz", header, [row[: len(header)] for row in rows], "\t")
+    (directory / "names.txt").write_text("\n".join(CLASS_COUNTS) + "\n", encoding="utf-8")
+    return directory
+
+
+def test_imbalanced_classes_stop_early_and_predict_a_test_split_without_labels(imbalanced: Path) -> None:
+    data = ("--data.source", str(imbalanced / "rows"), "--data.class_names", str(imbalanced / "names.txt"))
+    early = ("--optim.max_steps", "200", "--optim.evaluate_every", "2", "--optim.patience", "3")
+    outputs = [train(imbalanced, str(n), n, *data, *early, *IMBALANCE).stdout for n in (1, 2)]
+    one, two = (imbalanced / "runs" / name for name in "12")
+    weights_C = [sum(CLASS_COUNTS.values()) / 3 / count for count in CLASS_COUNTS.values()]
+    for output in outputs:
+        assert "classes    3: urgent, other, billing" in output
+        assert f"label smoothing 0.1, balanced class weights {min(weights_C):.3g} to {max(weights_C):.3g}" in output
+        assert output.count("test: 9 rows without labels: predicted, not scored") == 1
+        assert output.count("stopped early after step") == 1
+    assert AutoConfig.from_pretrained(two / "model").id2label == dict(enumerate(CLASS_COUNTS))
+    left, right = read_predictions(one), read_predictions(two)
+    assert [(row["label"], row["prediction"]) for row in left] == [(None, row["prediction"]) for row in right]
+
+    results = [read_result(run) for run in (one, two)]
+    assert list(results[1]) == ["validation"]
+    assert results[0]["validation"]["confusion"] == results[1]["validation"]["confusion"]
+    scores = [event["macro_f1"] for event in read_events(two / "events.jsonl", "EvalDone")]
+    assert len(scores) < 100, "patience ends the run"
+    assert len(scores) - 1 - scores.index(max(scores)) >= 3
+    assert results[1]["validation"]["macro_f1"] == max(scores)
+
+
+def test_a_split_that_is_left_out_is_neither_read_nor_scored(imbalanced: Path) -> None:
+    (imbalanced / "rows" / "test.tsv.gz").write_bytes(b"not gzip")
+    done = train(imbalanced, "none", 1, "--data.source", str(imbalanced / "rows"), "--data.splits.test", "none")
+    run = imbalanced / "runs" / "none"
+    assert list(read_result(run)) == ["validation"]
+    assert not (run / "predictions-test.jsonl").exists()
+    assert "76 train, 9 validation\n" in done.stdout
+    assert AutoConfig.from_pretrained(run / "model").id2label == dict(enumerate(sorted(CLASS_COUNTS)))
