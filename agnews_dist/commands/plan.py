@@ -93,6 +93,7 @@ def run(world: World, loaded: Loaded) -> None:
             show_plan(
                 estimate,
                 title=f"{model.name} on {data.source}, ranks: {num_ranks}, epochs: {num_epochs}{cut}",
+                data_facts=corpus.facts,
                 num_truncated=split.num_truncated,
                 max_length=data.max_length,
                 out=out,

@@ -68,16 +68,24 @@ def read_class_names(given: Sequence[str] | None) -> tuple[str, ...] | None:
 
 
 def decide_classes(
-    raw: Mapping[str, RawRows], given: tuple[str, ...] | None = None, *, source: str, is_model: bool = False
+    raw: Mapping[str, RawRows],
+    given: tuple[str, ...] | None = None,
+    *,
+    source: str,
+    is_model: bool = False,
+    needs_labels: bool = True,
 ) -> Classes:
     """Decide the classes and return every label as an index.
 
     `given`: names that are set; with `is_model` those of a saved model. If these are only numbers, the data's own names count.
+    `needs_labels` False: any split may be without labels, not only test.
 
     Raises:
         DataError: labels are missing, of different kinds or unknown; fewer than two classes.
     """
-    labelled = {name: rows for name, rows in raw.items() if _is_labelled(name, rows)}
+    labelled = {
+        name: rows for name, rows in raw.items() if _is_labelled(name, rows, needs_labels=needs_labels and name != "test")
+    }
     kinds = _kinds_of(labelled)
     findings: list[DataFinding] = []
     names = given
@@ -101,8 +109,8 @@ def decide_classes(
     return Classes(names, labels, tuple(findings))
 
 
-def _is_labelled(name: str, rows: RawRows) -> bool:
-    """Return whether a split has labels. A test split may have none, or -1 in every row as in GLUE.
+def _is_labelled(name: str, rows: RawRows, *, needs_labels: bool) -> bool:
+    """Return whether a split has labels. One that needs none may have -1 in every row, as the test splits of GLUE.
 
     Raises:
         DataError: labels are missing in some rows, or in a split that needs them.
@@ -112,7 +120,7 @@ def _is_labelled(name: str, rows: RawRows) -> bool:
         missing_N |= rows.code_N == rows.values.index(-1)
     if all(value in (-1, "-1") for value in rows.values):
         missing_N[:] = True
-    if name == "test" and missing_N.all():
+    if not needs_labels and missing_N.all():
         return False
     if missing_N.any():
         bad = np.flatnonzero(missing_N).tolist()
@@ -188,12 +196,16 @@ def _names_of_integers(
     if (is_original and numbers == [1, 2, 3, 4]) or (source in AG_NEWS and set(numbers) <= {0, 1, 2, 3}):
         return CLASS_NAMES, []
     names = tuple(f"LABEL_{number}" for number in numbers)
+    # Names in data.class_names count from 0.
+    counts_from_0 = numbers == list(range(len(numbers)))
     findings = [
         DataFinding(
             f"{len(names)} classes without names",
             list_first(names, str),
             "the labels are integers",
-            "Name the classes with --data.class_names",
+            "Name the classes with --data.class_names"
+            if counts_from_0
+            else "To name them, write names in place of the numbers",
         )
     ]
     if numbers[:1] == [1] and numbers == list(range(1, len(numbers) + 1)):
@@ -202,7 +214,7 @@ def _names_of_integers(
                 f"labels seem to count from 1 to {len(numbers)}",
                 "",
                 "class LABEL_1 has index 0",
-                "Nothing is lost; number from 0 to avoid confusion",
+                "Nothing is lost; with --data.class_names, number them from 0",
             )
         )
     return names, findings
@@ -235,10 +247,11 @@ def _index_labels(rows: RawRows, names: tuple[str, ...]) -> Ints:
         wrong = rows.values[rows.code_N[bad[0]]]
         nearest = did_you_mean(wrong, names) if isinstance(wrong, str) else ""
         listing = list_first(bad, lambda i: f"{rows.origin.name(i)}: {quote_value(_shown(rows, i))}")
-        counts = "; they seem to count from 1" if _counts_from_1(rows, len(names)) else ""
+        from_1 = _counts_from_1(rows, len(names))
+        counts, remedy = ("; they seem to count from 1", "Number them from 0") if from_1 else ("", "Correct these rows")
         raise DataError(
             f"label is not a class in {count_rows(len(bad))} ({listing}): classes are {list_first(names, str)}, or 0 to "
-            f"{len(names) - 1}{counts}.{nearest} Correct these rows, or set --data.class_names or --data.label_column."
+            f"{len(names) - 1}{counts}.{nearest} {remedy}, or set --data.class_names or --data.label_column."
         )
     return labels_N
 

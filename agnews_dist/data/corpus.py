@@ -56,27 +56,32 @@ def load_corpus(
         limits: maximum of rows per split name; None: no maximum.
         seed: decides the synthetic text, the held-out rows and the rows within the limits. Choices keep the class proportions.
         hold_out: require train, and hold out validation. False: take the splits as they are.
-        model_classes: classes of a saved model, which labels are to mean; None: the classes are those of the data.
+        model_classes: classes of a saved model, which labels are to mean; None: the classes are those of the data. With them and
+            without `hold_out`, every split may be without labels, not only test.
 
     Raises:
         DataError: the source cannot be read, or its rows are wrong; names file and row.
     """
     given = read_class_names(source.class_names) or model_classes
-    raw = _read(source, seed)
+    needs_labels = hold_out or model_classes is None
+    # A label column that is set must be there, except in the test split of a training.
+    raw = _read(source, seed, needs_label=needs_labels or source.columns.label is not None)
     if hold_out and "train" not in raw:
         raise DataError(
             f"{source.name} has no train split (only {', '.join(raw)}): training needs one. Add a file whose name begins with "
             "train, or set --data.splits.train."
         )
-    classes = decide_classes(raw, given, source=source.name, is_model=source.class_names is None and model_classes is not None)
+    is_model = source.class_names is None and model_classes is not None
+    classes = decide_classes(raw, given, source=source.name, is_model=is_model, needs_labels=needs_labels)
     splits = {name: Split(name, rows.texts, classes.labels[name], rows.origin) for name, rows in raw.items()}
     if hold_out and "validation" not in splits:
         train, validation = hold_out_validation(splits["train"], fraction=validation_fraction, seed=seed)
         splits = {**splits, "train": train, "validation": validation}
     splits = {name: limit_rows(splits[name], limits, seed=seed) for name in SPLITS if name in splits}
     facts, findings = _describe(raw, classes), classes.findings
-    if "test" in splits and (splits["test"].labels < 0).all():
-        facts["test"] = "without labels: it is predicted, not scored"
+    if is_model and classes.names != given:
+        facts["classes"] += "; the model names none, and its LABEL_0 is taken for the first, and so on"
+    facts |= {name: "without labels: it is predicted, not scored" for name, split in splits.items() if (split.labels < 0).all()}
     return Corpus(splits, classes.names, hash_corpus(splits, classes.names), facts, findings)
 
 
@@ -102,8 +107,8 @@ def check_source(source: str) -> None:
         )
 
 
-def _read(source: Source, seed: int) -> dict[str, RawRows]:
-    """Read the rows of every split that is not left out."""
+def _read(source: Source, seed: int, *, needs_label: bool) -> dict[str, RawRows]:
+    """Read the rows of every split that is not left out; `needs_label`: all but test must have a label column."""
     wanted = [name for name in SPLITS if not source.splits.is_left_out(name)]
     if source.name == SYNTHETIC:
         return {name: _generate(name, seed) for name in wanted}
@@ -111,7 +116,9 @@ def _read(source: Source, seed: int) -> dict[str, RawRows]:
     path = Path(source.name)
     tables = open_local(path, source.splits) if path.exists() else open_hub(source.name, source.revision, source.splits)
     return {
-        name: read_rows(name, tables[name], source.columns, needs_label=name != "test", directory=source.cache_dir)
+        name: read_rows(
+            name, tables[name], source.columns, needs_label=needs_label and name != "test", directory=source.cache_dir
+        )
         for name in wanted
         if name in tables
     }

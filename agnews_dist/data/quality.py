@@ -31,7 +31,8 @@ def normalise(text: str) -> str:
 def find_faults(corpus: Corpus) -> list[DataFinding]:
     """Return the findings, those about the labels' values first."""
     findings = list(corpus.findings)
-    if "train" in corpus.splits:
+    # A split alone is scored, and nothing learns from it.
+    if "train" in corpus.splits and len(corpus.splits) > 1:
         findings += _check_classes(corpus.splits["train"], corpus.class_names)
     exact = {name: hash_texts(split.texts) for name, split in corpus.splits.items()}
     if "train" in corpus.splits:
@@ -45,7 +46,7 @@ def _check_classes(train: Split, class_names: Sequence[str]) -> Iterator[DataFin
     empty = np.flatnonzero(counts_C == 0).tolist()
     if empty:
         yield DataFinding(
-            f"{len(empty):,} of {len(class_names):,} classes have no training row",
+            f"{len(empty):,} of {len(class_names):,} classes {_have(len(empty))} no training row",
             list_first(empty, lambda label: str(class_names[label])),
             "they cannot be learnt",
             "Add rows, or leave these classes out",
@@ -53,11 +54,15 @@ def _check_classes(train: Split, class_names: Sequence[str]) -> Iterator[DataFin
     rare = np.flatnonzero((counts_C > 0) & (counts_C < MIN_CLASS_ROWS)).tolist()
     if rare:
         yield DataFinding(
-            f"{len(rare):,} of {len(class_names):,} classes have fewer than {MIN_CLASS_ROWS} training rows",
+            f"{len(rare):,} of {len(class_names):,} classes {_have(len(rare))} fewer than {MIN_CLASS_ROWS} training rows",
             list_first(rare, lambda label: f"{class_names[label]}: {counts_C[label]}"),
             "their scores will be poor",
             "Add rows, or merge classes",
         )
+
+
+def _have(count: int) -> str:
+    return "has" if count == 1 else "have"
 
 
 def _check_duplicates(train: Split, hash_N: Hashes) -> Iterator[DataFinding]:

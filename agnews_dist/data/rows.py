@@ -232,7 +232,7 @@ class _Reader:
             kind = "a decimal number" if isinstance(label, float) else f"a {type(label).__name__}"
             raise DataError(
                 f"label {quote_value(label)} in {where} is {kind}: a label is one text, integer or boolean. Set "
-                "--data.label_column to another column, or write the labels again."
+                "--data.label_column to another column, or write the labels as text or integers."
             )
         if isinstance(label, str) and (found := UNREADABLE.search(label)):
             raise DataError(

@@ -1,6 +1,6 @@
 """One screen for a forecast: facts about the batches, and the lengths of the texts as bars."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import rich.console
 from rich.table import Table
@@ -13,11 +13,16 @@ _MIN_BAR_WIDTH = 4
 """Fewer columns are too few for bars."""
 
 
-def show_plan(plan: Forecast, *, title: str, num_truncated: int, max_length: int, out: rich.console.Console) -> None:
-    """Print the forecast in the width of `out`; plain ASCII unless `out` is a terminal with Unicode."""
+def show_plan(
+    plan: Forecast, *, title: str, data_facts: Mapping[str, str], num_truncated: int, max_length: int, out: rich.console.Console
+) -> None:
+    """Print the forecast in the width of `out`; plain ASCII unless `out` is a terminal with Unicode.
+
+    `data_facts`: how the data was read, as in the header of a run.
+    """
     for part in (
         Text(escape_text(title, out.encoding), style="bold", overflow="fold"),
-        lay_out_facts(_list_facts(plan, num_truncated, max_length), out.encoding),
+        lay_out_facts({**data_facts, **_list_facts(plan, num_truncated, max_length)}, out.encoding),
         Text(),
         _draw_bars(plan.histogram, width=out.width, in_blocks=can_draw(out)),
     ):

@@ -80,7 +80,7 @@ def optimizer_text(optim: OptimConfig) -> str:
     >>> optimizer_text(OptimConfig(max_steps=2000, patience=3))
     'AdamW, lr 0.001 (linear), 2,000 steps, or 3 evaluations without a better accuracy'
     """
-    length = f"{optim.epochs} epochs" if optim.max_steps is None else f"{optim.max_steps:,} steps"
+    length = f"{optim.epochs:,} epoch{'s' * (optim.epochs != 1)}" if optim.max_steps is None else f"{optim.max_steps:,} steps"
     early = f", or {optim.patience} evaluations without a better {optim.best_metric}" if optim.patience else ""
     return f"AdamW, lr {optim.lr:g} ({optim.schedule}), {length}{early}"
 

@@ -196,7 +196,9 @@ def test_pipeline_and_predict_give_the_probabilities_of_the_run(trained: Trained
     predicted = read_lines(run_python("-m", "agnews_dist", "predict", *words, *texts[:5]).stdout)
     assert [row["text"] for row in predicted] == texts[:5]
     assert [row["prediction"] for row in predicted] == [names[k] for k in expected_NC[:5].argmax(axis=1)]
-    np.testing.assert_allclose([[row["probabilities"][name] for name in names] for row in predicted], expected_NC[:5], atol=1e-6)
+    np.testing.assert_allclose(
+        [[row["probabilities"][name] for name in names] for row in predicted], expected_NC[:5], atol=1e-6
+    )
 
 
 def test_header_and_card_are_true_for_the_data(trained: Trained) -> None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from agnews_dist.data.formats.streams import read_lines
-from agnews_dist.data.formats.table import CHUNK_ROWS, Chunk, Table
+from agnews_dist.data.formats.table import CHUNK_ROWS, Chunk, Table, list_columns
 from agnews_dist.errors import DataError
 
 _MAX_OBJECT = 1 << 24
@@ -50,10 +50,16 @@ class JsonTable(Table):
             raise DataError(f"{name} is empty: at least one row is needed. Check how it was written, or remove it.")
         self._is_array = first.lstrip().startswith("[")
         keys: dict[str, None] = {}
-        for _, row in islice(self._rows(), CHUNK_ROWS):
+        rows = [row for _, row in islice(self._rows(), CHUNK_ROWS)]
+        for row in rows:
             keys |= dict.fromkeys(row)
         if not keys:
             raise DataError(f"{name} has no rows: at least one is needed. Check how it was written, or remove it.")
+        if not self._is_array and len(rows) == 1 and all(isinstance(value, list | dict) for value in rows[0].values()):
+            raise DataError(
+                f"{name} is one object of {list_columns(tuple(keys))}, each a list or an object: a json file holds rows. Write "
+                "an array of rows, with pandas by to_json(orient='records')."
+            )
         self.columns = tuple(keys)
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:

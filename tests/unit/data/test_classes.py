@@ -129,9 +129,13 @@ def test_more_classes_than_possible_are_refused(tmp_path):
 
 def test_labels_count_from_1(tmp_path):
     path = write(tmp_path / "a.jsonl", [1, 2, 3])
-    assert [finding.what for finding in load(path).findings] == ["3 classes without names", "labels seem to count from 1 to 3"]
+    unnamed, from_1 = load(path).findings
+    assert (unnamed.what, from_1.what) == ("3 classes without names", "labels seem to count from 1 to 3")
+    # Names in data.class_names count from 0, so they are no way out here.
+    assert "--data.class_names" not in str(unnamed)
     with pytest.raises(
-        DataError, match=r"in 1 row \(a.jsonl row 3: 3\): classes are x, y, z, or 0 to 2; they seem to count from 1"
+        DataError,
+        match=r"in 1 row \(a.jsonl row 3: 3\): classes are x, y, z, or 0 to 2; they seem to count from 1. Number them",
     ):
         load(path, names=["x", "y", "z"])
 
@@ -227,10 +231,22 @@ def test_labels_mean_the_classes_of_a_saved_model(tmp_path):
         load(tmp_path / "c.jsonl", model=("LABEL_0", "LABEL_1", "LABEL_2"))
 
 
+def test_rows_to_score_may_be_without_labels(tmp_path):
+    path = write(tmp_path / "a.jsonl", [None, None])
+    corpus = load(path, model=("spam", "ham"))
+    assert labels_of(corpus) == [-1, -1]
+    assert corpus.facts["train"] == "without labels: it is predicted, not scored"
+    with pytest.raises(DataError, match=r"has no column 'labels' .*data.label_column names it"):
+        load(path, model=("spam", "ham"), label="labels")
+    with pytest.raises(DataError, match=r"label is missing in 2 rows of train"):
+        load(path, names=["spam", "ham"], hold_out=True)
+
+
 def test_a_model_without_names_takes_those_of_the_data(tmp_path):
     path = write(tmp_path / "a.jsonl", ["spam", "ham"])
     corpus = load(path, model=("LABEL_0", "LABEL_1"))
     assert (corpus.class_names, labels_of(corpus)) == (("ham", "spam"), [1, 0])
+    assert corpus.facts["classes"].startswith("2: ham, spam; the model names none, and its LABEL_0 is taken for the first")
     with pytest.raises(DataError, match=r"has 2 classes \(ham, spam\), the model 3 without names"):
         load(path, model=("LABEL_0", "LABEL_1", "LABEL_2"))
 

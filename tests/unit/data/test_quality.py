@@ -26,9 +26,11 @@ def test_a_good_corpus_has_no_findings():
 
 def test_classes_without_and_with_few_rows_are_named():
     texts, labels = enough("x")
-    empty, rare = findings_of(make_split("train", [*texts, "last"], [*labels, 3]), names=("a", "b", "c", "d"))
-    assert empty.startswith("1 of 4 classes have no training row (c): they cannot be learnt.")
-    assert rare.startswith("1 of 4 classes have fewer than 10 training rows (d: 1): ")
+    train, validation = make_split("train", [*texts, "last"], [*labels, 3]), make_split("validation", ["y"], [0])
+    empty, rare = findings_of(train, validation, names=("a", "b", "c", "d"))
+    assert empty.startswith("1 of 4 classes has no training row (c): they cannot be learnt.")
+    assert rare.startswith("1 of 4 classes has fewer than 10 training rows (d: 1): ")
+    assert findings_of(train, names=("a", "b", "c", "d")) == [], "a split alone is scored"
 
 
 def test_repeated_texts_and_those_with_two_labels_are_counted():

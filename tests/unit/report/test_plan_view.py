@@ -38,7 +38,8 @@ def render(plan: Forecast, *, terminal: bool, width: int = 80, encoding: str = "
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding)
     out = rich.console.Console(file=file, force_terminal=terminal, width=width, _environ={"TERM": "xterm-256color", **environ})
-    show_plan(plan, title="gpt2 on caf\xe9 [red]rows[/red]", num_truncated=25, max_length=1999, out=out)
+    facts = {"columns": "text from 'a[b]', label from 'c'"}
+    show_plan(plan, title="gpt2 on caf\xe9 [red]rows[/red]", data_facts=facts, num_truncated=25, max_length=1999, out=out)
     file.flush()
     return raw.getvalue().decode(encoding)
 
@@ -48,6 +49,7 @@ def test_show_plan_prints_the_figures(plan: Forecast, terminal: bool) -> None:
     text = ANSI.sub("", render(plan, terminal=terminal))
     for expected in (
         "gpt2 on caf\xe9 [red]rows[/red]",
+        "columns     text from 'a[b]', label from 'c'",
         "1,000 texts, 100,500 tokens per epoch (mean 100.5, longest 199)",
         "25 texts (2.50%), at 1,999 tokens",
         "48 texts over all ranks, sorted within 256 batches",
