@@ -56,8 +56,8 @@ def load_corpus(
         limits: maximum of rows per split name; None: no maximum.
         seed: decides the synthetic text, the held-out rows and the rows within the limits. Choices keep the class proportions.
         hold_out: require train, and hold out validation. False: take the splits as they are.
-        model_classes: classes of a saved model, which labels are to mean; None: the classes are those of the data. With them and
-            without `hold_out`, every split may be without labels, not only test.
+        model_classes: classes of a saved model, which labels are to mean; None: the classes are those of the data. With them,
+            and without `hold_out`, every split may be without labels, not only test.
 
     Raises:
         DataError: the source cannot be read, or its rows are wrong; names file and row.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
 from agnews_dist.data.hugging_face import silence_transformers
+from agnews_dist.data.rows import list_first
 from agnews_dist.errors import ModelError
 from agnews_dist.model.embedded import EMBEDDED_SEED, embedded_config, scale_embeddings
 from agnews_dist.model.prefix import Prefix
@@ -171,6 +172,16 @@ def check_max_length(max_length: int, num_positions: int) -> None:
             f"data.max_length {max_length}: the model has {num_positions} positions. "
             f"Set --data.max_length to at most {num_positions}."
         )
+
+
+def explain_new_head(backbone: Backbone, class_names: Sequence[str]) -> str | None:
+    """Return why the checkpoint's head is not used for these classes; None: it is used, or there is none."""
+    if backbone.head_fault is not None:
+        return f"in its config.json, {backbone.head_fault}"
+    if backbone.head_CD is None or _is_head_of(backbone, len(class_names), class_names):
+        return None
+    names = f" ({list_first(backbone.class_names, str)})" if backbone.class_names else ""
+    return f"its {len(backbone.head_CD)} classes{names} are not those of the data"
 
 
 def _is_head_of(backbone: Backbone, num_classes: int, class_names: Sequence[str] | None) -> bool:

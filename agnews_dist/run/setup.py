@@ -28,7 +28,15 @@ from agnews_dist.events import Emit, Progress, Warned
 from agnews_dist.features.manager import CacheSettings, FeatureCache
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.model.export import check_room, load_classifier
-from agnews_dist.model.gpt2 import Classifier, check_max_length, count_parameters, load_backbone, load_model_config, split_model
+from agnews_dist.model.gpt2 import (
+    Classifier,
+    check_max_length,
+    count_parameters,
+    explain_new_head,
+    load_backbone,
+    load_model_config,
+    split_model,
+)
 from agnews_dist.model.prefix import CALL_TOKENS
 from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.model.tokenizer_files import check_export
@@ -166,12 +174,12 @@ def load_training_inputs(
     )
     for note in backbone.notes:
         emit(Warned(message=note))
-    if backbone.head_fault is not None:
-        emit(Warned(message=f"config.json of model {model.name!r}: {backbone.head_fault}. Its head is not used."))
     emit(Progress(task=f"load {data.source}", done=0, total=0))
     corpus = load_text(data)
     names = corpus.class_names
     check_class_weights(config.optim.class_weights, names)
+    if reason := explain_new_head(backbone, names):
+        emit(Warned(message=f"model {model.name!r}: {reason}. Its head is not used, and a new one is drawn."))
     classifier = split_model(
         backbone, trainable_blocks=model.trainable_blocks, num_classes=len(names), seed=seed, class_names=names
     )

@@ -10,7 +10,7 @@ from transformers import GPT2Model
 
 from agnews_dist.errors import ModelError
 from agnews_dist.model.export import load_classifier
-from agnews_dist.model.gpt2 import Backbone, load_backbone, split_model
+from agnews_dist.model.gpt2 import Backbone, explain_new_head, load_backbone, split_model
 from agnews_dist.model.pretrained import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -53,6 +53,7 @@ def test_a_head_of_another_kind_is_refused(tmp_path: Path, changes: dict[str, An
     backbone = load(tmp_path)
     assert (backbone.head_CD, backbone.class_names) == (None, None)
     assert backbone.head_fault is not None
+    assert backbone.head_fault in (explain_new_head(backbone, ("a", "b")) or "")
     assert_same_weights(backbone.model, model.transformer)
 
 
@@ -60,6 +61,15 @@ def test_faultless_heads_load(tmp_path: Path) -> None:
     for changes in ({"id2label": NAMES}, {"problem_type": "single_label_classification"}, {"problem_type": None}):
         save_tiny_model(tmp_path, num_classes=4, **changes)
         assert len(load_classifier(str(tmp_path)).class_names) == 4
+
+
+def test_a_head_of_other_classes_is_said_not_to_be_used(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, num_classes=4, id2label=NAMES)
+    backbone, names = load(tmp_path), tuple(NAMES.values())
+    assert explain_new_head(backbone, names) is None
+    for other in (names[:3], names[::-1], ("neg", "pos")):
+        assert explain_new_head(backbone, other) == f"its 4 classes ({', '.join(names)}) are not those of the data"
+    assert explain_new_head(backbone, ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3")) is None
 
 
 def test_tied_weights_stored_as_the_head_alone(tmp_path: Path) -> None:
