@@ -118,9 +118,12 @@ def find_files_by_split(directory: Path, settings: SplitSettings) -> dict[str, l
             f"{_list_files(directory)}). Correct it, or set it to none."
         )
     if not splits:
+        has_folders = settings.subset is None and bool(_list_folders(directory))
         raise DataError(
             f"{directory} has no data file of a split (found: {_list_files(directory)}): one is needed. Name files train, "
             f"validation and test with one of {', '.join(SUFFIXES)}, set --data.splits.train, or name a single file."
+            + " Choose a folder with --data.subset."
+            * has_folders
         )
     for name, files in splits.items():
         if len({format_of(file) for file in files if file.stat().st_size}) > 1:
@@ -133,6 +136,10 @@ def find_files_by_split(directory: Path, settings: SplitSettings) -> dict[str, l
 
 def _list_files(directory: Path) -> str:
     return list_first([file.name for file in sorted(directory.iterdir())], str) or "nothing"
+
+
+def _list_folders(directory: Path) -> list[str]:
+    return [entry.name for entry in sorted(directory.iterdir()) if entry.is_dir() and not is_hidden(Path(entry.name))]
 
 
 def _sort_key(path: Path) -> list[tuple[int, int | str]]:
@@ -193,7 +200,7 @@ def _enter_subset(directory: Path, subset: str | None) -> Path:
         return directory
     folder = next((folder for folder in (directory / subset, directory / "data" / subset) if folder.is_dir()), None)
     if folder is None:
-        folders = [entry.name for entry in sorted(directory.iterdir()) if entry.is_dir() and not is_hidden(Path(entry.name))]
+        folders = _list_folders(directory)
         raise DataError(
             f"data.subset {subset!r}: {directory} has no folder of that name, and its README.md does not name it (folders: "
             f"{list_first(folders, str) or 'none'}).{did_you_mean(subset, folders)} Correct it, or leave it out."

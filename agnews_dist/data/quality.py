@@ -48,15 +48,15 @@ def _check_classes(train: Split, class_names: Sequence[str]) -> Iterator[DataFin
         yield DataFinding(
             f"{len(empty):,} of {len(class_names):,} classes {_have(len(empty))} no training row",
             list_first(empty, lambda label: str(class_names[label])),
-            "they cannot be learnt",
-            "Add rows, or leave these classes out",
+            "such a class cannot be learnt",
+            "Add rows, or leave it out",
         )
     rare = np.flatnonzero((counts_C > 0) & (counts_C < MIN_CLASS_ROWS)).tolist()
     if rare:
         yield DataFinding(
             f"{len(rare):,} of {len(class_names):,} classes {_have(len(rare))} fewer than {MIN_CLASS_ROWS} training rows",
             list_first(rare, lambda label: f"{class_names[label]}: {counts_C[label]}"),
-            "their scores will be poor",
+            "such a class is learnt poorly",
             "Add rows, or merge classes",
         )
 

@@ -50,7 +50,12 @@ def open_table(path: Path, name: str) -> Table:
     Raises:
         DataError: no reader knows the suffix, or the file cannot be read, is empty or malformed.
     """
-    suffix = format_of(path, name)
+    suffix, compression = format_of(path, name), split_suffix(path)[1]
+    if compression and not suffix:
+        raise DataError(
+            f"{path} has no suffix of a format before {compression!r}: no reader is known. Rename it as in data.csv{compression}, "
+            "or unpack it and give the directory or file."
+        )
     if suffix not in READERS:
         convert = (
             "Save the sheet as csv." if suffix in (".xlsx", ".xls", ".ods") else f"Convert it to one of {', '.join(SUFFIXES)}"

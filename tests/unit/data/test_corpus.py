@@ -372,6 +372,10 @@ def test_ambiguous_directories_are_refused(tmp_path):
     empty.mkdir()
     with pytest.raises(DataError, match=r"no data file of a split \(found: nothing\): .* Name files train"):
         load(empty)
+    (empty / "en").mkdir()
+    with pytest.raises(DataError, match=r"\(found: en\): .* Choose a folder with --data.subset"):
+        load(empty)
+    (empty / "en").rmdir()
     write_rows(empty / "news.csv", ODD_ROWS)
     with pytest.raises(DataError, match=r"no data file of a split \(found: news.csv\)"):
         load(empty)

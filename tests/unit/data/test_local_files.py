@@ -197,6 +197,10 @@ def test_splits_have_other_names_or_are_left_out(tmp_path):
 def test_files_that_no_reader_knows_are_named(tmp_path):
     with pytest.raises(DataError, match=r"news.xlsx has the unsupported suffix '.xlsx'.* Save the sheet as csv"):
         open_table(write(tmp_path / "news.xlsx"), "news.xlsx")
+    with pytest.raises(
+        DataError, match=r"archive.zip has no suffix of a format before '.zip': .* Rename it as in data.csv.zip"
+    ):
+        open_table(write(tmp_path / "archive.zip"), "archive.zip")
 
 
 @pytest.mark.parametrize("source", ["news.CSV", "a.csv.gz", "b.tsv", "c.feather", "../x", "d.txt"])

@@ -28,7 +28,7 @@ def test_classes_without_and_with_few_rows_are_named():
     texts, labels = enough("x")
     train, validation = make_split("train", [*texts, "last"], [*labels, 3]), make_split("validation", ["y"], [0])
     empty, rare = findings_of(train, validation, names=("a", "b", "c", "d"))
-    assert empty.startswith("1 of 4 classes has no training row (c): they cannot be learnt.")
+    assert empty.startswith("1 of 4 classes has no training row (c): such a class cannot be learnt.")
     assert rare.startswith("1 of 4 classes has fewer than 10 training rows (d: 1): ")
     assert findings_of(train, names=("a", "b", "c", "d")) == [], "a split alone is scored"
 
