@@ -50,7 +50,7 @@ def run(world: World, loaded: Loaded) -> None:
         from agnews_dist.preflight.runner import run_checks
         from agnews_dist.run.engine_setup import check_engine
         from agnews_dist.run.fingerprints import setting_values
-        from agnews_dist.run.setup import build_memory_setup
+        from agnews_dist.run.memory_setup import build_memory_setup
         from agnews_dist.storage.directories import cache_root
 
     config, engine = loaded.config, loaded.config.engine

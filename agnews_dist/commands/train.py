@@ -48,7 +48,7 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         from agnews_dist.data.corpus import check_source
         from agnews_dist.distributed import collectives
         from agnews_dist.preflight.memory_check import Estimate, check_fits
-        from agnews_dist.run import setup
+        from agnews_dist.run import memory_setup, setup
         from agnews_dist.run.attempt import Attempt
         from agnews_dist.run.engine_setup import start_training_engine
         from agnews_dist.run.results import write_results
@@ -63,7 +63,7 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         def load() -> tuple[Estimate, setup.TrainingInputs]:
             check_source(config.data.source)
             files = setup.read_model_files(config.model, config.data)
-            memory = check_fits(*setup.build_memory_setup(config, world, files.config), world)
+            memory = check_fits(*memory_setup.build_memory_setup(config, world, files.config), world)
             return memory, setup.load_training_inputs(config, world, monitors.emit, timer, files=files)
 
         memory, inputs = collectives.raise_if_any_failed(collectives.catch(load))

@@ -53,8 +53,8 @@ def open_table(path: Path, name: str) -> Table:
     suffix, compression = format_of(path, name), split_suffix(path)[1]
     if compression and not suffix:
         raise DataError(
-            f"{path} has no suffix of a format before {compression!r}: no reader is known. Rename it as in data.csv{compression}, "
-            "or unpack it and give the directory or file."
+            f"{path} has no suffix of a format before {compression!r}: no reader is known. Rename it as in "
+            f"data.csv{compression}, or unpack it and give the directory or file."
         )
     if suffix not in READERS:
         convert = (

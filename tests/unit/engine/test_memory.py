@@ -27,7 +27,7 @@ from agnews_dist.engine.memory import (
 )
 from agnews_dist.model.gpt2 import Backbone, has_head_bias, split_model
 from agnews_dist.model.prefix import CALL_TOKENS
-from agnews_dist.run.setup import build_shape, count_texts_per_rank
+from agnews_dist.run.memory_setup import build_shape, count_texts_per_rank
 
 XL = Shape(num_blocks=48, width=1600, inner=6400, num_heads=25, num_rows=50258, num_positions=1024)
 
