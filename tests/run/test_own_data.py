@@ -256,6 +256,12 @@ def test_imbalanced_classes_stop_early_and_predict_a_test_split_without_labels(i
     assert len(scores) - 1 - scores.index(max(scores)) >= 3
     assert results[1]["validation"]["macro_f1"] == max(scores)
 
+    # A file alone is predicted too.
+    words = ("--model.name", str(two), "--output", str(imbalanced / "out"), "--data.cache_dir", str(imbalanced / "other"))
+    run_python("-m", "agnews_dist", "evaluate", *words, "--data.source", str(imbalanced / "rows" / "test.tsv.gz"))
+    (path,) = (imbalanced / "out").glob("predictions-*.jsonl")
+    assert [row["prediction"] for row in read_lines(path.read_text())] == [row["prediction"] for row in right]
+
 
 def test_a_split_that_is_left_out_is_neither_read_nor_scored(imbalanced: Path) -> None:
     (imbalanced / "rows" / "test.tsv.gz").write_bytes(b"not gzip")
