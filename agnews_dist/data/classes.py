@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +106,8 @@ def decide_classes(
         name: _index_labels(rows, names) if name in labelled else np.full(len(rows.texts), -1, np.int64)
         for name, rows in raw.items()
     }
+    if given is not None and names == given:
+        findings += _check_count(labelled, names)
     return Classes(names, labels, tuple(findings))
 
 
@@ -195,7 +197,7 @@ def _names_of_integers(
     is_original = all(rows.is_original for rows in labelled.values())
     if (is_original and numbers == [1, 2, 3, 4]) or (source in AG_NEWS and set(numbers) <= {0, 1, 2, 3}):
         return CLASS_NAMES, []
-    names = tuple(f"LABEL_{number}" for number in numbers)
+    names = tuple(map(_unnamed, numbers))
     # Names in data.class_names count from 0.
     counts_from_0 = numbers == list(range(len(numbers)))
     findings = [
@@ -220,9 +222,33 @@ def _names_of_integers(
     return names, findings
 
 
+def _check_count(labelled: Mapping[str, RawRows], names: tuple[str, ...]) -> Iterator[DataFinding]:
+    """Yield a finding if labels are numbers of the classes `names`, and probably count from 1."""
+    if any(rows.is_original or rows.class_names is not None for rows in labelled.values()) or _are_numbers(names):
+        return
+    values = {value for rows in labelled.values() for value in rows.values}
+    numbers = [int(value) for value in values if _kind_of(value) == "integer"]
+    if (
+        len(numbers) == len(values)
+        and min(numbers, default=0) > 0
+        and not {*map(str, numbers), *map(_unnamed, numbers)} & {*names}
+    ):
+        yield DataFinding(
+            f"labels are numbers from {min(numbers)} to {max(numbers)}, without 0",
+            "",
+            f"they count from 0, so {min(numbers)} is {names[min(numbers)]!r}",
+            "Correct them if they count from 1",
+        )
+
+
 def _are_numbers(names: Sequence[str]) -> bool:
     """Return whether a model's classes have no names but Hugging Face's default ones."""
-    return tuple(names) == tuple(f"LABEL_{i}" for i in range(len(names)))
+    return tuple(names) == tuple(map(_unnamed, range(len(names))))
+
+
+def _unnamed(number: int) -> str:
+    """Return Hugging Face's name of a class without one."""
+    return f"LABEL_{number}"
 
 
 def _names_for_model(of_data: tuple[str, ...], of_model: tuple[str, ...], source: str) -> tuple[str, ...]:

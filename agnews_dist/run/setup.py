@@ -228,7 +228,7 @@ def _load_split(data: DataConfig, split: str | None, class_names: tuple[str, ...
             "these with --split; a single file is scored whole without it."
         )
     wanted = {name: corpus.splits[name]}
-    return replace(corpus, splits=wanted, fingerprint=hash_corpus(wanted, corpus.class_names), findings=())
+    return replace(corpus, splits=wanted, fingerprint=hash_corpus(wanted, corpus.class_names))
 
 
 def _check_classes(source: str, of_data: tuple[str, ...], of_model: tuple[str, ...]) -> None:

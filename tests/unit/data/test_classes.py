@@ -223,7 +223,11 @@ def test_a_label_outside_of_the_names_shows_the_way_out(tmp_path):
 def test_labels_mean_the_classes_of_a_saved_model(tmp_path):
     path = write(tmp_path / "a.jsonl", ["spam", "ham"])
     assert labels_of(load(path, model=("spam", "eggs", "ham"))) == [0, 2]
-    assert labels_of(load(write(tmp_path / "b.jsonl", [0, 2]), model=("spam", "eggs", "ham"))) == [0, 2]
+    numbered = load(write(tmp_path / "b.jsonl", [0, 2]), model=("spam", "eggs", "ham"))
+    assert (labels_of(numbered), numbered.findings) == ([0, 2], ())
+    (finding,) = load(write(tmp_path / "b.jsonl", [1, 2]), model=("spam", "eggs", "ham")).findings
+    assert str(finding).startswith("labels are numbers from 1 to 2, without 0: they count from 0, so 1 is 'eggs'.")
+    assert load(tmp_path / "b.jsonl", names=["2", "1"]).findings == ()
     assert labels_of(load(write(tmp_path / "c.jsonl", [2, 3]), model=("LABEL_1", "LABEL_2", "LABEL_3"))) == [1, 2]
     with pytest.raises(DataError, match=r"classes are spam, eggs"):
         load(path, model=("spam", "eggs"))
