@@ -70,8 +70,8 @@ def evaluate(world: World, loaded: Loaded) -> None:
             inputs = setup.load_evaluation_inputs(config, split=split, max_length=length, emit=emit, timer=timer, world=world)
             if output is None and not are_labelled(inputs.tokens.labels, len(inputs.class_names)):
                 raise DataError(
-                    f"{config.data.source} has no labels in {inputs.tokens.name}: there is nothing to score. Set "
-                    "--data.label_column if it has, or --output to a directory for the predictions."
+                    f"{config.data.source} has no labels in {inputs.tokens.name}: there is nothing to score. Set --output to a "
+                    "directory for the predictions, or --data.label_column."
                 )
             return inputs
 
