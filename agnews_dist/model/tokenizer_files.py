@@ -57,7 +57,8 @@ def write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerFast, max_len
         # transformers 4 changes the pre-tokenizer to what is written here.
         settings["add_prefix_space"] = backend["pre_tokenizer"]["add_prefix_space"]
     for name, content in (("tokenizer.json", backend), ("tokenizer_config.json", settings)):
-        (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        (directory / name).write_text(f"{text}\n", encoding="utf-8")
 
 
 def _remove_special_tokens(processor: Mapping[str, Any] | None) -> Mapping[str, Any] | None:

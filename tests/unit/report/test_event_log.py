@@ -74,7 +74,7 @@ def test_every_event_is_written_with_its_fields(tmp_path: Path) -> None:
         for event in EVENTS:
             log(event)
     found = read_events(path)
-    assert len(found) == len(EVENTS) == 8
+    assert len(found) == len(EVENTS) == 10
     for line, event in zip(found, EVENTS, strict=True):
         assert list(line)[:2] == ["event", "time"]
         assert line.pop("event") == type(event).__name__
