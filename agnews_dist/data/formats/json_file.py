@@ -35,11 +35,16 @@ class JsonTable(Table):
         for _, row in islice(self._rows(), CHUNK_ROWS):
             keys |= dict.fromkeys(row)
         self.columns = tuple(keys)
+        self.late_columns = {}
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
         """Yield the rows; see `Table`."""
         rows = self._rows()
+        known = frozenset(self.columns)
         while part := list(islice(rows, CHUNK_ROWS)):
+            for number, row in part:
+                if not row.keys() <= known:
+                    self.late_columns = {**{key: number for key in row if key not in known}, **self.late_columns}
             columns = {column: [row.get(column) for _, row in part] for column in wanted}
             yield Chunk(columns, np.array([number for number, _ in part], dtype=np.int32))
 
