@@ -7,6 +7,7 @@ from a stream is read once.
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal
@@ -207,14 +208,10 @@ def open_texts(
     if path is not None and (path.is_file() or path.is_dir()):
         tables = _open_directory(path, splits) if path.is_dir() else [_open_file(path, input_format)]
         return InputTexts(tables, columns, keeps_columns=keeps_columns)
-    try:
-        stream = stdin if path is None else path.open("rb")
-    except OSError as error:
-        raise DataError(f"--file {file!r}: the file cannot be read ({error.strerror}). Check the path.") from error
-    name = "standard input" if path is None else str(path)
+    source, name = (stdin, "standard input") if path is None else (path, str(path))
     if input_format in (None, "txt"):
-        return InputTexts([TextTable(stream, name, is_sure=input_format is not None)], columns, keeps_columns=keeps_columns)
-    spool = _copy(stream, name, f".{input_format}")
+        return InputTexts([TextTable(source, name, is_sure=input_format is not None)], columns, keeps_columns=keeps_columns)
+    spool = _copy(source, name, f".{input_format}")
     table = READERS[f".{input_format}"](Path(spool.name), name)
     return InputTexts([table], columns, keeps_columns=keeps_columns, spool=spool)
 
@@ -245,11 +242,12 @@ def _open_directory(path: Path, splits: SplitSettings) -> Sequence[Table]:
     return next(iter(found.values()))
 
 
-def _copy(stream: BinaryIO, name: str, suffix: str) -> IO[bytes]:
-    """Copy a stream to a temporary file: tables are read twice."""
+def _copy(source: Path | BinaryIO, name: str, suffix: str) -> IO[bytes]:
+    """Copy a stream or a pipe to a temporary file: tables are read twice."""
     try:
         spool = tempfile.NamedTemporaryFile(suffix=suffix)  # noqa: SIM115 (closed with the texts)
-        shutil.copyfileobj(stream, spool)
+        with source.open("rb") if isinstance(source, Path) else nullcontext(source) as stream:
+            shutil.copyfileobj(stream, spool)
         spool.flush()
     except OSError as error:
         raise DataError(

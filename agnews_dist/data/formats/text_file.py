@@ -24,9 +24,9 @@ class TextTable(Table):
     unit = "line"
 
     def __init__(self, source: Path | BinaryIO, name: str, *, is_sure: bool = False) -> None:
-        """Remember the file, or a stream, which is read once. `is_sure`: do not check whether the first line is a table's."""
+        """Remember the source; a stream or a pipe is read once. `is_sure`: do not check whether the first line is a table's."""
         self._source, self.name, self._is_sure = source, name, is_sure
-        self.is_stream = not isinstance(source, Path)
+        self.is_stream = not (isinstance(source, Path) and source.is_file())
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
         """Yield the lines without their ends; see `Table`."""
@@ -64,7 +64,8 @@ def describe_table(line: str) -> str | None:
     except (ValueError, RecursionError):
         pass
     for separator in ",;\t|":
-        fields = [field.strip(' "').lower() for field in line.split(separator)]
+        # A sentence has a space after its comma.
+        fields = [field.strip('"').lower() for field in line.split(separator)]
         are_names = len(set(fields)) == len(fields) > 1 and all(map(_WORDS.fullmatch, fields))
         if are_names and any(set(names) <= set(fields) for names in TEXT_NAMES):
             return "a csv header"
