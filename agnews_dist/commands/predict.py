@@ -92,8 +92,8 @@ def predict(world: World, loaded: Loaded) -> None:
         engine_setup.place_classifier(model.classifier, engine, fast_path=config.engine.fast_path)
         predictor = model.place(engine, num_best)
         emit = stack.enter_context(Sinks())
-        if world.is_main:
-            # Standard output is data.
+        if world.is_main and (output is not None or not sys.stdout.isatty()):
+            # Standard output is data. On a terminal the answers show the progress.
             emit.add(create_console(create_output(sys.stderr)))
         chunks, num_texts = (texts.chunks(predictor.texts_per_chunk), texts.num_texts) if texts is not None else ((), 0)
         num_done, num_cut = predict_chunks(chunks, write, predictor, num_texts=num_texts, emit=emit)

@@ -28,8 +28,8 @@ TEXTS_PER_CHUNK = 5_000
 """Texts tokenised and sorted by length at once: enough for batches without padding, few enough for early answers."""
 LOGITS_PER_CHUNK = 1 << 24
 """Logits of a chunk, at most: 64 MB. So a chunk has fewer texts if there are thousands of classes."""
-QUIET_SECONDS = 2.0
-"""Shorter work reports no progress."""
+QUIET_SECONDS = 10.0
+"""Shorter work does not report its end, which would be a line in a log."""
 _FEW = 8
 """Most probable classes that repeated maxima find faster than sorting."""
 
@@ -139,7 +139,7 @@ def predict_chunks(
         write: called on rank 0 with every chunk and its answers; returns False to stop.
         predictor: model and tokenizer.
         num_texts: number of all texts, for the progress; 0: unknown.
-        emit: receives the progress, if it takes longer than a moment.
+        emit: receives the progress.
 
     Raises:
         SharedError: rank 0 cannot read, tokenise or write; the same on all ranks.
@@ -173,10 +173,10 @@ class _Counts:
         self.num_done = self.num_truncated = 0
         self._num_texts, self._emit, self._start = num_texts, emit, time.monotonic()
 
-    def add(self, num_texts: int) -> None:
-        """Count texts, and report them if the work takes longer than a moment."""
-        self.num_done += num_texts
-        if time.monotonic() - self._start > QUIET_SECONDS:
+    def report(self) -> None:
+        """Report the progress."""
+        is_end = 0 < self._num_texts <= self.num_done
+        if not is_end or time.monotonic() - self._start > QUIET_SECONDS:
             self._emit(Progress(task="classify", done=self.num_done, total=self._num_texts, unit="texts"))
 
 
@@ -184,15 +184,17 @@ def _read_and_write(
     chunks: Iterable[InputChunk], write: Callable[[InputChunk, Answers], bool], predictor: Predictor, counts: _Counts
 ) -> Work:
     """Yield the tokens of every chunk; write the answers that are sent back."""
+    counts.report()
     for chunk in chunks:
         split = predictor.tokenise(chunk)
         counts.num_truncated += split.num_truncated
         answers = yield split
         assert answers is not None
         _check_finite(chunk, answers)
+        counts.num_done += len(chunk)
         if not write(chunk, answers):
             return
-        counts.add(len(chunk))
+        counts.report()
 
 
 def _check_finite(chunk: InputChunk, answers: Answers) -> None:
