@@ -11,6 +11,8 @@ COMMANDS = {
     "train": "fine-tune, evaluate, and write a model that Hugging Face loads",
     "evaluate": "score a split of any source with a saved model",
     "predict": "classify texts from arguments, a file or standard input",
+    "export": "write the model of a run as an ONNX file",
+    "push": "upload the model of a run to the Hugging Face hub",
     "plan": "show the batches of a training: steps, padding, balance of the ranks",
     "doctor": "check machine, cluster and settings before a job",
     "prepare": "load and tokenise the data before a job, on a machine with a network",
@@ -19,8 +21,10 @@ COMMANDS = {
     "schema": "print the JSON schema of configuration files, for editors",
 }
 """Name -> one line of help."""
-MODULES = {name: f"agnews_dist.commands.{name if name != 'schema' else 'print_schema'}" for name in COMMANDS}
-"""Name -> module with COMMAND and `main`. Names of modules are unique in the package, and config has a `schema`."""
+_RENAMED = {"schema": "print_schema", "export": "export_run"}
+"""Names of modules are unique in the package, and other parts have these."""
+MODULES = {name: f"agnews_dist.commands.{_RENAMED.get(name, name)}" for name in COMMANDS}
+"""Name -> module with COMMAND and `main`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,9 +25,9 @@ class DataFinding:
     where: str = ""
     """The first examples, with file and row."""
     why: str = ""
-    """Its consequence."""
+    """Consequence of the fact."""
     fix: str = ""
-    """What to do about it, without a full stop."""
+    """Advice, without a full stop."""
 
     def __str__(self) -> str:
         where, why, fix = self.where and f" ({self.where})", self.why and f": {self.why}", self.fix and f" {self.fix}."
@@ -127,7 +127,22 @@ class Scores:
     macro_f1: float
     loss: float
     """Mean loss per example (nats)."""
-    confusion: tuple[tuple[int, ...], ...]
+    confusion: tuple[tuple[int, ...], ...] | None
+    """None if there are more than 256 classes; in events, more than 20."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScores:
+    """Scores of one class. A ratio with denominator 0 is NaN."""
+
+    name: str
+    num_examples: int
+    precision: float
+    """Correct predictions of this class / predictions of this class."""
+    recall: float
+    """Correct predictions of this class / examples of this class."""
+    f1: float
+    """2 x correct predictions / (examples + predictions)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +152,38 @@ class EvalDone:
     split: str
     epoch: int
     """Number of the training epoch before the evaluation; 0 outside training."""
+    step: int = 0
+    """Steps done before the evaluation; 0 outside training."""
     scores: Scores
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...] | None
+    """Names of the rows of `scores.confusion`; None without it."""
+    num_classes: int
+    classes: tuple[ClassScores, ...]
+    """Scores of every class, or of the 5 with the lowest F1 if there are more than 20."""
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """One split without labels was predicted over all ranks. It has no scores."""
+
+    split: str
+    num_examples: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppedEarly:
+    """The end of a training that no longer improved."""
+
+    step: int
+    """Steps done."""
+    epoch: int
+    num_worse: int
+    """Evaluations in a row that were not better than the best one."""
+    metric: str
+    """Name of the score that was compared."""
+    best_step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +211,7 @@ class RunDone:
     """The final panel."""
 
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Label -> value: accuracies, best epoch, seconds."""
+    """Label -> value: accuracies, best weights, seconds."""
     paths: Mapping[str, str] = field(default_factory=dict[str, str])
     """Kind of file -> path."""
 
@@ -182,6 +226,8 @@ Event = Union[
     Resumed,
     CheckpointSaved,
     EvalDone,
+    Predicted,
+    StoppedEarly,
     Profiled,
     OverfitChecked,
     RunDone,

@@ -40,6 +40,7 @@ def manage_caches(world: World, loaded: Loaded) -> None:
     with importing():
         from agnews_dist.features.inventory import choose_caches, clear_caches, list_all_caches
         from agnews_dist.report.cache_view import caches_to_json, show_caches
+        from agnews_dist.storage.atomic import to_json_value
         from agnews_dist.storage.directories import cache_root
 
     root = cache_root(loaded.config.data.cache_dir)
@@ -48,6 +49,7 @@ def manage_caches(world: World, loaded: Loaded) -> None:
     chosen = choose_caches(caches, names) if is_clearing else caches
     outcomes = clear_caches(root, chosen) if is_clearing else None
     if loaded.options["json"]:
-        print(json.dumps(caches_to_json(root, limit_bytes, caches, outcomes), indent=2, allow_nan=False))
+        found = caches_to_json(root, limit_bytes, caches, outcomes)
+        print(json.dumps(to_json_value(found), indent=2, allow_nan=False))
     else:
         show_caches(root, limit_bytes, chosen, outcomes)

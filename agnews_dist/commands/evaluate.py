@@ -1,7 +1,8 @@
 """`agnews-dist evaluate`: score a split of any source with a saved classifier, on any number of ranks.
 
 --model.name is a run's directory, an exported directory, or a hub id of a GPT2ForSequenceClassification. Of a single file as
---data.source all rows are scored. For a held-out validation split give --config runs/NAME/config.yaml too.
+--data.source all rows are scored. For a held-out validation split give --config runs/NAME/config.yaml too. A split without
+labels is predicted: --output gets the predictions and no scores.
 """
 
 import time
@@ -13,6 +14,7 @@ from agnews_dist.commands.arguments import Command, Loaded, Option
 from agnews_dist.commands.command import importing, run_command
 from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.world import World
+from agnews_dist.errors import DataError
 
 COMMAND = Command(
     "evaluate",
@@ -46,6 +48,7 @@ def evaluate(world: World, loaded: Loaded) -> None:
         from agnews_dist.distributed import collectives
         from agnews_dist.engine.device import should_use_cuda
         from agnews_dist.evaluation.evaluator import evaluate_split
+        from agnews_dist.evaluation.metrics import are_labelled
         from agnews_dist.events import RunStarted
         from agnews_dist.model.gpt2 import count_parameters
         from agnews_dist.report.console import Sinks, create_console
@@ -64,7 +67,13 @@ def evaluate(world: World, loaded: Loaded) -> None:
             check_source(config.data.source)
             split = loaded.options["split"]
             length = config.data.max_length if "data.max_length" in loaded.explicit else None
-            return setup.load_evaluation_inputs(config, split=split, max_length=length, emit=emit, timer=timer, world=world)
+            inputs = setup.load_evaluation_inputs(config, split=split, max_length=length, emit=emit, timer=timer, world=world)
+            if output is None and not are_labelled(inputs.tokens.labels, len(inputs.class_names)):
+                raise DataError(
+                    f"{config.data.source} has no labels in {inputs.tokens.name}: there is nothing to score. Set --output to a "
+                    "directory for the predictions."
+                )
+            return inputs
 
         # Loaded before the process group exists: a slow download must not run into the timeout of a collective.
         outcome = collectives.catch(load)

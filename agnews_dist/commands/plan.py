@@ -26,7 +26,16 @@ COMMAND = Command(
         Option("--ranks", "Ranks of the training; default: those of this launch.", Count | None),
         Option("--json", "Print one JSON object.", bool, False),
     ),
-    ("data.source", "data.max_length", "data.limit_train", "model.name", "batch", "optim.epochs", "run.seed"),
+    (
+        "data.source",
+        "data.max_length",
+        "data.limit_train",
+        "model.name",
+        "batch",
+        "optim.epochs",
+        "optim.max_steps",
+        "run.seed",
+    ),
 )
 
 
@@ -51,7 +60,8 @@ def run(world: World, loaded: Loaded) -> None:
         from agnews_dist.report.console import create_console
         from agnews_dist.report.formatting import create_output
         from agnews_dist.report.plan_view import show_plan
-        from agnews_dist.run.setup import load_text, open_tokens, plan_settings
+        from agnews_dist.run.setup import estimate_epochs, load_text, open_tokens, plan_settings
+        from agnews_dist.storage.atomic import to_json_value
 
     data, model, batch = config.data, config.model, config.batch
     settings = plan_settings(batch, config.run.seed)
@@ -64,10 +74,12 @@ def run(world: World, loaded: Loaded) -> None:
         corpus = load_text(data)
         store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world)
         split = store.splits["train"]
+        num_epochs, max_steps = estimate_epochs(config, split.lengths), config.optim.max_steps
+        cut = "" if max_steps is None else f", cut at {max_steps:,} steps"
         estimate = forecast(
             split.lengths,
             settings,
-            num_epochs=config.optim.epochs,
+            num_epochs=num_epochs,
             num_ranks=num_ranks,
             max_tokens_per_rank=batch.max_tokens_per_rank,
             quadratic=quadratic_weight(shape.n_embd),
@@ -76,11 +88,11 @@ def run(world: World, loaded: Loaded) -> None:
         emit.close()
         if as_json:
             fields = {**estimate.to_dict(), "num_truncated": split.num_truncated, "max_length": data.max_length}
-            print(json.dumps(fields, indent=2, allow_nan=False))
+            print(json.dumps(to_json_value(fields), indent=2, allow_nan=False))
         else:
             show_plan(
                 estimate,
-                title=f"{model.name} on {data.source}, ranks: {num_ranks}, epochs: {config.optim.epochs}",
+                title=f"{model.name} on {data.source}, ranks: {num_ranks}, epochs: {num_epochs}{cut}",
                 num_truncated=split.num_truncated,
                 max_length=data.max_length,
                 out=out,

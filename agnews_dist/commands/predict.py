@@ -55,6 +55,7 @@ def predict(world: World, loaded: Loaded) -> None:
         from agnews_dist.data.input_texts import InputTexts
         from agnews_dist.distributed import collectives
         from agnews_dist.evaluation.predictor import predict_chunks
+        from agnews_dist.model.export import SavedClassifier
         from agnews_dist.report.console import Sinks, create_console
         from agnews_dist.report.formatting import create_output
         from agnews_dist.report.prediction_files import check_output, open_answers
@@ -66,7 +67,7 @@ def predict(world: World, loaded: Loaded) -> None:
     is_table = options["format"] == "table" or (options["format"] is None and sys.stdout.isatty())
     with ExitStack() as stack:
 
-        def load() -> tuple[InputTexts | None, prediction.PredictionModel, int | None, Write]:
+        def load() -> tuple[InputTexts | None, SavedClassifier, int | None, Write]:
             if output is not None and world.is_main:
                 check_output(output, overwrite=config.run.overwrite)
             texts = prediction.open_input(config, options) if world.is_main else None
@@ -77,7 +78,7 @@ def predict(world: World, loaded: Loaded) -> None:
             if texts is not None:
                 if output is not None:
                     write = stack.enter_context(open_answers(output, texts, model.class_names, options["top_k"]))
-                for note in texts.notes:
+                for note in (*(f"warning: {note}" for note in model.notes), *texts.notes):
                     _tell(note)
                 texts.check()
             return texts, model, num_best, write
@@ -89,8 +90,7 @@ def predict(world: World, loaded: Loaded) -> None:
         if world.num_ranks > 1:
             weights = {**model.classifier.frozen_state, **model.classifier.suffix.state_dict()}
             collectives.check_equal({"weights": weights_fingerprint(weights)})
-        engine_setup.place_classifier(model.classifier, engine, fast_path=config.engine.fast_path)
-        predictor = model.place(engine, num_best)
+        predictor = prediction.build_predictor(model, engine, num_best, fast_path=config.engine.fast_path)
         emit = stack.enter_context(Sinks())
         if world.is_main and (output is not None or not sys.stdout.isatty()):
             # Standard output is data. On a terminal the answers show the progress.

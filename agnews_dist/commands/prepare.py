@@ -19,7 +19,7 @@ COMMAND = Command(
         "HF_HOME=/shared/hf agnews-dist prepare",
     ),
     PASSED_ON,
-    ("data", "model"),
+    ("data.source", "data.max_length", "data.limit_train", "data.cache_dir", "model"),
 )
 
 

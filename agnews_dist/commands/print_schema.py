@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def print_schema(world: World, loaded: Loaded) -> None:
     """Print the schema or the page, on rank 0."""
     if world.is_main:
-        print(settings_page() if loaded.options["format"] == "markdown" else json.dumps(json_schema(), indent=1))
+        print(
+            settings_page() if loaded.options["format"] == "markdown" else json.dumps(json_schema(), indent=1, allow_nan=False)
+        )
 
 
 def json_schema() -> dict[str, Any]:
@@ -40,7 +42,8 @@ def json_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     for section, (model, _) in all_sections().items():
         for name, entry in schema["$defs"][model.__name__]["properties"].items():
-            entry["description"] = all_settings()[f"{section}.{name}"].help
+            if f"{section}.{name}" in all_settings():
+                entry["description"] = all_settings()[f"{section}.{name}"].help
     return schema
 
 

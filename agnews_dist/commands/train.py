@@ -3,7 +3,7 @@
 start     open the process group; from here on a signal to any rank stops all
 load      claim the run's directory, find its checkpoint, load model and tokens; an error on any rank is raised on all
 train     epochs of global batches; after each, score the validation split, keep the best weights, write a checkpoint
-finish    restore the best epoch, score the test split once, export, write result.json
+finish    restore the best weights, score the test split once, export, write result.json
 """
 
 import os
@@ -90,6 +90,6 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         scores = {"validation": trainer.best.scores}
         if "test" in tables:
             scores["test"] = evaluate("test")
-            monitors.emit(scores["test"].to_event("test", trainer.best.epoch, inputs.class_names))
+            monitors.emit(scores["test"].to_event("test", trainer.best.epoch, inputs.class_names, step=trainer.best.step))
         write_results(config, engine, inputs, features, trainer, scores, attempt=attempt)
-        attempt.finish(trainer.step)
+        attempt.finish(trainer.step, trainer.end_reason)

@@ -44,20 +44,21 @@ class Setting:
 
 @functools.cache
 def all_sections() -> Mapping[str, tuple[Any, str]]:
-    """Return section name -> (model, help); a section inside of another has a dotted name."""
-    return dict(_sections_of(Config, ""))
+    """Return section name -> (model, help), outer sections first; the name of an inner one has a dot."""
+    found: dict[str, tuple[Any, str]] = {}
+
+    def collect(model: Any, prefix: str) -> None:
+        for name, info in model.model_fields.items():
+            if _is_section(info):
+                found[f"{prefix}{name}"] = (info.annotation, info.annotation.__doc__)
+                collect(info.annotation, f"{prefix}{name}.")
+
+    collect(Config, "")
+    return found
 
 
-def _sections_of(model: type[Section], prefix: str) -> Iterator[tuple[str, tuple[Any, str]]]:
-    for name, info in model.model_fields.items():
-        if _is_section(info.annotation):
-            inner: Any = info.annotation
-            yield f"{prefix}{name}", (inner, inner.__doc__)
-            yield from _sections_of(inner, f"{prefix}{name}.")
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
+def _is_section(info: Any) -> bool:
+    return isinstance(info.annotation, type) and issubclass(info.annotation, Section)
 
 
 @functools.cache
@@ -66,10 +67,9 @@ def all_settings() -> Mapping[str, Setting]:
     found: dict[str, Setting] = {}
     for section, (model, _) in all_sections().items():
         for name, info in model.model_fields.items():
-            if _is_section(info.annotation):
-                continue
-            type_ = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
-            found[f"{section}.{name}"] = Setting(section, name, type_, info.default, **info.json_schema_extra)
+            if not _is_section(info):
+                type_ = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+                found[f"{section}.{name}"] = Setting(section, name, type_, info.default, **info.json_schema_extra)
     return found
 
 
@@ -212,6 +212,15 @@ def check_value(raw: RawValue, type_: Any, default: object) -> tuple[Any, Any]:
     raise ValueError(f"{raw.source}{item}: it takes {expected}.{hint} {fix}{known}.")
 
 
+def make_config(sections: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Make a configuration of section -> name -> value; what is absent has its default."""
+    values = {section: dict(sections.get(section, {})) for section in ("", *all_sections())}
+    for section, (model, _) in reversed(list(all_sections().items())):
+        outer, _, name = section.rpartition(".")
+        values[outer][name] = model(**values[section])
+    return Config(**values[""])
+
+
 def build_config(raw_values: Sequence[RawValue], problems: Problems) -> Config:
     """Build the configuration; later values override earlier ones.
 
@@ -227,12 +236,7 @@ def build_config(raw_values: Sequence[RawValue], problems: Problems) -> Config:
         except ValueError as error:
             problems.add(str(error), raw.name)
     try:
-        for section in reversed(sections):  # inner ones first
-            outer, _, name = section.rpartition(".")
-            if outer:
-                sections[outer][name] = all_sections()[section][0](**sections[section])
-        outermost = {section: model for section, (model, _) in all_sections().items() if "." not in section}
-        config = Config(**{section: model(**sections[section]) for section, model in outermost.items()})
+        config = make_config(sections)
     except ValidationError as error:
         contradictions = error.errors()[0]["msg"].removeprefix("Value error, ").splitlines()
     for line in contradictions:
@@ -260,6 +264,6 @@ def format_value(value: object, *, escape: bool = False) -> str:
     items: list[Any] = list(value) if isinstance(value, tuple) else [value]
     items = [item.replace("$", "$$") if escape and isinstance(item, str) else item for item in items]
     plain = items if isinstance(value, tuple) else items[0]
-    style = '"' if isinstance(plain, str) and not plain.isprintable() else None
+    style = '"' if any(isinstance(item, str) and not item.isprintable() for item in items) else None
     text = yaml.safe_dump(plain, default_style=style, default_flow_style=True, allow_unicode=True, width=float("inf"))
     return text.split("\n")[0]

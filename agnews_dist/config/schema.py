@@ -26,7 +26,9 @@ def setting(default: Any, resume: Resume, sweep: Sweep, level: Level = "advanced
 
 Name = Annotated[str, Field(min_length=1)]
 DirectoryName = Annotated[str, AfterValidator(check_directory_name)]
+Names = Annotated[tuple[Name, ...], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
+ClassWeights = Annotated[tuple[Annotated[float, Field(ge=1e-6, le=1_000_000)], ...], Field(min_length=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Minutes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(expand_path)]
@@ -61,20 +63,20 @@ class DataConfig(Section):
     subset: Name | None = setting(None, "ignored", "changes features")
     """Subset of the data set (configuration on the hub). In a directory, one that its README.md names, or a folder."""
     splits: SplitsConfig = Field(default_factory=SplitsConfig)
-    text_column: tuple[Name, ...] | None = setting(None, "ignored", "changes features", "basic")
+    text_column: Names | None = setting(None, "ignored", "changes features")
     """Column of the text. Several are joined: title,description. null: text, sentence, content, utterance or
     title,description, if only one of these is there."""
     text_separator: str = setting(" ", "ignored", "changes features")
     """Text between the joined columns. An empty or missing column is left out."""
-    label_column: Name | None = setting(None, "ignored", "changes features", "basic")
+    label_column: Name | None = setting(None, "ignored", "changes features")
     """Column of the label. null: label, labels, class, category, intent or target, if only one of these is there."""
-    class_names: tuple[Name, ...] | None = setting(None, "ignored", "changes features")
+    class_names: Names | None = setting(None, "ignored", "changes features")
     """Names of the classes, in index order. A list, or a file with one name per line. null: from the data, sorted by name."""
     max_length: Count = setting(256, "must match", "changes features", "basic")
     """Tokens per text, at most. Longer texts are truncated and counted. AG News: mean 52, longest about 323."""
     pad_token: Literal["new", "eos"] = setting("new", "must match", "changes features")
-    """Token for padding. 'new' adds [PAD] as a frozen row of the embedding, 'eos' reuses <|endoftext|>. The logits do not
-    depend on it."""
+    """Token for padding. 'new' keeps one that no text can contain, or adds [PAD] as a frozen row of the embedding; 'eos' reuses
+    <|endoftext|>. The logits do not depend on it."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = setting(0.05, "must match", "changes features")
     """Share of training rows to hold out. They are stratified by label, and held out only if the source has no validation
     split."""
@@ -127,7 +129,10 @@ class OptimConfig(Section):
     lr: NonNegative = setting(1e-3, "may be accepted", "free", "basic")
     """Peak learning rate. Best of 3e-4, 1e-3 and 3e-3 on a 6-block GPT-2 (tests/bench/RESULTS.md); larger ones not measured."""
     epochs: Count = setting(3, "may be accepted", "free", "basic")
-    """Passes over the training rows."""
+    """Passes over the training rows. Without effect if max_steps is set."""
+    max_steps: Count | None = setting(None, "may be accepted", "free")
+    """Steps of the run, in place of epochs. The last epoch may be cut, and there may be more epochs than optim.epochs. Warm-up
+    and decay follow these steps. null: epochs decide."""
     weight_decay: NonNegative = setting(0.01, "may be accepted", "free")
     """Decoupled weight decay. Per step and unit of learning rate, for matrices only (not for biases and norms)."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = setting(0.0, "may be accepted", "free", "basic")
@@ -136,6 +141,22 @@ class OptimConfig(Section):
     """Decay from the peak to 0 after the warm-up."""
     max_grad_norm: NonNegative = setting(1.0, "may be accepted", "free")
     """Clip the global gradient norm to this value. 0: no clipping."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = setting(0.0, "may be accepted", "free")
+    """Share of each label that is spread over all classes. As in torch's cross_entropy, also together with class_weights. The
+    losses of evaluations are plain cross-entropies, without smoothing and weights."""
+    class_weights: Literal["none", "balanced"] | ClassWeights = setting("none", "may be accepted", "free")
+    """Weights of the classes in the loss: none, balanced, or a list. 'balanced': rows / (classes x rows of the class), over the
+    training rows. A list has one weight per class, in their order. The loss of a step is divided by the weights of its labels,
+    over all ranks."""
+    best_metric: Literal["accuracy", "macro_f1", "loss"] = setting("accuracy", "may be accepted", "free")
+    """Validation score that chooses the exported weights. The lowest loss, or the highest of the others. Ties go to the lower
+    loss, then to the earlier evaluation."""
+    evaluate_every: Count | Literal["epoch"] = setting("epoch", "may be accepted", "free")
+    """Steps between evaluations, or epoch: after every epoch. Steps count over the whole run. The end of the training is always
+    evaluated."""
+    patience: Count | None = setting(None, "may be accepted", "free")
+    """Stop after this many evaluations in a row that are not better. Better is what best_metric says. The counter survives
+    restarts, and the schedule is still that of all steps. null: never stop early."""
     nonfinite: Literal["stop", "skip"] = setting("stop", "ignored", "not sweepable")
     """Action at a NaN or infinite loss or gradient. All ranks end the run, or skip that update. The examples are written to
     events.jsonl in both cases."""
@@ -186,11 +207,11 @@ class CheckpointConfig(Section):
     """Checkpoints and resuming."""
 
     every_steps: Count | None = setting(None, "ignored", "not sweepable")
-    """Save after this many steps. null: by time alone. The end of every epoch is always saved."""
+    """Save after this many steps. null: by time alone. The end of every epoch and of the training is always saved."""
     every_minutes: Minutes | None = setting(5.0, "ignored", "not sweepable")
     """Save this many minutes after the last checkpoint. null: by steps alone."""
     keep: Count = setting(2, "ignored", "not sweepable")
-    """Number of checkpoints to keep. The newest ones, besides the best epoch's weights."""
+    """Number of checkpoints to keep. The newest ones, besides the best weights."""
     resume: PathText = setting("auto", "ignored", "not sweepable", "basic")
     """Resume: auto, never, or a path. 'auto' resumes the unfinished run of this name, or without a name that of this job.
     'never' starts from the beginning. A path of a checkpoint or a run starts from there."""

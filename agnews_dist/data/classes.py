@@ -17,7 +17,6 @@ AG_NEWS = ("fancyzhx/ag_news", "ag_news")
 """Hub ids of AG News."""
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
 _DECIMAL = re.compile(r"[+-]?[0-9]*\.[0-9]+(e[+-]?[0-9]+)?", re.IGNORECASE)
-_WAY_OUT = "Correct these rows, or set --data.class_names or --data.label_column."
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,8 @@ def _is_labelled(name: str, rows: RawRows) -> bool:
         rest = "Fill in or remove these rows"
         if missing_N.all():
             rest = f"Set --data.label_column, or leave the split out with --data.splits.{name} none"
-        raise DataError(f"label is missing in {count_rows(len(bad))} of {name} ({list_first(bad, rows.origin.name)}). {rest}.")
+        listing = list_first(bad, rows.origin.name)
+        raise DataError(f"label is missing in {count_rows(len(bad))} of {name} ({listing}): every row needs one. {rest}.")
     return True
 
 
@@ -235,10 +235,10 @@ def _index_labels(rows: RawRows, names: tuple[str, ...]) -> Ints:
         wrong = rows.values[rows.code_N[bad[0]]]
         nearest = did_you_mean(wrong, names) if isinstance(wrong, str) else ""
         listing = list_first(bad, lambda i: f"{rows.origin.name(i)}: {quote_value(_shown(rows, i))}")
-        counts = " The labels seem to count from 1: number them from 0." if _counts_from_1(rows, len(names)) else ""
+        counts = "; they seem to count from 1" if _counts_from_1(rows, len(names)) else ""
         raise DataError(
             f"label is not a class in {count_rows(len(bad))} ({listing}): classes are {list_first(names, str)}, or 0 to "
-            f"{len(names) - 1}.{nearest}{counts} {_WAY_OUT}"
+            f"{len(names) - 1}{counts}.{nearest} Correct these rows, or set --data.class_names or --data.label_column."
         )
     return labels_N
 

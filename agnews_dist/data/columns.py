@@ -93,7 +93,7 @@ def _find_usual_text(table: Table) -> tuple[str, ...]:
     if found:
         candidates = " or ".join(" + ".join(map(repr, names)) for names in found)
         raise DataError(
-            f"{table.name} has several columns that could be the text ({candidates}). Set --data.text_column to one."
+            f"{table.name} has several columns that could be the text: {candidates}. Set --data.text_column to one of them."
         )
     raise DataError(
         f"{table.name} has no column that is usually the text (found: {list_columns(table.columns)}; usual: {usual}). "
@@ -109,7 +109,7 @@ def _find_label(table: Table, text: Sequence[str], *, needs_label: bool) -> str 
     if found:
         candidates = " or ".join(map(repr, found))
         raise DataError(
-            f"{table.name} has several columns that could be the label ({candidates}). Set --data.label_column to one."
+            f"{table.name} has several columns that could be the label: {candidates}. Set --data.label_column to one of them."
         )
     if not needs_label:
         return None

@@ -25,12 +25,12 @@ _STREAMS = {"hold out": 0, "train": 1, "validation": 2, "test": 3}
 
 @dataclass(frozen=True)
 class Source:
-    """What to read, and how."""
+    """The name of a data set with the settings of reading it."""
 
     name: str
     """'synthetic', an existing directory or file, or else a hub id."""
     revision: str | None = None
-    """Of a data set on the hub."""
+    """Commit or tag of a data set on the hub."""
     splits: SplitSettings = field(default_factory=SplitSettings)
     columns: ColumnSettings = field(default_factory=ColumnSettings)
     class_names: Sequence[str] | None = None

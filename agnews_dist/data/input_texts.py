@@ -14,11 +14,10 @@ from typing import IO, Any, BinaryIO, Literal
 
 from agnews_dist.data.columns import ColumnSettings, find_columns, find_text
 from agnews_dist.data.formats.csv_file import CsvTable
-from agnews_dist.data.formats.json_file import JsonTable
+from agnews_dist.data.formats.line_file import ArgumentTable, JsonTable, TextTable
 from agnews_dist.data.formats.registry import PART_SUFFIX, READERS, SUFFIXES, open_table
 from agnews_dist.data.formats.streams import COMPRESSIONS, split_suffix
 from agnews_dist.data.formats.table import Chunk, Table
-from agnews_dist.data.formats.text_file import ArgumentTable, TextTable
 from agnews_dist.data.local_files import SplitSettings, open_local
 from agnews_dist.data.rows import TextChecker, texts_of
 from agnews_dist.errors import ConfigError, DataError, did_you_mean
@@ -86,8 +85,6 @@ class InputTexts:
         self.num_texts = 0
         """Number of texts after `check`; 0: unknown."""
         for table in tables:
-            if not table.columns:
-                raise DataError(f"{table.name} has no rows: there is nothing to classify. Check how it was written.")
             if keeps_columns and not self._is_json and (table.columns != first.columns or table.schema != first.schema):
                 raise DataError(
                     f"{table.name} has other columns or types than {first.name}: one output cannot hold both. Write both in "

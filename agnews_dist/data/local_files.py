@@ -24,7 +24,7 @@ _PART = re.compile(r"(^|[-_.])part[-_.]?\d+|^\d+\.part$|^data-\d+-of-\d+", re.IG
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """Which part of a source is read, and which of its splits is which."""
+    """The part of a source that is read, and the names of its splits."""
 
     subset: str | None = None
     names: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])

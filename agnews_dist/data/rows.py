@@ -71,7 +71,7 @@ class RawRows:
     is_original: bool = False
     """True if the columns are those of AG News' original csv."""
     notes: tuple[str, ...] = ()
-    """How the files were read, if that is not obvious."""
+    """Ways of reading the files that are not obvious."""
 
     def first_of(self, code: int) -> str:
         """Format the origin of the first row with a label."""
@@ -108,7 +108,7 @@ class Corpus:
     facts: Mapping[str, str] = field(default_factory=dict[str, str])
     """Label -> value for the header of a run: the columns, the classes, how the files were read."""
     findings: tuple[DataFinding, ...] = ()
-    """What the labels' values show."""
+    """Findings about the values of the labels."""
 
 
 def list_first(rows: Sequence[T], name: Callable[[T], str]) -> str:
@@ -197,7 +197,7 @@ class TextChecker:
         if swallowed:
             raise DataError(
                 f"text holds whole rows with labels in {count_rows(len(swallowed))} ({list_first(swallowed, str)}): a quote is "
-                "probably opened or closed too much. Correct the quotes there; if the text is right, write the file as jsonl."
+                "probably opened or closed too much. Correct the quotes, or write the file as jsonl."
             )
 
 

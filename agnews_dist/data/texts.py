@@ -72,7 +72,7 @@ class TextWriter:
         """Add one text.
 
         Raises:
-            DataError: there is no space for it.
+            DataError: the space does not suffice.
         """
         self._pending += text
         self._num_bytes += len(text)

@@ -163,7 +163,7 @@ def write_tokens(directory: Path, tokens: CachedTokens, key: str) -> None:
         "versions": {name: version(name) for name in ("transformers", "tokenizers", "numpy")},
     }
     meta = {"content": content, "sha256": hash_json(content)}
-    (directory / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    (directory / _META).write_text(json.dumps(meta, indent=1, allow_nan=False), encoding="utf-8")
 
 
 class TokenWriter:
@@ -261,7 +261,7 @@ def _sha256(path: Path) -> str:
 
 def hash_json(content: object) -> str:
     """Hash a value as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

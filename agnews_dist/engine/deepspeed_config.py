@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from agnews_dist.errors import ConfigError
+from agnews_dist.storage.atomic import to_json_value
 
 Offload = Literal["none", "optimizer", "all"]
 LARGEST_BUCKET = 2**25
@@ -143,7 +144,8 @@ def _list_contradictions(decided: Mapping[str, Any], own: Mapping[str, Any], pat
             theirs = own.get(name)
             wants = isinstance(theirs, Mapping) and cast(Mapping[str, Any], theirs).get("device") not in (None, "none", "auto")
             if wants and name not in decided:
-                found.append(f"{path}{name} {json.dumps(theirs)} against none (engine.offload)")
+                shown = json.dumps(to_json_value(theirs), allow_nan=False)
+                found.append(f"{path}{name} {shown} against none (engine.offload)")
     return found
 
 

@@ -48,8 +48,9 @@ class Shape:
         return 4 * self.width**2 + 2 * self.width * self.inner + 9 * self.width + self.inner
 
     def count_trainable(self, trainable_blocks: int, num_classes: int) -> int:
-        # The last blocks, the final norm, `out_head`.
-        return trainable_blocks * self.block + 2 * self.width + num_classes * (self.width + 1)
+        # The last blocks, the final norm, `out_head`; its bias as in model/gpt2.py.
+        has_bias = 2 * num_classes <= self.width
+        return trainable_blocks * self.block + 2 * self.width + num_classes * (self.width + has_bias)
 
     def count_frozen(self, trainable_blocks: int) -> int:
         embeddings = (self.num_rows + self.num_positions) * self.width
@@ -97,7 +98,7 @@ class Estimate:
 
     device: Mapping[str, int]
     host: Mapping[str, int] = field(default_factory=dict[str, int])
-    """Host memory of rank 0 when it has a GPU: offloaded tensors, copies for the best epoch and for a checkpoint."""
+    """Host memory of rank 0 when it has a GPU: offloaded tensors, copies for the best weights and for a checkpoint."""
 
     @property
     def device_bytes(self) -> int:
@@ -109,7 +110,7 @@ class Estimate:
 
 
 def estimate(shape: Shape, setup: Setup) -> Estimate:
-    """Estimate the memory of rank 0, which needs the most: it also copies the best epoch and checkpoints."""
+    """Estimate the memory of rank 0, which needs the most: it also copies the best weights and checkpoints."""
     total = shape.count_trainable(setup.trainable_blocks, setup.num_classes)
     shard = -(-total // setup.num_ranks)
     zero = setup.zero_stage if setup.backend == "deepspeed" else 0
@@ -144,7 +145,7 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
         "features": setup.cache_bytes,
     }
     # A checkpoint is written from a copy of weights and moments while training continues.
-    host = {"best epoch": 4 * total, "checkpoint": 12 * total}
+    host = {"best weights": 4 * total, "checkpoint": 12 * total}
     if setup.offload != "none":
         # The update also holds its gradients and a second copy of the weights on the host.
         host["optimizer"] = device.pop("optimizer") + 8 * shard

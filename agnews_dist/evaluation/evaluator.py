@@ -6,8 +6,8 @@ on any number of ranks. With equal thread counts they are equal to the last bit.
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,56 +18,140 @@ from agnews_dist.data.batching.loader import TokenTable, evaluation_batches
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import Stopped
-from agnews_dist.evaluation.metrics import compute_scores, confusion_matrix, in_file_order
-from agnews_dist.events import Emit, EvalDone, Progress, Scores, ignore_event
+from agnews_dist.evaluation.metrics import (
+    MAX_DENSE_CLASSES,
+    are_labelled,
+    choose_listed_classes,
+    compute_class_scores,
+    compute_scores,
+    count_classes,
+    in_file_order,
+)
+from agnews_dist.events import Emit, EvalDone, Predicted, Progress, Scores, ignore_event
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource, uncached_features
+
+NUM_TOP_CLASSES = 5
+"""Classes whose probabilities are kept per text if there are more than MAX_DENSE_CLASSES."""
+MAX_REDUCED_LOGITS = 1 << 22
+"""Logits that are copied to float64 at once: a few copies of 32 MB."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class SplitScores:
-    """Scores of a split and the predictions behind them, rows in file order."""
+    """Predictions for a split and their scores, rows in file order."""
 
     labels_N: NDArray[np.int64]
+    """All -1 if the split has no labels."""
     predictions_N: NDArray[np.int64]
-    probabilities_NC: NDArray[np.float64]
-    scores: Scores
+    probabilities_NK: NDArray[np.float32]
+    """Probabilities of every class in order, or of `classes_NK`."""
+    scores: Scores | None
+    """None without labels."""
     seconds: float
+    classes_NK: NDArray[np.int64] | None = None
+    """The most probable classes, the first one is the prediction; None up to MAX_DENSE_CLASSES classes."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the arrays as tensors, for a checkpoint."""
-        return {
-            "labels": torch.from_numpy(self.labels_N),
-            "predictions": torch.from_numpy(self.predictions_N),
-            "probabilities": torch.from_numpy(self.probabilities_NC),
-        }
+        arrays = {"labels": self.labels_N, "predictions": self.predictions_N, "probabilities": self.probabilities_NK}
+        if self.classes_NK is not None:
+            arrays["classes"] = self.classes_NK
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def state_dict(self) -> dict[str, object]:
         """Return the JSON part of the state: scores and seconds."""
-        return {"scores": asdict(self.scores), "seconds": self.seconds}
+        return {"scores": None if self.scores is None else asdict(self.scores), "seconds": self.seconds}
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> "SplitScores":
         """Restore from `tensors()` and `state_dict()`."""
-        scores = dict[str, Any](state["scores"])
-        scores["confusion"] = tuple(tuple(row) for row in scores["confusion"])
-        names = ("labels", "predictions", "probabilities")
-        labels_N, predictions_N, probabilities_NC = (tensors[name].numpy() for name in names)
-        return cls(labels_N, predictions_N, probabilities_NC, Scores(**scores), state["seconds"])
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        scores = None
+        if state["scores"] is not None:
+            fields = dict[str, Any](state["scores"])
+            if fields["confusion"] is not None:
+                fields["confusion"] = tuple(tuple(row) for row in fields["confusion"])
+            scores = Scores(**fields)
+        labels_N, predictions_N, probabilities_NK = (arrays[name] for name in ("labels", "predictions", "probabilities"))
+        return cls(labels_N, predictions_N, probabilities_NK, scores, state["seconds"], arrays.get("classes"))
 
-    def to_event(self, split: str, epoch: int, class_names: tuple[str, ...]) -> EvalDone:
-        """Return the event that reports these scores."""
-        return EvalDone(split=split, epoch=epoch, scores=self.scores, class_names=class_names, seconds=self.seconds)
+    def to_event(self, split: str, epoch: int, class_names: tuple[str, ...], *, step: int = 0) -> EvalDone | Predicted:
+        """Return the event that reports these scores, or that there are none."""
+        if self.scores is None:
+            return Predicted(split=split, num_examples=len(self.labels_N), seconds=self.seconds)
+        counts = count_classes(self.labels_N, self.predictions_N, len(class_names))
+        classes = choose_listed_classes(counts)
+        has_all = len(classes) == len(class_names)
+        return EvalDone(
+            split=split,
+            epoch=epoch,
+            step=step,
+            scores=self.scores if has_all else replace(self.scores, confusion=None),
+            class_names=class_names if has_all else None,
+            num_classes=len(class_names),
+            classes=compute_class_scores(counts, classes, class_names),
+            seconds=self.seconds,
+        )
+
+
+class RowResults(NamedTuple):
+    """The kept part of the logits of N texts."""
+
+    ids_N: NDArray[np.int64]
+    predictions_N: NDArray[np.int64]
+    losses_N: NDArray[np.float64]
+    """Losses of the labels; of no meaning without labels."""
+    probabilities_NK: NDArray[np.float32]
+    classes_NK: NDArray[np.int64]
+    """Classes of the columns of `probabilities_NK`; no columns: every class in order."""
+
+    @staticmethod
+    def concatenate(parts: list["RowResults"]) -> "RowResults":
+        """Join the rows of all parts, in order."""
+        columns: list[Any] = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        return RowResults(*columns)
+
+    def take(self, order_N: NDArray[np.int64]) -> "RowResults":
+        """Select rows, in that order."""
+        columns: list[Any] = [column[order_N] for column in self]
+        return RowResults(*columns)
 
 
 def log_softmax_NC(logits_NC: NDArray[np.float32]) -> NDArray[np.float64]:
     """Compute log-probabilities in float64. Shifting by the largest logit prevents overflow."""
     wide_NC = logits_NC.astype(np.float64)
     wide_NC -= wide_NC.max(axis=1, keepdims=True)
-    return wide_NC - np.log(np.exp(wide_NC).sum(axis=1, keepdims=True))
+    wide_NC -= np.log(np.exp(wide_NC).sum(axis=1, keepdims=True))
+    return wide_NC
 
 
-def compute_rank_logits(
+def reduce_logits(ids_N: NDArray[np.int64], logits_NC: NDArray[np.float32], labels_N: NDArray[np.int64]) -> RowResults:
+    """Reduce logits to predictions, losses and the probabilities that are kept, in float64. Ties go to the first class."""
+    (num_rows, num_classes), block = logits_NC.shape, max(1, MAX_REDUCED_LOGITS // logits_NC.shape[1])
+    if num_rows > block:
+        parts = [slice(begin, begin + block) for begin in range(0, num_rows, block)]
+        return RowResults.concatenate([reduce_logits(ids_N[part], logits_NC[part], labels_N[part]) for part in parts])
+    row_N = np.arange(num_rows)
+    log_NC = log_softmax_NC(logits_NC)
+    # Without labels, -1 selects the last class. That loss is not used.
+    predictions_N, losses_N = log_NC.argmax(axis=1), -log_NC[row_N, labels_N]
+    if num_classes <= MAX_DENSE_CLASSES:
+        probabilities_NC = np.exp(log_NC).astype(np.float32)
+        return RowResults(ids_N, predictions_N, losses_N, probabilities_NC, np.empty((num_rows, 0), np.int64))
+    classes_NK, log_NK = np.empty((num_rows, NUM_TOP_CLASSES), np.int64), np.empty((num_rows, NUM_TOP_CLASSES))
+    for k in range(NUM_TOP_CLASSES):
+        # Repeated maxima: few passes are faster than sorting, and ties stay in class order.
+        classes_NK[:, k] = log_NC.argmax(axis=1)
+        log_NK[:, k] = log_NC[row_N, classes_NK[:, k]]
+        log_NC[row_N, classes_NK[:, k]] = -np.inf
+    return RowResults(ids_N, predictions_N, losses_N, np.exp(log_NK).astype(np.float32), classes_NK)
+
+
+def map_rank_logits(
+    reduce: Callable[[NDArray[np.int64], NDArray[np.float32]], T],
     classifier: Classifier,
     table: TokenTable,
     engine: Engine,
@@ -75,17 +159,17 @@ def compute_rank_logits(
     features: FeatureSource | None = None,
     emit: Emit = ignore_event,
     is_stopping: Callable[[], bool] | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Compute this rank's share of a split: (ids, logits_NC), in computing order, without dropout.
+) -> list[T]:
+    """Compute this rank's share of a split without dropout; return `reduce(ids_B, logits_BC)` of every micro-batch.
 
-    `features`: None: the classifier's frozen part computes them. `is_stopping`: asked before every batch.
+    The first result is that of no row, so that there always is one. `features`: None: the classifier's frozen part computes
+    them. `is_stopping`: asked before every batch.
 
     Raises:
         Stopped: `is_stopping` returned True here, or on any rank if a forward pass is collective.
     """
     features = features or uncached_features(classifier.prefix)
-    ids: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
-    logits: list[NDArray[np.float32]] = [np.empty((0, classifier.suffix.out_head.out_features), np.float32)]
+    results = [reduce(np.empty(0, np.int64), np.empty((0, classifier.suffix.out_head.out_features), np.float32))]
     was_training = classifier.suffix.training
     classifier.suffix.eval()
     batches, num_ranks = evaluation_batches(table), engine.world.num_ranks
@@ -95,8 +179,7 @@ def compute_rank_logits(
         for ids_B in plan:
             _raise_if_stopping(engine, is_stopping)
             batch = table.batch(ids_B)
-            ids.append(ids_B)
-            logits.append(classifier.suffix(*features(batch)).float().cpu().numpy())
+            results.append(reduce(ids_B, classifier.suffix(*features(batch)).float().cpu().numpy()))
             num_done += len(ids_B)
             emit(Progress(task=f"score {table.name}", done=num_done, total=num_rows))
         if engine.is_forward_collective and len(plan) < -(-len(batches) // num_ranks):
@@ -104,6 +187,15 @@ def compute_rank_logits(
             _raise_if_stopping(engine, is_stopping)
             classifier.suffix(*features(table.batch(batches[0])))
     classifier.suffix.train(was_training)
+    return results
+
+
+def compute_rank_logits(
+    classifier: Classifier, table: TokenTable, engine: Engine, *, features: FeatureSource | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Compute this rank's share of a split: (ids, logits_NC), in computing order. See `map_rank_logits`."""
+    parts = map_rank_logits(lambda ids_B, logits_BC: (ids_B, logits_BC), classifier, table, engine, features=features)
+    ids, logits = zip(*parts, strict=True)
     return np.concatenate(ids), np.concatenate(logits)
 
 
@@ -125,24 +217,36 @@ def evaluate_split(
     emit: Emit = ignore_event,
     is_stopping: Callable[[], bool] | None = None,
 ) -> SplitScores:
-    """Evaluate a split over all ranks. Collective. The loss is a float64 sum in file order. See `compute_rank_logits`.
+    """Evaluate a split over all ranks, or predict it if it has no labels. Collective. See `map_rank_logits`.
+
+    The loss is a float64 sum in file order. Logits are reduced batch by batch, so memory does not grow with rows x classes.
 
     Raises:
         Stopped: on all ranks, if `is_stopping` returned True on any rank.
     """
     start = time.perf_counter()
+    labels_N, num_classes = table.labels_N, classifier.suffix.out_head.out_features
+    has_labels = are_labelled(labels_N, num_classes)
+
+    def reduce(ids_B: NDArray[np.int64], logits_BC: NDArray[np.float32]) -> RowResults:
+        return reduce_logits(ids_B, logits_BC, labels_N[ids_B])
+
     try:
-        local = compute_rank_logits(classifier, table, engine, features=features, emit=emit, is_stopping=is_stopping)
+        results = map_rank_logits(reduce, classifier, table, engine, features=features, emit=emit, is_stopping=is_stopping)
+        local = RowResults.concatenate(results)
     except Stopped:
         local = None
     parts = [part for part in collectives.all_gather(local) if part is not None]
     if len(parts) < engine.world.num_ranks:
         raise Stopped
-    ids_N, logits_NC = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    log_probabilities_NC = log_softmax_NC(logits_NC[in_file_order(ids_N, len(table))])
-    labels_N = table.labels_N
-    predictions_N = log_probabilities_NC.argmax(axis=1)
-    losses_N = -log_probabilities_NC[np.arange(len(labels_N)), labels_N]
-    confusion_CC = confusion_matrix(labels_N, predictions_N, num_classes=logits_NC.shape[1])
-    scores = compute_scores(confusion_CC, float(losses_N.sum()))
-    return SplitScores(labels_N, predictions_N, np.exp(log_probabilities_NC), scores, seconds=time.perf_counter() - start)
+    rows = RowResults.concatenate(parts)
+    rows = rows.take(in_file_order(rows.ids_N, len(table)))
+    scores = compute_scores(labels_N, rows.predictions_N, num_classes, float(rows.losses_N.sum())) if has_labels else None
+    return SplitScores(
+        labels_N,
+        rows.predictions_N,
+        rows.probabilities_NK,
+        scores,
+        seconds=time.perf_counter() - start,
+        classes_NK=rows.classes_NK if rows.classes_NK.size else None,
+    )

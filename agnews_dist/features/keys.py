@@ -46,7 +46,7 @@ def features_key(
         [str(dtype), _uses_tf32(dtype)],
         FORMAT,
     ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, allow_nan=False).encode()).hexdigest()
 
 
 def _uses_tf32(dtype: torch.dtype) -> bool:

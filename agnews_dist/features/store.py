@@ -69,7 +69,7 @@ class FeatureFile:
             return
         (self.directory / MARKS).mkdir(exist_ok=True)
         staging = self.directory / f".{ABOUT}.{uuid.uuid4().hex}"
-        staging.write_text(json.dumps(self._about, indent=1), encoding="utf-8")
+        staging.write_text(json.dumps(self._about, indent=1, allow_nan=False), encoding="utf-8")
         staging.replace(self.directory / ABOUT)
         handle = os.open(self.directory / ROWS, os.O_RDWR | os.O_CREAT, 0o666)
         try:

@@ -1,29 +1,37 @@
 """Export to a directory that Hugging Face loads as a classifier, and loading of such a directory.
 
-Hugging Face's head has no bias. Ours is folded into the final norm's bias: with the head's weight W and bias c and the norm's
-bias b, `W (b + b') = W b + c` for the minimum-norm solution b' of `W b' = c`, computed in fp64.
+Hugging Face's head has no bias. Ours, where it has one (see `has_head_bias`), is folded into the final norm's bias: with the
+head's weight W and bias c and the norm's bias b, `W (b + b') = W b + c` for the minimum-norm solution b' of `W b' = c`,
+computed in fp64.
 """
 
 import copy
-import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import NamedTuple, cast
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
+from torch import Tensor, nn
+from transformers import GPT2ForSequenceClassification, GPT2Model, PreTrainedTokenizerFast
 
 from agnews_dist.data.hugging_face import silence_transformers
+from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding
 from agnews_dist.errors import ModelError
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split_model
-from agnews_dist.model.pretrained import load_unpadded_tokenizer
+from agnews_dist.model.pretrained import can_produce, locate, read_tokenizer
+from agnews_dist.model.saved_model import check_head
+from agnews_dist.model.tokenizer_files import write_tokenizer
 from agnews_dist.storage import atomic
+from agnews_dist.storage.capacity import gigabytes
 
 TRAINABLE_BLOCKS_KEY = "trainable_blocks"
 """Our key of the exported config.json: the number of trained blocks, which are the last ones."""
+EXPORT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
+"""Files of an export."""
 FOLDING_TOLERANCE = 1e-5
 """Limit of a logit's error by folding, relative to max(1, the largest bias)."""
 
@@ -77,7 +85,7 @@ def export_model(
     try:
         with atomic.new_directory(directory) as staging:
             _write_model(staging, classifier, state, cast("int | None", tokenizer.pad_token_id), class_names)
-            _write_tokenizer(staging, tokenizer, max_length)
+            write_tokenizer(staging, tokenizer, max_length)
             (staging / "README.md").write_text(card, encoding="utf-8")
             # safetensors makes its files private to the user; here they get the mode that the umask gives to other files.
             mode = (staging / "README.md").stat().st_mode
@@ -90,20 +98,74 @@ def export_model(
         ) from error
 
 
-def load_classifier(
-    name: str, *, revision: str | None = None
-) -> tuple[Classifier, PreTrainedTokenizerFast, tuple[str, ...], int]:
-    """Load an exported model or any GPT2ForSequenceClassification: classifier in eval mode, tokenizer, class names, max_length.
+def check_room(directory: Path, num_parameters: int) -> None:
+    """Check before training that the export can be written below an existing `directory`, as far as that is known.
+
+    Raises:
+        ModelError: too little space, no free inode, or a path that is not UTF-8, which safetensors cannot write.
+    """
+    try:
+        str(directory.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(f"run.dir {str(directory)!r}: its path is not UTF-8. Set --run.dir to another one.") from error
+    try:
+        system = os.statvfs(directory)
+    except OSError:
+        return
+    needed, free = 4 * num_parameters, system.f_bavail * system.f_frsize
+    if free < needed:
+        raise ModelError(
+            f"run.dir {directory}: {gigabytes(free)} free, the exported model takes {gigabytes(needed)}. Free some space, or "
+            "set --run.dir to another disk."
+        )
+    # Some file systems count no inodes.
+    if system.f_files and system.f_favail < 2 * len(EXPORT_FILES):
+        raise ModelError(f"run.dir {directory}: no inodes are free. Remove some files, or set --run.dir to another disk.")
+
+
+def find_export(name: str) -> Path:
+    """Return the directory of a run's exported model; `name` may be that directory itself.
+
+    Raises:
+        ModelError: there is none, or it is not whole.
+    """
+    directory = locate(name, None).directory
+    if directory is None:
+        raise ModelError(f"run {name!r}: it is not a directory. Correct the path.")
+    if missing := [file for file in EXPORT_FILES if not (directory / file).is_file()]:
+        raise ModelError(f"run {name!r}: it has no exported model ({missing[0]} is missing). Finish its training first.")
+    return directory
+
+
+class SavedClassifier(NamedTuple):
+    """A classifier from files, in eval mode, and how it reads texts."""
+
+    classifier: Classifier
+    tokenizer: PreTrainedTokenizerFast
+    class_names: tuple[str, ...]
+    max_length: int
+    encoding: TextEncoding
+    """Rules under which the answers are those of Hugging Face's pipeline; for our own exports those of training."""
+    notes: tuple[str, ...]
+    """Unusual things about the files, for the user."""
+
+
+def load_classifier(name: str, *, revision: str | None = None) -> SavedClassifier:
+    """Load an exported model or any GPT2ForSequenceClassification.
 
     The classifier is split where the training split it, if its config.json has that number. This matters under bf16, where only
     the trained weights stay in fp32.
 
     Raises:
-        ModelError: as `load_backbone`; or the model has no head or a single class.
+        ModelError: as `load_backbone`; or the model has no head, one of another kind, or a single class.
     """
-    tokenizer = load_unpadded_tokenizer(name, revision=revision)
+    check_head(name, revision)
+    tokenizer = read_tokenizer(name, revision=revision)
+    encoding = _read_encoding(tokenizer)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # Fills the batches. No answer depends on it.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer.padding_side = "right"
     backbone = load_backbone(name, revision=revision, init="pretrained", seed=0, tokenizer=tokenizer)
     if backbone.head_CD is None or not backbone.class_names:
         raise ModelError(
@@ -114,6 +176,11 @@ def load_classifier(
         raise ModelError(
             f"model {name!r} has a single class: it is not a classifier. Set --model.name to a model with two classes or more."
         )
+    if "token_type_ids" in tokenizer.model_input_names:
+        _add_token_type(backbone.model)
+    pad_id = backbone.pad_id
+    if pad_id is not None and (encoding != TRAINING_ENCODING or can_produce(tokenizer, pad_id)):
+        encoding = replace(encoding, pad_id=pad_id)
     classifier = split_model(
         backbone,
         trainable_blocks=min(int(getattr(backbone.model.config, TRAINABLE_BLOCKS_KEY, 1)), len(backbone.model.h)),
@@ -121,15 +188,27 @@ def load_classifier(
         seed=0,
     )
     max_length = min(tokenizer.model_max_length, classifier.config.n_positions)
-    return classifier, tokenizer, backbone.class_names, max_length
+    return SavedClassifier(classifier, tokenizer, backbone.class_names, max_length, encoding, backbone.notes)
+
+
+def _read_encoding(tokenizer: PreTrainedTokenizerFast) -> TextEncoding:
+    """Return how a tokenizer reads a text when it is called without options, as the pipeline calls it."""
+    return TextEncoding(tokenizer.num_special_tokens_to_add(pair=False) > 0, tokenizer.split_special_tokens)
+
+
+def _add_token_type(model: GPT2Model) -> None:
+    """Add the embedding of token type 0, which Hugging Face takes from the tokens' table, to every position."""
+    with torch.no_grad():
+        model.wpe.weight = nn.Parameter(model.wpe.weight + model.wte.weight[0])
 
 
 def _huggingface_state(classifier: Classifier, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return all weights by Hugging Face's names, in fp32 on the CPU, with the head's bias folded."""
     state = {name: weight.float() for name, weight in classifier.frozen_state.items()}
     suffix = {name: weight.detach().float().cpu() for name, weight in trained.items()}
-    weight_CD, bias_C = suffix.pop("out_head.weight"), suffix.pop("out_head.bias")
-    suffix["ln_f.bias"] = fold_bias(weight_CD, bias_C, suffix["ln_f.bias"])
+    weight_CD, bias_C = suffix.pop("out_head.weight"), suffix.pop("out_head.bias", None)
+    if bias_C is not None:
+        suffix["ln_f.bias"] = fold_bias(weight_CD, bias_C, suffix["ln_f.bias"])
     return state | {f"transformer.{name}": weight for name, weight in suffix.items()} | {"score.weight": weight_CD}
 
 
@@ -142,6 +221,8 @@ def _write_model(
     config.pad_token_id = pad_id
     config.problem_type = "single_label_classification"
     config.dtype = "float32"
+    # torch.export and ONNX take tensors alone, no cache object.
+    config.use_cache = False
     setattr(config, TRAINABLE_BLOCKS_KEY, len(classifier.suffix.h))
     with silence_transformers(), torch.random.fork_rng(devices=[]):
         # Built without memory. Strict, as a missing name would leave a random tensor in the export.
@@ -152,19 +233,3 @@ def _write_model(
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(directory)
         save_file(model.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def _write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
-    tokenizer = copy.deepcopy(tokenizer)
-    # The truncation and padding of the last call would be saved as part of the tokenizer.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.model_max_length = max_length
-    with silence_transformers():
-        tokenizer.save_pretrained(directory)
-    # transformers reads split_special_tokens but does not write it. The removed keys describe this machine.
-    path = directory / "tokenizer_config.json"
-    settings = cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
-    settings |= {"split_special_tokens": True, "padding_side": "right", "truncation_side": "right"}
-    settings = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,35 +1,26 @@
 """GPT-2 from a name to a classifier: load or draw the weights, add a row for [PAD], split at the freeze boundary."""
 
 import copy
-import re
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
 from agnews_dist.data.hugging_face import silence_transformers
 from agnews_dist.errors import ModelError
 from agnews_dist.model.embedded import EMBEDDED_SEED, embedded_config, scale_embeddings
 from agnews_dist.model.prefix import Prefix
-from agnews_dist.model.pretrained import CONFIG_FILE, EMBEDDED, TOKENIZER_FILES, WEIGHT_FILES, Location, locate, reading
+from agnews_dist.model.pretrained import CONFIG_FILE, EMBEDDED, TOKENIZER_FILES, locate
+from agnews_dist.model.saved_model import Backbone, read_config, read_weights
 from agnews_dist.model.suffix import Suffix
 
 MAX_SPARE_ROWS = 1024
 """Limit of embedding rows beyond the tokenizer's tokens; checkpoints may be padded to a multiple of up to 1024."""
 _BACKBONE_STREAM, _HEAD_STREAM = 0, 1
 """Numbers of the random streams that one seed gives to different parts of the model."""
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A GPT-2 on the CPU, in the type of its file, with an embedding row for every token of its tokenizer."""
-
-    model: GPT2Model
-    head_CD: Tensor | None
-    class_names: tuple[str, ...] | None
-    """Head and class names are None if the checkpoint is not a classifier."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +64,17 @@ def load_backbone(
         ModelError: hub unreachable; no such directory; no config or weights, or damaged, incomplete or non-finite
             ones; not GPT-2; a vocabulary that does not fit the tokenizer.
     """
-    head_CD, class_names = None, None
     config = copy.deepcopy(config) or load_model_config(name, revision=revision, init=init, tokenizer=tokenizer)
+    pad_id = config.pad_token_id
     if name == EMBEDDED:
-        model = _draw_weights(config, EMBEDDED_SEED if init == "pretrained" else seed, name)
-        scale_embeddings(model)
+        backbone = Backbone(_draw_weights(config, EMBEDDED_SEED if init == "pretrained" else seed, name), None, None)
+        scale_embeddings(backbone.model)
     elif init == "random":
-        model = _draw_weights(config, seed, name)
+        backbone = Backbone(_draw_weights(config, seed, name), None, None)
     else:
-        model, head_CD, class_names = _read_weights(locate(name, revision), config)
-    _fit_vocabulary(model, tokenizer, name)
-    return Backbone(model, head_CD, class_names)
+        backbone = read_weights(locate(name, revision), config)
+    _fit_vocabulary(backbone.model, tokenizer, name)
+    return replace(backbone, pad_id=pad_id)
 
 
 def load_model_config(
@@ -99,18 +90,34 @@ def load_model_config(
     location = locate(name, revision)
     has_only_tokenizer = not location.has_any(CONFIG_FILE) and location.has_any(*TOKENIZER_FILES)
     if not has_only_tokenizer or init != "random":
-        return _read_config(location)
+        return read_config(location)
     # GPT-2 small, without the row of [PAD] that `_fit_vocabulary` adds: so both pad tokens give the same drawn weights.
     num_rows = len(tokenizer) - int(_has_additional_pad(tokenizer))
     end_of_text = cast(int, tokenizer.eos_token_id)
     return GPT2Config(vocab_size=num_rows, bos_token_id=end_of_text, eos_token_id=end_of_text)
 
 
-def split_model(backbone: Backbone, *, trainable_blocks: int | Literal["all"], num_classes: int, seed: int) -> Classifier:
+def has_head_bias(num_classes: int, width: int) -> bool:
+    """Return whether `out_head` has a bias: only where the export can fold it into the final norm (see `fold_bias`).
+
+    A head with more classes than width has no exact solution, and a nearly square one an imprecise one.
+    """
+    return 2 * num_classes <= width
+
+
+def split_model(
+    backbone: Backbone,
+    *,
+    trainable_blocks: int | Literal["all"],
+    num_classes: int,
+    seed: int,
+    class_names: Sequence[str] | None = None,
+) -> Classifier:
     """Freeze all but the last `trainable_blocks` blocks, the final norm and `out_head`.
 
-    `out_head` is drawn from `seed`, unless the checkpoint has a head of the same shape. Both halves are in eval mode until
-    `suffix.train()`. The classifier takes the backbone's modules, so another split needs another backbone.
+    `out_head` is drawn from `seed`, unless the checkpoint has a head of the same shape for the same `class_names` (LABEL_k and
+    None fit any). Both halves are in eval mode until `suffix.train()`. The classifier takes the backbone's modules, so another
+    split needs another backbone.
 
     Raises:
         ModelError: `trainable_blocks` is negative or exceeds the model's blocks.
@@ -125,10 +132,12 @@ def split_model(backbone: Backbone, *, trainable_blocks: int | Literal["all"], n
         )
     # The blocks run without a mask, and only this kernel is causal then.
     model.set_attn_implementation("sdpa")
-    out_head = cast(nn.Linear, nn.utils.skip_init(nn.Linear, config.n_embd, num_classes))
+    has_bias = has_head_bias(num_classes, config.n_embd)
+    out_head = cast(nn.Linear, nn.utils.skip_init(nn.Linear, config.n_embd, num_classes, bias=has_bias))
     with torch.no_grad():
-        out_head.bias.zero_()
-        if backbone.head_CD is not None and backbone.head_CD.shape == out_head.weight.shape:
+        if has_bias:
+            out_head.bias.zero_()
+        if backbone.head_CD is not None and _is_head_of(backbone, num_classes, class_names):
             out_head.weight.copy_(backbone.head_CD)
         else:
             generator = torch.Generator().manual_seed(_stream_seed(seed, _HEAD_STREAM))
@@ -164,6 +173,15 @@ def check_max_length(max_length: int, num_positions: int) -> None:
         )
 
 
+def _is_head_of(backbone: Backbone, num_classes: int, class_names: Sequence[str] | None) -> bool:
+    """Return whether the checkpoint's head has this shape and these classes, as far as both have names."""
+    if backbone.head_CD is None or backbone.head_CD.shape != (num_classes, backbone.model.config.n_embd):
+        return False
+    unnamed = tuple(f"LABEL_{i}" for i in range(num_classes))
+    names = [tuple(each) for each in (backbone.class_names, class_names) if each is not None]
+    return len({each for each in names if each != unnamed}) <= 1
+
+
 def _count(modules: list[nn.Module], *, trainable: bool) -> int:
     return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad == trainable)
 
@@ -182,78 +200,6 @@ def _draw_weights(config: GPT2Config, seed: int, name: str) -> GPT2Model:
             raise ModelError(
                 f"{CONFIG_FILE} of model {name!r}: it describes no possible model ({error}). Correct {CONFIG_FILE}."
             ) from error
-
-
-def _read_config(location: Location) -> GPT2Config:
-    if not location.has_any(CONFIG_FILE):
-        raise ModelError(
-            f"model directory {location.directory}: it has no {CONFIG_FILE}. Copy the whole model directory, "
-            "or set --model.name to one that Hugging Face's save_pretrained wrote."
-        )
-    with reading(location, CONFIG_FILE):
-        raw = GPT2Config.get_config_dict(location.target, revision=location.revision)[0]
-        if raw.get("model_type") != "gpt2":
-            raise ModelError(
-                f"model {location.name!r} is a {raw.get('model_type')!r} model: only GPT-2 is supported. "
-                "Choose a GPT-2 of any size, such as gpt2, gpt2-medium or distilgpt2."
-            )
-        config = GPT2Config.from_dict(raw)
-    if config.add_cross_attention:
-        raise ModelError(
-            f"model {location.name!r} has add_cross_attention: a classifier has no second sequence. "
-            "Choose a GPT-2 without cross-attention."
-        )
-    return config
-
-
-def _read_weights(location: Location, config: GPT2Config) -> tuple[GPT2Model, Tensor | None, tuple[str, ...] | None]:
-    """Read the model in the type of its file, and the head and class names if it is a classifier."""
-    if not location.has_any(*WEIGHT_FILES):
-        raise ModelError(
-            f"model directory {location.directory}: it has no weights (none of {', '.join(WEIGHT_FILES)}). "
-            "Copy the whole model directory, or set --model.init random."
-        )
-    is_classifier = GPT2ForSequenceClassification.__name__ in (config.architectures or [])
-    architecture = GPT2ForSequenceClassification if is_classifier else GPT2Model
-    with reading(location, "weights"), torch.random.fork_rng(devices=[]):
-        loaded, report = cast(
-            "tuple[nn.Module, dict[str, Any]]",
-            architecture.from_pretrained(
-                location.target,
-                config=config,
-                revision=location.revision or "main",
-                dtype="auto",  # the type of the file: its mapped pages, not a copy
-                attn_implementation="sdpa",
-                ignore_mismatched_sizes=True,  # the report lists them
-                output_loading_info=True,
-            ),
-        )
-    _check_loaded(loaded, report, location)
-    if not isinstance(loaded, GPT2ForSequenceClassification):
-        return cast(GPT2Model, loaded), None, None
-    names = cast(dict[int, str], config.id2label)
-    return loaded.transformer, loaded.score.weight.detach(), tuple(names[i] for i in range(len(names)))
-
-
-def _check_loaded(loaded: nn.Module, report: dict[str, Any], location: Location) -> None:
-    """Check that every weight was read and is finite: Hugging Face replaces missing or misshapen ones by random numbers."""
-    surplus = [key for key in report["unexpected_keys"] if re.search(r"(^|\.)h\.\d+\.(?!attn\.(masked_)?bias$)", key)]
-    for keys, fault in (
-        (report["missing_keys"], "are missing"),
-        ([key[0] for key in report["mismatched_keys"]], f"have another shape than in {CONFIG_FILE}"),
-        (surplus, f"belong to blocks beyond those of {CONFIG_FILE}"),
-    ):
-        if keys:
-            raise ModelError(
-                f"weights of model {location.name!r}: {len(keys)} {fault}, such as {min(keys)}. "
-                f"Copy the whole model directory again, {CONFIG_FILE} and weights together."
-            )
-    for name, weight in loaded.named_parameters():
-        if not bool(weight.isfinite().all()):
-            raise ModelError(
-                f"weight {name} of model {location.name!r} contains NaN or infinity: every logit would be NaN. "
-                "Use a checkpoint from before its training diverged."
-            )
 
 
 def _has_additional_pad(tokenizer: PreTrainedTokenizerFast) -> bool:

@@ -1,8 +1,11 @@
 """Names of models resolved to directories or hub ids, and their tokenizers."""
 
-from collections.abc import Generator
+import json
+import re
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Literal, cast
 
@@ -17,6 +20,8 @@ EMBEDDED = "embedded"
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""Token of one byte in a tokenizer that falls back to bytes."""
 
 
 @dataclass(frozen=True)
@@ -85,44 +90,91 @@ def reading(location: Location, what: str) -> Generator[None]:
 def load_tokenizer(name: str, *, revision: str | None, pad_token: Literal["new", "eos"]) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a model (hub id, directory, run directory or 'embedded') and choose its pad token.
 
-    Padding is on the right. `<|endoftext|>` or `[PAD]` in a text become ordinary tokens. The pad token 'new' keeps one other
-    than the end-of-text token, else adds [PAD]; 'eos' is the end-of-text token.
+    Padding is on the right. `<|endoftext|>` or `[PAD]` in a text become ordinary tokens. The pad token 'new' keeps one that no
+    text can contain and that is not the end-of-text token, else adds [PAD]; 'eos' is the end-of-text token.
 
     Raises:
-        ModelError: hub unreachable, no such directory, no or damaged tokenizer files, no fast tokenizer, no end-of-text token.
+        ModelError: hub unreachable, no such directory, no or damaged tokenizer files, no fast tokenizer, no end-of-text token,
+            or one that cannot be the pad token.
     """
-    tokenizer = load_unpadded_tokenizer(name, revision=revision)
-    if pad_token == "eos":
-        tokenizer.pad_token = tokenizer.eos_token
-    elif tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    return tokenizer
-
-
-def load_unpadded_tokenizer(name: str, *, revision: str | None) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a model as `load_tokenizer` does, but with the pad token of its files, if any."""
-    if name == EMBEDDED:
-        tokenizer = embedded_tokenizer()
-    else:
-        location = locate(name, revision)
-        if not location.has_any(*TOKENIZER_FILES):
-            raise ModelError(
-                f"model directory {location.directory}: it has no tokenizer (none of {', '.join(TOKENIZER_FILES)}). Copy the "
-                "tokenizer's files there, or set --model.name to a directory with them."
-            )
-        with reading(location, "tokenizer"):
-            loaded = AutoTokenizer.from_pretrained(location.target, revision=revision)
-        if not getattr(loaded, "is_fast", False):
-            raise ModelError(
-                f"tokenizer of {name!r} is a {type(loaded).__name__}: only a fast tokenizer can split special tokens in a "
-                "text. Save it as tokenizer.json, or choose another model."
-            )
-        tokenizer = cast(PreTrainedTokenizerFast, loaded)
+    tokenizer = read_tokenizer(name, revision=revision)
     if tokenizer.eos_token is None:
         raise ModelError(
             f"tokenizer of {name!r} has no end-of-text token: it is not GPT-2's. "
             "Set eos_token in its tokenizer_config.json, or choose another model."
         )
+    if pad_token == "new":
+        pad_id = cast("int | None", tokenizer.pad_token_id)
+        if pad_id is None or pad_id == tokenizer.eos_token_id or can_produce(tokenizer, pad_id):
+            tokenizer.add_special_tokens({"pad_token": _find_pad_token(tokenizer)})
+    elif can_produce(tokenizer, cast(int, tokenizer.eos_token_id)):
+        raise ModelError(
+            f"data.pad_token eos: a text can contain {tokenizer.eos_token!r} of model {name!r} as an ordinary token. "
+            "Set --data.pad_token new."
+        )
+    else:
+        tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.split_special_tokens = True
     return tokenizer
+
+
+def read_tokenizer(name: str, *, revision: str | None) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a model as its files describe it.
+
+    Raises:
+        ModelError: as `load_tokenizer`, but for the end-of-text and pad token.
+    """
+    if name == EMBEDDED:
+        return embedded_tokenizer()
+    location = locate(name, revision)
+    if not location.has_any(*TOKENIZER_FILES):
+        raise ModelError(
+            f"model directory {location.directory}: it has no tokenizer (none of {', '.join(TOKENIZER_FILES)}). Copy the "
+            "tokenizer's files there, or set --model.name to a directory with them."
+        )
+    with reading(location, "tokenizer"):
+        loaded = AutoTokenizer.from_pretrained(location.target, revision=revision)
+    if not getattr(loaded, "is_fast", False):
+        raise ModelError(
+            f"tokenizer of {name!r} is a {type(loaded).__name__}: only a fast tokenizer can split special tokens in a "
+            "text. Save it as tokenizer.json, or choose another model."
+        )
+    tokenizer = cast(PreTrainedTokenizerFast, loaded)
+    model = tokenizer.backend_tokenizer.model
+    if getattr(model, "dropout", None):
+        # A text would get other tokens at every call.
+        model.dropout = None
+    return tokenizer
+
+
+def can_produce(tokenizer: PreTrainedTokenizerFast, token_id: int) -> bool:
+    """Return whether a text may contain a token after tokenising, with special tokens split. True if that is uncertain."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    if any(added["id"] == token_id and not added["special"] for added in backend["added_tokens"]):
+        return True
+    own = tokenizer.backend_tokenizer.model.id_to_token(token_id)
+    model = backend["model"]
+    if own is None or model["type"] != "BPE":
+        return own is not None
+    if own == model["unk_token"] or model["ignore_merges"]:
+        return True
+    # The alphabet: single characters, or bytes; then what merges make of it.
+    prefix, suffix = model["continuing_subword_prefix"] or "", model["end_of_word_suffix"] or ""
+    if len(own.removeprefix(prefix).removesuffix(suffix)) <= 1 or (model["byte_fallback"] and _BYTE.fullmatch(own)):
+        return True
+    return any(left + right.removeprefix(prefix) == own for left, right in _split_merges(model["merges"]))
+
+
+def _split_merges(merges: Sequence[str | Sequence[str]]) -> Iterable[tuple[str, str]]:
+    """Return the pairs of tokens that a BPE merges; older files write a pair with a space between."""
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        yield left, right
+
+
+def _find_pad_token(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return [PAD], or [PAD1] and so on if texts can contain it."""
+    vocabulary = tokenizer.get_vocab()
+    names = chain(["[PAD]"], (f"[PAD{i}]" for i in count(1)))
+    return next(name for name in names if name not in vocabulary or not can_produce(tokenizer, vocabulary[name]))

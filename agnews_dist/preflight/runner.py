@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import torch
 
@@ -24,6 +23,7 @@ from agnews_dist.preflight.findings import (
 )
 from agnews_dist.preflight.machine import PlannedRun, RankReport, check_rank
 from agnews_dist.report.formatting import escape_text
+from agnews_dist.storage.atomic import to_json_value
 
 MEETING_SECONDS = 120
 """Time for all ranks to come. Nodes with a cold file system load Python minutes apart."""
@@ -109,8 +109,8 @@ def check_together(
 def print_findings(findings: Sequence[Finding], report: RankReport, num_ranks: int, *, as_json: bool) -> None:
     """Print one line per finding, or a JSON object with rank 0's memory estimate."""
     if as_json:
-        result = {"verdict": worst_verdict(findings), "findings": [asdict(each) for each in findings], **report.memory}
-        print(json.dumps(result, indent=2, allow_nan=False))
+        result = {"verdict": worst_verdict(findings), "findings": findings, **report.memory}
+        print(json.dumps(to_json_value(result), indent=2, allow_nan=False))
         return
     for finding in findings:
         who = "" if len(finding.ranks) in (0, num_ranks) else f" ({format_ranks(finding.ranks)})"

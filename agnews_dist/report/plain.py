@@ -5,11 +5,8 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import TextIO
 
-import numpy as np
-
 from agnews_dist import events
-from agnews_dist.evaluation.metrics import compute_class_scores
-from agnews_dist.report.formatting import describe_event, escape_text, format_ratio, sum_parameters
+from agnews_dist.report.formatting import describe_event, describe_selection, escape_text, format_ratio, sum_parameters
 from agnews_dist.report.progress import StepProgress, TaskProgress
 
 
@@ -45,7 +42,14 @@ class PlainLines:
                 self._print_header(event)
             case events.EvalDone():
                 self._print_evaluation(event)
-            case events.Warned() | events.NonFinite() | events.Resumed() | events.OverfitChecked():
+            case (
+                events.Warned()
+                | events.NonFinite()
+                | events.Resumed()
+                | events.StoppedEarly()
+                | events.OverfitChecked()
+                | events.Predicted()
+            ):
                 self._print(describe_event(event))
             case events.DataChecked():
                 for finding in event.findings:
@@ -109,8 +113,6 @@ class PlainLines:
             self._print(task.format_line())
 
     def _print_evaluation(self, event: events.EvalDone) -> None:
-        classes = ", ".join(
-            f"{name} {format_ratio(each.precision)}/{format_ratio(each.recall)}"
-            for name, each in zip(event.class_names, compute_class_scores(np.asarray(event.scores.confusion)), strict=True)
-        )
-        self._print(f"{describe_event(event)}; precision/recall: {classes}")
+        classes = ", ".join(f"{each.name} {format_ratio(each.precision)}/{format_ratio(each.recall)}" for each in event.classes)
+        selection = describe_selection(event)
+        self._print(f"{describe_event(event)}; precision/recall{f' ({selection})' if selection else ''}: {classes}")

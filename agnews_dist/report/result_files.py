@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
@@ -18,6 +18,8 @@ from agnews_dist.storage.atomic import to_json_value, write_text
 if TYPE_CHECKING:
     from agnews_dist.evaluation.evaluator import SplitScores
 
+ROWS_AT_ONCE = 1000
+"""Rows formatted at once: the text of a number takes 128 bytes while it is in an array."""
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy", "deepspeed")
 
 
@@ -40,7 +42,7 @@ class Result:
     """Content of result.json. A value that does not apply is None (null)."""
 
     splits: Mapping[str, Scores]
-    """Split -> scores of the exported model."""
+    """Split -> scores of the exported model, without the splits that have no labels."""
     num_steps: int
     num_ranks: int
     global_batch_size: int | None = None
@@ -91,17 +93,33 @@ def write_json(path: Path, obj: Mapping[str, object]) -> None:
 def write_predictions(directory: Path, name: str, split: "SplitScores") -> Path:
     """Write `{"id", "label", "prediction", "probabilities"}` per row of the split `name`, whole or not at all.
 
-    The file is predictions-<name>.jsonl; its path is returned. A probability is the shortest text of its float32 value: the
-    float32 logits have no more digits. Non-finite ones are null.
+    The file is predictions-<name>.jsonl; its path is returned. A label is null if the split has none. Of more than 256 classes,
+    `"top": [[class, probability], ...]` has the most probable ones in place of `"probabilities"`.
+
+    A probability is the shortest text of its float32 value: the float32 logits have no more digits. Non-finite ones are null.
     """
     path = directory / f"predictions-{name}.jsonl"
-    # numpy formats all numbers at once, several times faster than json.dumps per row.
-    texts_NC = split.probabilities_NC.astype(np.float32).astype(np.str_)
-    texts_NC[~np.isfinite(split.probabilities_NC)] = "null"
-    rows = zip(split.labels_N.tolist(), split.predictions_N.tolist(), texts_NC.tolist(), strict=True)
-    lines = (
-        f'{{"id": {row}, "label": {label}, "prediction": {prediction}, "probabilities": [{", ".join(texts_C)}]}}\n'
-        for row, (label, prediction, texts_C) in enumerate(rows)
-    )
-    write_text(path, lines)
+    write_text(path, _format_predictions(split))
     return path
+
+
+def _format_predictions(split: "SplitScores") -> Iterator[str]:
+    labels_N = ["null" if label < 0 else str(label) for label in split.labels_N.tolist()]
+    rows = enumerate(zip(labels_N, split.predictions_N.tolist(), _format_probabilities(split), strict=True))
+    for row, (label, prediction, probabilities) in rows:
+        yield f'{{"id": {row}, "label": {label}, "prediction": {prediction}, {probabilities}}}\n'
+
+
+def _format_probabilities(split: "SplitScores") -> Iterator[str]:
+    for begin in range(0, len(split.probabilities_NK), ROWS_AT_ONCE):
+        part = slice(begin, begin + ROWS_AT_ONCE)
+        values_BK = split.probabilities_NK[part].astype(np.float32)
+        # numpy formats all numbers at once, several times faster than json.dumps per row.
+        texts_BK = values_BK.astype(np.str_)
+        texts_BK[~np.isfinite(values_BK)] = "null"
+        if split.classes_NK is None:
+            yield from (f'"probabilities": [{", ".join(texts_K)}]' for texts_K in texts_BK.tolist())
+            continue
+        for classes_K, texts_K in zip(split.classes_NK[part].tolist(), texts_BK.tolist(), strict=True):
+            pairs = (f"[{i}, {text}]" for i, text in zip(classes_K, texts_K, strict=True))
+            yield f'"top": [{", ".join(pairs)}]'

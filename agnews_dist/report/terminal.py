@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 
-import numpy as np
 import rich.console
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -13,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from agnews_dist import events
-from agnews_dist.evaluation.metrics import compute_class_scores
 from agnews_dist.report.formatting import (
     describe_event,
+    describe_selection,
     escape_text,
     format_duration,
     format_ratio,
@@ -57,17 +56,18 @@ class TerminalDisplay:
                 self.close()
                 self._steps = StepProgress(event.num_steps, self._clock)
                 self._print(self._build_header(event))
-            case events.EvalDone():
+            case events.EvalDone() | events.Predicted():
                 # A task of unknown total never reports its end.
                 self._tasks.clear()
                 if not self._is_training:
                     self.close()
-                self._print(self._build_evaluation(event))
+                is_scored = isinstance(event, events.EvalDone)
+                self._print(self._build_evaluation(event) if is_scored else self._escape(describe_event(event), "bold"))
             case events.Warned() | events.NonFinite():
                 self._print(self._escape(describe_event(event), "yellow"))
             case events.DataChecked():
                 self._print(self._build_findings(event))
-            case events.Resumed():
+            case events.Resumed() | events.StoppedEarly():
                 self._print(self._escape(describe_event(event)))
             case events.CheckpointSaved():
                 if self._every_step or event.seconds >= MIN_LINE_SECONDS:
@@ -127,17 +127,19 @@ class TerminalDisplay:
 
     def _build_evaluation(self, event: events.EvalDone) -> RenderableType:
         scores, title = event.scores, Text(overflow="fold")
-        title.append(self._escape(name_evaluation(event.split, event.epoch), "bold"))
+        title.append(self._escape(name_evaluation(event), "bold"))
         title.append(f"  accuracy {scores.accuracy:.4f}", style="bold green")
         title.append(f"  macro F1 {scores.macro_f1:.4f}  loss {scores.loss:.4f}")
         title.append(f"  {format_duration(event.seconds)}", style="dim")
+        if selection := describe_selection(event):
+            title.append(f"\n  {selection}", style="dim")
         table = Table(box=None, padding=(0, 0, 0, 2), header_style="dim")
         table.add_column(Text("class"), overflow="fold")
         for name in ("examples", "precision", "recall", "F1"):
             table.add_column(Text(name), justify="right", overflow="fold")
-        for name, each in zip(event.class_names, compute_class_scores(np.asarray(scores.confusion)), strict=True):
+        for each in event.classes:
             ratios = map(format_ratio, (each.precision, each.recall, each.f1))
-            table.add_row(self._escape(name), Text(f"{each.num_examples:,}"), *map(Text, ratios))
+            table.add_row(self._escape(each.name), Text(f"{each.num_examples:,}"), *map(Text, ratios))
         return Group(title, table, Text())
 
     def _print_summary(self, event: events.RunDone) -> None:

@@ -221,11 +221,11 @@ class Attempt:
         self._preemption.begin_training()
         return self._checkpoints
 
-    def finish(self, num_steps: int) -> None:
-        """Record that the run has trained all its epochs and left its results."""
+    def finish(self, num_steps: int, reason: str) -> None:
+        """Record that the run is trained and has left its results. `reason`: why the training ended."""
         if self._status is not None:
             self._status.step = num_steps
-            self._status.try_to_write("finished", "it has trained all its epochs")
+            self._status.try_to_write("finished", reason)
 
     def _end_from_other_thread(self, state: str, reason: str) -> None:
         """Record the final state. The preemption thread calls this before it ends the process."""

@@ -42,7 +42,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     # State of the last call, not of the tokenizer.
     content["padding"] = content["truncation"] = None
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def run_fingerprints(
@@ -54,7 +54,7 @@ def run_fingerprints(
     """
     named = {key: value for key, value in weight_settings(config).items() if key not in ("data.source", "model.name")}
     return {
-        "config": hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest(),
+        "config": hashlib.sha256(json.dumps(named, sort_keys=True, allow_nan=False).encode()).hexdigest(),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "tokens": tokens,
         "frozen_weights": weights_fingerprint(classifier.frozen_state),

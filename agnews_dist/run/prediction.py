@@ -2,11 +2,8 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
-
-from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.config.schema import Config
 from agnews_dist.data.columns import ColumnSettings
@@ -16,8 +13,9 @@ from agnews_dist.data.tokens import encode
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import ConfigError
 from agnews_dist.evaluation.predictor import Predictor
-from agnews_dist.model.export import load_classifier
-from agnews_dist.model.gpt2 import Classifier, check_max_length
+from agnews_dist.model.export import SavedClassifier, load_classifier
+from agnews_dist.model.gpt2 import check_max_length
+from agnews_dist.run.engine_setup import place_classifier
 
 MAX_SHOWN_CLASSES = 256
 """Classes of which JSON lines show all probabilities without --top_k."""
@@ -25,32 +23,24 @@ NUM_SHOWN_CLASSES = 5
 """Most probable classes that they show if there are more."""
 
 
-@dataclass(frozen=True)
-class PredictionModel:
-    """A saved classifier, equal on every rank."""
-
-    classifier: Classifier
-    tokenizer: PreTrainedTokenizerFast
-    class_names: tuple[str, ...]
-    max_length: int
-    """Tokens of a text, at most."""
-
-    def place(self, engine: Engine, num_best: int | None) -> Predictor:
-        """Return the predictor on this rank's device, on which the classifier is."""
-        encoder = partial(encode, self.tokenizer, max_length=self.max_length)
-        return Predictor(self.classifier, encoder, cast(int, self.tokenizer.pad_token_id), engine, num_best)
-
-
-def load_model(config: Config, max_length: int | None) -> PredictionModel:
+def load_model(config: Config, max_length: int | None) -> SavedClassifier:
     """Load the model; `max_length`: None: as in training.
 
     Raises:
         ModelError: it is not a classifier, or `max_length` is too large for it.
     """
-    classifier, tokenizer, class_names, trained_length = load_classifier(config.model.name, revision=config.model.revision)
-    if max_length is not None:
-        check_max_length(max_length, classifier.config.n_positions)
-    return PredictionModel(classifier, tokenizer, class_names, max_length or trained_length)
+    saved = load_classifier(config.model.name, revision=config.model.revision)
+    if max_length is None:
+        return saved
+    check_max_length(max_length, saved.classifier.config.n_positions)
+    return saved._replace(max_length=max_length)
+
+
+def build_predictor(saved: SavedClassifier, engine: Engine, num_best: int | None, *, fast_path: bool) -> Predictor:
+    """Move the model to this rank's device."""
+    place_classifier(saved.classifier, engine, fast_path=fast_path)
+    encoder = partial(encode, saved.tokenizer, max_length=saved.max_length, encoding=saved.encoding)
+    return Predictor(saved.classifier, encoder, cast(int, saved.tokenizer.pad_token_id), engine, num_best)
 
 
 def open_input(config: Config, options: Mapping[str, Any]) -> InputTexts:

@@ -93,4 +93,4 @@ def write_starts(file: Path, starts: Sequence[Start]) -> None:
             f"{file} cannot be written ({error.strerror or error}): the job's starts could not be counted, and it might be "
             "started for ever. Set LOGS to a writable directory."
         ) from error
-    write_text(file, [json.dumps(asdict(start)) + "\n" for start in starts])
+    write_text(file, [json.dumps(asdict(start), allow_nan=False) + "\n" for start in starts])

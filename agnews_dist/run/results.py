@@ -1,4 +1,4 @@
-"""The files that a finished run leaves: exported model, predictions, result.json."""
+"""The files that a finished run leaves: predictions, result.json, exported model."""
 
 import resource
 import sys
@@ -10,8 +10,9 @@ import torch
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.engine import Engine
+from agnews_dist.errors import ModelError
 from agnews_dist.evaluation.evaluator import SplitScores
-from agnews_dist.events import Emit, RunDone
+from agnews_dist.events import Emit, RunDone, Scores
 from agnews_dist.features.manager import FeatureCache
 from agnews_dist.model.export import export_model
 from agnews_dist.report.model_card import ModelCard
@@ -42,13 +43,12 @@ def write_results(
     *,
     attempt: Attempt,
 ) -> None:
-    """Write model, predictions and result.json of a training, on rank 0. Collective."""
+    """Write predictions, result.json and the model of a training, on rank 0. Collective."""
     directory, monitors = attempt.directory, attempt.monitors
     peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
-    scores = {name: split.scores for name, split in split_scores.items()}
+    scores = _select_scored(split_scores)
 
     def write() -> None:
-        _export(config, inputs, trainer, split_scores, directory)
         paths = {"model": str(directory / "model"), "result": str(directory / "result.json")}
         paths |= {f"{name} predictions": str(write_predictions(directory, name, split)) for name, split in split_scores.items()}
         seconds = monitors.timer.totals()
@@ -72,30 +72,43 @@ def write_results(
             fingerprints=inputs.fingerprints,
         )
         write_json(directory / "result.json", result.to_dict())
+        # Last: a failing export must lose no scores.
+        try:
+            _export(config, inputs, trainer, split_scores, directory)
+        except ModelError as error:
+            raise ModelError(
+                f"export of {directory.name}: it failed, and the scores are in {directory}. {error} The same command with "
+                f"--run.name {directory.name} exports again."
+            ) from error
         facts = {
             f"{name} accuracy": f"{split.accuracy:.4f} ({split.num_correct}/{split.num_examples})"
             for name, split in scores.items()
         }
         if features.num_bytes:
             facts["features"] = f"{gigabytes(features.num_bytes)} kept in {features.choice.place}"
-        facts["best epoch"] = f"{trainer.best.epoch} of {config.optim.epochs}"
+        facts["best weights"] = f"step {trainer.best.step} of {trainer.step}, in epoch {trainer.best.epoch}"
         facts["time"] = f"{seconds['total']:.1f} s, {tokens_per_second:,.0f} tokens/s in training"
         monitors.emit(RunDone(facts=facts, paths=paths))
 
     collectives.raise_if_any_failed(collectives.catch(write) if engine.world.is_main else None)
 
 
+def _select_scored(splits: Mapping[str, SplitScores]) -> dict[str, Scores]:
+    """Return the scores of the splits that have labels."""
+    return {name: split.scores for name, split in splits.items() if split.scores is not None}
+
+
 def _export(
     config: Config, inputs: TrainingInputs, trainer: Trainer, split_scores: Mapping[str, SplitScores], directory: Path
 ) -> None:
-    """Export the best epoch as a directory that Hugging Face loads, with its model card."""
+    """Export the best weights as a directory that Hugging Face loads, with its model card."""
     card = ModelCard(
         name=directory.name,
         base_model=config.model.name,
         dataset=config.data.source,
         class_names=inputs.class_names,
         max_length=config.data.max_length,
-        splits={name: split.scores for name, split in split_scores.items()},
+        splits=_select_scored(split_scores),
         parameters=inputs.parameters,
         settings=weight_settings(config),
         versions=versions(),
@@ -129,7 +142,7 @@ def write_scores(
         directory.mkdir(parents=True, exist_ok=True)
         path = write_predictions(directory, name, split)
         result = Result(
-            splits={name: split.scores},
+            splits=_select_scored({name: split}),
             num_steps=0,
             num_ranks=engine.world.num_ranks,
             seconds=Seconds(**timer.totals()),

@@ -22,6 +22,8 @@ FINGERPRINT_NAMES = {
     "tokenizer": "tokenizer",
     "frozen_weights": "frozen weights of the model",
 }
+LENGTHS = {"optim.epochs": "epochs", "optim.max_steps": "steps"}
+"""Setting -> unit of the length of a run. A larger one continues it."""
 RESTART_REMEDY = "or train from the start with --checkpoint.resume never and another --run.name (or --run.overwrite)"
 
 
@@ -32,7 +34,7 @@ class ResumePoint:
     checkpoint: Checkpoint | None
     """None: the run began, but was stopped before its first checkpoint."""
     best: Checkpoint | None
-    """The best epoch so far, with its weights and predictions."""
+    """The best weights so far, with their predictions."""
     is_own: bool
     """True: the run continues in its own directory. False: a new run starts from another run's checkpoint."""
     attempt: int
@@ -53,7 +55,7 @@ class ResumePoint:
 
     @property
     def tensors(self) -> tuple[Groups, Groups]:
-        """Groups of tensors of the checkpoint and of its best epoch."""
+        """Groups of tensors of the checkpoint and of its best weights."""
         return (self.checkpoint.tensors if self.checkpoint else {}, self.best.tensors if self.best else {})
 
 
@@ -88,7 +90,7 @@ def find_resume_point(
     if is_finished and not differing:
         raise AlreadyFinished(
             f"{directory} is finished ({status.step} steps): nothing is left to do. Read its result.json; train it again with "
-            "--run.overwrite, or longer with a larger --optim.epochs."
+            "--run.overwrite, or longer with more optim.epochs or max_steps."
         )
     return ResumePoint(checkpoint, best, True, attempt, tuple(warnings))
 
@@ -124,7 +126,7 @@ def _read_path(path: Path) -> tuple[Checkpoint, Checkpoint | None, list[str]]:
 
 
 def read_newest_usable(folder: Path) -> tuple[Checkpoint | None, Checkpoint | None, list[str]]:
-    """Read the newest undamaged checkpoint in `folder` and its best epoch, with a warning per damaged one skipped."""
+    """Read the newest undamaged checkpoint in `folder` and its best weights, with a warning per damaged one skipped."""
     warnings: list[str] = []
     paths = list_checkpoints(folder)
     for path in paths:
@@ -151,7 +153,10 @@ def differing_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict
     keys = [key for key in {**saved, **now} if key not in known or known[key].resume != "ignored"]
     then = {key: list(each.default) if isinstance(each.default, tuple) else each.default for key, each in known.items()}
     then |= saved
-    return {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
+    found = {key: (then.get(key), now.get(key)) for key in keys if then.get(key) != now.get(key)}
+    if then.get("optim.max_steps") is not None and now.get("optim.max_steps") is not None:
+        found.pop("optim.epochs", None)  # without effect
+    return found
 
 
 def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], accept: Collection[str]) -> list[str]:
@@ -164,10 +169,10 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], accept: 
     refused: dict[str, str] = {}
     for key, (saved, now) in differing_settings(checkpoint.state["settings"], settings).items():
         line = f"{key} was {format_value(saved)}, is {format_value(now)}"
-        if key == "optim.epochs" and now > saved:
+        if key in LENGTHS and None not in (saved, now) and now > saved:
             warnings.append(
-                f"{line}: the learning rate now follows the schedule of {now} epochs. The steps done so far had lower rates "
-                "than in a run of that length."
+                f"{line}: the learning rate now follows the schedule of {now} {LENGTHS[key]}. The steps done so far had lower "
+                "rates than in a run of that length."
             )
         elif key in accept:
             warnings.append(f"{line}, as accepted: from here on this is a different training.")

@@ -16,8 +16,8 @@ from agnews_dist.data.batching.shares import quadratic_weight
 from agnews_dist.data.columns import ColumnSettings
 from agnews_dist.data.corpus import Source, load_corpus
 from agnews_dist.data.local_files import SplitSettings
-from agnews_dist.data.rows import Corpus, hash_corpus
-from agnews_dist.data.tokens import TokenSplit, TokenStore, open_or_build
+from agnews_dist.data.rows import NUM_SHOWN, Corpus, Ints, hash_corpus, list_first
+from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding, TokenSplit, TokenStore, open_or_build
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import choose_precision, should_use_cuda
 from agnews_dist.engine.engine import Engine
@@ -27,13 +27,15 @@ from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
 from agnews_dist.events import Emit, Progress, Warned
 from agnews_dist.features.manager import CacheSettings, FeatureCache
 from agnews_dist.features.placement import RequestedPlace
-from agnews_dist.model.export import load_classifier
+from agnews_dist.model.export import check_room, load_classifier
 from agnews_dist.model.gpt2 import Classifier, check_max_length, count_parameters, load_backbone, load_model_config, split_model
 from agnews_dist.model.prefix import CALL_TOKENS
 from agnews_dist.model.pretrained import load_tokenizer
+from agnews_dist.model.tokenizer_files import check_export
 from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.run.fingerprints import run_fingerprints
 from agnews_dist.storage.directories import cache_root
+from agnews_dist.training.class_weights import check_class_weights, compute_class_weights
 from agnews_dist.training.diagnostics import dry_run, overfit_one_batch
 from agnews_dist.training.loop import Monitors, Trainer, TrainerSettings
 from agnews_dist.training.timing import StageTimer
@@ -124,7 +126,14 @@ def load_text(data: DataConfig, *, hold_out: bool = True, model_classes: tuple[s
 
 
 def open_tokens(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, data: DataConfig, *, max_length: int, emit: Emit, world: World
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    data: DataConfig,
+    *,
+    max_length: int,
+    emit: Emit,
+    world: World,
+    encoding: TextEncoding = TRAINING_ENCODING,
 ) -> TokenStore:
     """Open the token cache of `corpus`. If there is none, one process per node builds it while the others wait at a lock."""
     return open_or_build(
@@ -134,6 +143,7 @@ def open_tokens(
         cache_dir=cache_root(data.cache_dir),
         emit=emit,
         builds_first=world.local_rank == 0,
+        encoding=encoding,
     )
 
 
@@ -148,16 +158,30 @@ def load_training_inputs(
     data, model, seed = config.data, config.model, config.run.seed
     emit(Progress(task=f"load {model.name}", done=0, total=0))
     files = files or read_model_files(model, data)
+    if world.is_main:
+        # Rank 0 alone exports. Before training, as a faulty export would lose it.
+        check_export(files.tokenizer, data.max_length, name=model.name)
     backbone = load_backbone(
         model.name, revision=model.revision, init=model.init, seed=seed, tokenizer=files.tokenizer, config=files.config
     )
+    for note in backbone.notes:
+        emit(Warned(message=note))
+    if backbone.head_fault is not None:
+        emit(Warned(message=f"config.json of model {model.name!r}: {backbone.head_fault}. Its head is not used."))
     emit(Progress(task=f"load {data.source}", done=0, total=0))
     corpus = load_text(data)
-    classifier = split_model(backbone, trainable_blocks=model.trainable_blocks, num_classes=len(corpus.class_names), seed=seed)
+    names = corpus.class_names
+    check_class_weights(config.optim.class_weights, names)
+    classifier = split_model(
+        backbone, trainable_blocks=model.trainable_blocks, num_classes=len(names), seed=seed, class_names=names
+    )
+    parameters = count_parameters(classifier)
+    if world.is_main:
+        check_room(Path(config.run.dir), sum(map(sum, parameters.values())))
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
-    return TrainingInputs(classifier, files.tokenizer, store, fingerprints, count_parameters(classifier), corpus.facts)
+    return TrainingInputs(classifier, files.tokenizer, store, fingerprints, parameters, corpus.facts)
 
 
 def load_evaluation_inputs(
@@ -172,7 +196,10 @@ def load_evaluation_inputs(
         UserError: no classifier, no such split, classes that do not fit, or any fault of the files.
     """
     data, model = config.data, config.model
-    classifier, tokenizer, class_names, trained_length = load_classifier(model.name, revision=model.revision)
+    saved = load_classifier(model.name, revision=model.revision)
+    classifier, tokenizer, class_names, trained_length, encoding, notes = saved
+    for note in notes:
+        emit(Warned(message=note))
     if max_length is not None and max_length != trained_length:
         check_max_length(max_length, classifier.config.n_positions)
         message = f"data.max_length {max_length}: the model was saved with {trained_length}, scores may differ"
@@ -180,7 +207,7 @@ def load_evaluation_inputs(
     corpus = _load_split(data, split, class_names)
     with timer.stage("tokenize"):
         length = max_length or trained_length
-        store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world)
+        store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world, encoding=encoding)
     [tokens] = store.splits.values()
     return EvaluationInputs(classifier, tokenizer, corpus.class_names, tokens, store.fingerprint, corpus.facts)
 
@@ -205,8 +232,12 @@ def _check_classes(source: str, of_data: tuple[str, ...], of_model: tuple[str, .
     """Check that a label means the same class in the data and in the model."""
     has_names = of_model != tuple(f"LABEL_{i}" for i in range(len(of_model)))
     if len(of_data) != len(of_model) or (has_names and of_data != of_model):
+        first = next((i for i, pair in enumerate(zip(of_data, of_model, strict=False)) if pair[0] != pair[1]), 0)
+        # Of many classes, begin with the first that differs.
+        begin = first if first >= NUM_SHOWN else 0
+        data, model = (f"{'..., ' * (begin > 0)}{list_first(names[begin:], str)}" for names in (of_data, of_model))
         raise DataError(
-            f"{source} has the classes {', '.join(of_data)}, the model {', '.join(of_model)}: labels would not match. Score "
+            f"{source} has the classes {data}, the model {model}: labels would not match. Score "
             "the model on data with its own classes, in its own order."
         )
 
@@ -296,6 +327,7 @@ def plan_settings(batch: BatchConfig, seed: int) -> PlanSettings:
 
 def build_loader(config: Config, classifier: Classifier, table: TokenTable, world: World) -> TrainLoader:
     """Build this rank's loader of the training split."""
+    num_classes = classifier.suffix.out_head.out_features
     return TrainLoader(
         table,
         world,
@@ -303,7 +335,18 @@ def build_loader(config: Config, classifier: Classifier, table: TokenTable, worl
         max_tokens_per_rank=config.batch.max_tokens_per_rank,
         quadratic=quadratic_weight(classifier.config.n_embd),
         max_length=config.data.max_length,
+        class_weights_C=compute_class_weights(config.optim.class_weights, table.labels_N, num_classes=num_classes),
     )
+
+
+def estimate_epochs(config: Config, lengths_N: Ints) -> int:
+    """Return the epochs of a run, begun ones included; with a token budget and `optim.max_steps`, about as many."""
+    max_steps, budget = config.optim.max_steps, config.batch.global_token_budget
+    if max_steps is None:
+        return config.optim.epochs
+    if budget is not None:
+        return math.ceil(max_steps * budget / int(lengths_N.sum()))
+    return math.ceil(max_steps / math.ceil(len(lengths_N) / config.batch.global_batch_size))
 
 
 def open_features(
@@ -314,7 +357,7 @@ def open_features(
     inputs.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=config.engine.compile)
     settings = CacheSettings(
         requested=requested,
-        num_epochs=config.optim.epochs,
+        num_epochs=estimate_epochs(config, tables["train"].lengths_N),
         directory=cache_root(config.data.cache_dir) / "features",
         limit_bytes=int(config.engine.feature_cache_gigabytes * 1e9),
         frozen_weights=inputs.fingerprints["frozen_weights"],
@@ -362,5 +405,6 @@ def check_first_step(
 
 def build_trainer(config: Config, inputs: TrainingInputs, engine: Engine, loader: TrainLoader, monitors: Monitors) -> Trainer:
     """Build the training loop, which hands the trainable part to the engine. Collective."""
-    settings = TrainerSettings(**config.optim.model_dump(), seed=config.run.seed, class_names=inputs.class_names)
+    optim = config.optim.model_dump(exclude={"class_weights"})  # the loader has them as numbers
+    settings = TrainerSettings(**optim, seed=config.run.seed, class_names=inputs.class_names)
     return Trainer(inputs.classifier, engine, loader, settings, monitors)

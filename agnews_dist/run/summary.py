@@ -1,6 +1,6 @@
 """The header of a run: where it runs, on what, in how many steps; and warnings about wasted hardware."""
 
-from agnews_dist.config.schema import BatchConfig, Config, EngineConfig
+from agnews_dist.config.schema import BatchConfig, Config, EngineConfig, OptimConfig
 from agnews_dist.data.batching.forecast import warn_of_idle_ranks
 from agnews_dist.data.batching.loader import TrainLoader
 from agnews_dist.engine.engine import Engine
@@ -23,7 +23,7 @@ def log_summary(
 ) -> None:
     """Emit the header and the warnings. Collective, since the plan's efficiency is a sum over ranks."""
     expected = loader.expected_efficiency()
-    num_steps = loader.num_steps(config.optim.epochs)
+    num_steps = loader.num_steps(config.optim.epochs, config.optim.max_steps)
     rows = ", ".join(f"{len(split):,} {name}" for name, split in inputs.store.splits.items())
     facts = {
         "run": str(attempt.directory),
@@ -39,7 +39,8 @@ def log_summary(
         "features": f"{features.choice.place}: {features.choice.reason}",
         "batch": batch_text(config.batch),
         "plan": f"{num_steps:,} steps, {expected.critical_path:.1%} of the ranks' time goes to real tokens",
-        "optimizer": f"AdamW, lr {config.optim.lr:g} ({config.optim.schedule}), {config.optim.epochs} epochs",
+        "optimizer": optimizer_text(config.optim),
+        "loss": loss_text(config.optim, loader),
         "seed": str(config.run.seed),
     }
     emit = attempt.monitors.emit
@@ -70,6 +71,28 @@ def engine_text(engine: EngineConfig) -> str:
         parts.append(f"gradients sent in {engine.gradient_compression}")
     if engine.activation_checkpointing:
         parts.append("activation checkpointing")
+    return ", ".join(parts)
+
+
+def optimizer_text(optim: OptimConfig) -> str:
+    """Describe the optimizer, and what ends the training.
+
+    >>> optimizer_text(OptimConfig(max_steps=2000, patience=3))
+    'AdamW, lr 0.001 (linear), 2,000 steps, or 3 evaluations without a better accuracy'
+    """
+    length = f"{optim.epochs} epochs" if optim.max_steps is None else f"{optim.max_steps:,} steps"
+    early = f", or {optim.patience} evaluations without a better {optim.best_metric}" if optim.patience else ""
+    return f"AdamW, lr {optim.lr:g} ({optim.schedule}), {length}{early}"
+
+
+def loss_text(optim: OptimConfig, loader: TrainLoader) -> str:
+    """Describe the loss of the training."""
+    parts, weights_C = ["cross-entropy"], loader.class_weights_C
+    if optim.label_smoothing:
+        parts.append(f"label smoothing {optim.label_smoothing:g}")
+    if weights_C is not None:
+        kind = "balanced" if optim.class_weights == "balanced" else "given"
+        parts.append(f"{kind} class weights {weights_C.min():.3g} to {weights_C.max():.3g}")
     return ", ".join(parts)
 
 

@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
 from errno import EINVAL
 from pathlib import Path
 from typing import Any, cast
@@ -161,7 +161,10 @@ def _remove(path: Path) -> None:
 
 
 def to_json_value(value: object) -> Any:
-    """Convert to what strict JSON can hold: tuples become lists, numpy scalars numbers, NaN and infinities null."""
+    """Convert to what strict JSON can hold: tuples become lists, numpy scalars numbers, NaN and infinities null.
+
+    Records (dataclasses) become objects.
+    """
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, np.generic):
@@ -170,10 +173,10 @@ def to_json_value(value: object) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, Path):
         return str(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return to_json_value(asdict(value))
     if isinstance(value, Mapping):
         return {str(key): to_json_value(item) for key, item in cast(Mapping[object, object], value).items()}
     if isinstance(value, (list, tuple)):
         return [to_json_value(item) for item in cast("list[object] | tuple[object, ...]", value)]
+    if is_dataclass(value):
+        return to_json_value(vars(value))
     raise TypeError(f"{type(value).__name__} has no JSON form")

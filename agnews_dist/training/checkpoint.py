@@ -74,7 +74,8 @@ def write_checkpoint(path: Path, tensors: Groups, state: Mapping[str, Any]) -> i
         if not form.fullmatch(name):
             raise ValueError(f"{name!r} is not a name for a checkpoint or a group of tensors")
     parts = {group + SUFFIX: _encode_tensors(named) for group, named in tensors.items()}
-    parts[STATE] = [memoryview(json.dumps(dict(state), indent=1).encode())]
+    # Only `read_checkpoint` reads it: numbers that are not finite must come back.
+    parts[STATE] = [memoryview(json.dumps(dict(state), indent=1, allow_nan=True).encode())]
     with atomic.new_directory(path, sync_files=False) as staging:
         entries = {name: _write(staging / name, parts[name]) for name in sorted(parts)}
         manifest = _format_manifest(entries)
@@ -115,7 +116,7 @@ def list_checkpoints(directory: Path, prefix: str = "step") -> list[Path]:
 
 
 def prune(directory: Path, keep: int, also: Collection[str]) -> None:
-    """Remove all checkpoints except the newest `keep` and those named in `also`; of best epochs, all except the latter."""
+    """Remove all checkpoints except the newest `keep` and those named in `also`; of best weights, all except the latter."""
     try:
         outdated = [*list_checkpoints(directory)[keep:], *list_checkpoints(directory, "best")]
     except OSError:
@@ -141,7 +142,7 @@ def _encode_tensors(tensors: Mapping[str, Tensor]) -> list[memoryview]:
         end = offset + parts[-1].nbytes
         header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(header, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return [memoryview(len(text).to_bytes(8, "little") + text), *parts]
 
@@ -211,6 +212,6 @@ def _write(file: Path, parts: Sequence[memoryview]) -> tuple[str, int]:
 
 
 def best_name(state: Mapping[str, Any]) -> str | None:
-    """Return the name of the best epoch's directory, next to the checkpoint with this `state`; None: no epoch is scored yet."""
+    """Return the name of the best weights' directory, next to the checkpoint with this `state`; None: nothing is scored yet."""
     best = state.get("best")
     return best["name"] if best else None

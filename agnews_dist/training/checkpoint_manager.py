@@ -18,7 +18,7 @@ from torch import Tensor
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.events import CheckpointSaved, Emit, Warned
 from agnews_dist.report.event_log import EventLog
-from agnews_dist.training.best_epoch import BestEpoch
+from agnews_dist.training.best_weights import BestWeights
 from agnews_dist.training.checkpoint import STATE, Groups, best_name, list_checkpoints, prune, sweep, write_checkpoint
 
 SLOW_SECONDS = 10.0
@@ -43,7 +43,7 @@ class OnDisk:
     name: str
     step: int
     best: str | None
-    """Directory of the best epoch that the checkpoint refers to."""
+    """Directory of the best weights that the checkpoint refers to."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,11 @@ class CheckpointManager:
             self._emit(Warned(message=message))
         return False
 
-    def save(self, step: int, state: Mapping[str, Any], best: BestEpoch, *, is_scored: bool, wait: bool = False) -> None:
+    def save(self, step: int, state: Mapping[str, Any], best: BestWeights, *, is_scored: bool, wait: bool = False) -> None:
         """Copy weights and moments and start writing them, unless this very checkpoint is saved already. Collective.
 
-        `state`: the JSON part. `is_scored`: the epoch's evaluation is done and part of the state. `wait`: return only when the
-        checkpoint is on disk, or has failed.
+        `state`: the JSON part. `is_scored`: the evaluation after this step is done and part of the state. `wait`: return only
+        when the checkpoint is on disk, or has failed.
         """
         name = f"step-{step:08d}{'-scored' if is_scored else ''}"
         if name != self._newest_name:
@@ -127,7 +127,7 @@ class CheckpointManager:
         if wait:
             self.wait()
 
-    def _start(self, name: str, step: int, state: Mapping[str, Any], best: BestEpoch) -> None:
+    def _start(self, name: str, step: int, state: Mapping[str, Any], best: BestWeights) -> None:
         begin = time.monotonic()
         # There is one set of buffers, and the previous write may still read it.
         self.wait()
@@ -200,7 +200,7 @@ def load_weights(strategy: Strategy, tensors: Groups, num_updates: int) -> None:
 
 
 def _referenced_best(folder: Path, keep: int) -> set[str]:
-    """Return the names of the best epochs that the newest `keep` checkpoints refer to."""
+    """Return the names of the best weights that the newest `keep` checkpoints refer to."""
     names: set[str] = set()
     with suppress(OSError):
         for path in list_checkpoints(folder)[:keep]:

@@ -1,8 +1,8 @@
 """The training loop: from a run's position to its end, or to the step at which all ranks agree to stop.
 
-The position is (epoch, steps done in it, steps done in all). When all steps of an epoch are done, its evaluation comes next.
-Besides the position only weights, moments and the loss scale outlive a step. Learning rate, order of examples and random
-numbers are functions of seed and position.
+The position is (epoch, steps done in it, steps done in all, steps done before the last evaluation). An evaluation that is due
+comes before the next step, also after a restart. Besides the position only weights, moments, the loss scale and the best
+evaluation outlive a step. Learning rate, order of examples and random numbers are functions of seed and position.
 """
 
 import time
@@ -21,15 +21,15 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.errors import Stopped
 from agnews_dist.evaluation.evaluator import SplitScores
-from agnews_dist.events import Emit, NonFinite, StepDone
+from agnews_dist.events import Emit, NonFinite, StepDone, StoppedEarly
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource
-from agnews_dist.training.best_epoch import BestEpoch, RunningTotals
+from agnews_dist.training.best_weights import BestWeights, Metric, RunningTotals
 from agnews_dist.training.checkpoint import Groups
 from agnews_dist.training.checkpoint_manager import CheckpointManager, load_weights
 from agnews_dist.training.optim import Schedule, build_optimizer, learning_rate, set_lr
-from agnews_dist.training.step import NonFiniteError, StepResult, train_step
+from agnews_dist.training.step import NonFiniteError, StepResult, StepSettings, train_step
 from agnews_dist.training.timing import StageTimer, TimedFeatures
 
 
@@ -38,11 +38,19 @@ class TrainerSettings:
     """The settings of the optimisation. `run.setup` fills them in from the configuration."""
 
     epochs: int
+    max_steps: int | None
+    """Steps of the run, in place of `epochs`."""
     lr: float
     weight_decay: float
     warmup_ratio: float
     schedule: Schedule
     max_grad_norm: float
+    label_smoothing: float
+    best_metric: Metric
+    evaluate_every: int | Literal["epoch"]
+    """Steps between evaluations, counted over the whole run; 'epoch': at the end of every epoch."""
+    patience: int | None
+    """Evaluations in a row without improvement after which the training ends; None: it never ends early."""
     nonfinite: Literal["stop", "skip"]
     seed: int
     class_names: tuple[str, ...]
@@ -69,12 +77,18 @@ class Trainer:
         self._optimizer = build_optimizer(classifier.suffix, lr=settings.lr, weight_decay=settings.weight_decay)
         self.strategy: Strategy = engine.prepare(classifier.suffix, self._optimizer, max_grad_norm=settings.max_grad_norm)
         self.class_names = settings.class_names
-        self.num_steps = loader.num_steps(settings.epochs)
-        """Steps of the whole run."""
+        class_weights_C = None if loader.class_weights_C is None else torch.from_numpy(loader.class_weights_C).to(engine.device)
+        self._step_settings = StepSettings(
+            label_smoothing=settings.label_smoothing, class_weights_C=class_weights_C, nonfinite=settings.nonfinite
+        )
+        self.num_steps = loader.num_steps(settings.epochs, settings.max_steps)
+        """Steps of the whole run, unless it stops early."""
         self._epoch, self._epoch_step = 0, 0
         self.step = 0
         """Steps done so far, in all epochs."""
-        self.best, self.totals = BestEpoch(self.strategy), RunningTotals()
+        self._scored_step = 0
+        """Steps done before the last evaluation; 0: there was none."""
+        self.best, self.totals = BestWeights(self.strategy, settings.best_metric), RunningTotals()
         self._features: TimedFeatures | None = None
 
     def use_features(self, source: FeatureSource) -> None:
@@ -84,13 +98,15 @@ class Trainer:
         self.totals.seconds += self._seconds_before
 
     def load_state(self, state: Mapping[str, Any], tensors: Groups, best_tensors: Groups) -> None:
-        """Resume from a checkpoint: position, totals, loss scale, weights, moments and best epoch. Collective.
+        """Resume from a checkpoint: position, totals, loss scale, weights, moments and best weights. Collective.
 
         `state`: the JSON part, equal on every rank. The tensors are read on rank 0 alone.
         """
         outcome = collectives.catch(lambda: load_position(state["position"], self._loader.fingerprint))
         self._epoch, self._epoch_step = collectives.raise_if_any_failed(outcome)
         self.step = state["step"]
+        # Checkpoints of before were evaluated exactly where an epoch began.
+        self._scored_step = state.get("scored_step", 0 if self._epoch_step else self.step)
         self.totals.load_state_dict(state["totals"])
         self._timer.earlier_seconds = dict(state["seconds"])
         if self._engine.precision == state["precision"]:
@@ -106,27 +122,64 @@ class Trainer:
         checkpoints: CheckpointManager,
         after_step: Callable[[], object] = lambda: None,
     ) -> None:
-        """Train to the end. `validate` scores the validation split after each epoch. Collective.
+        """Train to the end. `validate` scores the validation split. Collective.
 
         Raises:
             Stopped: all ranks agreed to stop, and a checkpoint was saved.
             NonFiniteError: see `train_step`.
         """
         try:
-            while self._epoch < self._settings.epochs:
+            if self._is_evaluation_due:
+                self._finish_evaluation(validate())
+                self._save(checkpoints)
+            while not self.is_done:
                 for batches in self._loader.steps(self._epoch, self._epoch_step):
                     result = self._train_step(batches, checkpoints)
                     after_step()
                     if result.stop:
                         raise Stopped
-                    if result.save:
+                    if self._is_evaluation_due:
+                        self._finish_evaluation(validate())
+                    if result.save or self._is_epoch_end or self.is_done:
                         self._save(checkpoints)
-                self._end_epoch(validate())
-                self._save(checkpoints, is_scored=True)
+                    if self.is_done:
+                        break
+                else:
+                    self._epoch, self._epoch_step = self._epoch + 1, 0
+            if self._has_stopped_early:
+                counts = {"step": self.step, "num_worse": self.best.num_worse, "best_step": self.best.step}
+                self._emit(StoppedEarly(epoch=self._epoch + 1, metric=self._settings.best_metric, **counts))
         except Stopped:
             self._preemption.begin_exit()
             self._save(checkpoints, wait=True)
             raise
+
+    @property
+    def is_done(self) -> bool:
+        """True if the last evaluation was the end of the training: all steps are done, or nothing improves any more."""
+        return self._scored_step == self.step > 0 and (self.step >= self.num_steps or self._has_stopped_early)
+
+    @property
+    def end_reason(self) -> str:
+        """The reason for the end of the training, for `status.json`."""
+        if self._has_stopped_early:
+            return f"it stopped early: {self.best.num_worse} evaluations without a better {self._settings.best_metric}"
+        return "it has trained all its epochs" if self._settings.max_steps is None else "it has trained all its steps"
+
+    @property
+    def _has_stopped_early(self) -> bool:
+        patience = self._settings.patience
+        return patience is not None and self.best.num_worse >= patience and self.step < self.num_steps
+
+    @property
+    def _is_epoch_end(self) -> bool:
+        return self._epoch_step == self._loader.epoch_steps(self._epoch)
+
+    @property
+    def _is_evaluation_due(self) -> bool:
+        every = self._settings.evaluate_every
+        is_due = self.step >= self.num_steps or (self._is_epoch_end if every == "epoch" else self.step % every == 0)
+        return is_due and self._scored_step != self.step
 
     def _train_step(self, batches: StepBatches, checkpoints: CheckpointManager) -> StepResult:
         begin = time.perf_counter()
@@ -151,7 +204,7 @@ class Trainer:
                 self.strategy,
                 batches,
                 dropout_key=key,
-                nonfinite=settings.nonfinite,
+                settings=self._step_settings,
                 stop=self._preemption.is_stopping,
                 save=checkpoints.is_due(self.step + 1),
             )
@@ -178,21 +231,24 @@ class Trainer:
             self._emit(NonFinite(step=self.step, epoch=self._epoch + 1, ids=result.bad_ids))
         return result
 
-    def _end_epoch(self, validation: SplitScores) -> None:
-        self._emit(validation.to_event("validation", self._epoch + 1, self.class_names))
-        self.best.update(self._epoch + 1, validation, step=self.step)
-        self._epoch, self._epoch_step = self._epoch + 1, 0
+    def _finish_evaluation(self, validation: SplitScores) -> None:
+        """Report the scores, and keep the weights if they are the best. Collective."""
+        epoch = self._epoch + 1
+        self._emit(validation.to_event("validation", epoch, self.class_names, step=self.step))
+        self.best.update(epoch, validation, step=self.step)
+        self._scored_step = self.step
 
-    def _save(self, checkpoints: CheckpointManager, *, is_scored: bool = False, wait: bool = False) -> None:
+    def _save(self, checkpoints: CheckpointManager, *, wait: bool = False) -> None:
         assert self._features is not None
         # `prefix` is part of `train`.
         self._timer.seconds["train"] = self.totals.seconds - self._timer.earlier_seconds["train"]
         self._timer.seconds["prefix"] = self._seconds_before + self._features.seconds()
         state = {
             "position": save_position(self._epoch, self._epoch_step, self._loader.fingerprint),
+            "scored_step": self._scored_step,
             "num_updates": self.strategy.num_updates,
             "scaling": self.strategy.scaling,
             "totals": self.totals.state_dict(),
             "seconds": self._timer.totals(),
         }
-        checkpoints.save(self.step, state, self.best, is_scored=is_scored, wait=wait)
+        checkpoints.save(self.step, state, self.best, is_scored=self._scored_step == self.step, wait=wait)

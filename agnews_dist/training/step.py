@@ -1,4 +1,4 @@
-"""One optimiser step: sum the losses over micro-batches and ranks, divide once by the global count, vote, update."""
+"""One optimiser step: sum the losses over micro-batches and ranks, divide once by the global divisor, vote, update."""
 
 import math
 from collections.abc import Sequence
@@ -33,12 +33,26 @@ class NonFiniteError(SharedError):
         """The examples it came from: the whole global batch where only the gradient shows it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """The loss of a step, and the action where it is not finite."""
+
+    label_smoothing: float = 0.0
+    class_weights_C: Tensor | None = None
+    """Weight of each class, float64, on the device; None: all count the same. The loader divides by the same weights."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+
+
+PLAIN = StepSettings()
+"""Plain cross-entropy."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """The outcome of a step, the same on every rank."""
 
     loss: float
-    """Mean over the global batch (nats), before the update; NaN where it was not finite."""
+    """Mean over the global batch (nats), smoothed and weighted as it was trained; NaN where it was not finite."""
     grad_norm: float | None
     """Global norm before clipping. None: no update was made, because of an fp16 overflow or of `bad_ids`."""
     bad_ids: tuple[int, ...] = ()
@@ -49,25 +63,37 @@ class StepResult:
     """True if rank 0 requested a checkpoint."""
 
 
-def example_losses(logits_BC: Tensor, batch: Batch) -> Tensor:
-    """Return losses_B: each example's cross-entropy times its weight, in fp32 or wider."""
+def example_losses(logits_BC: Tensor, batch: Batch, settings: StepSettings = PLAIN) -> Tensor:
+    """Return losses_B: each example's cross-entropy times the weight of its class and its own (0 for a filler row).
+
+    In fp32 or wider. As torch defines it, smoothing weighs each class's part by that class's weight.
+    """
     logits_BC = logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32))
-    losses_B = functional.cross_entropy(logits_BC, batch.labels_B, reduction="none")
+    weights_C = None if settings.class_weights_C is None else settings.class_weights_C.to(logits_BC.dtype)
+    losses_B = functional.cross_entropy(
+        logits_BC, batch.labels_B, weights_C, reduction="none", label_smoothing=settings.label_smoothing
+    )
     return losses_B * batch.weights_B.to(losses_B.dtype)
 
 
 def summed_loss(logits_BC: Tensor, batch: Batch) -> Tensor:
-    """Return the sum of the weighted per-example cross-entropies."""
+    """Return the sum of the plain cross-entropies of a micro-batch."""
     return example_losses(logits_BC, batch).sum()
 
 
 def accumulate_gradients(
-    engine: Engine, embed: FeatureSource, strategy: Strategy, batches: StepBatches, *, dropout_key: int | None = None
+    engine: Engine,
+    embed: FeatureSource,
+    strategy: Strategy,
+    batches: StepBatches,
+    *,
+    dropout_key: int | None = None,
+    settings: StepSettings = PLAIN,
 ) -> tuple[float, list[int]]:
     """Accumulate the gradient of the global mean loss in `strategy`.
 
-    Every engine averages gradients over ranks. So the local sum is scaled by `num_ranks / num_examples`, and the average
-    over ranks becomes the sum over all ranks divided by the global count. A mean per rank or per micro-batch would weigh
+    Every engine averages gradients over ranks. So the local sum is scaled by `num_ranks / loss_divisor`, and the average
+    over ranks becomes the sum over all ranks divided by the global divisor. A mean per rank or per micro-batch would weigh
     each example by the size of its share. Return this rank's sum of losses, and its examples with a non-finite loss.
     """
     loss_sum, bad_ids = 0.0, list[int]()
@@ -76,10 +102,10 @@ def accumulate_gradients(
         features = embed(batch)
         keys = () if dropout_key is None else (example_keys(dropout_key, batch.ids_B),)
         with strategy.accumulate(is_last=index == last):
-            losses_B = example_losses(strategy(*features, *keys), batch)
+            losses_B = example_losses(strategy(*features, *keys), batch, settings)
             loss = losses_B.sum()
             # An infinite loss may have finite gradients: make them NaN, so that every engine skips the update.
-            ratio = loss.new_tensor(engine.world.num_ranks / batches.num_examples)
+            ratio = loss.new_tensor(engine.world.num_ranks / batches.loss_divisor)
             strategy.backward(loss * torch.where(loss.detach().isfinite(), ratio, math.nan))
         value = loss.detach().double().item()
         loss_sum += value
@@ -95,7 +121,7 @@ def train_step(
     batches: StepBatches,
     *,
     dropout_key: int | None = None,
-    nonfinite: Literal["stop", "skip"] = "stop",
+    settings: StepSettings = PLAIN,
     stop: bool = False,
     save: bool = False,
 ) -> StepResult:
@@ -105,18 +131,18 @@ def train_step(
     `model.dropout.step_key`. `stop` and `save`: this rank requests that the run stops, or a checkpoint (only rank 0's counts).
 
     Raises:
-        NonFiniteError: on all ranks, if any rank saw a non-finite loss or gradient and `nonfinite` is 'stop'; parameters and
-            moments are untouched.
+        NonFiniteError: on all ranks, if any rank saw a non-finite loss or gradient and `settings.nonfinite` is 'stop';
+            parameters and moments are untouched.
     """
-    loss_sum, bad_ids = accumulate_gradients(engine, embed, strategy, batches, dropout_key=dropout_key)
+    loss_sum, bad_ids = accumulate_gradients(engine, embed, strategy, batches, dropout_key=dropout_key, settings=settings)
     total, ranks, stops, saves = _vote(engine, loss_sum, stop=stop, save=save)
     if ranks:
         all_bad = _gather_ids(bad_ids)
-        if nonfinite == "stop":
+        if settings.nonfinite == "stop":
             raise NonFiniteError(f"non-finite loss on rank(s) {', '.join(map(str, ranks))}, of", all_bad, ranks[0])
         strategy.update()
         return StepResult(math.nan, None, all_bad, stops, saves)
-    loss, scale = total / batches.num_examples, strategy.loss_scale
+    loss, scale = total / batches.loss_divisor, strategy.loss_scale
     norm = strategy.update()
     if math.isfinite(norm):
         return StepResult(loss, norm, stop=stops, save=saves)
@@ -125,7 +151,7 @@ def train_step(
         return StepResult(loss, None, stop=stops, save=saves)
     mine = [example for batch in batches.micro_batches for example in batch.ids_B[batch.weights_B > 0].tolist()]
     all_of_step = _gather_ids(mine)
-    if nonfinite == "stop":
+    if settings.nonfinite == "stop":
         raise NonFiniteError(f"gradient norm {norm} in a global batch of", all_of_step)
     return StepResult(loss, None, all_of_step, stops, saves)
 

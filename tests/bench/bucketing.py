@@ -40,7 +40,7 @@ from agnews_dist.data.rows import Ints
 from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.distributed.world import World
 from agnews_dist.evaluation.evaluator import log_softmax_NC
-from agnews_dist.evaluation.metrics import Scores, compute_scores, confusion_matrix, in_file_order
+from agnews_dist.evaluation.metrics import Scores, compute_scores, in_file_order
 from agnews_dist.events import ignore_event
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.suffix import Suffix
@@ -147,8 +147,8 @@ def score(model: LastTokenSuffix, frozen: Frozen) -> Scores:
     with torch.no_grad():
         logits_NC = torch.cat([model(*frozen.inputs(ids_B)) for ids_B in order]).numpy()
     log_NC = log_softmax_NC(logits_NC[in_file_order(np.concatenate(order), len(frozen.labels_N))])
-    confusion_CC = confusion_matrix(frozen.labels_N, log_NC.argmax(axis=1), log_NC.shape[1])
-    return compute_scores(confusion_CC, -float(log_NC[np.arange(len(log_NC)), frozen.labels_N].sum()))
+    loss_sum = -float(log_NC[np.arange(len(log_NC)), frozen.labels_N].sum())
+    return compute_scores(frozen.labels_N, log_NC.argmax(axis=1), log_NC.shape[1], loss_sum)
 
 
 def train(suffix: Suffix, train_split: Frozen, validation: Frozen, *, order: str, seed: int) -> dict[str, Any]:

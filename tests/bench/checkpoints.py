@@ -29,7 +29,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.model.gpt2 import Backbone, split_model
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.result_files import versions
-from agnews_dist.training.best_epoch import BestEpoch
+from agnews_dist.training.best_weights import BestWeights
 from agnews_dist.training.checkpoint_manager import CheckpointManager, CheckpointSettings
 from agnews_dist.training.optim import build_optimizer
 
@@ -57,7 +57,7 @@ class Ours:
             log=EventLog(directory / "events.jsonl"),
             emit=lambda event: None,
         )
-        self.best, self.num_steps = BestEpoch(self.strategy), 0
+        self.best, self.num_steps = BestWeights(self.strategy), 0
         self.hidden_BTD = torch.randn(TEXTS, TOKENS, config.n_embd)
         self.lengths_B, self.labels_B = torch.full((TEXTS,), TOKENS), torch.arange(TEXTS) % CLASSES
 

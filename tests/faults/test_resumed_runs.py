@@ -109,7 +109,7 @@ def test_saving_at_every_step_changes_nothing(whole, tmp_path):
     finish(tmp_path, "--checkpoint.every_steps", "1")
     assert_same_as(whole, tmp_path)
     # A checkpoint that is due while another is being written waits for it.
-    assert len(Timeline(run_directory(tmp_path)).of("CheckpointSaved")) > 20
+    assert len(Timeline(run_directory(tmp_path)).of("CheckpointSaved")) > 10
     kept = [name for name in saved(tmp_path) if name.startswith("step")]
     assert len(kept) == 2
     assert kept[-1] == f"step-{NUM_STEPS:08d}-scored"
@@ -253,6 +253,35 @@ def test_time_limit_stops_the_run(tmp_path, limit):
             break
     assert re.search(rf"stopped \({limit}( [\d.]+)?\) at step \d+, which is saved", output), output
     assert read_status(tmp_path)["state"] == "preempted"
+
+
+STEPWISE = ("--optim.evaluate_every", "5", "--optim.best_metric", "loss", "--optim.patience", "2", "--optim.lr", "0.03")
+STEPWISE = (*STEPWISE, "--optim.class_weights", "balanced", "--optim.label_smoothing", "0.1", "--optim.max_steps", "60")
+
+
+def test_run_killed_between_evaluations_stops_early_at_the_same_step_with_the_same_bits(tmp_path):
+    """Use a learning rate so high that the loss soon rises. The second attempt inherits the counter of the first."""
+    finish(tmp_path / "whole", *STEPWISE)
+    whole = Timeline(run_directory(tmp_path / "whole"))
+    stop_step, best_step = whole.steps, whole.of("StoppedEarly")[0]["best_step"]
+    assert (stop_step - best_step, stop_step % 5) == (10, 0)
+    assert stop_step < 60
+    assert f"stopped early after step {stop_step}: 2 evaluations without a better loss" in read_log(tmp_path / "whole")
+    status = read_status(tmp_path / "whole")
+    assert (status["state"], status["step"]) == ("finished", stop_step)
+    assert status["reason"] == "it stopped early: 2 evaluations without a better loss"
+    result = json.loads((run_directory(tmp_path / "whole") / "result.json").read_text())
+    assert result["num_steps"] == stop_step
+    # After the first of the two worse evaluations.
+    often = (*STEPWISE, "--checkpoint.every_steps", "1")
+    at_step = {"AT_STEP": str(stop_step - 1), "FAULT": "KILL", "ON_RANK": "all"}
+    wait_for(start(tmp_path / "cut", *often, fault=INJECT, **at_step), tmp_path / "cut", -signal.SIGKILL)
+    state = json.loads((newest_two(tmp_path / "cut")[0] / "state.json").read_text())
+    assert (state["scored_step"], state["best"]["num_worse"], state["best"]["step"]) == (stop_step - 5, 1, best_step)
+    finish(tmp_path / "cut", *STEPWISE)
+    assert f"resumed from step {state['step']}, attempt 2: " in read_log(tmp_path / "cut")
+    assert_same_as(tmp_path / "whole", tmp_path / "cut")
+    assert len(Timeline(run_directory(tmp_path / "cut")).of("StoppedEarly")) == 1
 
 
 def test_fsdp_with_two_blocks_resumes_bit_for_bit(tmp_path):

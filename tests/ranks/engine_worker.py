@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
-from support.toy import toy_classifier, toy_split
+from support.toy import CLASS_WEIGHTS, toy_classifier, toy_split
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
@@ -31,7 +31,7 @@ from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features, FeatureSource, uncached_features
 from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.training.optim import build_optimizer
-from agnews_dist.training.step import NonFiniteError, train_step
+from agnews_dist.training.step import NonFiniteError, StepSettings, train_step
 
 # By default stage 3 keeps small weights whole on every rank.
 SHARD_EVERYTHING = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -67,10 +67,12 @@ def prepare(engine: Engine, settings: dict, *, max_grad_norm: float, sgd: bool =
     return classifier, engine.prepare(suffix, optimizer, max_grad_norm=max_grad_norm)
 
 
-def make_loader(engine: Engine, settings: dict, max_tokens: int) -> TrainLoader:
+def make_loader(engine: Engine, settings: dict, max_tokens: int, class_weights_C: np.ndarray | None = None) -> TrainLoader:
     table = TokenTable(toy_split(settings["lengths"]), pad_id=0, device=engine.device)
     settings = PlanSettings(global_batch_size=settings["global_batch_size"])
-    return TrainLoader(table, engine.world, settings, max_tokens_per_rank=max_tokens, quadratic=0.0)
+    return TrainLoader(
+        table, engine.world, settings, max_tokens_per_rank=max_tokens, quadratic=0.0, class_weights_C=class_weights_C
+    )
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ def local_tensors(strategy: Strategy) -> list[Tensor]:
 def mean_of_means(batches: StepBatches, num_ranks: int) -> StepBatches:
     """Return a step in which each rank takes the mean over its own share. The negative control."""
     mine = sum(int((batch.weights_B > 0).sum()) for batch in batches.micro_batches)
-    return replace(batches, num_examples=num_ranks * max(1, mine))
+    return replace(batches, loss_divisor=num_ranks * max(1, mine))
 
 
 def inspect_engine(strategy: Strategy, engine: Engine) -> dict:
@@ -126,14 +128,17 @@ def train(world: World, settings: dict, case: dict, output: Path) -> None:
     settings = settings | case
     engine = start(world, case["engine"])
     classifier, strategy = prepare(engine, settings, max_grad_norm=case["max_grad_norm"], sgd=case["sgd"])
-    loader, embed = make_loader(engine, settings, case["max_tokens"]), uncached_features(classifier.prefix)
+    # The cases with SGD have the whole loss.
+    weights_C = np.array(CLASS_WEIGHTS) if case["sgd"] else None
+    loss = StepSettings(label_smoothing=0.1, class_weights_C=torch.from_numpy(weights_C)) if case["sgd"] else StepSettings()
+    loader, embed = make_loader(engine, settings, case["max_tokens"], weights_C), uncached_features(classifier.prefix)
     losses, norms, micro, shares, step = [], [], [], [], 0
     for epoch in range(100):
         for batches in loader.steps(epoch):
             if step == settings["num_steps"]:
                 break
             step_batches = mean_of_means(batches, world.num_ranks) if case["mean_of_means"] else batches
-            result = train_step(engine, embed, strategy, step_batches)
+            result = train_step(engine, embed, strategy, step_batches, settings=loss)
             losses.append(result.loss)
             norms.append(result.grad_norm)
             micro.append(len(batches.micro_batches))
@@ -145,7 +150,7 @@ def train(world: World, settings: dict, case: dict, output: Path) -> None:
     state = strategy.gather_weights()
     assert bool(state) == world.is_main, "whole on rank 0 only"
     if world.is_main:
-        check_scored_weights(settings, state, table, scored.probabilities_NC)
+        check_scored_weights(settings, state, table, scored.probabilities_NK)
     facts = {
         "losses": losses,
         "norms": norms,

@@ -4,9 +4,10 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
-from support.toy import toy_classifier, toy_split
+from support.toy import CLASS_WEIGHTS, toy_classifier, toy_split
 
 from agnews_dist.data.batching.batch import Batch
 from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoader
@@ -16,7 +17,14 @@ from agnews_dist.distributed.world import detect_world
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.model.prefix import Features, uncached_features
-from agnews_dist.training.step import NonFiniteError, accumulate_gradients, summed_loss, train_step
+from agnews_dist.training.step import NonFiniteError, StepSettings, accumulate_gradients, summed_loss, train_step
+
+LOSSES = {
+    "plain": StepSettings(),
+    "smoothed": StepSettings(label_smoothing=0.1),
+    "weighted": StepSettings(class_weights_C=torch.tensor(CLASS_WEIGHTS, dtype=torch.float64)),
+    "both": StepSettings(label_smoothing=0.1, class_weights_C=torch.tensor(CLASS_WEIGHTS, dtype=torch.float64)),
+}
 
 
 def mean_of_means(engine: Engine, embed, strategy: Strategy, batches: StepBatches) -> None:
@@ -35,11 +43,12 @@ def main() -> None:
     optimizer, embed = torch.optim.SGD(suffix.parameters(), lr=1.0), uncached_features(prefix)
     strategy = engine.prepare(suffix, optimizer, max_grad_norm=0.1)
 
-    def one_step(max_tokens: int, lengths: list[int] = lengths) -> StepBatches:
+    def one_step(max_tokens: int, lengths: list[int] = lengths, settings: StepSettings = LOSSES["plain"]) -> StepBatches:
         """Return all examples as one global batch."""
+        weights_C = None if settings.class_weights_C is None else np.array(CLASS_WEIGHTS)
         table = TokenTable(toy_split(lengths), pad_id=0, device=engine.device)
-        settings = PlanSettings(global_batch_size=len(lengths))
-        loader = TrainLoader(table, world, settings, max_tokens_per_rank=max_tokens, quadratic=0.0)
+        plan = PlanSettings(global_batch_size=len(lengths))
+        loader = TrainLoader(table, world, plan, max_tokens_per_rank=max_tokens, quadratic=0.0, class_weights_C=weights_C)
         (batches,) = loader.steps(0)
         return batches
 
@@ -49,14 +58,17 @@ def main() -> None:
         suffix.zero_grad()
 
     most, least = len(lengths) * max(lengths), max(lengths)
-    limits = (one_step(limit) for limit in range(most, least - 1, -5))
-    by_accumulation = {len(batches.micro_batches): batches for batches in limits}
-    for accumulation in (1, 2, 4):
-        accumulate_gradients(engine, embed, strategy, by_accumulation[accumulation])
-        save(f"accumulation{accumulation}")
+    limits = {len(one_step(limit).micro_batches): limit for limit in range(most, least - 1, -5)}
+    for loss, settings in LOSSES.items():
+        for accumulation in (1, 2, 4):
+            batches = one_step(limits[accumulation], settings=settings)
+            assert len(batches.micro_batches) == accumulation
+            accumulate_gradients(engine, embed, strategy, batches, settings=settings)
+            save(f"{loss}-accumulation{accumulation}")
     # One example for all ranks: the other ranks compute a filler row that must not count.
-    accumulate_gradients(engine, embed, strategy, one_step(100_000, lengths[:1]))
-    save("one_example")
+    for loss, settings in LOSSES.items():
+        accumulate_gradients(engine, embed, strategy, one_step(100_000, lengths[:1], settings), settings=settings)
+        save(f"{loss}-one_example")
     mean_of_means(engine, embed, strategy, one_step(100_000))
     save("mean_of_means")
 

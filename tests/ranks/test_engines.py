@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from support import fork_server
 from support.processes import REPOSITORY
-from support.toy import CLASSES, our_name, toy_reference_groups, toy_reference_model, toy_split
+from support.toy import CLASS_WEIGHTS, CLASSES, our_name, toy_reference_groups, toy_reference_model, toy_split
 
 from agnews_dist.data.batching.epoch_plan import plan
 from agnews_dist.data.batching.settings import PlanSettings
@@ -136,7 +136,8 @@ def reference_training(
     for ids in global_batches() if batches is None else batches:
         optimizer.zero_grad()
         logits_BC = model(input_ids=tokens_NT[ids], attention_mask=mask_NT[ids]).logits
-        loss = torch.nn.functional.cross_entropy(logits_BC, labels_N[ids])
+        options = {"weight": torch.tensor(CLASS_WEIGHTS), "label_smoothing": 0.1} if sgd else {}
+        loss = torch.nn.functional.cross_entropy(logits_BC, labels_N[ids], **options)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), max_grad_norm or math.inf)))
         losses.append(loss.item())

@@ -7,11 +7,19 @@ import torch
 from safetensors.torch import load_file
 from support import fork_server
 from support.processes import REPOSITORY
-from support.toy import reference_gradients
+from support.toy import CLASS_WEIGHTS, reference_gradients
 
 # A few long texts and many short ones, so that ranks have different numbers of examples.
 LENGTHS = [30, 30, 28, 28, 27, 26, 25, 25, 24, 20, 20, 18, 17, 16, 12, 9, 8, 7, 7, 5, 5, 4, 3, 3, 2, 1, 1, 1, 1, 1]
 ACCUMULATIONS = (1, 2, 4)
+WEIGHTS_C = torch.tensor(CLASS_WEIGHTS, dtype=torch.float64)
+LOSSES = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.1},
+    "weighted": {"weight": WEIGHTS_C},
+    "both": {"weight": WEIGHTS_C, "label_smoothing": 0.1},
+}
+"""Loss of the worker -> arguments of torch's `cross_entropy`."""
 
 
 def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -34,19 +42,23 @@ def reference() -> dict[str, torch.Tensor]:
     return reference_gradients(LENGTHS)
 
 
-def test_gradient_equals_the_reference(saved, reference):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_equals_the_reference(saved, reference, loss):
     num_ranks, directory = saved
-    files = sorted(directory.glob("accumulation*.safetensors"))
+    files = sorted(directory.glob(f"{loss}-accumulation*.safetensors"))
     assert len(files) == num_ranks * len(ACCUMULATIONS)
+    expected = reference_gradients(LENGTHS, **LOSSES[loss])
     for file in files:
-        assert relative_error(load_file(file), reference) < 1e-12, file.name
+        assert relative_error(load_file(file), expected) < 1e-12, file.name
+    assert loss == "plain" or relative_error(expected, reference) > 1e-2, "the losses differ"
 
 
-def test_ranks_without_an_example_add_nothing(saved):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_ranks_without_an_example_add_nothing(saved, loss):
     num_ranks, directory = saved
-    expected = reference_gradients(LENGTHS[:1])
+    expected = reference_gradients(LENGTHS[:1], **LOSSES[loss])
     for rank in range(num_ranks):
-        found = load_file(directory / f"one_example-rank{rank}of{num_ranks}.safetensors")
+        found = load_file(directory / f"{loss}-one_example-rank{rank}of{num_ranks}.safetensors")
         assert relative_error(found, expected) < 1e-12
 
 

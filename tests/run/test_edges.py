@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import small_run
 from support.events import read_events
 from support.fork_server import run_python
 from support.processes import python
@@ -52,6 +53,16 @@ def refused(done: Done, *parts: str) -> None:
 def succeeded(done: Done) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_class_weights_of_other_classes_are_refused_before_anything_is_written(tmp_path):
+    job = small_run.start(tmp_path, "--optim.class_weights", "1,2,0.5", num_ranks=1)
+    (line,) = [line for line in small_run.wait_for(job, tmp_path, 2).splitlines() if "error: " in line]
+    assert line.endswith(
+        "error: optim.class_weights 1,2,0.5: it has 3 weights for 4 classes. Give one per class, in the order "
+        "World,Sports,Business,Sci/Tech; or balanced."
+    )
+    assert [path for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")] == []
 
 
 def write_rows(path: Path, rows: list[tuple[str, object]]) -> Path:

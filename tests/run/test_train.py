@@ -9,9 +9,10 @@ import pytest
 from safetensors.torch import load_file
 from support import fork_server
 from support.events import read_events
+from support.processes import python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from agnews_dist.data.corpus import load_corpus
+from agnews_dist.data.corpus import Source, load_corpus
 
 CLASS_NAMES = ("World", "Sports", "Business", "Sci/Tech")
 LIMITS = ("--data.limit_train", "480", "--data.limit_validation", "101", "--data.limit_test", "103")
@@ -110,7 +111,7 @@ def test_hugging_face_loads_the_model_and_predicts_the_same(trained):
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
     texts = (
         load_corpus(
-            "synthetic", revision=None, validation_fraction=0.05, limits={"train": 480, "validation": 101, "test": 103}, seed=0
+            Source("synthetic"), validation_fraction=0.05, limits={"train": 480, "validation": 101, "test": 103}, seed=0
         )
         .splits["test"]
         .texts
@@ -174,3 +175,30 @@ def test_exported_frozen_weights_equal_the_source(trained):
     for name in frozen:
         assert exported[f"transformer.{name}"].equal(source[name]), name
     assert not exported["transformer.h.3.attn.c_attn.weight"].equal(source["h.3.attn.c_attn.weight"])
+
+
+def test_a_failing_export_loses_no_scores_and_can_be_repeated(tmp_path: Path) -> None:
+    program = """if True:
+        import sys
+        from agnews_dist.errors import ModelError
+        from agnews_dist.model import export
+
+        def fail(*_, **__):
+            raise ModelError("the disk is full.")
+
+        export.export_model = fail
+        from agnews_dist.commands.train import main
+        sys.exit(main(sys.argv[1:]))
+    """
+    limits = [word for split in ("train", "validation", "test") for word in (f"--data.limit_{split}", "16")]
+    arguments = ["--data.source", "synthetic", "--model.name", "embedded", "--optim.epochs", "1", *limits]
+    arguments += ["--run.dir", str(tmp_path / "runs"), "--run.name", "news", "--data.cache_dir", str(tmp_path / "cache")]
+    failed = python("-c", program, *arguments, check=False)
+    run = tmp_path / "runs" / "news"
+    assert failed.returncode == 1
+    assert f"the scores are in {run}. the disk is full. The same command with --run.name news exports again." in failed.stderr
+    assert not (run / "model").exists()
+    assert json.loads((run / "result.json").read_text())["splits"]["test"]["num_examples"] == 16
+    assert len((run / "predictions-test.jsonl").read_text().splitlines()) == 16
+    python("-m", "agnews_dist.train", *arguments)
+    assert (run / "model" / "model.safetensors").is_file()

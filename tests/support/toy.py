@@ -1,6 +1,7 @@
 """A small GPT-2 with random weights and ragged random examples, the same in every process."""
 
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.model.gpt2 import Backbone, Classifier, split_model
 
 VOCABULARY, CLASSES = 97, 4
+CLASS_WEIGHTS = (0.3, 1.0, 7.0, 2.1)
 
 
 def toy_model(dropout: float = 0.0) -> GPT2Model:
@@ -30,11 +32,12 @@ def toy_model(dropout: float = 0.0) -> GPT2Model:
     return GPT2Model(config).eval()
 
 
-def toy_classifier(trainable_blocks: int = 1, dropout: float = 0.0) -> Classifier:
+def toy_classifier(trainable_blocks: int = 1, dropout: float = 0.0, num_classes: int = CLASSES) -> Classifier:
     classifier = split_model(
-        Backbone(toy_model(dropout), None, None), trainable_blocks=trainable_blocks, num_classes=CLASSES, seed=5
+        Backbone(toy_model(dropout), None, None), trainable_blocks=trainable_blocks, num_classes=num_classes, seed=5
     )
-    torch.nn.init.normal_(classifier.suffix.out_head.bias, generator=torch.Generator().manual_seed(3))
+    if classifier.suffix.out_head.bias is not None:
+        torch.nn.init.normal_(classifier.suffix.out_head.bias, generator=torch.Generator().manual_seed(3))
     return classifier
 
 
@@ -80,11 +83,14 @@ def toy_reference_logits(lengths: list[int]) -> torch.Tensor:
     return model(input_ids=tokens_NT, attention_mask=mask_NT).logits.detach()
 
 
-def reference_gradients(lengths: list[int], trainable_blocks: int = 1) -> dict[str, torch.Tensor]:
-    """Return the gradients of Hugging Face's classifier, by our names: mean cross-entropy over the whole batch, in fp64."""
+def reference_gradients(lengths: list[int], trainable_blocks: int = 1, **loss: Any) -> dict[str, torch.Tensor]:
+    """Return the gradients of Hugging Face's classifier, by our names: mean cross-entropy over the whole batch, in fp64.
+
+    `loss`: more arguments of torch's `cross_entropy`.
+    """
     model, tokens_NT, mask_NT = toy_reference_model(lengths, trainable_blocks, torch.float64)
     logits_BC = model(input_ids=tokens_NT, attention_mask=mask_NT).logits
-    torch.nn.functional.cross_entropy(logits_BC, torch.from_numpy(toy_split(lengths).labels)).backward()
+    torch.nn.functional.cross_entropy(logits_BC, torch.from_numpy(toy_split(lengths).labels), **loss).backward()
     return {our_name(name): value.grad for name, value in model.named_parameters() if value.requires_grad}
 
 

@@ -1,6 +1,7 @@
 """Micro-batches of one rank, for training and for scoring, gathered on the device without a loop over examples."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from agnews_dist.data.batching.batch import Batch
@@ -78,7 +80,9 @@ class StepBatches:
     micro_batches: tuple[Batch, ...]
     """Equal in number on all ranks."""
     num_examples: int
-    """Examples of the global batch: the divisor of the summed loss."""
+    """Examples of the global batch."""
+    loss_divisor: float
+    """Divisor of the summed loss: the class weights of the global batch's labels together; without weights `num_examples`."""
     share: Share
 
 
@@ -94,21 +98,29 @@ class TrainLoader:
         max_tokens_per_rank: int,
         quadratic: float,
         max_length: int | None = None,
+        class_weights_C: NDArray[np.float64] | None = None,
     ) -> None:
         """Prepare the plan; `max_tokens_per_rank` and `quadratic`: see `share_batch`; `max_length`: see `plan`."""
+        self.class_weights_C = class_weights_C
+        """Weight of each class in the loss; None: all count the same."""
         self.owner_N: Ints | None = None
         """Rank that holds each text's features, if every rank holds a part of them; None: shares of equal cost."""
         self._table, self._world, self._settings = table, world, settings
         self._max_tokens_per_rank, self._quadratic, self._max_length = max_tokens_per_rank, quadratic, max_length
+        self._newest_plan: tuple[int, Plan] | None = None
 
     @cached_property
     def fingerprint(self) -> dict[str, int | str | None]:
         """Fingerprint of the plan, independent of the number of ranks: see `fingerprint_plan`."""
         return fingerprint_plan(self._table.lengths_N, self._settings)
 
-    def num_steps(self, num_epochs: int) -> int:
-        """Count the steps of `num_epochs` epochs, which can differ under a token budget."""
-        return sum(self._plan(epoch).num_steps for epoch in range(num_epochs))
+    def num_steps(self, num_epochs: int, max_steps: int | None = None) -> int:
+        """Count the steps of a run: `max_steps`, or those of `num_epochs` epochs, which can differ under a token budget."""
+        return max_steps or sum(self.epoch_steps(epoch) for epoch in range(num_epochs))
+
+    def epoch_steps(self, epoch: int) -> int:
+        """Return the steps of one epoch."""
+        return self._plan(epoch).num_steps
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[StepBatches]:
         """Yield the steps of the epoch from `start`, without computing the earlier ones."""
@@ -126,7 +138,10 @@ class TrainLoader:
         return self._step_batches(batches[largest])
 
     def _plan(self, epoch: int) -> Plan:
-        return plan(self._table.lengths_N, self._settings, epoch=epoch, max_length=self._max_length)
+        # The loop asks for the plan of its epoch at every step.
+        if self._newest_plan is None or self._newest_plan[0] != epoch:
+            self._newest_plan = (epoch, plan(self._table.lengths_N, self._settings, epoch=epoch, max_length=self._max_length))
+        return self._newest_plan[1]
 
     def _share(self, ids: Ints) -> tuple[Ints, Share]:
         """Split a global batch among the ranks; returns the ids in the order of the share's slices, and the share."""
@@ -140,9 +155,12 @@ class TrainLoader:
         return ids[order_B], share
 
     def _step_batches(self, ids: Ints) -> StepBatches:
+        weights_C = self.class_weights_C
+        # Exactly rounded, so that it depends on neither the order of the examples nor the host.
+        divisor = float(len(ids)) if weights_C is None else math.fsum(weights_C[self._table.labels_N[ids]])
         ids, share = self._share(ids)
         micro_batches = tuple(self._table.batch(ids[rows]) for rows in share.slices(self._world.rank))
-        return StepBatches(micro_batches, len(ids), share)
+        return StepBatches(micro_batches, len(ids), divisor, share)
 
 
 def evaluation_batches(table: TokenTable) -> list[Ints]:

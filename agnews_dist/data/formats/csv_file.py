@@ -30,7 +30,7 @@ class Fault(Exception):  # noqa: N818 (becomes a DataError once no dialect fits)
 
 @dataclass(frozen=True)
 class Dialect:
-    """What separates fields, and what protects the characters in them."""
+    """The separator of fields, and the protection of characters in them."""
 
     separator: str
     has_quotes: bool = True

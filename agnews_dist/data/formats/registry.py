@@ -6,7 +6,7 @@ from pathlib import Path
 
 from agnews_dist.data.formats.arrow_file import ArrowTable, ParquetTable
 from agnews_dist.data.formats.csv_file import CsvTable
-from agnews_dist.data.formats.json_file import JsonTable
+from agnews_dist.data.formats.line_file import JsonTable
 from agnews_dist.data.formats.streams import COMPRESSIONS, read_lines, split_suffix
 from agnews_dist.data.formats.table import Table
 from agnews_dist.errors import DataError, did_you_mean

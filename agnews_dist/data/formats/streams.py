@@ -146,8 +146,8 @@ def split_lines(file: BinaryIO, name: str) -> Iterator[str]:
 
 def _looks_like_utf16(head: bytes) -> bool:
     """Return whether the text is UTF-16 without a mark: among letters of Europe, every second byte is NUL."""
-    head = head[: len(head) // 2 * 2]
-    return len(head) >= 8 and min(head[::2].count(0), head[1::2].count(0)) == 0 and head.count(0) > 0.4 * len(head)
+    few, many = sorted((head[::2].count(0), head[1::2].count(0)))
+    return len(head) >= 8 and many > 0.15 * len(head) and few < 0.1 * many
 
 
 def _join_lines(head: BinaryIO, file: BinaryIO, *, skip: int) -> Iterator[bytes]:

@@ -30,14 +30,14 @@ class Chunk:
 
 
 class Table(ABC):
-    """Rows of one file, or of one split of a data set, read anew by each call of `chunks`."""
+    """Rows of one file, or of one split of a data set, read from the start by each call of `chunks`."""
 
     name: str
     """Name in messages: `train.csv`, `ag_news split train`."""
     columns: tuple[str, ...]
     """Names of the columns, in the order of the file."""
     note: str = ""
-    """How the file was read, if that is not obvious: `fields separated by ';'`."""
+    """The way of reading the file, if that is not obvious: `fields are separated by tabs`."""
     schema: Any = None
     """The pyarrow schema of a file that has types; else None."""
     unit: str = "row"

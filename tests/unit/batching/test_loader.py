@@ -1,5 +1,6 @@
 """Micro-batches of a rank: right-padded tokens, filler rows of weight 0, equal numbers on all ranks."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -121,6 +122,25 @@ def test_num_steps_counts_every_epoch():
     assert len(set(per_epoch)) > 1, "control: epochs differ"
     assert loader.num_steps(6) == sum(per_epoch)
     assert loader.num_steps(1) == per_epoch[0]
+    assert [loader.epoch_steps(epoch) for epoch in (5, 0)] == [per_epoch[5], per_epoch[0]]
+    assert loader.num_steps(6, max_steps=3) == loader.num_steps(1, max_steps=10**9) - 10**9 + 3 == 3
+
+
+@pytest.mark.parametrize("owners", [False, True], ids=["equal shares", "owners"])
+def test_divisor_is_the_weight_of_the_whole_global_batch_on_every_rank(owners):
+    lengths, weights_C = draw_uniform_lengths(37), np.array([0.1, 3.0, 0.7, 11.0])
+    of_ranks = make_loaders(lengths, 3, SETTINGS)
+    labels_N = toy_split(lengths).labels
+    for loader in of_ranks:
+        loader.class_weights_C = weights_C
+        if owners:
+            loader.owner_N = assign_owners(np.array(lengths), 3)
+    for step, ids in enumerate(plan(np.array(lengths), SETTINGS, epoch=1).global_batches()):
+        found = {list(loader.steps(1))[step].loss_divisor for loader in of_ranks}
+        assert found == {math.fsum(weights_C[labels_N[ids]])}, "the same bits on every rank"
+    for loader in of_ranks:
+        loader.class_weights_C = None
+        assert [batches.loss_divisor for batches in loader.steps(1)] == [batches.num_examples for batches in loader.steps(1)]
 
 
 @pytest.mark.parametrize("start", [0, 1, 13, 24, 25])

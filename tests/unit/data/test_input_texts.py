@@ -174,7 +174,7 @@ def test_a_directory_of_parts_is_read_in_order(tmp_path: Path) -> None:
         ("a.csv", "text,label\n", "a.csv is empty: there is nothing to classify"),
         ("a.txt", "", "a.txt is empty: there is nothing to classify"),
         ("a.jsonl", "", "a.jsonl is empty: at least one row"),
-        ("a.json", "[]", "a.json has no rows: there is nothing to classify"),
+        ("a.json", "[]", "a.json has no rows: at least one is needed"),
         ("a.parquet", b"PAR1 damaged", "a.parquet cannot be read"),
         ("a.xlsx", b"PK", "no reader knows the suffix '.xlsx' .*Rename it, or set --input_format"),
         ("a.jsonl.lz4", "x", "no reader knows the suffix '.lz4'"),

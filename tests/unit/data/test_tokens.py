@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,15 @@ import pytest
 from support import small_run
 from support.fork_server import run_python
 from support.processes import TIMEOUT, environment
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from agnews_dist.data.corpus import load_corpus
+from agnews_dist.data.corpus import Source, load_corpus
 from agnews_dist.data.rows import Corpus, Origin, Split
-from agnews_dist.data.tokens import TokenStore, encode, open_or_build
+from agnews_dist.data.texts import Texts
+from agnews_dist.data.tokens import TextEncoding, TokenStore, encode, open_or_build
 from agnews_dist.errors import DataError
-from agnews_dist.events import Event, Progress, Warned, ignore_event
+from agnews_dist.events import DataChecked, Event, Progress, Warned, ignore_event
 from agnews_dist.model.embedded import embedded_tokenizer
 
 SPECIAL = "a <|endoftext|> b [PAD] c"
@@ -31,13 +33,15 @@ SPECIAL = "a <|endoftext|> b [PAD] c"
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
     limits = {"train": 2_500, "validation": 60, "test": 40}
-    return load_corpus("synthetic", revision=None, validation_fraction=0.1, limits=limits, seed=0)
+    return load_corpus(Source("synthetic"), validation_fraction=0.1, limits=limits, seed=0)
 
 
 def small_corpus(*texts: str) -> Corpus:
     labels = np.arange(len(texts), dtype=np.int64) % 4
     digest = hashlib.sha256(repr(texts).encode()).hexdigest()
-    return Corpus({"train": Split("train", texts, labels, Origin.of_file("x.csv", len(texts)))}, ("a", "b", "c", "d"), digest)
+    return Corpus(
+        {"train": Split("train", Texts.of(texts), labels, Origin.of_file("x.csv", len(texts)))}, ("a", "b", "c", "d"), digest
+    )
 
 
 def set_pad_token(tokenizer: PreTrainedTokenizerFast, pad_token: str) -> PreTrainedTokenizerFast:
@@ -107,6 +111,43 @@ def test_encode_truncates_and_counts_long_texts():
     assert ids[0] == tokenizer(long, verbose=False)["input_ids"][:7]
 
 
+def test_encode_of_a_classifier_made_elsewhere():
+    tokenizer = embedded_tokenizer()
+    end = tokenizer.eos_token_id
+    template = processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)])
+    tokenizer.backend_tokenizer.post_processor = template
+    first, second, third = tokenizer("news", add_special_tokens=False)["input_ids"]
+    texts = ["news", "<|endoftext|>", "news" * 9, "news<|endoftext|>news"]
+    rules = TextEncoding(adds_special_tokens=True, splits_special_tokens=False)
+    ids, num_truncated = encode(tokenizer, texts, 5, encoding=rules)
+    assert ids == [
+        [first, second, third, end],
+        [end, end],
+        [first, second, third, first, end],
+        [first, second, third, end, end],
+    ]
+    assert num_truncated == 2
+    ids, _ = encode(tokenizer, texts, 5, encoding=replace(rules, pad_id=end))
+    assert ids == [[first, second, third], [end], [first, second, third, first], [first, second, third]]
+    tokenizer.truncation_side = "left"
+    assert encode(tokenizer, ["news" * 9], 5, encoding=rules)[0] == [[third, first, second, third, end]]
+
+
+def test_the_key_of_a_classifier_made_elsewhere_is_another(tmp_path):
+    corpus, tokenizer = small_corpus("The market rose."), embedded_tokenizer()
+    rules = [
+        TextEncoding(),
+        TextEncoding(adds_special_tokens=True),
+        TextEncoding(splits_special_tokens=False),
+        TextEncoding(pad_id=3),
+    ]
+    stores = [open_tokens(corpus, tmp_path, tokenizer=tokenizer, encoding=each) for each in rules]
+    tokenizer.truncation_side = "left"
+    stores.append(open_tokens(corpus, tmp_path, tokenizer=tokenizer))
+    assert len({store.fingerprint for store in stores}) == 5
+    assert stores[0].fingerprint == open_tokens(corpus, tmp_path, tokenizer=embedded_tokenizer()).fingerprint
+
+
 @pytest.mark.slow
 def test_encode_logs_nothing_for_long_texts():
     code = """if True:
@@ -153,7 +194,7 @@ def test_open_or_build_gives_the_tokenizers_tokens(tmp_path, corpus):
     assert not built.was_cached
     assert built.path == tmp_path / "new" / "cache" / built.fingerprint
     assert built.class_names == corpus.class_names
-    assert built.warnings == ()
+    assert built.findings == ()
     progress = [event for event in events if isinstance(event, Progress)]
     assert [event.done for event in progress] == [0, 1_000, 2_000, 2_500, 2_500, 2_560, 2_560, 2_600]
     assert {event.total for event in progress} == {2_600}
@@ -173,9 +214,7 @@ def test_open_or_build_gives_the_tokenizers_tokens(tmp_path, corpus):
 @pytest.mark.slow
 def test_open_or_build_tokenises_ag_news_with_gpt2(shared, tmp_path):
     source = shared / "data/ag_news"
-    corpus = load_corpus(
-        str(source), revision=None, validation_fraction=0.1, limits={"train": 1_500, "validation": 100}, seed=0
-    )
+    corpus = load_corpus(Source(str(source)), validation_fraction=0.1, limits={"train": 1_500, "validation": 100}, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/gpt2")
     store = open_tokens(corpus, tmp_path, tokenizer=tokenizer)
     check_tokens(store, corpus, tokenizer)
@@ -214,7 +253,7 @@ def test_the_key_is_data_tokenizer_and_length_but_not_the_pad_token(tmp_path):
 def test_open_or_build_repeats_warnings_at_every_opening(tmp_path):
     texts = ["short", *["far too long for this length " * 3] * 3]
     corpus = small_corpus(*texts)
-    twin = Split("test", texts[:1], np.zeros(1, np.int64), Origin.of_file("t.csv", 1))
+    twin = Split("test", Texts.of(texts[:1]), np.zeros(1, np.int64), Origin.of_file("t.csv", 1))
     corpus = Corpus({**corpus.splits, "test": twin}, corpus.class_names, corpus.fingerprint)
     for was_cached in (False, True):
         events: list[Event] = []
@@ -222,17 +261,11 @@ def test_open_or_build_repeats_warnings_at_every_opening(tmp_path):
         assert store.was_cached == was_cached
         assert store.splits["train"].num_truncated == 3
         assert store.splits["train"].lengths.max() == 4
-        assert warnings_of(events) == list(store.warnings)
-        leak, cut = store.warnings
-        assert leak.startswith("1 row of test with a text that is also in train (t.csv row 1 = x.csv row 1)")
-        assert cut.startswith("3 of 5 texts (60.0%; train 3) are longer than 4 tokens and were cut off")
-        assert "Raise --data.max_length" in cut
-
-
-def test_blank_text_stops_the_build_without_leftovers(tmp_path):
-    with pytest.raises(DataError, match=r"white space in 1 row \(x.csv row 2\)"):
-        open_tokens(small_corpus("a", " "), tmp_path)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+        assert [event.findings for event in events if isinstance(event, DataChecked)] == [store.findings]
+        leak, cut = store.findings[-2:]
+        assert str(leak).startswith("1 row of test with a text that is also in train (t.csv row 1 = x.csv row 1): ")
+        assert str(cut).startswith("3 of 5 texts are longer than 4 tokens (60.0%; train 3): they were cut off")
+        assert "Raise --data.max_length" in str(cut)
 
 
 def test_default_directory_follows_xdg(tmp_path, monkeypatch):
@@ -330,13 +363,13 @@ WORKER = """
 import hashlib, json, os, sys, time
 from pathlib import Path
 from transformers import PreTrainedTokenizerFast
-from agnews_dist.data.corpus import load_corpus
+from agnews_dist.data.corpus import Source, load_corpus
 from agnews_dist.data.tokens import open_or_build
 from agnews_dist.events import Progress
 
 cache, seconds, builds_first = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "first"
 limits = {"train": 2_500, "validation": 60, "test": 40}
-corpus = load_corpus("synthetic", revision=None, validation_fraction=0.1, limits=limits, seed=0)
+corpus = load_corpus(Source("synthetic"), validation_fraction=0.1, limits=limits, seed=0)
 # Not `embedded_tokenizer`: that imports torch and trains it again.
 tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[4])
 print("ready", flush=True)

@@ -25,7 +25,7 @@ from agnews_dist.engine.memory import (
     format_estimate,
     propose_settings,
 )
-from agnews_dist.model.gpt2 import Backbone, split_model
+from agnews_dist.model.gpt2 import Backbone, has_head_bias, split_model
 from agnews_dist.model.prefix import CALL_TOKENS
 from agnews_dist.run.setup import build_shape, count_texts_per_rank
 
@@ -113,9 +113,9 @@ def test_estimate_shards_what_each_engine_shards() -> None:
 
 def test_estimate_on_a_cpu_has_one_memory() -> None:
     on_gpu, on_cpu = (estimate(XL, setup(device=device, runtime_bytes=5)) for device in ("cuda", "cpu"))
-    assert on_gpu.host == {"best epoch": 4 * XL.count_trainable(1, 4), "checkpoint": 12 * XL.count_trainable(1, 4)}
+    assert on_gpu.host == {"best weights": 4 * XL.count_trainable(1, 4), "checkpoint": 12 * XL.count_trainable(1, 4)}
     assert on_cpu.host == {}
-    assert on_cpu.device["best epoch"] == on_gpu.host["best epoch"]
+    assert on_cpu.device["best weights"] == on_gpu.host["best weights"]
     assert on_cpu.device["libraries"] == 5
     assert on_cpu.device["frozen weights"] == 4 * XL.count_frozen(1)
     half = estimate(XL, setup(half=True))
@@ -204,3 +204,10 @@ def test_the_documented_memory_table_is_the_estimate() -> None:
     pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     assert [row for row in memory_table() if row not in text] == []
+
+
+@pytest.mark.parametrize("num_classes", [2, 64, 65, 150])
+def test_the_heads_bias_is_counted_where_the_model_has_one(num_classes: int) -> None:
+    shape = Shape(num_blocks=1, width=128, inner=512, num_heads=2, num_rows=9, num_positions=9)
+    has_bias = has_head_bias(num_classes, 128)
+    assert shape.count_trainable(0, num_classes) == 2 * 128 + num_classes * 128 + num_classes * has_bias

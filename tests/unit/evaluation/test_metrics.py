@@ -5,8 +5,17 @@ import math
 import numpy as np
 import pytest
 from sklearn import metrics as sk
+from support.scores import list_pairs
 
-from agnews_dist.evaluation.metrics import compute_class_scores, compute_scores, confusion_matrix, in_file_order
+from agnews_dist.evaluation.metrics import (
+    are_labelled,
+    choose_listed_classes,
+    compute_class_scores,
+    compute_scores,
+    confusion_matrix,
+    count_classes,
+    in_file_order,
+)
 
 
 def random_case(seed: int, num_classes: int, num_examples: int, accuracy: float) -> tuple[np.ndarray, np.ndarray]:
@@ -26,30 +35,39 @@ CASES = {
     "class never predicted": (3, np.array([0, 1, 2, 2]), np.array([0, 1, 1, 0])),
     "class predicted, never true": (3, np.array([0, 1, 1, 0]), np.array([0, 1, 2, 2])),
     "one example": (2, np.array([1]), np.array([0])),
+    "256 classes": (256, *random_case(4, 256, 3000, 0.6)),
+    "257 classes": (257, *random_case(5, 257, 3000, 0.6)),
+    "10,000 classes, one row each": (10_000, np.arange(10_000), random_case(6, 10_000, 10_000, 0.0)[1]),
+    "10,000 classes, most absent": (10_000, *random_case(8, 10_000, 50, 0.5)),
+    "10,000 classes, one example": (10_000, np.array([9_999]), np.array([9_999])),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_scores_equal_scikit_learn(case: str) -> None:
     num_classes, labels, predictions = CASES[case]
-    confusion = confusion_matrix(labels, predictions, num_classes)
-    assert confusion.dtype == np.int64
-    np.testing.assert_array_equal(confusion, sk.confusion_matrix(labels, predictions, labels=range(num_classes)))
-    scores = compute_scores(confusion, loss_sum=2.5)
+    scores = compute_scores(labels, predictions, num_classes, loss_sum=2.5)
     assert scores.num_examples == len(labels)
     assert scores.num_correct == int(sk.accuracy_score(labels, predictions, normalize=False))
     assert scores.accuracy == sk.accuracy_score(labels, predictions)
     expected_f1 = sk.f1_score(labels, predictions, average="macro", zero_division=0)
-    assert scores.macro_f1 == pytest.approx(expected_f1, rel=0, abs=1e-12)
+    assert scores.macro_f1 == expected_f1, "to the last bit"
     assert scores.loss == 2.5 / len(labels)
+    if num_classes > 256:
+        assert scores.confusion is None
+        return
+    confusion = sk.confusion_matrix(labels, predictions, labels=range(num_classes))
+    np.testing.assert_array_equal(confusion_matrix(labels, predictions, num_classes), confusion)
     assert scores.confusion == tuple(map(tuple, confusion.tolist()))
+    assert all(type(count) is int for row in scores.confusion for count in row)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_class_scores_equal_scikit_learn(case: str) -> None:
     num_classes, labels, predictions = CASES[case]
-    classes = compute_class_scores(confusion_matrix(labels, predictions, num_classes))
-    assert len(classes) == num_classes
+    names = tuple(f"class {i}" for i in range(num_classes))
+    classes = compute_class_scores(count_classes(labels, predictions, num_classes), np.arange(num_classes), names)
+    assert tuple(each.name for each in classes) == names
     precision, recall, f1, support = sk.precision_recall_fscore_support(
         labels, predictions, labels=range(num_classes), zero_division=np.nan
     )
@@ -62,17 +80,19 @@ def test_rows_are_true_and_columns_predicted() -> None:
     # Three World predicted as Sports, one Sports predicted as World: a transposed matrix would swap 3 and 1.
     confusion = confusion_matrix(np.array([0, 0, 0, 1, 1]), np.array([1, 1, 1, 0, 1]), 2)
     assert confusion.tolist() == [[0, 3], [1, 1]]
-    world, sports = compute_class_scores(confusion)
+    counts = count_classes(np.array([0, 0, 0, 1, 1]), np.array([1, 1, 1, 0, 1]), 2)
+    sports, world = compute_class_scores(counts, np.array([1, 0]), ("World", "Sports"))
+    assert (world.name, sports.name) == ("World", "Sports")
     assert (world.num_examples, sports.num_examples) == (3, 2)
     assert (world.recall, sports.recall) == (0.0, 0.5)
     assert (world.precision, sports.precision) == (0.0, 0.25)
 
 
 def test_macro_f1_ignores_classes_without_examples_and_predictions() -> None:
-    confusion = np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+    labels, predictions = list_pairs([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
     # By hand: F1 = 6/7 and 8/9. The third class does not count.
-    assert compute_scores(confusion, 0.0).macro_f1 == pytest.approx((6 / 7 + 8 / 9) / 2, rel=0, abs=1e-15)
-    assert math.isnan(compute_class_scores(confusion)[2].f1)
+    assert compute_scores(labels, predictions, 3, 0.0).macro_f1 == pytest.approx((6 / 7 + 8 / 9) / 2, rel=0, abs=1e-15)
+    assert math.isnan(compute_class_scores(count_classes(labels, predictions, 3), np.array([2]), ("a", "b", "c"))[0].f1)
 
 
 def test_confusion_matrices_of_parts_add_up() -> None:
@@ -87,6 +107,7 @@ def test_small_integer_types_do_not_overflow() -> None:
     confusion = confusion_matrix(labels, labels, 100)
     assert confusion[99, 99] == confusion[98, 98] == 1
     assert confusion.sum() == 2
+    assert [counts.dtype for counts in count_classes(labels, labels, 100)] == [np.int64] * 3
 
 
 @pytest.mark.parametrize(
@@ -99,13 +120,39 @@ def test_small_integer_types_do_not_overflow() -> None:
     ],
 )
 def test_a_class_out_of_range_is_refused(labels: list[int], predictions: list[int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        confusion_matrix(np.array(labels), np.array(predictions), 4)
+    for count in (confusion_matrix, count_classes):
+        with pytest.raises(ValueError, match=message):
+            count(np.array(labels), np.array(predictions), 4)
 
 
-def test_compute_scores_refuses_an_empty_matrix() -> None:
+def test_compute_scores_refuses_no_example() -> None:
+    nothing = np.empty(0, np.int64)
     with pytest.raises(ValueError, match="0 examples were scored"):
-        compute_scores(np.zeros((4, 4), np.int64), 0.0)
+        compute_scores(nothing, nothing, 4, 0.0)
+
+
+@pytest.mark.parametrize(("labels", "expected"), [([0, 3], True), ([-1, -1], False), ([-1], False), ([], True)])
+def test_a_split_is_labelled_or_not(labels: list[int], expected: bool) -> None:
+    assert are_labelled(np.array(labels, np.int64), 4) is expected
+
+
+@pytest.mark.parametrize("labels", [[0, -1], [-1, 3], [0, 4], [-2, -2]])
+def test_a_partly_labelled_split_is_refused(labels: list[int]) -> None:
+    with pytest.raises(ValueError, match="outside the 4 classes"):
+        are_labelled(np.array(labels), 4)
+
+
+def test_all_of_few_classes_are_listed_and_the_worst_of_many() -> None:
+    for num_classes in (2, 20):
+        labels = np.arange(num_classes)[:3] % num_classes
+        assert choose_listed_classes(count_classes(labels, labels, num_classes)).tolist() == list(range(num_classes))
+    # Class 7 has F1 0 with three examples, 3 and 5 with one. 4 was only predicted. 9: F1 2/3. Others are right or absent.
+    labels, predictions = np.array([7, 3, 7, 5, 7, 9, 9, 1, 1]), np.array([4, 4, 4, 4, 4, 9, 0, 1, 1])
+    counts = count_classes(labels, predictions, 21)
+    assert choose_listed_classes(counts).tolist() == [7, 3, 5, 0, 4]
+    # Only two of 300 classes occur.
+    counts = count_classes(np.array([200, 299]), np.array([200, 299]), 300)
+    assert choose_listed_classes(counts).tolist() == [200, 299]
 
 
 def test_in_file_order_undoes_a_shuffle() -> None:

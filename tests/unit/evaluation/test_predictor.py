@@ -22,7 +22,7 @@ from agnews_dist.commands import predict
 from agnews_dist.config.schema import Config, EngineConfig, ModelConfig
 from agnews_dist.data import input_texts
 from agnews_dist.data.columns import ColumnSettings
-from agnews_dist.data.formats.text_file import ArgumentTable
+from agnews_dist.data.formats.line_file import ArgumentTable
 from agnews_dist.data.local_files import SplitSettings
 from agnews_dist.data.synthetic import CLASS_NAMES, generate
 from agnews_dist.distributed.world import World
@@ -64,8 +64,7 @@ def placed(run_directory: Path) -> predictor.Predictor:
     config = Config(model=ModelConfig(name=str(run_directory)), engine=EngineConfig(device="cpu"))
     model = prediction.load_model(config, None)
     engine = engine_setup.start_engine(config.engine, World(), is_training=False)
-    engine_setup.place_classifier(model.classifier, engine, fast_path=True)
-    return model.place(engine, None)
+    return prediction.build_predictor(model, engine, None, fast_path=True)
 
 
 def expected_probabilities(run_directory: Path, texts: list[str]) -> torch.Tensor:

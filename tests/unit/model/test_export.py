@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.tiny_models import save_tiny_model
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -18,8 +19,9 @@ from transformers import (
     pipeline,
 )
 
+from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding, encode
 from agnews_dist.errors import ModelError
-from agnews_dist.model.export import export_model, fold_bias, load_classifier
+from agnews_dist.model.export import check_room, export_model, fold_bias, load_classifier
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split_model
 from agnews_dist.model.pretrained import load_tokenizer
 
@@ -256,6 +258,17 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, embedded: Exported) 
         )
 
 
+def test_room_is_checked_before_training(tmp_path: Path) -> None:
+    check_room(tmp_path, 1_000_000)
+    check_room(tmp_path / "not yet there", 10**18)
+    with pytest.raises(
+        ModelError, match=r"run\.dir .*free, the exported model takes 4,?000,?000,?000.* GB\. Free some space, or set"
+    ):
+        check_room(tmp_path, 10**18)
+    with pytest.raises(ModelError, match=r"run\.dir '.*udcff': its path is not UTF-8\. Set --run\.dir to another"):
+        check_room(tmp_path / os.fsdecode(b"\xff"), 1)
+
+
 # --- folding of the bias, against the equation
 
 
@@ -310,8 +323,8 @@ def test_fold_fails_if_fp32_is_not_precise_enough() -> None:
 
 
 def test_loading_an_export_gives_the_same_classifier(exported: Exported) -> None:
-    classifier, tokenizer, class_names, max_length = load_classifier(str(exported.directory.parent))
-    assert (class_names, max_length) == (CLASS_NAMES, MAX_LENGTH)
+    classifier, tokenizer, class_names, max_length, encoding, _ = load_classifier(str(exported.directory.parent))
+    assert (class_names, max_length, encoding) == (CLASS_NAMES, MAX_LENGTH, TRAINING_ENCODING)
     assert len(tokenizer) == len(exported.tokenizer)
     assert tokenizer.pad_token_id == exported.tokenizer.pad_token_id
     assert not classifier.suffix.training
@@ -331,8 +344,9 @@ def test_loading_a_classifier_of_hugging_face(tmp_path: Path) -> None:
     model = GPT2ForSequenceClassification(GPT2Config(**shape, eos_token_id=0, num_labels=3)).eval()
     model.save_pretrained(tmp_path)
 
-    classifier, tokenizer, class_names, max_length = load_classifier(str(tmp_path))
+    classifier, tokenizer, class_names, max_length, encoding, _ = load_classifier(str(tmp_path))
     assert (class_names, max_length) == (("LABEL_0", "LABEL_1", "LABEL_2"), 48)
+    assert encoding == TextEncoding(splits_special_tokens=False)
     for text in TEXTS:
         ids = tokenizer(text, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")["input_ids"]
         with torch.no_grad():
@@ -363,3 +377,69 @@ def test_the_export_is_readable_by_others(embedded: Exported) -> None:
     os.umask(umask)
     assert embedded.directory.stat().st_mode & 0o777 == 0o777 & ~umask
     assert (embedded.directory / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+# --- classifiers made elsewhere
+
+
+ODD_TEXTS = [*TEXTS, "<|endoftext|>", "a <|endoftext|><|endoftext|>", "<|endoftext|> begins"]
+ODD_TEXTS += ["long " * 100, "long <|endoftext|>" * 60]
+
+
+@pytest.mark.parametrize("template", [None, "$A <|endoftext|>", "<|endoftext|> $A", "<|endoftext|> $A <|endoftext|>"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pad_token_id": 0},
+        {"pad_token_id": None},
+        {"pad_token_id": 70, "tokenizer_split_special_tokens": True},
+        {"pad_token_id": 0, "tokenizer_truncation_side": "left", "tokenizer_padding_side": "left"},
+        {"pad_token_id": 0, "tokenizer_model_input_names": ["input_ids", "token_type_ids", "attention_mask"]},
+    ],
+)
+def test_predictions_are_those_of_the_pipeline(tmp_path: Path, template: str | None, changes: dict[str, object]) -> None:
+    save_tiny_model(tmp_path, num_classes=4, template=template, tokenizer_model_max_length=64, **changes)
+    classify = pipeline("text-classification", model=str(tmp_path), top_k=None)
+    saved = load_classifier(str(tmp_path))
+    for text in ODD_TEXTS:
+        [ids], _ = encode(saved.tokenizer, [text], saved.max_length, encoding=saved.encoding)
+        with torch.no_grad():
+            ours = saved.classifier.logits(torch.tensor([ids]), torch.tensor([len(ids)])).softmax(-1)[0]
+        theirs = {answer["label"]: answer["score"] for answer in classify([text], truncation=True)[0]}
+        expected = torch.tensor([theirs[name] for name in saved.class_names])
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5, msg=lambda message, text=text: f"{text!r}: {message}")
+
+
+@pytest.mark.parametrize(("num_classes", "has_bias"), [(64, True), (65, False), (150, False), (300, False)])
+def test_many_classes_have_a_bias_only_if_it_folds(tmp_path: Path, num_classes: int, has_bias: bool) -> None:
+    """The embedded model has width 128."""
+    tokenizer = load_tokenizer("embedded", revision=None, pad_token="new")
+    backbone = load_backbone("embedded", revision=None, init="pretrained", seed=0, tokenizer=tokenizer)
+    classifier = split_model(backbone, trainable_blocks=1, num_classes=num_classes, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in classifier.suffix.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+    assert (classifier.suffix.out_head.bias is not None) == has_bias
+    names = [f"topic {i}" for i in range(num_classes)]
+    export_model(tmp_path / "model", classifier, tokenizer, class_names=names, max_length=MAX_LENGTH, card="")
+    ours = our_logits(classifier, tokenizer, TEXTS).softmax(-1)
+    torch.testing.assert_close(huggingface_logits(tmp_path / "model", TEXTS).softmax(-1), ours, rtol=1e-4, atol=1e-7)
+    assert load_classifier(str(tmp_path)).class_names == tuple(names)
+
+
+def test_torch_export_takes_the_model_as_it_is(embedded: Exported) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(embedded.directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(embedded.directory)
+
+    def batch(*texts: str) -> dict[str, torch.Tensor]:
+        return dict(tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True))
+
+    free = {0: torch.export.Dim("texts", min=2, max=64), 1: torch.export.Dim("tokens", min=2, max=256)}
+    given = batch("The coach left the club", "Oil")
+    program = torch.export.export(model, (), given, dynamic_shapes=dict.fromkeys(given, free), strict=False).module()
+    other = batch("A probe on the moon, said the agency", "A vote", "Go")
+    with torch.no_grad():
+        outputs = model(**other)
+        assert list(outputs) == ["logits"], "no cache"
+        torch.testing.assert_close(program(**other).logits, outputs.logits)

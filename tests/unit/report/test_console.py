@@ -2,27 +2,34 @@
 
 import dataclasses
 import io
+import math
 import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rich.console
 from support.events import Clock, make_progress, make_step
 
+from agnews_dist.evaluation.evaluator import SplitScores
+from agnews_dist.evaluation.metrics import compute_scores
 from agnews_dist.events import (
     CheckpointSaved,
+    ClassScores,
     EvalDone,
     Event,
     NonFinite,
     OverfitChecked,
+    Predicted,
     Profiled,
     Progress,
     Resumed,
     RunDone,
     RunStarted,
     Scores,
+    StoppedEarly,
     Warned,
 )
 from agnews_dist.report.console import create_console
@@ -44,14 +51,22 @@ EVALUATED = EvalDone(
         num_examples=7, num_correct=4, accuracy=4 / 7, macro_f1=0.5333, loss=0.4321, confusion=((3, 1, 0), (2, 1, 0), (0, 0, 0))
     ),
     class_names=("World", "[b]Sports", "Business"),
+    num_classes=3,
+    classes=(
+        ClassScores(name="World", num_examples=4, precision=0.6, recall=0.75, f1=2 / 3),
+        ClassScores(name="[b]Sports", num_examples=3, precision=0.5, recall=1 / 3, f1=0.4),
+        ClassScores(name="Business", num_examples=0, precision=math.nan, recall=math.nan, f1=math.nan),
+    ),
     seconds=75.0,
 )
-DONE = RunDone(facts={"best epoch": "2 of 3"}, paths={"model": "runs/x/model"})
+DONE = RunDone(facts={"best weights": "2 of 3"}, paths={"model": "runs/x/model"})
 OTHERS: list[Event] = [
     Profiled(path="runs/x/trace.json", top_operators="Name    CPU\naten::addmm   40%"),
     OverfitChecked(num_examples=8, num_steps=50, first_loss=1.4, last_loss=0.0123, accuracy=1.0),
     NonFinite(step=7, epoch=1, ids=tuple(range(100, 122))),
     Resumed(path="runs/x/checkpoints/step-00000040", step=40, attempt=3),
+    Predicted(split="test", num_examples=1_600, seconds=75.0),
+    StoppedEarly(step=90, epoch=2, num_worse=3, metric="macro_f1", best_step=60),
 ]
 SAVED = CheckpointSaved(path="runs/x/checkpoints/step-00000040", step=40, num_bytes=85_432_100, stall=0.0123, seconds=2.5)
 
@@ -91,7 +106,32 @@ def test_evaluation_has_scores_and_each_class(terminal: bool) -> None:
     else:
         assert "precision/recall: World 0.600/0.750, [b]Sports 0.500/0.333, Business -/-" in text
         assert "(4 of 7)" in text
+    assert "epoch 2, step 750 validation" in render(dataclasses.replace(EVALUATED, step=750), terminal=terminal)
     assert "epoch" not in render(dataclasses.replace(EVALUATED, split="test", epoch=0), terminal=terminal)
+
+
+def many_classes(num_classes: int) -> EvalDone:
+    """Return an evaluation by the package, in which class 7 is always wrong."""
+    labels = np.arange(2 * num_classes) % num_classes
+    predictions = np.where(labels == 7, 8, labels)
+    made = compute_scores(labels, predictions, num_classes, 1.0)
+    split = SplitScores(labels, predictions, np.empty((0, 0), "f4"), made, seconds=1.0)
+    event = split.to_event("test", 0, tuple(f"name-{i}" for i in range(num_classes)))
+    assert isinstance(event, EvalDone)
+    return event
+
+
+@pytest.mark.parametrize(("num_classes", "num_listed"), [(20, 20), (21, 5), (150, 5), (10_000, 5)])
+def test_of_many_classes_those_with_the_lowest_f1_are_shown(terminal: bool, num_classes: int, num_listed: int) -> None:
+    text = render(many_classes(num_classes), terminal=terminal, width=60)
+    assert len(re.findall(r"name-\d+", text)) == num_listed
+    assert (f"lowest F1 of {num_classes:,} classes" in text) == (num_listed < num_classes)
+    if terminal:
+        assert re.search(r"name-7 +2 +- +0.000 +0.000", text)
+        assert re.search(r"name-8 +2 +0.500 +1.000 +0.667", text)
+        assert len(text.splitlines()) <= num_listed + 5
+    elif num_listed < num_classes:
+        assert f"precision/recall (lowest F1 of {num_classes:,} classes): name-7 -/0.000, name-8 0.500/1.000, name-0 1" in text
 
 
 def test_other_events_are_printed(terminal: bool) -> None:
@@ -103,7 +143,9 @@ def test_other_events_are_printed(terminal: bool) -> None:
         "step 7 skipped its update: loss or gradient not finite, examples 100, 101,",
         "119 and 2 more",
         "resumed from step 40, attempt 3: runs/x/checkpoints/step-00000040",
-        "best epoch",
+        "test: 1,600 rows without labels: predicted, not scored, 1:15",
+        "stopped early after step 90: 3 evaluations without a better macro_f1 (optim.patience); the best is that of step 60",
+        "best weights",
         "2 of 3",
         "model",
         "runs/x/model",
@@ -333,7 +375,8 @@ def test_terminal_redraws_at_most_ten_times_per_second() -> None:
 @pytest.mark.parametrize("width", [1, 10, 24, 40])
 def test_narrow_terminals(terminal: bool, width: int) -> None:
     progress = [Progress(task="t", done=1, total=3), make_progress(0), make_progress(1)]
-    assert render(STARTED, *progress, make_step(1), make_step(2), EVALUATED, *OTHERS, DONE, terminal=terminal, width=width)
+    evaluations = [EVALUATED, many_classes(150)]
+    assert render(STARTED, *progress, make_step(1), make_step(2), *evaluations, *OTHERS, DONE, terminal=terminal, width=width)
 
 
 def test_empty_events_are_printed(terminal: bool) -> None:

@@ -13,21 +13,28 @@ from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sklearn.metrics import confusion_matrix, f1_score
 from support.events import read_events
 from support.processes import TIMEOUT
 
 from agnews_dist.errors import UserError
+from agnews_dist.evaluation.evaluator import SplitScores
+from agnews_dist.evaluation.metrics import compute_scores
 from agnews_dist.events import (
+    ClassScores,
     EvalDone,
     Event,
     OverfitChecked,
+    Predicted,
     Profiled,
     Progress,
     RunDone,
     RunStarted,
     Scores,
     StepDone,
+    StoppedEarly,
     Warned,
 )
 from agnews_dist.report.console import Sinks
@@ -45,11 +52,15 @@ EVENTS: list[Event] = [
         epoch=1,
         scores=Scores(num_examples=3, num_correct=2, accuracy=2 / 3, macro_f1=0.6, loss=0.7, confusion=((1, 1), (0, 1))),
         class_names=("World", "Sci/Tech"),
+        num_classes=2,
+        classes=(ClassScores(name="World", num_examples=2, precision=1.0, recall=0.5, f1=2 / 3),),
         seconds=0.1,
     ),
+    Predicted(split="test", num_examples=3, seconds=0.1),
+    StoppedEarly(step=9, epoch=2, num_worse=3, metric="loss", best_step=6),
     Profiled(path="trace.json", top_operators="a\nb"),
     OverfitChecked(num_examples=8, num_steps=50, first_loss=1.4, last_loss=0.01, accuracy=1.0),
-    RunDone(facts={"best epoch": "1"}, paths={"model": "runs/x/model"}),
+    RunDone(facts={"best weights": "1"}, paths={"model": "runs/x/model"}),
 ]
 
 
@@ -60,7 +71,7 @@ def test_every_event_is_written_with_its_fields(tmp_path: Path) -> None:
         for event in EVENTS:
             log(event)
     found = read_events(path)
-    assert len(found) == len(EVENTS) == 7
+    assert len(found) == len(EVENTS) == 8
     for line, event in zip(found, EVENTS, strict=True):
         assert list(line)[:2] == ["event", "time"]
         assert line.pop("event") == type(event).__name__
@@ -77,9 +88,32 @@ def test_scores_are_fields_of_the_line_in_their_place(tmp_path: Path) -> None:
         log(EVENTS[3])
     (line,) = read_events(tmp_path / "events.jsonl")
     assert list(line) == [
-        "event", "time", "split", "epoch", "num_examples", "num_correct", "accuracy", "macro_f1", "loss", "confusion",
-        "class_names", "seconds",
+        "event", "time", "split", "epoch", "step", "num_examples", "num_correct", "accuracy", "macro_f1", "loss", "confusion",
+        "class_names", "num_classes", "classes", "seconds",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_classes", [20, 21, 300, 10_000])
+def test_an_evaluation_of_many_classes_is_a_short_line(tmp_path: Path, num_classes: int) -> None:
+    rng = np.random.default_rng(0)
+    labels, predictions = rng.integers(0, num_classes, (2, 20_000))
+    split = SplitScores(
+        labels, predictions, np.empty((0, 0), "f4"), compute_scores(labels, predictions, num_classes, math.nan), seconds=1.0
+    )
+    names = tuple(f"a class with a long name, number {i}" for i in range(num_classes))
+    with closing(EventLog(tmp_path / "events.jsonl")) as log:
+        log(split.to_event("test", 1, names))
+    assert (tmp_path / "events.jsonl").stat().st_size < 10_000
+    (line,) = read_events(tmp_path / "events.jsonl")
+    assert line["num_classes"] == num_classes
+    assert line["loss"] is None
+    if num_classes <= 20:
+        assert line["confusion"] == confusion_matrix(labels, predictions).tolist()
+        assert line["class_names"] == [each["name"] for each in line["classes"]] == list(names)
+    else:
+        assert line["confusion"] is line["class_names"] is None
+        f1 = f1_score(labels, predictions, labels=range(num_classes), average=None, zero_division=0)
+        assert [each["f1"] for each in line["classes"]] == np.sort(f1)[:5].tolist()
 
 
 def test_progress_is_not_written(tmp_path: Path) -> None:

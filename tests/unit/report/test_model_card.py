@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from support.scores import scores_of
 
-from agnews_dist.evaluation.metrics import compute_scores
 from agnews_dist.report.model_card import ModelCard
 
-VALIDATION = compute_scores(np.array([[9, 1], [2, 8]]), 8.0)
-TEST = compute_scores(np.array([[40, 10], [5, 45]]), 50.0)
+VALIDATION = scores_of([[9, 1], [2, 8]], 8.0)
+TEST = scores_of([[40, 10], [5, 45]], 50.0)
 
 
 def card(**changes: Any) -> str:
@@ -117,12 +117,43 @@ def test_generated_model_and_data_are_not_hub_ids() -> None:
     assert "non-commercial" not in text
 
 
+def test_nothing_is_claimed_about_other_data() -> None:
+    text = card(dataset="someone/reviews")
+    front = front_matter(text)
+    assert "language" not in front
+    assert front["tags"] == ["text-classification", "gpt2", "agnews_dist"]
+    assert front["datasets"] == ["someone/reviews"]
+    for claim in ("AG News", "non-commercial", "English", "news"):
+        assert claim not in text.replace("agnews_dist", "")
+    assert "No licence is stated here" in text
+    assert front_matter(card(dataset="someone/ag_news"))["language"] == "en"
+
+
+def test_many_classes_are_cut_and_have_no_table() -> None:
+    names = tuple(f"topic {i}" for i in range(150))
+    scores = scores_of(np.eye(150, dtype=int).tolist(), 1.0)
+    text = card(class_names=names, splits={"test": scores})
+    assert "for 150 classes (topic 0, topic 1," in text
+    assert "topic 19 and 130 more)" in text
+    assert "topic 20" not in text
+    assert "Confusion" not in text
+    assert len(text) < 5_000
+
+
 def test_odd_names_are_escaped() -> None:
     name = "run: 'a' | \"b\" #1\n---"
     text = card(name=name, class_names=("a|b", "c\nd"))
     assert front_matter(text)["model-index"][0]["name"] == name
     assert "| a\\|b | 40 | 10 |" in text
     assert "| c d | 5 | 45 |" in text
+
+
+def test_a_confusion_matrix_too_wide_for_a_page_is_left_out() -> None:
+    for num_classes in (20, 21, 300):
+        scores = scores_of(np.eye(num_classes, dtype=int).tolist(), 1.0)
+        text = card(class_names=tuple(f"c{i}" for i in range(num_classes)), splits={"test": scores})
+        assert ("| c19 | 0 |" in text) == ("Confusion on test" in text) == (num_classes == 20)
+        assert f"| test | {num_classes} | 1.0000 | 1.0000 |" in text
 
 
 def test_a_card_without_scores_is_valid() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from agnews_dist.data.columns import ColumnSettings
-from agnews_dist.data.formats.json_file import JsonTable
+from agnews_dist.data.formats.line_file import JsonTable
 from agnews_dist.data.input_texts import InputTexts
 from agnews_dist.evaluation.predictor import reduce_logits
 from agnews_dist.report.prediction_view import print_lines, print_table

@@ -4,15 +4,16 @@ import importlib.util
 import json
 import math
 import platform
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.scores import scores_of
 
 from agnews_dist.errors import UserError
 from agnews_dist.evaluation.evaluator import SplitScores
-from agnews_dist.evaluation.metrics import compute_scores
 from agnews_dist.report.result_files import Result, Seconds, versions, write_json, write_predictions
 
 
@@ -25,7 +26,7 @@ def parse_strictly(text: str) -> object:
 
 def make_result() -> Result:
     return Result(
-        splits={"test": compute_scores(np.array([[3, 1], [0, 4]]), 4.0)},
+        splits={"test": scores_of([[3, 1], [0, 4]], 4.0)},
         num_steps=10,
         num_ranks=2,
         global_batch_size=32,
@@ -71,6 +72,9 @@ def test_write_json_is_strict_and_accepts_numpy(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_json(path, {"a": math.nan, "b": (np.float32("inf"), np.int64(3), np.bool_(True)), "c": Path("d"), "é": 0.1})
     assert parse_strictly(path.read_text()) == {"a": None, "b": [None, 3, True], "c": "d", "é": 0.1}
+    write_json(path, {"record": scores_of([[1, 0], [0, 0]], math.nan)})
+    record = {"num_examples": 1, "num_correct": 1, "accuracy": 1, "macro_f1": 1, "loss": None, "confusion": [[1, 0], [0, 0]]}
+    assert parse_strictly(path.read_text()) == {"record": record}
     with pytest.raises(TypeError, match="set has no JSON form"):
         write_json(path, {"a": {1}})
 
@@ -93,8 +97,8 @@ def test_versions_are_the_installed_ones() -> None:
 
 
 def make_split(labels: object, predictions: object, probabilities: object) -> SplitScores:
-    scores = compute_scores(np.array([[1]]), 0.0)
-    return SplitScores(np.asarray(labels), np.asarray(predictions), np.asarray(probabilities), scores, seconds=0.0)
+    scores = scores_of([[1]], 0.0)
+    return SplitScores(np.asarray(labels), np.asarray(predictions), np.asarray(probabilities, np.float32), scores, seconds=0.0)
 
 
 def test_predictions_are_exact_in_float32(tmp_path: Path) -> None:
@@ -112,6 +116,39 @@ def test_predictions_are_exact_in_float32(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         np.array([row["probabilities"] for row in rows], np.float32), probabilities.astype(np.float32)
     )
+
+
+@pytest.mark.parametrize("num_rows", [1, 1000, 2001])
+def test_predictions_have_the_documented_bytes(tmp_path: Path, num_rows: int) -> None:
+    """Check every byte of `{"id", "label", "prediction", "probabilities"}` against a plain loop, over several blocks."""
+    rng = np.random.default_rng(1)
+    probabilities = rng.dirichlet([0.01] * 3, num_rows).astype(np.float32)
+    labels, predictions = rng.integers(0, 3, num_rows), probabilities.argmax(axis=1)
+    text = write_predictions(tmp_path, "test", make_split(labels, predictions, probabilities)).read_text()
+    expected = [
+        f'{{"id": {i}, "label": {labels[i]}, "prediction": {predictions[i]}, '
+        f'"probabilities": [{probabilities[i][0]!s}, {probabilities[i][1]!s}, {probabilities[i][2]!s}]}}'
+        for i in range(num_rows)
+    ]
+    assert text.splitlines() == expected
+
+
+def test_predictions_of_many_classes_have_the_most_probable_ones(tmp_path: Path) -> None:
+    classes = np.array([[300, 2, 9_999], [0, 1, 2]])
+    split = replace(make_split([300, 1], [300, 0], [[0.75, 0.125, 1e-9], [np.nan] * 3]), classes_NK=classes)
+    rows = [parse_strictly(line) for line in write_predictions(tmp_path, "test", split).read_text().splitlines()]
+    assert rows == [
+        {"id": 0, "label": 300, "prediction": 300, "top": [[300, 0.75], [2, 0.125], [9_999, 1e-9]]},
+        {"id": 1, "label": 1, "prediction": 0, "top": [[0, None], [1, None], [2, None]]},
+    ]
+
+
+def test_predictions_without_labels_have_null(tmp_path: Path) -> None:
+    split = replace(make_split([-1, -1], [1, 0], [[0.25, 0.75], [1, 0]]), scores=None)
+    rows = [parse_strictly(line) for line in write_predictions(tmp_path, "test", split).read_text().splitlines()]
+    assert [row["label"] for row in rows] == [None, None]
+    assert [row["prediction"] for row in rows] == [1, 0]
+    assert [row["probabilities"] for row in rows] == [[0.25, 0.75], [1, 0]]
 
 
 def test_predictions_with_nan_and_uneven_rows(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from support.settings import errors_of
 
 from agnews_dist.commands.command import TRAINING_OPTIONS
 from agnews_dist.config.fields import Setting, all_settings, choices_of, convert, format_value
-from agnews_dist.config.schema import Config
+from agnews_dist.config.schema import Config, OptimConfig
 from agnews_dist.errors import AlreadyFinished, UserError
-from agnews_dist.run.fingerprints import weight_settings
+from agnews_dist.run.fingerprints import setting_values, weight_settings
 from agnews_dist.run.resume import ResumePoint, check_fingerprints, find_resume_point, settings_after_restart
 from agnews_dist.run.status import StatusFile
 from agnews_dist.training.checkpoint import DamagedError, write_checkpoint
@@ -211,6 +211,26 @@ def test_more_epochs_are_accepted_with_a_warning_about_the_learning_rate(tmp_pat
         assert (
             f"optim.epochs was {epochs}, is {epochs + 2}: the learning rate now follows the schedule of {epochs + 2}" in warning
         )
+
+
+def test_more_steps_are_accepted_with_a_warning_and_fewer_or_none_are_not(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "SETTINGS", {**SETTINGS, "optim.max_steps": 50})
+    leave(tmp_path / "run", 40)
+    (warning,) = find(tmp_path / "run", optim__max_steps=80).warnings
+    assert "optim.max_steps was 50, is 80: the learning rate now follows the schedule of 80 steps" in warning
+    for value in (45, None):
+        with pytest.raises(UserError, match=r"optim.max_steps was 50, is \w+\).*--accept optim.max_steps"):
+            find(tmp_path / "run", optim__max_steps=value)
+    assert find(tmp_path / "run", optim__epochs=1).warnings == (), "max_steps decides, so epochs have no effect"
+
+
+def test_class_weights_read_back_from_a_checkpoint_are_the_same(tmp_path, monkeypatch):
+    saved = setting_values(Config(optim=OptimConfig(class_weights=(1.0, 2.5))))["optim.class_weights"]
+    monkeypatch.setitem(globals(), "SETTINGS", {**SETTINGS, "optim.class_weights": saved})
+    leave(tmp_path / "run", 40)
+    assert find(tmp_path / "run").warnings == ()
+    with pytest.raises(UserError, match=r"optim.class_weights was \[1.0, 2.5\], is none"):
+        find(tmp_path / "run", optim__class_weights="none")
 
 
 def test_finished_run_is_done_unless_it_is_overwritten(tmp_path):

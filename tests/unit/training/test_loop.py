@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import SharedError, Stopped
 from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
-from agnews_dist.events import EvalDone, Event, StepDone
+from agnews_dist.events import EvalDone, Event, StepDone, StoppedEarly
 from agnews_dist.model.prefix import uncached_features
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.training.checkpoint import Checkpoint, best_name, list_checkpoints, read_checkpoint
@@ -45,10 +46,27 @@ class FakePreemptionHandler:
         self.is_exiting = True
 
 
+class WaitingManager(CheckpointManager):
+    """A manager that misses no checkpoint: each is on disk before training continues."""
+
+    def save(self, *arguments: Any, **options: Any) -> None:
+        """Save and wait."""
+        super().save(*arguments, **{**options, "wait": True})
+
+
 class Run:
     """One start of a small training."""
 
-    def __init__(self, directory: Path, *, stop_at: int | None = None, batch_size: int = 6, **options: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        stop_at: int | None = None,
+        batch_size: int = 6,
+        changes: dict[str, Any] | None = None,
+        class_weights_C: np.ndarray | None = None,
+        **options: Any,
+    ) -> None:
         directory.mkdir(exist_ok=True)
         self.engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
         self.classifier, self.events = toy_classifier(dropout=0.2), list[Event]()
@@ -56,18 +74,26 @@ class Run:
         self.timer, self.folder = StageTimer(0.0), directory / "checkpoints"
         self.table = TokenTable(toy_split(LENGTHS), pad_id=0, device=self.engine.device)
         plan = PlanSettings(global_batch_size=batch_size)
-        loader = TrainLoader(self.table, self.engine.world, plan, max_tokens_per_rank=100, quadratic=0.0)
+        loader = TrainLoader(
+            self.table, self.engine.world, plan, max_tokens_per_rank=100, quadratic=0.0, class_weights_C=class_weights_C
+        )
         settings = TrainerSettings(
             epochs=EPOCHS,
+            max_steps=None,
             lr=1e-2,
             weight_decay=0.1,
             warmup_ratio=0.2,
             schedule="linear",
             max_grad_norm=1.0,
+            label_smoothing=0.0,
+            best_metric="accuracy",
+            evaluate_every="epoch",
+            patience=None,
             nonfinite="stop",
             seed=3,
             class_names=("a", "b", "c", "d"),
         )
+        settings = replace(settings, **changes or {})
         monitors = Monitors(self.events.append, self.timer, self.preemption)
         self.trainer = Trainer(self.classifier, self.engine, loader, settings, monitors)
         self.timer.seconds["prefix"] = 0.5
@@ -82,7 +108,7 @@ class Run:
 
     def fit(self, validate: Callable[[], SplitScores] | None = None, *, every_steps: int | None = None) -> None:
         """Train to the end, or to the step before which a stop is requested."""
-        manager = CheckpointManager(
+        manager = WaitingManager(
             self.folder,
             self.trainer.strategy,
             CheckpointSettings(keep=9, every_steps=every_steps, every_minutes=None),
@@ -92,8 +118,7 @@ class Run:
             **self._options,
         )
         with closing(manager):
-            # Waiting after each step makes the number of checkpoints certain.
-            self.trainer.fit(validate or self.validate, manager, after_step=manager.wait)
+            self.trainer.fit(validate or self.validate, manager)
 
     def validate(self) -> SplitScores:
         """Score the training texts."""
@@ -182,10 +207,10 @@ def test_checkpoint_holds_the_state_in_a_fixed_order(tmp_path):
     assert names == [f"step-0000000{end}" for end in ("8-scored", "6", "4-scored", "3")]
     state = read_checkpoint(run.folder / "step-00000006").state
     assert list(state) == [
-        *("precision", "position", "num_updates", "scaling", "totals", "seconds", "step", "log_bytes", "best")
+        *("precision", "position", "scored_step", "num_updates", "scaling", "totals", "seconds", "step", "log_bytes", "best")
     ]
     assert (state["position"]["epoch"], state["position"]["step"], state["num_updates"]) == (1, 2, 6)
-    assert list(state["best"]) == ["name", "epoch", "step", "scores", "seconds"]
+    assert list(state["best"]) == ["name", "epoch", "step", "num_worse", "scores", "seconds"]
     assert list(state["totals"]) == ["seconds", "tally"]
     assert state["seconds"]["train"] == pytest.approx(state["totals"]["seconds"], abs=1e-3), "features are a part of it"
     assert state["seconds"]["prefix"] >= 0.5
@@ -233,3 +258,185 @@ def test_step_with_a_stop_request_saves_before_it_raises(tmp_path):
     (path,) = list_checkpoints(run.folder)
     assert path.name == "step-00000001"
     assert read_checkpoint(path).state["best"] is None, "no epoch is scored yet"
+
+
+EVERY_3 = {"evaluate_every": 3, "epochs": 3, "best_metric": "loss", "label_smoothing": 0.1}
+"""Twelve steps, with evaluations after 3, 6, 9 and 12, none of which ends an epoch but the last."""
+WEIGHTS_C = np.array([0.3, 1.0, 7.0, 2.1])
+
+
+def evaluations(*runs: Run) -> list[tuple[int, int, float]]:
+    """Return epoch, step and loss of every evaluation."""
+    return [(event.epoch, event.step, event.scores.loss) for run in runs for event in run.events if isinstance(event, EvalDone)]
+
+
+def resume(directory: Path, **options: Any) -> Run:
+    """Start again from the newest checkpoint."""
+    checkpoint = read_checkpoint(list_checkpoints(directory / "checkpoints")[0])
+    on_disk = OnDisk(checkpoint.path.name, checkpoint.state["step"], best_name(checkpoint.state))
+    run = Run(directory, on_disk=on_disk, **options)
+    run.load(checkpoint)
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole_by_steps(tmp_path_factory) -> Run:
+    """Return a training without a stop, with evaluations inside the epochs."""
+    run = Run(tmp_path_factory.mktemp("steps"), changes=EVERY_3, class_weights_C=WEIGHTS_C)
+    run.fit()
+    return run
+
+
+def test_evaluations_count_their_steps_over_the_whole_run(whole_by_steps):
+    assert [found[:2] for found in evaluations(whole_by_steps)] == [(1, 3), (2, 6), (3, 9), (3, 12)]
+    names = [path.name for path in list_checkpoints(whole_by_steps.folder)]
+    assert names == ["step-00000012-scored", "step-00000008", "step-00000004"], "the ends of the epochs are saved"
+    losses = {step: loss for _, step, loss in evaluations(whole_by_steps)}
+    assert whole_by_steps.trainer.best.step == min(losses, key=lambda step: losses[step])
+
+
+@pytest.mark.parametrize("at", [1, 2, "validation", 3, 4, 7, 10])
+@pytest.mark.parametrize("every_steps", [None, 1])
+def test_resumed_training_evaluates_inside_an_epoch_exactly_once(whole_by_steps, tmp_path, at, every_steps):
+    first = Run(tmp_path, stop_at=at if isinstance(at, int) else None, changes=EVERY_3, class_weights_C=WEIGHTS_C)
+
+    def validate() -> SplitScores:
+        if at == "validation":
+            raise Stopped
+        return first.validate()
+
+    with pytest.raises(Stopped):
+        first.fit(validate, every_steps=every_steps)
+    second = resume(tmp_path, changes=EVERY_3, class_weights_C=WEIGHTS_C)
+    second.fit()
+    assert same(second.outcome(), whole_by_steps.outcome())
+    assert steps_of(first) + steps_of(second) == steps_of(whole_by_steps)
+    assert evaluations(first, second) == evaluations(whole_by_steps)
+
+
+def test_every_checkpoint_continues_with_the_same_bits(whole_by_steps, tmp_path):
+    """Resume as after a kill: from each checkpoint of a run that saved after every step."""
+    saved = Run(tmp_path / "saved", changes=EVERY_3, class_weights_C=WEIGHTS_C)
+    saved.fit(every_steps=1)
+    paths = list_checkpoints(saved.folder)
+    assert [path.name[5:] for path in paths[:4]] == ["00000012-scored", "00000011", "00000010", "00000009-scored"]
+    assert len(paths) == 9
+    for path in paths:
+        run = Run(tmp_path / path.name, changes=EVERY_3, class_weights_C=WEIGHTS_C)
+        run.load(read_checkpoint(path))
+        run.fit()
+        assert same(run.outcome(), whole_by_steps.outcome()), path.name
+        step = int(path.name[5:13])
+        assert [found[1] for found in evaluations(run)] == [each for each in (6, 9, 12) if each > step]
+
+
+def test_class_weights_change_the_training_and_not_the_evaluation(tmp_path):
+    plain, weighted = (
+        Run(tmp_path / name, changes={"epochs": 1, "max_steps": 1}, class_weights_C=weights_C)
+        for name, weights_C in (("plain", None), ("weighted", WEIGHTS_C))
+    )
+    assert plain.validate().scores == weighted.validate().scores
+    plain.fit()
+    weighted.fit()
+    assert steps_of(plain)[0][2] != steps_of(weighted)[0][2]
+    assert plain.validate().scores != weighted.validate().scores
+
+
+@pytest.mark.parametrize(("max_steps", "epochs"), [(3, [1]), (4, [1]), (11, [1, 2, 3])])
+def test_max_steps_replace_the_epochs_and_the_schedule(tmp_path, max_steps, epochs):
+    run = Run(tmp_path, changes={"max_steps": max_steps, "warmup_ratio": 0.0})
+    assert run.trainer.num_steps == max_steps
+    run.fit()
+    steps = steps_of(run)
+    assert [step for step, *_ in steps] == list(range(1, max_steps + 1))
+    assert steps[-1][3] == pytest.approx(1e-2 / max_steps), "the decay ends with the run"
+    ends = [end for end in (4, 8) if end < max_steps]
+    assert [found[:2] for found in evaluations(run)] == list(zip(epochs, [*ends, max_steps], strict=True))
+    assert run.trainer.end_reason == "it has trained all its steps"
+
+
+def test_more_max_steps_continue_inside_the_cut_epoch(tmp_path):
+    Run(tmp_path, changes={"max_steps": 3}).fit()
+    longer = resume(tmp_path, changes={"max_steps": 9})
+    longer.fit()
+    assert [found[:2] for found in steps_of(longer)] == [(4, 1), (5, 2), (6, 2), (7, 2), (8, 2), (9, 3)]
+    assert longer.trainer.totals.tally.real == sum(LENGTHS) * 2 + steps_tokens(longer, after=8), "every example, twice"
+
+
+def steps_tokens(run: Run, *, after: int) -> int:
+    """Return the tokens of the steps after the first `after`."""
+    return sum(event.num_tokens for event in run.events if isinstance(event, StepDone) and event.step > after)
+
+
+def test_fewer_steps_than_are_done_end_with_an_evaluation(tmp_path):
+    with pytest.raises(Stopped):
+        Run(tmp_path, stop_at=5).fit()
+    run = resume(tmp_path, changes={"max_steps": 5})
+    run.fit()
+    assert steps_of(run) == []
+    assert [found[:2] for found in evaluations(run)] == [(2, 6)]
+
+
+STOPPING = {"evaluate_every": 1, "epochs": 5, "patience": 3}
+
+
+def worsening(run: Run, best_at: int) -> Callable[[], SplitScores]:
+    """Return a validation that is best after step `best_at`."""
+
+    def validate() -> SplitScores:
+        found = run.validate()
+        distance = abs(run.trainer.step - best_at)
+        return replace(found, scores=replace(found.scores, num_correct=24 - distance))
+
+    return validate
+
+
+@pytest.mark.parametrize("stop_at", [None, 4, 5, 6])
+def test_training_stops_after_as_many_worse_evaluations_in_all_attempts(tmp_path, stop_at):
+    runs = [Run(tmp_path, stop_at=stop_at, changes=STOPPING)]
+    if stop_at is not None:
+        with pytest.raises(Stopped):
+            runs[0].fit(worsening(runs[0], 4))
+        runs.append(resume(tmp_path, changes=STOPPING))
+    runs[-1].fit(worsening(runs[-1], 4))
+    assert [step for _, step, _ in evaluations(*runs)] == [1, 2, 3, 4, 5, 6, 7]
+    trainer = runs[-1].trainer
+    assert (trainer.step, trainer.best.step, trainer.best.num_worse) == (7, 4, 3)
+    assert trainer.end_reason == "it stopped early: 3 evaluations without a better accuracy"
+    stops = [event for run in runs for event in run.events if isinstance(event, StoppedEarly)]
+    assert stops == [StoppedEarly(step=7, epoch=2, num_worse=3, metric="accuracy", best_step=4)]
+    assert list_checkpoints(runs[-1].folder)[0].name == "step-00000007-scored"
+
+
+def test_start_after_an_early_stop_trains_no_further_and_a_larger_patience_does(tmp_path):
+    first = Run(tmp_path, changes=STOPPING)
+    first.fit(worsening(first, 4))
+    again = resume(tmp_path, changes={**STOPPING, "epochs": 9})
+    again.fit(worsening(again, 4))
+    assert (steps_of(again), again.trainer.step) == ([], 7)
+    assert [type(event) for event in again.events] == [StoppedEarly]
+    patient = resume(tmp_path, changes={**STOPPING, "patience": 5})
+    patient.fit(worsening(patient, 4))
+    assert [step for step, *_ in steps_of(patient)] == [8, 9]
+    assert patient.trainer.best.num_worse == 5
+
+
+def test_patience_that_ends_with_the_last_step_is_not_an_early_stop(tmp_path):
+    run = Run(tmp_path, changes={"evaluate_every": 1, "epochs": 1, "patience": 3})
+    run.fit(worsening(run, 1))
+    assert (run.trainer.step, run.trainer.best.num_worse) == (4, 3)
+    assert run.trainer.end_reason == "it has trained all its epochs"
+    assert not any(isinstance(event, StoppedEarly) for event in run.events)
+
+
+@pytest.mark.parametrize(("name", "pending"), [("step-00000004-scored", []), ("step-00000004", [(1, 4)])])
+def test_checkpoint_of_before_says_by_its_position_whether_it_is_scored(whole, tmp_path, name, pending):
+    checkpoint = read_checkpoint(whole.folder / "step-00000004-scored")
+    del checkpoint.state["scored_step"]
+    # An earlier version moved to the next epoch after the evaluation.
+    checkpoint.state["position"].update({"epoch": 1, "step": 0} if name.endswith("scored") else {"epoch": 0, "step": 4})
+    run = Run(tmp_path)
+    run.load(checkpoint)
+    run.fit()
+    assert [found[:2] for found in evaluations(run)] == [*pending, (2, 8)]
+    assert steps_of(run) == steps_of(whole)[4:]

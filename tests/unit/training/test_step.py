@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.toy import reference_gradients, toy_classifier, toy_split
+from support.toy import CLASS_WEIGHTS, reference_gradients, toy_classifier, toy_reference_logits, toy_split
 
 from agnews_dist.data.batching.batch import Batch
 from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoader
@@ -16,7 +16,7 @@ from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.model.prefix import Features, uncached_features
-from agnews_dist.training.step import NonFiniteError, train_step
+from agnews_dist.training.step import NonFiniteError, StepSettings, train_step
 
 LENGTHS = [int(length) for length in np.random.default_rng(1).integers(1, 31, 24)]
 
@@ -31,11 +31,13 @@ def reference() -> dict[str, torch.Tensor]:
     return reference_gradients(LENGTHS)
 
 
-def one_step(max_tokens: int) -> StepBatches:
+def one_step(max_tokens: int, class_weights_C: np.ndarray | None = None) -> StepBatches:
     """Return all examples as one global batch."""
     table = TokenTable(toy_split(LENGTHS), pad_id=0, device=torch.device("cpu"))
     settings = PlanSettings(global_batch_size=len(LENGTHS))
-    loader = TrainLoader(table, World(), settings, max_tokens_per_rank=max_tokens, quadratic=0.0)
+    loader = TrainLoader(
+        table, World(), settings, max_tokens_per_rank=max_tokens, quadratic=0.0, class_weights_C=class_weights_C
+    )
     (batches,) = loader.steps(0)
     return batches
 
@@ -84,7 +86,7 @@ def test_non_finite_loss_changes_neither_parameters_nor_moments(engine, bad):
         train_step(engine, poisoned, strategy, batches)
     assert raised.value.ids == tuple(sorted(batch.ids_B.tolist()))
     assert all(torch.equal(value, old) for value, old in zip(watched, before, strict=True))
-    result = train_step(engine, poisoned, strategy, batches, nonfinite="skip")
+    result = train_step(engine, poisoned, strategy, batches, settings=StepSettings(nonfinite="skip"))
     assert (math.isnan(result.loss), result.grad_norm, result.bad_ids) == (True, None, raised.value.ids)
     assert all(torch.equal(value, old) for value, old in zip(watched, before, strict=True))
     train_step(engine, uncached_features(classifier.prefix), strategy, batches)
@@ -100,7 +102,7 @@ def test_skipped_update_names_the_example_with_a_non_finite_loss(engine):
         return Features(hidden_BTD.masked_fill((batch.ids_B == 5)[:, None, None], math.nan), lengths_B)
 
     assert len(batches.micro_batches) > 3
-    assert train_step(engine, poisoned, strategy, batches, nonfinite="skip").bad_ids == (5,)
+    assert train_step(engine, poisoned, strategy, batches, settings=StepSettings(nonfinite="skip")).bad_ids == (5,)
 
 
 @pytest.mark.parametrize(("stop", "save"), [(False, False), (True, False), (False, True)])
@@ -110,3 +112,19 @@ def test_step_carries_the_requests_to_stop_and_to_save(engine, stop, save):
     strategy = engine.prepare(classifier.suffix, optimizer, max_grad_norm=1.0)
     result = train_step(engine, uncached_features(classifier.prefix), strategy, one_step(10_000), stop=stop, save=save)
     assert (result.stop, result.save) == (stop, save)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("max_tokens", [10_000, 80])
+def test_reported_loss_is_torchs_weighted_and_smoothed_mean(engine, max_tokens, label_smoothing):
+    batches, weights_C = one_step(max_tokens, np.array(CLASS_WEIGHTS)), torch.tensor(CLASS_WEIGHTS, dtype=torch.float64)
+    labels_N = torch.from_numpy(toy_split(LENGTHS).labels)
+    assert batches.loss_divisor == pytest.approx(float(weights_C[labels_N].sum()), rel=1e-15)
+    classifier = toy_classifier()
+    strategy = engine.prepare(classifier.suffix.eval(), torch.optim.SGD(classifier.suffix.parameters()), max_grad_norm=0.0)
+    settings = StepSettings(label_smoothing=label_smoothing, class_weights_C=weights_C)
+    result = train_step(engine, uncached_features(classifier.prefix), strategy, batches, settings=settings)
+    expected = torch.nn.functional.cross_entropy(
+        toy_reference_logits(LENGTHS), labels_N, weights_C.float(), label_smoothing=label_smoothing
+    )
+    assert result.loss == pytest.approx(float(expected), rel=1e-5)

@@ -1,0 +1,166 @@
+"""Config and weights of a saved GPT-2, as its files have them. Whatever they lack or contradict is an error of the user."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn, random
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
+
+from agnews_dist.errors import ModelError
+from agnews_dist.model.pretrained import CONFIG_FILE, EMBEDDED, WEIGHT_FILES, Location, locate, reading
+
+_HEAD_FIELDS = ("id2label", "label2id", "num_labels", "problem_type")
+"""Keys of config.json that describe a classification head."""
+_WRAPPED = {r"^(?:(?:_orig_mod|module)\.)+": "", r"\.(?:(?:_orig_mod|module)\.)+": "."}
+"""Parts of names that torch.compile and DistributedDataParallel add, at the start and inside: pattern -> replacement."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A GPT-2 on the CPU, in the type of its file, with an embedding row for every token of its tokenizer."""
+
+    model: GPT2Model
+    head_CD: Tensor | None
+    class_names: tuple[str, ...] | None
+    """Head and class names are None if the checkpoint is not a classifier, or one with a `head_fault`."""
+    head_fault: str | None = None
+    """Field of config.json, and why its head cannot be used."""
+    notes: tuple[str, ...] = ()
+    """Unusual things about the files, for the user."""
+    pad_id: int | None = None
+    """Pad token of config.json."""
+
+
+def read_config(location: Location) -> GPT2Config:
+    """Read the config; without the fields of a head that cannot be used (see `_find_head_fault`)."""
+    raw = _read_raw_config(location)
+    if _find_head_fault(raw):
+        raw = {key: value for key, value in raw.items() if key not in _HEAD_FIELDS}
+    with reading(location, CONFIG_FILE):
+        config = GPT2Config.from_dict(raw)
+    if config.add_cross_attention:
+        raise ModelError(
+            f"model {location.name!r} has add_cross_attention: a classifier has no second sequence. "
+            "Choose a GPT-2 without cross-attention."
+        )
+    return config
+
+
+def _read_raw_config(location: Location) -> dict[str, Any]:
+    if not location.has_any(CONFIG_FILE):
+        raise ModelError(
+            f"model directory {location.directory}: it has no {CONFIG_FILE}. Copy the whole model directory, "
+            "or set --model.name to one that Hugging Face's save_pretrained wrote."
+        )
+    with reading(location, CONFIG_FILE):
+        raw = GPT2Config.get_config_dict(location.target, revision=location.revision)[0]
+        if raw.get("model_type") != "gpt2":
+            raise ModelError(
+                f"model {location.name!r} is a {raw.get('model_type')!r} model: only GPT-2 is supported. "
+                "Choose a GPT-2 of any size, such as gpt2, gpt2-medium or distilgpt2."
+            )
+    return raw
+
+
+def check_head(name: str, revision: str | None) -> None:
+    """Check that config.json describes a classifier of one class per text, if any; raise ModelError with the wrong field."""
+    if name != EMBEDDED and (fault := _find_head_fault(_read_raw_config(locate(name, revision)))):
+        raise ModelError(f"{CONFIG_FILE} of model {name!r}: {fault}. Correct {CONFIG_FILE}, or choose another model.")
+
+
+def _find_head_fault(raw: Mapping[str, Any]) -> str | None:
+    """Return the field of a config.json that does not describe a classifier of one class per text, and why; else None."""
+    problem, names = raw.get("problem_type"), raw.get("id2label")
+    if problem not in (None, "single_label_classification"):
+        return f"problem_type is {problem!r}: it must be 'single_label_classification' or null"
+    if names is None:
+        return None
+    if not isinstance(names, dict) or not names:
+        return f"id2label is {names!r}: it must map 0, 1, ... to names"
+    labels = cast("dict[Any, Any]", names)
+    if {str(key) for key in labels} != {str(i) for i in range(len(labels))}:
+        return f"id2label has the keys {', '.join(map(str, labels))[:60]}: they must be 0 to {len(labels) - 1}"
+    if wrong := [name for name in labels.values() if not isinstance(name, str)]:
+        return f"id2label has the name {wrong[0]!r}: names must be texts, in quotes"
+    if twice := [name for name, times in Counter(labels.values()).items() if times > 1]:
+        return f"id2label names more than one class {twice[0]!r}: names must differ"
+    if (num_labels := raw.get("num_labels")) not in (None, len(labels)):
+        return f"num_labels is {num_labels!r}: id2label has {len(labels)} names"
+    return None
+
+
+def read_weights(location: Location, config: GPT2Config) -> Backbone:
+    """Read the model in the type of its file, and the head and class names if it is a classifier."""
+    if not location.has_any(*WEIGHT_FILES):
+        raise ModelError(
+            f"model directory {location.directory}: it has no weights (none of {', '.join(WEIGHT_FILES)}). "
+            "Copy the whole model directory, or set --model.init random."
+        )
+    is_classifier = GPT2ForSequenceClassification.__name__ in (config.architectures or [])
+    fault = _find_head_fault(_read_raw_config(location)) if is_classifier else None
+    architecture = GPT2ForSequenceClassification if is_classifier and fault is None else GPT2Model
+
+    def load(renamed: dict[str, str] | None) -> tuple[nn.Module, dict[str, Any]]:
+        with reading(location, "weights"), random.fork_rng(devices=[]):
+            loaded = architecture.from_pretrained(
+                location.target,
+                config=config,
+                revision=location.revision or "main",
+                dtype="auto",  # the type of the file: its mapped pages, not a copy
+                attn_implementation="sdpa",
+                ignore_mismatched_sizes=True,  # the report lists them
+                output_loading_info=True,
+                key_mapping=renamed,
+            )
+            return cast("tuple[nn.Module, dict[str, Any]]", loaded)
+
+    loaded, report = load(None)
+    renamed = _find_new_names(report, is_tied=bool(config.tie_word_embeddings)) if report["missing_keys"] else {}
+    if renamed:
+        loaded, report = load(renamed)
+    _check_loaded(loaded, report, location)
+    notes: tuple[str, ...] = ()
+    if renamed.keys() & _WRAPPED.keys():
+        notes = (f"weights of model {location.name!r}: _orig_mod. and module. are removed from their names.",)
+    if not isinstance(loaded, GPT2ForSequenceClassification):
+        return Backbone(cast(GPT2Model, loaded), None, None, fault, notes)
+    names = cast(dict[int, str], config.id2label)
+    class_names = tuple(names[i] for i in range(len(names)))
+    return Backbone(loaded.transformer, loaded.score.weight.detach(), class_names, None, notes)
+
+
+def _find_new_names(report: dict[str, Any], *, is_tied: bool) -> dict[str, str]:
+    """Return how names of a file become those of the missing weights, as regular expressions; empty if they cannot."""
+    unexpected: set[str] = set(report["unexpected_keys"])
+    plain = unexpected
+    for pattern, replacement in _WRAPPED.items():
+        plain = {re.sub(pattern, replacement, name) for name in plain}
+    renamed = dict(_WRAPPED) if plain != unexpected else {}
+    # Tied weights may be stored once, as those of the language model's head.
+    if is_tied and "lm_head.weight" in plain and not any(name.endswith("wte.weight") for name in plain):
+        renamed[r"^lm_head\.weight$"] = "transformer.wte.weight"
+    return renamed
+
+
+def _check_loaded(loaded: nn.Module, report: dict[str, Any], location: Location) -> None:
+    """Check that every weight was read and is finite: Hugging Face replaces missing or misshapen ones by random numbers."""
+    surplus = [key for key in report["unexpected_keys"] if re.search(r"(^|\.)h\.\d+\.(?!attn\.(masked_)?bias$)", key)]
+    for keys, fault in (
+        (report["missing_keys"], "are missing"),
+        ([key[0] for key in report["mismatched_keys"]], f"have another shape than in {CONFIG_FILE}"),
+        (surplus, f"belong to blocks beyond those of {CONFIG_FILE}"),
+    ):
+        if keys:
+            raise ModelError(
+                f"weights of model {location.name!r}: {len(keys)} {fault}, such as {min(keys)}. "
+                f"Copy the whole model directory again, {CONFIG_FILE} and weights together."
+            )
+    for name, weight in loaded.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise ModelError(
+                f"weight {name} of model {location.name!r} contains NaN or infinity: every logit would be NaN. "
+                "Use a checkpoint from before its training diverged."
+            )
