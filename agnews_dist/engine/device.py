@@ -54,7 +54,8 @@ def check_compiler(wanted: str) -> None:
     names = list(filter(None, [os.environ.get("CXX"), os.environ.get("CC"), "g++", "clang++", "c++", "gcc", "clang", "cc"]))
     if wanted == "always" and not any(map(which, names)):
         raise UserError(
-            "engine.compile always: torch.compile needs a C++ compiler, and none is found (g++, clang++ or $CXX). Install one, or "
+            "engine.compile always: torch.compile needs a C++ compiler, and none is found (g++, clang++ or "
+            "$CXX). Install one, or "
             "set --engine.compile never."
         )
 
