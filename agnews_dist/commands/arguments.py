@@ -156,7 +156,8 @@ def _split_arguments(
         if name[2:] in all_sections():
             problems.add(f"{quote(word)}: a section takes settings below it. Write {name}.FIELD VALUE.", f"{name[2:]}.")
         else:
-            problems.add_unknown(name, f"unknown option {quote(word)}", known)
+            more = ", or write it after -- if it is a text" if takes_texts else ""
+            problems.add_unknown(name, f"unknown option {quote(word)}", known, more=more)
         following = "".join(words[words.index(word) + 1 :][:1])
         if not equals and following and not following.startswith("-"):
             rest.remove(following)  # the unknown option's value

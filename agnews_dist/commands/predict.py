@@ -1,33 +1,42 @@
-"""`agnews-dist predict`: classify texts with a saved classifier, in one process. Answers come in the order of the texts.
+"""`agnews-dist predict`: classify texts with a saved classifier, on any number of ranks. Answers have the order of the texts.
 
---model.name is a run's directory, an exported directory, or a hub id of a GPT2ForSequenceClassification.
+--model.name is a run's directory, an exported directory, or a hub id of a GPT2ForSequenceClassification. Rank 0 reads the texts
+and writes the answers.
 """
 
-import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Literal
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
 from agnews_dist.commands.command import importing, run_command
-from agnews_dist.config.schema import PathText
+from agnews_dist.config.schema import Count, PathText
 from agnews_dist.distributed.world import World
-from agnews_dist.errors import ConfigError, UserError
+from agnews_dist.errors import ConfigError
 
 COMMAND = Command(
     "predict",
     "Classify texts from arguments, a file or standard input. Answers come in the order of the texts.",
     (
         'agnews-dist predict --model.name runs/NAME "Shares fell." "He scored."',
-        "agnews-dist predict --model.name runs/NAME --file texts.txt --format jsonl",
+        "agnews-dist predict --model.name runs/NAME --file new.csv --output out.parquet",
         "cat texts.txt | agnews-dist predict --model.name runs/NAME",
     ),
     (
-        Option("text", "Texts to classify.", nargs="*"),
-        Option("--file", "One text per line, or .jsonl with 'text' per line.", PathText),
+        Option("text", "Texts to classify; after -- also one that begins with -.", nargs="*"),
+        Option("--file", "Table, text file or directory; - is standard input.", PathText),
+        Option(
+            "--input_format",
+            "Default: the suffix, or txt, which is a text per line.",
+            Literal["csv", "tsv", "jsonl", "json", "txt"],
+        ),
+        Option("--output", "File of the input's columns and the answers.", PathText),
+        Option("--top_k", "Classes whose probabilities are given.", Count | Literal["all"]),
         Option("--format", "Default: table on a terminal, else JSON lines.", Literal["table", "jsonl"]),
     ),
-    ("data.max_length", "model.name", "model.revision", "engine.device", "engine.precision"),
+    ("data.text_column", "data.max_length", "model.name", "model.revision", "engine.device", "engine.precision"),
     shows_defaults=False,
 )
 
@@ -38,46 +47,80 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def predict(world: World, loaded: Loaded) -> None:
-    """Read all texts, classify them chunk by chunk, and print the answers of each chunk at once."""
+    """Classify the texts chunk by chunk, and print or write the answers of each chunk at once."""
     config, options = loaded.config, loaded.options
-    if world.num_ranks > 1:
-        raise UserError(
-            f"predict was started as {world.num_ranks} ranks: each would print every answer. Start it without torchrun, "
-            "or score a split on many ranks with evaluate."
-        )
-    if "model.name" not in loaded.explicit:
-        raise ConfigError(
-            f"model.name is not set: its default {config.model.name!r} is not a classifier. Set --model.name to a run's "
-            "directory, such as runs/NAME."
-        )
+    _check_options(loaded)
     # Imported here, so that --help and wrong settings do not wait for torch.
     with importing():
-        from agnews_dist.evaluation.predictor import classify, read_texts
-        from agnews_dist.model.export import load_classifier
-        from agnews_dist.model.gpt2 import check_max_length
-        from agnews_dist.report.prediction_view import print_lines, print_table
-        from agnews_dist.run.engine_setup import place_classifier, start_engine
+        from agnews_dist.data.input_texts import InputTexts
+        from agnews_dist.distributed import collectives
+        from agnews_dist.evaluation.predictor import predict_chunks
+        from agnews_dist.model.export import SavedClassifier
+        from agnews_dist.report.console import Sinks, create_console
+        from agnews_dist.report.formatting import create_output
+        from agnews_dist.report.prediction_files import check_output, open_answers
+        from agnews_dist.report.prediction_view import Write, create_printer
+        from agnews_dist.run import engine_setup, prediction
+        from agnews_dist.run.fingerprints import weights_fingerprint
 
-    def warn(message: str) -> None:
-        print(f"warning: {message}", file=sys.stderr)
-
-    if not options["text"] and options["file"] is None and sys.stdin.isatty():
-        print("Reading texts from the terminal, one per line; end with Ctrl-D.", file=sys.stderr, flush=True)
-    texts = read_texts(options["text"], options["file"], sys.stdin)
-    saved = load_classifier(config.model.name, revision=config.model.revision)
-    classifier, tokenizer, class_names, max_length, encoding, notes = saved
-    for note in notes:
-        warn(note)
-    if "data.max_length" in loaded.explicit:
-        max_length = config.data.max_length
-        check_max_length(max_length, classifier.config.n_positions)
-    engine = start_engine(config.engine, world, is_training=False)
-    place_classifier(classifier, engine, fast_path=config.engine.fast_path)
-    predictions = classify(texts, classifier, tokenizer, engine, max_length=max_length, encoding=encoding, warn=warn)
+    output = None if options["output"] is None else Path(options["output"])
     is_table = options["format"] == "table" or (options["format"] is None and sys.stdout.isatty())
-    try:
-        (print_table if is_table else print_lines)(predictions, class_names)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has closed the pipe (`| head`). Buffered output must not raise again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with ExitStack() as stack:
+
+        def load() -> tuple[InputTexts | None, SavedClassifier, int | None, Write]:
+            if output is not None and world.is_main:
+                check_output(output, overwrite=config.run.overwrite)
+            texts = prediction.open_input(config, options) if world.is_main else None
+            length = config.data.max_length if "data.max_length" in loaded.explicit else None
+            model = prediction.load_model(config, length)
+            num_best = prediction.choose_num_best(options, len(model.class_names), is_table=is_table)
+            write = create_printer(model.class_names, is_table=is_table)
+            if texts is not None:
+                if output is not None:
+                    write = stack.enter_context(open_answers(output, texts, model.class_names, options["top_k"]))
+                for note in (*(f"warning: {note}" for note in model.notes), *texts.notes):
+                    _tell(note)
+                texts.check()
+            return texts, model, num_best, write
+
+        # Loaded before the process group exists: a slow download must not run into the timeout of a collective.
+        outcome = collectives.catch(load)
+        engine = engine_setup.start_engine(config.engine, world, is_training=False)
+        texts, model, num_best, write = collectives.raise_if_any_failed(outcome)
+        if world.num_ranks > 1:
+            weights = {**model.classifier.frozen_state, **model.classifier.suffix.state_dict()}
+            collectives.check_equal({"weights": weights_fingerprint(weights)})
+        predictor = prediction.build_predictor(model, engine, num_best, fast_path=config.engine.fast_path)
+        emit = stack.enter_context(Sinks())
+        if world.is_main and (output is not None or not sys.stdout.isatty()):
+            # Standard output is data. On a terminal the answers show the progress.
+            emit.add(create_console(create_output(sys.stderr)))
+        chunks, num_texts = (texts.chunks(predictor.texts_per_chunk), texts.num_texts) if texts is not None else ((), 0)
+        num_done, num_cut = predict_chunks(chunks, write, predictor, num_texts=num_texts, emit=emit)
+    if num_cut:
+        _tell(
+            f"warning: {num_cut} of {num_done} texts were truncated to {model.max_length} tokens. "
+            "Split them, or train with a larger --data.max_length."
+        )
+
+
+def _check_options(loaded: Loaded) -> None:
+    """Check what needs neither a file nor a model.
+
+    Raises:
+        ConfigError: no model is set, or --format with --output.
+    """
+    if "model.name" not in loaded.explicit:
+        raise ConfigError(
+            f"model.name is not set: its default {loaded.config.model.name!r} is not a classifier. Set --model.name to a run's "
+            "directory, such as runs/NAME."
+        )
+    if loaded.options["output"] is not None and loaded.options["format"] is not None:
+        raise ConfigError(
+            f"--format {loaded.options['format']}: with --output nothing is printed, and the file's suffix says its format. "
+            "Remove one of them."
+        )
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -47,6 +47,7 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         from agnews_dist import training
         from agnews_dist.data.corpus import check_source
         from agnews_dist.distributed import collectives
+        from agnews_dist.engine.device import check_compiler
         from agnews_dist.preflight.memory_check import Estimate, check_fits
         from agnews_dist.run import memory_setup, setup
         from agnews_dist.run.attempt import Attempt
@@ -62,6 +63,7 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
 
         def load() -> tuple[Estimate, setup.TrainingInputs]:
             check_source(config.data.source)
+            check_compiler(config.engine.compile)
             files = setup.read_model_files(config.model, config.data)
             memory = check_fits(*memory_setup.build_memory_setup(config, world, files.config), world)
             return memory, setup.load_training_inputs(config, world, monitors.emit, timer, files=files)

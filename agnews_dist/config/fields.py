@@ -108,11 +108,11 @@ class Problems:
         self.lines.append(line)
         self.hidden.update(hides)
 
-    def add_unknown(self, name: str, source: str, valid: Iterable[str]) -> None:
-        """Add the message for an unknown name, with the nearest valid ones."""
+    def add_unknown(self, name: str, source: str, valid: Iterable[str], *, more: str = "") -> None:
+        """Add the message for an unknown name, with the nearest valid ones; `more`: another fix."""
         near = find_nearest(name, valid)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        fix = "Correct or remove it; --help all lists all settings."
+        fix = f"Correct or remove it{more}; --help all lists all settings."
         self.add(f"{source}: it would have no effect.{hint} {fix}", *(each.removeprefix("--") for each in near if "." in each))
 
 

@@ -53,9 +53,7 @@ def find_columns(table: Table, settings: ColumnSettings, *, needs_label: bool = 
     Raises:
         DataError: a column is missing, or several could be meant; names the columns found.
     """
-    if settings.text is not None:
-        check_has(table.name, table.columns, settings.text, "data.text_column")
-    text = settings.text or _find_text(table)
+    text = find_text(table, settings)
     if settings.label is not None and (needs_label or settings.label in table.columns):
         check_has(table.name, table.columns, (settings.label,), "data.label_column")
         label = settings.label
@@ -69,13 +67,25 @@ def find_columns(table: Table, settings: ColumnSettings, *, needs_label: bool = 
     return Columns(text, label)
 
 
+def find_text(table: Table, settings: ColumnSettings) -> tuple[str, ...]:
+    """Find the text columns of a table.
+
+    Raises:
+        DataError: a column is missing, or several could be meant; names the columns found.
+    """
+    if settings.text is None:
+        return _find_usual_text(table)
+    check_has(table.name, table.columns, settings.text, "data.text_column")
+    return settings.text
+
+
 def is_original(table: Table, columns: Columns) -> bool:
     """Return whether the columns are those of AG News' original csv, whose classes count from 1."""
     plain = tuple(name.strip().lower() for name in (columns.label or "", *columns.text))
     return plain in (ORIGINAL_COLUMNS, (ORIGINAL_LABEL, *ORIGINAL_COLUMNS[1:])) and len(table.columns) == len(ORIGINAL_COLUMNS)
 
 
-def _find_text(table: Table) -> tuple[str, ...]:
+def _find_usual_text(table: Table) -> tuple[str, ...]:
     found = [names for usual in TEXT_NAMES if (names := _match(table.columns, usual))]
     if len(found) == 1:
         return found[0]

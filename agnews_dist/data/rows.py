@@ -145,6 +145,62 @@ def read_rows(
     return reader.finish()
 
 
+class TextChecker:
+    """Checker of the texts of many rows, which names bad ones together."""
+
+    def __init__(self) -> None:
+        self._not_strings: list[str] = []
+        self._blank: list[str] = []
+        self._suspects: list[tuple[str, str]] = []
+        """(field, row) of lines in a text that look like rows, see `CsvTable.looks_like_rows`."""
+
+    def encode(self, text: object, table: Table, number: int, label: str | None) -> bytes:
+        """Return the bytes of the text of row `number`; of a bad one none, and remember it. `label`: the label column.
+
+        Raises:
+            DataError: the text has a character without UTF-8 bytes.
+        """
+        if not isinstance(text, str):
+            self._not_strings.append(f"{table.name} {table.unit} {number}: {quote_value(text)}")
+            return b""
+        if not text or text.isspace():
+            self._blank.append(f"{table.name} {table.unit} {number}")
+            return b""
+        if "\n" in text and isinstance(table, CsvTable) and label is not None:
+            self._suspects += [(each, f"{table.name} row {number}") for each in table.looks_like_rows(text, label)][:1]
+        try:
+            return text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{table.name} {table.unit} {number} holds {text[error.start]!r}, half of a surrogate pair: it has no UTF-8 "
+                "bytes to tokenise. Write the file again from the original text."
+            ) from error
+
+    def check(self, labels: Iterable[LabelValue]) -> None:
+        """Check that no text was bad; `labels`: those that rows have.
+
+        Raises:
+            DataError: a text is missing, blank, not a string, or holds whole rows.
+        """
+        if bad := self._not_strings:
+            raise DataError(
+                f"text is not a string in {count_rows(len(bad))} ({list_first(bad, str)}): only strings can be tokenised. "
+                "Fill in or remove these rows, or set --data.text_column."
+            )
+        if blank := self._blank:
+            raise DataError(
+                f"text is empty or only white space in {count_rows(len(blank))} ({list_first(blank, str)}): no class can be "
+                "read from it. Remove these rows."
+            )
+        names = set(map(str, labels)) if self._suspects else set[str]()
+        swallowed = [row for each, row in self._suspects if each.strip() in names]
+        if swallowed:
+            raise DataError(
+                f"text holds whole rows with labels in {count_rows(len(swallowed))} ({list_first(swallowed, str)}): a quote is "
+                "probably opened or closed too much. Correct the quotes, or write the file as jsonl."
+            )
+
+
 class _Reader:
     """Collector of the rows of one split."""
 
@@ -156,9 +212,7 @@ class _Reader:
         self._code_of: dict[tuple[type, LabelValue], int] = {}
         self._files: list[str] = []
         self._sizes: list[int] = []
-        self._bad: dict[str, list[str]] = {}
-        self._suspects: list[tuple[str, str]] = []
-        """(field, row) of lines in a text that look like rows, see `CsvTable.looks_like_rows`."""
+        self._checker = TextChecker()
         self._first: tuple[Table, Columns] | None = None
         self._notes: dict[str, None] = {}
 
@@ -186,34 +240,13 @@ class _Reader:
         self._sizes.append(num_rows)
 
     def _add(self, table: Table, columns: Columns, chunk: Chunk) -> None:
-        parts = [chunk.columns[column] for column in columns.text]
-        texts = parts[0] if len(parts) == 1 else [_join(each, self._settings.separator) for each in zip(*parts, strict=True)]
-        for i, text in enumerate(texts):
-            self._texts.add(self._encode(text, f"{table.name} row {chunk.row_N[i]}"))
-            if isinstance(text, str) and "\n" in text and isinstance(table, CsvTable) and columns.label is not None:
-                row = f"{table.name} row {chunk.row_N[i]}"
-                self._suspects += [(each, row) for each in table.looks_like_rows(text, columns.label)][:1]
+        texts = texts_of(chunk, columns.text, self._settings.separator)
+        for text, number in zip(texts, chunk.row_N.tolist(), strict=True):
+            self._texts.add(self._checker.encode(text, table, number, columns.label))
         self._rows.append(chunk.row_N)
         labels = chunk.columns[columns.label] if columns.label is not None else [None] * len(chunk)
         codes = [self._encode_label(label, table, int(row)) for label, row in zip(labels, chunk.row_N, strict=True)]
         self._codes.append(np.array(codes, dtype=np.int32))
-
-    def _encode(self, text: object, row: str) -> bytes:
-        """Return the bytes of a text; of a bad one none, and remember it."""
-        if not isinstance(text, str):
-            self._bad.setdefault("text", []).append(f"{row}: {quote_value(text)}")
-            return b""
-        if not text or text.isspace():
-            self._bad.setdefault("blank", []).append(row)
-            return b""
-        try:
-            return text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{row} holds {text[error.start]!r}, half of a surrogate pair: it has no UTF-8 bytes to tokenise. "
-                "Write the file "
-                "again from the original text."
-            ) from error
 
     def _encode_label(self, label: object, table: Table, row: int) -> int:
         if isinstance(label, str):
@@ -258,15 +291,8 @@ class _Reader:
                 "Check how the file "
                 f"was written, remove it, or leave the split out with --data.splits.{self._split} none."
             )
-        self._check_texts()
         values = tuple(value for _, value in self._code_of)
-        names = {str(value) for value in values}
-        swallowed = [row for each, row in self._suspects if each.strip() in names]
-        if swallowed:
-            raise DataError(
-                f"text holds whole rows with labels in {count_rows(len(swallowed))} ({list_first(swallowed, str)}): a quote is "
-                "probably opened or closed too much. Correct the quotes, or write the file as jsonl."
-            )
+        self._checker.check(values)
         file_N = np.repeat(np.arange(len(self._files), dtype=np.int32), self._sizes)
         return RawRows(
             self._texts.finish(),
@@ -279,23 +305,15 @@ class _Reader:
             tuple(self._notes),
         )
 
-    def _check_texts(self) -> None:
-        if bad := self._bad.get("text"):
-            raise DataError(
-                f"text is not a string in {count_rows(len(bad))} ({list_first(bad, str)}): only strings can be "
-                "tokenised. Fill in "
-                "or remove these rows, or set --data.text_column."
-            )
-        if blank := self._bad.get("blank"):
-            raise DataError(
-                f"text is empty or only white space in {count_rows(len(blank))} ({list_first(blank, str)}): no "
-                "class can be read "
-                "from it. Remove these rows."
-            )
+
+def texts_of(chunk: Chunk, columns: Sequence[str], separator: str) -> Sequence[object]:
+    """Return the texts of a chunk: those of a column, or of several joined. Missing and empty parts are left out."""
+    parts = [chunk.columns[column] for column in columns]
+    return parts[0] if len(parts) == 1 else [_join(each, separator) for each in zip(*parts, strict=True)]
 
 
 def _join(parts: Sequence[object], separator: str) -> object:
-    """Join the texts of several columns; missing and empty ones are left out. A value of another kind is returned, as bad."""
+    """Join the texts of one row; a value of another kind is returned, as bad."""
     present = [part for part in parts if part is not None and part != ""]
     wrong = [part for part in present if not isinstance(part, str)]
     return wrong[0] if wrong else separator.join(map(str, present))

@@ -1,5 +1,8 @@
 """Device and precision of a rank, checked before anything is loaded."""
 
+import os
+from shutil import which
+
 import torch
 
 from agnews_dist.distributed.world import World
@@ -40,6 +43,21 @@ def should_use_cuda(world: World, device: str) -> bool:
             "needs one GPU per rank. Lower --nproc_per_node, or set --engine.device cpu."
         )
     return True
+
+
+def check_compiler(wanted: str) -> None:
+    """Check before anything is loaded that torch.compile can work here, if `engine.compile` is `always`.
+
+    Raises:
+        UserError: there is no C++ compiler. TorchInductor needs one on CPUs, and Triton one for its launchers on GPUs.
+    """
+    names = list(filter(None, [os.environ.get("CXX"), os.environ.get("CC"), "g++", "clang++", "c++", "gcc", "clang", "cc"]))
+    if wanted == "always" and not any(map(which, names)):
+        raise UserError(
+            "engine.compile always: torch.compile needs a C++ compiler, and none is found (g++, clang++ or "
+            "$CXX). Install one, or "
+            "set --engine.compile never."
+        )
 
 
 def free_device_bytes(device: torch.device, ranks_per_node: int) -> int:

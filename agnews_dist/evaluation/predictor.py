@@ -1,147 +1,207 @@
-"""Prediction: read texts, and compute their class probabilities in file order."""
+"""Prediction: texts are classified chunk by chunk over all ranks, in order. Rank 0 reads the texts and writes the answers.
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+The other ranks get tokens, so that standard input, or a file on one node, serves all. The micro-batches of a chunk depend on
+the lengths of its texts alone. With equal thread counts the answers are equal to the last bit on any number of ranks.
+"""
+
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO, cast
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.data.batching.loader import TokenTable
-from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding, TokenSplit, encode
+from agnews_dist.data.input_texts import InputChunk
+from agnews_dist.data.tokens import TokenSplit
+from agnews_dist.distributed import collectives
 from agnews_dist.engine.engine import Engine
-from agnews_dist.errors import ConfigError, DataError
+from agnews_dist.errors import ModelError
 from agnews_dist.evaluation.evaluator import compute_rank_logits, log_softmax_NC
 from agnews_dist.evaluation.metrics import in_file_order
+from agnews_dist.events import Emit, Progress, ignore_event
 from agnews_dist.model.gpt2 import Classifier
 
-TEXTS_PER_CHUNK = 4096
+TEXTS_PER_CHUNK = 5_000
 """Texts tokenised and sorted by length at once: enough for batches without padding, few enough for early answers."""
+LOGITS_PER_CHUNK = 1 << 24
+"""Logits of a chunk, at most: 64 MB. So a chunk has fewer texts if there are thousands of classes."""
+QUIET_SECONDS = 10.0
+"""Shorter work does not report its end, which would be a line in a log."""
+_FEW = 8
+"""Most probable classes that repeated maxima find faster than sorting."""
+
+
+class Encoder(Protocol):
+    """Tokeniser of texts, see `tokens.encode`; `name(i)`: name of text i in messages."""
+
+    def __call__(self, texts: Sequence[str], *, name: Callable[[int], str]) -> tuple[list[list[int]], int]: ...
 
 
 @dataclass(frozen=True)
-class InputText:
-    """One text to classify."""
+class Answers:
+    """Predictions for N texts, in the order of the texts."""
 
-    id: object
-    """Row number from 0, or the `id` of a JSON line."""
-    text: str
-    location: str
-    """File and line, or argument, for error messages."""
+    ids_N: NDArray[np.int64]
+    """Numbers of the texts within their chunk."""
+    predictions_N: NDArray[np.int64]
+    """The most probable class; of equal ones the first."""
+    best_N: NDArray[np.float32]
+    """Probability of the prediction."""
+    probabilities_NK: NDArray[np.float32]
+    classes_NK: NDArray[np.int64] | None
+    """Classes of the columns, the most probable first; None: all classes, in their order."""
 
+    def __len__(self) -> int:
+        return len(self.ids_N)
 
-def read_texts(arguments: Sequence[str], file: str | None, stdin: TextIO) -> list[InputText]:
-    """Read and check all texts: from the arguments, from `file`, or else from standard input.
-
-    Raises:
-        DataError: there are no texts, the file cannot be read, a text is empty or not UTF-8, or a JSON line has no text.
-        ConfigError: both arguments and a file.
-    """
-    if arguments and file is not None:
-        raise ConfigError(f"--file {file!r} and {len(arguments)} text argument(s): only one may be given. Remove the other.")
-    if arguments:
-        texts = [InputText(i, text, f"text argument {i + 1}") for i, text in enumerate(arguments)]
-    elif file is not None:
-        try:
-            content = Path(file).read_bytes()
-        except OSError as error:
-            raise DataError(f"--file {file!r}: the file cannot be read ({error.strerror}). Check the path.") from error
-        texts = list(_split_lines(content, file, is_jsonl=file.endswith(".jsonl")))
-    else:
-        texts = list(_split_lines(stdin.buffer.read(), "standard input", is_jsonl=False))
-    if not texts:
-        raise DataError(
-            f"{file or 'standard input'} is empty: there is nothing to classify. Give texts as arguments, with --file, or one "
-            "per line on standard input."
+    @staticmethod
+    def join(parts: Sequence["Answers"]) -> "Answers":
+        """Join the answers of all ranks, in the order of the texts."""
+        ids_N = np.concatenate([part.ids_N for part in parts])
+        order_N = in_file_order(ids_N, len(ids_N))
+        classes = [part.classes_NK for part in parts if part.classes_NK is not None]
+        return Answers(
+            ids_N[order_N],
+            np.concatenate([part.predictions_N for part in parts])[order_N],
+            np.concatenate([part.best_N for part in parts])[order_N],
+            np.concatenate([part.probabilities_NK for part in parts])[order_N],
+            np.concatenate(classes)[order_N] if classes else None,
         )
-    for text in texts:
-        _check_text(text)
-    return texts
 
 
-def _check_text(text: InputText) -> None:
-    """Check that a text is not empty and can be encoded."""
-    if not text.text.strip():
-        raise DataError(f"{text.location} is empty: it cannot be classified. Remove it or add words.")
-    try:
-        text.text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{text.location} contains {text.text[error.start]!r}, half of a character: it cannot be tokenised. "
-            "Encode the text as UTF-8."
-        ) from error
+@dataclass(frozen=True)
+class Predictor:
+    """A classifier on this rank's device, with its tokenizer."""
+
+    classifier: Classifier
+    encode: Encoder
+    pad_id: int
+    engine: Engine
+    num_best: int | None = None
+    """Classes whose probabilities are kept, the most probable first; None: all, in their order."""
+
+    @property
+    def texts_per_chunk(self) -> int:
+        """Texts per chunk; the same on any number of ranks."""
+        return max(1, min(TEXTS_PER_CHUNK, LOGITS_PER_CHUNK // self.classifier.suffix.out_head.out_features))
+
+    def tokenise(self, chunk: InputChunk) -> TokenSplit:
+        """Tokenise the texts of a chunk.
+
+        Raises:
+            DataError: a text has no token.
+        """
+        ids, num_truncated = self.encode(chunk.texts, name=chunk.locate)
+        offsets = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+        return TokenSplit("texts", np.concatenate(ids).astype(np.int32), offsets, np.zeros(len(ids), np.int64), num_truncated)
+
+    def compute(self, split: TokenSplit) -> Answers:
+        """Compute the answers for a chunk, which are equal on every rank. Collective."""
+        table = TokenTable(split, pad_id=self.pad_id, device=self.engine.device)
+        ids_N, logits_NC = compute_rank_logits(self.classifier, table, self.engine)
+        return Answers.join(collectives.all_gather(reduce_logits(ids_N, logits_NC, self.num_best)))
 
 
-def _split_lines(content: bytes, source: str, *, is_jsonl: bool) -> Iterator[InputText]:
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if not lines[-1]:
-        lines.pop()  # the rest after the last line end
-    for i, line in enumerate(lines):
-        location = f"{source}, line {i + 1}"
-        try:
-            text = line.removesuffix(b"\r").decode()
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{location} is not UTF-8 (byte {line[error.start]:#04x} at {error.start}): it cannot be decoded. "
-                "Convert the file to UTF-8."
-            ) from error
-        yield _parse_object(text, i, location) if is_jsonl else InputText(i, text, location)
+def reduce_logits(ids_N: NDArray[np.int64], logits_NC: NDArray[np.float32], num_best: int | None) -> Answers:
+    """Reduce logits to the answers that are kept, in float64; see `Predictor.num_best`."""
+    row_N, log_NC = np.arange(len(ids_N)), log_softmax_NC(logits_NC)
+    predictions_N = log_NC.argmax(axis=1)
+    best_N = np.exp(log_NC[row_N, predictions_N]).astype(np.float32)
+    if num_best is None:
+        return Answers(ids_N, predictions_N, best_N, np.exp(log_NC).astype(np.float32), None)
+    if num_best > _FEW:
+        classes_NK = np.argsort(-log_NC, axis=1, kind="stable")[:, :num_best]
+        probabilities_NK = np.exp(np.take_along_axis(log_NC, classes_NK, axis=1))
+        return Answers(ids_N, predictions_N, best_N, probabilities_NK.astype(np.float32), classes_NK)
+    classes_NK, log_NK = np.empty((len(ids_N), num_best), np.int64), np.empty((len(ids_N), num_best))
+    for k in range(num_best):
+        classes_NK[:, k] = log_NC.argmax(axis=1)
+        log_NK[:, k] = log_NC[row_N, classes_NK[:, k]]
+        log_NC[row_N, classes_NK[:, k]] = -np.inf
+    return Answers(ids_N, predictions_N, best_N, np.exp(log_NK).astype(np.float32), classes_NK)
 
 
-def _parse_object(line: str, i: int, location: str) -> InputText:
-    try:
-        value: Any = json.loads(line)
-    except ValueError:
-        value = None
-    fields = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-    if not isinstance(fields.get("text"), str):
-        raise DataError(
-            f'{location}: not a JSON object with a "text" ({line[:40]!r}). '
-            'Write {"text": "..."} on every line, or rename a file of plain text.'
-        )
-    return InputText(fields.get("id", i), fields["text"], location)
-
-
-def classify(
-    texts: Sequence[InputText],
-    classifier: Classifier,
-    tokenizer: PreTrainedTokenizerFast,
-    engine: Engine,
+def predict_chunks(
+    chunks: Iterable[InputChunk],
+    write: Callable[[InputChunk, Answers], bool],
+    predictor: Predictor,
     *,
-    max_length: int,
-    encoding: TextEncoding = TRAINING_ENCODING,
-    warn: Callable[[str], object],
-) -> Iterator[tuple[InputText, NDArray[np.float64]]]:
-    """Yield each text with its class probabilities, in order. Within a chunk, batches are sorted by length.
+    num_texts: int = 0,
+    emit: Emit = ignore_event,
+) -> tuple[int, int]:
+    """Classify chunk after chunk. Collective. Returns (texts, truncated texts); only rank 0 knows these.
 
-    `warn` is called once at the end if texts were truncated to `max_length` tokens.
+    Args:
+        chunks: the texts, read when they are needed. Only rank 0 reads them.
+        write: called on rank 0 with every chunk and its answers; returns False to stop.
+        predictor: model and tokenizer.
+        num_texts: number of all texts, for the progress; 0: unknown.
+        emit: receives the progress.
 
     Raises:
-        DataError: a text without any token.
+        SharedError: rank 0 cannot read, tokenise or write; the same on all ranks.
     """
-    num_cut = 0
-    for begin in range(0, len(texts), TEXTS_PER_CHUNK):
-        chunk = texts[begin : begin + TEXTS_PER_CHUNK]
-        locations = [text.location for text in chunk]
-        ids, num_truncated = encode(
-            tokenizer, [text.text for text in chunk], max_length, encoding=encoding, name=locations.__getitem__
-        )
-        num_cut += num_truncated
-        split = TokenSplit(
-            name="texts",
-            tokens=np.concatenate(ids).astype(np.int32),
-            offsets=np.cumsum([0, *map(len, ids)], dtype=np.int64),
-            labels=np.zeros(len(ids), np.int64),
-            num_truncated=num_truncated,
-        )
-        table = TokenTable(split, pad_id=cast(int, tokenizer.pad_token_id), device=engine.device)
-        ids_N, logits_NC = compute_rank_logits(classifier, table, engine)
-        yield from zip(chunk, np.exp(log_softmax_NC(logits_NC[in_file_order(ids_N, len(chunk))])), strict=True)
-    if num_cut:
-        warn(
-            f"{num_cut} of {len(texts)} texts were truncated to {max_length} tokens. "
-            "Split them, or train with a larger --data.max_length."
+    counts = _Counts(num_texts, emit)
+    work = _read_and_write(chunks, write, predictor, counts) if predictor.engine.world.is_main else None
+    answers: Answers | None = None
+    while True:
+        outcome = collectives.catch(partial(_advance, work, answers))
+        split = collectives.all_gather(collectives.raise_if_any_failed(outcome))[0]
+        if split is None:
+            return counts.num_done, counts.num_truncated
+        answers = predictor.compute(split)
+
+
+Work = Generator[TokenSplit, Answers | None, None]
+
+
+def _advance(work: Work | None, answers: Answers | None) -> TokenSplit | None:
+    """Give the answers to the last chunk; return the tokens of the next one, or None at the end."""
+    try:
+        return None if work is None else work.send(answers)
+    except StopIteration:
+        return None
+
+
+class _Counts:
+    """Numbers of texts so far, and their report."""
+
+    def __init__(self, num_texts: int, emit: Emit) -> None:
+        self.num_done = self.num_truncated = 0
+        self._num_texts, self._emit, self._start = num_texts, emit, time.monotonic()
+
+    def report(self) -> None:
+        """Report the progress."""
+        is_end = 0 < self._num_texts <= self.num_done
+        if not is_end or time.monotonic() - self._start > QUIET_SECONDS:
+            self._emit(Progress(task="classify", done=self.num_done, total=self._num_texts, unit="texts"))
+
+
+def _read_and_write(
+    chunks: Iterable[InputChunk], write: Callable[[InputChunk, Answers], bool], predictor: Predictor, counts: _Counts
+) -> Work:
+    """Yield the tokens of every chunk; write the answers that are sent back."""
+    counts.report()
+    for chunk in chunks:
+        split = predictor.tokenise(chunk)
+        counts.num_truncated += split.num_truncated
+        answers = yield split
+        assert answers is not None
+        _check_finite(chunk, answers)
+        counts.num_done += len(chunk)
+        if not write(chunk, answers):
+            return
+        counts.report()
+
+
+def _check_finite(chunk: InputChunk, answers: Answers) -> None:
+    """Check that the probabilities are numbers: of NaN, any class would be predicted."""
+    bad_N = np.flatnonzero(~np.isfinite(answers.best_N))
+    if len(bad_N):
+        raise ModelError(
+            f"{chunk.locate(int(bad_N[0]))} has a probability of NaN: the model's numbers overflow. Set --engine.precision "
+            "fp32, or choose another model."
         )

@@ -57,7 +57,8 @@ def write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerFast, max_len
         # transformers 4 changes the pre-tokenizer to what is written here.
         settings["add_prefix_space"] = backend["pre_tokenizer"]["add_prefix_space"]
     for name, content in (("tokenizer.json", backend), ("tokenizer_config.json", settings)):
-        (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        (directory / name).write_text(f"{text}\n", encoding="utf-8")
 
 
 def _remove_special_tokens(processor: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -88,7 +89,7 @@ def check_export(tokenizer: PreTrainedTokenizerFast, max_length: int, *, name: s
     with translate_errors(make_error), silence_transformers(), TemporaryDirectory() as directory:
         write_tokenizer(Path(directory), tokenizer, max_length)
         # With this file AutoTokenizer takes the same way as for a whole model.
-        (Path(directory) / CONFIG_FILE).write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
+        (Path(directory) / CONFIG_FILE).write_text(json.dumps({"model_type": "gpt2"}, allow_nan=False), encoding="utf-8")
         exported = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(directory))
         texts = _choose_texts(tokenizer, max_length)
         difference = find_difference(tokenizer, exported, texts, max_length)

@@ -1,46 +1,59 @@
-"""Output of the predict command: JSON lines, or a table."""
+"""Answers of the predict command on standard output: JSON lines, or tables."""
 
 import json
+import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-import numpy as np
-from numpy.typing import NDArray
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from agnews_dist.evaluation.predictor import InputText
+from agnews_dist.data.input_texts import InputChunk
+from agnews_dist.evaluation.predictor import Answers
 from agnews_dist.report.formatting import create_output, escape_text
-from agnews_dist.storage.atomic import to_json_value
+from agnews_dist.report.prediction_values import to_json, to_probabilities
 
-Predictions = Iterable[tuple[InputText, NDArray[np.float64]]]
-"""Texts with their class probabilities."""
+Write = Callable[[InputChunk, Answers], bool]
+"""Consumer of the answers for a chunk; returns False to stop."""
+Show = Callable[[InputChunk, Answers, Sequence[str]], None]
 
 
-def print_lines(predictions: Predictions, class_names: Sequence[str]) -> None:
-    """Print one JSON object per text. NaN and infinities, also in the id of an input line, become null."""
-    for text, probabilities_C in predictions:
-        # float32 logits hold no more digits than float32 probabilities.
-        digits_C = map(str, probabilities_C.astype("f4"))
-        answer = {
-            "id": text.id,
-            "text": text.text,
-            "prediction": class_names[int(probabilities_C.argmax())],
-            "probabilities": dict(zip(class_names, map(float, digits_C), strict=True)),
-        }
+def create_printer(class_names: Sequence[str], *, is_table: bool) -> Write:
+    """Return a function that prints the answers for a chunk; it returns False once nothing reads them."""
+    return partial(_print, print_table if is_table else print_lines, class_names)
+
+
+def _print(show: Show, names: Sequence[str], chunk: InputChunk, answers: Answers) -> bool:
+    """Print answers; return False if the reader has closed the pipe."""
+    try:
+        show(chunk, answers, names)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has closed the pipe (`| head`). Buffered output must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def print_lines(chunk: InputChunk, answers: Answers, class_names: Sequence[str]) -> None:
+    """Print one JSON object per text."""
+    probabilities = to_probabilities(answers, class_names)
+    for i, (key, text) in enumerate(zip(chunk.ids, chunk.texts, strict=True)):
+        prediction = class_names[int(answers.predictions_N[i])]
+        answer = {"id": to_json(key), "text": text, "prediction": prediction, "probabilities": next(probabilities)}
         # ASCII: neither the locale nor a line separator in a text can break a line.
-        print(json.dumps(to_json_value(answer), allow_nan=False))
+        print(json.dumps(answer, allow_nan=False))
 
 
-def print_table(predictions: Predictions, class_names: Sequence[str]) -> None:
-    """Print a table of the texts, their classes and the probabilities of these."""
+def print_table(chunk: InputChunk, answers: Answers, class_names: Sequence[str]) -> None:
+    """Print a table of the texts, their most probable classes and the probabilities of these."""
     out = create_output(sys.stdout)
     table = Table("id", "text", "prediction", box=box.SIMPLE_HEAD)
     table.add_column("probability", justify="right")
-    for text, probabilities_C in predictions:
-        best = int(probabilities_C.argmax())
-        cells = (str(text.id), text.text, class_names[best], f"{probabilities_C[best]:.1%}")
+    for key, text, shown in zip(chunk.ids, chunk.texts, to_probabilities(answers, class_names), strict=True):
+        cells = (str(key), text, "\n".join(shown), "\n".join(f"{value:.1%}" for value in shown.values()))
         # As Text: rich would interpret [brackets] in a string as markup.
         table.add_row(*(Text(escape_text(cell, out.encoding)) for cell in cells))
     out.print(table)

@@ -27,22 +27,31 @@ def write_text(path: Path, pieces: Iterable[str]) -> None:
     Raises:
         UserError: the file cannot be written (no directory, no permission, no space).
     """
-    temporary = _hidden_name(path)
     try:
-        try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                file.writelines(pieces)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync(path.parent)
+        with new_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(pieces)
     except OSError as error:
         raise UserError(
             f"cannot write {path} ({error.strerror or error}): the run's results would be lost. "
             "Make its directory writable, free space there, or choose another with --run.dir."
         ) from error
+
+
+@contextmanager
+def new_file(path: Path) -> Generator[Path]:
+    """Yield a hidden name to write to; publish it as `path` when the block ends, or remove it if the block raises.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was, unless only the last fsync failed.
+    """
+    temporary = _hidden_name(path)
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ NUM_COMMANDS = {
     "CONTRIBUTING.md": 8,
     "docs/batches.md": 2,
     "docs/clusters.md": 17,
-    "docs/commands.md": 20,
+    "docs/commands.md": 23,
     "docs/data.md": 4,
     "docs/engines.md": 5,
     "docs/faults.md": 5,

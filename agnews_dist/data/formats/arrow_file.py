@@ -1,7 +1,7 @@
 """parquet and arrow files, and data sets of the `datasets` library, read in chunks by pyarrow. Only wanted columns are read."""
 
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,26 @@ def _reading(name: str) -> Generator[None]:
         yield
 
 
+class _Columns(Mapping[str, list[object]]):
+    """Columns of a pyarrow RecordBatch, which become Python objects when they are asked for."""
+
+    def __init__(self, batch: Any, name: str) -> None:
+        self._batch, self._name = batch, name
+        self._found: dict[str, list[object]] = {}
+
+    def __getitem__(self, column: str) -> list[object]:
+        if column not in self._found:
+            with _reading(self._name):
+                self._found[column] = self._batch.column(column).to_pylist()
+        return self._found[column]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._batch.schema.names)
+
+    def __len__(self) -> int:
+        return self._batch.num_columns
+
+
 class _ArrowTable(Table):
     """Base of tables that pyarrow reads batch by batch."""
 
@@ -33,8 +53,8 @@ class _ArrowTable(Table):
                 batch = next(batches, None)
                 if batch is None:
                     return
-                columns = {column: batch.column(column).to_pylist() for column in wanted}
-            yield Chunk(columns, np.arange(start, start + batch.num_rows, dtype=np.int32))
+            row_N = np.arange(start, start + batch.num_rows, dtype=np.int32)
+            yield Chunk(_Columns(batch, self.name), row_N, batch)
             start += batch.num_rows
 
     def class_names(self, column: str) -> tuple[str, ...] | None:

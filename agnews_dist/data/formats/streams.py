@@ -124,21 +124,24 @@ def read_lines(path: Path, name: str) -> Iterator[str]:
         DataError: the file cannot be read, or is not the text that its first bytes promise; names the line.
     """
     with open_bytes(path, name) as file:
-        head = file.read(4096)
-        mark = next((mark for mark in _MARKS if head.startswith(mark)), b"")
-        encoding = _MARKS.get(mark, "utf-8")
-        rest = io.BytesIO(head)
-        if encoding == "utf-8":
-            if _looks_like_utf16(head):
-                raise DataError(
-                    f"{name} has a NUL as every second byte: it is probably UTF-16 without a byte order mark. "
-                    "Save it as UTF-8, "
-                    "for example with 'iconv -f UTF-16LE -t UTF-8'."
-                )
-            yield from _decode_lines(_join_lines(rest, file, skip=len(mark)), name)
-            return
-        decoder = codecs.getincrementaldecoder(encoding)()
-        yield from _decode_wide(decoder, head, file, name, encoding)
+        yield from split_lines(file, name)
+
+
+def split_lines(file: BinaryIO, name: str) -> Iterator[str]:
+    """Yield the lines of an open file or stream; see `read_lines`."""
+    head = file.read(4096)
+    mark = next((mark for mark in _MARKS if head.startswith(mark)), b"")
+    encoding = _MARKS.get(mark, "utf-8")
+    if encoding != "utf-8":
+        yield from _decode_wide(codecs.getincrementaldecoder(encoding)(), head, file, name, encoding)
+        return
+    if _looks_like_utf16(head):
+        raise DataError(
+            f"{name} has a NUL as every second byte: it is probably UTF-16 without a byte order mark. "
+            "Save it as UTF-8, "
+            "for example with 'iconv -f UTF-16LE -t UTF-8'."
+        )
+    yield from _decode_lines(_join_lines(io.BytesIO(head), file, skip=len(mark)), name)
 
 
 def _looks_like_utf16(head: bytes) -> bool:

@@ -22,6 +22,8 @@ class Chunk:
     """Column -> its values, of equal length."""
     row_N: NDArray[np.int32]
     """Row numbers from 1. In csv they count records without header and blank lines, in jsonl lines; elsewhere rows."""
+    batch: Any = None
+    """The same rows as a pyarrow RecordBatch, if the file has types; else None."""
 
     def __len__(self) -> int:
         return len(self.row_N)
@@ -38,6 +40,10 @@ class Table(ABC):
     """The way of reading the file, if that is not obvious: `fields are separated by tabs`."""
     schema: Any = None
     """The pyarrow schema of a file that has types; else None."""
+    unit: str = "row"
+    """Name of what is counted in messages: row, or line of a plain text."""
+    late_columns: Mapping[str, int] = {}
+    """Column that is not in `columns` -> its first row so far: keys of JSON objects far behind the beginning."""
 
     @abstractmethod
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:

@@ -168,7 +168,10 @@ def test_contradictions_are_reported_with_other_errors_unless_a_value_is_lost(tm
 def test_texts_that_look_like_flags() -> None:
     options = [Option("text", "Texts.", nargs="*")]
     assert load(["-5 degrees", "--run.debug", "true", "yes"], options).options == {"text": ("-5 degrees", "yes")}
-    assert "unknown option '-heavy'" in errors_of(["-heavy"], options)[0]
+    [line] = errors_of(["-heavy"], options)
+    assert "unknown option '-heavy': " in line
+    assert "Correct or remove it, or write it after -- if it is a text; --help all" in line
+    assert "after --" not in errors_of(["-heavy"], [])[0]
     assert load(["--", "-heavy", "--optim.lr"], options).options == {"text": ("-heavy", "--optim.lr")}
 
 

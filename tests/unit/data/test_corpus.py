@@ -299,6 +299,20 @@ def test_texts_that_are_not_strings_are_named(tmp_path, text, shown):
         load(write_rows(tmp_path / "r.jsonl", [("a", 0), (text, 1)]))
 
 
+def test_read_hub_takes_a_subset(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    source = tmp_path / "set"
+    for subset in ("en", "de"):
+        write_rows(source / subset / "train.jsonl", [(f"{subset} text", 0)])
+    entries = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("en", "de"))
+    (source / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
+    (table,) = open_hub(str(source), None, SplitSettings("de"))["train"]
+    assert [chunk.columns["text"] for chunk in table.chunks(("text",))] == [["de text"]]
+    for subset, message in ((None, "Config name is missing"), ("fr", "fr")):
+        with pytest.raises(DataError, match=rf"needs another subset: .*{message}.* Set --data.subset"):
+            open_hub(str(source), None, SplitSettings(subset))
+
+
 def test_wrong_rows_are_counted_and_five_are_listed(tmp_path):
     rows = [(f"a{i}" if i % 2 else " ", 0) for i in range(2_000)]
     with pytest.raises(DataError, match=r"in 1,000 rows \(r.jsonl row 1, .*, r.jsonl row 9 and 995 more\)"):

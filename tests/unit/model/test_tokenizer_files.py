@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from agnews_dist.errors import ModelError
 from agnews_dist.model.embedded import embedded_tokenizer
+from agnews_dist.model.export import export_model
+from agnews_dist.model.gpt2 import load_backbone, split_model
 from agnews_dist.model.pretrained import can_produce, load_tokenizer
 from agnews_dist.model.tokenizer_files import check_export, find_difference, write_tokenizer
 
@@ -134,17 +136,29 @@ def test_bpe_dropout_is_off(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     "AGNEWS_TRANSFORMERS4" not in os.environ, reason="AGNEWS_TRANSFORMERS4 names no directory with transformers 4"
 )
-def test_transformers_4_reads_the_same_tokens(tmp_path: Path) -> None:
+def test_transformers_4_answers_as_transformers_5(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("embedded", revision=None, pad_token="new")
-    export(tokenizer, tmp_path / "export")
-    texts = random_texts(0, 20)
+    backbone = load_backbone("embedded", revision=None, init="pretrained", seed=0, tokenizer=tokenizer)
+    classifier = split_model(backbone, trainable_blocks=1, num_classes=3, seed=0)
+    directory = tmp_path / "export"
+    export_model(directory, classifier, tokenizer, class_names=("a", "b", "c"), max_length=64, card="")
+    texts = list(filter(str.strip, random_texts(0, 20)))
     program = (
-        f"import sys, json; sys.path.insert(0, {os.environ['AGNEWS_TRANSFORMERS4']!r}); import transformers\n"
-        "assert transformers.__version__.startswith('4.')\n"
-        f"tokenizer = transformers.AutoTokenizer.from_pretrained({str(tmp_path / 'export')!r})\n"
-        "print(json.dumps(dict(tokenizer(json.loads(sys.argv[1]), truncation=True, padding=True))))"
+        "import sys, json; sys.path[:0] = [path for path in sys.argv[2:] if path]; import transformers\n"
+        f"classify = transformers.pipeline('text-classification', model={str(directory)!r}, top_k=None, device='cpu')\n"
+        "encoded = classify.tokenizer(json.loads(sys.argv[1]), truncation=True, padding=True)['input_ids']\n"
+        "answers = classify(json.loads(sys.argv[1]), truncation=True, padding=True)\n"
+        "print(json.dumps([transformers.__version__, encoded, answers]))"
     )
-    done = subprocess.run([sys.executable, "-c", program, json.dumps(texts)], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == dict(
-        AutoTokenizer.from_pretrained(tmp_path / "export")(texts, truncation=True, padding=True)
-    )
+    answers = [
+        json.loads(
+            subprocess.run([sys.executable, "-c", program, json.dumps(texts), path], capture_output=True, check=True).stdout
+        )
+        for path in (os.environ["AGNEWS_TRANSFORMERS4"], "")
+    ]
+    assert [answer[0].split(".")[0] for answer in answers] == ["4", "5"]
+    assert answers[0][1] == answers[1][1]
+    for four, five in zip(answers[0][2], answers[1][2], strict=True):
+        assert {entry["label"]: entry["score"] for entry in four} == pytest.approx(
+            {entry["label"]: entry["score"] for entry in five}, abs=1e-6
+        )

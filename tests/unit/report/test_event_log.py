@@ -24,6 +24,8 @@ from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.evaluation.metrics import compute_scores
 from agnews_dist.events import (
     ClassScores,
+    DataChecked,
+    DataFinding,
     EvalDone,
     Event,
     OverfitChecked,
@@ -46,6 +48,7 @@ STEP = StepDone(
 EVENTS: list[Event] = [
     RunStarted(facts={"device": "cpu"}, parameters={"out_head": (3076, 0)}, num_steps=10),
     Warned(message='a "quoted" text\nof two lines, \u2028, an emoji \U0001f600 and a lone surrogate \udc80'),
+    DataChecked(findings=(DataFinding("3 rows of test", "test.csv row 1", "scores would be inflated", "Remove them"),)),
     STEP,
     EvalDone(
         split="validation",
@@ -71,7 +74,7 @@ def test_every_event_is_written_with_its_fields(tmp_path: Path) -> None:
         for event in EVENTS:
             log(event)
     found = read_events(path)
-    assert len(found) == len(EVENTS) == 8
+    assert len(found) == len(EVENTS) == 10
     for line, event in zip(found, EVENTS, strict=True):
         assert list(line)[:2] == ["event", "time"]
         assert line.pop("event") == type(event).__name__
@@ -85,7 +88,7 @@ def test_every_event_is_written_with_its_fields(tmp_path: Path) -> None:
 
 def test_scores_are_fields_of_the_line_in_their_place(tmp_path: Path) -> None:
     with closing(EventLog(tmp_path / "events.jsonl")) as log:
-        log(EVENTS[3])
+        log(EVENTS[4])
     (line,) = read_events(tmp_path / "events.jsonl")
     assert list(line) == [
         "event", "time", "split", "epoch", "step", "num_examples", "num_correct", "accuracy", "macro_f1", "loss", "confusion",

@@ -1,0 +1,21 @@
+"""What a rank needs is checked before anything is loaded."""
+
+from pathlib import Path
+
+import pytest
+
+from agnews_dist.engine.device import check_compiler
+from agnews_dist.errors import UserError
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    check_compiler("auto")
+    with pytest.raises(UserError, match=r"engine\.compile always: torch\.compile needs a C\+\+ compiler, and none is found"):
+        check_compiler("always")
+    compiler = tmp_path / "my-g++"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    check_compiler("always")
