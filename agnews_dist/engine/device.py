@@ -49,7 +49,7 @@ def check_compiler(wanted: str) -> None:
     """Check before anything is loaded that torch.compile can work here, if `engine.compile` is `always`.
 
     Raises:
-        UserError: there is no C++ compiler. TorchInductor needs one on CPUs, and Triton one for its launchers on GPUs.
+        UserError: a C++ compiler is missing. TorchInductor needs one on CPUs, and Triton one for its launchers on GPUs.
     """
     names = list(filter(None, [os.environ.get("CXX"), os.environ.get("CC"), "g++", "clang++", "c++", "gcc", "clang", "cc"]))
     if wanted == "always" and not any(map(which, names)):
