@@ -20,6 +20,8 @@ from agnews_dist.events import DataFinding
 Ints = NDArray[np.int64]
 LabelValue = str | int | bool
 MAX_CLASSES = 10_000
+_MAX_LABEL = 200
+"""Characters of a field up to which it may be the label of a row that a stray quote has swallowed."""
 NUM_SHOWN = 5
 """Rows that a message lists; it counts the others."""
 UNREADABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")
@@ -157,8 +159,8 @@ class _Reader:
         self._files: list[str] = []
         self._sizes: list[int] = []
         self._bad: dict[str, list[str]] = {}
-        self._suspects: list[tuple[str, str]] = []
-        """(field, row) of lines in a text that look like rows, see `CsvTable.looks_like_rows`."""
+        self._suspects: dict[str, dict[str, None]] = {}
+        """Label -> rows that hold a line with this label, see `CsvTable.suspects`."""
         self._first: tuple[Table, Columns] | None = None
         self._notes: dict[str, None] = {}
 
@@ -190,9 +192,12 @@ class _Reader:
         texts = parts[0] if len(parts) == 1 else [_join(each, self._settings.separator) for each in zip(*parts, strict=True)]
         for i, text in enumerate(texts):
             self._texts.add(self._encode(text, f"{table.name} row {chunk.row_N[i]}"))
-            if isinstance(text, str) and "\n" in text and isinstance(table, CsvTable) and columns.label is not None:
-                row = f"{table.name} row {chunk.row_N[i]}"
-                self._suspects += [(each, row) for each in table.looks_like_rows(text, columns.label)][:1]
+        if isinstance(table, CsvTable) and columns.label is not None:
+            index = table.columns.index(columns.label)
+            for row, fields in table.suspects:
+                if len(fields[index]) <= _MAX_LABEL:
+                    self._suspects.setdefault(fields[index].strip(), {})[f"{table.name} row {row}"] = None
+            table.suspects.clear()
         self._rows.append(chunk.row_N)
         labels = chunk.columns[columns.label] if columns.label is not None else [None] * len(chunk)
         codes = [self._encode_label(label, table, int(row)) for label, row in zip(labels, chunk.row_N, strict=True)]
@@ -261,10 +266,10 @@ class _Reader:
         self._check_texts()
         values = tuple(value for _, value in self._code_of)
         names = {str(value) for value in values}
-        swallowed = [row for each, row in self._suspects if each.strip() in names]
+        swallowed = list(dict.fromkeys(row for label, rows in self._suspects.items() if label in names for row in rows))
         if swallowed:
             raise DataError(
-                f"text holds whole rows with labels in {count_rows(len(swallowed))} ({list_first(swallowed, str)}): a quote is "
+                f"a field holds whole rows with labels in {count_rows(len(swallowed))} ({list_first(swallowed, str)}): a quote is "
                 "probably opened or closed too much. Correct the quotes, or write the file as jsonl."
             )
         file_N = np.repeat(np.arange(len(self._files), dtype=np.int32), self._sizes)
