@@ -24,6 +24,9 @@ _MAX_LABEL = 200
 """Characters of a field up to which it may be the label of a row that a stray quote has swallowed."""
 NUM_SHOWN = 5
 """Rows that a message lists; it counts the others."""
+NOT_A_LABEL = "a label is one text, integer or boolean. Write the labels so, or set --data.label_column"
+"""Rule and fix of labels of another kind."""
+A_DECIMAL = "a decimal number (pandas makes them of integers where a label is missing)"
 UNREADABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")
 """Characters that no name of a class may have: they end lines, control terminals or have no UTF-8 bytes."""
 T = TypeVar("T")
@@ -234,11 +237,8 @@ class _Reader:
             return -1
         where = f"{table.name} row {row}"
         if not isinstance(label, str | int):
-            kind = "a decimal number" if isinstance(label, float) else f"a {type(label).__name__}"
-            raise DataError(
-                f"label {quote_value(label)} in {where} is {kind}: a label is one text, integer or boolean. Set "
-                "--data.label_column to another column, or write the labels again."
-            )
+            kind = A_DECIMAL if isinstance(label, float) else f"a {type(label).__name__}"
+            raise DataError(f"label {quote_value(label)} in {where} is {kind}: {NOT_A_LABEL}.")
         if isinstance(label, str) and (found := UNREADABLE.search(label)):
             raise DataError(
                 f"label {quote_value(label)} in {where} has the character {found[0]!r}: a class needs a readable "
@@ -269,8 +269,8 @@ class _Reader:
         swallowed = list(dict.fromkeys(row for label, rows in self._suspects.items() if label in names for row in rows))
         if swallowed:
             raise DataError(
-                f"a field holds whole rows with labels in {count_rows(len(swallowed))} ({list_first(swallowed, str)}): a quote is "
-                "probably opened or closed too much. Correct the quotes, or write the file as jsonl."
+                f"a field holds whole rows with labels in {count_rows(len(swallowed))} ({list_first(swallowed, str)}): a quote "
+                "is probably opened or closed too much. Correct the quotes, or write the file as jsonl."
             )
         file_N = np.repeat(np.arange(len(self._files), dtype=np.int32), self._sizes)
         return RawRows(

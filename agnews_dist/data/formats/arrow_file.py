@@ -101,11 +101,7 @@ class ArrowTable(_ArrowTable):
                 f"{self.name} has {source.size() - end:,} bytes behind the end of its arrow stream: files were probably "
                 "joined, and rows would be lost. Write one stream, or a file for each."
             )
-        if mark[-4:] != b"\0\0\0\0" or mark[:4] not in (b"\xff\xff\xff\xff", b"\0\0\0\0"):
-            raise DataError(
-                f"{self.name} has no mark at the end of its arrow stream: it was cut off, and rows may be lost. Copy or write "
-                "it again."
-            )
+        check_end_mark(mark, self.name)
 
 
 class DatasetTable(_ArrowTable):
@@ -125,6 +121,18 @@ class DatasetTable(_ArrowTable):
     def _batches(self, wanted: list[str]) -> Iterator[Any]:
         with silence_datasets():
             yield from self._dataset.select_columns(wanted).with_format("arrow").iter(batch_size=CHUNK_ROWS)
+
+
+def check_end_mark(last: bytes, name: str) -> None:
+    """Check the last 8 bytes of an arrow stream.
+
+    Raises:
+        DataError: they are not its end mark.
+    """
+    if last[-4:] != b"\0\0\0\0" or last[:4] not in (b"\xff\xff\xff\xff", b"\0\0\0\0"):
+        raise DataError(
+            f"{name} has no mark at the end of its arrow stream: it was cut off, and rows may be lost. Copy or write it again."
+        )
 
 
 @contextmanager

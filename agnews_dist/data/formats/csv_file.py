@@ -241,6 +241,9 @@ def _parse(lines: Iterator[str], dialect: Dialect) -> Iterator[Record]:
     lines = iter(lines)
     for line in lines:
         number += 1
+        if line.startswith('"') and dialect.has_quotes and (fields := _split_quoted(line, dialect)):
+            yield number, fields, 0
+            continue
         if (dialect.has_quotes and '"' in line) or (dialect.has_escapes and "\\" in line):
             fields, num_more = _parse_protected(line, lines, dialect, number)
             yield number, fields, num_more
@@ -253,6 +256,15 @@ def _parse(lines: Iterator[str], dialect: Dialect) -> Iterator[Record]:
             raise Fault(f"line {number}: its fields are in single quotes")
         if text:
             yield number, text.split(separator), 0
+
+
+def _split_quoted(line: str, dialect: Dialect) -> list[str]:
+    """Split a line with quotes around all fields, and none inside; return no fields of another line."""
+    text = line.rstrip("\r\n")
+    fields = text[1:-1].split(f'"{dialect.separator}"')
+    is_simple = text.endswith('"') and line.count('"') == 2 * len(fields) and not (dialect.has_escapes and "\\" in line)
+    is_ended = len(line) - len(text) <= 1 + line.endswith("\r\n")
+    return fields if is_simple and is_ended else []
 
 
 def _parse_protected(line: str, lines: Iterator[str], dialect: Dialect, number: int) -> tuple[list[str], int]:

@@ -17,6 +17,7 @@ from agnews_dist.data.formats.streams import MAX_LINE, open_text, read_lines
 from agnews_dist.data.formats.table import CHUNK_ROWS, Chunk, Table, list_columns
 from agnews_dist.errors import DataError
 
+_FIX = "Write one object with its fields per line, or one array of objects."
 _BLOCK = 1 << 16
 """Characters of an array that are read at once, at least."""
 _NO_SPACE = re.compile(r"[^ \t\r\n]")
@@ -119,7 +120,7 @@ class JsonTable(Table):
     def _refuse(self, number: int, error: Exception) -> DataError:
         # The parser sees one row at a time, so its line number means nothing.
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        return DataError(f"{self.name} row {number} is not valid JSON: {reason}. Write one object with its fields per line.")
+        return DataError(f"{self.name} row {number} is not valid JSON: {reason}. {_FIX}")
 
 
 def _holds_rows(row: dict[str, object]) -> bool:

@@ -78,7 +78,7 @@ def test_load_corpus_reads_every_format_unchanged(tmp_path, name):
     assert rows_of(corpus, "train") == rows
     assert corpus.class_names == (CLASS_NAMES if name == "rows.original.csv" else LABEL_NAMES)
     assert corpus.splits["train"].labels.dtype == np.int64
-    assert corpus.splits["train"].origin.name(4) == f"{name} row 5"
+    assert corpus.splits["train"].origin.name(3) == f"{name} row 4"
 
 
 def test_fingerprint_depends_on_content_not_on_format_or_path(tmp_path):
