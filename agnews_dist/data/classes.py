@@ -61,7 +61,7 @@ def read_class_names(given: Sequence[str] | None) -> tuple[str, ...] | None:
             )
         try:
             text = path.read_text(encoding="utf-8-sig")
-            names = json.loads(text) if path.suffix.lower() == ".json" else text.rstrip().split("\n")
+            names = json.loads(text) if path.suffix.lower() == ".json" else (text.rstrip().split("\n") if text.strip() else [])
         except (OSError, ValueError, RecursionError) as error:
             raise DataError(
                 f"{where} cannot be read ({error}): it must hold one name per line, in UTF-8. Correct it."
