@@ -17,7 +17,7 @@ def read_configs(card: Path) -> dict[str, dict[str, Any]]:
     """
     try:
         text = card.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
         return {}
     if not text.startswith("---\n"):
         return {}

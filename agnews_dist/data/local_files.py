@@ -155,7 +155,10 @@ def _open_saved(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
     with silence_datasets(), translate_errors(make_error):
         from datasets import DatasetDict, load_from_disk
 
-        loaded = load_from_disk(str(path))
+        try:
+            loaded = load_from_disk(str(path))
+        except PermissionError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}. Check the permissions of its files.") from error
     if settings.subset is not None:
         raise DataError(f"data.subset {settings.subset!r}: {path} was written by save_to_disk and has none. Leave it out.")
     for dataset in loaded.values() if isinstance(loaded, DatasetDict) else [loaded]:
@@ -349,7 +352,7 @@ def _files_of_card(directory: Path, settings: SplitSettings) -> dict[str, list[P
 
 
 def _match_pattern(folder: Path, pattern: str) -> list[Path]:
-    """Return the data files that a pattern of a card names; a folder stands for its files."""
+    """Return the data files that a pattern of a card names; a folder means all of its files."""
     try:
         entries = list(folder.glob(pattern))
     except (ValueError, NotImplementedError):
