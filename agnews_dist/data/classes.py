@@ -2,19 +2,33 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from agnews_dist.data.rows import MAX_CLASSES, UNREADABLE, Ints, LabelValue, RawRows, count_rows, list_first, quote_value
+from agnews_dist.data.rows import (
+    A_DECIMAL,
+    MAX_CLASSES,
+    NOT_A_LABEL,
+    UNREADABLE,
+    Ints,
+    LabelValue,
+    RawRows,
+    count_rows,
+    list_first,
+    quote_value,
+)
 from agnews_dist.data.synthetic import CLASS_NAMES
 from agnews_dist.errors import DataError, did_you_mean, quote
 from agnews_dist.events import DataFinding
 
 AG_NEWS = ("fancyzhx/ag_news", "ag_news")
 """Hub ids of AG News."""
+_MISSING = frozenset(("nan", "null", "n/a", "#n/a", "<na>"))
+"""Texts by which programs mark a missing value."""
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
 _DECIMAL = re.compile(r"[+-]?[0-9]*\.[0-9]+(e[+-]?[0-9]+)?", re.IGNORECASE)
 
@@ -41,21 +55,22 @@ def read_class_names(given: Sequence[str] | None) -> tuple[str, ...] | None:
     if len(names) == 1:
         path = Path(names[0]).expanduser()
         where = f"data.class_names {names[0]!r}"
-        if not path.is_file():
+        if not is_file(path):
             raise DataError(
                 f"{where}: a list has two names or more, and no such file exists. Write a,b,... or correct the path."
             )
         try:
             text = path.read_text(encoding="utf-8-sig")
-            names = json.loads(text) if path.suffix.lower() == ".json" else text.splitlines()
-        except (OSError, ValueError) as error:
+            names = json.loads(text) if path.suffix.lower() == ".json" else (text.rstrip().split("\n") if text.strip() else [])
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(
                 f"{where} cannot be read ({error}): it must hold one name per line, in UTF-8. Correct it."
             ) from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{where}: it must be a list of texts. Write one name per line.")
+    names = [name.strip() for name in names]
     for i, name in enumerate(names):
-        if not name.strip() or UNREADABLE.search(name):
+        if not name or UNREADABLE.search(name):
             raise DataError(f"{where}: name {i + 1} is {name!r}: a class needs a readable name. Correct or remove it.")
         if name in names[:i]:
             raise DataError(
@@ -65,6 +80,14 @@ def read_class_names(given: Sequence[str] | None) -> tuple[str, ...] | None:
     if not 2 <= len(names) <= MAX_CLASSES:
         raise DataError(f"{where}: it has {len(names)} names, and 2 to {MAX_CLASSES:,} are possible. Name every class.")
     return tuple(names)
+
+
+def is_file(path: Path) -> bool:
+    """Return whether the path is a file; a name that no file can have is not."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def decide_classes(
@@ -158,7 +181,13 @@ def _names_of_data(labelled: Mapping[str, RawRows], kinds: set[str], source: str
             "names, or set --data.class_names."
         )
     if found:
-        return next(iter(found.values())), []
+        names = next(iter(found.values()))
+        for i, name in enumerate(names):
+            if not name.strip() or UNREADABLE.search(name) or name in names[:i]:
+                raise DataError(
+                    f"{source} names class {i} {name!r}: a class needs a readable name of its own. Set --data.class_names."
+                )
+        return names, []
     if len(kinds) > 1:
         examples = {_kind_of(value): (rows, code) for rows in labelled.values() for code, value in enumerate(rows.values)}
         listing = ", ".join(f"{rows.first_of(code)}: {quote_value(rows.values[code])}" for rows, code in examples.values())
@@ -172,23 +201,39 @@ def _names_of_data(labelled: Mapping[str, RawRows], kinds: set[str], source: str
     if kinds == {"integer"}:
         return _names_of_integers(labelled, sorted({int(value) for value in values}), source)
     names = sorted(map(str, values))
-    if names and all(_DECIMAL.fullmatch(name) or _INTEGER.fullmatch(name) for name in names):
-        rows = next(iter(labelled.values()))
+    missing = [name for name in names if name.lower() in _MISSING]
+    decimals = [name for name in names if _DECIMAL.fullmatch(name)]
+    if decimals and all(_DECIMAL.fullmatch(name) or _INTEGER.fullmatch(name) or name in missing for name in names):
+        rows = next(rows for rows in labelled.values() if decimals[0] in rows.values)
+        where = rows.first_of(rows.values.index(decimals[0]))
         raise DataError(
-            f"label {names[0]!r} in {rows.origin.name(0)} is a decimal number: a label is one text, integer or boolean. Set "
-            "--data.label_column, or name the classes with --data.class_names."
+            f"label {decimals[0]!r} in {where} is {A_DECIMAL}: {NOT_A_LABEL}, or name the classes with --data.class_names."
         )
     by_fold: dict[str, list[str]] = {}
     for name in names:
-        by_fold.setdefault(" ".join(name.casefold().split()), []).append(name)
+        plain = unicodedata.normalize("NFKC", name).casefold().replace("\u200b", "").replace("\ufeff", "")
+        by_fold.setdefault(" ".join(plain.split()), []).append(name)
     alike = [" and ".join(map(repr, group)) for group in by_fold.values() if len(group) > 1]
-    finding = DataFinding(
-        f"{len(alike)} pair(s) of classes with names that differ only in case or white space",
-        list_first(alike, str),
-        "they are different classes",
-        "Write the labels alike, if they are one class",
-    )
-    return tuple(names), [finding] if alike else []
+    findings: list[DataFinding] = []
+    if alike:
+        findings.append(
+            DataFinding(
+                f"{len(alike)} pair(s) of classes with names that differ only in case or white space",
+                list_first(alike, str),
+                "they are different classes",
+                "Write the labels alike, if they are one class",
+            )
+        )
+    if missing:
+        findings.append(
+            DataFinding(
+                f"{len(missing)} class(es) with a name that often marks a missing label",
+                list_first(missing, repr),
+                "rows without a label would be a class",
+                "Remove these rows, unless it is a class",
+            )
+        )
+    return tuple(names), findings
 
 
 def _names_of_integers(

@@ -1,6 +1,6 @@
 """The text columns and the label column of a table: as set, or found by the names that data sets usually give them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -80,9 +80,13 @@ def find_text(table: Table, settings: ColumnSettings) -> tuple[str, ...]:
 
 
 def is_original(table: Table, columns: Columns) -> bool:
-    """Return whether the columns are those of AG News' original csv, whose classes count from 1."""
+    """Return whether the columns are those of AG News' original csv, whose classes count from 1; its copies have a header."""
+    if len(table.columns) != len(ORIGINAL_COLUMNS) or len(columns.text) != len(ORIGINAL_COLUMNS) - 1:
+        return False
     plain = tuple(name.strip().lower() for name in (columns.label or "", *columns.text))
-    return plain in (ORIGINAL_COLUMNS, (ORIGINAL_LABEL, *ORIGINAL_COLUMNS[1:])) and len(table.columns) == len(ORIGINAL_COLUMNS)
+    return plain == (ORIGINAL_LABEL, *ORIGINAL_COLUMNS[1:]) or (
+        plain == ORIGINAL_COLUMNS and not getattr(table, "has_header", True)
+    )
 
 
 def _find_usual_text(table: Table) -> tuple[str, ...]:
@@ -125,11 +129,13 @@ def _header_hint(table: Table) -> str:
 
 def _match(columns: Sequence[str], usual: Sequence[str]) -> tuple[str, ...] | None:
     """Return the columns with these names, whatever their case; None if one is missing."""
-    by_name = dict(_by_plain_name(columns))
-    found = tuple(name if name in columns else by_name.get(name) for name in usual)
-    return tuple(name for name in found if name) if None not in found else None
-
-
-def _by_plain_name(columns: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for column in columns:
-        yield column.strip().lower(), column
+    found: list[str] = []
+    for name in usual:
+        alike = [name] if name in columns else [column for column in columns if column.strip().lower() == name]
+        if len(alike) > 1:
+            raise DataError(
+                f"columns {' and '.join(map(repr, alike))} could both be {name!r}: only one is read. Rename one, or set "
+                "--data.text_column and --data.label_column."
+            )
+        found += alike
+    return tuple(found) if len(found) == len(usual) else None

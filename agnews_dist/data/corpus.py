@@ -9,7 +9,7 @@ import numpy as np
 from agnews_dist.data.classes import Classes, decide_classes, read_class_names
 from agnews_dist.data.columns import Columns, ColumnSettings
 from agnews_dist.data.hub import open_hub
-from agnews_dist.data.local_files import SplitSettings, is_local_path, open_local
+from agnews_dist.data.local_files import SplitSettings, exists, is_local_path, open_local
 from agnews_dist.data.quality import hash_texts, normalise
 from agnews_dist.data.rows import Corpus, Ints, Origin, RawRows, Split, hash_corpus, list_first, read_rows
 from agnews_dist.data.synthetic import CLASS_NAMES, SPLITS, generate
@@ -100,7 +100,11 @@ def check_source(source: str) -> None:
     Raises:
         DataError: `source` reads like a path that does not exist.
     """
-    if source != SYNTHETIC and not Path(source).exists() and is_local_path(source):
+    if not source.strip():
+        raise DataError(
+            "data.source is empty: it must name the data. Set it to a path, a hub id such as fancyzhx/ag_news or synthetic."
+        )
+    if source != SYNTHETIC and is_local_path(source) and not exists(Path(source)):
         raise DataError(
             f"data.source {source!r} does not exist: no such path from {Path.cwd()}. Correct it, or set --data.source to a hub "
             "id such as fancyzhx/ag_news, or to 'synthetic'."
@@ -114,7 +118,7 @@ def _read(source: Source, seed: int, *, needs_label: bool) -> dict[str, RawRows]
         return {name: _generate(name, seed) for name in wanted}
     check_source(source.name)
     path = Path(source.name)
-    tables = open_local(path, source.splits) if path.exists() else open_hub(source.name, source.revision, source.splits)
+    tables = open_local(path, source.splits) if exists(path) else open_hub(source.name, source.revision, source.splits)
     return {
         name: read_rows(
             name, tables[name], source.columns, needs_label=needs_label and name != "test", directory=source.cache_dir

@@ -161,7 +161,8 @@ class InputTexts:
     def _check(self, checker: TextChecker, table: Table, chunk: Chunk) -> None:
         texts = texts_of(chunk, self._text[table], self._separator)
         for text, number in zip(texts, chunk.row_N.tolist(), strict=True):
-            checker.encode(text, table, number, self._label[table])
+            checker.encode(text, table, number)
+        checker.add_suspects(table, self._label[table])
 
     def _check_late_columns(self, table: Table) -> None:
         late = [column for column in table.late_columns if column not in self.columns and self._keeps_columns]

@@ -4,11 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
 
-from agnews_dist.data.formats.arrow_file import DatasetTable
+from agnews_dist.data.dataset_card import patterns_by_split, read_configs
+from agnews_dist.data.formats.arrow_file import DatasetTable, check_end_mark
 from agnews_dist.data.formats.registry import PART_SUFFIX, SUFFIXES, format_of, is_data_file, open_table
-from agnews_dist.data.formats.streams import COMPRESSIONS, is_hidden, split_suffix
+from agnews_dist.data.formats.streams import COMPRESSIONS, is_hidden, open_bytes, split_suffix
 from agnews_dist.data.formats.table import Table
 from agnews_dist.data.hugging_face import silence_datasets, translate_errors
 from agnews_dist.data.rows import list_first
@@ -20,6 +20,8 @@ NO_SPLIT = "none"
 """Value of `data.splits.<name>` that leaves a split out."""
 _PART = re.compile(r"(^|[-_.])part[-_.]?\d+|^\d+\.part$|^data-\d+-of-\d+", re.IGNORECASE)
 """Names of the parts that Spark, Dask and `datasets` write."""
+_SHARD = re.compile(r"(.*?)-(\d{1,6})-of-(\d{1,6})(\..*)?")
+"""One of several files of a split: `train-00000-of-00002.parquet`."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,20 @@ class SplitSettings:
         return name
 
 
+def exists(path: Path) -> bool:
+    """Return whether the path exists.
+
+    Raises:
+        DataError: this user may not look.
+    """
+    try:
+        return path.exists()
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Check the permissions of its directories.") from error
+    except OSError:  # a name that no file can have
+        return False
+
+
 def is_local_path(source: str) -> bool:
     """Return whether `source` can only be a path: a hub id is `name` or `owner/name`, without a data suffix."""
     suffixes = (*SUFFIXES, *COMPRESSIONS, ".txt", ".xlsx")
@@ -67,17 +83,64 @@ def open_local(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
     Raises:
         DataError: no data file exists, a file cannot be read, or files of a split do not fit together.
     """
+    _check_names(settings)
     if not path.is_dir():
-        return {"train": [open_table(path, path.name)]}
+        return _open_file(path, settings)
+    try:
+        return _open_directory(path, settings)
+    except OSError as error:
+        where = error.filename or path
+        raise DataError(f"{where} cannot be read: {error.strerror or error}. Check the path and its permissions.") from error
+
+
+def _check_names(settings: SplitSettings) -> None:
+    given = {split: name for split, name in settings.names.items() if name not in (None, NO_SPLIT)}
+    for split, name in given.items():
+        other = next(other for other, its_name in given.items() if its_name == name)
+        if other != split:
+            raise DataError(
+                f"data.splits.{split} {name!r}: data.splits.{other} has the same name, so both would have the same rows. "
+                f"Set one to another name, or to {NO_SPLIT}."
+            )
+
+
+def _open_file(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
+    """Open a single file as train, or as the split whose setting names it."""
+    if settings.subset is not None:
+        raise DataError(f"data.subset {settings.subset!r}: {path} is a file, which has none. Leave data.subset out.")
+    splits = [split for split, name in settings.names.items() if name in (path.name, path.stem)] or ["train"]
+    wrong = [split for split, name in settings.names.items() if name not in (None, NO_SPLIT) and split not in splits]
+    if wrong:
+        raise DataError(
+            f"data.splits.{wrong[0]} {settings.names[wrong[0]]!r}: {path} is one file and one split. Put the files into a "
+            "directory, and name that."
+        )
+    if not path.is_file():
+        raise DataError(f"{path} is not a regular file: it is read several times. Write its content to a file.")
+    return {splits[0]: [open_table(path, path.name)]}
+
+
+def _open_directory(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _open_saved(path, settings)
     splits = find_files_by_split(path, settings)
     found: dict[str, list[Table]] = {}
     for name, files in splits.items():
-        # Spark writes empty files for partitions without rows.
-        full = [file for file in files if file.stat().st_size] if len(files) > 1 else files
-        found[name] = [open_table(file, str(file.relative_to(path))) for file in full or files[:1]]
+        full = [file for file in files if not _is_empty_part(file)] if len(files) > 1 else files
+        found[name] = [open_table(file, _name_in(file, path)) for file in full or files[:1]]
     return found
+
+
+def _name_in(file: Path, directory: Path) -> str:
+    return str(file.relative_to(directory)) if file.is_relative_to(directory) else str(file)
+
+
+def _is_empty_part(file: Path) -> bool:
+    """Return whether a text file is one of those that Spark and Dask write for partitions without rows."""
+    if not (_PART.search(file.name) or split_suffix(file)[0] == PART_SUFFIX) or split_suffix(file)[0] in (".parquet", ".arrow"):
+        return False
+    with open_bytes(file, file.name) as content:
+        return not content.read(1)
 
 
 def _open_saved(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
@@ -92,7 +155,17 @@ def _open_saved(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
     with silence_datasets(), translate_errors(make_error):
         from datasets import DatasetDict, load_from_disk
 
-        loaded = load_from_disk(str(path))
+        try:
+            loaded = load_from_disk(str(path))
+        except PermissionError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}. Check the permissions of its files.") from error
+    if settings.subset is not None:
+        raise DataError(f"data.subset {settings.subset!r}: {path} was written by save_to_disk and has none. Leave it out.")
+    for dataset in loaded.values() if isinstance(loaded, DatasetDict) else [loaded]:
+        for file in (Path(each["filename"]) for each in dataset.cache_files):
+            with open_bytes(file, _name_in(file, path)) as content:
+                content.seek(max(0, file.stat().st_size - 8))
+                check_end_mark(content.read(), _name_in(file, path))
     if not isinstance(loaded, DatasetDict):
         return {"train": [DatasetTable(loaded, path.name)]}
     names = [str(name) for name in loaded]
@@ -126,12 +199,43 @@ def find_files_by_split(directory: Path, settings: SplitSettings) -> dict[str, l
             * has_folders
         )
     for name, files in splits.items():
+        _check_complete(name, files)
         if len({format_of(file) for file in files if file.stat().st_size}) > 1:
             raise DataError(
                 f"split {name!r} of {directory} has files of several formats ({list_first(files, lambda file: file.name)}): "
                 "probably the same rows twice. Leave only one format there."
             )
     return splits
+
+
+def _check_complete(split: str, files: Sequence[Path]) -> None:
+    """Check that no shard is missing, and that no file is there twice.
+
+    Raises:
+        DataError: `train-00001-of-00002.parquet` is missing, or `train.csv` and `train.csv.gz` are both there.
+    """
+    found: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        if match := _SHARD.fullmatch(file.name):
+            found.setdefault((str(file.with_name(match[1])), int(match[3])), set()).add(int(match[2]))
+    for (stem, count), numbers in found.items():
+        if len(numbers) != count:
+            missing = next(number for number in range(count) if number not in numbers) if len(numbers) < count else max(numbers)
+            raise DataError(
+                f"split {split!r} has {len(numbers)} of {count} files {Path(stem).name}-*-of-{count:05}: number {missing} is "
+                "missing, and rows would be lost. Copy or download it again."
+            )
+    shards = {Path(stem).name for stem, _ in found}
+    plain: dict[str, Path] = {}
+    for file in files:
+        if file.name.partition(".")[0] in shards:
+            raise DataError(f"split {split!r} has {file.name} and its parts: probably the same rows twice. Remove one of them.")
+        whole = f"{file.parent}/{file.name.removesuffix(file.suffix) if split_suffix(file)[1] else file.name}"
+        if whole in plain:
+            raise DataError(
+                f"split {split!r} has {plain[whole].name} and {file.name}: probably the same rows twice. Remove one of them."
+            )
+        plain[whole] = file
 
 
 def _list_files(directory: Path) -> str:
@@ -153,7 +257,10 @@ def _data_files(folder: Path) -> list[Path]:
     for entry in sorted((entry for entry in folder.iterdir() if not is_hidden(Path(entry.name))), key=_sort_key):
         if entry.is_dir() and split_suffix(entry)[0] in SUFFIXES:
             found += _data_files(entry)
-        elif entry.is_file() and is_data_file(entry):
+        elif is_data_file(entry) and not entry.is_dir():
+            if not entry.is_file():
+                kind = "a link to a file that does not exist" if entry.is_symlink() else "not a regular file"
+                raise DataError(f"{entry} is {kind}: its rows would be left out. Correct or remove it.")
             found.append(entry)
     return found
 
@@ -198,7 +305,11 @@ def _enter_subset(directory: Path, subset: str | None) -> Path:
     """Return the folder of a subset."""
     if subset is None:
         return directory
-    folder = next((folder for folder in (directory / subset, directory / "data" / subset) if folder.is_dir()), None)
+    folder = (
+        None
+        if ".." in Path(subset).parts
+        else next((folder for folder in (directory / subset, directory / "data" / subset) if folder.is_dir()), None)
+    )
     if folder is None:
         folders = _list_folders(directory)
         raise DataError(
@@ -214,7 +325,7 @@ def _files_of_card(directory: Path, settings: SplitSettings) -> dict[str, list[P
     Raises:
         DataError: there are several subsets and none is chosen, or a pattern matches no file.
     """
-    configs = _read_configs(directory / "README.md")
+    configs = read_configs(directory / "README.md")
     if not configs or (
         settings.subset is not None and settings.subset not in configs and (directory / settings.subset).is_dir()
     ):
@@ -226,43 +337,34 @@ def _files_of_card(directory: Path, settings: SplitSettings) -> dict[str, list[P
     if subset not in configs:
         wrong = f"data.subset {settings.subset!r}: it is unknown" if settings.subset else "data.subset is not set"
         raise DataError(f"{wrong}: {directory} has the subsets {list_first(list(configs), str)}. Set --data.subset to one.")
-    patterns = _patterns_by_split(configs[subset].get("data_files"))
+    folder = directory / str(configs[subset].get("data_dir") or ".")
+    if configs[subset].get("data_files") is None:
+        return _files_of_layout(folder, settings) if folder.is_dir() else {}
+    patterns = patterns_by_split(configs[subset]["data_files"], directory / "README.md")
     found: dict[str, list[Path]] = {}
     for split in SPLIT_WORDS:
         name = settings.find(split, list(patterns), f"subset {subset} of {directory}")
         if name is not None:
-            files = {file for pattern in patterns[name] for file in directory.glob(pattern) if file.is_file()}
-            found[split] = sorted((file for file in files if not is_hidden(file.relative_to(directory))), key=_sort_key)
+            found[split] = sorted({file for each in patterns[name] for file in _match_pattern(folder, each)}, key=_sort_key)
             if not found[split]:
                 raise DataError(
-                    f"{directory}/README.md names {', '.join(patterns[name])} for {name}: no such file. Correct it."
+                    f"{directory}/README.md names {', '.join(patterns[name])} for {name}: no such data file. Correct it."
                 )
+    if not found:
+        raise DataError(
+            f"{directory}/README.md has the splits {list_first(list(patterns), str)}: none is train, validation or test. "
+            "Set --data.splits.train to one of them."
+        )
     return found
 
 
-def _read_configs(card: Path) -> dict[str, dict[str, Any]]:
-    """Return subset -> its entry under `configs` in the front matter of a data set's card."""
-    import yaml
-
+def _match_pattern(folder: Path, pattern: str) -> list[Path]:
+    """Return the data files that a pattern of a card names; a folder means all of its files."""
     try:
-        _, _, rest = card.read_text(encoding="utf-8").partition("---\n")
-        front = yaml.safe_load(rest.partition("\n---")[0])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    configs: Any = front.get("configs") if isinstance(front, dict) else None
-    entries = (
-        [cast("dict[str, Any]", config) for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
-    )
-    return {str(entry.get("config_name", "default")): entry for entry in entries if entry.get("data_files")}
-
-
-def _patterns_by_split(data_files: Any) -> dict[str, list[str]]:
-    """Return split -> glob patterns; a plain list is all train, as on the hub."""
-    if isinstance(data_files, dict):
-        data_files = [{"split": split, "path": path} for split, path in cast("dict[str, Any]", data_files).items()]
-    entries: list[Any] = data_files if isinstance(data_files, list) else [data_files]
-    found: dict[str, list[str]] = {}
-    for entry in entries:
-        split, paths = (entry["split"], entry["path"]) if isinstance(entry, dict) else ("train", entry)
-        found.setdefault(str(split), []).extend([paths] if isinstance(paths, str) else list(paths))
-    return found
+        entries = list(folder.glob(pattern))
+    except (ValueError, NotImplementedError):
+        raise DataError(
+            f"{folder}/README.md names the files {pattern!r}: only patterns of files below its directory are read. Correct it."
+        ) from None
+    files = [file for entry in entries for file in (_data_files(entry) if entry.is_dir() else [entry])]
+    return [file for file in files if is_data_file(file) and not is_hidden(Path(file.name))]

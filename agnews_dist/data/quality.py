@@ -11,6 +11,8 @@ from agnews_dist.events import DataFinding
 
 MIN_CLASS_ROWS = 10
 """Training rows below which a class is reported."""
+_OTHERS = re.compile(r"[\W_]+")
+_ASCII_SPACES = {code: " " for code in range(128) if _OTHERS.match(chr(code))}
 Hashes = NDArray[np.int64]
 
 
@@ -25,7 +27,9 @@ def normalise(text: str) -> str:
     >>> normalise("Oil  ROSE -- again!")
     'oil rose again'
     """
-    return re.sub(r"[\W_]+", " ", text.casefold()).strip() or text
+    if text.isascii():  # ten times as fast
+        return " ".join(text.lower().translate(_ASCII_SPACES).split()) or text
+    return _OTHERS.sub(" ", text.casefold()).strip() or text
 
 
 def find_faults(corpus: Corpus) -> list[DataFinding]:

@@ -20,8 +20,13 @@ from agnews_dist.events import DataFinding
 Ints = NDArray[np.int64]
 LabelValue = str | int | bool
 MAX_CLASSES = 10_000
+_MAX_LABEL = 200
+"""Characters of a field up to which it may be the label of a row that a stray quote has swallowed."""
 NUM_SHOWN = 5
 """Rows that a message lists; it counts the others."""
+NOT_A_LABEL = "a label is one text, integer or boolean. Write the labels so, or set --data.label_column"
+"""Rule and fix of labels of another kind."""
+A_DECIMAL = "a decimal number (pandas makes them of integers where a label is missing)"
 UNREADABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")
 """Characters that no name of a class may have: they end lines, control terminals or have no UTF-8 bytes."""
 T = TypeVar("T")
@@ -151,11 +156,11 @@ class TextChecker:
     def __init__(self) -> None:
         self._not_strings: list[str] = []
         self._blank: list[str] = []
-        self._suspects: list[tuple[str, str]] = []
-        """(field, row) of lines in a text that look like rows, see `CsvTable.looks_like_rows`."""
+        self._suspects: dict[str, dict[str, None]] = {}
+        """Label -> rows that hold a line with this label, see `CsvTable.suspects`."""
 
-    def encode(self, text: object, table: Table, number: int, label: str | None) -> bytes:
-        """Return the bytes of the text of row `number`; of a bad one none, and remember it. `label`: the label column.
+    def encode(self, text: object, table: Table, number: int) -> bytes:
+        """Return the bytes of the text of row `number`; of a bad one none, and remember it.
 
         Raises:
             DataError: the text has a character without UTF-8 bytes.
@@ -166,8 +171,6 @@ class TextChecker:
         if not text or text.isspace():
             self._blank.append(f"{table.name} {table.unit} {number}")
             return b""
-        if "\n" in text and isinstance(table, CsvTable) and label is not None:
-            self._suspects += [(each, f"{table.name} row {number}") for each in table.looks_like_rows(text, label)][:1]
         try:
             return text.encode()
         except UnicodeEncodeError as error:
@@ -175,6 +178,17 @@ class TextChecker:
                 f"{table.name} {table.unit} {number} holds {text[error.start]!r}, half of a surrogate pair: it has no UTF-8 "
                 "bytes to tokenise. Write the file again from the original text."
             ) from error
+
+    def add_suspects(self, table: Table, label: str | None) -> None:
+        """Take over the suspects of a csv file that were found since the last call; `label`: its label column."""
+        if not isinstance(table, CsvTable):
+            return
+        if label is not None:
+            index = table.columns.index(label)
+            for row, fields in table.suspects:
+                if len(fields[index]) <= _MAX_LABEL:
+                    self._suspects.setdefault(fields[index].strip(), {})[f"{table.name} row {row}"] = None
+        table.suspects.clear()
 
     def check(self, labels: Iterable[LabelValue]) -> None:
         """Check that no text was bad; `labels`: those that rows have.
@@ -193,11 +207,11 @@ class TextChecker:
                 "read from it. Remove these rows."
             )
         names = set(map(str, labels)) if self._suspects else set[str]()
-        swallowed = [row for each, row in self._suspects if each.strip() in names]
+        swallowed = list(dict.fromkeys(row for label, rows in self._suspects.items() if label in names for row in rows))
         if swallowed:
             raise DataError(
-                f"text holds whole rows with labels in {count_rows(len(swallowed))} ({list_first(swallowed, str)}): a quote is "
-                "probably opened or closed too much. Correct the quotes, or write the file as jsonl."
+                f"a field holds whole rows with labels in {count_rows(len(swallowed))} ({list_first(swallowed, str)}): a quote "
+                "is probably opened or closed too much. Correct the quotes, or write the file as jsonl."
             )
 
 
@@ -242,7 +256,8 @@ class _Reader:
     def _add(self, table: Table, columns: Columns, chunk: Chunk) -> None:
         texts = texts_of(chunk, columns.text, self._settings.separator)
         for text, number in zip(texts, chunk.row_N.tolist(), strict=True):
-            self._texts.add(self._checker.encode(text, table, number, columns.label))
+            self._texts.add(self._checker.encode(text, table, number))
+        self._checker.add_suspects(table, columns.label)
         self._rows.append(chunk.row_N)
         labels = chunk.columns[columns.label] if columns.label is not None else [None] * len(chunk)
         codes = [self._encode_label(label, table, int(row)) for label, row in zip(labels, chunk.row_N, strict=True)]
@@ -262,11 +277,8 @@ class _Reader:
             return -1
         where = f"{table.name} row {row}"
         if not isinstance(label, str | int):
-            kind = "a decimal number" if isinstance(label, float) else f"a {type(label).__name__}"
-            raise DataError(
-                f"label {quote_value(label)} in {where} is {kind}: a label is one text, integer or boolean. Set "
-                "--data.label_column to another column, or write the labels as text or integers."
-            )
+            kind = A_DECIMAL if isinstance(label, float) else f"a {type(label).__name__}"
+            raise DataError(f"label {quote_value(label)} in {where} is {kind}: {NOT_A_LABEL}.")
         if isinstance(label, str) and (found := UNREADABLE.search(label)):
             raise DataError(
                 f"label {quote_value(label)} in {where} has the character {found[0]!r}: a class needs a readable "

@@ -3,6 +3,7 @@
 import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, overload
 
@@ -21,6 +22,7 @@ class Texts(Sequence[str]):
     def __init__(self, content: bytes | mmap.mmap, begin_N: NDArray[np.int64], end_N: NDArray[np.int64]) -> None:
         """Wrap UTF-8 `content`; text i is `content[begin_N[i]:end_N[i]]`."""
         self._content, self._begin_N, self._end_N = content, begin_N, end_N
+        self._num_read = 0
 
     def __len__(self) -> int:
         return len(self._begin_N)
@@ -32,7 +34,9 @@ class Texts(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             pairs = zip(self._begin_N[index].tolist(), self._end_N[index].tolist(), strict=True)
-            return [self._content[begin:end].decode() for begin, end in pairs]
+            encoded = [self._content[begin:end] for begin, end in pairs]
+            self._count_read(sum(map(len, encoded)))
+            return [text.decode() for text in encoded]
         return self.encoded(index).decode()
 
     def __iter__(self) -> Iterator[str]:
@@ -41,7 +45,17 @@ class Texts(Sequence[str]):
 
     def encoded(self, index: int) -> bytes:
         """Return the UTF-8 bytes of a text."""
-        return self._content[self._begin_N[index] : self._end_N[index]]
+        text = self._content[self._begin_N[index] : self._end_N[index]]
+        self._count_read(len(text))
+        return text
+
+    def _count_read(self, num_bytes: int) -> None:
+        """Take the pages of the file out of this process now and then; they can be read again."""
+        self._num_read += num_bytes
+        if self._num_read > MEMORY_BYTES and isinstance(self._content, mmap.mmap):
+            self._num_read = 0
+            if hasattr(mmap, "MADV_DONTNEED"):
+                self._content.madvise(mmap.MADV_DONTNEED)
 
     def take(self, ids: NDArray[np.int64]) -> "Texts":
         """Select the texts `ids`, in that order, without a copy of their bytes."""
@@ -91,6 +105,7 @@ class TextWriter:
         else:
             self._flush()
             content = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file.close()  # the map keeps it
         return Texts(content, offsets[:-1], offsets[1:])
 
     def _pack_ends(self) -> None:
@@ -104,6 +119,9 @@ class TextWriter:
             self._file.write(self._pending)
             self._file.flush()
         except OSError as error:
+            if self._file is not None:
+                with suppress(OSError):  # it writes what is left
+                    self._file.close()
             place = self._directory or tempfile.gettempdir()
             raise DataError(
                 f"texts of {self._num_bytes / 1e9:.1f} GB cannot be kept in {place}: {error.strerror or error}. "

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from agnews_dist.data.formats.streams import open_bytes, split_suffix
+from agnews_dist.data.formats.streams import check_content, open_bytes, split_suffix
 from agnews_dist.data.formats.table import CHUNK_ROWS, Chunk, Table, check_unique
 from agnews_dist.data.hugging_face import silence_datasets, translate_errors
 from agnews_dist.errors import DataError
@@ -46,6 +46,7 @@ class _ArrowTable(Table):
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
         """Yield the rows; see `Table`."""
+        check_unique(self.name, self.columns, wanted)
         start = 1
         batches = self._batches(list(wanted))
         while True:
@@ -78,14 +79,14 @@ class ParquetTable(_ArrowTable):
         from pyarrow.parquet import ParquetFile
 
         self._path, self.name = path, name
-        with _reading(name), _open_seekable(path, name) as source:
+        with _reading(name), _open_seekable(path, name, b"PAR1") as source:
             self.schema = ParquetFile(source).schema_arrow
-        self.columns = check_unique(name, self.schema.names)
+        self.columns = tuple(self.schema.names)
 
     def _batches(self, wanted: list[str]) -> Iterator[Any]:
         from pyarrow.parquet import ParquetFile
 
-        with _open_seekable(self._path, self.name) as source:
+        with _open_seekable(self._path, self.name, b"PAR1") as source:
             yield from ParquetFile(source).iter_batches(batch_size=CHUNK_ROWS, columns=wanted)
 
 
@@ -95,18 +96,32 @@ class ArrowTable(_ArrowTable):
     def __init__(self, path: Path, name: str) -> None:
         """Read the schema."""
         self._path, self.name = path, name
-        with _reading(name), _open_seekable(path, name) as source:
+        with _reading(name), _open_seekable(path, name, b"ARROW1") as source:
             self.schema = _open_ipc(source).schema
-        self.columns = check_unique(name, self.schema.names)
+        self.columns = tuple(self.schema.names)
 
     def _batches(self, wanted: list[str]) -> Iterator[Any]:
-        with _open_seekable(self._path, self.name) as source:
+        with _open_seekable(self._path, self.name, b"ARROW1") as source:
             reader = _open_ipc(source)
             is_file = hasattr(reader, "num_record_batches")
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
             for batch in batches:
                 for begin in range(0, batch.num_rows, CHUNK_ROWS):
                     yield batch.select(wanted).slice(begin, CHUNK_ROWS)
+            if not is_file:
+                self._check_end(source)
+
+    def _check_end(self, source: Any) -> None:
+        """Check that a stream has its end mark, and nothing behind it: pyarrow accepts one that was cut off or joined."""
+        end = source.tell()
+        source.seek(max(0, end - 8))
+        mark = source.read(8)
+        if end < source.size():
+            raise DataError(
+                f"{self.name} has {source.size() - end:,} bytes behind the end of its arrow stream: files were probably "
+                "joined, and rows would be lost. Write one stream, or a file for each."
+            )
+        check_end_mark(mark, self.name)
 
 
 class DatasetTable(_ArrowTable):
@@ -115,7 +130,7 @@ class DatasetTable(_ArrowTable):
     def __init__(self, dataset: Any, name: str) -> None:
         """Wrap `datasets.Dataset`."""
         self._dataset, self.name = dataset, name
-        self.columns = check_unique(name, dataset.column_names)
+        self.columns = tuple(dataset.column_names)
         self.schema = dataset.features.arrow_schema
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
@@ -128,22 +143,38 @@ class DatasetTable(_ArrowTable):
             yield from self._dataset.select_columns(wanted).with_format("arrow").iter(batch_size=CHUNK_ROWS)
 
 
+def check_end_mark(last: bytes, name: str) -> None:
+    """Check the last 8 bytes of an arrow stream.
+
+    Raises:
+        DataError: they are not its end mark.
+    """
+    if last[-4:] != b"\0\0\0\0" or last[:4] not in (b"\xff\xff\xff\xff", b"\0\0\0\0"):
+        raise DataError(
+            f"{name} has no mark at the end of its arrow stream: it was cut off, and rows may be lost. Copy or write it again."
+        )
+
+
 @contextmanager
-def _open_seekable(path: Path, name: str) -> Generator[Any]:
-    """Open a file that pyarrow may read at any place: mapped, or decompressed in memory."""
+def _open_seekable(path: Path, name: str, mark: bytes) -> Generator[Any]:
+    """Open a file that pyarrow may read at any place: mapped, or decompressed in memory. `mark`: its first bytes."""
     import pyarrow as pa
 
     if not path.stat().st_size:
         raise DataError(f"{name} is empty: at least one row is needed. Check how it was written, or remove it.")
     if split_suffix(path)[1]:
         with open_bytes(path, name) as file:
-            yield pa.BufferReader(file.read())
+            content = file.read()
+            check_content(content[:32], name, own=(mark,))
+            yield pa.BufferReader(content)
         return
     try:
         source = pa.memory_map(str(path))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions.") from error
     with source:
+        check_content(source.read(32), name, own=(mark,))
+        source.seek(0)
         yield source
 
 

@@ -8,18 +8,22 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
 
-from agnews_dist.data.formats.streams import read_lines
+from agnews_dist.data.formats.streams import MAX_LINE, read_lines
 from agnews_dist.data.formats.table import CHUNK_ROWS, Chunk, Table, check_unique
 from agnews_dist.errors import DataError, quote
 
 ORIGINAL_COLUMNS = ("class", "title", "description")
 """Columns of AG News' original csv, which has no header."""
+Record = tuple[int, list[str], int]
+"""(line number, fields, number of lines after the first)."""
 _INTEGER = re.compile(r"[+-]?[0-9]+")
+_SAID_SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+"""The first line by which Excel is given the separator."""
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _ADVICE = "Put texts with {separators}, quotes or line breaks in double quotes, and double every quote inside."
 
@@ -44,6 +48,11 @@ class Dialect:
         if self.has_escapes:
             return re.compile(r'"([^"\\]*(?:(?:\\.|"")[^"\\]*)*)"(?!")', re.DOTALL)
         return re.compile(r'"([^"]*(?:""[^"]*)*)"(?!")')
+
+    @cached_property
+    def end_of_quoted(self) -> re.Pattern[str]:
+        """Pattern of the end of a quoted field, from the start of a line inside it."""
+        return re.compile(self.quoted.pattern.removeprefix('"'), re.DOTALL)
 
     @cached_property
     def unquoted(self) -> re.Pattern[str]:
@@ -73,22 +82,29 @@ class CsvTable(Table):
     def __init__(self, path: Path, name: str, separator: str | None = None) -> None:
         """Find the dialect and the columns; `separator`: None: the one of the first line."""
         self._path, self.name = path, name
+        self.suspects: list[tuple[int, list[str]]] = []
+        """(row, fields) of lines inside a field that look like rows: two stray quotes turn rows between them into one text."""
         first = next(read_lines(path, name), "")
+        said = _SAID_SEPARATOR.fullmatch(first)
+        self._has_separator_line = said is not None and said[1] in _SEPARATORS
+        if said is not None and self._has_separator_line:
+            separator = said[1]
+            first = next(islice(read_lines(path, name), 1, None), "")
         if not first.strip():
-            if not any(line.strip() for line in read_lines(path, name)):
+            if not any(line.strip() for line in self._lines()):
                 raise DataError(f"{name} is empty: at least one row is needed. Check how it was written, or remove it.")
             raise DataError(f"{name} line 1 is blank: it must name the columns. Remove the blank lines before the header.")
         self.dialect = Dialect(separator or _guess_separator(first))
         try:
             self.dialect = self._find_dialect()
-            _, header = next(self._records(self.dialect))
+            _, header, _ = next(self._records(self.dialect))
         except Fault as fault:
             raise self._refuse(fault) from fault
         if any(re.fullmatch(r"\s*'.*'\s*", field) for field in header):
             raise self._refuse(Fault("line 1: its fields are in single quotes"))
-        is_row = len(header) == len(ORIGINAL_COLUMNS) and _INTEGER.fullmatch(header[0])
-        self.has_header = not is_row
-        self.columns = ORIGINAL_COLUMNS if is_row else check_unique(name, header)
+        are_integers = [_INTEGER.fullmatch(field) is not None for field in header]
+        self.has_header = len(header) != len(ORIGINAL_COLUMNS) or not are_integers[0] or all(are_integers)
+        self.columns = tuple(header) if self.has_header else ORIGINAL_COLUMNS
         if separator is None and self.dialect.separator != ",":
             self.note = f"fields are separated by {_SEPARATORS[self.dialect.separator]}"
         if self.dialect.has_escapes:
@@ -98,17 +114,26 @@ class CsvTable(Table):
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
         """Yield the rows as unchanged strings: `NA` stays a text, and `007` keeps its zeros."""
+        check_unique(self.name, self.columns, wanted)
         indices = [self.columns.index(column) for column in wanted]
+        header = [column.strip() for column in self.columns] if self.has_header and len(self.columns) > 1 else [""]
         values: list[list[object]] = [[] for _ in indices]
         num_rows, start = 0, 1
         try:
             records = self._records(self.dialect)
             if self.has_header:
                 next(records)
-            for _, fields in records:
+            for line, fields, num_more in records:
+                if fields[-1].strip() == header[-1] and [field.strip().lstrip("\ufeff") for field in fields] == header:
+                    raise DataError(
+                        f"{self.name} line {line} repeats the header: files were probably joined. Remove the line, or give the "
+                        "files in a directory."
+                    )
                 for column, index in zip(values, indices, strict=True):
                     column.append(fields[index])
                 num_rows += 1
+                if num_more:
+                    self.suspects += [(num_rows, each) for field in fields for each in self._find_rows(field)]
                 if num_rows % CHUNK_ROWS == 0:
                     yield Chunk(dict(zip(wanted, values, strict=True)), np.arange(start, num_rows + 1, dtype=np.int32))
                     values, start = [[] for _ in indices], num_rows + 1
@@ -116,28 +141,33 @@ class CsvTable(Table):
             raise self._refuse(fault) from fault
         yield Chunk(dict(zip(wanted, values, strict=True)), np.arange(start, num_rows + 1, dtype=np.int32))
 
-    def looks_like_rows(self, text: str, column: str) -> Iterator[str]:
-        """Yield the field of `column` in each line of a text, but for the last, that has as many fields as a row.
-
-        Two stray quotes turn all rows between them into one text. If these fields are labels, they did.
-        """
-        for line in text.split("\n")[:-1]:
+    def _find_rows(self, field: str) -> Iterator[list[str]]:
+        """Yield the fields of each line in a field, but for the last line, that has as many of them as a row."""
+        for line in field.split("\n")[:-1]:
             fields = line.removesuffix("\r").split(self.dialect.separator)
             if len(fields) == len(self.columns):
-                yield fields[self.columns.index(column)].strip('"')
+                yield [each.strip('"') for each in fields]
+
+    def _lines(self) -> Iterator[str]:
+        """Yield the lines; the one in which Excel names the separator is blank."""
+        lines = read_lines(self._path, self.name)
+        if self._has_separator_line:
+            next(lines)
+            yield "\n"
+        yield from lines
 
     def _refuse(self, fault: Fault) -> DataError:
         separators = _SEPARATORS[self.dialect.separator]
         return DataError(f"{self.name} {fault}: rows could be lost or changed. {_ADVICE.format(separators=separators)}")
 
-    def _records(self, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
-        """Yield (line number, fields) of each record, the header included; all have equally many fields."""
+    def _records(self, dialect: Dialect) -> Iterator[Record]:
+        """Yield each record, the header included; all have equally many fields."""
         num_fields = 0
-        for line, fields in _parse(read_lines(self._path, self.name), dialect):
+        for line, fields, num_more in _parse(self._lines(), dialect):
             num_fields = num_fields or len(fields)
             if len(fields) != num_fields:
                 raise Fault(f"line {line} has {len(fields)} fields, and the first line {num_fields}")
-            yield line, fields
+            yield line, fields, num_more
 
     def _find_dialect(self) -> Dialect:
         """Return the only dialect that fits the file.
@@ -147,7 +177,7 @@ class CsvTable(Table):
         """
         first = self.dialect
         has_quotes, has_backslashes, single = False, False, 0
-        for number, line in enumerate(read_lines(self._path, self.name), start=1):
+        for number, line in enumerate(self._lines(), start=1):
             has_quotes, has_backslashes = has_quotes or '"' in line, has_backslashes or "\\" in line
             if has_quotes and has_backslashes:
                 break
@@ -167,7 +197,7 @@ class CsvTable(Table):
         if first.separator == "\t" and has_quotes and self._try(first) is not None:
             plain = replace(first, has_quotes=False)
             if self._try(plain) is None and not any(
-                len(field) > 1 and field[0] == field[-1] == '"' for _, fields in self._records(plain) for field in fields
+                len(field) > 1 and field[0] == field[-1] == '"' for _, fields, _ in self._records(plain) for field in fields
             ):
                 return plain
         return first
@@ -184,7 +214,7 @@ class CsvTable(Table):
         """Return the first lines where a backslash protects nothing, and where one may protect another; 0: nowhere."""
         protected = re.compile(rf'\\(["\\\r\n{re.escape(self.dialect.separator)}])?')
         single = pair = 0
-        for number, line in enumerate(read_lines(self._path, self.name), start=1):
+        for number, line in enumerate(self._lines(), start=1):
             for match in protected.finditer(line) if "\\" in line else ():
                 single = single or number * (match[1] is None)
                 pair = pair or number * (match[1] == "\\")
@@ -204,16 +234,19 @@ def _guess_separator(first: str) -> str:
     return "," if counts[","] else max(counts, key=lambda separator: counts[separator])
 
 
-def _parse(lines: Iterator[str], dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, fields) of each record. Blank lines between records are left out."""
+def _parse(lines: Iterator[str], dialect: Dialect) -> Iterator[Record]:
+    """Yield each record. Blank lines between records are left out."""
     separator, number = dialect.separator, 0
     single_quoted = re.compile(rf"(?:^|{re.escape(separator)})'[^']*(?:''[^']*)+'(?:{re.escape(separator)}|\r?$)")
     lines = iter(lines)
     for line in lines:
         number += 1
+        if line.startswith('"') and dialect.has_quotes and (fields := _split_quoted(line, dialect)):
+            yield number, fields, 0
+            continue
         if (dialect.has_quotes and '"' in line) or (dialect.has_escapes and "\\" in line):
             fields, num_more = _parse_protected(line, lines, dialect, number)
-            yield number, fields
+            yield number, fields, num_more
             number += num_more
             continue
         text = line.removesuffix("\r\n").removesuffix("\n")
@@ -222,7 +255,16 @@ def _parse(lines: Iterator[str], dialect: Dialect) -> Iterator[tuple[int, list[s
         if "''" in text and dialect.has_quotes and single_quoted.search(text):
             raise Fault(f"line {number}: its fields are in single quotes")
         if text:
-            yield number, text.split(separator)
+            yield number, text.split(separator), 0
+
+
+def _split_quoted(line: str, dialect: Dialect) -> list[str]:
+    """Split a line with quotes around all fields, and none inside; return no fields of another line."""
+    text = line.rstrip("\r\n")
+    fields = text[1:-1].split(f'"{dialect.separator}"')
+    is_simple = text.endswith('"') and line.count('"') == 2 * len(fields) and not (dialect.has_escapes and "\\" in line)
+    is_ended = len(line) - len(text) <= 1 + line.endswith("\r\n")
+    return fields if is_simple and is_ended else []
 
 
 def _parse_protected(line: str, lines: Iterator[str], dialect: Dialect, number: int) -> tuple[list[str], int]:
@@ -234,16 +276,24 @@ def _parse_protected(line: str, lines: Iterator[str], dialect: Dialect, number: 
     while True:
         is_quoted = dialect.has_quotes and record.startswith('"', position)
         match = (quoted if is_quoted else unquoted).match(record, position)
-        is_open = match is None or (not is_quoted and match.end() == len(record) and record.endswith("\\\n"))
-        if match is None or is_open:
-            more = _read_until_quote(lines) if is_quoted else list(filter(None, [next(lines, "")]))
+        if match is None:
+            # Every line ends outside of a pair of quotes, so the next ones are searched for the end alone.
+            opened = record[position + 1 :]
+            pieces, record, num_read = _read_until_quote(lines, dialect)
+            if not record:
+                raise Fault(f"line {number}: the quote that begins field {len(fields) + 1} is not closed")
+            num_more += num_read
+            match = dialect.end_of_quoted.match(record)
+            assert match is not None
+            field, position = f"{opened}{pieces}{match[1]}", match.end()
+        elif not is_quoted and match.end() == len(record) and record.endswith("\\\n"):
+            more = next(lines, "")
             if not more:
-                if is_quoted:
-                    raise Fault(f"line {number}: the quote that begins field {len(fields) + 1} is not closed")
                 raise Fault(f"line {number} ends in a backslash")
-            record, num_more = record + "".join(more), num_more + len(more)
+            record, num_more = record + more, num_more + 1
             continue
-        field, position = match[1], match.end()
+        else:
+            field, position = match[1], match.end()
         if not is_quoted and '"' in field and (dialect.stray_quote.search(field) or field.lstrip().startswith('"')):
             raise Fault(f"line {number}: a quote does not begin field {len(fields) + 1}, {quote(field[:40])}")
         if not is_quoted and len(field) > 1 and field[0] == field[-1] == "'" and (dialect.has_escapes or "''" in field[1:-1]):
@@ -261,11 +311,15 @@ def _parse_protected(line: str, lines: Iterator[str], dialect: Dialect, number: 
             raise Fault(f"line {number}: the quoted field {len(fields)}{where} is followed by {following}, not by a separator")
 
 
-def _read_until_quote(lines: Iterator[str]) -> list[str]:
-    """Return the next lines up to the first with a quote; empty if no quote is left."""
-    found: list[str] = []
+def _read_until_quote(lines: Iterator[str], dialect: Dialect) -> tuple[str, str, int]:
+    """Return (lines inside the quotes, the line where they end or "", number of all these lines)."""
+    inside: list[str] = []
+    size = 0
     for line in lines:
-        found.append(line)
-        if '"' in line:
-            return found
-    return []
+        if dialect.end_of_quoted.match(line):
+            return "".join(inside), line, len(inside) + 1
+        inside.append(line)
+        size += len(line)
+        if size > MAX_LINE:
+            break
+    return "", "", 0

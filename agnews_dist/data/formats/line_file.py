@@ -7,20 +7,22 @@ dates. Its errors do not name the line.
 import json
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 import numpy as np
 
 from agnews_dist.data.columns import TEXT_NAMES
-from agnews_dist.data.formats.streams import read_lines, split_lines
+from agnews_dist.data.formats.streams import MAX_LINE, open_text, read_lines, split_lines
 from agnews_dist.data.formats.table import CHUNK_ROWS, Chunk, Table, list_columns
 from agnews_dist.errors import DataError
 
 _WORDS = re.compile(r"[\w.-]+( [\w.-]+)?")
-_MAX_OBJECT = 1 << 24
-"""Characters after which an object of an array is not awaited any more."""
+_FIX = "Write one object with its fields per line, or one array of objects."
+_BLOCK = 1 << 16
+"""Characters of an array that are read at once, at least."""
+_NO_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 class TextTable(Table):
@@ -105,16 +107,17 @@ class JsonTable(Table):
             raise DataError(f"{name} is empty: at least one row is needed. Check how it was written, or remove it.")
         self._is_array = first.lstrip().startswith("[")
         keys: dict[str, None] = {}
-        rows = [row for _, row in islice(self._rows(), CHUNK_ROWS)]
-        for row in rows:
+        one: dict[str, object] | None = None
+        for number, (_, row) in enumerate(islice(self._rows(), CHUNK_ROWS)):
             keys |= dict.fromkeys(row)
+            one = None if number else row
+        if keys and one is not None and _holds_rows(one):
+            raise DataError(
+                f"{name} is one object with the fields {list_columns(tuple(keys))}, which hold the rows: rows are read from an "
+                "array of objects, or from one object per line (pandas: orient='records'). Write it so."
+            )
         if not keys:
             raise DataError(f"{name} has no rows: at least one is needed. Check how it was written, or remove it.")
-        if not self._is_array and len(rows) == 1 and all(isinstance(value, list | dict) for value in rows[0].values()):
-            raise DataError(
-                f"{name} is one object of {list_columns(tuple(keys))}, each a list or an object: a json file holds rows. Write "
-                "an array of rows, with pandas by to_json(orient='records')."
-            )
         self.columns = tuple(keys)
         self.late_columns = {}
 
@@ -148,62 +151,87 @@ class JsonTable(Table):
                     raise self._refuse(number, error) from error
 
     def _array(self) -> Iterator[tuple[int, object]]:
-        """Yield the elements of an array, decoded one at a time."""
-        lines = read_lines(self._path, self.name)
-        text, position, number, separator = "", 0, 1, "["
-        while True:
-            text, position = _skip_space(text, position, lines)
-            found = text[position : position + 1]
-            if found == "]" and separator != "[":
-                break
-            if found != separator:
-                reason = f"{separator!r} is expected before it, and {found!r} found" if found else "the array is not closed"
-                raise self._refuse(number, ValueError(reason))
-            text, position = _skip_space(text, position + 1, lines)
-            if separator == "[" and text[position : position + 1] == "]":
-                break
-            value, text, position = self._element(text, position, lines, number)
-            yield number, value
-            number, separator = number + 1, ","
-        rest = next((line for line in chain([text[position + 1 :]], lines) if line.strip()), None)
-        if rest is not None:
-            raise self._refuse(number, ValueError(f"the array is followed by {rest.strip()[:20]!r}"))
-
-    def _element(self, text: str, position: int, lines: Iterator[str], number: int) -> tuple[object, str, int]:
-        """Decode the element at `position`; return it, the text now at hand, and the position after the element."""
-        text, position = text[position:], 0
-        while True:
-            try:
-                value, end = _DECODER.raw_decode(text, position)
-                # A number that ends the text at hand may continue in the next line.
-                if end < len(text) or isinstance(value, (dict, list, str)):
-                    return value, text, end
-                reason: Exception = ValueError("the array is not closed")
-            except (ValueError, RecursionError) as error:
-                reason = error
-            # More lines at once, the more were needed: an element of many lines is not decoded once per line.
-            more = "".join(islice(lines, 1 + text.count("\n")))
-            if not more or len(text) > _MAX_OBJECT:
-                raise self._refuse(number, reason) from reason
-            text += more
+        """Yield the elements of an array, decoded one at a time: many programs write all of them into one line."""
+        number, separator = 1, "["
+        with open_text(self._path, self.name) as file:
+            text = _TextWindow(file)
+            while True:
+                found = text.skip_space()
+                if found == "]" and separator != "[":
+                    break
+                if found != separator:
+                    reason = f"{separator!r} is expected before it, and {found!r} found" if found else "the array is not closed"
+                    raise self._refuse(number, ValueError(reason))
+                text.position += 1
+                if text.skip_space() == "]" and separator == "[":
+                    break
+                try:
+                    value = text.decode()
+                except (ValueError, RecursionError) as error:
+                    raise self._refuse(number, error) from error
+                yield number, value
+                number, separator = number + 1, ","
+            text.position += 1
+            if text.skip_space():
+                rest = text.text[text.position :][:20].strip()
+                raise self._refuse(number, ValueError(f"the array is followed by {rest!r}"))
 
     def _refuse(self, number: int, error: Exception) -> DataError:
         # The parser sees one row at a time, so its line number means nothing.
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        return DataError(f"{self.name} row {number} is not valid JSON: {reason}. Write one object with its fields per line.")
+        return DataError(f"{self.name} row {number} is not valid JSON: {reason}. {_FIX}")
 
 
-def _skip_space(text: str, position: int, lines: Iterator[str]) -> tuple[str, int]:
-    """Return the text and the position of its next character that is not white space, reading lines as needed."""
-    while True:
-        while position < len(text) and text[position] in " \t\r\n":
-            position += 1
-        if position < len(text):
-            return text, position
-        line = next(lines, None)
-        if line is None:
-            return text, position
-        text, position = line, 0
+def _holds_rows(row: dict[str, object]) -> bool:
+    """Return whether an object holds rows itself, in columns or in a list, as pandas and some programs write them."""
+    are_columns = all(isinstance(value, dict) for value in row.values())
+    return are_columns or any(
+        isinstance(value, list) and bool(value) and all(isinstance(each, (dict, list)) for each in cast("list[object]", value))
+        for value in row.values()
+    )
+
+
+class _TextWindow:
+    """The part of a text file that is being decoded."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self.text, self.position = file, "", 0
+
+    def _grow(self) -> bool:
+        """Read on, the more the larger the part is; return whether there was more."""
+        more = self._file.read(max(_BLOCK, len(self.text) - self.position))
+        self.text, self.position = self.text[self.position :] + more, 0
+        return bool(more)
+
+    def skip_space(self) -> str:
+        """Move to the next character that is not white space, and return it; empty at the end."""
+        while True:
+            match = _NO_SPACE.search(self.text, self.position)
+            if match is not None:
+                self.position = match.start()
+                return match[0]
+            self.position = len(self.text)
+            if not self._grow():
+                return ""
+
+    def decode(self) -> object:
+        """Decode the value at the position and move behind it.
+
+        Raises:
+            ValueError: it is not JSON.
+        """
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.position)
+                # A number may continue behind the part.
+                if end < len(self.text) or isinstance(value, (dict, list, str)):
+                    self.position = end
+                    return value
+                reason = ValueError("the array is not closed")
+            except ValueError as error:
+                reason = error
+            if len(self.text) - self.position > MAX_LINE or not self._grow():
+                raise reason
 
 
 def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

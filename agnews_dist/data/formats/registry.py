@@ -61,6 +61,11 @@ def open_table(path: Path, name: str) -> Table:
             "Save the sheet as csv." if suffix in (".xlsx", ".xls", ".ods") else f"Convert it to one of {', '.join(SUFFIXES)}"
         )
         more = "" if suffix in (".xlsx", ".xls", ".ods") else f", also with {', '.join(COMPRESSIONS)}."
+        if not suffix and split_suffix(path)[1]:
+            raise DataError(
+                f"{path} has no suffix of a format before {path.suffix}: its content is unknown. Name it like "
+                f"news.csv{path.suffix}."
+            )
         raise DataError(
             f"{path} has the unsupported suffix {suffix!r}: no reader knows it.{did_you_mean(suffix, SUFFIXES)} {convert}{more}"
         )

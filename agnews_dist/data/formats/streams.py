@@ -2,23 +2,41 @@
 
 import codecs
 import io
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, Any, BinaryIO, TextIO, cast
 
 from agnews_dist.errors import DataError, UserError
 
 COMPRESSIONS = (".gz", ".zst", ".zip", ".bz2", ".xz")
 """Suffixes of compressed files."""
 _MARKS = {
-    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _READ_BYTES = 1 << 18
+MAX_LINE = 1 << 27
+"""Characters of a line, or of a row of several lines, that are read at most: a damaged file does not fill the memory."""
+_FOREIGN = {
+    b"\x1f\x8b": "holds gzip data: its suffix must say so. Add .gz to its name",
+    b"\x28\xb5\x2f\xfd": "holds zstd data: its suffix must say so. Add .zst to its name",
+    b"PK\3\4": "is a zip archive or an Excel sheet: its suffix says something else. Unpack it, or save the sheet as csv",
+    b"\xd0\xcf\x11\xe0": "is an Excel sheet: only text is read. Save it as csv",
+    b"PAR1": "holds parquet data: its suffix must say so. Let it end in .parquet",
+    b"PARE": "is encrypted: it cannot be read. Write it again without encryption",
+    b"ARROW1": "holds arrow data: its suffix must say so. Let it end in .arrow",
+    b"FEA1": "has version 1 of Feather: it is not read any more. Write it again with version 2",
+    b"%PDF": "is a PDF document: it has no rows. Extract its texts",
+    b"version https://git-lfs": "is a pointer of Git LFS: the data was not downloaded. Run 'git lfs pull'",
+    b"<!doctype html": "is a web page: it is not the data. Download the file itself",
+    b"<html": "is a web page: it is not the data. Download the file itself",
+}
+"""First bytes of files that are not what their name says -> what they are, and the way out."""
 
 
 def split_suffix(path: Path) -> tuple[str, str]:
@@ -55,14 +73,12 @@ def _open(path: Path, name: str) -> BinaryIO:
         import gzip
 
         return cast(BinaryIO, gzip.open(path))
-    if compression == ".bz2":
+    if compression in (".bz2", ".xz"):
         import bz2
-
-        return cast(BinaryIO, bz2.open(path))
-    if compression == ".xz":
         import lzma
 
-        return cast(BinaryIO, lzma.open(path))
+        make = bz2.BZ2Decompressor if compression == ".bz2" else partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)
+        return cast(BinaryIO, io.BufferedReader(_Decompressed(path, make), _READ_BYTES))
     if compression == ".zst":
         import pyarrow as pa
 
@@ -89,6 +105,43 @@ class _Raw(io.RawIOBase):
         return len(content)
 
 
+class _Decompressed(io.RawIOBase):
+    """A file of bz2 or xz streams. Python's own readers ignore whatever follows the first one and is not another one."""
+
+    def __init__(self, path: Path, make: Callable[[], Any]) -> None:
+        self._file, self._make = path.open("rb"), make
+        self._stream = make()
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Fill the buffer as far as possible."""
+        while True:
+            content = b""
+            if self._stream.eof:
+                # Zeros between streams are padding.
+                content = self._stream.unused_data.lstrip(b"\0")
+                while not content:
+                    block = self._file.read(_READ_BYTES)
+                    if not block:
+                        return 0
+                    content = block.lstrip(b"\0")
+                self._stream = self._make()
+            elif self._stream.needs_input and not (content := self._file.read(_READ_BYTES)):
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            found = self._stream.decompress(content, len(buffer))
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
+
+
 def _open_zip(path: Path, name: str) -> BinaryIO:
     import zipfile
 
@@ -100,6 +153,8 @@ def _open_zip(path: Path, name: str) -> BinaryIO:
             f"{name} is an archive of {len(members)} files ({names}): a compressed file holds one. Unpack it, and give the "
             "directory."
         )
+    if members[0].flag_bits & 1:
+        raise DataError(f"{name} is protected by a password: it cannot be read. Unpack it, and name the unpacked file.")
     return cast(BinaryIO, archive.open(members[0]))
 
 
@@ -117,76 +172,107 @@ def _describe(error: Exception, path: Path, name: str) -> DataError:
     return DataError(f"{path} cannot be read: {reason}. Check the path and its permissions.")
 
 
+def check_content(head: bytes, name: str, *, own: tuple[bytes, ...] = ()) -> None:
+    """Check that the first bytes of a file are not those of another kind of file; `own`: those that its name promises.
+
+    Raises:
+        DataError: they are; says which.
+    """
+    for mark, what in _FOREIGN.items():
+        if mark not in own and head[: len(mark)].lower() == mark.lower():
+            raise DataError(f"{name} {what}.")
+
+
+@contextmanager
+def open_text(path: Path, name: str) -> Generator[TextIO]:
+    """Open a text file to read, without a byte order mark; only a line feed ends a line.
+
+    Raises:
+        DataError: the file cannot be read, or is not the text that its first bytes promise; also inside the block.
+    """
+    with open_bytes(path, name) as file:
+        head = file.read(4096)
+    check_content(head, name)
+    encoding = _find_encoding(head, name)
+    with open_bytes(path, name) as file, io.TextIOWrapper(file, encoding=encoding, newline="\n") as text:
+        try:
+            yield text
+        except UnicodeDecodeError as error:
+            raise _describe_bytes(path, name, encoding) from error
+
+
+def _describe_bytes(path: Path, name: str, encoding: str) -> DataError:
+    """Find the line that cannot be decoded."""
+    if encoding not in ("utf-8", "utf-8-sig"):
+        return DataError(
+            f"{name} is not valid {encoding.upper()}, which its first bytes promise: it is damaged. Save it again as UTF-8."
+        )
+    with open_bytes(path, name) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return _describe_byte(name, number, line, error)
+    return DataError(f"{name} was changed while it was read. Start again once it is complete.")
+
+
+def _describe_byte(name: str, number: int, line: bytes, error: UnicodeDecodeError) -> DataError:
+    return DataError(
+        f"{name} line {number} has the byte 0x{line[error.start]:02x}, which is not valid UTF-8: text must be UTF-8. Save the "
+        "file as UTF-8, for example with 'iconv -f WINDOWS-1252 -t UTF-8'."
+    )
+
+
+def _find_encoding(head: bytes, name: str) -> str:
+    """Return the encoding of a text by its byte order mark; UTF-8 without one."""
+    encoding = next((encoding for mark, encoding in _MARKS.items() if head.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and _looks_like_utf16(head):
+        raise DataError(
+            f"{name} has a NUL as every second byte: it is probably UTF-16 without a byte order mark. Save it as UTF-8, "
+            "for example with 'iconv -f UTF-16LE -t UTF-8'."
+        )
+    return encoding
+
+
 def read_lines(path: Path, name: str) -> Iterator[str]:
-    """Yield the lines of a text file, which end in a line feed (the last one perhaps not), without a byte order mark.
+    """Yield the lines of a text file with their line feeds; the last one may have none.
 
     Raises:
         DataError: the file cannot be read, or is not the text that its first bytes promise; names the line.
     """
-    with open_bytes(path, name) as file:
-        yield from split_lines(file, name)
+    with open_text(path, name) as file:
+        yield from _bounded_lines(file.readline, name)
 
 
 def split_lines(file: BinaryIO, name: str) -> Iterator[str]:
-    """Yield the lines of an open file or stream; see `read_lines`."""
-    head = file.read(4096)
-    mark = next((mark for mark in _MARKS if head.startswith(mark)), b"")
-    encoding = _MARKS.get(mark, "utf-8")
-    if encoding != "utf-8":
-        yield from _decode_wide(codecs.getincrementaldecoder(encoding)(), head, file, name, encoding)
-        return
-    if _looks_like_utf16(head):
-        raise DataError(
-            f"{name} has a NUL as every second byte: it is probably UTF-16 without a byte order mark. "
-            "Save it as UTF-8, "
-            "for example with 'iconv -f UTF-16LE -t UTF-8'."
-        )
-    yield from _decode_lines(_join_lines(io.BytesIO(head), file, skip=len(mark)), name)
+    """Yield the lines of a stream that can be read only once; see `read_lines`."""
+    buffered = io.BufferedReader(cast(io.RawIOBase, file), _READ_BYTES)
+    try:
+        encoding = _find_encoding(buffered.peek(4096)[:4096], name)
+        if not encoding.startswith("utf-8"):
+            with io.TextIOWrapper(buffered, encoding=encoding, newline="\n") as text:
+                yield from _bounded_lines(text.readline, name)
+            return
+        for number, line in enumerate(iter(partial(buffered.readline, MAX_LINE), b""), start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _describe_byte(name, number, line, error) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not valid {error.encoding}: it is damaged. Save it again as UTF-8.") from error
+    finally:
+        if not buffered.closed:
+            buffered.detach()  # the stream is the caller's
+
+
+def _bounded_lines(readline: Callable[[int], str], name: str) -> Iterator[str]:
+    for line in iter(partial(readline, MAX_LINE), ""):
+        if len(line) == MAX_LINE and not line.endswith("\n"):
+            raise DataError(f"{name} has a line of more than {MAX_LINE:,} characters: a row is shorter. Correct the file.")
+        yield line
 
 
 def _looks_like_utf16(head: bytes) -> bool:
     """Return whether the text is UTF-16 without a mark: among letters of Europe, every second byte is NUL."""
     few, many = sorted((head[::2].count(0), head[1::2].count(0)))
     return len(head) >= 8 and many > 0.15 * len(head) and few < 0.1 * many
-
-
-def _join_lines(head: BinaryIO, file: BinaryIO, *, skip: int) -> Iterator[bytes]:
-    """Yield the lines of the beginning, already read, and of the rest."""
-    head.seek(skip)
-    for line in head:
-        yield line if line.endswith(b"\n") else line + file.readline()
-    yield from file
-
-
-def _decode_lines(lines: Iterator[bytes], name: str) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield line.decode()
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{name} line {number} has the byte 0x{line[error.start]:02x}, which is not valid UTF-8: text must be UTF-8. "
-                "Save the file as UTF-8, for example with 'iconv -f WINDOWS-1252 -t UTF-8'."
-            ) from error
-
-
-def _decode_wide(decoder: codecs.IncrementalDecoder, head: bytes, file: BinaryIO, name: str, encoding: str) -> Iterator[str]:
-    """Decode UTF-16 or UTF-32 block by block and yield its lines."""
-    line_number, pending, block = 1, "", head
-    while True:
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{name} near line {line_number} is not valid {encoding.upper()}, which its first bytes promise: "
-                "it is damaged. "
-                "Save it again as UTF-8."
-            ) from error
-        *lines, pending = (pending + text).split("\n")
-        for line in lines:
-            line_number += 1
-            yield f"{line}\n"
-        if not block:
-            break
-        block = file.read(_READ_BYTES)
-    if pending:
-        yield pending

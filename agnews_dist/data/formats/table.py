@@ -1,6 +1,7 @@
 """A table that is read in chunks: what every reader of a file format provides."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,19 +59,19 @@ class Table(ABC):
         return None
 
 
-def check_unique(name: str, columns: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns if each name occurs once.
+def check_unique(name: str, columns: Sequence[str], wanted: Sequence[str]) -> None:
+    """Check that each column of `wanted` is only once among `columns`.
 
     Raises:
         DataError: a name is there twice.
     """
-    twice = sorted({column for column in columns if column and list(columns).count(column) > 1})
+    counts = Counter(columns)
+    twice = [column for column in wanted if counts[column] > 1]
     if twice:
         raise DataError(
             f"{name} has two columns of the same name ({', '.join(map(repr, twice))}): names must be unique. "
             "Rename or remove one."
         )
-    return tuple(columns)
 
 
 def check_has(name: str, found: Sequence[str], wanted: Sequence[str], setting: str) -> None:

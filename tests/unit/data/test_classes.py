@@ -99,10 +99,10 @@ def test_other_types_of_columns_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0, 1.5], r"label 1.5 in a.jsonl row 2 is a decimal number: .* --data.label_column"),
+        ([0, 1.5], r"label 1.5 in a.jsonl row 2 is a decimal number .* --data.label_column"),
         ([["a"], ["b"]], r"label \['a'\] in a.jsonl row 1 is a list: .* --data.label_column"),
         ([{"a": 1}, "b"], r"label \{'a': 1\} in a.jsonl row 1 is a dict"),
-        (["1.0", "0.0"], r"label '0.0' in a.jsonl row 1 is a decimal number"),
+        (["1.0", "0.0"], r"label '0.0' in a.jsonl row 2 is a decimal number"),
         (["a", None, "", "b"], r"label is missing in 2 rows of train \(a.jsonl row 2, a.jsonl row 3\)"),
         ([None, None], r"label is missing in 2 rows of train .* --data.splits.train none"),
         ([-1, -1], "label is missing in 2 rows of train"),

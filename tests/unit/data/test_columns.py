@@ -61,11 +61,26 @@ def test_settings_come_first():
         find_columns(table, ColumnSettings(label="text"))
 
 
-def test_the_original_columns_are_those_three_alone():
-    original = NamedColumns("class", "title", "description")
-    assert is_original(original, find_columns(original, ColumnSettings()))
-    more = NamedColumns("class", "title", "description", "date")
-    assert not is_original(more, find_columns(more, ColumnSettings()))
+@pytest.mark.parametrize(
+    ("columns", "has_header", "expected"),
+    [
+        (("class", "title", "description"), False, True),
+        (("Class Index", "Title", "Description"), True, True),
+        (("class", "title", "description"), True, False),  # anyone's
+        (("class", "title", "description", "date"), False, False),
+    ],
+)
+def test_the_original_columns_have_no_header_or_that_of_the_copies(columns, has_header, expected):
+    table = NamedColumns(*columns)
+    table.has_header = has_header
+    assert is_original(table, find_columns(table, ColumnSettings())) == expected
+
+
+def test_columns_that_differ_in_case_are_refused():
+    table = NamedColumns("Text", "label", "TEXT")
+    with pytest.raises(DataError, match=r"columns 'Text' and 'TEXT' could both be 'text'.* --data.text_column"):
+        find_columns(table, ColumnSettings())
+    assert find_columns(table, ColumnSettings(text=("TEXT",))).text == ("TEXT",)
 
 
 def test_texts_of_several_columns_are_joined(tmp_path):

@@ -65,7 +65,7 @@ def test_rows_inside_a_text_are_an_error(tmp_path):
     path.write_text(HEAD + 'A vote,0\n"Pipe burst,0\nShares fell,1\nThe team won",1\n')
     source = Source(str(path))
     with pytest.raises(
-        DataError, match=r"text holds whole rows with labels in 1 row \(news.csv row 2\): .* write the file as jsonl"
+        DataError, match=r"a field holds whole rows with labels in 1 row \(news.csv row 2\): .* write the file as jsonl"
     ):
         load_corpus(source, validation_fraction=0.1, limits={}, seed=0, hold_out=False)
     path.write_text(HEAD + 'A vote,0\n"Pipe burst, sadly\nShares fell, again",1\n')

@@ -1,0 +1,57 @@
+"""The front matter of a data set's README.md: its subsets, and the patterns of their files."""
+
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from agnews_dist.errors import DataError
+
+
+def read_configs(card: Path) -> dict[str, dict[str, Any]]:
+    """Return subset -> its entry under `configs` in the front matter of a data set's card.
+
+    Raises:
+        DataError: the front matter has them and is not valid YAML.
+    """
+    try:
+        text = card.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):
+        return {}
+    if not text.startswith("---\n"):
+        return {}
+    matter = text[4:].partition("\n---")[0]
+    try:
+        front = yaml.safe_load(matter)
+    except (yaml.YAMLError, ValueError) as error:
+        if re.search(r"^configs:", matter, re.MULTILINE):
+            reason = str(error).split("\n")[0]
+            raise DataError(
+                f"{card} begins with YAML that cannot be read ({reason}): it names the files. Correct it."
+            ) from error
+        return {}
+    configs: Any = front.get("configs") if isinstance(front, dict) else None
+    entries = (
+        [cast("dict[str, Any]", config) for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
+    )
+    return {str(each.get("config_name", "default")): each for each in entries if each.get("data_files") or each.get("data_dir")}
+
+
+def patterns_by_split(data_files: Any, card: Path) -> dict[str, list[str]]:
+    """Return split -> glob patterns; a plain list is all train, as on the hub.
+
+    Raises:
+        DataError: an entry has no split or no path.
+    """
+    if isinstance(data_files, dict):
+        data_files = [{"split": split, "path": path} for split, path in cast("dict[str, Any]", data_files).items()]
+    entries: list[Any] = data_files if isinstance(data_files, list) else [data_files]
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        split, paths = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
+        paths = [paths] if isinstance(paths, str) else paths
+        if not split or not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+            raise DataError(f"{card} has the entry {str(entry)[:60]!r} in data_files: it needs split and path. Correct it.")
+        found.setdefault(str(split), []).extend(paths)
+    return found
