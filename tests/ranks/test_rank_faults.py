@@ -47,12 +47,12 @@ def steps_of(run: Path) -> list[int]:
 def test_bad_row_is_reported_once_by_rank_0(tmp_path):
     file = tmp_path / "rows.jsonl"
     rows = [{"text": f"News number {i}.", "label": i % 4} for i in range(20)]
-    rows[16]["label"] = 4
+    rows[16]["label"] = 1.5
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = train(tmp_path / "runs", "-m", "agnews_dist.train", source=str(file))
     (line,) = errors(done)
-    assert line.startswith("[rank 0/2] error: label is not a class in 1 row (rows.jsonl row 17: 4)")
-    assert "Correct these rows." in line
+    assert line.startswith("[rank 0/2] error: label 1.5 in rows.jsonl row 17 is a decimal number ")
+    assert "Write the labels so" in line
     assert rank_lines(done) == [line], "no traceback of ours"
     assert 'File "' + str(REPOSITORY / "agnews_dist") not in done.stderr
     assert not (tmp_path / "runs" / "mine").exists(), "a run that never began leaves nothing"

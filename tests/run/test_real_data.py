@@ -11,7 +11,16 @@ def test_training_on_real_rows_beats_random_features(shared, tmp_path):
         2,
         *("-m", "agnews_dist.train", "--config", "configs/gpt2_mini_cpu.yaml"),
         *("--model.name", str(shared / "checkpoints" / "gpt2-mini"), "--data.source", str(shared / "data" / "ag_news")),
-        *("--data.limit_train", "1000", "--data.limit_validation", "300", "--optim.epochs", "2"),
+        *(
+            "--data.class_names",
+            "World,Sports,Business,Sci/Tech",
+            "--data.limit_train",
+            "1000",
+            "--data.limit_validation",
+            "300",
+            "--optim.epochs",
+            "2",
+        ),
         *("--run.dir", str(tmp_path), "--run.name", "mini", "--data.cache_dir", str(tmp_path / "cache")),
     )
     result = json.loads((tmp_path / "mini" / "result.json").read_text())

@@ -116,7 +116,7 @@ class CsvTable(Table):
         """Yield the rows as unchanged strings: `NA` stays a text, and `007` keeps its zeros."""
         check_unique(self.name, self.columns, wanted)
         indices = [self.columns.index(column) for column in wanted]
-        header = [column.strip() for column in self.columns] if self.has_header and len(self.columns) > 1 else [""]
+        header = [column.strip() for column in self.columns] if self.has_header and len(self.columns) > 1 else []
         values: list[list[object]] = [[] for _ in indices]
         num_rows, start = 0, 1
         try:
@@ -124,7 +124,7 @@ class CsvTable(Table):
             if self.has_header:
                 next(records)
             for line, fields, num_more in records:
-                if fields[-1].strip() == header[-1] and [field.strip().lstrip("\ufeff") for field in fields] == header:
+                if header and fields[-1].strip() == header[-1] and [field.strip().lstrip("\ufeff") for field in fields] == header:
                     raise DataError(
                         f"{self.name} line {line} repeats the header: files were probably joined. Remove the line, or give the "
                         "files in a directory."

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, TextIO, cast
 import numpy as np
 
 from agnews_dist.data.columns import TEXT_NAMES
-from agnews_dist.data.formats.streams import MAX_LINE, open_text, read_lines, split_lines
+from agnews_dist.data.formats.streams import MAX_LINE, open_bytes, open_text, read_lines, split_lines
 from agnews_dist.data.formats.table import CHUNK_ROWS, Chunk, Table, list_columns
 from agnews_dist.errors import DataError
 
@@ -38,14 +38,23 @@ class TextTable(Table):
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
         """Yield the lines without their ends; see `Table`."""
-        source, start = self._source, 1
-        lines = read_lines(source, self.name) if isinstance(source, Path) else split_lines(source, self.name)
+        start, lines = 1, self._lines()
         while part := list(islice(lines, CHUNK_ROWS)):
             texts = [line.removesuffix("\n").removesuffix("\r") for line in part]
             if start == 1 and not self._is_sure:
                 self._check_first(texts[0])
             yield Chunk(dict.fromkeys(wanted, texts), np.arange(start, start + len(texts), dtype=np.int32))
             start += len(texts)
+
+    def _lines(self) -> Iterator[str]:
+        source = self._source
+        if not isinstance(source, Path):
+            yield from split_lines(source, self.name)
+        elif not self.is_stream:
+            yield from read_lines(source, self.name)
+        else:  # a pipe
+            with open_bytes(source, self.name) as file:
+                yield from split_lines(file, self.name)
 
     def _check_first(self, line: str) -> None:
         found = describe_table(line)
@@ -184,7 +193,7 @@ class JsonTable(Table):
 
 def _holds_rows(row: dict[str, object]) -> bool:
     """Return whether an object holds rows itself, in columns or in a list, as pandas and some programs write them."""
-    are_columns = all(isinstance(value, dict) for value in row.values())
+    are_columns = len(row) > 1 and all(isinstance(value, (dict, list)) for value in row.values())
     return are_columns or any(
         isinstance(value, list) and bool(value) and all(isinstance(each, (dict, list)) for each in cast("list[object]", value))
         for value in row.values()

@@ -57,17 +57,11 @@ def open_table(path: Path, name: str) -> Table:
             f"data.csv{compression}, or unpack it and give the directory or file."
         )
     if suffix not in READERS:
-        convert = (
-            "Save the sheet as csv." if suffix in (".xlsx", ".xls", ".ods") else f"Convert it to one of {', '.join(SUFFIXES)}"
-        )
-        more = "" if suffix in (".xlsx", ".xls", ".ods") else f", also with {', '.join(COMPRESSIONS)}."
-        if not suffix and split_suffix(path)[1]:
-            raise DataError(
-                f"{path} has no suffix of a format before {path.suffix}: its content is unknown. Name it like "
-                f"news.csv{path.suffix}."
-            )
+        convert = f"Convert it to one of {', '.join(SUFFIXES)}, also with {', '.join(COMPRESSIONS)}."
+        if suffix in (".xlsx", ".xls", ".ods"):
+            convert = "Save the sheet as csv."
         raise DataError(
-            f"{path} has the unsupported suffix {suffix!r}: no reader knows it.{did_you_mean(suffix, SUFFIXES)} {convert}{more}"
+            f"{path} has the unsupported suffix {suffix!r}: no reader knows it.{did_you_mean(suffix, SUFFIXES)} {convert}"
         )
     try:
         return READERS[suffix](path, name)

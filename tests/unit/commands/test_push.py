@@ -8,7 +8,6 @@ import pytest
 from support.hub_server import TOKEN, HubServer, serve_hub
 from support.processes import python
 
-from agnews_dist.commands import push
 from agnews_dist.model.export import EXPORT_FILES
 
 pytestmark = pytest.mark.slow
@@ -33,6 +32,15 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def refuse(run: Path, *words: str, **variables: str) -> str:
+    """Return the error of a push in a process of its own: the library reads its variables when it is imported."""
+    online = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", **variables}
+    done = python("-m", "agnews_dist", "push", str(run), *words, check=False, **online)
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
 def test_push_uploads_the_model_and_nothing_else(hub: HubServer, run: Path) -> None:
     hub.repositories["owner/other"] = {"main": {}}
     # Xet is huggingface_hub's other protocol for large files.
@@ -52,35 +60,17 @@ def test_push_uploads_the_model_and_nothing_else(hub: HubServer, run: Path) -> N
         ("a/b/c", TOKEN, r"push a/b/c: it is not a hub id\. Write OWNER/NAME"),
     ],
 )
-def test_refusals_of_the_hub(
-    hub: HubServer,
-    run: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    repository: str,
-    token: str,
-    message: str,
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", token)
-    assert push.main([str(run), repository]) in (1, 2)
-    error = capfd.readouterr().err
+def test_refusals_of_the_hub(hub: HubServer, run: Path, repository: str, token: str, message: str) -> None:
+    error = refuse(run, repository, HF_TOKEN=token, HF_ENDPOINT=hub.address)
     assert re.search(message, error), error
-    assert "Traceback" not in error
 
 
-def test_push_without_network_token_or_model(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert push.main([str(run), "owner/news"]) == 1
-    assert "push owner/news: ConnectError: " in capfd.readouterr().err
-    monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
-    assert push.main([str(run), "owner/news"]) == 1
-    assert "push owner/news: the hub needs a token. Set HF_TOKEN" in capfd.readouterr().err
+def test_push_without_network_token_or_model(run: Path, tmp_path: Path) -> None:
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN}
+    assert "push owner/news: ConnectError: " in refuse(run, "owner/news", **nowhere)
+    assert "offline mode is enabled" in refuse(run, "owner/news", **nowhere, HF_HUB_OFFLINE="1")
+    without = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "", "HF_TOKEN_PATH": str(tmp_path / "none")}
+    assert "push owner/news: the hub needs a token. Set HF_TOKEN" in refuse(run, "owner/news", **without)
     (run / "model" / "model.safetensors").unlink()
-    assert push.main([str(run), "owner/news"]) == 1
-    assert "it has no exported model (model.safetensors is missing)" in capfd.readouterr().err
-    assert push.main([str(run)]) == 2
-    assert "push with 1 arguments: it takes two" in capfd.readouterr().err
+    assert "it has no exported model (model.safetensors is missing)" in refuse(run, "owner/news", **nowhere)
+    assert "push with 1 arguments: it takes two" in refuse(run, **nowhere)

@@ -70,7 +70,7 @@ def protected() -> bytes:
         ("a.csv.bz2", bz2.compress(CSV.encode())[:-3], "ended before the end-of-stream marker"),
         ("a.csv.gz", gzip.compress(CSV.encode()) + b"rest", "a.csv.gz cannot be decompressed"),
         ("a.csv.zip", protected(), "a.csv.zip is protected by a password: .* Unpack it"),
-        ("a.zip", protected(), r"a.zip has no suffix of a format before .zip: .* Name it like news.csv.zip"),
+        ("a.zip", protected(), r"a.zip has no suffix of a format before .\.zip.: .* Rename it as in data.csv.zip"),
         ("a.arrow", stream()[:-8], "a.arrow has no mark at the end of its arrow stream: it was cut off"),
         ("a.arrow", stream() * 2, r"a.arrow has [\d,]+ bytes behind the end of its arrow stream: files were probably joined"),
         ("a.parquet", parquet()[:-20], "a.parquet cannot be read"),

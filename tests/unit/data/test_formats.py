@@ -96,7 +96,11 @@ def test_json_arrays_are_read_element_by_element(tmp_path, layout, num_rows):
         ("a.json", '[{"text": "a"}] [1]', "row 2 is not valid JSON: the array is followed by"),
         ("a.json", '[{"text": "a"}, 5]', "row 2 is '5', not an object"),
         ("a.json", '[{"text": "a"}, {"text": ]', "row 2 is not valid JSON: Expecting value"),
-        ("a.json", '{"text": ["a", "b"], "label": {"0": 1}}', "is one object of 'text', 'label', each a list or an object"),
+        (
+            "a.json",
+            '{"text": ["a", "b"], "label": {"0": 1}}',
+            "is one object with the fields 'text', 'label', which hold the rows",
+        ),
         ("a.jsonl", '{"text": "a", "text": "b"}\n', "row 1 is not valid JSON: a key is there twice"),
         ("a.jsonl", '{"text": "a"}\n{"text": "b"\n', "row 2 is not valid JSON"),
         ("a.jsonl", '{"text": "a"} {"text": "b"}\n', "row 1 is not valid JSON: Extra data"),

@@ -168,7 +168,7 @@ def test_a_directory_of_parts_is_read_in_order(tmp_path: Path) -> None:
         ("a.jsonl", '["text"]\n', "a.jsonl row 1 is .*not an object"),
         ("a.txt", "a\n\nb\n", r"text is empty or only white space in 1 row \(a.txt line 2\): .*Remove"),
         ("a.txt", b"a\ntwo \xff\n", "a.txt line 2 has the byte 0xff, which is not valid UTF-8"),
-        ("a.csv", 'text,label\n"a,1\nb,2\nc",1\nd,2\n', "text holds whole rows with labels in 1 row .a.csv row 1.: a quote"),
+        ("a.csv", 'text,label\n"a,1\nb,2\nc",1\nd,2\n', "a field holds whole rows with labels in 1 row .a.csv row 1.: a quote"),
         ("a.csv", 'text,label\n"a"x,1\n', "a.csv line 2: the quoted field 1 is followed by"),
         ("a.csv", "text,label\na,1\nb\n", "a.csv line 3 has 1 fields"),
         ("a.csv", "text,label\n", "a.csv is empty: there is nothing to classify"),
@@ -183,7 +183,7 @@ def test_a_directory_of_parts_is_read_in_order(tmp_path: Path) -> None:
         ("a.txt", "text,label\na,1\n", "a.txt line 1 looks like a csv header: .*Set --input_format"),
         ("a.txt", '{"text": "a"}\n', "a.txt line 1 looks like a JSON object"),
         ("a.txt", '[{"text": "a"}]\n', "a.txt line 1 looks like a JSON array"),
-        ("a.txt", b"PAR1\x15\x04\n", "a.txt line 1 looks like a parquet or arrow file"),
+        ("a.txt", b"PAR1\x15\x04\n", "a.txt holds parquet data: its suffix must say so"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
