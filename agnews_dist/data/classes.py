@@ -12,7 +12,6 @@ import numpy as np
 from agnews_dist.data.rows import (
     A_DECIMAL,
     MAX_CLASSES,
-    NOT_A_LABEL,
     UNREADABLE,
     Ints,
     LabelValue,
@@ -207,7 +206,9 @@ def _names_of_data(labelled: Mapping[str, RawRows], kinds: set[str], source: str
         rows = next(rows for rows in labelled.values() if decimals[0] in rows.values)
         where = rows.first_of(rows.values.index(decimals[0]))
         raise DataError(
-            f"label {decimals[0]!r} in {where} is {A_DECIMAL}: {NOT_A_LABEL}, or name the classes with --data.class_names."
+            f"label {decimals[0]!r} in {where} is {A_DECIMAL}: a label is one text, integer or boolean. Write the "
+            "labels so, set "
+            "--data.label_column, or name the classes with --data.class_names."
         )
     by_fold: dict[str, list[str]] = {}
     for name in names:

@@ -24,8 +24,6 @@ _MAX_LABEL = 200
 """Characters of a field up to which it may be the label of a row that a stray quote has swallowed."""
 NUM_SHOWN = 5
 """Rows that a message lists; it counts the others."""
-NOT_A_LABEL = "a label is one text, integer or boolean. Write the labels so, or set --data.label_column"
-"""Rule and fix of labels of another kind."""
 A_DECIMAL = "a decimal number (pandas makes them of integers where a label is missing)"
 UNREADABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")
 """Characters that no name of a class may have: they end lines, control terminals or have no UTF-8 bytes."""
@@ -278,7 +276,11 @@ class _Reader:
         where = f"{table.name} row {row}"
         if not isinstance(label, str | int):
             kind = A_DECIMAL if isinstance(label, float) else f"a {type(label).__name__}"
-            raise DataError(f"label {quote_value(label)} in {where} is {kind}: {NOT_A_LABEL}.")
+            raise DataError(
+                f"label {quote_value(label)} in {where} is {kind}: a label is one text, integer or boolean. Write "
+                "the labels so, "
+                "or set --data.label_column."
+            )
         if isinstance(label, str) and (found := UNREADABLE.search(label)):
             raise DataError(
                 f"label {quote_value(label)} in {where} has the character {found[0]!r}: a class needs a readable "

@@ -124,7 +124,8 @@ class CsvTable(Table):
             if self.has_header:
                 next(records)
             for line, fields, num_more in records:
-                if header and fields[-1].strip() == header[-1] and [field.strip().lstrip("\ufeff") for field in fields] == header:
+                is_alike = header and fields[-1].strip() == header[-1]
+                if is_alike and [field.strip().lstrip("\ufeff") for field in fields] == header:
                     raise DataError(
                         f"{self.name} line {line} repeats the header: files were probably joined. Remove the line, or give the "
                         "files in a directory."

@@ -122,8 +122,9 @@ class JsonTable(Table):
             one = None if number else row
         if keys and one is not None and _holds_rows(one):
             raise DataError(
-                f"{name} is one object with the fields {list_columns(tuple(keys))}, which hold the rows: rows are read from an "
-                "array of objects, or from one object per line (pandas: orient='records'). Write it so."
+                f"{name} is one object with the fields {list_columns(tuple(keys))}, which hold the rows: a file "
+                "has one object per "
+                "row. Write an array of objects, or one per line (pandas: orient='records')."
             )
         if not keys:
             raise DataError(f"{name} has no rows: at least one is needed. Check how it was written, or remove it.")

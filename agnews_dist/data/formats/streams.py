@@ -23,20 +23,20 @@ _READ_BYTES = 1 << 18
 MAX_LINE = 1 << 27
 """Characters of a line, or of a row of several lines, that are read at most: a damaged file does not fill the memory."""
 _FOREIGN = {
-    b"\x1f\x8b": "holds gzip data: its suffix must say so. Add .gz to its name",
-    b"\x28\xb5\x2f\xfd": "holds zstd data: its suffix must say so. Add .zst to its name",
-    b"PK\3\4": "is a zip archive or an Excel sheet: its suffix says something else. Unpack it, or save the sheet as csv",
-    b"\xd0\xcf\x11\xe0": "is an Excel sheet: only text is read. Save it as csv",
-    b"PAR1": "holds parquet data: its suffix must say so. Let it end in .parquet",
-    b"PARE": "is encrypted: it cannot be read. Write it again without encryption",
-    b"ARROW1": "holds arrow data: its suffix must say so. Let it end in .arrow",
-    b"FEA1": "has version 1 of Feather: it is not read any more. Write it again with version 2",
-    b"%PDF": "is a PDF document: it has no rows. Extract its texts",
-    b"version https://git-lfs": "is a pointer of Git LFS: the data was not downloaded. Run 'git lfs pull'",
-    b"<!doctype html": "is a web page: it is not the data. Download the file itself",
-    b"<html": "is a web page: it is not the data. Download the file itself",
+    b"\x1f\x8b": ("holds gzip data", "Add .gz to its name"),
+    b"\x28\xb5\x2f\xfd": ("holds zstd data", "Add .zst to its name"),
+    b"PK\3\4": ("is a zip archive or an Excel sheet", "Unpack it, or save the sheet as csv"),
+    b"\xd0\xcf\x11\xe0": ("is an Excel sheet", "Save it as csv"),
+    b"PAR1": ("holds parquet data", "Let it end in .parquet"),
+    b"PARE": ("is encrypted", "Write it again without encryption"),
+    b"ARROW1": ("holds arrow data", "Let it end in .arrow"),
+    b"FEA1": ("has version 1 of Feather", "Write it again with version 2"),
+    b"%PDF": ("is a PDF document", "Extract its texts"),
+    b"version https://git-lfs": ("is a pointer of Git LFS", "Run 'git lfs pull'"),
+    b"<!doctype html": ("is a web page", "Download the file itself"),
+    b"<html": ("is a web page", "Download the file itself"),
 }
-"""First bytes of files that are not what their name says -> what they are, and the way out."""
+"""First bytes of files that are not what their name says -> (what they are, the way out)."""
 
 
 def split_suffix(path: Path) -> tuple[str, str]:
@@ -178,9 +178,9 @@ def check_content(head: bytes, name: str, *, own: tuple[bytes, ...] = ()) -> Non
     Raises:
         DataError: they are; says which.
     """
-    for mark, what in _FOREIGN.items():
+    for mark, (what, fix) in _FOREIGN.items():
         if mark not in own and head[: len(mark)].lower() == mark.lower():
-            raise DataError(f"{name} {what}.")
+            raise DataError(f"{name} {what}: that is not what its suffix says. {fix}.")
 
 
 @contextmanager

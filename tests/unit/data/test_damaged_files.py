@@ -108,7 +108,7 @@ def test_rows_that_a_quote_swallows_in_another_column_are_an_error(tmp_path, con
 
 
 @pytest.mark.parametrize("separator", [",", ";"])
-def test_the_line_in_which_excel_names_the_separator_is_no_row(tmp_path, separator):
+def test_the_line_in_which_excel_names_the_separator_is_left_out(tmp_path, separator):
     content = f"sep={separator}\r\ntext{separator}label\r\nOil rose{separator}b\r\nA goal{separator}s\r\n"
     (tmp_path / "a.csv").write_bytes(content.encode("utf-8-sig"))
     assert rows_of(tmp_path / "a.csv") == ROWS

@@ -183,7 +183,7 @@ def test_a_directory_of_parts_is_read_in_order(tmp_path: Path) -> None:
         ("a.txt", "text,label\na,1\n", "a.txt line 1 looks like a csv header: .*Set --input_format"),
         ("a.txt", '{"text": "a"}\n', "a.txt line 1 looks like a JSON object"),
         ("a.txt", '[{"text": "a"}]\n', "a.txt line 1 looks like a JSON array"),
-        ("a.txt", b"PAR1\x15\x04\n", "a.txt holds parquet data: its suffix must say so"),
+        ("a.txt", b"PAR1\x15\x04\n", "a.txt holds parquet data: that is not what its suffix says"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
