@@ -259,7 +259,7 @@ STEPWISE = ("--optim.evaluate_every", "5", "--optim.best_metric", "loss", "--opt
 STEPWISE = (*STEPWISE, "--optim.class_weights", "balanced", "--optim.label_smoothing", "0.1", "--optim.max_steps", "60")
 
 
-def test_run_killed_between_evaluations_stops_early_at_the_same_step_with_the_same_bits(tmp_path):
+def test_run_stopped_between_evaluations_stops_early_at_the_same_step_with_the_same_bits(tmp_path):
     """Use a learning rate so high that the loss soon rises. The second attempt inherits the counter of the first."""
     finish(tmp_path / "whole", *STEPWISE)
     whole = Timeline(run_directory(tmp_path / "whole"))
@@ -273,9 +273,7 @@ def test_run_killed_between_evaluations_stops_early_at_the_same_step_with_the_sa
     result = json.loads((run_directory(tmp_path / "whole") / "result.json").read_text())
     assert result["num_steps"] == stop_step
     # After the first of the two worse evaluations.
-    often = (*STEPWISE, "--checkpoint.every_steps", "1")
-    at_step = {"AT_STEP": str(stop_step - 1), "FAULT": "KILL", "ON_RANK": "all"}
-    wait_for(start(tmp_path / "cut", *often, fault=INJECT, **at_step), tmp_path / "cut", -signal.SIGKILL)
+    stop(tmp_path / "cut", *STEPWISE, at_step=stop_step - 1)
     state = json.loads((newest_two(tmp_path / "cut")[0] / "state.json").read_text())
     assert (state["scored_step"], state["best"]["num_worse"], state["best"]["step"]) == (stop_step - 5, 1, best_step)
     finish(tmp_path / "cut", *STEPWISE)

@@ -54,8 +54,8 @@ def is_plain(text: str) -> bool:
 def test_rows_of_pythons_writer_are_read_or_refused(
     tmp_path, content, delimiter, quoting, quotechar, doublequote, escapechar, lineterminator, encoding
 ):
-    # `""` is an empty field to one program, and two characters to another: the same bytes.
-    assume(quotechar == '"' or not any('"' in text for text, _ in content))
+    # To the default dialect the same bytes are other rows: `""` is empty, and a line break inside single quotes ends a row.
+    assume(quotechar == '"' or not any('"' in text or "\n" in text for text, _ in content))
     file = io.StringIO()
     try:
         csv.writer(
