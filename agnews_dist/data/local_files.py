@@ -362,7 +362,7 @@ def _match_pattern(folder: Path, pattern: str) -> list[Path]:
     """Return the data files that a pattern of a card names; a folder means all of its files."""
     try:
         entries = list(folder.glob(pattern))
-    except (ValueError, NotImplementedError):
+    except (ValueError, NotImplementedError):  # an empty pattern; an absolute one
         raise DataError(
             f"{folder}/README.md names the files {pattern!r}: only patterns of files below its directory are read. Correct it."
         ) from None

@@ -1,6 +1,7 @@
 """parquet and arrow files, and data sets of the `datasets` library, read in chunks by pyarrow. Only wanted columns are read."""
 
 import json
+from abc import abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,8 +68,9 @@ class _ArrowTable(Table):
             return None
         return tuple(map(str, names)) if isinstance(names, list) and names else None
 
+    @abstractmethod
     def _batches(self, wanted: list[str]) -> Iterator[Any]:
-        raise NotImplementedError
+        """Yield record batches with at least the columns `wanted`."""
 
 
 class ParquetTable(_ArrowTable):

@@ -1,4 +1,4 @@
-"""What a rank needs is checked before anything is loaded."""
+"""Checks of a rank's machine before anything is loaded."""
 
 from pathlib import Path
 
