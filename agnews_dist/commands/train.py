@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 from agnews_dist.commands.arguments import Command, Loaded
@@ -48,10 +49,12 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         from agnews_dist.data.corpus import check_source
         from agnews_dist.distributed import collectives
         from agnews_dist.engine.device import check_compiler
-        from agnews_dist.preflight.memory_check import Estimate, check_fits
-        from agnews_dist.run import memory_setup, setup
+        from agnews_dist.engine.memory import Estimate, estimate
+        from agnews_dist.preflight.memory_check import check_fits
+        from agnews_dist.run import setup
         from agnews_dist.run.attempt import Attempt
         from agnews_dist.run.engine_setup import start_training_engine
+        from agnews_dist.run.memory_setup import build_memory_setup
         from agnews_dist.run.results import write_results
         from agnews_dist.run.summary import log_summary
 
@@ -65,8 +68,10 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
             check_source(config.data.source)
             check_compiler(config.engine.compile)
             files = setup.read_model_files(config.model, config.data)
-            memory = check_fits(*memory_setup.build_memory_setup(config, world, files.config), world)
-            return memory, setup.load_training_inputs(config, world, monitors.emit, timer, files=files)
+            shape, sizes = build_memory_setup(config, world, files.config)
+            check_fits(shape, sizes, world)
+            found = setup.load_training_inputs(config, world, monitors.emit, timer, files=files)
+            return estimate(shape, replace(sizes, num_classes=len(found.class_names))), found
 
         memory, inputs = collectives.raise_if_any_failed(collectives.catch(load))
         attempt.begin(inputs.fingerprints)

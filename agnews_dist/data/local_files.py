@@ -78,7 +78,7 @@ def is_local_path(source: str) -> bool:
 
 
 def open_local(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
-    """Open the tables of every split of a directory, or a single file as the split 'train'.
+    """Open the tables of every split of a directory, or a single file as one split.
 
     Raises:
         DataError: no data file exists, a file cannot be read, or files of a split do not fit together.

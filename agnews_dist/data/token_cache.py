@@ -74,6 +74,8 @@ class CachedTokens:
     class_names: tuple[str, ...]
     findings: tuple[DataFinding, ...]
     """Findings about the data, emitted when it was tokenised and at every opening."""
+    files: tuple[str, ...]
+    """Files of the rows that the findings name."""
 
 
 def read_or_build(directory: Path, build: Callable[[Path], CachedTokens], emit: Emit) -> tuple[CachedTokens, bool]:
@@ -155,6 +157,7 @@ def write_tokens(directory: Path, tokens: CachedTokens, key: str) -> None:
         "key": key,
         "class_names": tokens.class_names,
         "findings": [asdict(finding) for finding in tokens.findings],
+        "source_files": tokens.files,
         "splits": {
             split.name: {"texts": len(split), "tokens": len(split.tokens), "num_truncated": split.num_truncated}
             for split in tokens.splits.values()
@@ -231,10 +234,9 @@ def read_tokens(directory: Path) -> CachedTokens:
         }
         with suppress(OSError):
             os.utime(directory)  # the last use, for lists
-        # Caches of before hold plain sentences.
-        findings = [DataFinding(text) for text in content.get("warnings", [])]
-        findings += [DataFinding(**each) for each in content.get("findings", [])]
-        return CachedTokens(splits, tuple(content["class_names"]), tuple(findings))
+        # Caches of before have no findings.
+        findings = [DataFinding(**each) for each in content.get("findings", [])]
+        return CachedTokens(splits, tuple(content["class_names"]), tuple(findings), tuple(content.get("source_files", [])))
     except FileNotFoundError as error:
         raise DamagedCache(f"{Path(error.filename).name} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -6,7 +6,7 @@ a file system that nodes share.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -135,9 +135,12 @@ def open_or_build(
             time.sleep(0.05)
     build = partial(_build, corpus, tokenizer, max_length, encoding, emit)
     tokens, was_cached = read_or_build(directory, build, emit)
-    if tokens.findings:
-        emit(DataChecked(findings=tokens.findings))
-    return TokenStore(tokens.splits, tokens.class_names, tokens.findings, directory, key, was_cached)
+    findings = tokens.findings
+    if tokens.files != _list_files(corpus):  # equal rows of other files
+        findings = _find(corpus, tokens.splits, max_length)
+    if findings:
+        emit(DataChecked(findings=findings))
+    return TokenStore(tokens.splits, tokens.class_names, findings, _list_files(corpus), directory, key, was_cached)
 
 
 def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int, encoding: TextEncoding) -> str:
@@ -156,7 +159,6 @@ def _build(
     corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int, encoding: TextEncoding, emit: Emit, directory: Path
 ) -> CachedTokens:
     """Check and tokenise every split; the token files are written to `directory`."""
-    findings = find_faults(corpus)
     total, before = sum(map(len, corpus.splits.values())), 0
     encode_texts = partial(encode, tokenizer, max_length=max_length, encoding=encoding)
     splits: dict[str, TokenSplit] = {}
@@ -166,9 +168,19 @@ def _build(
         with TokenWriter(directory, split.name, dtype) as writer:
             splits[split.name] = _tokenise(split, encode_texts, writer, report)
         before += len(split)
+    return CachedTokens(splits, corpus.class_names, _find(corpus, splits, max_length), _list_files(corpus))
+
+
+def _list_files(corpus: Corpus) -> tuple[str, ...]:
+    return tuple(file for split in corpus.splits.values() for file in split.origin.files)
+
+
+def _find(corpus: Corpus, splits: Mapping[str, TokenSplit], max_length: int) -> tuple[DataFinding, ...]:
+    """Return the findings about the rows and their tokens."""
+    findings = find_faults(corpus)
     cut = {split.name: split.num_truncated for split in splits.values() if split.num_truncated}
     if cut:
-        num_cut = sum(cut.values())
+        num_cut, total = sum(cut.values()), sum(map(len, splits.values()))
         counts = ", ".join(f"{name} {count:,}" for name, count in cut.items())
         findings.append(
             DataFinding(
@@ -178,7 +190,7 @@ def _build(
                 "Raise --data.max_length to keep it",
             )
         )
-    return CachedTokens(splits, corpus.class_names, tuple(findings))
+    return tuple(findings)
 
 
 def _report(emit: Emit, before: int, total: int, done: int) -> None:

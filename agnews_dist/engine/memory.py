@@ -81,7 +81,8 @@ class Setup:
     fast_path: bool = True
     activation_checkpointing: bool = False
     compress_gradients: bool = False
-    num_classes: int = 4
+    num_classes: int
+    """Classes; before the data is read the fewest possible."""
     cache_bytes: int = 0
     """Features cached on this rank's device."""
     call_tokens: int

@@ -6,7 +6,7 @@ import torch
 
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import free_device_bytes
-from agnews_dist.engine.memory import Estimate, Setup, Shape, estimate, explain_misfit, format_estimate
+from agnews_dist.engine.memory import Setup, Shape, estimate, explain_misfit, format_estimate
 from agnews_dist.errors import ModelError
 from agnews_dist.preflight.findings import Finding
 from agnews_dist.report.result_files import versions
@@ -38,13 +38,12 @@ def check_memory(model_name: str, shape: Shape, setup: Setup, world: World) -> t
     return Finding("memory", "ok", f"{format_estimate(found)}{host}; {gigabytes(free_device)} are free: it fits"), values
 
 
-def check_fits(shape: Shape, setup: Setup, world: World) -> Estimate:
-    """Return the memory estimate per rank.
+def check_fits(shape: Shape, setup: Setup, world: World) -> None:
+    """Check that the run may fit.
 
     Raises:
-        ModelError: the run cannot fit. The message names settings that fit.
+        ModelError: it cannot. The message names settings that fit.
     """
     finding, _ = check_memory("", shape, setup, world)
     if finding.verdict == "fail":
         raise ModelError(finding.found)
-    return estimate(shape, setup)

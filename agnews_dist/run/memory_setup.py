@@ -8,6 +8,7 @@ from transformers import GPT2Config
 
 from agnews_dist.config.schema import Config
 from agnews_dist.data.batching.loader import EVALUATION_TOKENS
+from agnews_dist.data.classes import read_class_names
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import choose_precision, should_use_cuda
 from agnews_dist.engine.memory import Setup, Shape
@@ -29,6 +30,8 @@ def build_shape(gpt2: GPT2Config) -> Shape:
 
 def build_memory_setup(config: Config, world: World, gpt2: GPT2Config | None = None) -> tuple[Shape, Setup]:
     """Return the two arguments of the memory estimate, for this rank on this machine. `gpt2`: the model's, if it is read.
+
+    The data is not read for it: the classes are those of `data.class_names`, or else the fewest that a classifier has.
 
     Raises:
         UserError: the model cannot be read, or the device or precision is not available here.
@@ -55,6 +58,7 @@ def build_memory_setup(config: Config, world: World, gpt2: GPT2Config | None = N
         shares_frozen=not (use_cuda or half) and config.model.init == "pretrained" and stored == "float32",
         fast_path=engine.fast_path,
         activation_checkpointing=engine.activation_checkpointing,
+        num_classes=len(read_class_names(config.data.class_names) or range(2)),
         compress_gradients=engine.gradient_compression == "bf16",
         runtime_bytes=psutil.Process().memory_info().rss,
         call_tokens=CALL_TOKENS["cuda" if use_cuda else "cpu"],

@@ -192,7 +192,7 @@ def load_evaluation_inputs(
 ) -> EvaluationInputs:
     """Load a classifier and one tokenised split.
 
-    `split`: None means test, or the whole of a single file. `max_length`: tokens per text; None: as in training. Another length
+    `split`: None means test; a single file is this split. `max_length`: tokens per text; None: as in training. Another length
     is used, with a warning.
 
     Raises:
@@ -216,12 +216,15 @@ def load_evaluation_inputs(
 
 
 def _load_split(data: DataConfig, split: str | None, class_names: tuple[str, ...]) -> Corpus:
-    """Load a corpus of one split with the model's classes; by default a single file whole, else the test split."""
+    """Load a corpus of one split with the model's classes. By default it is test, and a single file is that split."""
+    path = Path(data.source)
+    if split is None and path.is_file():
+        data = data.model_copy(update={"splits": data.splits.model_copy(update={"test": data.splits.test or path.name})})
     corpus = load_text(data, hold_out=False, model_classes=class_names)
     if split in ("train", "validation") and "validation" not in corpus.splits:
         corpus = load_text(data, model_classes=class_names)
     _check_classes(data.source, corpus.class_names, class_names)
-    name = split or (next(iter(corpus.splits)) if Path(data.source).is_file() else "test")
+    name = split or "test"
     if name not in corpus.splits:
         raise DataError(
             f"{data.source} has no {name} split (only {', '.join(corpus.splits)}): there is nothing to score. Choose one of "

@@ -133,7 +133,7 @@ def test_every_command_and_hugging_face_agree_on_odd_texts(run_command, odd, tmp
     # A single file is scored whole.
     single = run_command("evaluate", "--model.name", run, "--data.source", source / "test.jsonl", "--output", tmp_path / "file")
     succeeded(single)
-    (path,) = (tmp_path / "file").glob("predictions-*.jsonl")
+    path = tmp_path / "file" / "predictions-test.jsonl"
     for rows in (trained, scored, lines(path)):
         assert [dict(zip(CLASS_NAMES, row["probabilities"], strict=True)) for row in rows] == expected
 

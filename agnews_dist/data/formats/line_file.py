@@ -110,11 +110,11 @@ class JsonTable(Table):
     def __init__(self, path: Path, name: str) -> None:
         """Find the form of the file, and the keys of its first rows."""
         self._path, self.name = path, name
-        lines = read_lines(path, name)
-        first = next((line for line in lines if line.strip()), None)
-        if first is None:
+        with open_text(path, name) as file:
+            first = _TextWindow(file).skip_space()  # not its line, which may be the whole file
+        if not first:
             raise DataError(f"{name} is empty: at least one row is needed. Check how it was written, or remove it.")
-        self._is_array = first.lstrip().startswith("[")
+        self._is_array = first == "["
         keys: dict[str, None] = {}
         one: dict[str, object] | None = None
         for number, (_, row) in enumerate(islice(self._rows(), CHUNK_ROWS)):

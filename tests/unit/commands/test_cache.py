@@ -32,7 +32,7 @@ def make_tokens(root: Path, key: str) -> Path:
     offsets, labels = np.array([0, 3, 5]), np.array([0, 1])
     split = TokenSplit("train", np.arange(5, dtype=np.uint16), offsets, labels, 0)
     root.mkdir(parents=True, exist_ok=True)
-    publish(root / key, lambda directory: write_tokens(directory, CachedTokens({"train": split}, ("a", "b"), ()), key))
+    publish(root / key, lambda directory: write_tokens(directory, CachedTokens({"train": split}, ("a", "b"), (), ()), key))
     return root / key
 
 

@@ -266,6 +266,14 @@ def test_open_or_build_repeats_warnings_at_every_opening(tmp_path):
         assert str(leak).startswith("1 row of test with a text that is also in train (t.csv row 1 = x.csv row 1): ")
         assert str(cut).startswith("3 of 5 texts are longer than 4 tokens (60.0%; train 3): they were cut off")
         assert "Raise --data.max_length" in str(cut)
+    # Equal rows of another file have its name.
+    moved = Split("test", twin.texts, twin.labels, Origin.of_file("other.csv", 1))
+    store = open_tokens(
+        Corpus({**corpus.splits, "test": moved}, corpus.class_names, corpus.fingerprint), tmp_path, max_length=4
+    )
+    assert store.was_cached
+    assert "(other.csv row 1 = x.csv row 1)" in str(store.findings[-2])
+    assert store.findings[-1] == cut
 
 
 def test_default_directory_follows_xdg(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ XL = Shape(num_blocks=48, width=1600, inner=6400, num_heads=25, num_rows=50258, 
 
 def setup(**changed: object) -> Setup:
     values: dict[str, object] = {"trainable_blocks": 1, "num_ranks": 1, "ranks_per_node": 1, "backend": "ddp"}
-    values |= {"zero_stage": 2, "offload": "none", "max_tokens_per_rank": 4096, "max_length": 64}
+    values |= {"zero_stage": 2, "offload": "none", "max_tokens_per_rank": 4096, "max_length": 64, "num_classes": 4}
     device = str(changed.get("device", "cuda"))
     values |= {"device": device, "half": False, "call_tokens": CALL_TOKENS[device]}
     return Setup(**{**values, "evaluation_tokens": EVALUATION_TOKENS, **changed})  # type: ignore[arg-type]
