@@ -1,6 +1,6 @@
 """Many texts as UTF-8 bytes, in memory or in an unnamed file: ten million do not fit in memory as Python strings."""
 
-import mmap
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,13 +16,31 @@ MEMORY_BYTES = 1 << 26
 """Bytes that are kept in memory; more go to a file."""
 
 
+class _File:
+    """A file without a name, closed with its last user."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def __del__(self) -> None:
+        with suppress(OSError):  # on a full disk it cannot write the rest
+            self._file.close()
+
+    def add(self, content: bytearray) -> None:
+        self._file.write(content)
+        self._file.flush()
+
+    def read(self, begin: int, num_bytes: int) -> bytes:
+        # Not mapped: pages that are read would count as this process's memory.
+        return os.pread(self._file.fileno(), num_bytes, begin)
+
+
 class Texts(Sequence[str]):
     """N texts, decoded when they are read."""
 
-    def __init__(self, content: bytes | mmap.mmap, begin_N: NDArray[np.int64], end_N: NDArray[np.int64]) -> None:
-        """Wrap UTF-8 `content`; text i is `content[begin_N[i]:end_N[i]]`."""
+    def __init__(self, content: bytes | _File, begin_N: NDArray[np.int64], end_N: NDArray[np.int64]) -> None:
+        """Wrap UTF-8 bytes, or a file of them; text i is `content[begin_N[i]:end_N[i]]`."""
         self._content, self._begin_N, self._end_N = content, begin_N, end_N
-        self._num_read = 0
 
     def __len__(self) -> int:
         return len(self._begin_N)
@@ -33,29 +51,16 @@ class Texts(Sequence[str]):
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
-            pairs = zip(self._begin_N[index].tolist(), self._end_N[index].tolist(), strict=True)
-            encoded = [self._content[begin:end] for begin, end in pairs]
-            self._count_read(sum(map(len, encoded)))
-            return [text.decode() for text in encoded]
+            return [self.encoded(i).decode() for i in range(*index.indices(len(self)))]
         return self.encoded(index).decode()
 
     def __iter__(self) -> Iterator[str]:
-        for begin in range(0, len(self), 1000):
-            yield from self[begin : begin + 1000]
+        return (self.encoded(i).decode() for i in range(len(self)))
 
     def encoded(self, index: int) -> bytes:
         """Return the UTF-8 bytes of a text."""
-        text = self._content[self._begin_N[index] : self._end_N[index]]
-        self._count_read(len(text))
-        return text
-
-    def _count_read(self, num_bytes: int) -> None:
-        """Take the pages of the file out of this process now and then; they can be read again."""
-        self._num_read += num_bytes
-        if self._num_read > MEMORY_BYTES and isinstance(self._content, mmap.mmap):
-            self._num_read = 0
-            if hasattr(mmap, "MADV_DONTNEED"):
-                self._content.madvise(mmap.MADV_DONTNEED)
+        begin, end = self._begin_N[index], self._end_N[index]
+        return self._content[begin:end] if isinstance(self._content, bytes) else self._content.read(begin, end - begin)
 
     def take(self, ids: NDArray[np.int64]) -> "Texts":
         """Select the texts `ids`, in that order, without a copy of their bytes."""
@@ -77,7 +82,7 @@ class TextWriter:
         """Start without texts; `directory`: place of the file, if it can be written. Else it is in the system's (TMPDIR)."""
         self._directory = directory
         self._pending = bytearray()
-        self._file: IO[bytes] | None = None
+        self._file: _File | None = None
         self._num_bytes = 0
         self._ends: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
         self._new_ends: list[int] = []
@@ -101,12 +106,9 @@ class TextWriter:
         self._pack_ends()
         offsets = np.concatenate(self._ends)
         if self._file is None:
-            content: bytes | mmap.mmap = bytes(self._pending)
-        else:
-            self._flush()
-            content = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._file.close()  # the map keeps it
-        return Texts(content, offsets[:-1], offsets[1:])
+            return Texts(bytes(self._pending), offsets[:-1], offsets[1:])
+        self._flush()
+        return Texts(self._file, offsets[:-1], offsets[1:])
 
     def _pack_ends(self) -> None:
         self._ends.append(np.array(self._new_ends, dtype=np.int64))
@@ -116,12 +118,8 @@ class TextWriter:
         try:
             if self._file is None:
                 self._file = self._open()
-            self._file.write(self._pending)
-            self._file.flush()
+            self._file.add(self._pending)
         except OSError as error:
-            if self._file is not None:
-                with suppress(OSError):  # it writes what is left
-                    self._file.close()
             place = self._directory or tempfile.gettempdir()
             raise DataError(
                 f"texts of {self._num_bytes / 1e9:.1f} GB cannot be kept in {place}: {error.strerror or error}. "
@@ -130,11 +128,11 @@ class TextWriter:
             ) from error
         self._pending = bytearray()
 
-    def _open(self) -> IO[bytes]:
+    def _open(self) -> _File:
         try:
             if self._directory is not None:
                 self._directory.mkdir(parents=True, exist_ok=True)
-            return tempfile.TemporaryFile(dir=self._directory)
+            return _File(tempfile.TemporaryFile(dir=self._directory))
         except OSError:
             self._directory = None
-            return tempfile.TemporaryFile()
+            return _File(tempfile.TemporaryFile())

@@ -89,7 +89,10 @@ class ParquetTable(_ArrowTable):
         from pyarrow.parquet import ParquetFile
 
         with _open_seekable(self._path, self.name, b"PAR1") as source:
-            yield from ParquetFile(source).iter_batches(batch_size=CHUNK_ROWS, columns=wanted)
+            file = ParquetFile(source)
+            # One by one: pyarrow keeps what it has read until the last of the groups that it is given.
+            for group in range(file.num_row_groups):
+                yield from file.iter_batches(batch_size=CHUNK_ROWS, row_groups=[group], columns=wanted)
 
 
 class ArrowTable(_ArrowTable):
@@ -159,7 +162,7 @@ def check_end_mark(last: bytes, name: str) -> None:
 
 @contextmanager
 def _open_seekable(path: Path, name: str, mark: bytes) -> Generator[Any]:
-    """Open a file that pyarrow may read at any place: mapped, or decompressed in memory. `mark`: its first bytes."""
+    """Open a file that pyarrow may read at any place; a compressed one is decompressed in memory. `mark`: its first bytes."""
     import pyarrow as pa
 
     if not path.stat().st_size:
@@ -171,7 +174,8 @@ def _open_seekable(path: Path, name: str, mark: bytes) -> Generator[Any]:
             yield pa.BufferReader(content)
         return
     try:
-        source = pa.memory_map(str(path))
+        # Parquet is decoded piece by piece; mapped, the whole file would count as this process's memory.
+        source = pa.memory_map(str(path)) if mark == b"ARROW1" else pa.OSFile(str(path))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions.") from error
     with source:
