@@ -80,6 +80,7 @@ def run(world: World, loaded: Loaded) -> None:
             split.lengths,
             settings,
             num_epochs=num_epochs,
+            max_steps=max_steps,
             num_ranks=num_ranks,
             max_tokens_per_rank=batch.max_tokens_per_rank,
             quadratic=quadratic_weight(shape.n_embd),

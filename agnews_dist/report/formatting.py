@@ -58,6 +58,15 @@ def format_ratio(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
+def count_noun(number: int, noun: str) -> str:
+    """Format a count with its noun.
+
+    >>> count_noun(1, "step"), count_noun(2000, "step")
+    ('1 step', '2,000 steps')
+    """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def lay_out_facts(facts: Mapping[str, str], encoding: str) -> Table:
     """Lay out labels and values in two columns."""
     rows = Table.grid(padding=(0, 2))
@@ -104,7 +113,7 @@ def describe_event(
             )
         case StoppedEarly():
             return (
-                f"stopped early after step {event.step}: {event.num_worse} evaluations without a better {event.metric} "
+                f"stopped early after step {event.step}: {count_noun(event.num_worse, 'evaluation')} without a better {event.metric} "
                 f"(optim.patience); the best is that of step {event.best_step}"
             )
         case OverfitChecked():
