@@ -87,12 +87,13 @@ def load_corpus(
 
 def _describe(raw: Mapping[str, RawRows], classes: Classes, splits: Mapping[str, Split]) -> dict[str, str]:
     """Return the facts for the header: files, columns, classes, and how files were read."""
-    files = {
-        name: list_first(split.origin.files, str) if name in raw else "held out of train" for name, split in splits.items()
-    }
+    files = {name: list_first(of.origin.files, str) if name in raw else "held out of train" for name, of in splits.items()}
     columns = dict.fromkeys(str(rows.columns) for rows in raw.values())
-    facts = {"splits": "; ".join(f"{name}: {of}" for name, of in files.items())}
-    facts |= {"columns": "; ".join(columns), "classes": f"{len(classes.names):,}: {list_first(classes.names, str)}"}
+    facts = {
+        "splits": "; ".join(f"{name}: {listing}" for name, listing in files.items()),
+        "columns": "; ".join(columns),
+        "classes": f"{len(classes.names):,}: {list_first(classes.names, str)}",
+    }
     if notes := dict.fromkeys(note for rows in raw.values() for note in rows.notes):
         facts["read as"] = "; ".join(notes)
     return facts

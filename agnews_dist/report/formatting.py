@@ -112,9 +112,10 @@ def describe_event(
                 f"{format_duration(event.seconds)}"
             )
         case StoppedEarly():
+            evaluations = count_noun(event.num_worse, "evaluation")
             return (
-                f"stopped early after step {event.step}: {count_noun(event.num_worse, 'evaluation')} without a better {event.metric} "
-                f"(optim.patience); the best is that of step {event.best_step}"
+                f"stopped early after step {event.step}: {evaluations} without a better {event.metric} (optim.patience); the "
+                f"best is that of step {event.best_step}"
             )
         case OverfitChecked():
             return (

@@ -75,8 +75,8 @@ def write_results(
         write_json(directory / "result.json", result.to_dict())
         if not math.isfinite(scores["validation"].loss):
             raise UserError(
-                f"validation loss {scores['validation'].loss} at every evaluation: the weights are of no use and are not exported. "
-                "Lower optim.lr or optim.max_grad_norm, or try engine.precision fp32."
+                f"validation loss {scores['validation'].loss} at every evaluation: such weights are not exported. Lower "
+                "optim.lr or optim.max_grad_norm, or try engine.precision fp32."
             )
         # Last: a failing export must lose no scores.
         try:
@@ -87,8 +87,8 @@ def write_results(
                 f"--run.name {directory.name} exports again."
             ) from error
         facts = {
-            name: f"accuracy {split.accuracy:.4f} ({split.num_correct:,} of {split.num_examples:,}), macro F1 {split.macro_f1:.4f}"
-            for name, split in scores.items()
+            name: f"accuracy {each.accuracy:.4f} ({each.num_correct:,} of {each.num_examples:,}), macro F1 {each.macro_f1:.4f}"
+            for name, each in scores.items()
         }
         if features.num_bytes:
             facts["features"] = f"{gigabytes(features.num_bytes)} kept in {features.choice.place}"

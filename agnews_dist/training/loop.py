@@ -164,7 +164,8 @@ class Trainer:
     def end_reason(self) -> str:
         """The reason for the end of the training, for `status.json`."""
         if self._has_stopped_early:
-            return f"it stopped early: {count_noun(self.best.num_worse, 'evaluation')} without a better {self._settings.best_metric}"
+            evaluations = count_noun(self.best.num_worse, "evaluation")
+            return f"it stopped early: {evaluations} without a better {self._settings.best_metric}"
         return "it has trained all its epochs" if self._settings.max_steps is None else "it has trained all its steps"
 
     @property

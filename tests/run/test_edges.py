@@ -65,6 +65,16 @@ def test_class_weights_of_other_classes_are_refused_before_anything_is_written(t
     assert [path for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")] == []
 
 
+def test_weights_with_a_loss_that_is_never_finite_are_scored_and_not_exported(tmp_path):
+    words = ("--optim.lr", "1e37", "--optim.nonfinite", "skip", "--optim.max_steps", "2")
+    output = small_run.wait_for(small_run.start(tmp_path, *words, num_ranks=1), tmp_path, 1)
+    assert "error: validation loss nan at every evaluation: such weights are not exported. Lower optim.lr" in output
+    run = small_run.run_directory(tmp_path)
+    assert json.loads((run / "result.json").read_text())["splits"]["test"]["loss"] is None
+    assert not (run / "model").exists()
+    assert small_run.read_status(tmp_path)["state"] == "failed"
+
+
 def write_rows(path: Path, rows: list[tuple[str, object]]) -> Path:
     path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
