@@ -90,7 +90,7 @@ def find_resume_point(
     if is_finished and not differing:
         raise AlreadyFinished(
             f"{directory} is finished ({status.step} steps): nothing is left to do. Read its result.json; train it again with "
-            "--run.overwrite, or longer with more optim.epochs, max_steps or patience."
+            "--run.overwrite, or longer: more optim.epochs, max_steps or patience."
         )
     return ResumePoint(checkpoint, best, True, attempt, tuple(warnings))
 

@@ -59,8 +59,8 @@ def test_class_weights_of_other_classes_are_refused_before_anything_is_written(t
     job = small_run.start(tmp_path, "--optim.class_weights", "1,2,0.5", num_ranks=1)
     (line,) = [line for line in small_run.wait_for(job, tmp_path, 2).splitlines() if "error: " in line]
     assert line.endswith(
-        "error: optim.class_weights 1,2,0.5: it has 3 weights for 4 classes. Give one per class, in the order "
-        "LABEL_0,LABEL_1,LABEL_2,LABEL_3; or balanced."
+        "error: optim.class_weights 1, 2, 0.5: it has 3 weights for 4 classes. Give one per class, in the order "
+        "LABEL_0, LABEL_1, LABEL_2, LABEL_3; or balanced."
     )
     assert [path for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")] == []
 
