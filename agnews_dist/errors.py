@@ -68,7 +68,7 @@ def quote(text: str) -> str:
     return repr(text) if len(text) <= 60 else f"{text[:57]!r}..."
 
 
-def shorten(text: str, most: int = 80) -> str:
+def shorten(text: str, most: int) -> str:
     """Cut the middle out of a text of more than `most` characters. Long names often differ at their end.
 
     >>> shorten("level one / level two / level three", 20)

@@ -117,7 +117,7 @@ class Corpus:
 def list_first(rows: Sequence[T], name: Callable[[T], str]) -> str:
     """List the first `NUM_SHOWN` rows and count the others: `train.csv row 3, train.csv row 8 and 12 more`."""
     more = len(rows) - NUM_SHOWN
-    return ", ".join(shorten(name(row)) for row in rows[:NUM_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+    return ", ".join(shorten(name(row), 100) for row in rows[:NUM_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def count_rows(num_rows: int) -> str:
