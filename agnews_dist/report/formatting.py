@@ -59,11 +59,7 @@ def format_ratio(value: float) -> str:
 
 
 def count_noun(number: int, noun: str) -> str:
-    """Format a count with its noun.
-
-    >>> count_noun(1, "step"), count_noun(2000, "step")
-    ('1 step', '2,000 steps')
-    """
+    """Format a count with its noun: `1 step`, `2,000 steps`."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 

@@ -7,14 +7,7 @@ from typing import TextIO
 
 from agnews_dist import events
 from agnews_dist.errors import shorten
-from agnews_dist.report.formatting import (
-    count_noun,
-    describe_event,
-    describe_selection,
-    escape_text,
-    format_ratio,
-    sum_parameters,
-)
+from agnews_dist.report.formatting import describe_event, describe_selection, escape_text, format_ratio, sum_parameters
 from agnews_dist.report.progress import StepProgress, TaskProgress
 
 
@@ -87,10 +80,7 @@ class PlainLines:
             self._print(f"  {label:<{width}}  {value}")
 
     def _print_header(self, event: events.RunStarted) -> None:
-        self._print(
-            f"run started on {datetime.now():%Y-%m-%d}"
-            + (f", {count_noun(event.num_steps, 'step')}" if event.num_steps else "")
-        )
+        self._print(f"run started on {datetime.now():%Y-%m-%d}" + (f", {event.num_steps} steps" if event.num_steps else ""))
         self._print_rows(event.facts)
         if event.parameters:
             trainable, frozen = sum_parameters(event.parameters)
