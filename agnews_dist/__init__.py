@@ -1,4 +1,4 @@
-"""Distributed fine-tuning of a partially frozen GPT-2 into a classifier of AG News.
+"""Distributed fine-tuning of a partially frozen GPT-2 into a text classifier.
 
     text -> tokens -> plan -> batch -> frozen prefix -> trainable suffix -> loss -> evaluation -> checkpoint -> report
 

@@ -63,9 +63,19 @@ def quote(text: str) -> str:
     """Return the text in quotes, cut to a length that a message can show.
 
     >>> quote("a" * 70)[-10:]
-    "aaaaaa..."
+    "aaaaaa'..."
     """
     return repr(text) if len(text) <= 60 else f"{text[:57]!r}..."
+
+
+def shorten(text: str, most: int) -> str:
+    """Cut the middle out of a text of more than `most` characters. Long names often differ at their end.
+
+    >>> shorten("level one / level two / level three", 20)
+    'level on...el three'
+    """
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 def find_nearest(wrong: str, valid: Iterable[str]) -> list[str]:
@@ -97,7 +107,7 @@ NUM_NAMED_IDS = 20
 def format_ids(ids: Sequence[int]) -> str:
     """Format the first ids and the number of the others.
 
-    >>> format_ids([3, 7]), format_ids(range(22))[-20:]
+    >>> format_ids([3, 7]), format_ids(range(22))[-17:]
     ('examples 3, 7', '18, 19 and 2 more')
     """
     more = f" and {len(ids) - NUM_NAMED_IDS} more" if len(ids) > NUM_NAMED_IDS else ""

@@ -74,12 +74,12 @@ def run(world: World, loaded: Loaded) -> None:
         corpus = load_text(data)
         store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world)
         split = store.splits["train"]
-        num_epochs, max_steps = estimate_epochs(config, split.lengths), config.optim.max_steps
-        cut = "" if max_steps is None else f", cut at {max_steps:,} steps"
+        num_epochs = estimate_epochs(config, split.lengths)
         estimate = forecast(
             split.lengths,
             settings,
             num_epochs=num_epochs,
+            max_steps=config.optim.max_steps,
             num_ranks=num_ranks,
             max_tokens_per_rank=batch.max_tokens_per_rank,
             quadratic=quadratic_weight(shape.n_embd),
@@ -92,7 +92,7 @@ def run(world: World, loaded: Loaded) -> None:
         else:
             show_plan(
                 estimate,
-                title=f"{model.name} on {data.source}, ranks: {num_ranks}, epochs: {num_epochs}{cut}",
+                title=f"{model.name} on {data.source}, ranks: {num_ranks}, epochs: {num_epochs:,}",
                 data_facts=corpus.facts,
                 num_truncated=split.num_truncated,
                 max_length=data.max_length,

@@ -2,8 +2,8 @@
 
 start     open the process group; from here on a signal to any rank stops all
 load      claim the run's directory, find its checkpoint, load model and tokens; an error on any rank is raised on all
-train     epochs of global batches; after each, score the validation split, keep the best weights, write a checkpoint
-finish    restore the best weights, score the test split once, export, write result.json
+train     global batches; after every epoch or some steps, score the validation split and keep the best weights; checkpoints
+finish    restore the best weights, score the test split once, write result.json, export
 """
 
 import os

@@ -146,8 +146,8 @@ class OptimConfig(Section):
     losses of evaluations are plain cross-entropies, without smoothing and weights."""
     class_weights: Literal["none", "balanced"] | ClassWeights = setting("none", "may be accepted", "free")
     """Weights of the classes in the loss: none, balanced, or a list. 'balanced': rows / (classes x rows of the class), over the
-    training rows. A list has one weight per class, in their order. The loss of a step is divided by the weights of its labels,
-    over all ranks."""
+    training rows; 1 for a class without rows. A list has one weight per class, in their order. The loss of a step is divided by
+    the weights of its labels, over all ranks."""
     best_metric: Literal["accuracy", "macro_f1", "loss"] = setting("accuracy", "may be accepted", "free")
     """Validation score that chooses the exported weights. The lowest loss, or the highest of the others. Ties go to the lower
     loss, then to the earlier evaluation."""

@@ -78,17 +78,22 @@ def load_corpus(
         train, validation = hold_out_validation(splits["train"], fraction=validation_fraction, seed=seed)
         splits = {**splits, "train": train, "validation": validation}
     splits = {name: limit_rows(splits[name], limits, seed=seed) for name in SPLITS if name in splits}
-    facts, findings = _describe(raw, classes), classes.findings
+    facts, findings = _describe(raw, classes, splits), classes.findings
     if is_model and classes.names != given:
         facts["classes"] += "; the model names none, and its LABEL_0 is taken for the first, and so on"
     facts |= {name: "without labels: it is predicted, not scored" for name, split in splits.items() if (split.labels < 0).all()}
     return Corpus(splits, classes.names, hash_corpus(splits, classes.names), facts, findings)
 
 
-def _describe(raw: Mapping[str, RawRows], classes: Classes) -> dict[str, str]:
-    """Return the facts for the header: columns, classes, and how files were read."""
+def _describe(raw: Mapping[str, RawRows], classes: Classes, splits: Mapping[str, Split]) -> dict[str, str]:
+    """Return the facts for the header: files, columns, classes, and how files were read."""
+    files = {name: list_first(of.origin.files, str) if name in raw else "held out of train" for name, of in splits.items()}
     columns = dict.fromkeys(str(rows.columns) for rows in raw.values())
-    facts = {"columns": "; ".join(columns), "classes": f"{len(classes.names):,}: {list_first(classes.names, str)}"}
+    facts = {
+        "splits": "; ".join(f"{name}: {listing}" for name, listing in files.items()),
+        "columns": "; ".join(columns),
+        "classes": f"{len(classes.names):,}: {list_first(classes.names, str)}",
+    }
     if notes := dict.fromkeys(note for rows in raw.values() for note in rows.notes):
         facts["read as"] = "; ".join(notes)
     return facts

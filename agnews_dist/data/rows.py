@@ -14,7 +14,7 @@ from agnews_dist.data.columns import Columns, ColumnSettings, find_columns, is_o
 from agnews_dist.data.formats.csv_file import CsvTable
 from agnews_dist.data.formats.table import Chunk, Table
 from agnews_dist.data.texts import Texts, TextWriter
-from agnews_dist.errors import DataError
+from agnews_dist.errors import DataError, shorten
 from agnews_dist.events import DataFinding
 
 Ints = NDArray[np.int64]
@@ -117,7 +117,7 @@ class Corpus:
 def list_first(rows: Sequence[T], name: Callable[[T], str]) -> str:
     """List the first `NUM_SHOWN` rows and count the others: `train.csv row 3, train.csv row 8 and 12 more`."""
     more = len(rows) - NUM_SHOWN
-    return ", ".join(map(name, rows[:NUM_SHOWN])) + (f" and {more:,} more" if more > 0 else "")
+    return ", ".join(shorten(name(row), 100) for row in rows[:NUM_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def count_rows(num_rows: int) -> str:

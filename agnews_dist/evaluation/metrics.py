@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from agnews_dist.errors import format_ids
 from agnews_dist.events import ClassScores, Scores
 
 Integers = NDArray[np.integer[Any]]
@@ -18,8 +19,6 @@ MAX_LISTED_CLASSES = 20
 """Most classes that a table lists one by one."""
 NUM_LOWEST = 5
 """Classes that a table lists where there are more: those with the lowest F1."""
-MAX_LISTED = 10
-"""Row numbers that an error lists before it counts the rest."""
 
 
 class ClassCounts(NamedTuple):
@@ -165,7 +164,7 @@ def in_file_order(ids_N: Integers, num_examples: int) -> NDArray[np.int64]:
     known_N = (ids_N >= 0) & (ids_N < num_examples)
     seen_N = np.bincount(ids_N[known_N].astype(np.int64, casting="same_kind"), minlength=num_examples)
     faults = [
-        f"{name}: {_format_ids(ids)}"
+        f"{name}: {format_ids(ids.tolist())}"
         for name, ids in (
             ("missing", np.flatnonzero(seen_N == 0)),
             ("scored more than once", np.flatnonzero(seen_N > 1)),
@@ -180,8 +179,3 @@ def in_file_order(ids_N: Integers, num_examples: int) -> NDArray[np.int64]:
     order_N = np.empty(num_examples, np.int64)
     order_N[ids_N] = np.arange(num_examples)
     return order_N
-
-
-def _format_ids(ids: Integers) -> str:
-    listed = ", ".join(str(int(row)) for row in ids[:MAX_LISTED])
-    return listed if ids.size <= MAX_LISTED else f"{listed} and {ids.size - MAX_LISTED} more"

@@ -25,13 +25,16 @@ from agnews_dist.preflight.memory_check import check_memory
 from agnews_dist.report.result_files import versions
 
 DEVICE_FILES = Path("/dev")
-TOKEN_BYTES = 50_000_000
-"""Upper bound for the token cache of AG News."""
+CACHE_BYTES_PER_TOKEN = 8
+"""Upper bound: two or four bytes of the id, and a text's offset and label."""
+BYTES_PER_TOKEN = 4
+"""Bytes of a file that hold a token; English text has 4.4."""
 GPU_SECONDS = 60.0
 """Limit for the first CUDA call, which loads libraries and may read from a slow file system."""
 BYTES_PER_SAVED_WEIGHT = 12
 """fp32 bytes of a trainable weight and AdamW's two moments."""
 AG_NEWS_TOKENS = 52 * 128_000
+"""Estimate for data that is not a local file."""
 UNUSABLE = {"device": "unusable"}
 
 
@@ -162,14 +165,22 @@ def _multiply_on_gpu(index: int) -> tuple[str, str]:
 def check_disks(planned: PlannedRun, sizes: tuple[Shape, Setup] | None) -> list[Finding]:
     """Write to every directory that the run writes to."""
     checkpoints = model = features = 0
+    num_tokens = _estimate_tokens(Path(planned.source))
     if sizes is not None:
         shape, setup = sizes
         trained = shape.count_trainable(setup.trainable_blocks, setup.num_classes)
         checkpoints = BYTES_PER_SAVED_WEIGHT * trained * (planned.num_checkpoints + 2)
         model = 4 * (trained + shape.count_frozen(setup.trainable_blocks))
-        features = min(planned.feature_bytes, 4 * AG_NEWS_TOKENS * shape.width)
+        features = min(planned.feature_bytes, 4 * num_tokens * shape.width)
     return [
         probe_directory("run.dir", planned.run_dir, checkpoints + model),
-        probe_directory("data.cache_dir", planned.cache_dir, TOKEN_BYTES, optional_bytes=features),
+        probe_directory("data.cache_dir", planned.cache_dir, CACHE_BYTES_PER_TOKEN * num_tokens, optional_bytes=features),
         probe_directory("temporary", Path(tempfile.gettempdir()), 1_000_000),
     ]
+
+
+def _estimate_tokens(source: Path) -> int:
+    """Estimate the tokens of the data from the size of its files; a compressed file may hold some times as many."""
+    files = source.rglob("*") if source.is_dir() else [source]
+    num_bytes = sum(path.stat().st_size for path in files if path.is_file())
+    return num_bytes // BYTES_PER_TOKEN if num_bytes else AG_NEWS_TOKENS

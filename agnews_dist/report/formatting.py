@@ -58,6 +58,11 @@ def format_ratio(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
+def count_noun(number: int, noun: str) -> str:
+    """Format a count with its noun: `1 step`, `2,000 steps`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def lay_out_facts(facts: Mapping[str, str], encoding: str) -> Table:
     """Lay out labels and values in two columns."""
     rows = Table.grid(padding=(0, 2))
@@ -103,9 +108,10 @@ def describe_event(
                 f"{format_duration(event.seconds)}"
             )
         case StoppedEarly():
+            evaluations = count_noun(event.num_worse, "evaluation")
             return (
-                f"stopped early after step {event.step}: {event.num_worse} evaluations without a better {event.metric} "
-                f"(optim.patience); the best is that of step {event.best_step}"
+                f"stopped early after step {event.step}: {evaluations} without a better {event.metric} (optim.patience); the "
+                f"best is that of step {event.best_step}"
             )
         case OverfitChecked():
             return (

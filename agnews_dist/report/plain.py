@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import TextIO
 
 from agnews_dist import events
+from agnews_dist.errors import shorten
 from agnews_dist.report.formatting import describe_event, describe_selection, escape_text, format_ratio, sum_parameters
 from agnews_dist.report.progress import StepProgress, TaskProgress
 
@@ -113,6 +114,7 @@ class PlainLines:
             self._print(task.format_line())
 
     def _print_evaluation(self, event: events.EvalDone) -> None:
-        classes = ", ".join(f"{each.name} {format_ratio(each.precision)}/{format_ratio(each.recall)}" for each in event.classes)
+        ratios = [(shorten(each.name, 40), format_ratio(each.precision), format_ratio(each.recall)) for each in event.classes]
+        classes = ", ".join(f"{name} {precision}/{recall}" for name, precision, recall in ratios)
         selection = describe_selection(event)
         self._print(f"{describe_event(event)}; precision/recall{f' ({selection})' if selection else ''}: {classes}")

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -86,8 +87,10 @@ def versions() -> Mapping[str, str]:
 
 
 def write_json(path: Path, obj: Mapping[str, object]) -> None:
-    """Write `obj` as strict, indented JSON, whole or not at all. NaN and infinities become null."""
-    write_text(path, [json.dumps(to_json_value(obj), indent=2, allow_nan=False), "\n"])
+    """Write `obj` as strict, indented JSON, whole or not at all. NaN and infinities become null, lists of integers lines."""
+    text = json.dumps(to_json_value(obj), indent=2, allow_nan=False)
+    # Strings hold no raw line break, so this finds lists only.
+    write_text(path, [re.sub(r"\[\n[\s\d,]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text), "\n"])
 
 
 def write_predictions(directory: Path, name: str, split: "SplitScores") -> Path:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agnews_dist import events
+from agnews_dist.errors import shorten
 from agnews_dist.report.formatting import (
     describe_event,
     describe_selection,
@@ -139,7 +140,7 @@ class TerminalDisplay:
             table.add_column(Text(name), justify="right", overflow="fold")
         for each in event.classes:
             ratios = map(format_ratio, (each.precision, each.recall, each.f1))
-            table.add_row(self._escape(each.name), Text(f"{each.num_examples:,}"), *map(Text, ratios))
+            table.add_row(self._escape(shorten(each.name, 40)), Text(f"{each.num_examples:,}"), *map(Text, ratios))
         return Group(title, table, Text())
 
     def _print_summary(self, event: events.RunDone) -> None:

@@ -23,7 +23,8 @@ def weight_settings(config: Config) -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in setting_values(config).items():
         setting = all_settings()[key]
-        if setting.resume != "ignored" or (setting.section in ("data", "model", "batch", "optim") and key != "data.cache_dir"):
+        section = setting.section.split(".")[0]
+        if setting.resume != "ignored" or (section in ("data", "model", "batch", "optim") and key != "data.cache_dir"):
             found[key] = value
     return found
 

@@ -1,5 +1,6 @@
 """The files that a finished run leaves: predictions, result.json, exported model."""
 
+import math
 import resource
 import sys
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import torch
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.engine import Engine
-from agnews_dist.errors import ModelError
+from agnews_dist.errors import ModelError, UserError
 from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.events import Emit, RunDone, Scores
 from agnews_dist.features.manager import FeatureCache
@@ -72,6 +73,11 @@ def write_results(
             fingerprints=inputs.fingerprints,
         )
         write_json(directory / "result.json", result.to_dict())
+        if not math.isfinite(scores["validation"].loss):
+            raise UserError(
+                f"validation loss {scores['validation'].loss} at every evaluation: such weights are not exported. Lower "
+                "optim.lr or optim.max_grad_norm, or try engine.precision fp32."
+            )
         # Last: a failing export must lose no scores.
         try:
             _export(config, inputs, trainer, split_scores, directory)
@@ -81,12 +87,13 @@ def write_results(
                 f"--run.name {directory.name} exports again."
             ) from error
         facts = {
-            f"{name} accuracy": f"{split.accuracy:.4f} ({split.num_correct}/{split.num_examples})"
-            for name, split in scores.items()
+            name: f"accuracy {each.accuracy:.4f} ({each.num_correct:,} of {each.num_examples:,}), macro F1 {each.macro_f1:.4f}"
+            for name, each in scores.items()
         }
         if features.num_bytes:
             facts["features"] = f"{gigabytes(features.num_bytes)} kept in {features.choice.place}"
-        facts["best weights"] = f"step {trainer.best.step} of {trainer.step}, in epoch {trainer.best.epoch}"
+        best, metric = trainer.best, config.optim.best_metric
+        facts["best weights"] = f"step {best.step:,} of {trainer.step:,}, in epoch {best.epoch}, by validation {metric}"
         facts["time"] = f"{seconds['total']:.1f} s, {tokens_per_second:,.0f} tokens/s in training"
         monitors.emit(RunDone(facts=facts, paths=paths))
 

@@ -90,7 +90,7 @@ def find_resume_point(
     if is_finished and not differing:
         raise AlreadyFinished(
             f"{directory} is finished ({status.step} steps): nothing is left to do. Read its result.json; train it again with "
-            "--run.overwrite, or longer with more optim.epochs or max_steps."
+            "--run.overwrite, or longer: more optim.epochs, max_steps or patience."
         )
     return ResumePoint(checkpoint, best, True, attempt, tuple(warnings))
 
@@ -168,6 +168,8 @@ def check_settings(checkpoint: Checkpoint, settings: Mapping[str, Any], accept: 
     warnings: list[str] = []
     refused: dict[str, str] = {}
     for key, (saved, now) in differing_settings(checkpoint.state["settings"], settings).items():
+        if key == "optim.patience" and saved is not None and (now is None or now > saved):
+            continue  # the steps so far are those of a run with this patience
         line = f"{key} was {format_value(saved)}, is {format_value(now)}"
         if key in LENGTHS and None not in (saved, now) and now > saved:
             warnings.append(

@@ -7,6 +7,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.memory import Estimate, format_estimate
 from agnews_dist.events import RunStarted, Warned
 from agnews_dist.features.manager import FeatureCache
+from agnews_dist.report.formatting import count_noun
 from agnews_dist.run.attempt import Attempt
 from agnews_dist.run.setup import TrainingInputs, plan_settings
 
@@ -38,7 +39,7 @@ def log_summary(
         "tokens": f"{'cached' if inputs.store.was_cached else 'made now'}, at most {config.data.max_length} per text",
         "features": f"{features.choice.place}: {features.choice.reason}",
         "batch": batch_text(config.batch),
-        "plan": f"{num_steps:,} steps, {expected.critical_path:.1%} of the ranks' time goes to real tokens",
+        "plan": f"{count_noun(num_steps, 'step')}, {expected.critical_path:.1%} of the ranks' time goes to real tokens",
         "optimizer": optimizer_text(config.optim),
         "loss": loss_text(config.optim, loader),
         "seed": str(config.run.seed),
@@ -80,8 +81,8 @@ def optimizer_text(optim: OptimConfig) -> str:
     >>> optimizer_text(OptimConfig(max_steps=2000, patience=3))
     'AdamW, lr 0.001 (linear), 2,000 steps, or 3 evaluations without a better accuracy'
     """
-    length = f"{optim.epochs:,} epoch{'s' * (optim.epochs != 1)}" if optim.max_steps is None else f"{optim.max_steps:,} steps"
-    early = f", or {optim.patience} evaluations without a better {optim.best_metric}" if optim.patience else ""
+    length = count_noun(optim.epochs, "epoch") if optim.max_steps is None else count_noun(optim.max_steps, "step")
+    early = f", or {count_noun(optim.patience, 'evaluation')} without a better {optim.best_metric}" if optim.patience else ""
     return f"AdamW, lr {optim.lr:g} ({optim.schedule}), {length}{early}"
 
 

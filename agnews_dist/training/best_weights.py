@@ -79,8 +79,9 @@ class BestWeights:
 
 def _order(scores: Scores, metric: Metric) -> tuple[float, float]:
     """Return the key by which evaluations compare: the larger, the better. A loss that is not finite is the worst."""
-    low_loss = -scores.loss if math.isfinite(scores.loss) else -math.inf
-    return {"accuracy": scores.num_correct, "macro_f1": scores.macro_f1, "loss": low_loss}[metric], low_loss
+    if not math.isfinite(scores.loss):
+        return -math.inf, -math.inf  # logits that are NaN predict the first class, which may be the most frequent one
+    return {"accuracy": scores.num_correct, "macro_f1": scores.macro_f1, "loss": -scores.loss}[metric], -scores.loss
 
 
 class RunningTotals:

@@ -6,13 +6,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from agnews_dist.data.rows import list_first
 from agnews_dist.errors import ConfigError
+from agnews_dist.report.formatting import count_noun
 
 Requested = Literal["none", "balanced"] | tuple[float, ...]
 """The setting: none, balanced, or one weight per class."""
-
-MAX_LISTED = 8
-"""Values and names that a message lists before it leaves out the rest."""
 
 
 def check_class_weights(requested: Requested, class_names: Sequence[str]) -> None:
@@ -23,8 +22,8 @@ def check_class_weights(requested: Requested, class_names: Sequence[str]) -> Non
     """
     if isinstance(requested, tuple) and len(requested) != len(class_names):
         raise ConfigError(
-            f"optim.class_weights {_shorten([f'{weight:g}' for weight in requested])}: it has {len(requested)} weights for "
-            f"{len(class_names)} classes. Give one per class, in the order {_shorten(class_names)}; or balanced."
+            f"optim.class_weights {list_first(requested, '{:g}'.format)}: it has {count_noun(len(requested), 'weight')} for "
+            f"{len(class_names):,} classes. Give one per class, in the order {list_first(class_names, str)}; or balanced."
         )
 
 
@@ -42,7 +41,3 @@ def compute_class_weights(requested: Requested, labels_N: NDArray[np.int64], *, 
         return np.array(requested, np.float64)
     counts_C = np.bincount(labels_N, minlength=num_classes)
     return np.where(counts_C > 0, len(labels_N) / (num_classes * np.maximum(counts_C, 1)), 1.0)
-
-
-def _shorten(values: Sequence[str]) -> str:
-    return ",".join(values[:MAX_LISTED]) + ",..." * (len(values) > MAX_LISTED)

@@ -25,6 +25,7 @@ from agnews_dist.events import Emit, NonFinite, StepDone, StoppedEarly
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource
+from agnews_dist.report.formatting import count_noun
 from agnews_dist.training.best_weights import BestWeights, Metric, RunningTotals
 from agnews_dist.training.checkpoint import Groups
 from agnews_dist.training.checkpoint_manager import CheckpointManager, load_weights
@@ -163,7 +164,8 @@ class Trainer:
     def end_reason(self) -> str:
         """The reason for the end of the training, for `status.json`."""
         if self._has_stopped_early:
-            return f"it stopped early: {self.best.num_worse} evaluations without a better {self._settings.best_metric}"
+            evaluations = count_noun(self.best.num_worse, "evaluation")
+            return f"it stopped early: {evaluations} without a better {self._settings.best_metric}"
         return "it has trained all its epochs" if self._settings.max_steps is None else "it has trained all its steps"
 
     @property

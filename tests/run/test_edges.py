@@ -59,10 +59,20 @@ def test_class_weights_of_other_classes_are_refused_before_anything_is_written(t
     job = small_run.start(tmp_path, "--optim.class_weights", "1,2,0.5", num_ranks=1)
     (line,) = [line for line in small_run.wait_for(job, tmp_path, 2).splitlines() if "error: " in line]
     assert line.endswith(
-        "error: optim.class_weights 1,2,0.5: it has 3 weights for 4 classes. Give one per class, in the order "
-        "LABEL_0,LABEL_1,LABEL_2,LABEL_3; or balanced."
+        "error: optim.class_weights 1, 2, 0.5: it has 3 weights for 4 classes. Give one per class, in the order "
+        "LABEL_0, LABEL_1, LABEL_2, LABEL_3; or balanced."
     )
     assert [path for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")] == []
+
+
+def test_weights_with_a_loss_that_is_never_finite_are_scored_and_not_exported(tmp_path):
+    words = ("--optim.lr", "1e37", "--optim.nonfinite", "skip", "--optim.max_steps", "2")
+    output = small_run.wait_for(small_run.start(tmp_path, *words, num_ranks=1), tmp_path, 1)
+    assert "error: validation loss nan at every evaluation: such weights are not exported. Lower optim.lr" in output
+    run = small_run.run_directory(tmp_path)
+    assert json.loads((run / "result.json").read_text())["splits"]["test"]["loss"] is None
+    assert not (run / "model").exists()
+    assert small_run.read_status(tmp_path)["state"] == "failed"
 
 
 def write_rows(path: Path, rows: list[tuple[str, object]]) -> Path:

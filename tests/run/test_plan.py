@@ -42,7 +42,10 @@ def run_plan(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[dict, 
 
 @pytest.mark.parametrize(
     "batches",
-    [("--batch.global_batch_size", "24"), ("--batch.global_token_budget", "450", "--batch.bucket_window", "4")],
+    [
+        ("--batch.global_batch_size", "24", "--optim.max_steps", "15"),
+        ("--batch.global_token_budget", "450", "--batch.bucket_window", "4"),
+    ],
     ids=["examples", "tokens"],
 )
 def test_plan_predicts_the_figures_of_a_training_on_two_ranks(batches, tmp_path: Path, caches: str, capsys) -> None:

@@ -76,8 +76,8 @@ def test_train_predicts_a_test_split_without_labels(commands: Commands) -> None:
     (event,) = read_events(run / "events.jsonl", "Predicted")
     assert (event["split"], event["num_examples"]) == ("test", 9)
     (done,) = read_events(run / "events.jsonl", "RunDone")
-    assert "validation accuracy" in done["facts"]
-    assert "test accuracy" not in done["facts"]
+    assert "validation" in done["facts"]
+    assert "test" not in done["facts"]
     assert done["paths"]["test predictions"] == str(run / "predictions-test.jsonl")
     card = (run / "model" / "README.md").read_text()
     assert "| validation | 8 |" in card

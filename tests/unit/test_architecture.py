@@ -4,6 +4,8 @@ Each rule is a function of tests/support/house.py that lists violations; for eac
 """
 
 import ast
+import doctest
+import importlib
 import shutil
 import subprocess
 import sys
@@ -55,6 +57,14 @@ def references(tree: ast.Module) -> Iterator[str]:
 
 def reaches(path: Path, module: str) -> bool:
     return any(name == module or name.startswith(f"{module}.") for name in references(house.parse(path)))
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if ">>> " in path.read_text(encoding="utf-8")], ids=name_of)
+def test_examples_in_docstrings_are_true(path: Path) -> None:
+    module = importlib.import_module(".".join(path.relative_to(REPOSITORY).with_suffix("").parts))
+    done = doctest.testmod(module)
+    assert done.attempted > 0
+    assert done.failed == 0
 
 
 def test_there_is_something_to_check() -> None:

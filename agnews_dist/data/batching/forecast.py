@@ -6,7 +6,7 @@ batches come in random order: in a long training the first ones stand for all.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +58,7 @@ class Forecast:
     num_steps_per_epoch: int
     """Steps of the first epoch; under a token budget the number varies between epochs."""
     num_steps: int
-    """Steps of all epochs."""
+    """Steps of the whole training."""
     num_steps_measured: int
     """First steps over which the figures below are measured: all, up to `MAX_STEPS`."""
     efficiency: Efficiency
@@ -108,8 +108,11 @@ def forecast(
     max_tokens_per_rank: int,
     quadratic: float,
     max_length: int | None = None,
+    max_steps: int | None = None,
 ) -> Forecast:
     """Forecast a training; `max_length`: see `plan`; `max_tokens_per_rank` and `quadratic`: see `share_batch`.
+
+    `max_steps`: all steps, in about `num_epochs` epochs; None: those of `num_epochs` epochs.
 
     Raises:
         UserError: errors of `plan` and `share_batch`.
@@ -117,14 +120,15 @@ def forecast(
 
     def epoch_plans() -> Iterator[Plan]:
         # A generator, because every Plan that was asked for a batch holds the order of all examples.
-        return (plan(lengths_N, settings, epoch=epoch, max_length=max_length) for epoch in range(num_epochs))
+        epochs = range(num_epochs) if max_steps is None else count()
+        return (plan(lengths_N, settings, epoch=epoch, max_length=max_length) for epoch in epochs)
 
-    num_steps_E = [each.num_steps for each in epoch_plans()]
+    num_steps = max_steps or sum(each.num_steps for each in epoch_plans())
     tally, num_idle = Tally(), 0
     examples_K: list[int] = []
     tokens_K: list[int] = []
     micro_batches_K: list[int] = []
-    for ids in islice(chain.from_iterable(each.global_batches() for each in epoch_plans()), MAX_STEPS):
+    for ids in islice(chain.from_iterable(each.global_batches() for each in epoch_plans()), min(MAX_STEPS, num_steps)):
         share = share_batch(lengths_N[ids], num_ranks=num_ranks, max_tokens_per_rank=max_tokens_per_rank, quadratic=quadratic)
         tally.add(share)
         has_rows_MR = np.diff(share.bounds_S).reshape(share.tokens_MR.shape) > 0
@@ -140,8 +144,8 @@ def forecast(
         num_examples=len(lengths_N),
         num_tokens=int(lengths_N.sum(dtype=np.int64)),
         longest=int(lengths_N.max(initial=0)),
-        num_steps_per_epoch=num_steps_E[0],
-        num_steps=sum(num_steps_E),
+        num_steps_per_epoch=next(epoch_plans()).num_steps,
+        num_steps=num_steps,
         num_steps_measured=len(examples_K),
         efficiency=tally.efficiency,
         idle_share=num_idle / max(1, len(examples_K) * num_ranks),

@@ -100,6 +100,16 @@ def test_forecast_measures_the_first_steps_of_a_long_training(monkeypatch: pytes
     assert found.efficiency.padding == real / np.sum(padded)
 
 
+def test_forecast_ends_where_max_steps_end() -> None:
+    lengths, settings = make_lengths(331), PlanSettings(global_token_budget=700)
+    options = {"num_epochs": 1, "num_ranks": 3, "max_tokens_per_rank": 300, "quadratic": QUADRATIC}
+    longer = forecast(lengths, settings, max_steps=60, **options)
+    assert (longer.num_steps, longer.num_steps_measured) == (60, 60)
+    steps = rows_by_rank(lengths, settings, ranks=3, epochs=3, tokens=300)[:60]
+    assert longer.num_steps_per_epoch < 60 < 3 * longer.num_steps_per_epoch, "the second or third epoch is cut"
+    assert longer.tokens_per_step.mean == np.mean([sum(int(rows.sum()) for rank in step for rows in rank) for step in steps])
+
+
 def test_forecast_counts_steps_that_differ_between_epochs() -> None:
     lengths, settings = make_lengths(331), PlanSettings(global_token_budget=300, bucket_window=8)
     steps = [sum(1 for _ in plan(lengths, settings, epoch=epoch).global_batches()) for epoch in range(8)]

@@ -1,4 +1,4 @@
-"""Checks of one rank: GPUs that torch does not see."""
+"""Checks of one rank: GPUs that torch does not see, room for the data at hand."""
 
 import pytest
 
@@ -32,3 +32,12 @@ def test_check_cpu_fails_if_there_are_gpus_that_torch_does_not_see(tmp_path, mon
     else:
         assert finding.verdict == "fail"
         assert f"sees no GPU, though {num_gpus} are here: the job would run on the CPU" in finding.found
+
+
+def test_room_for_tokens_follows_the_size_of_local_data(tmp_path):
+    (tmp_path / "part").mkdir()
+    for name in ("train.csv", "part/test.csv"):
+        (tmp_path / name).write_bytes(b"x" * 400)
+    assert machine._estimate_tokens(tmp_path / "train.csv") == 100
+    assert machine._estimate_tokens(tmp_path) == 200
+    assert machine._estimate_tokens(tmp_path / "owner" / "on_the_hub") == machine.AG_NEWS_TOKENS

@@ -88,7 +88,7 @@ def test_text_has_results_training_limits_and_fingerprints() -> None:
         "research and other non-commercial use",
         "first 256 tokens",
         "No licence is stated here for the weights",
-        "the test split was scored once",
+        "The test split was scored once",
     ):
         assert expected in text
 
@@ -138,6 +138,17 @@ def test_many_classes_are_cut_and_have_no_table() -> None:
     assert "topic 20" not in text
     assert "Confusion" not in text
     assert len(text) < 5_000
+
+
+def test_values_of_settings_are_short_and_name_no_local_path() -> None:
+    names = [f"a|{k}" for k in range(10_000)]
+    settings = {"data.class_names": ["/home/someone/names.txt"], "optim.class_weights": [0.5, 2.0], "optim.best_metric": "loss"}
+    text = card(settings={**settings, "optim.patience": None, "engine.fast_path": True})
+    for key, value in (("data.class_names", "names.txt"), ("optim.class_weights", "0.5, 2.0"), ("optim.patience", "null")):
+        assert f"| `{key}` | `{value}` |" in text
+    assert "| `engine.fast_path` | `true` |" in text
+    assert "best `loss` on validation" in text
+    assert r"`a\|0, a\|1, a\|2, a\|3, a\|4 and 9,995 more`" in card(settings={"data.class_names": names})
 
 
 def test_odd_names_are_escaped() -> None:

@@ -79,6 +79,17 @@ def test_write_json_is_strict_and_accepts_numpy(tmp_path: Path) -> None:
         write_json(path, {"a": {1}})
 
 
+def test_confusion_has_a_line_per_class_and_texts_stay_as_they_are(tmp_path: Path) -> None:
+    path, content = (
+        tmp_path / "result.json",
+        {"confusion": [[1, 0, 12], [0, 3, 0], [0, 0, 4]], "name": "[\n 1,\n 2]", "none": []},
+    )
+    write_json(path, content)
+    text = path.read_text(encoding="utf-8")
+    assert "    [1, 0, 12],\n    [0, 3, 0],\n    [0, 0, 4]\n" in text
+    assert json.loads(text) == content
+
+
 def test_write_json_to_a_bad_directory_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     with pytest.raises(UserError, match=r"cannot write .*file/result.json .*choose another with --run.dir"):

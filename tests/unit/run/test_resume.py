@@ -224,6 +224,16 @@ def test_more_steps_are_accepted_with_a_warning_and_fewer_or_none_are_not(tmp_pa
     assert find(tmp_path / "run", optim__epochs=1).warnings == (), "max_steps decides, so epochs have no effect"
 
 
+def test_larger_patience_continues_a_run_that_stopped_early(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "SETTINGS", {**SETTINGS, "optim.patience": 3})
+    leave(tmp_path / "run", 40, state="finished")
+    for value in (4, None):
+        found = find(tmp_path / "run", optim__patience=value)
+        assert (found.step, found.warnings) == (40, ()), "the steps so far are the same"
+    with pytest.raises(UserError, match=r"optim.patience was 3, is 2\).*--accept optim.patience"):
+        find(tmp_path / "run", optim__patience=2)
+
+
 def test_class_weights_read_back_from_a_checkpoint_are_the_same(tmp_path, monkeypatch):
     saved = setting_values(Config(optim=OptimConfig(class_weights=(1.0, 2.5))))["optim.class_weights"]
     monkeypatch.setitem(globals(), "SETTINGS", {**SETTINGS, "optim.class_weights": saved})

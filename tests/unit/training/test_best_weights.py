@@ -43,10 +43,10 @@ def scores(num_correct: int, loss: float, macro_f1: float = 0.5) -> SplitScores:
     [
         # The first evaluation has 2 correct, loss 0.5 and macro F1 0.5.
         *(("accuracy", (3, 0.9, 0.1), 2), ("accuracy", (2, 0.4, 0.1), 2), ("accuracy", (2, 0.5, 0.9), 1)),
-        *(("accuracy", (2, 0.6, 0.9), 1), ("accuracy", (1, 0.1, 0.9), 1), ("accuracy", (3, math.nan, 0.9), 2)),
+        *(("accuracy", (2, 0.6, 0.9), 1), ("accuracy", (1, 0.1, 0.9), 1), ("accuracy", (3, math.nan, 0.9), 1)),
         *(("macro_f1", (1, 0.9, 0.6), 2), ("macro_f1", (4, 0.1, 0.4), 1), ("macro_f1", (1, 0.4, 0.5), 2)),
         *(("macro_f1", (4, 0.5, 0.5), 1), ("loss", (1, 0.4, 0.1), 2), ("loss", (4, 0.5, 0.9), 1)),
-        *(("loss", (4, math.nan, 0.9), 1), ("loss", (4, math.inf, 0.9), 1)),
+        *(("loss", (4, math.nan, 0.9), 1), ("loss", (4, math.inf, 0.9), 1), ("macro_f1", (4, math.nan, 0.9), 1)),
     ],
 )
 def test_update_keeps_the_weights_that_are_better_by_the_metric(metric, second, best):
@@ -62,11 +62,14 @@ def test_update_keeps_the_weights_that_are_better_by_the_metric(metric, second, 
     assert strategy.loaded is kept.weights
 
 
-def test_any_finite_loss_is_better_than_none():
-    kept = BestWeights(FakeStrategy(), "loss")
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "loss"])
+def test_any_finite_loss_is_better_than_none(metric):
+    kept = BestWeights(FakeStrategy(), metric)
     kept.update(1, scores(2, math.nan), step=1)
     kept.update(2, scores(1, 9.0), step=2)
     assert (kept.epoch, kept.num_worse) == (2, 0)
+    kept.update(3, scores(4, math.nan, 1.0), step=3)
+    assert (kept.epoch, kept.num_worse) == (2, 1), "NaN logits predict the first class, which may be a frequent one"
 
 
 def test_evaluations_without_improvement_are_counted_from_the_best_one():

@@ -31,10 +31,11 @@ def test_one_weight_per_class_is_accepted(requested):
 @pytest.mark.parametrize(
     ("num_weights", "names", "message"),
     [
-        (3, ("bad", "good"), "1,1,1: it has 3 weights for 2 classes. Give one per class, in the order bad,good; or balanced."),
-        (1, ("bad", "good"), "1: it has 1 weights for 2 classes. Give one per class, in the order bad,good; or balanced."),
-        (10_000, tuple("abcdefghij"), "1,1,1,1,1,1,1,1,...: it has 10000 weights for 10 classes. Give one per class, in the "
-         "order a,b,c,d,e,f,g,h,...; or balanced."),
+        (3, ("bad", "good"), "1, 1, 1: it has 3 weights for 2 classes. Give one per class, in the order bad, good; "
+         "or balanced."),
+        (1, ("bad", "good"), "1: it has 1 weight for 2 classes. Give one per class, in the order bad, good; or balanced."),
+        (10_000, tuple("abcdefghij"), "1, 1, 1, 1, 1 and 9,995 more: it has 10,000 weights for 10 classes. Give one per class, "
+         "in the order a, b, c, d, e and 5 more; or balanced."),
     ],
 )  # fmt: skip
 def test_another_number_of_weights_is_refused_with_both_numbers(num_weights, names, message):
