@@ -27,7 +27,7 @@ def test_doctor_estimates_a_run_that_fits(shared: Path, tmp_path: Path) -> None:
     embedding, others = 4 * 50258 * 768, 4 * (1024 * 768 + 11 * 7_087_872)
     # The two ranks of a node map the same file. The embedding, which [PAD] makes longer, is a copy of each.
     assert result["estimate"]["device"]["frozen weights"] == embedding + others // 2
-    assert result["estimate"]["device"]["optimizer"] == 8 * (7_087_872 + 2 * 768 + 4 * 769)
+    assert result["estimate"]["device"]["optimizer"] == 8 * (7_087_872 + 2 * 768 + 2 * 769)
     assert result["device_bytes"] == sum(result["estimate"]["device"].values())
     assert result["facts"]["torch"]
     shown = run_python(*DOCTOR, *arguments).stdout
