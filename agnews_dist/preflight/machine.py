@@ -181,6 +181,9 @@ def check_disks(planned: PlannedRun, sizes: tuple[Shape, Setup] | None) -> list[
 
 def _estimate_tokens(source: Path) -> int:
     """Estimate the tokens of the data from the size of its files; a compressed file may hold some times as many."""
-    files = source.rglob("*") if source.is_dir() else [source]
-    num_bytes = sum(path.stat().st_size for path in files if path.is_file())
+    try:
+        files = source.rglob("*") if source.is_dir() else [source]
+        num_bytes = sum(path.stat().st_size for path in files if path.is_file())
+    except OSError:  # another check says why it cannot be read
+        num_bytes = 0
     return num_bytes // BYTES_PER_TOKEN if num_bytes else AG_NEWS_TOKENS
