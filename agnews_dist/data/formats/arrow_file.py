@@ -82,8 +82,24 @@ class ParquetTable(_ArrowTable):
 
         self._path, self.name = path, name
         with _reading(name), _open_seekable(path, name, b"PAR1") as source:
-            self.schema = ParquetFile(source).schema_arrow
+            file = ParquetFile(source)
+            self.schema = file.schema_arrow
+            self._check_not_joined(source, file.metadata)
         self.columns = tuple(self.schema.names)
+
+    def _check_not_joined(self, source: Any, metadata: Any) -> None:
+        """Check that no file was put before this one: pyarrow reads the last footer, and the rows of the first by it.
+
+        Only indices and filters lie between the columns and the footer. A file that was put before makes this part longer by
+        its own size.
+        """
+        chunks = (metadata.row_group(i).column(j) for i in range(metadata.num_row_groups) for j in range(metadata.num_columns))
+        starts = ((chunk.dictionary_page_offset or chunk.data_page_offset, chunk) for chunk in chunks)
+        end = max((start + chunk.total_compressed_size for start, chunk in starts), default=4)
+        source.seek(0)
+        between = source.read(max(0, source.size() - metadata.serialized_size - 8 - end) + 4)
+        if b"PAR1PAR1" in between:
+            raise refuse_joined(self.name, source.size() - between.index(b"PAR1PAR1") - 4)
 
     def _batches(self, wanted: list[str]) -> Iterator[Any]:
         from pyarrow.parquet import ParquetFile
@@ -99,8 +115,24 @@ class ArrowTable(_ArrowTable):
         """Read the schema."""
         self._path, self.name = path, name
         with _reading(name), _open_seekable(path, name, b"ARROW1") as source:
-            self.schema = _open_ipc(source).schema
+            reader = _open_ipc(source)
+            self.schema = reader.schema
+            if hasattr(reader, "num_record_batches"):
+                self._check_not_joined(source)
         self.columns = tuple(self.schema.names)
+
+    def _check_not_joined(self, source: Any) -> None:
+        """Check that nothing lies between the end of the first file's batches and the footer, which is at most one KB away."""
+        import pyarrow as pa
+
+        source.seek(8)  # behind ARROW1 and its padding, an arrow file is a stream
+        for _ in pa.ipc.MessageReader.open_stream(source):
+            pass
+        end = source.tell()
+        source.seek(source.size() - 10)
+        num_more = source.size() - 10 - int.from_bytes(source.read(4), "little") - end
+        if num_more > 1024:
+            raise refuse_joined(self.name, num_more)
 
     def _batches(self, wanted: list[str]) -> Iterator[Any]:
         with _open_seekable(self._path, self.name, b"ARROW1") as source:
@@ -119,10 +151,7 @@ class ArrowTable(_ArrowTable):
         source.seek(max(0, end - 8))
         mark = source.read(8)
         if end < source.size():
-            raise DataError(
-                f"{self.name} has {source.size() - end:,} bytes behind the end of its arrow stream: files were probably "
-                "joined, and rows would be lost. Write one stream, or a file for each."
-            )
+            raise refuse_joined(self.name, source.size() - end)
         check_end_mark(mark, self.name)
 
 
@@ -143,6 +172,14 @@ class DatasetTable(_ArrowTable):
     def _batches(self, wanted: list[str]) -> Iterator[Any]:
         with silence_datasets():
             yield from self._dataset.select_columns(wanted).with_format("arrow").iter(batch_size=CHUNK_ROWS)
+
+
+def refuse_joined(name: str, num_more: int) -> DataError:
+    """Return the error for a file with other content behind its end."""
+    return DataError(
+        f"{name} has {num_more:,} bytes behind its end: files were probably joined, and rows would be lost. Give each as a file "
+        "of its own."
+    )
 
 
 def check_end_mark(last: bytes, name: str) -> None:
