@@ -26,7 +26,7 @@ from agnews_dist.events import DataFinding
 
 AG_NEWS = ("fancyzhx/ag_news", "ag_news")
 """Hub ids of AG News."""
-_MISSING = frozenset(("nan", "null", "n/a", "#n/a", "<na>"))
+_MISSING = frozenset(("nan", "null", "na", "n/a", "#n/a", "<na>", "?"))
 """Texts by which programs mark a missing value."""
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
 _DECIMAL = re.compile(r"[+-]?[0-9]*\.[0-9]+(e[+-]?[0-9]+)?", re.IGNORECASE)
@@ -61,7 +61,9 @@ def read_class_names(given: Sequence[str] | None) -> tuple[str, ...] | None:
         try:
             text = path.read_text(encoding="utf-8-sig")
             names = json.loads(text) if path.suffix.lower() == ".json" else (text.rstrip().split("\n") if text.strip() else [])
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise DataError(f"{where} cannot be read: {error.strerror or error}. Check its permissions.") from error
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{where} cannot be read ({error}): it must hold one name per line, in UTF-8. Correct it."
             ) from error
@@ -172,15 +174,16 @@ def _kinds_of(labelled: Mapping[str, RawRows]) -> set[str]:
 def _names_of_data(labelled: Mapping[str, RawRows], kinds: set[str], source: str) -> tuple[tuple[str, ...], list[DataFinding]]:
     """Return the names that the data gives its classes, and what is to be said about them."""
     found = {name: rows.class_names for name, rows in labelled.items() if rows.class_names is not None}
-    if len(set(found.values())) > 1 or 0 < len(found) < len(labelled):
-        listing = "; ".join(f"{name}: {list_first(rows.class_names or ('no names',), str)}" for name, rows in labelled.items())
+    largest = max(found.values(), key=len, default=())
+    if any(not set(names) <= set(largest) for names in found.values()):
+        listing = "; ".join(f"{name}: {list_first(names, str)}" for name, names in found.items())
         raise DataError(
-            f"the splits have different classes ({listing}): labels would differ in meaning. Write all splits "
-            "with the same class "
+            f"the splits have different classes ({listing}): labels would differ in meaning. Write all splits with the same class "
             "names, or set --data.class_names."
         )
     if found:
-        names = next(iter(found.values()))
+        # The order is that of the first split: a label without a name is a number there.
+        names = tuple(dict.fromkeys((*next(iter(found.values())), *largest)))
         for i, name in enumerate(names):
             if not name.strip() or UNREADABLE.search(name) or name in names[:i]:
                 raise DataError(
@@ -333,9 +336,11 @@ def _index_of(value: LabelValue, rows: RawRows, index_of: Mapping[str, int]) -> 
     if rows.class_names is not None and isinstance(value, int):
         return index_of.get(rows.class_names[value]) if 0 <= value < len(rows.class_names) else None
     text = str(value)
+    if isinstance(value, bool) and text not in index_of:
+        text = text.lower()
     if text in index_of:
         return index_of[text]
-    if isinstance(value, bool) or not _INTEGER.fullmatch(text):
+    if _kind_of(value) != "integer":
         return None
     if f"LABEL_{int(value)}" in index_of:
         return index_of[f"LABEL_{int(value)}"]

@@ -45,6 +45,9 @@ class _Columns(Mapping[str, list[object]]):
 class _ArrowTable(Table):
     """Base of tables that pyarrow reads batch by batch."""
 
+    _features: Mapping[str, Any] | None = None
+    """Column -> type of the `datasets` library, as JSON; None: as the file's metadata says."""
+
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
         """Yield the rows; see `Table`."""
         check_unique(self.name, self.columns, wanted)
@@ -61,9 +64,9 @@ class _ArrowTable(Table):
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
         """Return the names that `datasets` has written into the file's metadata."""
-        metadata = (self.schema.metadata or {}).get(b"huggingface") if self.schema is not None else None
+        metadata = (self.schema.metadata or {}).get(b"huggingface")
         try:
-            names = json.loads(metadata)["info"]["features"][column]["names"] if metadata else None
+            names = (self._features or json.loads(metadata or b"null")["info"]["features"])[column]["names"]
         except (ValueError, KeyError, TypeError):
             return None
         return tuple(map(str, names)) if isinstance(names, list) and names else None
@@ -111,27 +114,29 @@ class ParquetTable(_ArrowTable):
 class ArrowTable(_ArrowTable):
     """An arrow file (also called feather), or an arrow stream."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        """Read the schema."""
-        self._path, self.name = path, name
+    def __init__(self, path: Path, name: str, features: Mapping[str, Any] | None = None) -> None:
+        """Read the schema; `features`: column -> its type in the `datasets` library, if the file does not say it."""
+        self._path, self.name, self._features = path, name, features
         with _reading(name), _open_seekable(path, name, b"ARROW1") as source:
-            reader = _open_ipc(source)
-            self.schema = reader.schema
-            if hasattr(reader, "num_record_batches"):
-                self._check_not_joined(source)
+            self._check_not_joined(source)
+            source.seek(0)
+            self.schema = _open_ipc(source).schema
         self.columns = tuple(self.schema.names)
 
     def _check_not_joined(self, source: Any) -> None:
-        """Check that nothing lies between the end of the first file's batches and the footer, which is at most one KB away."""
+        """Check that the footer, which pyarrow reads, is right behind the batches of the first file."""
         import pyarrow as pa
 
-        source.seek(8)  # behind ARROW1 and its padding, an arrow file is a stream
+        source.seek(max(0, source.size() - 10))
+        num_footer, mark = int.from_bytes(source.read(4), "little"), source.read()
+        source.seek(0)
+        if source.read(6) != b"ARROW1" or mark != b"ARROW1":
+            return  # a stream, which is checked where it ends
+        source.seek(8)  # behind the padded mark, an arrow file is a stream
         for _ in pa.ipc.MessageReader.open_stream(source):
             pass
-        end = source.tell()
-        source.seek(source.size() - 10)
-        num_more = source.size() - 10 - int.from_bytes(source.read(4), "little") - end
-        if num_more > 1024:
+        num_more = source.size() - 10 - num_footer - source.tell()
+        if num_more > 64:  # more than an alignment, less than a file
             raise refuse_joined(self.name, num_more)
 
     def _batches(self, wanted: list[str]) -> Iterator[Any]:
@@ -152,7 +157,11 @@ class ArrowTable(_ArrowTable):
         mark = source.read(8)
         if end < source.size():
             raise refuse_joined(self.name, source.size() - end)
-        check_end_mark(mark, self.name)
+        if mark[-4:] != b"\0\0\0\0" or mark[:4] not in (b"\xff\xff\xff\xff", b"\0\0\0\0"):
+            raise DataError(
+                f"{self.name} has no mark at the end of its arrow stream: it was cut off, and rows may be lost. Copy or write it "
+                "again."
+            )
 
 
 class DatasetTable(_ArrowTable):
@@ -180,18 +189,6 @@ def refuse_joined(name: str, num_more: int) -> DataError:
         f"{name} has {num_more:,} bytes behind its end: files were probably joined, and rows would be lost. Give each as a file "
         "of its own."
     )
-
-
-def check_end_mark(last: bytes, name: str) -> None:
-    """Check the last 8 bytes of an arrow stream.
-
-    Raises:
-        DataError: they are not its end mark.
-    """
-    if last[-4:] != b"\0\0\0\0" or last[:4] not in (b"\xff\xff\xff\xff", b"\0\0\0\0"):
-        raise DataError(
-            f"{name} has no mark at the end of its arrow stream: it was cut off, and rows may be lost. Copy or write it again."
-        )
 
 
 @contextmanager

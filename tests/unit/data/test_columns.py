@@ -44,7 +44,7 @@ def test_usual_names_are_found(columns, text, label):
         ),
         (("text", "label", "class"), r"several columns that could be the label: 'label' or 'class'. Set --data.label_column"),
         (("headline", "label"), r"no column that is usually the text \(found: 'headline', 'label'; usual: text, sentence"),
-        (("text", "topic"), r"no column that is usually the label \(found: 'text', 'topic'; usual: label, labels"),
+        (("text", "topic"), r"no column that is usually the label \(found: 'topic', next to the text; usual: label, labels"),
     ],
 )
 def test_columns_that_are_not_clear_are_refused(columns, message):

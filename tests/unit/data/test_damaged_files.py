@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
@@ -72,7 +73,7 @@ def protected() -> bytes:
         ("a.csv.zip", protected(), "a.csv.zip is protected by a password: .* Unpack it"),
         ("a.zip", protected(), r"a.zip has no suffix of a format before .\.zip.: .* Rename it as in data.csv.zip"),
         ("a.arrow", stream()[:-8], "a.arrow has no mark at the end of its arrow stream: it was cut off"),
-        ("a.arrow", stream() * 2, r"a.arrow has [\d,]+ bytes behind the end of its arrow stream: files were probably joined"),
+        ("a.arrow", stream() * 2, r"a.arrow has [\d,]+ bytes behind its end: files were probably joined"),
         ("a.parquet", parquet()[:-20], "a.parquet cannot be read"),
         ("a.csv", parquet(), "a.csv holds parquet data: .* end in .parquet"),
         ("a.jsonl", gzip.compress(CSV.encode()), "a.jsonl holds gzip data: .* Add .gz"),
@@ -96,6 +97,41 @@ def test_rows_are_never_lost_in_silence(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):
         rows_of(tmp_path / name)
+
+
+def parquet_of(num_rows: int, **options: object) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": [f"text {i}" for i in range(num_rows)], "label": ["b"] * num_rows}), sink, **options)
+    return sink.getvalue()
+
+
+def feather_of(num_rows: int, **options: object) -> bytes:
+    sink = io.BytesIO()
+    labels = pa.array(["b"] * num_rows).dictionary_encode()
+    pyarrow.feather.write_feather(pa.table({"text": [f"text {i}" for i in range(num_rows)], "label": labels}), sink, **options)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "make", "options"),
+    [
+        (".parquet", parquet_of, {}),
+        (".parquet", parquet_of, {"write_page_index": True, "row_group_size": 7}),
+        (".parquet", parquet_of, {"compression": "none", "use_dictionary": False}),
+        (".feather", feather_of, {"chunksize": 10}),
+        (".arrow", feather_of, {"compression": "uncompressed"}),
+    ],
+)
+def test_joined_files_with_a_footer_are_an_error(tmp_path, suffix, make, options):
+    files = {num_rows: make(num_rows, **options) for num_rows in (1, 30, 2_000)}
+    path = tmp_path / f"a{suffix}"
+    for num_rows, content in files.items():
+        path.write_bytes(content)
+        assert len(rows_of(path)) == num_rows
+    for joined in (*itertools.permutations(files, 2), *itertools.permutations(files, 3), (30, 30)):
+        path.write_bytes(b"".join(files[num_rows] for num_rows in joined))
+        with pytest.raises(DataError, match=r"bytes behind its end: files were probably joined, and rows would be lost"):
+            rows_of(path)
 
 
 @pytest.mark.parametrize(

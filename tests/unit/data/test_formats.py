@@ -31,7 +31,8 @@ REFUSED = {
 def test_csv_that_could_lose_rows_is_refused(tmp_path, fault):
     content, message = REFUSED[fault]
     (tmp_path / "news.csv").write_text(content, newline="")
-    with pytest.raises(DataError, match=f"news.csv {message}.*: rows could be lost or changed. Put texts with commas"):
+    advice = "End lines with" if "return" in message else "Name every column" if "fields, and" in message else "Put texts with"
+    with pytest.raises(DataError, match=f"news.csv {message}.*: rows could be lost or changed. {advice}"):
         list(open_table(tmp_path / "news.csv", "news.csv").chunks(("text",)))
 
 
@@ -88,6 +89,16 @@ def test_json_arrays_are_read_element_by_element(tmp_path, layout, num_rows):
     assert [label for chunk in table.chunks(("label",)) for label in chunk.columns["label"]] == list(range(num_rows))
 
 
+@pytest.mark.parametrize("between", ["\n", "", " \n\n"])
+@pytest.mark.parametrize("num_rows", [1, 3, 2_000])
+def test_objects_over_several_lines_are_read(tmp_path, between, num_rows):
+    rows = [{"text": f"text {i} }} {{", "label": i} for i in range(num_rows)]
+    (tmp_path / "a.jsonl").write_text(between.join(json.dumps(row, indent=2) for row in rows))
+    (chunk,) = open_table(tmp_path / "a.jsonl", "a.jsonl").chunks(("text", "label"))
+    assert list(zip(*chunk.columns.values(), strict=True)) == [(row["text"], row["label"]) for row in rows]
+    assert chunk.row_N.tolist() == list(range(1, num_rows + 1))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -103,7 +114,10 @@ def test_json_arrays_are_read_element_by_element(tmp_path, layout, num_rows):
         ),
         ("a.jsonl", '{"text": "a", "text": "b"}\n', "row 1 is not valid JSON: a key is there twice"),
         ("a.jsonl", '{"text": "a"}\n{"text": "b"\n', "row 2 is not valid JSON"),
-        ("a.jsonl", '{"text": "a"} {"text": "b"}\n', "row 1 is not valid JSON: Extra data"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b"} {"text": "c"}\n', "row 2 is not valid JSON: Extra data"),
+        ("a.jsonl", '{\n"text": "a"}\n{"text": "b"\n', "row 2 is not valid JSON"),
+        ("a.jsonl", '{\n"text": "a"\n},\n{"text": "b"}\n', "row 2 is not valid JSON: Expecting value"),
+        ("a.jsonl", '{"text": "a\tb"}\n', "row 1 is not valid JSON: Invalid control character at column 12"),
     ],
 )
 def test_json_faults_name_the_row(tmp_path, name, content, message):
