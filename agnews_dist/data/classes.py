@@ -178,8 +178,8 @@ def _names_of_data(labelled: Mapping[str, RawRows], kinds: set[str], source: str
     if any(not set(names) <= set(largest) for names in found.values()):
         listing = "; ".join(f"{name}: {list_first(names, str)}" for name, names in found.items())
         raise DataError(
-            f"the splits have different classes ({listing}): labels would differ in meaning. Write all splits with the same class "
-            "names, or set --data.class_names."
+            f"the splits have different classes ({listing}): labels would differ in meaning. Write all splits with the same "
+            "class names, or set --data.class_names."
         )
     if found:
         # The order is that of the first split: a label without a name is a number there.

@@ -78,7 +78,7 @@ def find_text(table: Table, settings: ColumnSettings) -> tuple[str, ...]:
     check_has(table.name, table.columns, settings.text, "data.text_column")
     if len(set(settings.text)) < len(settings.text):
         raise DataError(
-            f"data.text_column {','.join(settings.text)!r}: a column is there twice, and its text would be repeated. Remove one."
+            f"data.text_column {','.join(settings.text)!r}: a column is there twice: its text would be repeated. Remove one."
         )
     return settings.text
 

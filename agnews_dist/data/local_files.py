@@ -144,7 +144,7 @@ def _is_empty_part(file: Path) -> bool:
 
 
 def _open_saved(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
-    """Open a directory that `datasets.save_to_disk` wrote. Without that library: it would refuse columns that are not needed."""
+    """Open a directory that `datasets.save_to_disk` wrote. That library would refuse columns that are not needed."""
     if settings.subset is not None:
         raise DataError(f"data.subset {settings.subset!r}: {path} was written by save_to_disk and has none. Leave it out.")
     try:
@@ -270,9 +270,7 @@ def _files_of_layout(directory: Path, settings: SplitSettings) -> dict[str, list
             parent,
             *(folder for word in dict.fromkeys(words) if (folder := parent / word).is_dir() and folder != parent),
         ]
-        files = [
-            file for folder in folders if folder.is_dir() for file in _data_files(folder, is_deep=folder != parent)
-        ]
+        files = [file for folder in folders if folder.is_dir() for file in _data_files(folder, is_deep=folder != parent)]
         if not files:
             continue
         found = {name: [file for file in files if _split_of(file, directory, settings) == name] for name in SPLIT_WORDS}

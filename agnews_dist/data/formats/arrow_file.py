@@ -159,8 +159,8 @@ class ArrowTable(_ArrowTable):
             raise refuse_joined(self.name, source.size() - end)
         if mark[-4:] != b"\0\0\0\0" or mark[:4] not in (b"\xff\xff\xff\xff", b"\0\0\0\0"):
             raise DataError(
-                f"{self.name} has no mark at the end of its arrow stream: it was cut off, and rows may be lost. Copy or write it "
-                "again."
+                f"{self.name} has no mark at the end of its arrow stream: it was cut off, and rows may be lost. Copy or write "
+                "it again."
             )
 
 
@@ -186,8 +186,8 @@ class DatasetTable(_ArrowTable):
 def refuse_joined(name: str, num_more: int) -> DataError:
     """Return the error for a file with other content behind its end."""
     return DataError(
-        f"{name} has {num_more:,} bytes behind its end: files were probably joined, and rows would be lost. Give each as a file "
-        "of its own."
+        f"{name} has {num_more:,} bytes behind its end: files were probably joined, and rows would be lost. Give each as a "
+        "file of its own."
     )
 
 

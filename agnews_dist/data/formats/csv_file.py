@@ -173,7 +173,8 @@ class CsvTable(Table):
         for line, fields, num_more in _parse(self._lines(), dialect):
             num_fields = num_fields or len(fields)
             if len(fields) != num_fields:
-                raise Fault(f"line {line} has {len(fields)} fields, and the first line {num_fields}", _COUNT_ADVICE)
+                found = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
+                raise Fault(f"line {line} has {found}, and the first line {num_fields}", _COUNT_ADVICE)
             yield line, fields, num_more
 
     def _find_dialect(self) -> Dialect:

@@ -209,7 +209,11 @@ class JsonTable(Table):
 
     def _refuse(self, number: int, error: Exception) -> DataError:
         # The parser sees one row at a time, so its line number means nothing.
-        reason = f"{error.msg.removesuffix(' at')} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        reason = (
+            f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error)
+        )
         return DataError(f"{self.name} row {number} is not valid JSON: {reason}. {_FIX}")
 
 

@@ -49,6 +49,7 @@ def labels_of(corpus: Corpus, split: str = "train") -> list[int]:
         ([-1, 0, 1], ("LABEL_-1", "LABEL_0", "LABEL_1"), [0, 1, 2]),
         (["10", "9", "10"], ("LABEL_9", "LABEL_10"), [1, 0, 1]),
         (["007", "07", "007"], ("007", "07"), [0, 1, 0]),
+        ([2**64, 10**30, 2**64], (f"LABEL_{2**64}", f"LABEL_{10**30}"), [0, 1, 0]),
         ([True, False], ("False", "True"), [1, 0]),
         (["日本", "España"], ("España", "日本"), [1, 0]),
     ],
@@ -89,6 +90,13 @@ def test_class_labels_keep_their_order(tmp_path):
         load(tmp_path / "a.parquet", names=["good", "ugly"])
 
 
+def test_booleans_have_names_in_either_case(tmp_path):
+    path = write(tmp_path / "a.jsonl", [False, True, True])
+    assert labels_of(load(path, names=["true", "false"])) == labels_of(load(path, names=["True", "False"])) == [1, 0, 0]
+    with pytest.raises(DataError, match=r"label is not a class in 3 rows \(a.jsonl row 1: False"):
+        load(path, names=["no", "yes"])
+
+
 def test_other_types_of_columns_are_read(tmp_path):
     columns = {"text": pa.array(["a", "b", "c"], pa.large_string()), "label": pa.array(["x", "y", "x"]).dictionary_encode()}
     pq.write_table(pa.table({**columns, "odd": pa.array([None] * 3, pa.duration("s"))}), tmp_path / "a.parquet")
@@ -104,6 +112,7 @@ def test_other_types_of_columns_are_read(tmp_path):
         ([{"a": 1}, "b"], r"label \{'a': 1\} in a.jsonl row 1 is a dict"),
         (["1.0", "0.0"], r"label '0.0' in a.jsonl row 2 is a decimal number"),
         (["a", None, "", "b"], r"label is missing in 2 rows of train \(a.jsonl row 2, a.jsonl row 3\)"),
+        (["a", "\\N", "b"], r"label is missing in 1 row of train \(a.jsonl row 2\)"),
         ([None, None], r"label is missing in 2 rows of train .* --data.splits.train none"),
         ([-1, -1], "label is missing in 2 rows of train"),
         (["a", "a"], "has one class only, 'a': .* Set --data.label_column"),

@@ -57,6 +57,8 @@ def test_settings_come_first():
     assert find_columns(table, ColumnSettings(("headline", "body"), "topic")) == Columns(("headline", "body"), "topic")
     with pytest.raises(DataError, match=r"has no column 'headlin' .*data.text_column names it. Did you mean 'headline'\?"):
         find_columns(table, ColumnSettings(("headlin",)))
+    with pytest.raises(DataError, match=r"data.text_column 'body,body': a column is there twice"):
+        find_columns(table, ColumnSettings(("body", "body")))
     with pytest.raises(DataError, match=r"data.label_column 'text': it is the text column"):
         find_columns(table, ColumnSettings(label="text"))
 

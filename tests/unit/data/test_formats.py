@@ -17,7 +17,7 @@ REFUSED = {
     ),
     "followed": (HEAD + 'a,0\n"Oil" rose,0\n', r"line 3: the quoted field 1 is followed by ' rose,0', not by a separator"),
     "more fields": (HEAD + "a,0\n\nOil, rose,0\n", "line 4 has 3 fields, and the first line 2"),
-    "fewer fields": (HEAD + "a,0\nOil rose\n", "line 3 has 1 fields, and the first line 2"),
+    "fewer fields": (HEAD + "a,0\nOil rose\n", "line 3 has 1 field, and the first line 2"),
     "carriage return": (HEAD + "Oil\rrose,0\n", "line 2 has a carriage return outside of quotes"),
     "only carriage returns": ("text,label\rOil,0\rA goal,1\r", "line 1 has a carriage return outside of quotes"),
     "space before quote": (HEAD + '0, "Oil"\n', r"line 2: a quote does not begin field 2, ' \"Oil\"'"),
@@ -31,7 +31,9 @@ REFUSED = {
 def test_csv_that_could_lose_rows_is_refused(tmp_path, fault):
     content, message = REFUSED[fault]
     (tmp_path / "news.csv").write_text(content, newline="")
-    advice = "End lines with" if "return" in message else "Name every column" if "fields, and" in message else "Put texts with"
+    advice = (
+        "End lines with" if "return" in message else "Name every column" if ", and the first" in message else "Put texts with"
+    )
     with pytest.raises(DataError, match=f"news.csv {message}.*: rows could be lost or changed. {advice}"):
         list(open_table(tmp_path / "news.csv", "news.csv").chunks(("text",)))
 

@@ -157,7 +157,7 @@ def test_directories_of_save_to_disk_are_read(saved):
         rows_of(saved)
     assert rows_of(saved / "unsupervised") == {"train": [("A goal", 1)]}
     (saved / "unsupervised" / "data-00000-of-00001.arrow").unlink()
-    with pytest.raises(DataError, match="data-00000-of-00001.arrow cannot be read: FileNotFoundError"):
+    with pytest.raises(DataError, match=r"data-00000-of-00001.arrow cannot be read: FileNotFoundError"):
         rows_of(saved / "unsupervised")
 
 
@@ -178,7 +178,7 @@ def test_the_only_data_file_of_a_directory_is_train(tmp_path):
     write(tmp_path / "reviews.csv")
     (tmp_path / "notes.md").write_text("x")
     assert rows_of(tmp_path) == {"train": ROWS}
-    with pytest.raises(DataError, match="data.splits.train 'other': no file or folder"):
+    with pytest.raises(DataError, match=r"data.splits.train 'other': no file or folder"):
         rows_of(tmp_path, SplitSettings(names={"train": "other"}))
     write(tmp_path / "more.csv")
     with pytest.raises(DataError, match="has no data file of a split"):
