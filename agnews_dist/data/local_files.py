@@ -121,8 +121,9 @@ def _open_file(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
 
 
 def _open_directory(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _open_saved(path, settings)
+    saved = path / (settings.subset or ".")
+    if (saved / "dataset_dict.json").is_file() or (saved / "state.json").is_file():
+        return _open_saved(saved, settings)
     splits = find_files_by_split(path, settings)
     found: dict[str, list[Table]] = {}
     for name, files in splits.items():
@@ -145,8 +146,6 @@ def _is_empty_part(file: Path) -> bool:
 
 def _open_saved(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
     """Open a directory that `datasets.save_to_disk` wrote. That library would refuse columns that are not needed."""
-    if settings.subset is not None:
-        raise DataError(f"data.subset {settings.subset!r}: {path} was written by save_to_disk and has none. Leave it out.")
     try:
         if not (path / "dataset_dict.json").is_file():
             return {"train": _open_saved_split(path, path)}
@@ -170,6 +169,8 @@ def _open_saved_split(folder: Path, path: Path) -> list[Table]:
     if state.get("_indices_data_files"):  # versions before 2
         raise ValueError("its rows are chosen by a second file")
     files = [folder / each["filename"] for each in state["_data_files"]]
+    if not files:
+        raise DataError(f"{folder} has no rows: at least one is needed. Write some, or leave the split out with --data.splits.")
     return [ArrowTable(file, _name_in(file, path), features) for file in files]
 
 
@@ -252,6 +253,8 @@ def _data_files(folder: Path, *, is_deep: bool = False) -> list[Path]:
     found: list[Path] = []
     for entry in sorted((entry for entry in folder.iterdir() if not is_hidden(Path(entry.name))), key=_sort_key):
         if entry.is_dir() and (is_deep or split_suffix(entry)[0] in SUFFIXES):
+            if folder.resolve().is_relative_to(entry.resolve()):
+                raise DataError(f"{entry} is a link to a folder above it: its rows would be read again. Remove it.")
             found += _data_files(entry, is_deep=is_deep)
         elif is_data_file(entry) and not entry.is_dir():
             if not entry.is_file():
@@ -342,11 +345,10 @@ def _files_of_card(directory: Path, settings: SplitSettings) -> dict[str, list[P
     for split in SPLIT_WORDS:
         name = settings.find(split, list(patterns), f"subset {subset} of {directory}")
         if name is not None:
-            found[split] = sorted({file for each in patterns[name] for file in _match_pattern(folder, each)}, key=_sort_key)
-            if not found[split]:
-                raise DataError(
-                    f"{directory}/README.md names {', '.join(patterns[name])} for {name}: no such data file. Correct it."
-                )
+            files = {each: _match_pattern(folder, each) for each in patterns[name]}
+            for wrong in (each for each in files if not files[each]):
+                raise DataError(f"{directory}/README.md names {wrong} for {name}: no such data file. Correct it.")
+            found[split] = sorted({file for matched in files.values() for file in matched}, key=_sort_key)
     if not found:
         raise DataError(
             f"{directory}/README.md has the splits {list_first(list(patterns), str)}: none is train, validation or test. "

@@ -246,6 +246,8 @@ class _Reader:
                 f"{table.name} and {first.name} name or number their classes differently: labels of the same split would mean "
                 "different things. Write both files in the same way."
             )
+        if columns != its_columns:
+            self._notes[f"{table.name}: {columns}"] = None
         if table.note:
             self._notes[table.note] = None
         num_rows = 0

@@ -241,6 +241,7 @@ def test_a_shard_of_save_to_disk_that_was_cut_off_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("front", "message"),
     [
+        ("configs:\n- data_files: [train.csv, other.txt]", "names other.txt for train: no such data file"),
         ("configs:\n- data_files:\n  - split: train\n    path: /etc/*.csv", "only patterns of files below its directory"),
         ("configs:\n- data_files:\n  - split: train\n    path: ''", "it needs split and path"),
         ("configs:\n- data_files:\n  - path: train.csv", "it needs split and path"),

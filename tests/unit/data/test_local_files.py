@@ -152,6 +152,7 @@ def test_directories_of_save_to_disk_are_read(saved):
     (table,) = open_local(saved, SplitSettings())["train"]
     assert table.class_names("label") == ("b", "s")
     assert rows_of(saved, SplitSettings(names={"test": "unsupervised"}))["test"] == [("A goal", 1)]
+    assert rows_of(saved.parent, SplitSettings("saved")) == rows_of(saved)
     (saved / "train" / "state.json").write_text("{}")
     with pytest.raises(DataError, match="saved was written by save_to_disk of the datasets library and cannot be read"):
         rows_of(saved)
@@ -174,6 +175,14 @@ def test_save_to_disk_with_columns_of_unknown_types_is_read_at_any_path(tmp_path
     assert {table.class_names("label") for table in open_local(place, SplitSettings())["train"]} == {("b", "s")}
 
 
+def test_a_split_of_save_to_disk_without_rows_is_named(tmp_path):
+    rows, nothing = ({"text": texts, "label": texts} for texts in (["a"], []))
+    DatasetDict({"train": Dataset.from_dict(rows), "test": Dataset.from_dict(nothing)}).save_to_disk(str(tmp_path / "saved"))
+    assert rows_of(tmp_path / "saved", SplitSettings(names={"test": "none"})) == {"train": [("a", "a")]}
+    with pytest.raises(DataError, match=r"saved/test has no rows: .* --data.splits"):
+        rows_of(tmp_path / "saved")
+
+
 def test_the_only_data_file_of_a_directory_is_train(tmp_path):
     write(tmp_path / "reviews.csv")
     (tmp_path / "notes.md").write_text("x")
@@ -190,6 +199,9 @@ def test_folders_inside_those_of_splits_are_read(tmp_path):
         write(tmp_path / name, f"text,label\nof {name},x\n")
     found = {split: [text for text, _ in rows] for split, rows in rows_of(tmp_path).items()}
     assert found == {"train": ["of train/a/2020/x.csv", "of train/b/x.csv"], "test": ["of test/a/y.csv"]}
+    (tmp_path / "train" / "b" / "up").symlink_to("..")
+    with pytest.raises(DataError, match=r"train/b/up is a link to a folder above it: its rows would be read again"):
+        rows_of(tmp_path)
 
 
 def test_subsets_are_folders_or_named_by_the_card(tmp_path):
