@@ -14,12 +14,20 @@ from agnews_dist.data.formats.table import CHUNK_ROWS, Chunk, Table, check_uniqu
 from agnews_dist.data.hugging_face import silence_datasets, translate_errors
 from agnews_dist.errors import DataError
 
+_SEARCH_BYTES = 1 << 20
+"""Bytes of a parquet file that are searched at once."""
+
 
 @contextmanager
 def _reading(name: str) -> Generator[None]:
     """Turn pyarrow's exceptions inside the block into DataError."""
-    with translate_errors(lambda reason: DataError(f"{name} cannot be read: {reason}. Copy or download the file again.")):
-        yield
+    try:
+        with translate_errors(lambda reason: DataError(f"{name} cannot be read: {reason}. Copy or download the file again.")):
+            yield
+    except MemoryError as error:
+        raise DataError(
+            f"{name} cannot be read: {error}. Write it in smaller batches, or copy it again if it is damaged."
+        ) from error
 
 
 class _Columns(Mapping[str, list[object]]):
@@ -87,8 +95,8 @@ class ParquetTable(_ArrowTable):
         with _reading(name), _open_seekable(path, name, b"PAR1") as source:
             file = ParquetFile(source)
             self.schema = file.schema_arrow
+            self.columns = tuple(self.schema.names)
             self._check_not_joined(source, file.metadata)
-        self.columns = tuple(self.schema.names)
 
     def _check_not_joined(self, source: Any, metadata: Any) -> None:
         """Check that no file was put before this one: pyarrow reads the last footer, and the rows of the first by it.
@@ -99,10 +107,12 @@ class ParquetTable(_ArrowTable):
         chunks = (metadata.row_group(i).column(j) for i in range(metadata.num_row_groups) for j in range(metadata.num_columns))
         starts = ((chunk.dictionary_page_offset or chunk.data_page_offset, chunk) for chunk in chunks)
         end = max((start + chunk.total_compressed_size for start, chunk in starts), default=4)
-        source.seek(0)
-        between = source.read(max(0, source.size() - metadata.serialized_size - 8 - end) + 4)
-        if b"PAR1PAR1" in between:
-            raise refuse_joined(self.name, source.size() - between.index(b"PAR1PAR1") - 4)
+        num_between = source.size() - metadata.serialized_size - 8 - end
+        for begin in range(0, num_between, _SEARCH_BYTES):
+            source.seek(begin)
+            found = source.read(min(_SEARCH_BYTES, num_between - begin) + 8).find(b"PAR1PAR1")
+            if found >= 0:
+                raise refuse_joined(self.name, source.size() - begin - found - 4)
 
     def _batches(self, wanted: list[str]) -> Iterator[Any]:
         from pyarrow.parquet import ParquetFile
@@ -121,7 +131,7 @@ class ArrowTable(_ArrowTable):
             self._check_not_joined(source)
             source.seek(0)
             self.schema = _open_ipc(source).schema
-        self.columns = tuple(self.schema.names)
+            self.columns = tuple(self.schema.names)
 
     def _check_not_joined(self, source: Any) -> None:
         """Check that the footer, which pyarrow reads, is right behind the batches of the first file."""
@@ -145,8 +155,10 @@ class ArrowTable(_ArrowTable):
             is_file = hasattr(reader, "num_record_batches")
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
             for batch in batches:
+                selected = batch.select(wanted)
+                selected.validate(full=True)  # damaged offsets would end the process
                 for begin in range(0, batch.num_rows, CHUNK_ROWS):
-                    yield batch.select(wanted).slice(begin, CHUNK_ROWS)
+                    yield selected.slice(begin, CHUNK_ROWS)
             if not is_file:
                 self._check_end(source)
 

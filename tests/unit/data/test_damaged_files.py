@@ -10,6 +10,7 @@ import os
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
@@ -132,6 +133,23 @@ def test_joined_files_with_a_footer_are_an_error(tmp_path, suffix, make, options
         path.write_bytes(b"".join(files[num_rows] for num_rows in joined))
         with pytest.raises(DataError, match=r"bytes behind its end: files were probably joined, and rows would be lost"):
             rows_of(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (np.array([0, 8, 14], np.int32).tobytes(), np.array([0, 8, 1 << 30], np.int32).tobytes(), "ArrowInvalid"),
+        (b"Oil rose", b"Oil \xffose", "ArrowInvalid"),
+        (b"text\0", b"te\xfft\0", "UnicodeDecodeError"),
+    ],
+)
+def test_damage_inside_an_arrow_file_is_an_error(tmp_path, old, new, message):
+    sink = io.BytesIO()
+    pyarrow.feather.write_feather(TABLE, sink, compression="uncompressed")
+    assert old in sink.getvalue()
+    (tmp_path / "a.arrow").write_bytes(sink.getvalue().replace(old, new))
+    with pytest.raises(DataError, match=f"a.arrow cannot be read: {message}"):
+        rows_of(tmp_path / "a.arrow")
 
 
 @pytest.mark.parametrize(
