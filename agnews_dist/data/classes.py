@@ -3,12 +3,15 @@
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from agnews_dist.data.formats.streams import read_lines
+from agnews_dist.data.local_files import exists
 from agnews_dist.data.rows import (
     A_DECIMAL,
     MAX_CLASSES,
@@ -54,41 +57,32 @@ def read_class_names(given: Sequence[str] | None) -> tuple[str, ...] | None:
     if len(names) == 1:
         path = Path(names[0]).expanduser()
         where = f"data.class_names {names[0]!r}"
-        if not is_file(path):
+        if not exists(path):
             raise DataError(
                 f"{where}: a list has two names or more, and no such file exists. Write a,b,... or correct the path."
             )
+        text = "".join(read_lines(path, where)).rstrip()
         try:
-            text = path.read_text(encoding="utf-8-sig")
-            names = json.loads(text) if path.suffix.lower() == ".json" else (text.rstrip().split("\n") if text.strip() else [])
-        except OSError as error:
-            raise DataError(f"{where} cannot be read: {error.strerror or error}. Check its permissions.") from error
+            names = json.loads(text) if path.suffix.lower() == ".json" else re.split(r"\r\n?|\n", text) if text else []
         except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{where} cannot be read ({error}): it must hold one name per line, in UTF-8. Correct it."
+                f"{where} is not valid JSON ({error}). Write a list of names, or a .txt with one per line."
             ) from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{where}: it must be a list of texts. Write one name per line.")
     names = [name.strip() for name in names]
+    first: dict[str, int] = {}
     for i, name in enumerate(names):
         if not name or UNREADABLE.search(name):
             raise DataError(f"{where}: name {i + 1} is {name!r}: a class needs a readable name. Correct or remove it.")
-        if name in names[:i]:
+        if first.setdefault(name, i) < i:
             raise DataError(
-                f"{where}: {quote(name)} is there twice, as name {names.index(name) + 1} and {i + 1}: names must "
-                "be unique. Remove one."
+                f"{where}: {quote(name)} is there twice, as name {first[name] + 1} and {i + 1}: names must be "
+                "unique. Remove one."
             )
     if not 2 <= len(names) <= MAX_CLASSES:
         raise DataError(f"{where}: it has {len(names)} names, and 2 to {MAX_CLASSES:,} are possible. Name every class.")
     return tuple(names)
-
-
-def is_file(path: Path) -> bool:
-    """Return whether the path is a file; a name that no file can have is not."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def decide_classes(
@@ -182,14 +176,13 @@ def _names_of_data(labelled: Mapping[str, RawRows], kinds: set[str], source: str
             "class names, or set --data.class_names."
         )
     if found:
-        # The order is that of the first split: a label without a name is a number there.
-        names = tuple(dict.fromkeys((*next(iter(found.values())), *largest)))
-        for i, name in enumerate(names):
-            if not name.strip() or UNREADABLE.search(name) or name in names[:i]:
+        for name, count in (each for names in found.values() for each in Counter(names).items()):
+            if count > 1 or not name.strip() or UNREADABLE.search(name):
                 raise DataError(
-                    f"{source} names class {i} {name!r}: a class needs a readable name of its own. Set --data.class_names."
+                    f"{source} has the class name {name!r}: a class needs a readable name of its own. Set --data.class_names."
                 )
-        return names, []
+        # The order is that of the first split: a label without a name is a number there.
+        return tuple(dict.fromkeys((*next(iter(found.values())), *largest))), []
     if len(kinds) > 1:
         examples = {_kind_of(value): (rows, code) for rows in labelled.values() for code, value in enumerate(rows.values)}
         listing = ", ".join(f"{rows.first_of(code)}: {quote_value(rows.values[code])}" for rows, code in examples.values())
