@@ -21,6 +21,8 @@ ORIGINAL_COLUMNS = ("class", "title", "description")
 """Columns of AG News' original csv, which has no header."""
 Record = tuple[int, list[str], int]
 """(line number, fields, number of lines after the first)."""
+_USUAL_NAMES = ("text", "label", "sentence", "content", *ORIGINAL_COLUMNS)
+"""Fields of a first line that are not a text: its first field may be the number of pandas' index."""
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _SAID_SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 """The first line by which Excel is given the separator."""
@@ -109,7 +111,8 @@ class CsvTable(Table):
         if any(re.fullmatch(r"\s*'.*'\s*", field) for field in header):
             raise self._refuse(Fault("line 1: its fields are in single quotes"))
         are_integers = [_INTEGER.fullmatch(field) is not None for field in header]
-        self.has_header = len(header) != len(ORIGINAL_COLUMNS) or not are_integers[0] or all(are_integers)
+        is_original = len(header) == len(ORIGINAL_COLUMNS) and are_integers[0] and not all(are_integers)
+        self.has_header = not is_original or any(field.strip().lower() in _USUAL_NAMES for field in header)
         self.columns = tuple(header) if self.has_header else ORIGINAL_COLUMNS
         if separator is None and self.dialect.separator != ",":
             self.note = f"fields are separated by {_SEPARATORS[self.dialect.separator]}"

@@ -169,8 +169,9 @@ def test_the_line_in_which_excel_names_the_separator_is_left_out(tmp_path, separ
 
 
 def test_a_header_of_numbers_is_not_ag_news(tmp_path):
-    (tmp_path / "a.csv").write_text("0,1,2\nOil rose,b,c\n")
-    assert open_table(tmp_path / "a.csv", "a.csv").columns == ("0", "1", "2")
+    for header in ("0,1,2", "0,text,label", "0, Label ,headline"):
+        (tmp_path / "a.csv").write_text(f"{header}\n1,Oil rose,b\n")
+        assert open_table(tmp_path / "a.csv", "a.csv").columns == tuple(header.split(","))
 
 
 def test_only_columns_that_are_read_need_a_name_of_their_own(tmp_path):
