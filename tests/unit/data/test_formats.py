@@ -32,7 +32,11 @@ def test_csv_that_could_lose_rows_is_refused(tmp_path, fault):
     content, message = REFUSED[fault]
     (tmp_path / "news.csv").write_text(content, newline="")
     advice = (
-        "End lines with" if "return" in message else "Name every column" if ", and the first" in message else "Put texts with"
+        "Put texts with line breaks"
+        if "return" in message
+        else "Name every column"
+        if ", and the first" in message
+        else "Put texts with"
     )
     with pytest.raises(DataError, match=f"news.csv {message}.*: rows could be lost or changed. {advice}"):
         list(open_table(tmp_path / "news.csv", "news.csv").chunks(("text",)))
