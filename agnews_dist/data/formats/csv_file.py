@@ -29,7 +29,7 @@ _SAID_SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _ADVICE = "Put texts with {separators}, quotes or line breaks in double quotes, and double every quote inside."
 _COUNT_ADVICE = "Name every column in the first line, and put texts with {separators} in double quotes."
-_RETURN_ADVICE = "Put texts with line breaks in double quotes, and end lines with line feeds, for example by 'mac2unix'."
+_RETURN_ADVICE = "Put texts with line breaks in double quotes, and end lines with line feeds, as by mac2unix."
 
 
 class Fault(Exception):  # noqa: N818 (becomes a DataError once no dialect fits)
