@@ -65,9 +65,7 @@ def read_class_names(given: Sequence[str] | None) -> tuple[str, ...] | None:
         try:
             names = json.loads(text) if path.suffix.lower() == ".json" else re.split(r"\r\n?|\n", text) if text else []
         except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{where} is not valid JSON ({error}). Write a list of names, or a .txt with one per line."
-            ) from error
+            raise DataError(f"{where} is not valid JSON ({error}): it must be a list of names. Correct it.") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{where}: it must be a list of texts. Write one name per line.")
     names = [name.strip() for name in names]
