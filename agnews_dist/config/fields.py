@@ -199,7 +199,8 @@ def check_value(raw: RawValue, type_: Any, default: object) -> tuple[Any, Any]:
         value = convert(type_, raw.value)
         return value, TypeAdapter(type_).validate_python(value, strict=True)
     except ValidationError as error:
-        wrong, own = raw.value, error.errors()[0].get("ctx", {}).get("error")
+        wrong, first = raw.value, error.errors()[0]
+        own = "not UTF-8. Rename the file." if first["type"] == "string_unicode" else first.get("ctx", {}).get("error")
     except ValueError as error:
         wrong, own = error.args[0], None
     if own is not None:

@@ -3,12 +3,15 @@
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from agnews_dist.data.formats.streams import read_lines
+from agnews_dist.data.local_files import exists
 from agnews_dist.data.rows import (
     A_DECIMAL,
     MAX_CLASSES,
@@ -26,7 +29,7 @@ from agnews_dist.events import DataFinding
 
 AG_NEWS = ("fancyzhx/ag_news", "ag_news")
 """Hub ids of AG News."""
-_MISSING = frozenset(("nan", "null", "n/a", "#n/a", "<na>"))
+_MISSING = frozenset(("nan", "null", "na", "n/a", "#n/a", "<na>", "?"))
 """Texts by which programs mark a missing value."""
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]{0,17})")
 _DECIMAL = re.compile(r"[+-]?[0-9]*\.[0-9]+(e[+-]?[0-9]+)?", re.IGNORECASE)
@@ -54,39 +57,30 @@ def read_class_names(given: Sequence[str] | None) -> tuple[str, ...] | None:
     if len(names) == 1:
         path = Path(names[0]).expanduser()
         where = f"data.class_names {names[0]!r}"
-        if not is_file(path):
+        if not exists(path):
             raise DataError(
                 f"{where}: a list has two names or more, and no such file exists. Write a,b,... or correct the path."
             )
+        text = "".join(read_lines(path, where)).rstrip()
         try:
-            text = path.read_text(encoding="utf-8-sig")
-            names = json.loads(text) if path.suffix.lower() == ".json" else (text.rstrip().split("\n") if text.strip() else [])
-        except (OSError, ValueError, RecursionError) as error:
-            raise DataError(
-                f"{where} cannot be read ({error}): it must hold one name per line, in UTF-8. Correct it."
-            ) from error
+            names = json.loads(text) if path.suffix.lower() == ".json" else re.split(r"\r\n?|\n", text) if text else []
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is not valid JSON ({error}): it must be a list of names. Correct it.") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{where}: it must be a list of texts. Write one name per line.")
     names = [name.strip() for name in names]
+    first: dict[str, int] = {}
     for i, name in enumerate(names):
         if not name or UNREADABLE.search(name):
             raise DataError(f"{where}: name {i + 1} is {name!r}: a class needs a readable name. Correct or remove it.")
-        if name in names[:i]:
+        if first.setdefault(name, i) < i:
             raise DataError(
-                f"{where}: {quote(name)} is there twice, as name {names.index(name) + 1} and {i + 1}: names must "
-                "be unique. Remove one."
+                f"{where}: {quote(name)} is there twice, as name {first[name] + 1} and {i + 1}: names must be "
+                "unique. Remove one."
             )
     if not 2 <= len(names) <= MAX_CLASSES:
         raise DataError(f"{where}: it has {len(names)} names, and 2 to {MAX_CLASSES:,} are possible. Name every class.")
     return tuple(names)
-
-
-def is_file(path: Path) -> bool:
-    """Return whether the path is a file; a name that no file can have is not."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def decide_classes(
@@ -172,21 +166,21 @@ def _kinds_of(labelled: Mapping[str, RawRows]) -> set[str]:
 def _names_of_data(labelled: Mapping[str, RawRows], kinds: set[str], source: str) -> tuple[tuple[str, ...], list[DataFinding]]:
     """Return the names that the data gives its classes, and what is to be said about them."""
     found = {name: rows.class_names for name, rows in labelled.items() if rows.class_names is not None}
-    if len(set(found.values())) > 1 or 0 < len(found) < len(labelled):
-        listing = "; ".join(f"{name}: {list_first(rows.class_names or ('no names',), str)}" for name, rows in labelled.items())
+    largest = max(found.values(), key=len, default=())
+    if any(not set(names) <= set(largest) for names in found.values()):
+        listing = "; ".join(f"{name}: {list_first(names, str)}" for name, names in found.items())
         raise DataError(
-            f"the splits have different classes ({listing}): labels would differ in meaning. Write all splits "
-            "with the same class "
-            "names, or set --data.class_names."
+            f"the splits have different classes ({listing}): labels would differ in meaning. Write all splits with the same "
+            "class names, or set --data.class_names."
         )
     if found:
-        names = next(iter(found.values()))
-        for i, name in enumerate(names):
-            if not name.strip() or UNREADABLE.search(name) or name in names[:i]:
+        for name, count in (each for names in found.values() for each in Counter(names).items()):
+            if count > 1 or not name.strip() or UNREADABLE.search(name):
                 raise DataError(
-                    f"{source} names class {i} {name!r}: a class needs a readable name of its own. Set --data.class_names."
+                    f"{source} has the class name {name!r}: a class needs a readable name of its own. Set --data.class_names."
                 )
-        return names, []
+        # The order is that of the first split: a label without a name is a number there.
+        return tuple(dict.fromkeys((*next(iter(found.values())), *largest))), []
     if len(kinds) > 1:
         examples = {_kind_of(value): (rows, code) for rows in labelled.values() for code, value in enumerate(rows.values)}
         listing = ", ".join(f"{rows.first_of(code)}: {quote_value(rows.values[code])}" for rows, code in examples.values())
@@ -333,9 +327,11 @@ def _index_of(value: LabelValue, rows: RawRows, index_of: Mapping[str, int]) -> 
     if rows.class_names is not None and isinstance(value, int):
         return index_of.get(rows.class_names[value]) if 0 <= value < len(rows.class_names) else None
     text = str(value)
+    if isinstance(value, bool) and text not in index_of:
+        text = text.lower()
     if text in index_of:
         return index_of[text]
-    if isinstance(value, bool) or not _INTEGER.fullmatch(text):
+    if _kind_of(value) != "integer":
         return None
     if f"LABEL_{int(value)}" in index_of:
         return index_of[f"LABEL_{int(value)}"]

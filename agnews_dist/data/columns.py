@@ -76,6 +76,10 @@ def find_text(table: Table, settings: ColumnSettings) -> tuple[str, ...]:
     if settings.text is None:
         return _find_usual_text(table)
     check_has(table.name, table.columns, settings.text, "data.text_column")
+    if len(set(settings.text)) < len(settings.text):
+        raise DataError(
+            f"data.text_column {','.join(settings.text)!r}: a column is there twice: its text would be repeated. Remove one."
+        )
     return settings.text
 
 
@@ -118,7 +122,8 @@ def _find_label(table: Table, text: Sequence[str], *, needs_label: bool) -> str 
     if not needs_label:
         return None
     raise DataError(
-        f"{table.name} has no column that is usually the label (found: {list_columns(table.columns)}; usual: "
+        f"{table.name} has no column that is usually the label (found: "
+        f"{list_columns([column for column in table.columns if column not in text])}, next to the text; usual: "
         f"{', '.join(LABEL_NAMES)}). Set --data.label_column{_header_hint(table)}."
     )
 

@@ -1,16 +1,16 @@
 """Splits of a local source: a file, a directory in the layout of hub data sets, parts of Spark or Dask, `save_to_disk`."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from agnews_dist.data.dataset_card import patterns_by_split, read_configs
-from agnews_dist.data.formats.arrow_file import DatasetTable, check_end_mark
+from agnews_dist.data.formats.arrow_file import ArrowTable
 from agnews_dist.data.formats.registry import PART_SUFFIX, SUFFIXES, format_of, is_data_file, open_table
 from agnews_dist.data.formats.streams import COMPRESSIONS, is_hidden, open_bytes, split_suffix
 from agnews_dist.data.formats.table import Table
-from agnews_dist.data.hugging_face import silence_datasets, translate_errors
 from agnews_dist.data.rows import list_first
 from agnews_dist.errors import DataError, did_you_mean
 
@@ -121,8 +121,9 @@ def _open_file(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
 
 
 def _open_directory(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _open_saved(path, settings)
+    saved = path / (settings.subset or ".")
+    if (saved / "dataset_dict.json").is_file() or (saved / "state.json").is_file():
+        return _open_saved(saved, settings)
     splits = find_files_by_split(path, settings)
     found: dict[str, list[Table]] = {}
     for name, files in splits.items():
@@ -144,37 +145,33 @@ def _is_empty_part(file: Path) -> bool:
 
 
 def _open_saved(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
-    """Open a directory that `datasets.save_to_disk` wrote."""
-
-    def make_error(reason: str) -> DataError:
-        return DataError(
-            f"{path} was written by save_to_disk of the datasets library and cannot be read: {reason}. Write it again, or use "
-            "to_parquet."
-        )
-
-    with silence_datasets(), translate_errors(make_error):
-        from datasets import DatasetDict, load_from_disk
-
-        try:
-            loaded = load_from_disk(str(path))
-        except PermissionError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}. Check the permissions of its files.") from error
-    if settings.subset is not None:
-        raise DataError(f"data.subset {settings.subset!r}: {path} was written by save_to_disk and has none. Leave it out.")
-    for dataset in loaded.values() if isinstance(loaded, DatasetDict) else [loaded]:
-        for file in (Path(each["filename"]) for each in dataset.cache_files):
-            with open_bytes(file, _name_in(file, path)) as content:
-                content.seek(max(0, file.stat().st_size - 8))
-                check_end_mark(content.read(), _name_in(file, path))
-    if not isinstance(loaded, DatasetDict):
-        return {"train": [DatasetTable(loaded, path.name)]}
-    names = [str(name) for name in loaded]
-    chosen = {split: settings.find(split, names, str(path)) for split in SPLIT_WORDS}
-    if not any(chosen.values()):
+    """Open a directory that `datasets.save_to_disk` wrote. That library would refuse columns that are not needed."""
+    try:
+        if not (path / "dataset_dict.json").is_file():
+            return {"train": _open_saved_split(path, path)}
+        names = list(map(str, json.loads((path / "dataset_dict.json").read_bytes())["splits"]))
+        chosen = {split: settings.find(split, names, str(path)) for split in SPLIT_WORDS}
+        if not any(chosen.values()):
+            raise DataError(
+                f"{path} has the splits {', '.join(names)}: none is train, validation or test. Set --data.splits.train."
+            )
+        return {split: _open_saved_split(path / name, path) for split, name in chosen.items() if name is not None}
+    except (ValueError, LookupError, TypeError, FileNotFoundError) as error:
         raise DataError(
-            f"{path} has the splits {', '.join(names)}: none is train, validation or test. Set --data.splits.train."
-        )
-    return {split: [DatasetTable(loaded[name], f"{path.name}/{name}")] for split, name in chosen.items() if name is not None}
+            f"{path} was written by save_to_disk of the datasets library and cannot be read: {type(error).__name__} "
+            f"{error}. Copy it again, or use to_parquet."
+        ) from error
+
+
+def _open_saved_split(folder: Path, path: Path) -> list[Table]:
+    state = json.loads((folder / "state.json").read_bytes())
+    features = json.loads((folder / "dataset_info.json").read_bytes())["features"]
+    if state.get("_indices_data_files"):  # versions before 2
+        raise ValueError("its rows are chosen by a second file")
+    files = [folder / each["filename"] for each in state["_data_files"]]
+    if not files:
+        raise DataError(f"{folder} has no rows: at least one is needed. Write some, or leave the split out with --data.splits.")
+    return [ArrowTable(file, _name_in(file, path), features) for file in files]
 
 
 def find_files_by_split(directory: Path, settings: SplitSettings) -> dict[str, list[Path]]:
@@ -251,12 +248,14 @@ def _sort_key(path: Path) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", str(path)) if part]
 
 
-def _data_files(folder: Path) -> list[Path]:
-    """Return the data files of a folder; a folder with the suffix of a format counts as its parts."""
+def _data_files(folder: Path, *, is_deep: bool = False) -> list[Path]:
+    """Return the data files of a folder, and of folders with the suffix of a format; `is_deep`: of all its folders."""
     found: list[Path] = []
     for entry in sorted((entry for entry in folder.iterdir() if not is_hidden(Path(entry.name))), key=_sort_key):
-        if entry.is_dir() and split_suffix(entry)[0] in SUFFIXES:
-            found += _data_files(entry)
+        if entry.is_dir() and (is_deep or split_suffix(entry)[0] in SUFFIXES):
+            if folder.resolve().is_relative_to(entry.resolve()):
+                raise DataError(f"{entry} is a link to a folder above it: its rows would be read again. Remove it.")
+            found += _data_files(entry, is_deep=is_deep)
         elif is_data_file(entry) and not entry.is_dir():
             if not entry.is_file():
                 kind = "a link to a file that does not exist" if entry.is_symlink() else "not a regular file"
@@ -274,13 +273,14 @@ def _files_of_layout(directory: Path, settings: SplitSettings) -> dict[str, list
             parent,
             *(folder for word in dict.fromkeys(words) if (folder := parent / word).is_dir() and folder != parent),
         ]
-        files = [file for folder in folders if folder.is_dir() for file in _data_files(folder)]
+        files = [file for folder in folders if folder.is_dir() for file in _data_files(folder, is_deep=folder != parent)]
         if not files:
             continue
         found = {name: [file for file in files if _split_of(file, directory, settings) == name] for name in SPLIT_WORDS}
         if any(found.values()):
             return found
-        if all(_PART.search(file.name) or split_suffix(file)[0] == PART_SUFFIX for file in files):
+        are_parts = all(_PART.search(file.name) or split_suffix(file)[0] == PART_SUFFIX for file in files)
+        if are_parts or (len(files) == 1 and settings.names.get("train") is None):
             return {"train": files}
     return {}
 
@@ -345,11 +345,10 @@ def _files_of_card(directory: Path, settings: SplitSettings) -> dict[str, list[P
     for split in SPLIT_WORDS:
         name = settings.find(split, list(patterns), f"subset {subset} of {directory}")
         if name is not None:
-            found[split] = sorted({file for each in patterns[name] for file in _match_pattern(folder, each)}, key=_sort_key)
-            if not found[split]:
-                raise DataError(
-                    f"{directory}/README.md names {', '.join(patterns[name])} for {name}: no such data file. Correct it."
-                )
+            files = {each: _match_pattern(folder, each) for each in patterns[name]}
+            for wrong in (each for each in files if not files[each]):
+                raise DataError(f"{directory}/README.md names {wrong} for {name}: no such data file. Correct it.")
+            found[split] = sorted({file for matched in files.values() for file in matched}, key=_sort_key)
     if not found:
         raise DataError(
             f"{directory}/README.md has the splits {list_first(list(patterns), str)}: none is train, validation or test. "

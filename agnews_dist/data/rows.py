@@ -27,6 +27,10 @@ NUM_SHOWN = 5
 A_DECIMAL = "a decimal number (pandas makes them of integers where a label is missing)"
 UNREADABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029]")
 """Characters that no name of a class may have: they end lines, control terminals or have no UTF-8 bytes."""
+_INVISIBLE = "\ufeff\u200b\u200c\u200d\u2060"
+"""Characters without width, which are not white space to Python."""
+NULL = r"\N"
+"""A field without a value, as MySQL, PostgreSQL and Hive write it."""
 T = TypeVar("T")
 
 
@@ -166,7 +170,7 @@ class TextChecker:
         if not isinstance(text, str):
             self._not_strings.append(f"{table.name} {table.unit} {number}: {quote_value(text)}")
             return b""
-        if not text or text.isspace():
+        if not text or text.isspace() or text == NULL or not text.strip(_INVISIBLE).strip():
             self._blank.append(f"{table.name} {table.unit} {number}")
             return b""
         try:
@@ -242,6 +246,8 @@ class _Reader:
                 f"{table.name} and {first.name} name or number their classes differently: labels of the same split would mean "
                 "different things. Write both files in the same way."
             )
+        if columns != its_columns:
+            self._notes[f"{table.name}: {columns}"] = None
         if table.note:
             self._notes[table.note] = None
         num_rows = 0
@@ -271,7 +277,7 @@ class _Reader:
             code = None
         if code is not None:
             return code
-        if label is None or label == "":
+        if label is None or label in ("", NULL):
             return -1
         where = f"{table.name} row {row}"
         if not isinstance(label, str | int):

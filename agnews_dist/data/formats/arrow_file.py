@@ -14,12 +14,20 @@ from agnews_dist.data.formats.table import CHUNK_ROWS, Chunk, Table, check_uniqu
 from agnews_dist.data.hugging_face import silence_datasets, translate_errors
 from agnews_dist.errors import DataError
 
+_SEARCH_BYTES = 1 << 20
+"""Bytes of a parquet file that are searched at once."""
+
 
 @contextmanager
 def _reading(name: str) -> Generator[None]:
     """Turn pyarrow's exceptions inside the block into DataError."""
-    with translate_errors(lambda reason: DataError(f"{name} cannot be read: {reason}. Copy or download the file again.")):
-        yield
+    try:
+        with translate_errors(lambda reason: DataError(f"{name} cannot be read: {reason}. Copy or download the file again.")):
+            yield
+    except MemoryError as error:
+        raise DataError(
+            f"{name} cannot be read: {error}. Write it in smaller batches, or copy it again if it is damaged."
+        ) from error
 
 
 class _Columns(Mapping[str, list[object]]):
@@ -45,6 +53,9 @@ class _Columns(Mapping[str, list[object]]):
 class _ArrowTable(Table):
     """Base of tables that pyarrow reads batch by batch."""
 
+    _features: Mapping[str, Any] | None = None
+    """Column -> type of the `datasets` library, as JSON; None: as the file's metadata says."""
+
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
         """Yield the rows; see `Table`."""
         check_unique(self.name, self.columns, wanted)
@@ -61,9 +72,9 @@ class _ArrowTable(Table):
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
         """Return the names that `datasets` has written into the file's metadata."""
-        metadata = (self.schema.metadata or {}).get(b"huggingface") if self.schema is not None else None
+        metadata = (self.schema.metadata or {}).get(b"huggingface")
         try:
-            names = json.loads(metadata)["info"]["features"][column]["names"] if metadata else None
+            names = (self._features or json.loads(metadata or b"null")["info"]["features"])[column]["names"]
         except (ValueError, KeyError, TypeError):
             return None
         return tuple(map(str, names)) if isinstance(names, list) and names else None
@@ -82,8 +93,26 @@ class ParquetTable(_ArrowTable):
 
         self._path, self.name = path, name
         with _reading(name), _open_seekable(path, name, b"PAR1") as source:
-            self.schema = ParquetFile(source).schema_arrow
-        self.columns = tuple(self.schema.names)
+            file = ParquetFile(source)
+            self.schema = file.schema_arrow
+            self.columns = tuple(self.schema.names)
+            self._check_not_joined(source, file.metadata)
+
+    def _check_not_joined(self, source: Any, metadata: Any) -> None:
+        """Check that no file was put before this one: pyarrow reads the last footer, and the rows of the first by it.
+
+        Only indices and filters lie between the columns and the footer. A file that was put before makes this part longer by
+        its own size.
+        """
+        chunks = (metadata.row_group(i).column(j) for i in range(metadata.num_row_groups) for j in range(metadata.num_columns))
+        starts = ((chunk.dictionary_page_offset or chunk.data_page_offset, chunk) for chunk in chunks)
+        end = max((start + chunk.total_compressed_size for start, chunk in starts), default=4)
+        num_between = source.size() - metadata.serialized_size - 8 - end
+        for begin in range(0, num_between, _SEARCH_BYTES):
+            source.seek(begin)
+            found = source.read(min(_SEARCH_BYTES, num_between - begin) + 8).find(b"PAR1PAR1")
+            if found >= 0:
+                raise refuse_joined(self.name, source.size() - begin - found - 4)
 
     def _batches(self, wanted: list[str]) -> Iterator[Any]:
         from pyarrow.parquet import ParquetFile
@@ -98,12 +127,30 @@ class ParquetTable(_ArrowTable):
 class ArrowTable(_ArrowTable):
     """An arrow file (also called feather), or an arrow stream."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        """Read the schema."""
-        self._path, self.name = path, name
+    def __init__(self, path: Path, name: str, features: Mapping[str, Any] | None = None) -> None:
+        """Read the schema; `features`: column -> its type in the `datasets` library, if the file does not say it."""
+        self._path, self.name, self._features = path, name, features
         with _reading(name), _open_seekable(path, name, b"ARROW1") as source:
+            self._check_not_joined(source)
+            source.seek(0)
             self.schema = _open_ipc(source).schema
-        self.columns = tuple(self.schema.names)
+            self.columns = tuple(self.schema.names)
+
+    def _check_not_joined(self, source: Any) -> None:
+        """Check that the footer, which pyarrow reads, is right behind the batches of the first file."""
+        import pyarrow as pa
+
+        source.seek(max(0, source.size() - 10))
+        num_footer, mark = int.from_bytes(source.read(4), "little"), source.read()
+        source.seek(0)
+        if source.read(6) != b"ARROW1" or mark != b"ARROW1":
+            return  # a stream, which is checked where it ends
+        source.seek(8)  # behind the padded mark, an arrow file is a stream
+        for _ in pa.ipc.MessageReader.open_stream(source):
+            pass
+        num_more = source.size() - 10 - num_footer - source.tell()
+        if num_more > 64:  # more than an alignment, less than a file
+            raise refuse_joined(self.name, num_more)
 
     def _batches(self, wanted: list[str]) -> Iterator[Any]:
         with _open_seekable(self._path, self.name, b"ARROW1") as source:
@@ -111,8 +158,10 @@ class ArrowTable(_ArrowTable):
             is_file = hasattr(reader, "num_record_batches")
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
             for batch in batches:
+                selected = batch.select(wanted)
+                selected.validate(full=True)  # damaged offsets would end the process
                 for begin in range(0, batch.num_rows, CHUNK_ROWS):
-                    yield batch.select(wanted).slice(begin, CHUNK_ROWS)
+                    yield selected.slice(begin, CHUNK_ROWS)
             if not is_file:
                 self._check_end(source)
 
@@ -122,11 +171,12 @@ class ArrowTable(_ArrowTable):
         source.seek(max(0, end - 8))
         mark = source.read(8)
         if end < source.size():
+            raise refuse_joined(self.name, source.size() - end)
+        if mark[-4:] != b"\0\0\0\0" or mark[:4] not in (b"\xff\xff\xff\xff", b"\0\0\0\0"):
             raise DataError(
-                f"{self.name} has {source.size() - end:,} bytes behind the end of its arrow stream: files were probably "
-                "joined, and rows would be lost. Write one stream, or a file for each."
+                f"{self.name} has no mark at the end of its arrow stream: it was cut off, and rows may be lost. Copy or write "
+                "it again."
             )
-        check_end_mark(mark, self.name)
 
 
 class DatasetTable(_ArrowTable):
@@ -148,16 +198,12 @@ class DatasetTable(_ArrowTable):
             yield from self._dataset.select_columns(wanted).with_format("arrow").iter(batch_size=CHUNK_ROWS)
 
 
-def check_end_mark(last: bytes, name: str) -> None:
-    """Check the last 8 bytes of an arrow stream.
-
-    Raises:
-        DataError: they are not its end mark.
-    """
-    if last[-4:] != b"\0\0\0\0" or last[:4] not in (b"\xff\xff\xff\xff", b"\0\0\0\0"):
-        raise DataError(
-            f"{name} has no mark at the end of its arrow stream: it was cut off, and rows may be lost. Copy or write it again."
-        )
+def refuse_joined(name: str, num_more: int) -> DataError:
+    """Return the error for a file with other content behind its end."""
+    return DataError(
+        f"{name} has {num_more:,} bytes behind its end: files were probably joined, and rows would be lost. Give each as a "
+        "file of its own."
+    )
 
 
 @contextmanager

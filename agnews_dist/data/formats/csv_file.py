@@ -21,15 +21,23 @@ ORIGINAL_COLUMNS = ("class", "title", "description")
 """Columns of AG News' original csv, which has no header."""
 Record = tuple[int, list[str], int]
 """(line number, fields, number of lines after the first)."""
+_USUAL_NAMES = ("text", "label", "sentence", "content", *ORIGINAL_COLUMNS)
+"""Fields of a first line that are not a text: its first field may be the number of pandas' index."""
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _SAID_SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 """The first line by which Excel is given the separator."""
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _ADVICE = "Put texts with {separators}, quotes or line breaks in double quotes, and double every quote inside."
+_COUNT_ADVICE = "Name every column in the first line, and put texts with {separators} in double quotes."
+_RETURN_ADVICE = "Put texts with line breaks in double quotes, and end lines with line feeds, as by mac2unix."
 
 
 class Fault(Exception):  # noqa: N818 (becomes a DataError once no dialect fits)
     """A record that the dialect does not allow; the message says where and why."""
+
+    def __init__(self, message: str, advice: str = _ADVICE) -> None:
+        super().__init__(message)
+        self.advice = advice
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,8 @@ class CsvTable(Table):
         if any(re.fullmatch(r"\s*'.*'\s*", field) for field in header):
             raise self._refuse(Fault("line 1: its fields are in single quotes"))
         are_integers = [_INTEGER.fullmatch(field) is not None for field in header]
-        self.has_header = len(header) != len(ORIGINAL_COLUMNS) or not are_integers[0] or all(are_integers)
+        is_original = len(header) == len(ORIGINAL_COLUMNS) and are_integers[0] and not all(are_integers)
+        self.has_header = not is_original or any(field.strip().lower() in _USUAL_NAMES for field in header)
         self.columns = tuple(header) if self.has_header else ORIGINAL_COLUMNS
         if separator is None and self.dialect.separator != ",":
             self.note = f"fields are separated by {_SEPARATORS[self.dialect.separator]}"
@@ -159,7 +168,7 @@ class CsvTable(Table):
 
     def _refuse(self, fault: Fault) -> DataError:
         separators = _SEPARATORS[self.dialect.separator]
-        return DataError(f"{self.name} {fault}: rows could be lost or changed. {_ADVICE.format(separators=separators)}")
+        return DataError(f"{self.name} {fault}: rows could be lost or changed. {fault.advice.format(separators=separators)}")
 
     def _records(self, dialect: Dialect) -> Iterator[Record]:
         """Yield each record, the header included; all have equally many fields."""
@@ -167,7 +176,8 @@ class CsvTable(Table):
         for line, fields, num_more in _parse(self._lines(), dialect):
             num_fields = num_fields or len(fields)
             if len(fields) != num_fields:
-                raise Fault(f"line {line} has {len(fields)} fields, and the first line {num_fields}")
+                found = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
+                raise Fault(f"line {line} has {found}, and the first line {num_fields}", _COUNT_ADVICE)
             yield line, fields, num_more
 
     def _find_dialect(self) -> Dialect:
@@ -252,7 +262,7 @@ def _parse(lines: Iterator[str], dialect: Dialect) -> Iterator[Record]:
             continue
         text = line.removesuffix("\r\n").removesuffix("\n")
         if "\r" in text:
-            raise Fault(f"line {number} has a carriage return outside of quotes")
+            raise Fault(f"line {number} has a carriage return outside of quotes", _RETURN_ADVICE)
         if "''" in text and dialect.has_quotes and single_quoted.search(text):
             raise Fault(f"line {number}: its fields are in single quotes")
         if text:
@@ -305,7 +315,7 @@ def _parse_protected(line: str, lines: Iterator[str], dialect: Dialect, number: 
         elif record[position:] in ("\n", "\r\n", ""):
             return fields, num_more
         elif not is_quoted:
-            raise Fault(f"line {number} has a carriage return outside of quotes")
+            raise Fault(f"line {number} has a carriage return outside of quotes", _RETURN_ADVICE)
         else:
             where = f", closed in line {number + num_more}," if num_more else ""
             following = quote(record[position : position + 20].rstrip("\r\n"))

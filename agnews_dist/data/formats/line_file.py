@@ -1,4 +1,4 @@
-"""Formats of lines: jsonl (one object per line), json (an array of objects, or one object per line) and plain text.
+"""Formats of lines: jsonl (one object per line), json (an array of objects, or objects one after the other) and plain text.
 
 `datasets` is not used. It infers a type per block: one wrong label changes others, and text that looks like dates becomes
 dates. Its errors do not name the line.
@@ -114,7 +114,7 @@ class JsonTable(Table):
             first = _TextWindow(file).skip_space()  # not its line, which may be the whole file
         if not first:
             raise DataError(f"{name} is empty: at least one row is needed. Check how it was written, or remove it.")
-        self._is_array = first == "["
+        self._read = self._array if first == "[" else self._lines if self._has_lines() else self._values
         keys: dict[str, None] = {}
         one: dict[str, object] | None = None
         for number, (_, row) in enumerate(islice(self._rows(), CHUNK_ROWS)):
@@ -144,13 +144,34 @@ class JsonTable(Table):
 
     def _rows(self) -> Iterator[tuple[int, dict[str, object]]]:
         """Yield (row number, object)."""
-        for number, value in self._array() if self._is_array else self._lines():
+        for number, value in self._read():
             if not isinstance(value, dict):
                 raise DataError(
                     f"{self.name} row {number} is {str(value)[:40]!r}, not an object: a row has named fields. Write it as "
                     '{"text": ..., "label": ...}.'
                 )
             yield number, cast("dict[str, object]", value)
+
+    def _has_lines(self) -> bool:
+        """Return whether the first line is a value of its own."""
+        try:
+            _DECODER.decode(next(line for line in read_lines(self._path, self.name) if line.strip()))
+        except (ValueError, RecursionError):
+            return False
+        return True
+
+    def _values(self) -> Iterator[tuple[int, object]]:
+        """Yield values that follow each other anywhere, as jq prints them over several lines."""
+        number = 0
+        with open_text(self._path, self.name) as file:
+            text = _TextWindow(file)
+            while text.skip_space():
+                number += 1
+                try:
+                    value = text.decode()
+                except (ValueError, RecursionError) as error:
+                    raise self._refuse(number, error) from error
+                yield number, value
 
     def _lines(self) -> Iterator[tuple[int, object]]:
         for number, line in enumerate(read_lines(self._path, self.name), start=1):
@@ -188,7 +209,11 @@ class JsonTable(Table):
 
     def _refuse(self, number: int, error: Exception) -> DataError:
         # The parser sees one row at a time, so its line number means nothing.
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        reason = (
+            f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error)
+        )
         return DataError(f"{self.name} row {number} is not valid JSON: {reason}. {_FIX}")
 
 

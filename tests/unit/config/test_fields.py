@@ -206,6 +206,11 @@ def test_any_wrong_value_is_named_with_its_place(tmp_path: Path, key: str) -> No
             assert line.startswith(f"--{key} {text!r}: it takes ")
 
 
+def test_a_path_that_is_not_utf8_is_named() -> None:
+    [line] = errors_of(["--data.source", "a\udcff.csv"])
+    assert re.fullmatch(r"--data.source 'a\\udcff.csv': not UTF-8. Rename the file.", line)
+
+
 def test_types_are_described_in_plain_words() -> None:
     assert describe_type(int | None) == "a whole number or null"
     assert describe_type(tuple[int, ...]) == "a list a,b,... of a whole number"

@@ -49,6 +49,7 @@ def labels_of(corpus: Corpus, split: str = "train") -> list[int]:
         ([-1, 0, 1], ("LABEL_-1", "LABEL_0", "LABEL_1"), [0, 1, 2]),
         (["10", "9", "10"], ("LABEL_9", "LABEL_10"), [1, 0, 1]),
         (["007", "07", "007"], ("007", "07"), [0, 1, 0]),
+        ([2**64, 10**30, 2**64], (f"LABEL_{2**64}", f"LABEL_{10**30}"), [0, 1, 0]),
         ([True, False], ("False", "True"), [1, 0]),
         (["日本", "España"], ("España", "日本"), [1, 0]),
     ],
@@ -89,6 +90,22 @@ def test_class_labels_keep_their_order(tmp_path):
         load(tmp_path / "a.parquet", names=["good", "ugly"])
 
 
+def test_booleans_have_names_in_either_case(tmp_path):
+    path = write(tmp_path / "a.jsonl", [False, True, True])
+    assert labels_of(load(path, names=["true", "false"])) == labels_of(load(path, names=["True", "False"])) == [1, 0, 0]
+    with pytest.raises(DataError, match=r"label is not a class in 3 rows \(a.jsonl row 1: False"):
+        load(path, names=["no", "yes"])
+
+
+@pytest.mark.parametrize("names", [["a", "b", "a"], ["a", " "], ["a", "b\0"]])
+def test_class_labels_without_names_of_their_own_are_refused(tmp_path, names):
+    metadata = {"huggingface": json.dumps({"info": {"features": {"label": {"names": names}}}})}
+    table = pa.table({"text": ["x", "y"], "label": [0, 1]}).replace_schema_metadata(metadata)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet has the class name .* needs a readable name of its own"):
+        load(tmp_path / "a.parquet")
+
+
 def test_other_types_of_columns_are_read(tmp_path):
     columns = {"text": pa.array(["a", "b", "c"], pa.large_string()), "label": pa.array(["x", "y", "x"]).dictionary_encode()}
     pq.write_table(pa.table({**columns, "odd": pa.array([None] * 3, pa.duration("s"))}), tmp_path / "a.parquet")
@@ -104,6 +121,7 @@ def test_other_types_of_columns_are_read(tmp_path):
         ([{"a": 1}, "b"], r"label \{'a': 1\} in a.jsonl row 1 is a dict"),
         (["1.0", "0.0"], r"label '0.0' in a.jsonl row 2 is a decimal number"),
         (["a", None, "", "b"], r"label is missing in 2 rows of train \(a.jsonl row 2, a.jsonl row 3\)"),
+        (["a", "\\N", "b"], r"label is missing in 1 row of train \(a.jsonl row 2\)"),
         ([None, None], r"label is missing in 2 rows of train .* --data.splits.train none"),
         ([-1, -1], "label is missing in 2 rows of train"),
         (["a", "a"], "has one class only, 'a': .* Set --data.label_column"),
@@ -186,6 +204,12 @@ def test_class_names_fix_names_and_order(tmp_path):
         corpus = load(path, names=given)
         assert corpus.class_names == ("spam", "ham", "never seen")
         assert labels_of(corpus) == [1, 0, 1]
+    for content in (b"spam\r\n ham\r\n\r\n", b"spam\rham", "\ufeffspam\nham".encode(), "spam\nham\n".encode("utf-16")):
+        names.write_bytes(content)
+        assert load(path, names=[str(names)]).class_names == ("spam", "ham")
+    (tmp_path / "names.json").write_text("[spam]")
+    with pytest.raises(DataError, match=r"names.json' is not valid JSON"):
+        load(path, names=[str(tmp_path / "names.json")])
     (tmp_path / "names.json").write_text('["spam", "ham"]')
     assert load(path, names=[str(tmp_path / "names.json")]).class_names == ("spam", "ham")
 
@@ -198,7 +222,7 @@ def test_class_names_fix_names_and_order(tmp_path):
         ("a\tb\nc\n", r"name 1 is 'a\\tb'"),
         ("", "it has 0 names, and 2 to 10,000 are possible"),
         ("a\n", "it has 1 names"),
-        (b"caf\xe9\nb\n", "cannot be read .*UTF-8"),
+        (b"a\ncaf\xe9\n", r"data.class_names '.*names.txt' line 2 has the byte 0xe9, which is not valid UTF-8"),
     ],
 )
 def test_wrong_files_of_class_names_are_refused(tmp_path, content, message):

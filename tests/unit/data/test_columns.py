@@ -44,7 +44,7 @@ def test_usual_names_are_found(columns, text, label):
         ),
         (("text", "label", "class"), r"several columns that could be the label: 'label' or 'class'. Set --data.label_column"),
         (("headline", "label"), r"no column that is usually the text \(found: 'headline', 'label'; usual: text, sentence"),
-        (("text", "topic"), r"no column that is usually the label \(found: 'text', 'topic'; usual: label, labels"),
+        (("text", "topic"), r"no column that is usually the label \(found: 'topic', next to the text; usual: label, labels"),
     ],
 )
 def test_columns_that_are_not_clear_are_refused(columns, message):
@@ -57,6 +57,8 @@ def test_settings_come_first():
     assert find_columns(table, ColumnSettings(("headline", "body"), "topic")) == Columns(("headline", "body"), "topic")
     with pytest.raises(DataError, match=r"has no column 'headlin' .*data.text_column names it. Did you mean 'headline'\?"):
         find_columns(table, ColumnSettings(("headlin",)))
+    with pytest.raises(DataError, match=r"data.text_column 'body,body': a column is there twice"):
+        find_columns(table, ColumnSettings(("body", "body")))
     with pytest.raises(DataError, match=r"data.label_column 'text': it is the text column"):
         find_columns(table, ColumnSettings(label="text"))
 

@@ -390,8 +390,9 @@ def test_ambiguous_directories_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"\(found: en\): .* Choose a folder with --data.subset"):
         load(empty)
     (empty / "en").rmdir()
-    write_rows(empty / "news.csv", ODD_ROWS)
-    with pytest.raises(DataError, match=r"no data file of a split \(found: news.csv\)"):
+    for name in ("news.csv", "old.csv"):
+        write_rows(empty / name, ODD_ROWS)
+    with pytest.raises(DataError, match=r"no data file of a split \(found: news.csv, old.csv\)"):
         load(empty)
     write_rows(tmp_path / "test.csv", ODD_ROWS)
     with pytest.raises(DataError, match=r"has no train split \(only test\): .* begins with train"):
@@ -403,12 +404,35 @@ def test_ambiguous_directories_are_refused(tmp_path):
         load(tmp_path)
 
 
+def write_class_labels(path: Path, names: list[str], labels: list[int]) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    texts = [f"{path.stem} {i}" for i in range(len(labels))]
+    Dataset.from_dict({"text": texts, "label": labels}, features=features).to_parquet(str(path))
+
+
+@pytest.mark.parametrize("form", ["other order", "more classes", "text", "integers"])
+def test_labels_of_other_splits_mean_the_names_of_a_class_label(tmp_path, form):
+    write_class_labels(tmp_path / "train.parquet", ["z", "a"], [0, 1, 0, 1])
+    if form == "other order":
+        write_class_labels(tmp_path / "test.parquet", ["a", "z"], [0, 1])
+    elif form == "more classes":
+        write_class_labels(tmp_path / "test.parquet", ["b", "a", "z"], [1, 2])
+    else:
+        labels = ("a", "z") if form == "text" else (1, 0)
+        (tmp_path / "test.csv").write_text("text,label\n" + "".join(f"test {label},{label}\n" for label in labels))
+    corpus = load(tmp_path)
+    assert corpus.class_names == ("z", "a") + ("b",) * (form == "more classes")
+    assert [corpus.class_names[label] for label in corpus.splits["test"].labels] == ["a", "z"]
+
+
 def test_splits_with_different_classes_are_refused(tmp_path):
-    for split, names in (("train", ["a", "b"]), ("test", ["b", "a"])):
-        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
-        rows = Dataset.from_dict({"text": [split], "label": [0]}, features=features)
-        rows.to_parquet(str(tmp_path / f"{split}.parquet"))
-    with pytest.raises(DataError, match=r"different classes \(train: a, b; test: b, a\): .* the same class names"):
+    write_class_labels(tmp_path / "train.parquet", ["a", "b"], [0, 1])
+    write_class_labels(tmp_path / "test.parquet", ["a", "c"], [0, 1])
+    with pytest.raises(DataError, match=r"different classes \(train: a, b; test: a, c\): .* the same class names"):
+        load(tmp_path)
+    (tmp_path / "test.parquet").unlink()
+    (tmp_path / "test.csv").write_text("text,label\nx,c\n")
+    with pytest.raises(DataError, match=r"test.csv row 1: 'c'\): classes are a, b"):
         load(tmp_path)
     write_rows(tmp_path / "mixed" / "train-0.original.csv", [("a b", 0)])
     write_rows(tmp_path / "mixed" / "train-1.csv", [("c d", 0)])

@@ -10,7 +10,9 @@ import os
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
@@ -72,7 +74,7 @@ def protected() -> bytes:
         ("a.csv.zip", protected(), "a.csv.zip is protected by a password: .* Unpack it"),
         ("a.zip", protected(), r"a.zip has no suffix of a format before .\.zip.: .* Rename it as in data.csv.zip"),
         ("a.arrow", stream()[:-8], "a.arrow has no mark at the end of its arrow stream: it was cut off"),
-        ("a.arrow", stream() * 2, r"a.arrow has [\d,]+ bytes behind the end of its arrow stream: files were probably joined"),
+        ("a.arrow", stream() * 2, r"a.arrow has [\d,]+ bytes behind its end: files were probably joined"),
         ("a.parquet", parquet()[:-20], "a.parquet cannot be read"),
         ("a.csv", parquet(), "a.csv holds parquet data: .* end in .parquet"),
         ("a.jsonl", gzip.compress(CSV.encode()), "a.jsonl holds gzip data: .* Add .gz"),
@@ -98,6 +100,58 @@ def test_rows_are_never_lost_in_silence(tmp_path, name, content, message):
         rows_of(tmp_path / name)
 
 
+def parquet_of(num_rows: int, **options: object) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": [f"text {i}" for i in range(num_rows)], "label": ["b"] * num_rows}), sink, **options)
+    return sink.getvalue()
+
+
+def feather_of(num_rows: int, **options: object) -> bytes:
+    sink = io.BytesIO()
+    labels = pa.array(["b"] * num_rows).dictionary_encode()
+    pyarrow.feather.write_feather(pa.table({"text": [f"text {i}" for i in range(num_rows)], "label": labels}), sink, **options)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "make", "options"),
+    [
+        (".parquet", parquet_of, {}),
+        (".parquet", parquet_of, {"write_page_index": True, "row_group_size": 7}),
+        (".parquet", parquet_of, {"compression": "none", "use_dictionary": False}),
+        (".feather", feather_of, {"chunksize": 10}),
+        (".arrow", feather_of, {"compression": "uncompressed"}),
+    ],
+)
+def test_joined_files_with_a_footer_are_an_error(tmp_path, suffix, make, options):
+    files = {num_rows: make(num_rows, **options) for num_rows in (1, 30, 2_000)}
+    path = tmp_path / f"a{suffix}"
+    for num_rows, content in files.items():
+        path.write_bytes(content)
+        assert len(rows_of(path)) == num_rows
+    for joined in (*itertools.permutations(files, 2), *itertools.permutations(files, 3), (30, 30)):
+        path.write_bytes(b"".join(files[num_rows] for num_rows in joined))
+        with pytest.raises(DataError, match=r"bytes behind its end: files were probably joined, and rows would be lost"):
+            rows_of(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (np.array([0, 8, 14], np.int32).tobytes(), np.array([0, 8, 1 << 30], np.int32).tobytes(), "ArrowInvalid"),
+        (b"Oil rose", b"Oil \xffose", "ArrowInvalid"),
+        (b"text\0", b"te\xfft\0", "UnicodeDecodeError"),
+    ],
+)
+def test_damage_inside_an_arrow_file_is_an_error(tmp_path, old, new, message):
+    sink = io.BytesIO()
+    pyarrow.feather.write_feather(TABLE, sink, compression="uncompressed")
+    assert old in sink.getvalue()
+    (tmp_path / "a.arrow").write_bytes(sink.getvalue().replace(old, new))
+    with pytest.raises(DataError, match=f"a.arrow cannot be read: {message}"):
+        rows_of(tmp_path / "a.arrow")
+
+
 @pytest.mark.parametrize(
     "content", ['text,label,note\na,x,"oops\nb,y,ok\nc,x,bad"\ne,y,ok\n', 'id,text,label\n"1,a,x\n2,b,y\n3",c,x\n4,d,y\n']
 )
@@ -115,8 +169,9 @@ def test_the_line_in_which_excel_names_the_separator_is_left_out(tmp_path, separ
 
 
 def test_a_header_of_numbers_is_not_ag_news(tmp_path):
-    (tmp_path / "a.csv").write_text("0,1,2\nOil rose,b,c\n")
-    assert open_table(tmp_path / "a.csv", "a.csv").columns == ("0", "1", "2")
+    for header in ("0,1,2", "0,text,label", "0, Label ,headline"):
+        (tmp_path / "a.csv").write_text(f"{header}\n1,Oil rose,b\n")
+        assert open_table(tmp_path / "a.csv", "a.csv").columns == tuple(header.split(","))
 
 
 def test_only_columns_that_are_read_need_a_name_of_their_own(tmp_path):
@@ -205,6 +260,7 @@ def test_a_shard_of_save_to_disk_that_was_cut_off_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("front", "message"),
     [
+        ("configs:\n- data_files: [train.csv, other.txt]", "names other.txt for train: no such data file"),
         ("configs:\n- data_files:\n  - split: train\n    path: /etc/*.csv", "only patterns of files below its directory"),
         ("configs:\n- data_files:\n  - split: train\n    path: ''", "it needs split and path"),
         ("configs:\n- data_files:\n  - path: train.csv", "it needs split and path"),

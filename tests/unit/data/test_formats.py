@@ -17,7 +17,7 @@ REFUSED = {
     ),
     "followed": (HEAD + 'a,0\n"Oil" rose,0\n', r"line 3: the quoted field 1 is followed by ' rose,0', not by a separator"),
     "more fields": (HEAD + "a,0\n\nOil, rose,0\n", "line 4 has 3 fields, and the first line 2"),
-    "fewer fields": (HEAD + "a,0\nOil rose\n", "line 3 has 1 fields, and the first line 2"),
+    "fewer fields": (HEAD + "a,0\nOil rose\n", "line 3 has 1 field, and the first line 2"),
     "carriage return": (HEAD + "Oil\rrose,0\n", "line 2 has a carriage return outside of quotes"),
     "only carriage returns": ("text,label\rOil,0\rA goal,1\r", "line 1 has a carriage return outside of quotes"),
     "space before quote": (HEAD + '0, "Oil"\n', r"line 2: a quote does not begin field 2, ' \"Oil\"'"),
@@ -31,7 +31,14 @@ REFUSED = {
 def test_csv_that_could_lose_rows_is_refused(tmp_path, fault):
     content, message = REFUSED[fault]
     (tmp_path / "news.csv").write_text(content, newline="")
-    with pytest.raises(DataError, match=f"news.csv {message}.*: rows could be lost or changed. Put texts with commas"):
+    advice = (
+        "Put texts with line breaks"
+        if "return" in message
+        else "Name every column"
+        if ", and the first" in message
+        else "Put texts with"
+    )
+    with pytest.raises(DataError, match=f"news.csv {message}.*: rows could be lost or changed. {advice}"):
         list(open_table(tmp_path / "news.csv", "news.csv").chunks(("text",)))
 
 
@@ -88,6 +95,16 @@ def test_json_arrays_are_read_element_by_element(tmp_path, layout, num_rows):
     assert [label for chunk in table.chunks(("label",)) for label in chunk.columns["label"]] == list(range(num_rows))
 
 
+@pytest.mark.parametrize("between", ["\n", "", " \n\n"])
+@pytest.mark.parametrize("num_rows", [1, 3, 2_000])
+def test_objects_over_several_lines_are_read(tmp_path, between, num_rows):
+    rows = [{"text": f"text {i} }} {{", "label": i} for i in range(num_rows)]
+    (tmp_path / "a.jsonl").write_text(between.join(json.dumps(row, indent=2) for row in rows))
+    (chunk,) = open_table(tmp_path / "a.jsonl", "a.jsonl").chunks(("text", "label"))
+    assert list(zip(*chunk.columns.values(), strict=True)) == [(row["text"], row["label"]) for row in rows]
+    assert chunk.row_N.tolist() == list(range(1, num_rows + 1))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -103,7 +120,10 @@ def test_json_arrays_are_read_element_by_element(tmp_path, layout, num_rows):
         ),
         ("a.jsonl", '{"text": "a", "text": "b"}\n', "row 1 is not valid JSON: a key is there twice"),
         ("a.jsonl", '{"text": "a"}\n{"text": "b"\n', "row 2 is not valid JSON"),
-        ("a.jsonl", '{"text": "a"} {"text": "b"}\n', "row 1 is not valid JSON: Extra data"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b"} {"text": "c"}\n', "row 2 is not valid JSON: Extra data"),
+        ("a.jsonl", '{\n"text": "a"}\n{"text": "b"\n', "row 2 is not valid JSON"),
+        ("a.jsonl", '{\n"text": "a"\n},\n{"text": "b"}\n', "row 2 is not valid JSON: Expecting value"),
+        ("a.jsonl", '{"text": "a\tb"}\n', "row 1 is not valid JSON: Invalid control character at column 12"),
     ],
 )
 def test_json_faults_name_the_row(tmp_path, name, content, message):

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.feather
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Array2D, ClassLabel, Dataset, DatasetDict, Features, Value
 
 from agnews_dist.data.formats.registry import open_table
 from agnews_dist.data.local_files import SplitSettings, is_local_path, open_local
@@ -152,9 +152,56 @@ def test_directories_of_save_to_disk_are_read(saved):
     (table,) = open_local(saved, SplitSettings())["train"]
     assert table.class_names("label") == ("b", "s")
     assert rows_of(saved, SplitSettings(names={"test": "unsupervised"}))["test"] == [("A goal", 1)]
-    (saved / "train" / "data-00000-of-00001.arrow").write_bytes(b"x")
+    assert rows_of(saved.parent, SplitSettings("saved")) == rows_of(saved)
+    (saved / "train" / "state.json").write_text("{}")
     with pytest.raises(DataError, match="saved was written by save_to_disk of the datasets library and cannot be read"):
         rows_of(saved)
+    assert rows_of(saved / "unsupervised") == {"train": [("A goal", 1)]}
+    (saved / "unsupervised" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(DataError, match=r"data-00000-of-00001.arrow cannot be read: FileNotFoundError"):
+        rows_of(saved / "unsupervised")
+
+
+def test_save_to_disk_with_columns_of_unknown_types_is_read_at_any_path(tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["b", "s"]), "image": Array2D((1, 2), "float32")})
+    columns = {"text": list("abcd"), "label": [0, 1, 0, 1], "image": [[[0.0, 1.0]]] * 4}
+    dataset = Dataset.from_dict(columns, features=features).select([3, 0, 1])
+    dataset.save_to_disk(str(tmp_path / "saved"), num_shards=2)
+    place = (tmp_path / "saved").rename(tmp_path / "a::b #1 [x]")
+    info = json.loads((place / "dataset_info.json").read_text())
+    info["features"]["image"] = {"_type": "Hologram"}
+    (place / "dataset_info.json").write_text(json.dumps(info))
+    assert rows_of(place) == {"train": [("d", 1), ("a", 0), ("b", 1)]}
+    assert {table.class_names("label") for table in open_local(place, SplitSettings())["train"]} == {("b", "s")}
+
+
+def test_a_split_of_save_to_disk_without_rows_is_named(tmp_path):
+    rows, nothing = ({"text": texts, "label": texts} for texts in (["a"], []))
+    DatasetDict({"train": Dataset.from_dict(rows), "test": Dataset.from_dict(nothing)}).save_to_disk(str(tmp_path / "saved"))
+    assert rows_of(tmp_path / "saved", SplitSettings(names={"test": "none"})) == {"train": [("a", "a")]}
+    with pytest.raises(DataError, match=r"saved/test has no rows: .* --data.splits"):
+        rows_of(tmp_path / "saved")
+
+
+def test_the_only_data_file_of_a_directory_is_train(tmp_path):
+    write(tmp_path / "reviews.csv")
+    (tmp_path / "notes.md").write_text("x")
+    assert rows_of(tmp_path) == {"train": ROWS}
+    with pytest.raises(DataError, match=r"data.splits.train 'other': no file or folder"):
+        rows_of(tmp_path, SplitSettings(names={"train": "other"}))
+    write(tmp_path / "more.csv")
+    with pytest.raises(DataError, match="has no data file of a split"):
+        rows_of(tmp_path)
+
+
+def test_folders_inside_those_of_splits_are_read(tmp_path):
+    for name in ("train/b/x.csv", "train/a/2020/x.csv", "test/a/y.csv", "other/x.csv", "train/.cache/x.csv"):
+        write(tmp_path / name, f"text,label\nof {name},x\n")
+    found = {split: [text for text, _ in rows] for split, rows in rows_of(tmp_path).items()}
+    assert found == {"train": ["of train/a/2020/x.csv", "of train/b/x.csv"], "test": ["of test/a/y.csv"]}
+    (tmp_path / "train" / "b" / "up").symlink_to("..")
+    with pytest.raises(DataError, match=r"train/b/up is a link to a folder above it: its rows would be read again"):
+        rows_of(tmp_path)
 
 
 def test_subsets_are_folders_or_named_by_the_card(tmp_path):
