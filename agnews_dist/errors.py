@@ -78,6 +78,11 @@ def shorten(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
+def count_noun(number: int, noun: str) -> str:
+    """Format a count with its noun: `1 step`, `2,000 steps`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def find_nearest(wrong: str, valid: Iterable[str]) -> list[str]:
     """Return the dotted names or flags nearest to `wrong`: those with the same last part, or else the most similar one.
 

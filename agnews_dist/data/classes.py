@@ -12,19 +12,9 @@ import numpy as np
 
 from agnews_dist.data.formats.streams import read_lines
 from agnews_dist.data.local_files import exists
-from agnews_dist.data.rows import (
-    A_DECIMAL,
-    MAX_CLASSES,
-    UNREADABLE,
-    Ints,
-    LabelValue,
-    RawRows,
-    count_rows,
-    list_first,
-    quote_value,
-)
+from agnews_dist.data.rows import A_DECIMAL, MAX_CLASSES, UNREADABLE, Ints, LabelValue, RawRows, list_first, quote_value
 from agnews_dist.data.synthetic import CLASS_NAMES
-from agnews_dist.errors import DataError, did_you_mean, quote
+from agnews_dist.errors import DataError, count_noun, did_you_mean, quote
 from agnews_dist.events import DataFinding
 
 AG_NEWS = ("fancyzhx/ag_news", "ag_news")
@@ -146,7 +136,9 @@ def _is_labelled(name: str, rows: RawRows, *, needs_labels: bool) -> bool:
         if missing_N.all():
             rest = f"Set --data.label_column, or leave the split out with --data.splits.{name} none"
         listing = list_first(bad, rows.origin.name)
-        raise DataError(f"label is missing in {count_rows(len(bad))} of {name} ({listing}): every row needs one. {rest}.")
+        raise DataError(
+            f"label is missing in {count_noun(len(bad), 'row')} of {name} ({listing}): every row needs one. {rest}."
+        )
     return True
 
 
@@ -213,7 +205,7 @@ def _names_of_data(labelled: Mapping[str, RawRows], kinds: set[str], source: str
     if alike:
         findings.append(
             DataFinding(
-                f"{len(alike)} pair(s) of classes with names that differ only in case or white space",
+                f"{count_noun(len(alike), 'pair')} of classes with names that differ only in case or white space",
                 list_first(alike, str),
                 "they are different classes",
                 "Write the labels alike, if they are one class",
@@ -222,7 +214,7 @@ def _names_of_data(labelled: Mapping[str, RawRows], kinds: set[str], source: str
     if missing:
         findings.append(
             DataFinding(
-                f"{len(missing)} class(es) with a name that often marks a missing label",
+                f"{len(missing)} of {len(names)} classes with a name that often marks a missing label",
                 list_first(missing, repr),
                 "rows without a label would be a class",
                 "Remove these rows, unless it is a class",
@@ -316,7 +308,7 @@ def _index_labels(rows: RawRows, names: tuple[str, ...]) -> Ints:
         from_1 = _counts_from_1(rows, len(names))
         counts, remedy = ("; they seem to count from 1", "Number them from 0") if from_1 else ("", "Correct these rows")
         raise DataError(
-            f"label is not a class in {count_rows(len(bad))} ({listing}): classes are {list_first(names, str)}, or 0 to "
+            f"label is not a class in {count_noun(len(bad), 'row')} ({listing}): classes are {list_first(names, str)}, or 0 to "
             f"{len(names) - 1}{counts}.{nearest} {remedy}, or set --data.class_names or --data.label_column."
         )
     return labels_N

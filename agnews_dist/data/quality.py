@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from agnews_dist.data.rows import Corpus, Ints, Split, count_rows, list_first
+from agnews_dist.data.rows import Corpus, Ints, Split, list_first
+from agnews_dist.errors import count_noun
 from agnews_dist.events import DataFinding
 
 MIN_CLASS_ROWS = 10
@@ -50,7 +51,7 @@ def _check_classes(train: Split, class_names: Sequence[str]) -> Iterator[DataFin
     empty = np.flatnonzero(counts_C == 0).tolist()
     if empty:
         yield DataFinding(
-            f"{len(empty):,} of {len(class_names):,} classes {_have(len(empty))} no training row",
+            f"{len(empty):,} of {len(class_names):,} classes without a training row",
             list_first(empty, lambda label: str(class_names[label])),
             "such a class cannot be learnt",
             "Add rows, or leave it out",
@@ -58,15 +59,11 @@ def _check_classes(train: Split, class_names: Sequence[str]) -> Iterator[DataFin
     rare = np.flatnonzero((counts_C > 0) & (counts_C < MIN_CLASS_ROWS)).tolist()
     if rare:
         yield DataFinding(
-            f"{len(rare):,} of {len(class_names):,} classes {_have(len(rare))} fewer than {MIN_CLASS_ROWS} training rows",
+            f"{len(rare):,} of {len(class_names):,} classes with fewer than {MIN_CLASS_ROWS} training rows",
             list_first(rare, lambda label: f"{class_names[label]}: {counts_C[label]}"),
             "such a class is learnt poorly",
             "Add rows, or merge classes",
         )
-
-
-def _have(count: int) -> str:
-    return "has" if count == 1 else "have"
 
 
 def _check_duplicates(train: Split, hash_N: Hashes) -> Iterator[DataFinding]:
@@ -80,13 +77,13 @@ def _check_duplicates(train: Split, hash_N: Hashes) -> Iterator[DataFinding]:
     if len(conflicting):
         num_texts = len(np.unique(group_N[conflicting]))
         yield DataFinding(
-            f"{num_texts:,} text(s) in train have more than one label",
+            f"{count_noun(num_texts, 'text')} of train with more than one label",
             _list_pairs(train, conflicting, train, first_of_N[conflicting]),
             "no model can be right for all of these rows",
             "Correct the labels, or remove these rows",
         )
     yield DataFinding(
-        f"{count_rows(len(other_N))} of train repeat an earlier text",
+        f"{count_noun(len(other_N), 'row')} of train with the text of an earlier row",
         _list_pairs(train, other_N, train, first_of_N[other_N]),
         "they count several times",
         "Remove them, unless that is meant",
@@ -110,7 +107,7 @@ def _check_leaks(corpus: Corpus, exact: dict[str, Hashes]) -> Iterator[DataFindi
             ):
                 if len(ids_N):
                     yield DataFinding(
-                        f"{count_rows(len(ids_N))} of {later.name} with a text that is also in {earlier.name}{how}",
+                        f"{count_noun(len(ids_N), 'row')} of {later.name} with a text that is also in {earlier.name}{how}",
                         _list_pairs(later, ids_N, earlier, others_N),
                         f"scores on {later.name} would be inflated",
                         f"Remove them from {earlier.name}",

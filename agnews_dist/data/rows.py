@@ -14,7 +14,7 @@ from agnews_dist.data.columns import Columns, ColumnSettings, find_columns, is_o
 from agnews_dist.data.formats.csv_file import CsvTable
 from agnews_dist.data.formats.table import Chunk, Table
 from agnews_dist.data.texts import Texts, TextWriter
-from agnews_dist.errors import DataError, shorten
+from agnews_dist.errors import DataError, count_noun, shorten
 from agnews_dist.events import DataFinding
 
 Ints = NDArray[np.int64]
@@ -124,11 +124,6 @@ def list_first(rows: Sequence[T], name: Callable[[T], str]) -> str:
     return ", ".join(shorten(name(row), 100) for row in rows[:NUM_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def count_rows(num_rows: int) -> str:
-    """Format a count: `1 row`, `1,200 rows`."""
-    return f"{num_rows:,} row" + "s" * (num_rows != 1)
-
-
 def quote_value(value: object) -> str:
     """Format a value of a file for a message; null and an empty field are both `null`."""
     if value is None or value == "":
@@ -200,20 +195,20 @@ class TextChecker:
         """
         if bad := self._not_strings:
             raise DataError(
-                f"text is not a string in {count_rows(len(bad))} ({list_first(bad, str)}): only strings can be tokenised. "
-                "Fill in or remove these rows, or set --data.text_column."
+                f"text is not a string in {count_noun(len(bad), 'row')} ({list_first(bad, str)}): only strings can be "
+                "tokenised. Fill in or remove these rows, or set --data.text_column."
             )
         if blank := self._blank:
             raise DataError(
-                f"text is empty or only white space in {count_rows(len(blank))} ({list_first(blank, str)}): no class can be "
-                "read from it. Remove these rows."
+                f"text is empty or only white space in {count_noun(len(blank), 'row')} ({list_first(blank, str)}): no class "
+                "can be read from it. Remove these rows."
             )
         names = set(map(str, labels)) if self._suspects else set[str]()
         swallowed = list(dict.fromkeys(row for label, rows in self._suspects.items() if label in names for row in rows))
         if swallowed:
             raise DataError(
-                f"a field holds whole rows with labels in {count_rows(len(swallowed))} ({list_first(swallowed, str)}): a quote "
-                "is probably opened or closed too much. Correct the quotes, or write the file as jsonl."
+                f"a field holds whole rows with labels in {count_noun(len(swallowed), 'row')} ({list_first(swallowed, str)}): "
+                "a quote is probably opened or closed too much. Correct the quotes, or write the file as jsonl."
             )
 
 

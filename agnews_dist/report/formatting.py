@@ -9,7 +9,7 @@ import rich.console
 from rich.table import Table
 from rich.text import Text
 
-from agnews_dist.errors import format_ids
+from agnews_dist.errors import count_noun, format_ids
 from agnews_dist.events import CheckpointSaved, EvalDone, NonFinite, OverfitChecked, Predicted, Resumed, StoppedEarly, Warned
 
 # Characters that move the cursor, ring the bell or change the reading direction; tab and newline are allowed.
@@ -56,11 +56,6 @@ def format_ratio(value: float) -> str:
     ('0.500', '-')
     """
     return "-" if math.isnan(value) else f"{value:.3f}"
-
-
-def count_noun(number: int, noun: str) -> str:
-    """Format a count with its noun: `1 step`, `2,000 steps`."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def lay_out_facts(facts: Mapping[str, str], encoding: str) -> Table:

@@ -5,9 +5,9 @@ from agnews_dist.data.batching.forecast import warn_of_idle_ranks
 from agnews_dist.data.batching.loader import TrainLoader
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.memory import Estimate, format_estimate
+from agnews_dist.errors import count_noun
 from agnews_dist.events import RunStarted, Warned
 from agnews_dist.features.manager import FeatureCache
-from agnews_dist.report.formatting import count_noun
 from agnews_dist.run.attempt import Attempt
 from agnews_dist.run.setup import TrainingInputs, plan_settings
 

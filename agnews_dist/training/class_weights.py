@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agnews_dist.data.rows import list_first
-from agnews_dist.errors import ConfigError
-from agnews_dist.report.formatting import count_noun
+from agnews_dist.errors import ConfigError, count_noun
 
 Requested = Literal["none", "balanced"] | tuple[float, ...]
 """The setting: none, balanced, or one weight per class."""

@@ -19,13 +19,12 @@ from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
-from agnews_dist.errors import Stopped
+from agnews_dist.errors import Stopped, count_noun
 from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.events import Emit, NonFinite, StepDone, StoppedEarly
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource
-from agnews_dist.report.formatting import count_noun
 from agnews_dist.training.best_weights import BestWeights, Metric, RunningTotals
 from agnews_dist.training.checkpoint import Groups
 from agnews_dist.training.checkpoint_manager import CheckpointManager, load_weights

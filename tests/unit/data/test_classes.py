@@ -160,7 +160,7 @@ def test_labels_count_from_1(tmp_path):
 
 def test_names_that_differ_in_case_are_reported(tmp_path):
     (finding,) = load(write(tmp_path / "a.jsonl", ["Spam", "spam", "ham"])).findings
-    assert "1 pair(s) of classes with names that differ only in case" in str(finding)
+    assert "1 pair of classes with names that differ only in case" in str(finding)
     assert "'Spam' and 'spam'" in str(finding)
 
 

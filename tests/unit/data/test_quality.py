@@ -28,17 +28,17 @@ def test_classes_without_and_with_few_rows_are_named():
     texts, labels = enough("x")
     train, validation = make_split("train", [*texts, "last"], [*labels, 3]), make_split("validation", ["y"], [0])
     empty, rare = findings_of(train, validation, names=("a", "b", "c", "d"))
-    assert empty.startswith("1 of 4 classes has no training row (c): such a class cannot be learnt.")
-    assert rare.startswith("1 of 4 classes has fewer than 10 training rows (d: 1): ")
+    assert empty.startswith("1 of 4 classes without a training row (c): such a class cannot be learnt.")
+    assert rare.startswith("1 of 4 classes with fewer than 10 training rows (d: 1): ")
     assert findings_of(train, names=("a", "b", "c", "d")) == [], "a split alone is scored"
 
 
 def test_repeated_texts_and_those_with_two_labels_are_counted():
     texts, labels = enough("x")
     two, repeated = findings_of(make_split("train", [*texts, "x 0", "x 1", "x 1"], [*labels, 1, 1, 1]))
-    assert two.startswith("1 text(s) in train have more than one label (train.csv row 21 = train.csv row 1): ")
+    assert two.startswith("1 text of train with more than one label (train.csv row 21 = train.csv row 1): ")
     assert repeated.startswith(
-        "3 rows of train repeat an earlier text (train.csv row 21 = train.csv row 1, train.csv row 22 = "
+        "3 rows of train with the text of an earlier row (train.csv row 21 = train.csv row 1, train.csv row 22 = "
     )
 
 

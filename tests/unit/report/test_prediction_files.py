@@ -108,8 +108,8 @@ def test_columns_are_kept_and_answers_added(tmp_path: Path, source: str, suffix:
     assert found["prediction"].nunique() > 1
     assert found["probability"].astype("f4").tolist() == expected["probability"].tolist()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    (chunk,) = open_table(output, output.name).chunks(["text", "prediction"])
-    assert list(chunk.columns["text"]) == frame["text"].tolist()
+    chunks = open_table(output, output.name).chunks(["text", "prediction"])
+    assert [text for chunk in chunks for text in chunk.columns["text"]] == frame["text"].tolist()
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet"])
