@@ -31,6 +31,8 @@ class SplitSettings:
     subset: str | None = None
     names: Mapping[str, str | None] = field(default_factory=dict[str, "str | None"])
     """Split -> name in the source, or `none`; absent or None: found by the usual names."""
+    unnamed: str = "train"
+    """The split that data without any of these names is."""
 
     def is_left_out(self, split: str) -> bool:
         """Return whether the split is not to be read."""
@@ -105,10 +107,10 @@ def _check_names(settings: SplitSettings) -> None:
 
 
 def _open_file(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
-    """Open a single file as train, or as the split whose setting names it."""
+    """Open a single file as the split whose setting names it, or else as the unnamed one."""
     if settings.subset is not None:
         raise DataError(f"data.subset {settings.subset!r}: {path} is a file, which has none. Leave data.subset out.")
-    splits = [split for split, name in settings.names.items() if name in (path.name, path.stem)] or ["train"]
+    splits = [split for split, name in settings.names.items() if name in (path.name, path.stem)] or [settings.unnamed]
     wrong = [split for split, name in settings.names.items() if name not in (None, NO_SPLIT) and split not in splits]
     if wrong:
         raise DataError(
@@ -148,7 +150,7 @@ def _open_saved(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
     """Open a directory that `datasets.save_to_disk` wrote. That library would refuse columns that are not needed."""
     try:
         if not (path / "dataset_dict.json").is_file():
-            return {"train": _open_saved_split(path, path)}
+            return {settings.unnamed: _open_saved_split(path, path)}
         names = list(map(str, json.loads((path / "dataset_dict.json").read_bytes())["splits"]))
         chosen = {split: settings.find(split, names, str(path)) for split in SPLIT_WORDS}
         if not any(chosen.values()):
@@ -281,7 +283,7 @@ def _files_of_layout(directory: Path, settings: SplitSettings) -> dict[str, list
             return found
         are_parts = all(_PART.search(file.name) or split_suffix(file)[0] == PART_SUFFIX for file in files)
         if are_parts or (len(files) == 1 and settings.names.get("train") is None):
-            return {"train": files}
+            return {settings.unnamed: files}
     return {}
 
 

@@ -107,13 +107,18 @@ def read_model_files(model: ModelConfig, data: DataConfig) -> ModelFiles:
 def load_text(data: DataConfig, *, hold_out: bool = True, model_classes: tuple[str, ...] | None = None) -> Corpus:
     """Load the rows of `data.source`.
 
-    `hold_out`: make a validation split if there is none. `model_classes`: the classes that labels are to mean.
+    `hold_out`: for a training: make a validation split if there is none, and take data without names of splits for train, not
+    for test. `model_classes`: the classes that labels are to mean.
     """
     splits = data.splits
     source = Source(
         data.source,
         revision=data.revision,
-        splits=SplitSettings(data.subset, {"train": splits.train, "validation": splits.validation, "test": splits.test}),
+        splits=SplitSettings(
+            data.subset,
+            {"train": splits.train, "validation": splits.validation, "test": splits.test},
+            unnamed="train" if hold_out else "test",
+        ),
         columns=ColumnSettings(data.text_column, data.label_column, data.text_separator),
         class_names=data.class_names,
         cache_dir=cache_root(data.cache_dir),
@@ -192,7 +197,7 @@ def load_evaluation_inputs(
 ) -> EvaluationInputs:
     """Load a classifier and one tokenised split.
 
-    `split`: None means test; a single file is this split. `max_length`: tokens per text; None: as in training. Another length
+    `split`: None means test, which a single file is. `max_length`: tokens per text; None: as in training. Another length
     is used, with a warning.
 
     Raises:
@@ -216,10 +221,7 @@ def load_evaluation_inputs(
 
 
 def _load_split(data: DataConfig, split: str | None, class_names: tuple[str, ...]) -> Corpus:
-    """Load a corpus of one split with the model's classes. By default it is test, and a single file is that split."""
-    path = Path(data.source)
-    if split is None and path.is_file():
-        data = data.model_copy(update={"splits": data.splits.model_copy(update={"test": data.splits.test or path.name})})
+    """Load a corpus of one split, by default test, with the model's classes."""
     corpus = load_text(data, hold_out=False, model_classes=class_names)
     if split in ("train", "validation") and "validation" not in corpus.splits:
         corpus = load_text(data, model_classes=class_names)
@@ -228,7 +230,7 @@ def _load_split(data: DataConfig, split: str | None, class_names: tuple[str, ...
     if name not in corpus.splits:
         raise DataError(
             f"{data.source} has no {name} split (only {', '.join(corpus.splits)}): there is nothing to score. Choose one of "
-            "these with --split; a single file is scored whole without it."
+            "these with --split."
         )
     wanted = {name: corpus.splits[name]}
     return replace(corpus, splits=wanted, fingerprint=hash_corpus(wanted, corpus.class_names))

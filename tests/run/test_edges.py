@@ -140,7 +140,7 @@ def test_every_command_and_hugging_face_agree_on_odd_texts(run_command, odd, tmp
 
     succeeded(run_command("evaluate", "--model.name", run, "--data.source", source, "--output", tmp_path / "scores"))
     scored = lines(tmp_path / "scores" / "predictions-test.jsonl")
-    # A single file is scored whole.
+    # A single file is the test split.
     single = run_command("evaluate", "--model.name", run, "--data.source", source / "test.jsonl", "--output", tmp_path / "file")
     succeeded(single)
     path = tmp_path / "file" / "predictions-test.jsonl"
@@ -327,7 +327,8 @@ def test_evaluate_refuses_unsuitable_models_data_and_outputs(run_command, odd, t
     assert run_command(*scored, "--data.source", alone, "--split", "test", "--output", output).returncode == 0
     again = run_command(*scored, "--data.source", alone, "--split", "test", "--output", output)
     refused(again, "scores: holds a result.json of other scores", "--run.overwrite")
-    refused(run_command(*scored, "--data.source", source / "test.jsonl", "--split", "test"), "has no test split", "--split")
+    (alone / "test.jsonl").rename(alone / "train.jsonl")
+    refused(run_command(*scored, "--data.source", alone), "has no test split", "--split")
 
     done = run_command(*scored, *data, "--output", "/proc/nowhere")
     refused(done, "/proc/nowhere: cannot be written", "Set it to a writable directory")

@@ -175,6 +175,16 @@ def test_save_to_disk_with_columns_of_unknown_types_is_read_at_any_path(tmp_path
     assert {table.class_names("label") for table in open_local(place, SplitSettings())["train"]} == {("b", "s")}
 
 
+def test_data_without_names_of_splits_is_the_unnamed_one(tmp_path):
+    write(tmp_path / "parts" / "part-00000.csv")
+    Dataset.from_dict({"text": ["Oil rose", "A goal"], "label": ["b", "s"]}).save_to_disk(str(tmp_path / "saved"))
+    for source in (write(tmp_path / "news.csv"), tmp_path / "parts", tmp_path / "saved"):
+        assert rows_of(source) == {"train": ROWS}
+        assert rows_of(source, SplitSettings(unnamed="test")) == {"test": ROWS}
+    write(tmp_path / "named" / "train.csv")
+    assert rows_of(tmp_path / "named", SplitSettings(unnamed="test")) == {"train": ROWS}
+
+
 def test_a_split_of_save_to_disk_without_rows_is_named(tmp_path):
     rows, nothing = ({"text": texts, "label": texts} for texts in (["a"], []))
     DatasetDict({"train": Dataset.from_dict(rows), "test": Dataset.from_dict(nothing)}).save_to_disk(str(tmp_path / "saved"))
