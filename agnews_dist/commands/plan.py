@@ -57,6 +57,7 @@ def run(world: World, loaded: Loaded) -> None:
         from agnews_dist.events import Progress, Warned
         from agnews_dist.model.gpt2 import check_max_length, load_model_config
         from agnews_dist.model.pretrained import load_tokenizer
+        from agnews_dist.model.saved_model import check_config
         from agnews_dist.report.console import create_console
         from agnews_dist.report.formatting import create_output
         from agnews_dist.report.plan_view import show_plan
@@ -68,6 +69,7 @@ def run(world: World, loaded: Loaded) -> None:
     out = create_output(sys.stderr if as_json else sys.stdout)
     with closing(create_console(out)) as emit:
         emit(Progress(task=f"load {data.source}", done=0, total=0))
+        check_config(model.name, model.revision, is_classifier=False)
         tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
         shape = load_model_config(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
         check_max_length(data.max_length, shape.n_positions)

@@ -37,6 +37,10 @@ def write_onnx(directory: Path, output: Path) -> float:
     Raises:
         ModelError: the model cannot be read or converted, the file is not valid or answers differently, or cannot be written.
     """
+    if output.suffix.lower() != ".onnx":
+        raise ModelError(f"--output {str(output)!r}: the name of an ONNX file ends in .onnx. Rename it.")
+    if output.exists() and not output.is_file():
+        raise ModelError(f"--output {str(output)!r}: it exists and is not a file. Choose another name.")
 
     def make_error(reason: str) -> ModelError:
         return ModelError(f"model {directory} cannot be written as {output}: {reason}. Export it again with other versions.")
@@ -44,14 +48,20 @@ def write_onnx(directory: Path, output: Path) -> float:
     with warnings.catch_warnings(), translate_errors(make_error), silence_transformers():
         warnings.simplefilter("ignore")
         model = GPT2ForSequenceClassification.from_pretrained(directory).eval()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=output.parent, prefix=".onnx-") as building:
-            file = Path(building) / output.name
-            _convert(model, file)
-            difference = _check(model, file)
-            # The weights first: a file without them would be damaged.
-            for path in sorted(Path(building).iterdir(), key=lambda path: path == file):
-                path.replace(output.parent / path.name)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=output.parent, prefix=".onnx-") as building:
+                file = Path(building) / output.name
+                _convert(model, file)
+                difference = _check(model, file)
+                # The weights first: a file without them would be damaged.
+                for path in sorted(Path(building).iterdir(), key=lambda path: path == file):
+                    path.replace(output.parent / path.name)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ModelError(
+                f"--output {str(output)!r}: it cannot be written ({reason}). Set it to a writable place with free space."
+            ) from error
     return difference
 
 

@@ -42,8 +42,8 @@ def check_output(path: Path, *, overwrite: bool) -> None:
             f"--output {str(path)!r}: the suffix says the format, which is {', '.join(FORMATS)}, or a text format with .gz."
             f"{did_you_mean(suffix, FORMATS)} Rename it."
         )
-    if path.exists() and (path.is_dir() or not overwrite):
-        fix = "Choose another name." if path.is_dir() else "Choose another name, or set --run.overwrite."
+    if path.exists() and not (path.is_file() and overwrite):
+        fix = "Choose another name, or set --run.overwrite." if path.is_file() else "Choose another name."
         raise UserError(f"--output {str(path)!r}: it exists. {fix}")
     try:
         atomic.sweep(path.parent, re.escape(path.name))
