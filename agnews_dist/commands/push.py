@@ -47,7 +47,7 @@ def push(world: World, loaded: Loaded) -> None:
     directory = find_export(what[0])
     if get_token() is None:
         raise UserError(f"push {what[1]}: the hub needs a token. Set HF_TOKEN, or log in with 'hf auth login'.")
-    print(_upload(directory, what[1], private=loaded.options["private"], revision=loaded.options["revision"]))
+    print(_upload(directory, what[1], private=loaded.options["private"], revision=loaded.options["revision"] or None))
 
 
 def _upload(directory: Path, repository: str, *, private: bool, revision: str | None) -> str:

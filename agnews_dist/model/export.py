@@ -6,6 +6,7 @@ computed in fp64.
 """
 
 import copy
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import GPT2ForSequenceClassification, GPT2Model, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model, PreTrainedTokenizerFast
 
 from agnews_dist.data.hugging_face import silence_transformers
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding
@@ -244,6 +245,22 @@ def _huggingface_state(classifier: Classifier, trained: Mapping[str, Tensor]) ->
     return state | {f"transformer.{name}": weight for name, weight in suffix.items()} | {"score.weight": weight_CD}
 
 
+def _fold_scales(state: Mapping[str, Tensor], config: GPT2Config) -> dict[str, Tensor]:
+    """Return the weights with unusual scales of the attention moved into the queries; `config` gets the usual ones.
+
+    The default attention of transformers 4 ignores `scale_attn_weights` and `scale_attn_by_inverse_layer_idx`.
+    """
+    folded, width = dict(state), config.n_embd
+    for block in range(config.n_layer):
+        factor = 1.0 if config.scale_attn_weights else math.sqrt(width // config.n_head)
+        factor /= block + 1 if config.scale_attn_by_inverse_layer_idx else 1
+        for name in (f"transformer.h.{block}.attn.c_attn.{kind}" for kind in ("weight", "bias") if factor != 1):
+            query, rest = folded[name].split([width, 2 * width], dim=-1)
+            folded[name] = torch.cat([query * factor, rest], dim=-1)
+    config.scale_attn_weights, config.scale_attn_by_inverse_layer_idx = True, False
+    return folded
+
+
 def _write_model(
     directory: Path, classifier: Classifier, state: dict[str, Tensor], pad_id: int | None, class_names: Sequence[str]
 ) -> None:
@@ -256,6 +273,7 @@ def _write_model(
     # torch.export and ONNX take tensors alone, no cache object.
     config.use_cache = False
     setattr(config, TRAINABLE_BLOCKS_KEY, len(classifier.suffix.h))
+    state = _fold_scales(state, config)
     with silence_transformers(), torch.random.fork_rng(devices=[]):
         # Built without memory. Strict, as a missing name would leave a random tensor in the export.
         with torch.device("meta"):

@@ -211,8 +211,8 @@ def _check_loaded(loaded: nn.Module, report: dict[str, Any], location: Location)
     misshapen: dict[str, tuple[int, ...]] = {name: tuple(found) for name, found, _ in report["mismatched_keys"]}
     if (shape := misshapen.get("score.weight")) and len(shape) == 2:
         raise ModelError(
-            f"{CONFIG_FILE} of model {location.name!r}: id2label has {cast(Any, loaded).config.num_labels} names, the head score.weight "
-            f"{shape[0]} rows and {shape[1]} columns. Correct id2label, or copy the whole model directory again."
+            f"{CONFIG_FILE} of model {location.name!r}: id2label has {cast(Any, loaded).config.num_labels} names, the head "
+            f"score.weight {shape[0]} rows and {shape[1]} columns. Correct id2label, or copy the whole model directory again."
         )
     surplus = [key for key in report["unexpected_keys"] if re.search(r"(^|\.)h\.\d+\.(?!attn\.(masked_)?bias$)", key)]
     for keys, fault in (

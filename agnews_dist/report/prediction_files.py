@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -75,7 +75,8 @@ def open_answers(path: Path, texts: InputTexts, class_names: Sequence[str], top:
             f"{texts.name} has a column {twice[0]!r} already: the answers would replace it. Rename that column, or print the "
             "answers without --output."
         )
-    with ExitStack() as stack:
+    stack = ExitStack()
+    try:
         with _translating(path):
             temporary = stack.enter_context(atomic.new_file(path))
             if suffix == ".parquet":
@@ -84,8 +85,13 @@ def open_answers(path: Path, texts: InputTexts, class_names: Sequence[str], top:
                 file = stack.enter_context(_open_binary(temporary, compression))
                 write = stack.enter_context(_open_text(file, suffix, texts.columns, layout))
         yield partial(_write, path, write)
-        with _translating(path):
-            stack.pop_all().close()
+    except BaseException as error:
+        # Closing writes what is buffered: on a full disk it fails again.
+        with suppress(OSError):
+            stack.__exit__(type(error), error, error.__traceback__)
+        raise
+    with _translating(path):
+        stack.close()
 
 
 @contextmanager

@@ -431,14 +431,22 @@ def test_tokenizers_whose_answers_would_differ_are_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "odd", [{"output_attentions": True, "return_dict": False}, {"_attn_implementation": "flash_attention_2", "auto_map": {}}]
+    "odd",
+    [
+        {"output_attentions": True, "return_dict": False},
+        {"_attn_implementation": "flash_attention_2", "auto_map": {}},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    ],
 )
-def test_keys_that_say_how_to_run_a_model_are_not_exported(tmp_path: Path, odd: dict[str, object]) -> None:
+def test_unusual_models_are_exported_as_usual_ones(tmp_path: Path, odd: dict[str, object]) -> None:
     (tmp_path / "source").mkdir()
     save_tiny_model(tmp_path / "source", **odd, dtype="float16")
     made = make(str(tmp_path / "source"), tmp_path / "model", pad_token="new")
     ours = our_logits(made.classifier, made.tokenizer, TEXTS)
     assert_same_logits(huggingface_logits(made.directory, TEXTS), ours)
+    config = json.loads((made.directory / "config.json").read_text())
+    assert (config["scale_attn_weights"], config["scale_attn_by_inverse_layer_idx"]) == (True, False)
 
 
 @pytest.mark.parametrize(("num_classes", "has_bias"), [(64, True), (65, False), (150, False), (300, False)])
