@@ -78,7 +78,8 @@ def _upload(directory: Path, repository: str, *, private: bool, revision: str | 
             raise ConfigError(f"push {repository}: it is not a hub id. Write OWNER/NAME.") from error
         except HfHubHTTPError as error:
             status = error.response.status_code
-            reason, fix = _REASONS.get(status, (f"the hub answers {status}", "Try again later"))
+            answer = f"the hub answers {status} ({error.server_message or 'without a reason'})"
+            reason, fix = _REASONS.get(status, (answer, "Correct that, or try again later"))
             raise UserError(f"push {repository}: {reason}. {fix}.") from error
     return f"{directory} uploaded: {done.commit_url}"
 

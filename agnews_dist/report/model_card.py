@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub import ModelCard as HubCard
@@ -205,9 +206,14 @@ def _format_confusion(split: str, scores: Scores, class_names: Sequence[str]) ->
 
 
 def _format_value(value: object) -> str:
-    """Format a setting's value; of an absolute path only the last part."""
+    """Format a setting's value; of a path only the last part, of a long list only the first values."""
+    if isinstance(value, (list, tuple)):
+        values = cast("Sequence[object]", value)
+        more = ["..."] * (len(values) > MAX_TABLE)
+        return ", ".join([*map(_format_value, values[:MAX_TABLE]), *more])
     text = str(value)
-    return Path(text).name if text.startswith(("/", "~")) else text
+    is_path = text.startswith(("/", "~", "./", "../")) or ("/" in text and Path(text).exists())
+    return Path(text).resolve().name if is_path else text
 
 
 def _format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
