@@ -100,10 +100,10 @@ def export_model(
         ) from error
 
 
-def check_room(directory: Path, num_parameters: int, *, num_trained: int = 0) -> None:
-    """Check before training that the export can be written below `directory`, as far as that is known.
+def check_room(directory: Path, num_trained: int, num_frozen: int, *, has_checkpoint: bool = False) -> None:
+    """Check before training that a model of this many parameters can be exported below `directory`, as far as that is known.
 
-    `num_trained`: parameters of a checkpoint to come, which has two moments and the best value of each.
+    A first checkpoint takes space too: the trained weights, two moments for each, and the best weights.
 
     Raises:
         ModelError: too little space, no free inode, or a path that is not UTF-8, which safetensors cannot write.
@@ -113,17 +113,16 @@ def check_room(directory: Path, num_parameters: int, *, num_trained: int = 0) ->
     except UnicodeEncodeError as error:
         raise ModelError(f"run.dir {str(directory)!r}: its path is not UTF-8. Set --run.dir to another one.") from error
     system = os.statvfs(next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir()))
-    needed, free = 4 * num_parameters + 16 * num_trained, system.f_bavail * system.f_frsize
-    if free < needed:
+    needed = 4 * (num_trained + num_frozen) + (0 if has_checkpoint else 16 * num_trained)
+    if (free := system.f_bavail * system.f_frsize) < needed:
         raise ModelError(
-            f"run.dir {directory}: {gigabytes(free)} free, the model{' and a checkpoint' * bool(num_trained)} take "
-            f"{gigabytes(needed)}. Free some space, or set --run.dir to another disk."
+            f"run.dir {directory}: {gigabytes(free)} free, the model and a checkpoint take {gigabytes(needed)}. Free some "
+            "space, or set --run.dir to another disk."
         )
     # Some file systems count no inodes.
     if system.f_files and system.f_favail < _NUM_INODES:
         raise ModelError(
-            f"run.dir {directory}: {system.f_favail} inodes are free, a run takes up to {_NUM_INODES}. Remove some files, or "
-            "set --run.dir to another disk."
+            f"run.dir {directory}: {system.f_favail} inodes are free. Remove files, or set --run.dir to another disk."
         )
 
 

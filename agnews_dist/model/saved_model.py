@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any, cast
 
 from torch import Tensor, device, nn, random
@@ -27,7 +28,6 @@ _FIELDS = (
 _LONGEST_REASON = 160
 """Characters of Hugging Face's reason in a message."""
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".onnx", ".pt", ".pth")
-"""Suffixes of weights by which a directory without `WEIGHT_FILES` is explained."""
 _HEAD_NAME = re.compile(r"(^|\.)score\.weight$")
 _WRAPPED = {r"^(?:(?:_orig_mod|module)\.)+": "", r"\.(?:(?:_orig_mod|module)\.)+": "."}
 """Parts of names that torch.compile and DistributedDataParallel add, at the start and inside: pattern -> replacement."""
@@ -58,9 +58,9 @@ def read_config(location: Location) -> GPT2Config:
         with device("meta"):
             GPT2Model(config)
     except Exception as error:  # a value of another type, a width the heads do not divide, an unknown activation
+        reason = shorten(str(error), _LONGEST_REASON)
         raise ModelError(
-            f"{CONFIG_FILE} of model {location.name!r}: it describes no possible model ({_first_words(error)}). "
-            f"Correct {CONFIG_FILE}."
+            f"{CONFIG_FILE} of model {location.name!r}: it describes no possible model ({reason}). Correct {CONFIG_FILE}."
         ) from error
     if config.add_cross_attention:
         raise ModelError(
@@ -114,14 +114,8 @@ def check_config(name: str, revision: str | None, *, is_classifier: bool) -> Non
             GPT2Config.from_dict(raw)
             return
         except Exception as error:  # Hugging Face checks values by many kinds of errors
-            fault = fault or _first_words(error)
+            fault = fault or shorten(str(error), _LONGEST_REASON)
     raise ModelError(f"{CONFIG_FILE} of model {name!r}: {fault}. Correct {CONFIG_FILE}, or choose another model.")
-
-
-def _first_words(error: Exception) -> str:
-    """Return the text of an error in one line."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
 
 
 def _find_head_fault(raw: Mapping[str, Any]) -> str | None:

@@ -36,6 +36,7 @@ from agnews_dist.model.gpt2 import (
 from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.model.saved_model import check_config
 from agnews_dist.model.tokenizer_files import check_export
+from agnews_dist.report.formatting import sum_parameters
 from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.run.fingerprints import run_fingerprints
 from agnews_dist.storage.directories import cache_root
@@ -182,10 +183,10 @@ def load_training_inputs(
     )
     parameters = count_parameters(classifier)
     if world.is_main:
+        runs = Path(config.run.dir)
         # A run of this name may have its checkpoints already.
-        is_new = config.run.name is None or not Path(config.run.dir, config.run.name).exists()
-        num_trained = sum(trained for trained, _ in parameters.values()) if is_new else 0
-        check_room(Path(config.run.dir), sum(map(sum, parameters.values())), num_trained=num_trained)
+        has_run = config.run.name is not None and (runs / config.run.name).exists()
+        check_room(runs, *sum_parameters(parameters), has_checkpoint=has_run)
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)

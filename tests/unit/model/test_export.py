@@ -259,15 +259,15 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, embedded: Exported) 
 
 
 def test_room_is_checked_before_training(tmp_path: Path) -> None:
-    check_room(tmp_path, 1_000_000)
-    refusal = r"run\.dir .*free, the model{} take {},?000,?000,?000.* GB\. Free some space, or set"
+    check_room(tmp_path, 1_000_000, 1_000_000)
+    refusal = r"run\.dir .*free, the model and a checkpoint take {},?000,?000,?000.* GB\. Free some space, or set"
     for directory in (tmp_path, tmp_path / "not yet there"):
-        with pytest.raises(ModelError, match=refusal.format("", 4)):
-            check_room(directory, 10**18)
-        with pytest.raises(ModelError, match=refusal.format(" and a checkpoint", 20)):
-            check_room(directory, 10**18, num_trained=10**18)
+        with pytest.raises(ModelError, match=refusal.format(24)):
+            check_room(directory, 10**18, 10**18)
+        with pytest.raises(ModelError, match=refusal.format(8)):
+            check_room(directory, 10**18, 10**18, has_checkpoint=True)
     with pytest.raises(ModelError, match=r"run\.dir '.*udcff': its path is not UTF-8\. Set --run\.dir to another"):
-        check_room(tmp_path / os.fsdecode(b"\xff"), 1)
+        check_room(tmp_path / os.fsdecode(b"\xff"), 1, 1)
 
 
 # --- folding of the bias, against the equation
