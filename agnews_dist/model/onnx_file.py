@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPT2ForSequenceClassification
 
 from agnews_dist.data.hugging_face import silence_transformers, translate_errors
@@ -65,28 +65,19 @@ def write_onnx(directory: Path, output: Path) -> float:
     return difference
 
 
-class _Logits(nn.Module):
-    """A model whose output is one tensor."""
-
-    def __init__(self, model: GPT2ForSequenceClassification) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return cast(Tensor, self.model(input_ids=input_ids, attention_mask=attention_mask).logits)
-
-
 def _convert(model: GPT2ForSequenceClassification, file: Path) -> None:
     num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    tokens_BT, mask_BT = _make_batch(model, (3, 2))
     free: dict[int, Any] = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=model.config.n_positions)}
     registry = logging.getLogger("torch.onnx")
     level = registry.level
     registry.setLevel(logging.ERROR)
     try:
         torch.onnx.export(
-            _Logits(model),
-            _make_batch(model, (3, 2)),
+            model,
+            (),
             file,
+            kwargs={"input_ids": tokens_BT, "attention_mask": mask_BT},
             dynamo=True,
             verbose=False,
             input_names=["input_ids", "attention_mask"],

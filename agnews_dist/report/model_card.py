@@ -75,7 +75,7 @@ fine-tuned on `{data}` by `agnews_dist`. It classifies from the hidden state of 
 Run this in this directory, or replace `.` by its path or hub id:
 
 ```python
-{_format_snippet(self.dataset)}```
+{_SNIPPET}```
 
 `truncation=True` cuts a text to its first {self.max_length:,} tokens, as in training. Without it the pipeline crashes on a \
 text longer than the model's positions.
@@ -114,17 +114,13 @@ _AG_NEWS = """\
 - AG News was published for research and other non-commercial use; the data's licence may apply to this model.
 - It was trained on short English news texts."""
 _LICENCE = "- No licence is stated here for the weights: they derive from the base model and the data."
-_NEWS = ("Oil prices fall as supply fears ease", "Striker signs for two more seasons")
 _SNIPPET = """\
 from transformers import pipeline
 
 classify = pipeline("text-classification", model=".")
-texts = [
-    "{}",
-    "{}",
-]
+texts = ["A text to classify", "Another text"]
 for text, answer in zip(texts, classify(texts, truncation=True)):
-    print(f"{{answer['label']:>10}}  {{answer['score']:.3f}}  {{text}}")
+    print(f"{answer['label']:>10}  {answer['score']:.3f}  {text}")
 """
 
 
@@ -164,12 +160,6 @@ def _is_ag_news(dataset: str) -> bool:
     """Return whether a data set is AG News from the hub, or a copy of it there."""
     hub_id = _find_hub_id(dataset)
     return hub_id is not None and hub_id.rsplit("/", 1)[-1] == "ag_news"
-
-
-def _format_snippet(dataset: str) -> str:
-    """Return an example of use; its texts are news only for a model of news."""
-    is_news = dataset == "synthetic" or _is_ag_news(dataset)
-    return _SNIPPET.format(*(_NEWS if is_news else ("A text to classify", "Another text")))
 
 
 def _format_origin(dataset: str) -> str:
