@@ -181,8 +181,8 @@ def read_weights(location: Location, config: GPT2Config) -> Backbone:
         return Backbone(cast(GPT2Model, loaded), None, None, _find_head_fault(raw), notes)
     names = cast(dict[int, str], config.id2label)
     class_names = tuple(names[i] for i in range(len(names)))
-    numbers = raw.get("label2id")
-    if isinstance(numbers, dict) and any(names.get(i, name) != name for name, i in numbers.items() if name in class_names):
+    numbers = raw["label2id"] if isinstance(raw.get("label2id"), dict) else {}
+    if any(name in class_names and type(i) is int and names.get(i) != name for name, i in numbers.items()):
         notes += (f"{CONFIG_FILE} of model {location.name!r}: label2id contradicts id2label, which is used.",)
     return Backbone(loaded.transformer, loaded.score.weight.detach(), class_names, None, notes)
 
