@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 from typing import NamedTuple
 
@@ -256,6 +257,20 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, embedded: Exported) 
             max_length=MAX_LENGTH,
             card="",
         )
+
+
+def test_a_full_disk_is_an_error_of_the_user(tmp_path: Path, embedded: Exported) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        # safetensors has an error of its own.
+        with pytest.raises(ModelError, match=r"the model cannot be written to .*: .*File too large.*\. Free some space"):
+            export_model(
+                tmp_path / "model", embedded.classifier, embedded.tokenizer, class_names=CLASS_NAMES, max_length=9, card=""
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_room_is_checked_before_training(tmp_path: Path) -> None:
