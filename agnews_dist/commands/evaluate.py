@@ -1,8 +1,8 @@
 """`agnews-dist evaluate`: score a split of any source with a saved classifier, on any number of ranks.
 
 --model.name is a run's directory, an exported directory, or a hub id of a GPT2ForSequenceClassification. A single file, and
-other data without names of splits, is scored whole. For a held-out validation split give --config runs/NAME/config.yaml too. A split without
-labels is predicted: --output gets the predictions and no scores.
+other data without names of splits, is scored whole. For a held-out validation split give --config runs/NAME/config.yaml too. A
+split without labels is predicted: --output gets the predictions and no scores.
 """
 
 import time

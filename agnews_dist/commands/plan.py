@@ -55,12 +55,10 @@ def run(world: World, loaded: Loaded) -> None:
         from agnews_dist.data.batching.forecast import forecast, warn_of_idle_ranks
         from agnews_dist.data.batching.shares import quadratic_weight
         from agnews_dist.events import Progress, Warned
-        from agnews_dist.model.gpt2 import check_max_length, load_model_config
-        from agnews_dist.model.pretrained import load_tokenizer
         from agnews_dist.report.console import create_console
         from agnews_dist.report.formatting import create_output
         from agnews_dist.report.plan_view import show_plan
-        from agnews_dist.run.setup import estimate_epochs, load_text, open_tokens, plan_settings
+        from agnews_dist.run.setup import estimate_epochs, load_text, open_tokens, plan_settings, read_model_files
         from agnews_dist.storage.atomic import to_json_value
 
     data, model, batch = config.data, config.model, config.batch
@@ -68,11 +66,9 @@ def run(world: World, loaded: Loaded) -> None:
     out = create_output(sys.stderr if as_json else sys.stdout)
     with closing(create_console(out)) as emit:
         emit(Progress(task=f"load {data.source}", done=0, total=0))
-        tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
-        shape = load_model_config(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
-        check_max_length(data.max_length, shape.n_positions)
+        files = read_model_files(model, data)
         corpus = load_text(data)
-        store = open_tokens(corpus, tokenizer, data, max_length=data.max_length, emit=emit, world=world)
+        store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
         split = store.splits["train"]
         num_epochs = estimate_epochs(config, split.lengths)
         estimate = forecast(
@@ -82,7 +78,7 @@ def run(world: World, loaded: Loaded) -> None:
             max_steps=config.optim.max_steps,
             num_ranks=num_ranks,
             max_tokens_per_rank=batch.max_tokens_per_rank,
-            quadratic=quadratic_weight(shape.n_embd),
+            quadratic=quadratic_weight(files.config.n_embd),
             max_length=data.max_length,
         )
         emit.close()

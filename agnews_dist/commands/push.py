@@ -47,7 +47,7 @@ def push(world: World, loaded: Loaded) -> None:
     directory = find_export(what[0])
     if get_token() is None:
         raise UserError(f"push {what[1]}: the hub needs a token. Set HF_TOKEN, or log in with 'hf auth login'.")
-    print(_upload(directory, what[1], private=loaded.options["private"], revision=loaded.options["revision"]))
+    print(_upload(directory, what[1], private=loaded.options["private"], revision=loaded.options["revision"] or None))
 
 
 def _upload(directory: Path, repository: str, *, private: bool, revision: str | None) -> str:
@@ -78,7 +78,8 @@ def _upload(directory: Path, repository: str, *, private: bool, revision: str | 
             raise ConfigError(f"push {repository}: it is not a hub id. Write OWNER/NAME.") from error
         except HfHubHTTPError as error:
             status = error.response.status_code
-            reason, fix = _REASONS.get(status, (f"the hub answers {status}", "Try again later"))
+            answer = f"the hub answers {status} ({error.server_message or 'without a reason'})"
+            reason, fix = _REASONS.get(status, (answer, "Correct that, or try again later"))
             raise UserError(f"push {repository}: {reason}. {fix}.") from error
     return f"{directory} uploaded: {done.commit_url}"
 

@@ -95,11 +95,11 @@ def decide_classes(
     kinds = _kinds_of(labelled)
     findings: list[DataFinding] = []
     names = given
-    if given is not None and is_model and _are_numbers(given) and kinds != {"integer"}:
+    if given is not None and is_model and _are_numbers(given) and kinds - {"integer"}:
         names = None
     if names is None:
         names, findings = _names_of_data(labelled, kinds, source)
-        if is_model and given is not None and labelled:
+        if is_model and given is not None:
             names = _names_for_model(names, given, source)
     if len(names) < 2:
         raise DataError(

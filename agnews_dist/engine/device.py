@@ -1,6 +1,7 @@
 """Device and precision of a rank, checked before anything is loaded."""
 
 import os
+import sys
 from shutil import which
 
 import torch
@@ -51,12 +52,14 @@ def check_compiler(wanted: str) -> None:
     Raises:
         UserError: a C++ compiler is missing. TorchInductor needs one on CPUs, and Triton one for its launchers on GPUs.
     """
-    names = list(filter(None, [os.environ.get("CXX"), os.environ.get("CC"), "g++", "clang++", "c++", "gcc", "clang", "cc"]))
-    if wanted == "always" and not any(map(which, names)):
+    # The names that Triton and TorchInductor look for.
+    on_gpu = torch.cuda.is_available()
+    variable, usual = ("CC", ("gcc", "clang", "cc")) if on_gpu else ("CXX", ("clang++" if sys.platform == "darwin" else "g++",))
+    chosen = os.environ.get(variable)
+    if wanted == "always" and not any(map(which, (chosen,) if chosen else usual)):
         raise UserError(
-            "engine.compile always: torch.compile needs a C++ compiler, and none is found (g++, clang++ or "
-            "$CXX). Install one, or "
-            "set --engine.compile never."
+            f"engine.compile always: torch.compile needs a C++ compiler, and {chosen or ' or '.join(usual)} is not found. "
+            f"Install one, set {variable} to another, or set --engine.compile never."
         )
 
 

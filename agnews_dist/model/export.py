@@ -6,6 +6,7 @@ computed in fp64.
 """
 
 import copy
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,24 +15,25 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import GPT2ForSequenceClassification, GPT2Model, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model, PreTrainedTokenizerFast
 
 from agnews_dist.data.hugging_face import silence_transformers
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding
 from agnews_dist.errors import ModelError
-from agnews_dist.model.gpt2 import Classifier, load_backbone, split_model
+from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, split_model
 from agnews_dist.model.pretrained import can_produce, locate, read_tokenizer
-from agnews_dist.model.saved_model import check_head
+from agnews_dist.model.saved_model import TRAINABLE_BLOCKS_KEY, check_config
 from agnews_dist.model.tokenizer_files import write_tokenizer
 from agnews_dist.storage import atomic
 from agnews_dist.storage.capacity import gigabytes
 
-TRAINABLE_BLOCKS_KEY = "trainable_blocks"
-"""Our key of the exported config.json: the number of trained blocks, which are the last ones."""
 EXPORT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 """Files of an export."""
+_NUM_INODES = 64
+"""Files and directories of a run: its own, those of a few checkpoints, and the export while an older one is there."""
 FOLDING_TOLERANCE = 1e-5
 """Limit of a logit's error by folding, relative to max(1, the largest bias)."""
 
@@ -91,15 +93,17 @@ def export_model(
             mode = (staging / "README.md").stat().st_mode
             for path in staging.iterdir():
                 path.chmod(mode)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"the model cannot be written to {directory}: {error.strerror or error}. "
+            f"the model cannot be written to {directory}: {getattr(error, 'strerror', None) or error}. "
             "Free some space, or choose a writable --run.dir."
         ) from error
 
 
-def check_room(directory: Path, num_parameters: int) -> None:
-    """Check before training that the export can be written below an existing `directory`, as far as that is known.
+def check_room(directory: Path, num_trained: int, num_frozen: int, *, has_checkpoint: bool = False) -> None:
+    """Check before training that a model of this many parameters can be exported below `directory`, as far as that is known.
+
+    A first checkpoint takes space too: the trained weights, two moments for each, and the best weights.
 
     Raises:
         ModelError: too little space, no free inode, or a path that is not UTF-8, which safetensors cannot write.
@@ -108,19 +112,18 @@ def check_room(directory: Path, num_parameters: int) -> None:
         str(directory.absolute()).encode()
     except UnicodeEncodeError as error:
         raise ModelError(f"run.dir {str(directory)!r}: its path is not UTF-8. Set --run.dir to another one.") from error
-    try:
-        system = os.statvfs(directory)
-    except OSError:
-        return
-    needed, free = 4 * num_parameters, system.f_bavail * system.f_frsize
-    if free < needed:
+    system = os.statvfs(next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir()))
+    needed = 4 * (num_trained + num_frozen) + (0 if has_checkpoint else 16 * num_trained)
+    if (free := system.f_bavail * system.f_frsize) < needed:
         raise ModelError(
-            f"run.dir {directory}: {gigabytes(free)} free, the exported model takes {gigabytes(needed)}. Free some space, or "
-            "set --run.dir to another disk."
+            f"run.dir {directory}: {gigabytes(free)} free, the model and a checkpoint take {gigabytes(needed)}. Free some "
+            "space, or set --run.dir to another disk."
         )
     # Some file systems count no inodes.
-    if system.f_files and system.f_favail < 2 * len(EXPORT_FILES):
-        raise ModelError(f"run.dir {directory}: no inodes are free. Remove some files, or set --run.dir to another disk.")
+    if system.f_files and system.f_favail < _NUM_INODES:
+        raise ModelError(
+            f"run.dir {directory}: {system.f_favail} inodes are free. Remove files, or set --run.dir to another disk."
+        )
 
 
 def find_export(name: str) -> Path:
@@ -159,9 +162,15 @@ def load_classifier(name: str, *, revision: str | None = None) -> SavedClassifie
     Raises:
         ModelError: as `load_backbone`; or the model has no head, one of another kind, or a single class.
     """
-    check_head(name, revision)
+    check_config(name, revision, is_classifier=True)
     tokenizer = read_tokenizer(name, revision=revision)
-    encoding = _read_encoding(tokenizer)
+    longest, num_special = tokenizer.model_max_length, tokenizer.num_special_tokens_to_add(pair=False)
+    if type(longest) not in (int, float) or longest % 1 or longest < max(1, num_special):
+        raise ModelError(
+            f"tokenizer of {name!r}: its model_max_length is {longest!r}, and it adds {num_special} tokens to a text. "
+            "Correct model_max_length in tokenizer_config.json."
+        )
+    encoding = TextEncoding(num_special > 0, tokenizer.split_special_tokens)
     if tokenizer.pad_token is None:
         # Fills the batches. No answer depends on it.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -176,30 +185,53 @@ def load_classifier(name: str, *, revision: str | None = None) -> SavedClassifie
         raise ModelError(
             f"model {name!r} has a single class: it is not a classifier. Set --model.name to a model with two classes or more."
         )
-    if "token_type_ids" in tokenizer.model_input_names:
-        _add_token_type(backbone.model)
+    _add_token_type(backbone.model, tokenizer, name)
     pad_id = backbone.pad_id
     if pad_id is not None and (encoding != TRAINING_ENCODING or can_produce(tokenizer, pad_id)):
         encoding = replace(encoding, pad_id=pad_id)
+    num_blocks = len(backbone.model.h)
+    stored = getattr(backbone.model.config, TRAINABLE_BLOCKS_KEY, 1)
     classifier = split_model(
         backbone,
-        trainable_blocks=min(int(getattr(backbone.model.config, TRAINABLE_BLOCKS_KEY, 1)), len(backbone.model.h)),
+        trainable_blocks=stored if type(stored) is int and 0 <= stored <= num_blocks else min(1, num_blocks),
         num_classes=len(backbone.class_names),
         seed=0,
     )
-    max_length = min(tokenizer.model_max_length, classifier.config.n_positions)
+    max_length = int(min(tokenizer.model_max_length, classifier.config.n_positions))
     return SavedClassifier(classifier, tokenizer, backbone.class_names, max_length, encoding, backbone.notes)
 
 
-def _read_encoding(tokenizer: PreTrainedTokenizerFast) -> TextEncoding:
-    """Return how a tokenizer reads a text when it is called without options, as the pipeline calls it."""
-    return TextEncoding(tokenizer.num_special_tokens_to_add(pair=False) > 0, tokenizer.split_special_tokens)
+def limit_length(saved: SavedClassifier, max_length: int) -> SavedClassifier:
+    """Return the classifier with another number of tokens per text.
+
+    Raises:
+        ModelError: the model has fewer positions, or not even the special tokens have room.
+    """
+    check_max_length(max_length, saved.classifier.config.n_positions)
+    num_special = saved.tokenizer.num_special_tokens_to_add(pair=False)
+    if max_length < num_special:
+        raise ModelError(
+            f"data.max_length {max_length}: the tokenizer adds {num_special} tokens to a text. Set --data.max_length to more "
+            f"than {num_special}."
+        )
+    return saved._replace(max_length=max_length)
 
 
-def _add_token_type(model: GPT2Model) -> None:
-    """Add the embedding of token type 0, which Hugging Face takes from the tokens' table, to every position."""
+def _add_token_type(model: GPT2Model, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Add the embedding of the token type, which Hugging Face takes from the tokens' table, to every position.
+
+    Raises:
+        ModelError: the tokenizer gives more than one type to the tokens of a text.
+    """
+    types = set(cast("list[int]", tokenizer("a text").get("token_type_ids", [])))
+    if len(types) > 1:
+        raise ModelError(
+            f"tokenizer of {name!r}: it gives the token types {sorted(types)} to one text, and only one is supported. Remove "
+            "token_type_ids from model_input_names in its tokenizer_config.json."
+        )
     with torch.no_grad():
-        model.wpe.weight = nn.Parameter(model.wpe.weight + model.wte.weight[0])
+        for kind in types:
+            model.wpe.weight = nn.Parameter(model.wpe.weight + model.wte.weight[kind])
 
 
 def _huggingface_state(classifier: Classifier, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -210,6 +242,22 @@ def _huggingface_state(classifier: Classifier, trained: Mapping[str, Tensor]) ->
     if bias_C is not None:
         suffix["ln_f.bias"] = fold_bias(weight_CD, bias_C, suffix["ln_f.bias"])
     return state | {f"transformer.{name}": weight for name, weight in suffix.items()} | {"score.weight": weight_CD}
+
+
+def _fold_scales(state: Mapping[str, Tensor], config: GPT2Config) -> dict[str, Tensor]:
+    """Return the weights with unusual scales of the attention moved into the queries; `config` gets the usual ones.
+
+    The default attention of transformers 4 ignores `scale_attn_weights` and `scale_attn_by_inverse_layer_idx`.
+    """
+    folded, width = dict(state), config.n_embd
+    for block in range(config.n_layer):
+        factor = 1.0 if config.scale_attn_weights else math.sqrt(width // config.n_head)
+        factor /= block + 1 if config.scale_attn_by_inverse_layer_idx else 1
+        for name in (f"transformer.h.{block}.attn.c_attn.{kind}" for kind in ("weight", "bias") if factor != 1):
+            query, rest = folded[name].split([width, 2 * width], dim=-1)
+            folded[name] = torch.cat([query * factor, rest], dim=-1)
+    config.scale_attn_weights, config.scale_attn_by_inverse_layer_idx = True, False
+    return folded
 
 
 def _write_model(
@@ -224,6 +272,7 @@ def _write_model(
     # torch.export and ONNX take tensors alone, no cache object.
     config.use_cache = False
     setattr(config, TRAINABLE_BLOCKS_KEY, len(classifier.suffix.h))
+    state = _fold_scales(state, config)
     with silence_transformers(), torch.random.fork_rng(devices=[]):
         # Built without memory. Strict, as a missing name would leave a random tensor in the export.
         with torch.device("meta"):

@@ -68,10 +68,10 @@ def load_backbone(
     config = copy.deepcopy(config) or load_model_config(name, revision=revision, init=init, tokenizer=tokenizer)
     pad_id = config.pad_token_id
     if name == EMBEDDED:
-        backbone = Backbone(_draw_weights(config, EMBEDDED_SEED if init == "pretrained" else seed, name), None, None)
+        backbone = Backbone(_draw_weights(config, EMBEDDED_SEED if init == "pretrained" else seed), None, None)
         scale_embeddings(backbone.model)
     elif init == "random":
-        backbone = Backbone(_draw_weights(config, seed, name), None, None)
+        backbone = Backbone(_draw_weights(config, seed), None, None)
     else:
         backbone = read_weights(locate(name, revision), config)
     _fit_vocabulary(backbone.model, tokenizer, name)
@@ -201,16 +201,11 @@ def _stream_seed(seed: int, stream: int) -> int:
     return (seed * 256 + stream) % 2**63
 
 
-def _draw_weights(config: GPT2Config, seed: int, name: str) -> GPT2Model:
+def _draw_weights(config: GPT2Config, seed: int) -> GPT2Model:
     """Draw a model with GPT-2's initialisation from `seed` alone."""
     with torch.random.fork_rng(devices=[]), silence_transformers():
         torch.default_generator.manual_seed(_stream_seed(seed, _BACKBONE_STREAM))
-        try:
-            return GPT2Model(config).float().eval()
-        except (ValueError, KeyError) as error:  # a width the heads do not divide, an unknown activation
-            raise ModelError(
-                f"{CONFIG_FILE} of model {name!r}: it describes no possible model ({error}). Correct {CONFIG_FILE}."
-            ) from error
+        return GPT2Model(config).float().eval()
 
 
 def _has_additional_pad(tokenizer: PreTrainedTokenizerFast) -> bool:

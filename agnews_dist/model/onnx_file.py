@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPT2ForSequenceClassification
 
 from agnews_dist.data.hugging_face import silence_transformers, translate_errors
@@ -37,6 +37,10 @@ def write_onnx(directory: Path, output: Path) -> float:
     Raises:
         ModelError: the model cannot be read or converted, the file is not valid or answers differently, or cannot be written.
     """
+    if output.suffix.lower() != ".onnx":
+        raise ModelError(f"--output {str(output)!r}: the name of an ONNX file ends in .onnx. Rename it.")
+    if output.exists() and not output.is_file():
+        raise ModelError(f"--output {str(output)!r}: it exists and is not a file. Choose another name.")
 
     def make_error(reason: str) -> ModelError:
         return ModelError(f"model {directory} cannot be written as {output}: {reason}. Export it again with other versions.")
@@ -44,39 +48,36 @@ def write_onnx(directory: Path, output: Path) -> float:
     with warnings.catch_warnings(), translate_errors(make_error), silence_transformers():
         warnings.simplefilter("ignore")
         model = GPT2ForSequenceClassification.from_pretrained(directory).eval()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=output.parent, prefix=".onnx-") as building:
-            file = Path(building) / output.name
-            _convert(model, file)
-            difference = _check(model, file)
-            # The weights first: a file without them would be damaged.
-            for path in sorted(Path(building).iterdir(), key=lambda path: path == file):
-                path.replace(output.parent / path.name)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=output.parent, prefix=".onnx-") as building:
+                file = Path(building) / output.name
+                _convert(model, file)
+                difference = _check(model, file)
+                # The weights first: a file without them would be damaged.
+                for path in sorted(Path(building).iterdir(), key=lambda path: path == file):
+                    path.replace(output.parent / path.name)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ModelError(
+                f"--output {str(output)!r}: it cannot be written ({reason}). Set it to a writable place with free space."
+            ) from error
     return difference
-
-
-class _Logits(nn.Module):
-    """A model whose output is one tensor."""
-
-    def __init__(self, model: GPT2ForSequenceClassification) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return cast(Tensor, self.model(input_ids=input_ids, attention_mask=attention_mask).logits)
 
 
 def _convert(model: GPT2ForSequenceClassification, file: Path) -> None:
     num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    tokens_BT, mask_BT = _make_batch(model, (3, 2))
     free: dict[int, Any] = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=model.config.n_positions)}
     registry = logging.getLogger("torch.onnx")
     level = registry.level
     registry.setLevel(logging.ERROR)
     try:
         torch.onnx.export(
-            _Logits(model),
-            _make_batch(model, (3, 2)),
+            model,
+            (),
             file,
+            kwargs={"input_ids": tokens_BT, "attention_mask": mask_BT},
             dynamo=True,
             verbose=False,
             input_names=["input_ids", "attention_mask"],

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
@@ -163,14 +163,9 @@ def can_produce(tokenizer: PreTrainedTokenizerFast, token_id: int) -> bool:
     prefix, suffix = model["continuing_subword_prefix"] or "", model["end_of_word_suffix"] or ""
     if len(own.removeprefix(prefix).removesuffix(suffix)) <= 1 or (model["byte_fallback"] and _BYTE.fullmatch(own)):
         return True
-    return any(left + right.removeprefix(prefix) == own for left, right in _split_merges(model["merges"]))
-
-
-def _split_merges(merges: Sequence[str | Sequence[str]]) -> Iterable[tuple[str, str]]:
-    """Return the pairs of tokens that a BPE merges; older files write a pair with a space between."""
-    for merge in merges:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        yield left, right
+    # Older files write the two tokens of a merge with a space between.
+    merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    return any(left + right.removeprefix(prefix) == own for left, right in merges)
 
 
 def _find_pad_token(tokenizer: PreTrainedTokenizerFast) -> str:

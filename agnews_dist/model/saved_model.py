@@ -4,16 +4,31 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any, cast
 
-from torch import Tensor, nn, random
+from torch import Tensor, device, nn, random
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
 
 from agnews_dist.errors import ModelError
 from agnews_dist.model.pretrained import CONFIG_FILE, EMBEDDED, WEIGHT_FILES, Location, locate, reading
 
+TRAINABLE_BLOCKS_KEY = "trainable_blocks"
+"""Our key of an exported config.json: the number of trained blocks, which are the last ones."""
 _HEAD_FIELDS = ("id2label", "label2id", "num_labels", "problem_type")
 """Keys of config.json that describe a classification head."""
+_FIELDS = (
+    *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function", "layer_norm_epsilon"),
+    *("max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range", "tie_word_embeddings", "add_cross_attention"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "architectures", TRAINABLE_BLOCKS_KEY, *_HEAD_FIELDS),
+)
+"""Keys of config.json that are read. Others say how to run the model elsewhere; some of them would break the export."""
+_LONGEST_REASON = 160
+"""Characters of Hugging Face's reason in a message."""
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".onnx", ".pt", ".pth")
+_HEAD_NAME = re.compile(r"(^|\.)score\.weight$")
 _WRAPPED = {r"^(?:(?:_orig_mod|module)\.)+": "", r"\.(?:(?:_orig_mod|module)\.)+": "."}
 """Parts of names that torch.compile and DistributedDataParallel add, at the start and inside: pattern -> replacement."""
 
@@ -37,10 +52,16 @@ class Backbone:
 def read_config(location: Location) -> GPT2Config:
     """Read the config; without the fields of a head that cannot be used (see `_find_head_fault`)."""
     raw = _read_raw_config(location)
-    if _find_head_fault(raw):
-        raw = {key: value for key, value in raw.items() if key not in _HEAD_FIELDS}
-    with reading(location, CONFIG_FILE):
-        config = GPT2Config.from_dict(raw)
+    unread = _HEAD_FIELDS if _find_head_fault(raw) else ()
+    try:
+        config = GPT2Config.from_dict({key: raw[key] for key in _FIELDS if key in raw and key not in unread})
+        with device("meta"):
+            GPT2Model(config)
+    except Exception as error:  # a value of another type, a width the heads do not divide, an unknown activation
+        reason = shorten(str(error), _LONGEST_REASON)
+        raise ModelError(
+            f"{CONFIG_FILE} of model {location.name!r}: it describes no possible model ({reason}). Correct {CONFIG_FILE}."
+        ) from error
     if config.add_cross_attention:
         raise ModelError(
             f"model {location.name!r} has add_cross_attention: a classifier has no second sequence. "
@@ -50,6 +71,11 @@ def read_config(location: Location) -> GPT2Config:
 
 
 def _read_raw_config(location: Location) -> dict[str, Any]:
+    if location.directory and (location.directory / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model directory {location.directory}: it is a PEFT adapter (adapter_config.json). Merge it into its model with "
+            "merge_and_unload, and save that."
+        )
     if not location.has_any(CONFIG_FILE):
         raise ModelError(
             f"model directory {location.directory}: it has no {CONFIG_FILE}. Copy the whole model directory, "
@@ -62,13 +88,34 @@ def _read_raw_config(location: Location) -> dict[str, Any]:
                 f"model {location.name!r} is a {raw.get('model_type')!r} model: only GPT-2 is supported. "
                 "Choose a GPT-2 of any size, such as gpt2, gpt2-medium or distilgpt2."
             )
+    if raw.get("quantization_config"):
+        raise ModelError(
+            f"{CONFIG_FILE} of model {location.name!r}: it has a quantization_config, and quantised weights cannot be read. "
+            "Choose the model in full precision."
+        )
     return raw
 
 
-def check_head(name: str, revision: str | None) -> None:
-    """Check that config.json describes a classifier of one class per text, if any; raise ModelError with the wrong field."""
-    if name != EMBEDDED and (fault := _find_head_fault(_read_raw_config(locate(name, revision)))):
-        raise ModelError(f"{CONFIG_FILE} of model {name!r}: {fault}. Correct {CONFIG_FILE}, or choose another model.")
+def check_config(name: str, revision: str | None, *, is_classifier: bool) -> None:
+    """Check config.json, if there is one, before transformers reads it for the tokenizer.
+
+    `is_classifier`: it must describe one class per text. Training replaces such a head, if transformers can read it.
+
+    Raises:
+        ModelError: it names the wrong field.
+    """
+    location = None if name == EMBEDDED else locate(name, revision)
+    if location is None or not (is_classifier or location.has_any(CONFIG_FILE)):
+        return
+    raw = _read_raw_config(location)
+    fault = _find_head_fault(raw)
+    if fault is None or not is_classifier:
+        try:
+            GPT2Config.from_dict(raw)
+            return
+        except Exception as error:  # Hugging Face checks values by many kinds of errors
+            fault = fault or shorten(str(error), _LONGEST_REASON)
+    raise ModelError(f"{CONFIG_FILE} of model {name!r}: {fault}. Correct {CONFIG_FILE}, or choose another model.")
 
 
 def _find_head_fault(raw: Mapping[str, Any]) -> str | None:
@@ -94,22 +141,24 @@ def _find_head_fault(raw: Mapping[str, Any]) -> str | None:
 
 def read_weights(location: Location, config: GPT2Config) -> Backbone:
     """Read the model in the type of its file, and the head and class names if it is a classifier."""
-    if not location.has_any(*WEIGHT_FILES):
+    if location.directory and not location.has_any(*WEIGHT_FILES):
+        others = sorted(path.name for path in location.directory.iterdir() if path.suffix in _OTHER_WEIGHTS)
+        found = f", only {others[0]}, which is not read" if others else ""
         raise ModelError(
-            f"model directory {location.directory}: it has no weights (none of {', '.join(WEIGHT_FILES)}). "
+            f"model directory {location.directory}: it has no weights (none of {', '.join(WEIGHT_FILES)}){found}. "
             "Copy the whole model directory, or set --model.init random."
         )
-    is_classifier = GPT2ForSequenceClassification.__name__ in (config.architectures or [])
-    fault = _find_head_fault(_read_raw_config(location)) if is_classifier else None
-    architecture = GPT2ForSequenceClassification if is_classifier and fault is None else GPT2Model
+    has_head = GPT2ForSequenceClassification.__name__ in (config.architectures or [])
+    raw = _read_raw_config(location) if has_head else {}
 
     def load(renamed: dict[str, str] | None) -> tuple[nn.Module, dict[str, Any]]:
+        architecture = GPT2ForSequenceClassification if has_head and _find_head_fault(raw) is None else GPT2Model
         with reading(location, "weights"), random.fork_rng(devices=[]):
             loaded = architecture.from_pretrained(
                 location.target,
                 config=config,
                 revision=location.revision or "main",
-                dtype="auto",  # the type of the file: its mapped pages, not a copy
+                dtype="auto",  # that of the file, as `config` has none: its mapped pages, not a rounded copy
                 attn_implementation="sdpa",
                 ignore_mismatched_sizes=True,  # the report lists them
                 output_loading_info=True,
@@ -118,6 +167,9 @@ def read_weights(location: Location, config: GPT2Config) -> Backbone:
             return cast("tuple[nn.Module, dict[str, Any]]", loaded)
 
     loaded, report = load(None)
+    if not has_head and any(_HEAD_NAME.search(name) for name in report["unexpected_keys"]):
+        has_head, raw = True, _read_raw_config(location)
+        loaded, report = load(None)
     renamed = _find_new_names(report, is_tied=bool(config.tie_word_embeddings)) if report["missing_keys"] else {}
     if renamed:
         loaded, report = load(renamed)
@@ -126,9 +178,12 @@ def read_weights(location: Location, config: GPT2Config) -> Backbone:
     if renamed.keys() & _WRAPPED.keys():
         notes = (f"weights of model {location.name!r}: _orig_mod. and module. are removed from their names.",)
     if not isinstance(loaded, GPT2ForSequenceClassification):
-        return Backbone(cast(GPT2Model, loaded), None, None, fault, notes)
+        return Backbone(cast(GPT2Model, loaded), None, None, _find_head_fault(raw), notes)
     names = cast(dict[int, str], config.id2label)
     class_names = tuple(names[i] for i in range(len(names)))
+    numbers = raw["label2id"] if isinstance(raw.get("label2id"), dict) else {}
+    if any(name in class_names and type(i) is int and names.get(i) != name for name, i in numbers.items()):
+        notes += (f"{CONFIG_FILE} of model {location.name!r}: label2id contradicts id2label, which is used.",)
     return Backbone(loaded.transformer, loaded.score.weight.detach(), class_names, None, notes)
 
 
@@ -147,10 +202,16 @@ def _find_new_names(report: dict[str, Any], *, is_tied: bool) -> dict[str, str]:
 
 def _check_loaded(loaded: nn.Module, report: dict[str, Any], location: Location) -> None:
     """Check that every weight was read and is finite: Hugging Face replaces missing or misshapen ones by random numbers."""
+    misshapen: dict[str, tuple[int, ...]] = {name: tuple(found) for name, found, _ in report["mismatched_keys"]}
+    if (shape := misshapen.get("score.weight")) and len(shape) == 2:
+        raise ModelError(
+            f"{CONFIG_FILE} of model {location.name!r}: id2label has {cast(Any, loaded).config.num_labels} names, the head "
+            f"score.weight {shape[0]} rows and {shape[1]} columns. Correct id2label, or copy the whole model directory again."
+        )
     surplus = [key for key in report["unexpected_keys"] if re.search(r"(^|\.)h\.\d+\.(?!attn\.(masked_)?bias$)", key)]
     for keys, fault in (
         (report["missing_keys"], "are missing"),
-        ([key[0] for key in report["mismatched_keys"]], f"have another shape than in {CONFIG_FILE}"),
+        (list(misshapen), f"have another shape than in {CONFIG_FILE}"),
         (surplus, f"belong to blocks beyond those of {CONFIG_FILE}"),
     ):
         if keys:

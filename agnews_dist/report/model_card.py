@@ -75,7 +75,7 @@ fine-tuned on `{data}` by `agnews_dist`. It classifies from the hidden state of 
 Run this in this directory, or replace `.` by its path or hub id:
 
 ```python
-{_format_snippet(self.dataset)}```
+{_SNIPPET}```
 
 `truncation=True` cuts a text to its first {self.max_length:,} tokens, as in training. Without it the pipeline crashes on a \
 text longer than the model's positions.
@@ -114,17 +114,13 @@ _AG_NEWS = """\
 - AG News was published for research and other non-commercial use; the data's licence may apply to this model.
 - It was trained on short English news texts."""
 _LICENCE = "- No licence is stated here for the weights: they derive from the base model and the data."
-_NEWS = ("Oil prices fall as supply fears ease", "Striker signs for two more seasons")
 _SNIPPET = """\
 from transformers import pipeline
 
 classify = pipeline("text-classification", model=".")
-texts = [
-    "{}",
-    "{}",
-]
+texts = ["A text to classify", "Another text"]
 for text, answer in zip(texts, classify(texts, truncation=True)):
-    print(f"{{answer['label']:>10}}  {{answer['score']:.3f}}  {{text}}")
+    print(f"{answer['label']:>10}  {answer['score']:.3f}  {text}")
 """
 
 
@@ -166,12 +162,6 @@ def _is_ag_news(dataset: str) -> bool:
     return hub_id is not None and hub_id.rsplit("/", 1)[-1] == "ag_news"
 
 
-def _format_snippet(dataset: str) -> str:
-    """Return an example of use; its texts are news only for a model of news."""
-    is_news = dataset == "synthetic" or _is_ag_news(dataset)
-    return _SNIPPET.format(*(_NEWS if is_news else ("A text to classify", "Another text")))
-
-
 def _format_origin(dataset: str) -> str:
     """Return the limits that follow from the origin of the data."""
     origin = _SYNTHETIC if dataset == "synthetic" else _AG_NEWS if _is_ag_news(dataset) else ""
@@ -206,11 +196,12 @@ def _format_confusion(split: str, scores: Scores, class_names: Sequence[str]) ->
 
 
 def _format_value(value: object) -> str:
-    """Format a setting's value: of an absolute path only the last part, of a list the first few."""
+    """Format a setting's value: of a path only the last part, of a list the first few."""
     if isinstance(value, list | tuple):
         return list_first(value, _format_value)
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    return Path(text).name if text.startswith(("/", "~")) else text
+    is_path = text.startswith(("/", "~", "./", "../")) or ("/" in text and Path(text).exists())
+    return Path(text).resolve().name if is_path else text
 
 
 def _format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

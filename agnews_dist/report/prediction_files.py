@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -42,8 +42,8 @@ def check_output(path: Path, *, overwrite: bool) -> None:
             f"--output {str(path)!r}: the suffix says the format, which is {', '.join(FORMATS)}, or a text format with .gz."
             f"{did_you_mean(suffix, FORMATS)} Rename it."
         )
-    if path.exists() and (path.is_dir() or not overwrite):
-        fix = "Choose another name." if path.is_dir() else "Choose another name, or set --run.overwrite."
+    if path.exists() and not (path.is_file() and overwrite):
+        fix = "Choose another name, or set --run.overwrite." if path.is_file() else "Choose another name."
         raise UserError(f"--output {str(path)!r}: it exists. {fix}")
     try:
         atomic.sweep(path.parent, re.escape(path.name))
@@ -75,7 +75,8 @@ def open_answers(path: Path, texts: InputTexts, class_names: Sequence[str], top:
             f"{texts.name} has a column {twice[0]!r} already: the answers would replace it. Rename that column, or print the "
             "answers without --output."
         )
-    with ExitStack() as stack:
+    stack = ExitStack()
+    try:
         with _translating(path):
             temporary = stack.enter_context(atomic.new_file(path))
             if suffix == ".parquet":
@@ -84,8 +85,13 @@ def open_answers(path: Path, texts: InputTexts, class_names: Sequence[str], top:
                 file = stack.enter_context(_open_binary(temporary, compression))
                 write = stack.enter_context(_open_text(file, suffix, texts.columns, layout))
         yield partial(_write, path, write)
-        with _translating(path):
-            stack.pop_all().close()
+    except BaseException as error:
+        # Closing writes what is buffered: on a full disk it fails again.
+        with suppress(OSError):
+            stack.__exit__(type(error), error, error.__traceback__)
+        raise
+    with _translating(path):
+        stack.close()
 
 
 @contextmanager

@@ -13,8 +13,7 @@ from agnews_dist.data.tokens import encode
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import ConfigError
 from agnews_dist.evaluation.predictor import Predictor
-from agnews_dist.model.export import SavedClassifier, load_classifier
-from agnews_dist.model.gpt2 import check_max_length
+from agnews_dist.model.export import SavedClassifier, limit_length, load_classifier
 from agnews_dist.run.engine_setup import place_classifier
 
 MAX_SHOWN_CLASSES = 256
@@ -30,10 +29,7 @@ def load_model(config: Config, max_length: int | None) -> SavedClassifier:
         ModelError: it is not a classifier, or `max_length` is too large for it.
     """
     saved = load_classifier(config.model.name, revision=config.model.revision)
-    if max_length is None:
-        return saved
-    check_max_length(max_length, saved.classifier.config.n_positions)
-    return saved._replace(max_length=max_length)
+    return saved if max_length is None else limit_length(saved, max_length)
 
 
 def build_predictor(saved: SavedClassifier, engine: Engine, num_best: int | None, *, fast_path: bool) -> Predictor:

@@ -23,7 +23,7 @@ from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
 from agnews_dist.events import Emit, Progress, Warned
 from agnews_dist.features.manager import CacheSettings, FeatureCache
 from agnews_dist.features.placement import RequestedPlace
-from agnews_dist.model.export import check_room, load_classifier
+from agnews_dist.model.export import check_room, limit_length, load_classifier
 from agnews_dist.model.gpt2 import (
     Classifier,
     check_max_length,
@@ -34,7 +34,9 @@ from agnews_dist.model.gpt2 import (
     split_model,
 )
 from agnews_dist.model.pretrained import load_tokenizer
+from agnews_dist.model.saved_model import check_config
 from agnews_dist.model.tokenizer_files import check_export
+from agnews_dist.report.formatting import sum_parameters
 from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.run.fingerprints import run_fingerprints
 from agnews_dist.storage.directories import cache_root
@@ -98,6 +100,7 @@ def read_model_files(model: ModelConfig, data: DataConfig) -> ModelFiles:
     Raises:
         ModelError: they cannot be read, are not GPT-2's, or `data.max_length` is too large for the model.
     """
+    check_config(model.name, model.revision, is_classifier=False)
     tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
     gpt2 = load_model_config(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
     check_max_length(data.max_length, gpt2.n_positions)
@@ -185,7 +188,10 @@ def load_training_inputs(
     )
     parameters = count_parameters(classifier)
     if world.is_main:
-        check_room(Path(config.run.dir), sum(map(sum, parameters.values())))
+        runs = Path(config.run.dir)
+        # A run of this name may have its checkpoints already.
+        has_run = config.run.name is not None and (runs / config.run.name).exists()
+        check_room(runs, *sum_parameters(parameters), has_checkpoint=has_run)
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
@@ -205,16 +211,16 @@ def load_evaluation_inputs(
     """
     data, model = config.data, config.model
     saved = load_classifier(model.name, revision=model.revision)
+    length = max_length or saved.max_length
     classifier, tokenizer, class_names, trained_length, encoding, notes = saved
     for note in notes:
         emit(Warned(message=note))
-    if max_length is not None and max_length != trained_length:
-        check_max_length(max_length, classifier.config.n_positions)
-        message = f"data.max_length {max_length}: the model was saved with {trained_length}, scores may differ"
+    if length != trained_length:
+        limit_length(saved, length)
+        message = f"data.max_length {length}: the model was saved with {trained_length}, scores may differ"
         emit(Warned(message=message))
     corpus = _load_split(data, split, class_names)
     with timer.stage("tokenize"):
-        length = max_length or trained_length
         store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world, encoding=encoding)
     [tokens] = store.splits.values()
     return EvaluationInputs(classifier, tokenizer, corpus.class_names, tokens, store.fingerprint, corpus.facts)

@@ -1,5 +1,7 @@
 """`agnews-dist export`: an ONNX file that answers as the model does, and its refusals."""
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,21 @@ def test_onnx_file_answers_as_the_model(run: Path, capsys: pytest.CaptureFixture
         [found] = session.run(["logits"], {name: value.numpy() for name, value in batch.items()})
         assert expected.abs().max() > 0.1
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
+
+
+def test_outputs_that_are_not_an_onnx_file_are_refused(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe.onnx")
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "file").touch()
+    for name, reason in (
+        ("model.bin", r"the name of an ONNX file ends in \.onnx\. Rename it"),
+        ("pipe.onnx", r"it exists and is not a file\. Choose another name"),
+        ("folder.onnx", r"it exists and is not a file\. Choose another name"),
+        ("file/model.onnx", r"it cannot be written \((File exists|Not a directory)\)\. Set it to a writable place"),
+    ):
+        assert export_run.main([str(run), "--output", str(tmp_path / name)]) == 1
+        assert re.search(rf"--output '{tmp_path / name}': {reason}", capfd.readouterr().err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.onnx", "pipe.onnx"]
 
 
 def test_refusals(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -277,6 +277,8 @@ def test_a_model_without_names_takes_those_of_the_data(tmp_path):
     assert corpus.facts["classes"].startswith("2: ham, spam; the model names none, and its LABEL_0 is taken for the first")
     with pytest.raises(DataError, match=r"has 2 classes \(ham, spam\), the model 3 without names"):
         load(path, model=("LABEL_0", "LABEL_1", "LABEL_2"))
+    (tmp_path / "unlabelled.jsonl").write_text('{"text": "a"}\n')
+    assert load(tmp_path / "unlabelled.jsonl", model=("LABEL_0", "LABEL_1")).class_names == ("LABEL_0", "LABEL_1")
 
 
 def test_ten_thousand_classes_with_two_rows_each(tmp_path):

@@ -13,7 +13,13 @@ def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("CC", raising=False)
     check_compiler("auto")
-    with pytest.raises(UserError, match=r"engine\.compile always: torch\.compile needs a C\+\+ compiler, and none is found"):
+    refusal = r"engine\.compile always: torch\.compile needs a C\+\+ compiler, and {} is not found\. Install one, set CXX to"
+    with pytest.raises(UserError, match=refusal.format(r"(g|clang)\+\+")):
+        check_compiler("always")
+    (tmp_path / "g++").touch(mode=0o755)
+    # The variable wins, as in torch.
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(UserError, match=refusal.format(r"/nowhere/g\+\+")):
         check_compiler("always")
     compiler = tmp_path / "my-g++"
     compiler.touch(mode=0o755)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from transformers import (
 
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding, encode
 from agnews_dist.errors import ModelError
-from agnews_dist.model.export import check_room, export_model, fold_bias, load_classifier
+from agnews_dist.model.export import check_room, export_model, fold_bias, limit_length, load_classifier
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split_model
 from agnews_dist.model.pretrained import load_tokenizer
 
@@ -258,15 +259,30 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path, embedded: Exported) 
         )
 
 
+def test_a_full_disk_is_an_error_of_the_user(tmp_path: Path, embedded: Exported) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        # safetensors has an error of its own.
+        with pytest.raises(ModelError, match=r"the model cannot be written to .*: .*File too large.*\. Free some space"):
+            export_model(
+                tmp_path / "model", embedded.classifier, embedded.tokenizer, class_names=CLASS_NAMES, max_length=9, card=""
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
 def test_room_is_checked_before_training(tmp_path: Path) -> None:
-    check_room(tmp_path, 1_000_000)
-    check_room(tmp_path / "not yet there", 10**18)
-    with pytest.raises(
-        ModelError, match=r"run\.dir .*free, the exported model takes 4,?000,?000,?000.* GB\. Free some space, or set"
-    ):
-        check_room(tmp_path, 10**18)
+    check_room(tmp_path, 1_000_000, 1_000_000)
+    refusal = r"run\.dir .*free, the model and a checkpoint take {},?000,?000,?000.* GB\. Free some space, or set"
+    for directory in (tmp_path, tmp_path / "not yet there"):
+        with pytest.raises(ModelError, match=refusal.format(24)):
+            check_room(directory, 10**18, 10**18)
+        with pytest.raises(ModelError, match=refusal.format(8)):
+            check_room(directory, 10**18, 10**18, has_checkpoint=True)
     with pytest.raises(ModelError, match=r"run\.dir '.*udcff': its path is not UTF-8\. Set --run\.dir to another"):
-        check_room(tmp_path / os.fsdecode(b"\xff"), 1)
+        check_room(tmp_path / os.fsdecode(b"\xff"), 1, 1)
 
 
 # --- folding of the bias, against the equation
@@ -386,7 +402,9 @@ ODD_TEXTS = [*TEXTS, "<|endoftext|>", "a <|endoftext|><|endoftext|>", "<|endofte
 ODD_TEXTS += ["long " * 100, "long <|endoftext|>" * 60]
 
 
-@pytest.mark.parametrize("template", [None, "$A <|endoftext|>", "<|endoftext|> $A", "<|endoftext|> $A <|endoftext|>"])
+@pytest.mark.parametrize(
+    "template", [None, "$A <|endoftext|>", "<|endoftext|> $A", "<|endoftext|> $A <|endoftext|>", "<|endoftext|>:1 $A:1"]
+)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -408,6 +426,42 @@ def test_predictions_are_those_of_the_pipeline(tmp_path: Path, template: str | N
         theirs = {answer["label"]: answer["score"] for answer in classify([text], truncation=True)[0]}
         expected = torch.tensor([theirs[name] for name in saved.class_names])
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5, msg=lambda message, text=text: f"{text!r}: {message}")
+
+
+def test_tokenizers_whose_answers_would_differ_are_refused(tmp_path: Path) -> None:
+    names = ["input_ids", "token_type_ids"]
+    save_tiny_model(tmp_path, num_classes=4, template="<|endoftext|>:0 $A:1", tokenizer_model_input_names=names)
+    with pytest.raises(ModelError, match=r"it gives the token types \[0, 1\] to one text, and only one is supported\. Remove"):
+        load_classifier(str(tmp_path))
+    template = "<|endoftext|> $A <|endoftext|>"
+    for length in ("64", -1, 0, 12.5, True, 1):
+        save_tiny_model(tmp_path, num_classes=4, template=template, tokenizer_model_max_length=length)
+        with pytest.raises(ModelError, match=rf"its model_max_length is {length!r}, and it adds 2 tokens to a text\. Correct"):
+            load_classifier(str(tmp_path))
+    save_tiny_model(tmp_path, num_classes=4, template=template, tokenizer_model_max_length=1e30)
+    saved = load_classifier(str(tmp_path))
+    assert (saved.max_length, limit_length(saved, 2).max_length) == (64, 2)
+    with pytest.raises(ModelError, match=r"data\.max_length 1: the tokenizer adds 2 tokens to a text\. Set --data\.max_len"):
+        limit_length(saved, 1)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"output_attentions": True, "return_dict": False},
+        {"_attn_implementation": "flash_attention_2", "auto_map": {}},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    ],
+)
+def test_unusual_models_are_exported_as_usual_ones(tmp_path: Path, odd: dict[str, object]) -> None:
+    (tmp_path / "source").mkdir()
+    save_tiny_model(tmp_path / "source", **odd, dtype="float16")
+    made = make(str(tmp_path / "source"), tmp_path / "model", pad_token="new")
+    ours = our_logits(made.classifier, made.tokenizer, TEXTS)
+    assert_same_logits(huggingface_logits(made.directory, TEXTS), ours)
+    config = json.loads((made.directory / "config.json").read_text())
+    assert (config["scale_attn_weights"], config["scale_attn_by_inverse_layer_idx"]) == (True, False)
 
 
 @pytest.mark.parametrize(("num_classes", "has_bias"), [(64, True), (65, False), (150, False), (300, False)])

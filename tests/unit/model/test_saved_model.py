@@ -8,10 +8,12 @@ import torch
 from support.tiny_models import edit_json, keep_lm_head_only, rename_weights, save_tiny_model
 from transformers import GPT2Model
 
+from agnews_dist.config.schema import DataConfig, ModelConfig
 from agnews_dist.errors import ModelError
 from agnews_dist.model.export import load_classifier
 from agnews_dist.model.gpt2 import Backbone, explain_new_head, load_backbone, split_model
 from agnews_dist.model.pretrained import load_tokenizer
+from agnews_dist.run.setup import read_model_files
 
 pytestmark = pytest.mark.slow
 NAMES = {"0": "World", "1": "Sports", "2": "Business", "3": "Sci/Tech"}
@@ -46,8 +48,9 @@ def test_a_head_of_another_kind_is_refused(tmp_path: Path, changes: dict[str, An
     with pytest.raises(ModelError, match=rf"config\.json of model '.*': {message}.*\. Correct config\.json, or choose another"):
         load_classifier(str(tmp_path))
     if "a" in changes.get("id2label", {}):
-        with pytest.raises(ModelError, match="cannot be read"):  # transformers itself cannot
-            load(tmp_path)
+        # transformers itself cannot read it, not even for the tokenizer.
+        with pytest.raises(ModelError, match=rf"config\.json of model '.*': {message}"):
+            read_model_files(ModelConfig(name=str(tmp_path)), DataConfig())
         return
     # A training does not need the head.
     backbone = load(tmp_path)
@@ -61,6 +64,60 @@ def test_faultless_heads_load(tmp_path: Path) -> None:
     for changes in ({"id2label": NAMES}, {"problem_type": "single_label_classification"}, {"problem_type": None}):
         save_tiny_model(tmp_path, num_classes=4, **changes)
         assert len(load_classifier(str(tmp_path)).class_names) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pad_token_id": "0"}, r"Validation error for field 'pad_token_id'"),
+        ({"layer_norm_epsilon": "1e-5"}, r"Validation error for field 'layer_norm_epsilon'.*got str \(value: '1e-5'\)\. Corr"),
+        ({"dtype": "float33"}, r"module 'torch' has no attribute 'float33'"),
+        ({"n_head": 5}, r"it describes no possible model \(`embed_dim` must be divisible"),
+        ({"activation_function": "wiggle"}, r"it describes no possible model \('wiggle'\)"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"it has a quantization_config, and quantised"),
+        ({"id2label": None, "label2id": None}, r"id2label has 2 names, the head score\.weight 4 rows and 64 columns\."),
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {}}, r"id2label has 3 names, the head score\.weight 4 rows"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_file_and_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    save_tiny_model(tmp_path, num_classes=4, **changes)
+    with pytest.raises(ModelError, match=rf"^config\.json of model '.*': {message}"):
+        load_classifier(str(tmp_path))
+    if "id2label" not in changes:
+        with pytest.raises(ModelError, match=rf"^config\.json of model '.*': {message}"):
+            read_model_files(ModelConfig(name=str(tmp_path)), DataConfig(max_length=64))
+
+
+@pytest.mark.parametrize("architectures", [None, ["GPT2LMHeadModel"], ["NewsClassifier"]])
+def test_a_stored_head_is_used_whatever_the_architecture_is_called(tmp_path: Path, architectures: list[str] | None) -> None:
+    model = save_tiny_model(tmp_path, num_classes=4, architectures=architectures)
+    assert torch.equal(load(tmp_path).head_CD, model.score.weight)
+    rename_weights(tmp_path, "module.")
+    assert torch.equal(load(tmp_path).head_CD, model.score.weight)
+
+
+def test_contradicting_class_numbers_are_said(tmp_path: Path) -> None:
+    names = tuple(NAMES.values())
+    for label2id, is_said in (({"World": 3}, True), ({"LABEL_0": 0}, False), (dict(zip(names, "0123", strict=True)), False)):
+        save_tiny_model(tmp_path, num_classes=4, id2label=NAMES, label2id=label2id)
+        saved = load_classifier(str(tmp_path))
+        assert saved.class_names == names
+        assert any("label2id contradicts id2label, which is used" in note for note in saved.notes) == is_said
+
+
+def test_weights_keep_the_type_of_their_file(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path, dtype="float16")
+    assert_same_weights(load(tmp_path).model, model.transformer)
+
+
+def test_adapters_and_other_formats_are_named(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "tf_model.h5")
+    with pytest.raises(ModelError, match=r"it has no weights \(.*\), only tf_model\.h5, which is not read\. Copy"):
+        load(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"it is a PEFT adapter \(adapter_config\.json\)\. Merge it into its model"):
+        load(tmp_path)
 
 
 def test_a_head_of_other_classes_is_said_not_to_be_used(tmp_path: Path) -> None:

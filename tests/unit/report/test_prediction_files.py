@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import math
+import os
+import resource
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -238,8 +240,10 @@ def test_outputs_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
         check_output(tmp_path / "old.csv", overwrite=False)
     check_output(tmp_path / "old.csv", overwrite=True)
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(UserError, match=r"it exists\. Choose another name\."):
-        check_output(tmp_path / "folder.csv", overwrite=True)
+    os.mkfifo(tmp_path / "pipe.csv")
+    for name in ("folder.csv", "pipe.csv"):
+        with pytest.raises(UserError, match=r"it exists\. Choose another name\."):
+            check_output(tmp_path / name, overwrite=True)
     assert (tmp_path / "old.csv").read_text() == "precious"
     leftover = tmp_path / f".new.csv.{'0' * 32}"
     leftover.touch()
@@ -258,6 +262,20 @@ def test_an_output_that_cannot_be_published_leaves_nothing(tmp_path: Path) -> No
         with pytest.raises(UserError, match=r"cannot be written .*Is a directory"):
             stack.pop_all().close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "out.csv"]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_full_disk_is_an_error_of_the_user(tmp_path: Path, suffix: str) -> None:
+    rows = "".join(f'"{np.random.default_rng(i).bytes(600).hex()}"\n' for i in range(100))
+    (tmp_path / "a.csv").write_text("text\n" + rows)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written \(.*File too large.*\)\. Set it to a writable place"):
+            write(tmp_path / "a.csv", tmp_path / f"out.{suffix}", max_texts=50)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
 
 
 def test_equal_answers_are_equal_bytes(tmp_path: Path) -> None:
