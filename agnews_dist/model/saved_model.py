@@ -1,5 +1,6 @@
 """Config and weights of a saved GPT-2, as its files have them. Whatever they lack or contradict is an error of the user."""
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ _FIELDS = (
     *("resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range", "tie_word_embeddings", "add_cross_attention"),
     *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "architectures", TRAINABLE_BLOCKS_KEY, *_HEAD_FIELDS),
+    *("dtype", "torch_dtype"),  # for the memory estimate
 )
 """Keys of config.json that are read. Others say how to run the model elsewhere; some of them would break the export."""
 _LONGEST_REASON = 160
@@ -151,6 +153,9 @@ def read_weights(location: Location, config: GPT2Config) -> Backbone:
     has_head = GPT2ForSequenceClassification.__name__ in (config.architectures or [])
     raw = _read_raw_config(location) if has_head else {}
 
+    config = copy.deepcopy(config)
+    config.dtype = None  # "auto" would prefer it to the type of the file, and round the weights
+
     def load(renamed: dict[str, str] | None) -> tuple[nn.Module, dict[str, Any]]:
         architecture = GPT2ForSequenceClassification if has_head and _find_head_fault(raw) is None else GPT2Model
         with reading(location, "weights"), random.fork_rng(devices=[]):
@@ -158,7 +163,7 @@ def read_weights(location: Location, config: GPT2Config) -> Backbone:
                 location.target,
                 config=config,
                 revision=location.revision or "main",
-                dtype="auto",  # that of the file, as `config` has none: its mapped pages, not a rounded copy
+                dtype="auto",  # that of the file: its mapped pages, not a copy
                 attn_implementation="sdpa",
                 ignore_mismatched_sizes=True,  # the report lists them
                 output_loading_info=True,

@@ -12,7 +12,8 @@ from agnews_dist.config.schema import DataConfig, ModelConfig
 from agnews_dist.errors import ModelError
 from agnews_dist.model.export import load_classifier
 from agnews_dist.model.gpt2 import Backbone, explain_new_head, load_backbone, split_model
-from agnews_dist.model.pretrained import load_tokenizer
+from agnews_dist.model.pretrained import load_tokenizer, locate
+from agnews_dist.model.saved_model import read_config
 from agnews_dist.run.setup import read_model_files
 
 pytestmark = pytest.mark.slow
@@ -108,6 +109,7 @@ def test_contradicting_class_numbers_are_said(tmp_path: Path) -> None:
 def test_weights_keep_the_type_of_their_file(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path, dtype="float16")
     assert_same_weights(load(tmp_path).model, model.transformer)
+    assert read_config(locate(str(tmp_path), None)).dtype == torch.float16, "the memory estimate needs it"
 
 
 def test_adapters_and_other_formats_are_named(tmp_path: Path) -> None:
