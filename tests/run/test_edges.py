@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from support import small_run
 from support.events import read_events
 from support.fork_server import run_python
@@ -295,6 +296,12 @@ def test_evaluate_refuses_unsuitable_models_data_and_outputs(run_command, odd, t
     shutil.copytree(run / "model", headless)
     config = json.loads((headless / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
     (headless / "config.json").write_text(json.dumps(config))
+    weights = load_file(headless / "model.safetensors")
+    save_file(
+        {name: weights[name] for name in weights if name != "score.weight"},
+        headless / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     refused(run_command("evaluate", "--model.name", headless, *data), "has no classification head", "Set --model.name")
 
     from datasets import ClassLabel, Dataset, Features, Value
