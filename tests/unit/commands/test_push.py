@@ -8,6 +8,7 @@ import pytest
 from support.hub_server import TOKEN, HubServer, serve_hub
 from support.processes import python
 
+from agnews_dist.commands.push import main
 from agnews_dist.model.export import EXPORT_FILES
 
 pytestmark = pytest.mark.slow
@@ -65,12 +66,17 @@ def test_refusals_of_the_hub(hub: HubServer, run: Path, repository: str, token: 
     assert re.search(message, error), error
 
 
-def test_push_without_network_token_or_model(run: Path, tmp_path: Path) -> None:
+def test_push_without_network_or_token(run: Path, tmp_path: Path) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN}
     assert "push owner/news: ConnectError: " in refuse(run, "owner/news", **nowhere)
     assert "offline mode is enabled" in refuse(run, "owner/news", **nowhere, HF_HUB_OFFLINE="1")
     without = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "", "HF_TOKEN_PATH": str(tmp_path / "none")}
     assert "push owner/news: the hub needs a token. Set HF_TOKEN" in refuse(run, "owner/news", **without)
+
+
+def test_push_without_model_or_repository(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "model" / "model.safetensors").unlink()
-    assert "it has no exported model (model.safetensors is missing)" in refuse(run, "owner/news", **nowhere)
-    assert "push with 1 arguments: it takes two" in refuse(run, **nowhere)
+    assert main([str(run), "owner/news"]) == 1
+    assert "it has no exported model (model.safetensors is missing)" in capsys.readouterr().err
+    assert main([str(run)]) == 2
+    assert "push with 1 arguments: it takes two" in capsys.readouterr().err
