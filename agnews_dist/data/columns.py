@@ -5,13 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from agnews_dist.data.formats.csv_file import ORIGINAL_COLUMNS
-from agnews_dist.data.formats.table import Table, check_has, list_columns
+from agnews_dist.data.formats.table import LABEL_NAMES, TEXT_NAMES, Table, check_has, list_columns
 from agnews_dist.errors import DataError
 
-TEXT_NAMES = (("text",), ("sentence",), ("content",), ("utterance",), ("title", "description"))
-"""Usual names of text columns; more than one name: their texts are joined."""
-LABEL_NAMES = ("label", "labels", "class", "category", "intent", "target")
-"""Usual names of the label column."""
 ORIGINAL_LABEL = "class index"
 """Label column in the header that some copies of AG News' csv have."""
 

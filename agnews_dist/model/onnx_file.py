@@ -39,8 +39,6 @@ def write_onnx(directory: Path, output: Path) -> float:
     """
     if output.suffix.lower() != ".onnx":
         raise ModelError(f"--output {str(output)!r}: the name of an ONNX file ends in .onnx. Rename it.")
-    if output.exists() and not output.is_file():
-        raise ModelError(f"--output {str(output)!r}: it exists and is not a file. Choose another name.")
 
     def make_error(reason: str) -> ModelError:
         return ModelError(f"model {directory} cannot be written as {output}: {reason}. Export it again with other versions.")
@@ -49,6 +47,8 @@ def write_onnx(directory: Path, output: Path) -> float:
         warnings.simplefilter("ignore")
         model = GPT2ForSequenceClassification.from_pretrained(directory).eval()
         try:
+            if output.exists() and not output.is_file():
+                raise ModelError(f"--output {str(output)!r}: it exists and is not a file. Choose another name.")
             output.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=output.parent, prefix=".onnx-") as building:
                 file = Path(building) / output.name

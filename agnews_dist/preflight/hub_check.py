@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agnews_dist.data.corpus import SYNTHETIC
-from agnews_dist.data.local_files import is_local_path
+from agnews_dist.data.local_files import exists, is_local_path
 from agnews_dist.errors import ModelError
 from agnews_dist.model.pretrained import CONFIG_FILE, EMBEDDED, TOKENIZER_FILES, WEIGHT_FILES, locate
 from agnews_dist.preflight.findings import Finding, run_with_timeout
@@ -20,7 +20,7 @@ def check_hub(model: str, revision: str | None, init: str, source: str) -> Findi
     with suppress(ModelError):  # a wrong path: reported when the model is read
         if model != EMBEDDED and locate(model, revision).directory is None:
             cached[model] = _has_model(model, revision, init)
-    if source != SYNTHETIC and not Path(source).exists() and not is_local_path(source):
+    if source != SYNTHETIC and not exists(Path(source)) and not is_local_path(source):
         cached[source] = _has_data(source)
     if not cached:
         return Finding("hub", "ok", "not needed: model and data are local")
@@ -63,7 +63,7 @@ def _has_data(source: str) -> bool:
 
     *owner, name = source.split("/")
     built = Path(config.HF_DATASETS_CACHE) / "___".join([*owner, naming.camelcase_to_snakecase(name)])
-    return any(built.glob("*/*/*"))
+    return exists(built) and any(built.glob("*/*/*"))
 
 
 def _send_request(url: str) -> None:

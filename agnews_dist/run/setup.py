@@ -210,14 +210,13 @@ def load_evaluation_inputs(
         UserError: no classifier, no such split, classes that do not fit, or any fault of the files.
     """
     data, model = config.data, config.model
-    saved = load_classifier(model.name, revision=model.revision)
-    length = max_length or saved.max_length
-    classifier, tokenizer, class_names, trained_length, encoding, notes = saved
+    trained = load_classifier(model.name, revision=model.revision)
+    saved = trained if max_length is None else limit_length(trained, max_length)
+    classifier, tokenizer, class_names, length, encoding, notes = saved
     for note in notes:
         emit(Warned(message=note))
-    if length != trained_length:
-        limit_length(saved, length)
-        message = f"data.max_length {length}: the model was saved with {trained_length}, scores may differ"
+    if length != trained.max_length:
+        message = f"data.max_length {length}: the model was saved with {trained.max_length}, scores may differ"
         emit(Warned(message=message))
     corpus = _load_split(data, split, class_names)
     with timer.stage("tokenize"):

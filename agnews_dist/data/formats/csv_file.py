@@ -8,20 +8,20 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from agnews_dist.data.formats.streams import MAX_LINE, read_lines
-from agnews_dist.data.formats.table import CHUNK_ROWS, Chunk, Table, check_unique
+from agnews_dist.data.formats.table import CHUNK_ROWS, LABEL_NAMES, TEXT_NAMES, Chunk, Table, check_unique
 from agnews_dist.errors import DataError, quote
 
 ORIGINAL_COLUMNS = ("class", "title", "description")
 """Columns of AG News' original csv, which has no header."""
 Record = tuple[int, list[str], int]
 """(line number, fields, number of lines after the first)."""
-_USUAL_NAMES = ("text", "label", "sentence", "content", *ORIGINAL_COLUMNS)
+_USUAL_NAMES = (*chain.from_iterable(TEXT_NAMES), *LABEL_NAMES)
 """Fields of a first line that are not a text: its first field may be the number of pandas' index."""
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _SAID_SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)

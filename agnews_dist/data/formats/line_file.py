@@ -13,9 +13,8 @@ from typing import Any, BinaryIO, TextIO, cast
 
 import numpy as np
 
-from agnews_dist.data.columns import TEXT_NAMES
 from agnews_dist.data.formats.streams import MAX_LINE, open_bytes, open_text, read_lines, split_lines
-from agnews_dist.data.formats.table import CHUNK_ROWS, Chunk, Table, list_columns
+from agnews_dist.data.formats.table import CHUNK_ROWS, TEXT_NAMES, Chunk, Table, list_columns
 from agnews_dist.errors import DataError
 
 _WORDS = re.compile(r"[\w.-]+( [\w.-]+)?")
@@ -177,7 +176,7 @@ class JsonTable(Table):
         for number, line in enumerate(read_lines(self._path, self.name), start=1):
             if line.strip():
                 try:
-                    yield number, _DECODER.decode(line)
+                    yield number, _DECODER.decode(line.rstrip())
                 except (ValueError, RecursionError) as error:
                     raise self._refuse(number, error) from error
 
@@ -208,12 +207,10 @@ class JsonTable(Table):
                 raise self._refuse(number, ValueError(f"the array is followed by {rest!r}"))
 
     def _refuse(self, number: int, error: Exception) -> DataError:
-        # The parser sees one row at a time, so its line number means nothing.
-        reason = (
-            f"{error.msg.removesuffix(' at')} at column {error.colno}"
-            if isinstance(error, json.JSONDecodeError)
-            else str(error)
-        )
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            # The position in the row: the parser's own line and column are those of the part that was read.
+            reason = f"{error.msg.removesuffix(' at')} at column {error.pos + 1}"
         return DataError(f"{self.name} row {number} is not valid JSON: {reason}. {_FIX}")
 
 
@@ -264,6 +261,8 @@ class _TextWindow:
                     return value
                 reason = ValueError("the array is not closed")
             except ValueError as error:
+                if isinstance(error, json.JSONDecodeError):
+                    error.pos -= self.position
                 reason = error
             if len(self.text) - self.position > MAX_LINE or not self._grow():
                 raise reason

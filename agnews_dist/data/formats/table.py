@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 
 from agnews_dist.errors import DataError, did_you_mean
 
+TEXT_NAMES = (("text",), ("sentence",), ("content",), ("utterance",), ("title", "description"))
+"""Usual names of text columns; more than one name: their texts are joined."""
+LABEL_NAMES = ("label", "labels", "class", "category", "intent", "target")
+"""Usual names of the label column."""
 CHUNK_ROWS = 10_000
 """Rows that a reader holds as Python objects at once."""
 

@@ -169,7 +169,7 @@ def test_the_line_in_which_excel_names_the_separator_is_left_out(tmp_path, separ
 
 
 def test_a_header_of_numbers_is_not_ag_news(tmp_path):
-    for header in ("0,1,2", "0,text,label", "0, Label ,headline"):
+    for header in ("0,1,2", "0,text,label", "0, Label ,headline", "0,utterance,intent"):
         (tmp_path / "a.csv").write_text(f"{header}\n1,Oil rose,b\n")
         assert open_table(tmp_path / "a.csv", "a.csv").columns == tuple(header.split(","))
 
