@@ -1,7 +1,10 @@
 """Strict csv and JSON: the fault, its line and the remedy; recognised dialects are read and said."""
 
 import json
+import os
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from agnews_dist.data.corpus import Source, load_corpus
@@ -131,3 +134,14 @@ def test_json_faults_name_the_row(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=f"{name} ({message})"):
         list(open_table(tmp_path / name, name).chunks(("text",)))
+
+
+def test_a_parquet_file_is_not_held_whole_while_it_is_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": [os.urandom(50).hex() for _ in range(100_000)], "label": ["b", "s"] * 50_000})
+    pq.write_table(table, path, row_group_size=10_000, use_dictionary=False, compression="none")
+    del table
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in open_table(path, path.name).chunks(("text", "label"))]
+    assert len(held) == 10
+    assert max(held) < path.stat().st_size / 3
