@@ -65,6 +65,7 @@ class PreemptionHandler:
         """Reason of the stop that this rank knows of: `SIGTERM`, `the launcher is gone`, or the deadline's."""
         self._deadline, self._deadline_reason = float("inf"), ""
         self._stopping_since, self._failed_since, self._signalled_at = float("inf"), float("inf"), float("inf")
+        self._connected_at = 0.0
         self._is_training, self._is_exiting, self._has_failed, self._is_closed = False, False, False, False
         self._must_exit_now = False
         self._has_agreed_to_exit = False
@@ -116,7 +117,7 @@ class PreemptionHandler:
         self._num_ranks = num_ranks
         coordinator = Coordinator(store, rank, num_ranks, timeout_seconds, can_exit_now=self._agree_to_exit, on_news=self._wake)
         with self._lock:
-            self._coordinator = coordinator
+            self._coordinator, self._connected_at = coordinator, time.monotonic()
             if self.stop_reason is not None:
                 coordinator.request_stop(self.stop_reason)
 
@@ -243,6 +244,8 @@ class PreemptionHandler:
         coordinator, reason = self._coordinator, self.stop_reason or ""
         seconds = now - self._stopping_since
         is_grace_over = seconds > self._grace_seconds
+        # The others cannot answer before they are connected: imports may take longer than the time for an answer.
+        unanswered = min(seconds, now - self._connected_at)
         if coordinator is None:
             # If the launcher is gone, the other ranks see that themselves; the store ended with it.
             is_alone = self._num_ranks == 1 or self.stop_reason == LAUNCHER_GONE
@@ -258,7 +261,7 @@ class PreemptionHandler:
             self._enforce_failure(coordinator, coordinator.failure, now)
         elif coordinator.is_exit_requested or is_grace_over:
             self._end_process(state, reason)
-        elif self._has_agreed_to_exit and not coordinator.all_answered.is_set() and seconds > 2 * ANSWER_SECONDS:
+        elif self._has_agreed_to_exit and not coordinator.all_answered.is_set() and unanswered > 2 * ANSWER_SECONDS:
             self._end_process("failed", f"{reason}, which did not reach every rank")
 
     def _enforce_failure(self, coordinator: Coordinator, failure: Failure, now: float) -> None:

@@ -223,6 +223,33 @@ def test_rank_that_is_not_connected_fails_after_the_grace_time():
     assert seconds > 0.5
 
 
+EARLY_STOP = (
+    PRELUDE
+    + """
+from torch.distributed import HashStore
+from agnews_dist.distributed.coordinator import Coordinator
+
+print("ready", flush=True)
+while not handler.is_stopping:
+    time.sleep(0.01)
+handler._stopping_since -= 60  # imports of a minute
+store = HashStore()
+handler.connect(store, 0, 2, 60.0)
+while not handler._has_agreed_to_exit:
+    time.sleep(0.01)
+# Several rounds of the second thread without an answer of rank 1.
+time.sleep(1)
+Coordinator(store, 1, 2, 60.0, can_exit_now=lambda: True, on_news=lambda: None).close()
+time.sleep(60)
+"""
+)
+
+
+def test_stop_long_before_the_ranks_connect_waits_for_their_answers():
+    code, printed, _ = run_and_signal(EARLY_STOP, signal.SIGTERM, RANK="0", WORLD_SIZE="2")
+    assert (code, printed) == (75, "preempted: SIGTERM\n")
+
+
 RANK_1_FAILED = (
     PRELUDE
     + """
