@@ -83,17 +83,20 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return make("embedded", tmp_path_factory.mktemp("run") / "model", pad_token="new")
 
 
-def our_logits(classifier: Classifier, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+def our_logits(
+    classifier: Classifier, tokenizer: PreTrainedTokenizerFast, texts: list[str], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     encoded = tokenizer(texts, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
-    classifier.prefix.float()  # a checkpoint may be stored in half precision
+    for part in (classifier.prefix, classifier.suffix):
+        part.to(dtype)  # a checkpoint may be stored in half precision
     with torch.no_grad():
         return classifier.logits(encoded["input_ids"], encoded["attention_mask"].sum(dim=1))
 
 
-def huggingface_logits(directory: Path, texts: list[str]) -> torch.Tensor:
+def huggingface_logits(directory: Path, texts: list[str], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Return the logits of model and tokenizer loaded by Hugging Face alone."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(directory).eval().to(dtype)
     with torch.no_grad():
         return model(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt")).logits
 
@@ -458,8 +461,9 @@ def test_unusual_models_are_exported_as_usual_ones(tmp_path: Path, odd: dict[str
     (tmp_path / "source").mkdir()
     save_tiny_model(tmp_path / "source", **odd, dtype="float16")
     made = make(str(tmp_path / "source"), tmp_path / "model", pad_token="new")
-    ours = our_logits(made.classifier, made.tokenizer, TEXTS)
-    assert_same_logits(huggingface_logits(made.directory, TEXTS), ours)
+    # Attention without a scale amplifies the rounding of either side beyond the tolerance, on some processors.
+    ours = our_logits(made.classifier, made.tokenizer, TEXTS, torch.float64)
+    assert_same_logits(huggingface_logits(made.directory, TEXTS, torch.float64), ours)
     config = json.loads((made.directory / "config.json").read_text())
     assert (config["scale_attn_weights"], config["scale_attn_by_inverse_layer_idx"]) == (True, False)
 
