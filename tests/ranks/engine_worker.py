@@ -81,11 +81,14 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def local_tensors(strategy: Strategy) -> list[Tensor]:
-    """Copy this rank's weights, moments, numbers of updates and the optimizer's copies of weights."""
+    """Copy this rank's weights, moments, numbers of updates and the optimizer's copies of weights, as bytes.
+
+    DeepSpeed pads the last rank's shards with memory that it does not set: it may hold NaN, which does not equal itself.
+    """
     of_optimizer = [weight for group in strategy._optimizer.param_groups for weight in group["params"]]
     moments = [value for state in strategy._optimizer.state.values() for value in state.values()]
     tensors = [*strategy.suffix.parameters(), *of_optimizer, *moments]
-    return [local_shard(tensor).detach().clone() for tensor in tensors]
+    return [local_shard(tensor).detach().clone().reshape(-1).view(torch.uint8) for tensor in tensors]
 
 
 def mean_of_means(batches: StepBatches, num_ranks: int) -> StepBatches:
