@@ -117,7 +117,7 @@ class PreemptionHandler:
         self._num_ranks = num_ranks
         coordinator = Coordinator(store, rank, num_ranks, timeout_seconds, can_exit_now=self._agree_to_exit, on_news=self._wake)
         with self._lock:
-            self._coordinator, self._connected_at = coordinator, time.monotonic()
+            self._connected_at, self._coordinator = time.monotonic(), coordinator
             if self.stop_reason is not None:
                 coordinator.request_stop(self.stop_reason)
 
