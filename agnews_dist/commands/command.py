@@ -13,8 +13,8 @@ from typing import Literal
 from agnews_dist.commands.arguments import Command, HelpRequest, Loaded, Option, load
 from agnews_dist.commands.help import format_help
 from agnews_dist.config.fields import all_settings
-from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code, print_line
-from agnews_dist.distributed.world import World, detect_world
+from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
+from agnews_dist.distributed.world import World, detect_world, print_line
 from agnews_dist.errors import SharedError, Stopped, UserError
 
 ACCEPTABLE = tuple(key for key, setting in all_settings().items() if setting.resume == "may be accepted")

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from agnews_dist.distributed.coordinator import ANSWER_SECONDS, PAUSE_SECONDS, Coordinator, Failure
 from agnews_dist.distributed.heartbeat import HOST_GONE, Store, format_silence
-from agnews_dist.distributed.world import LAUNCHER_VARIABLES, World
+from agnews_dist.distributed.world import LAUNCHER_VARIABLES, World, print_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 TICK_SECONDS = 0.2
@@ -40,12 +40,6 @@ EXIT_TEMPFAIL = 75
 def preempted_exit_code(environ: Mapping[str, str]) -> int:
     """Return the exit code of a stopped process: 75, or 0 under torchrun, which treats every other code as a failure."""
     return 0 if "TORCHELASTIC_RUN_ID" in environ else EXIT_TEMPFAIL
-
-
-def print_line(text: str) -> None:
-    """Print to standard error in a single write: ranks share it, and `print` under torchrun would let their lines mix."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
 
 
 class PreemptionHandler:

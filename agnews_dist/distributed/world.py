@@ -5,6 +5,7 @@ one LOCAL_SIZE. Without a launcher there is one rank. A process that is one of s
 would train alone on all the data.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -75,6 +76,12 @@ def detect_world(environ: Mapping[str, str]) -> World:
             "not match. Start the job with torchrun, which sets all four."
         )
     return World(rank=rank, num_ranks=num_ranks, local_rank=local_rank, ranks_per_node=ranks_per_node)
+
+
+def print_line(text: str) -> None:
+    """Print to standard error in a single write: ranks share it, and `print` under torchrun would let their lines mix."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def is_launched(environ: Mapping[str, str]) -> bool:
