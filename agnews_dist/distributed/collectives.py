@@ -1,12 +1,17 @@
-"""Collectives: sums, gathers, broadcasts and votes over all ranks. With one rank each is the identity.
+"""Collectives: gathers, broadcasts and votes over all ranks. With one rank each is the identity.
 
-rendezvous.py creates the process group; `close` here destroys it.
+What a training gathers or broadcasts is verified: a bit that flips on the way is an error, never another result. rendezvous.py
+creates the process group; `close` here destroys it.
 """
 
 import os
+import pickle
 import socket
+import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar
@@ -24,6 +29,8 @@ T = TypeVar("T")
 
 SPEAK_SECONDS = 5.0
 """Length of a wait from which it is reported."""
+SMALL_BYTES = 248
+"""Size of a pickled value up to which one collective gathers it."""
 REPEAT_SECONDS = 30.0
 """Interval between two lines about the same wait."""
 
@@ -33,13 +40,15 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
-    """Return the element-wise sum over ranks, in float64."""
+def gather_numbers(values: Sequence[float]) -> list[tuple[float, ...]]:
+    """Return every rank's numbers in rank order; each rank gives the same count of them. One collective: fit for every step.
+
+    Sums of them have the same order on all ranks, so equal bits. Raises UserError: a bit has flipped on the way.
+    """
     if not is_distributed():
-        return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+        return [tuple(values)]
+    form = f"<{len(values)}d"
+    return [struct.unpack(form, part) for part in _gather_bytes(struct.pack(form, *values))]
 
 
 def average_in_bf16(
@@ -52,19 +61,81 @@ def average_in_bf16(
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """Overwrite a tensor with rank 0's, in place."""
+    """Overwrite a tensor with rank 0's, in place. `check_replicas` verifies it."""
     if is_distributed():
         dist.broadcast(tensor, src=0)
     return tensor
 
 
 def all_gather(value: T) -> list[T]:
-    """Return every rank's value (any picklable object), in rank order."""
+    """Return every rank's value (any picklable object), in rank order. Raises UserError: a bit has flipped on the way."""
     if not is_distributed():
         return [value]
-    gathered: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered  # pyright: ignore[reportReturnType]  # every slot was filled
+    sent = pickle.dumps(value)
+    # Small values come with their sizes, in a single collective.
+    parts = _gather_bytes(len(sent).to_bytes(8, "little") + sent[:SMALL_BYTES].ljust(SMALL_BYTES, b"\0"))
+    sizes, parts = [int.from_bytes(part[:8], "little") for part in parts], [part[8:] for part in parts]
+    if max(sizes) > SMALL_BYTES:
+        parts = _gather_bytes(sent.ljust(max(sizes), b"\0"))
+    return [pickle.loads(part[:size]) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _gather_bytes(sent: bytes) -> list[memoryview]:
+    """Return every rank's bytes in rank order, after a check of their checksums; all ranks send equally many."""
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    own = torch.frombuffer(bytearray(sent + _checksum(sent)), dtype=torch.uint8).to(device)
+    received = own.new_empty(dist.get_world_size(), len(own))
+    dist.all_gather(list(received), own)
+    parts = [memoryview(row) for row in received.cpu().numpy()]
+    damaged = [rank for rank, part in enumerate(parts) if _checksum(part[: len(sent)]) != bytes(part[len(sent) :])]
+    if damaged:
+        raise UserError(
+            f"data from {_format_ranks(damaged)} to rank {dist.get_rank()}: bits have flipped on the way. Check memory and "
+            "network of both machines, then run the same command again to resume."
+        )
+    return [part[: len(sent)] for part in parts]
+
+
+def _checksum(content: bytes | memoryview) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
+
+
+def _format_ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def sum_bits(tensors: Iterable[Tensor]) -> int:
+    """Return a 64-bit checksum of tensors on one device. Any one flipped bit changes it; it costs one read of the memory."""
+    sums: list[Tensor] = []
+    for tensor in tensors:
+        content = tensor.detach().reshape(-1).view(torch.uint8)
+        end = content.numel() // 8 * 8
+        # As 64-bit words: bytes would be summed 25 times slower on a CPU. The sum wraps around.
+        sums += [content[:end].view(torch.int64).sum(), content[end:].sum(dtype=torch.int64)]
+    total = 0
+    for part in torch.stack(sums).tolist() if sums else []:
+        # The multiplier is odd: no difference in one sum is lost, and exchanged tensors differ.
+        total = (total * 0x5851F42D4C957F2D + part) % 2**64
+    return total
+
+
+def check_replicas(checksum: int, what: str) -> None:
+    """Check that all ranks have the same `sum_bits` of their tensors, which `what` names in the error. Collective.
+
+    Raises:
+        SharedError: on all ranks; it names the ranks that differ from the majority, or from rank 0 where there is none.
+    """
+    if not is_distributed():
+        return
+    sums = [bytes(part) for part in _gather_bytes(checksum.to_bytes(8, "little"))]
+    common = Counter(sums).most_common(1)[0][0]
+    differing = [rank for rank, value in enumerate(sums) if value != common]
+    if differing:
+        raise SharedError(
+            f"{what} on {_format_ranks(differing)}: other bits than on rank {sums.index(common)}. A memory, device or "
+            "network is faulty: check these machines, then run the same command again to resume.",
+            differing[0],
+        )
 
 
 def exchange(sent: Tensor, received: Tensor, peer: int) -> None:

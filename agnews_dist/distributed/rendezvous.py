@@ -7,17 +7,46 @@ TORCHELASTIC_RESTART_COUNT does not help: an agent that is restarted counts from
 
 import os
 import secrets
+import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]  # documented as public
 
 from agnews_dist.distributed.coordinator import Store
-from agnews_dist.distributed.world import World
+from agnews_dist.distributed.world import World, print_line
 from agnews_dist.errors import UserError
 
 POLL_INTERVAL_SECONDS = 0.02
+MARGIN_SECONDS = 30.0
+"""Time for imports and devices, besides the time limits of the rendezvous, until a process that is stuck in it ends."""
+
+
+@contextmanager
+def end_if_stuck(world: World, timeout_seconds: float) -> Generator[None]:
+    """End this process if the `with` block never returns. It connects the ranks, so no other rank can end this one yet.
+
+    The block waits up to three times for other ranks, each time for `timeout_seconds`.
+    """
+    seconds = 3 * timeout_seconds + MARGIN_SECONDS
+
+    def end() -> None:
+        print_line(
+            f"{world.label} error: not connected to the other ranks after {seconds:.0f} s: a call to the network or the device "
+            "hangs. Check this machine, then run the same command again."
+        )
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def open_process_group(world: World, backend: str, timeout_seconds: int) -> None:

@@ -111,6 +111,9 @@ class DeepSpeedStrategy(Strategy):
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
 
+    def clip(self) -> float | None:
+        return None
+
     def update(self) -> float:
         # DeepSpeed skips a non-finite update on all ranks together.
         self._engine.step()
@@ -138,6 +141,10 @@ class DeepSpeedStrategy(Strategy):
     def _optimizer_weights(self) -> list[Tensor]:
         # Stage 3 passes its shards to the optimizer one by one, during the update only.
         return self._engine.optimizer.fp32_partitioned_groups_flat if self._zero.stage == 3 else super()._optimizer_weights()
+
+    def _replicas(self) -> list[Tensor]:
+        # The moments are sharded in every stage.
+        return [] if self._zero.stage == 3 else list(self.suffix.parameters())
 
     def _full_shape(self, weight: Tensor) -> torch.Size:
         return cast(Any, weight).ds_shape if self._zero.stage == 3 else weight.shape

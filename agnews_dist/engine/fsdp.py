@@ -42,6 +42,9 @@ class FSDPStrategy(Strategy):
         cast(Any, self.module).set_requires_gradient_sync(is_last)
         return nullcontext()
 
+    def _replicas(self) -> list[Tensor]:
+        return []
+
     def _sum_norm(self, norm: Tensor) -> Tensor:
         return cast(DTensor, norm).full_tensor()
 

@@ -39,6 +39,7 @@ class Strategy:
         has_scale = initial_loss_scale is not None
         self._scaler = torch.amp.GradScaler(device.type, init_scale=initial_loss_scale or 1.0, enabled=has_scale)
         self._is_state_just_loaded = False
+        self._norm: float | None = None
 
     def __call__(self, *features: Tensor) -> Tensor:
         """Compute logits_BC from `Features`."""
@@ -55,17 +56,25 @@ class Strategy:
         """Accumulate the gradients of a normalised loss. accelerate's own `backward` would divide it once more."""
         self._scaler.scale(loss).backward()
 
-    def update(self) -> float:
-        """Clip the gradients, update the weights, clear the gradients. Return the global norm before clipping.
-
-        The norm is equal on every rank. If it is not finite, no rank updates anything.
-        """
+    def clip(self) -> float | None:
+        """Clip the gradients and return their global norm before, equal on every rank; None: `update` does both."""
         self._scaler.unscale_(self._optimizer)
-        norm = self._sum_norm(nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm or math.inf)).item()
+        norm = self._sum_norm(nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm or math.inf))
+        self._norm = norm.item()
+        return self._norm
+
+    def update(self) -> float:
+        """Clip the gradients unless `clip` did, update the weights, clear the gradients. Return the norm before clipping.
+
+        If it is not finite, no rank updates anything.
+        """
+        norm = self.clip() if self._norm is None else self._norm
+        assert norm is not None
         if math.isfinite(norm):
             self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
+        self._norm = None
         return norm
 
     @property
@@ -87,6 +96,18 @@ class Strategy:
     def num_updates(self) -> int:
         """Updates made by AdamW, for its bias correction. Skipped updates do not count."""
         return next((int(state["step"]) for state in self._optimizer.state.values() if "step" in state), 0)
+
+    def check_replicas(self, step: int) -> None:
+        """Check that the ranks still hold the same bits of what each of them holds whole. Collective.
+
+        If a bit flips in memory or in a reduction on one rank, that rank trains other weights from there on. Shards have no
+        second copy to compare.
+
+        Raises:
+            SharedError: on all ranks; it names the ranks that differ.
+        """
+        if self._world.num_ranks > 1:
+            collectives.check_replicas(collectives.sum_bits(self._replicas()), f"weights after step {step}")
 
     def gather_weights(self) -> dict[str, Tensor]:
         """Return whole fp32 weights on the CPU by name, on rank 0; an empty mapping elsewhere. Collective."""
@@ -137,12 +158,17 @@ class Strategy:
                 yield name, torch.zeros(self._full_shape(weight), dtype=weight.dtype, device=self._device)
 
     def _broadcast_all(self, kind: str, state: Mapping[str, Tensor]) -> None:
+        """Set every weight, or one of its moments, from rank 0's `state`. Raises SharedError: a rank received other bits."""
+        collectives.check_replicas(collectives.sum_bits(self._receive_all(kind, state)), f"{kind} from rank 0,")
+
+    def _receive_all(self, kind: str, state: Mapping[str, Tensor]) -> Iterator[Tensor]:
         for name, weight in self.suffix.named_parameters():
             if self._world.is_main:
                 value = state[f"{kind}.{name}"].to(self._device)
             else:
                 value = torch.empty(self._full_shape(weight), dtype=weight.dtype, device=self._device)
             self._scatter(weight, kind, collectives.broadcast(value))
+            yield value
 
     def _create_moments(self, num_updates: int) -> None:
         """Create the optimizer's state where AdamW has not yet created it, and set the number of updates."""
@@ -157,6 +183,12 @@ class Strategy:
     def _optimizer_weights(self) -> list[Tensor]:
         """Return the keys of the optimizer's state."""
         return [weight for group in self._optimizer.param_groups for weight in group["params"]]
+
+    def _replicas(self) -> list[Tensor]:
+        """Return the weights, and the moments once they exist."""
+        states = self._optimizer.state
+        found = [states[weight] for weight in self._optimizer_weights() if weight in states]
+        return [*self.suffix.parameters(), *(state[kind] for state in found for kind in MOMENTS if kind in state)]
 
     def _full_shape(self, weight: Tensor) -> torch.Size:
         return weight.shape

@@ -203,7 +203,7 @@ def _raise_if_stopping(engine: Engine, is_stopping: Callable[[], bool] | None) -
     must_stop = is_stopping is not None and is_stopping()
     if engine.is_forward_collective:
         # All ranks must make the forward pass, or none.
-        must_stop = collectives.all_sum([float(must_stop)], engine.device)[0] > 0
+        must_stop = any(votes > 0 for (votes,) in collectives.gather_numbers([float(must_stop)]))
     if must_stop:
         raise Stopped
 

@@ -8,6 +8,7 @@ import psutil
 from agnews_dist.config.schema import Config, EngineConfig
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
+from agnews_dist.distributed.rendezvous import end_if_stuck
 from agnews_dist.distributed.slurm import slurm_seconds_left
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.deepspeed import require_deepspeed
@@ -71,10 +72,11 @@ def start_training_engine(config: Config, world: World, preemption: PreemptionHa
     set_deadline(preemption, config.run.max_minutes)
     if config.run.debug:
         make_deterministic()
-    engine = start_engine(config.engine, world)
-    if world.num_ranks > 1:
-        timeout = config.engine.timeout_seconds
-        preemption.connect(collectives.connect_store(timeout), world.rank, world.num_ranks, timeout)
+    timeout = config.engine.timeout_seconds
+    with end_if_stuck(world, timeout):
+        engine = start_engine(config.engine, world)
+        if world.num_ranks > 1:
+            preemption.connect(collectives.connect_store(timeout), world.rank, world.num_ranks, timeout)
     return engine
 
 

@@ -88,6 +88,8 @@ class Trainer:
         """Steps done so far, in all epochs."""
         self._scored_step = 0
         """Steps done before the last evaluation; 0: there was none."""
+        self._checked_step = -1
+        """Steps done before the last comparison of the ranks' weights."""
         self.best, self.totals = BestWeights(self.strategy, settings.best_metric), RunningTotals()
         self._features: TimedFeatures | None = None
 
@@ -127,10 +129,11 @@ class Trainer:
         Raises:
             Stopped: all ranks agreed to stop, and a checkpoint was saved.
             NonFiniteError: see `train_step`.
+            SharedError: the ranks' weights differ. They are neither scored nor saved.
         """
         try:
             if self._is_evaluation_due:
-                self._finish_evaluation(validate())
+                self._evaluate(validate)
                 self._save(checkpoints)
             while not self.is_done:
                 for batches in self._loader.steps(self._epoch, self._epoch_step):
@@ -139,13 +142,14 @@ class Trainer:
                     if result.stop:
                         raise Stopped
                     if self._is_evaluation_due:
-                        self._finish_evaluation(validate())
+                        self._evaluate(validate)
                     if result.save or self._is_epoch_end or self.is_done:
                         self._save(checkpoints)
                     if self.is_done:
                         break
                 else:
                     self._epoch, self._epoch_step = self._epoch + 1, 0
+            checkpoints.wait()
             if self._has_stopped_early:
                 counts = {"step": self.step, "num_worse": self.best.num_worse, "best_step": self.best.step}
                 self._emit(StoppedEarly(epoch=self._epoch + 1, metric=self._settings.best_metric, **counts))
@@ -232,15 +236,23 @@ class Trainer:
             self._emit(NonFinite(step=self.step, epoch=self._epoch + 1, ids=result.bad_ids))
         return result
 
-    def _finish_evaluation(self, validation: SplitScores) -> None:
-        """Report the scores, and keep the weights if they are the best. Collective."""
-        epoch = self._epoch + 1
+    def _check_replicas(self) -> None:
+        """Compare the weights over ranks, once after each step. Collective."""
+        if self._checked_step != self.step:
+            self.strategy.check_replicas(self.step)
+            self._checked_step = self.step
+
+    def _evaluate(self, validate: Callable[[], SplitScores]) -> None:
+        """Score the validation split, report the scores, and keep the weights if they are the best. Collective."""
+        self._check_replicas()
+        epoch, validation = self._epoch + 1, validate()
         self._emit(validation.to_event("validation", epoch, self.class_names, step=self.step))
         self.best.update(epoch, validation, step=self.step)
         self._scored_step = self.step
 
     def _save(self, checkpoints: CheckpointManager, *, wait: bool = False) -> None:
         assert self._features is not None
+        self._check_replicas()
         # `prefix` is part of `train`.
         self._timer.seconds["train"] = self.totals.seconds - self._timer.earlier_seconds["train"]
         self._timer.seconds["prefix"] = self._seconds_before + self._features.seconds()

@@ -12,6 +12,7 @@ from torch.nn import functional
 from agnews_dist.data.batching.batch import Batch
 from agnews_dist.data.batching.loader import StepBatches
 from agnews_dist.distributed import collectives
+from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.errors import SharedError, format_ids
@@ -133,9 +134,10 @@ def train_step(
     Raises:
         NonFiniteError: on all ranks, if any rank saw a non-finite loss or gradient and `settings.nonfinite` is 'stop';
             parameters and moments are untouched.
+        SharedError: on all ranks, if the sum of the gradients differs between them.
     """
     loss_sum, bad_ids = accumulate_gradients(engine, embed, strategy, batches, dropout_key=dropout_key, settings=settings)
-    total, ranks, stops, saves = _vote(engine, loss_sum, stop=stop, save=save)
+    total, ranks, stops, saves = _vote(engine.world, loss_sum, strategy.clip(), stop=stop, save=save)
     if ranks:
         all_bad = _gather_ids(bad_ids)
         if settings.nonfinite == "stop":
@@ -161,15 +163,22 @@ def _gather_ids(ids: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(example for mine in collectives.all_gather(list(ids)) for example in mine))
 
 
-def _vote(engine: Engine, loss_sum: float, *, stop: bool, save: bool) -> tuple[float, list[int], bool, bool]:
+def _vote(world: World, loss_sum: float, norm: float | None, *, stop: bool, save: bool) -> tuple[float, list[int], bool, bool]:
     """Return the sum of losses over ranks, the ranks with a non-finite loss, the stop request and the save request.
 
     After the gradient reduction a NaN of one rank is in the norm of all ranks; only the losses show where it came from. The
-    requests are part of the same reduction, so that every rank acts on them after the same step.
+    requests are part of the same collective, so that every rank acts on them after the same step. So are the norms: they are
+    equal, and a rank with another one would be alone in skipping an update.
     """
-    world = engine.world
-    flags = [0.0] * world.num_ranks
-    flags[world.rank] = float(not math.isfinite(loss_sum))
-    mine = [loss_sum if math.isfinite(loss_sum) else 0.0, float(stop), float(save and world.is_main), *flags]
-    total, stops, saves, *bad_losses = collectives.all_sum(mine, engine.device)
-    return total, [rank for rank, flag in enumerate(bad_losses) if flag], stops > 0, saves > 0
+    mine = (loss_sum, float(stop), float(save and world.is_main), math.nan if norm is None else norm)
+    losses, stops, saves, norms = zip(*collectives.gather_numbers(mine), strict=True)
+    # As text, NaN equals NaN.
+    differing = [rank for rank, other in enumerate(norms) if repr(other) != repr(norms[0])]
+    if differing:
+        raise SharedError(
+            f"gradient norm {norms[differing[0]]} on rank {differing[0]}, {norms[0]} on rank 0: a memory, device or network is "
+            "faulty. Check these machines, then run the same command again to resume.",
+            differing[0],
+        )
+    bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+    return sum(loss for loss in losses if math.isfinite(loss)), bad, any(stops), any(saves)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
@@ -26,6 +27,7 @@ from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.engine.deepspeed_config import ZeroOptions
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
+from agnews_dist.errors import SharedError
 from agnews_dist.evaluation.evaluator import evaluate_split
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features, FeatureSource, uncached_features
@@ -164,9 +166,9 @@ def train(world: World, settings: dict, case: dict, output: Path) -> None:
         "confusion": scored.scores.confusion,
         **(inspect_engine(strategy, engine) if not case["sgd"] else {}),
     }
-    if not engine.is_forward_collective:
-        copies = collectives.all_gather([local_shard(weight).detach().clone() for weight in strategy.suffix.parameters()])
-        assert all(all(map(torch.equal, theirs, copies[0])) for theirs in copies), "all ranks hold the same weights"
+    strategy.check_replicas(step)
+    if not engine.is_forward_collective and world.num_ranks > 1:
+        check_flipped_bit_is_found(world, strategy)
     # With a mean of means no rank has the global loss.
     shared = ("norms", "predictions", "loss", *(() if case["mean_of_means"] else ("losses",)))
     gathered = collectives.all_gather({key: facts[key] for key in shared})
@@ -174,6 +176,17 @@ def train(world: World, settings: dict, case: dict, output: Path) -> None:
     if world.is_main:
         save_file(state, output / f"{case['name']}.safetensors")
         (output / f"{case['name']}.json").write_text(json.dumps(facts, default=lambda array: array.tolist()))
+
+
+def check_flipped_bit_is_found(world: World, strategy: Strategy) -> None:
+    """Check that all ranks name the last rank after one bit of one of its weights has flipped."""
+    content = [*strategy.suffix.parameters()][-1].detach().view(-1).view(torch.uint8)
+    is_last = world.rank == world.num_ranks - 1
+    content[0] ^= is_last
+    with pytest.raises(SharedError, match=rf"^weights after step 7 on rank {world.num_ranks - 1}: other bits than on rank 0\."):
+        strategy.check_replicas(7)
+    content[0] ^= is_last
+    strategy.check_replicas(7)
 
 
 def check_scored_weights(settings: dict, state: dict[str, Tensor], table: TokenTable, expected_NC: np.ndarray) -> None:

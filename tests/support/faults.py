@@ -7,6 +7,7 @@ attempt, from 1. With RECORD=DIR every rank writes the examples of each step to 
     vote             the rank votes to stop after this step
     hang             it prints "hangs" and waits forever
     fill             the file system at FILLED is full until step UNTIL
+    flip             the lowest bit of one of its weights flips
 """
 
 import errno
@@ -15,7 +16,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
+
+import torch
 
 
 def inject() -> None:
@@ -34,6 +38,8 @@ def inject() -> None:
             _record(Path(os.environ["RECORD"], f"rank{rank}.jsonl"), batches, options["dropout_key"])
         if num_calls == at_step and is_target and fault == "vote":
             options["stop"] = True
+        elif num_calls == at_step and is_target and fault == "flip":
+            next(wrapped.suffix.parameters()).detach().view(-1).view(torch.uint8)[0] ^= 1
         elif num_calls == at_step and is_target:
             _cause(fault)
         if num_calls == until and is_target:
@@ -47,6 +53,24 @@ def hang() -> None:
     """Let all ranks hang at step 30."""
     os.environ.update(AT_STEP="30", ON_RANK="all", FAULT="hang")
     inject()
+
+
+def slow_disk() -> None:
+    """Let the first fsync within each of the functions SLOW_IN take SLOW_SECONDS on rank 0."""
+    fsync, pending = os.fsync, set(os.environ["SLOW_IN"].split())
+
+    def slow_fsync(handle: int) -> None:
+        frame = sys._getframe(1)
+        while frame is not None and pending:
+            if frame.f_code.co_name in pending:
+                pending.remove(frame.f_code.co_name)
+                print(f"slow fsync in {frame.f_code.co_name}", file=sys.stderr, flush=True)
+                time.sleep(float(os.environ["SLOW_SECONDS"]))
+            frame = frame.f_back
+        fsync(handle)
+
+    if os.environ["RANK"] == "0":
+        os.fsync = slow_fsync
 
 
 def fill_then_kill() -> None:
