@@ -206,10 +206,13 @@ class EngineConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints and resuming."""
 
+    max_overhead: Annotated[float, Field(gt=0, le=1)] | None = setting(0.01, "ignored", "not sweepable")
+    """Share of the time that checkpoints may cost. The measured cost decides how often one is made, at most once a second;
+    every_steps or every_minutes replace this. The end of every epoch and of the training is always saved."""
     every_steps: Count | None = setting(None, "ignored", "not sweepable")
-    """Save after this many steps. null: by time alone. The end of every epoch and of the training is always saved."""
-    every_minutes: Minutes | None = setting(5.0, "ignored", "not sweepable")
-    """Save this many minutes after the last checkpoint. null: by steps alone."""
+    """Save after this many steps. null: see max_overhead."""
+    every_minutes: Minutes | None = setting(None, "ignored", "not sweepable")
+    """Save this many minutes after the last checkpoint. null: see max_overhead."""
     keep: Count = setting(2, "ignored", "not sweepable")
     """Number of checkpoints to keep. The newest ones, besides the best weights."""
     resume: PathText = setting("auto", "ignored", "not sweepable", "basic")

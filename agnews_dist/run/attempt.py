@@ -69,7 +69,7 @@ class Attempt:
         self._resume_state: dict[str, Any] | None = None
         """JSON part of the checkpoint to resume from, on every rank."""
         self._on_disk: OnDisk | None = None
-        """The checkpoint to resume from, as a `CheckpointManager` takes it, on every rank."""
+        """The checkpoint to resume from, as a `CheckpointManager` takes it, on rank 0."""
 
     @property
     def directory(self) -> Path:
@@ -83,7 +83,9 @@ class Attempt:
             SharedError: the run is finished or in use, its results would be lost, or these settings cannot continue it.
         """
         # First and on its own: no rank may tokenise anything for a run that is refused.
-        collectives.raise_if_any_failed(collectives.catch(self._claim))
+        outcome = collectives.catch(self._claim)
+        collectives.wait_for_main("claims the run's directory and reads its checkpoint")
+        collectives.raise_if_any_failed(outcome)
 
     def _claim(self) -> None:
         if not self._engine.world.is_main:
@@ -132,10 +134,11 @@ class Attempt:
         """
         collectives.check_equal(fingerprints)
         is_main = self._engine.world.is_main
-        collectives.raise_if_any_failed(collectives.catch(partial(self._begin, fingerprints)) if is_main else None)
+        outcome = collectives.catch(partial(self._begin, fingerprints)) if is_main else None
+        collectives.wait_for_main("begins the run in its directory")
+        collectives.raise_if_any_failed(outcome)
         self._has_begun = True
-        # All ranks need the name on disk: saving is collective, and each rank skips what is saved already.
-        self._resume_state, self._on_disk = collectives.all_gather((self._resume_state, self._on_disk))[0]
+        self._resume_state = collectives.all_gather(self._resume_state)[0]
 
     def _begin(self, fingerprints: Mapping[str, str]) -> None:
         with self._begin_lock:
@@ -207,7 +210,7 @@ class Attempt:
         self._checkpoints = CheckpointManager(
             self.directory / FOLDER,
             trainer.strategy,
-            CheckpointSettings(keep=settings.keep, every_steps=settings.every_steps, every_minutes=settings.every_minutes),
+            CheckpointSettings(**settings.model_dump(exclude={"resume"})),
             metadata=metadata,
             log=self._log,
             emit=self._sinks,

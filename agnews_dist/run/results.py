@@ -97,7 +97,9 @@ def write_results(
         facts["time"] = f"{seconds['total']:.1f} s, {tokens_per_second:,.0f} tokens/s in training"
         monitors.emit(RunDone(facts=facts, paths=paths))
 
-    collectives.raise_if_any_failed(collectives.catch(write) if engine.world.is_main else None)
+    outcome = collectives.catch(write) if engine.world.is_main else None
+    collectives.wait_for_main(f"writes the results to {directory}")
+    collectives.raise_if_any_failed(outcome)
 
 
 def _select_scored(splits: Mapping[str, SplitScores]) -> dict[str, Scores]:

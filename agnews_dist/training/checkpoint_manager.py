@@ -1,20 +1,23 @@
 """Checkpoints of a run: copied to host memory between two steps, written by a thread while training continues.
 
-Only rank 0 writes. A failed write is reported and tried again when the next checkpoint is due; it never stops training.
+Only rank 0 writes. A failed write is reported and tried again when the next checkpoint is due; it never stops training. The
+other ranks wait for a slow one without a time limit.
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from agnews_dist.distributed import collectives
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.events import CheckpointSaved, Emit, Warned
 from agnews_dist.report.event_log import EventLog
@@ -23,8 +26,24 @@ from agnews_dist.training.checkpoint import STATE, Groups, best_name, list_check
 
 SLOW_SECONDS = 10.0
 """Writing time after which a warning is due, if the next checkpoint already waits."""
+REPEAT_SECONDS = 30.0
+"""Interval between two warnings while training waits for a write."""
+MIN_SECONDS = 1.0
+"""Shortest interval between checkpoints by `max_overhead`, and the time before the first one of a start."""
+RETRY_SECONDS = 60.0
+"""Shortest interval after a failed write."""
+MAX_WRITING = 0.1
+"""Largest share of the time in which checkpoints by `max_overhead` keep the disk busy."""
 WEIGHT = "weight."
 """Prefix of weights among the names of `Strategy.gather_state`."""
+
+
+class Cost(NamedTuple):
+    """The cost of writing a checkpoint in the thread."""
+
+    num_bytes: int
+    seconds: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +53,27 @@ class CheckpointSettings:
     keep: int
     every_steps: int | None
     every_minutes: float | None
+    max_overhead: float | None = None
+    """Largest share of the time for checkpoints. Either of the intervals replaces it."""
+
+    @property
+    def is_adaptive(self) -> bool:
+        """True if the cost of checkpoints decides how often they are made."""
+        return self.max_overhead is not None and self.every_steps is None and self.every_minutes is None
+
+    def seconds_between(self, stall: float, cost: Cost) -> float:
+        """Return the seconds between two checkpoints, from the `stall` and the `cost` of the last one; infinity: steps count.
+
+        A checkpoint takes its stall from the training, and at most the CPU time of the thread that writes it. Once in
+        (stall + CPU time) / `max_overhead` seconds it costs at most that share. A kill then loses half of this time on average.
+        The interval of Young and Daly would lose least, but a run does not know its mean time between failures. The disk is
+        busy for MAX_WRITING of the time at most.
+        """
+        if self.every_minutes is not None:
+            return 60 * self.every_minutes
+        if self.max_overhead is None or not self.is_adaptive:
+            return math.inf
+        return max(MIN_SECONDS, (stall + cost.cpu_seconds) / self.max_overhead, cost.seconds / MAX_WRITING)
 
 
 @dataclass(frozen=True)
@@ -55,7 +95,7 @@ class _Write:
     stall: float
     """Seconds for which training stopped."""
     started: float
-    result: Future[int]
+    cost: futures.Future[Cost]
 
 
 class CheckpointManager:
@@ -79,10 +119,11 @@ class CheckpointManager:
         """
         self._folder, self._strategy, self._log, self._emit = folder, strategy, log, emit
         self._metadata = metadata
-        self._keep, self._every_steps = settings.keep, settings.every_steps
-        self._every_seconds = float("inf") if settings.every_minutes is None else 60 * settings.every_minutes
+        self._settings = settings
+        # Nothing is measured yet. The first checkpoint comes early: before it a kill loses everything.
+        self._every_seconds = settings.seconds_between(0.0, Cost(0, 0.0, 0.0))
         self._buffers: dict[str, Tensor] = {}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._write_in_progress: _Write | None = None
         self._newest_name = on_disk.name if on_disk else None
         self._best_on_disk = on_disk.best if on_disk else None
@@ -97,19 +138,19 @@ class CheckpointManager:
         """Return whether rank 0 requests a checkpoint after `step` steps. While one is being written, none is due."""
         if self._log is None:
             return False
-        if self._write_in_progress is not None and self._write_in_progress.result.done():
-            self.wait()
-        now = time.monotonic()
-        if now - self._last_save_time < self._every_seconds and (self._every_steps is None or step % self._every_steps):
+        if self._write_in_progress is not None and self._write_in_progress.cost.done():
+            self._report()
+        now, every_steps = time.monotonic(), self._settings.every_steps
+        if now - self._last_save_time < self._every_seconds and (every_steps is None or step % every_steps):
             return False
         write = self._write_in_progress
         if write is None:
             return True
-        if now - write.started > SLOW_SECONDS and self._warned_step != write.step:
+        if now - write.started > SLOW_SECONDS and self._warned_step != write.step and not self._settings.is_adaptive:
             self._warned_step = write.step
             message = (
                 f"checkpoint of step {write.step}: being written for {now - write.started:.0f} s, so the one due after step "
-                f"{step} waits. Set a larger checkpoint.every_minutes (or every_steps), or a faster disk with --run.dir."
+                f"{step} waits. Set a larger checkpoint.every_steps (or every_minutes), or a faster disk with --run.dir."
             )
             self._emit(Warned(message=message))
         return False
@@ -121,16 +162,18 @@ class CheckpointManager:
         when the checkpoint is on disk, or has failed.
         """
         name = f"step-{step:08d}{'-scored' if is_scored else ''}"
-        if name != self._newest_name:
-            self._newest_name = name
-            self._start(name, step, state, best)
-        if wait:
-            self.wait()
-
-    def _start(self, name: str, step: int, state: Mapping[str, Any], best: BestWeights) -> None:
         begin = time.monotonic()
         # There is one set of buffers, and the previous write may still read it.
         self.wait()
+        # Rank 0 decides: it alone knows whether a write has failed.
+        if collectives.all_gather(name != self._newest_name)[0]:
+            self._newest_name = name
+            self._copy_and_write(name, step, state, best, begin)
+        if wait:
+            self.wait()
+
+    def _copy_and_write(self, name: str, step: int, state: Mapping[str, Any], best: BestWeights, begin: float) -> None:
+        """Copy the state, and let the thread write it. `begin`: when training stopped for it."""
         for key, tensor in self._strategy.gather_state():
             if self._log is not None:
                 if key not in self._buffers:
@@ -143,11 +186,12 @@ class CheckpointManager:
         best_files = (best.name, {"weights": best.weights, "scored": best.scores.tensors()}) if best.epoch else None
         content = {**self._metadata, **state, "step": step, "log_bytes": self._log.num_bytes, "best": best.state_dict()}
         self._last_save_time = time.monotonic()
-        result = self._thread.submit(self._write, name, content, best_files, self._log)
-        self._write_in_progress = _Write(name, step, self._last_save_time - begin, self._last_save_time, result)
+        cost = self._thread.submit(self._write, name, content, best_files, self._log)
+        self._write_in_progress = _Write(name, step, self._last_save_time - begin, self._last_save_time, cost)
 
-    def _write(self, name: str, content: Mapping[str, Any], best_files: tuple[str, Groups] | None, log: EventLog) -> int:
-        """Write one checkpoint and prune the old ones, in the thread; return the bytes written."""
+    def _write(self, name: str, content: Mapping[str, Any], best_files: tuple[str, Groups] | None, log: EventLog) -> Cost:
+        """Write one checkpoint and prune the old ones, in the thread."""
+        begin, cpu_begin = time.monotonic(), time.thread_time()
         # The log first: a checkpoint must never count more lines than the log holds after a crash.
         log.sync(content["log_bytes"])
         num_bytes = 0
@@ -157,18 +201,33 @@ class CheckpointManager:
         weights = {key.removeprefix(WEIGHT): value for key, value in self._buffers.items() if key.startswith(WEIGHT)}
         moments = {key: value for key, value in self._buffers.items() if not key.startswith(WEIGHT)}
         num_bytes += write_checkpoint(self._folder / name, {"weights": weights, "moments": moments}, content)
-        prune(self._folder, self._keep, also={name, *_referenced_best(self._folder, self._keep)})
-        return num_bytes
+        keep = self._settings.keep
+        prune(self._folder, keep, also={name, *_referenced_best(self._folder, keep)})
+        return Cost(num_bytes, time.monotonic() - begin, time.thread_time() - cpu_begin)
 
     def wait(self) -> None:
-        """Wait for the write in progress and report how it ended."""
+        """Wait on all ranks for the write in progress, without a time limit while rank 0 lives. Collective."""
+        write = self._write_in_progress
+        while write is not None and not futures.wait([write.cost], REPEAT_SECONDS).done:
+            seconds = time.monotonic() - write.started
+            message = (
+                f"checkpoint of step {write.step}: being written for {seconds:.0f} s, and training waits for it, as long as it "
+                f"takes. Check the disk of {self._folder}."
+            )
+            self._emit(Warned(message=message))
+        self._report()
+        collectives.wait_for_main(f"waits for its disk, a checkpoint in {self._folder}")
+
+    def _report(self) -> None:
+        """Report how the write in progress ended, if there is one."""
         write, self._write_in_progress = self._write_in_progress, None
         if write is None:
             return
         try:
-            num_bytes = write.result.result()
+            cost = write.cost.result()
         except OSError as error:
             self._newest_name = None
+            self._every_seconds = max(self._every_seconds, RETRY_SECONDS)
             message = (
                 f"checkpoint of step {write.step}: cannot be written to {self._folder} ({error.strerror or error}); a restart "
                 f"would resume from step {self.last_saved}. Training continues, and the next one is tried when it is due. Free "
@@ -176,21 +235,21 @@ class CheckpointManager:
             )
             self._emit(Warned(message=message))
             return
-        self.last_saved = write.step
+        self.last_saved, self._every_seconds = write.step, self._settings.seconds_between(write.stall, cost)
         self._emit(
             CheckpointSaved(
                 path=str(self._folder / write.name),
                 step=write.step,
-                num_bytes=num_bytes,
+                num_bytes=cost.num_bytes,
                 stall=write.stall,
-                seconds=time.monotonic() - write.started,
+                seconds=cost.seconds,
             )
         )
 
     def close(self) -> None:
-        """Wait for the write in progress, also where training failed."""
-        self.wait()
+        """Wait for the write in progress on rank 0, also where training failed there alone."""
         self._thread.shutdown()
+        self._report()
 
 
 def load_weights(strategy: Strategy, tensors: Groups, num_updates: int) -> None:

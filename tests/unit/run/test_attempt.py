@@ -19,7 +19,6 @@ from agnews_dist.run.attempt import Attempt
 from agnews_dist.run.fingerprints import weight_settings
 from agnews_dist.run.status import StatusFile, read_status
 from agnews_dist.training.checkpoint import list_checkpoints, write_checkpoint
-from agnews_dist.training.checkpoint_manager import OnDisk
 from agnews_dist.training.timing import StageTimer
 
 FINGERPRINTS = {"config": "c", "tokenizer": "t", "tokens": "d", "frozen_weights": "f"}
@@ -215,12 +214,11 @@ def test_requested_place_is_the_setting_unless_it_is_auto_on_as_many_ranks(tmp_p
         assert attempt.requested_place() == expected
 
 
-def test_every_rank_knows_the_checkpoint_on_disk(tmp_path, monkeypatch):
+def test_rank_without_the_checkpoint_skips_what_rank_0_has_saved(tmp_path, monkeypatch):
     # Saving is collective: if only rank 0 skipped a checkpoint that is saved already, the other ranks would wait for ever.
     state = {"step": 40, "best": None}
-    on_disk = OnDisk("step-00000040", 40, None)
     fakes = {"check_equal": lambda _: None, "catch": lambda work: work(), "raise_if_any_failed": lambda outcome: outcome}
-    for name, fake in {**fakes, "all_gather": lambda value: [(state, on_disk), value]}.items():
+    for name, fake in {**fakes, "all_gather": lambda value: [False if value is True else state, value]}.items():
         monkeypatch.setattr(attempt_module.collectives, name, fake)
     trainer = FakeTrainer()
     with make_attempt(make_config(tmp_path), World(rank=1, num_ranks=2, local_rank=1, ranks_per_node=2)) as attempt:

@@ -2,19 +2,23 @@
 
 import errno
 import json
+import math
 import threading
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from support.events import Clock
 
 from agnews_dist.events import CheckpointSaved, Event, Warned
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.training import checkpoint_manager
 from agnews_dist.training.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
-from agnews_dist.training.checkpoint_manager import CheckpointManager, CheckpointSettings, OnDisk
+from agnews_dist.training.checkpoint_manager import CheckpointManager, CheckpointSettings, Cost, OnDisk
 
 METADATA = {"settings": {"optim.lr": 1.0}, "class_names": ["a", "b"]}
 NO_BEST = SimpleNamespace(epoch=0, state_dict=lambda: None)
@@ -36,13 +40,15 @@ class FakeStrategy:
 class Run:
     """A manager with its folder, strategy and events."""
 
-    def __init__(self, directory: Path, *, is_main: bool = True, keep: int = 2, on_disk: OnDisk | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, is_main: bool = True, keep: int = 2, on_disk: OnDisk | None = None, **intervals: float | None
+    ) -> None:
         self.strategy, self.events, self.folder = FakeStrategy(), list[Event](), directory / "checkpoints"
         self.log = EventLog(directory / "events.jsonl") if is_main else None
         self.manager = CheckpointManager(
             self.folder,
             self.strategy,
-            CheckpointSettings(keep=keep, every_steps=5, every_minutes=None),
+            CheckpointSettings(**{"keep": keep, "every_steps": 5, "every_minutes": None, **intervals}),
             metadata=METADATA,
             log=self.log,
             emit=self.events.append,
@@ -189,3 +195,63 @@ def test_best_epoch_is_written_once_and_kept_while_a_checkpoint_refers_to_it(tmp
         run.save(12, best=best(12))
         assert sorted(path.name for path in run.folder.iterdir()) == ["best-00000012", "step-00000012"]
     assert json.loads((run.folder / "step-00000012" / "state.json").read_text())["best"] == {"name": "best-00000012"}
+
+
+def test_interval_follows_the_measured_cost():
+    settings = CheckpointSettings(keep=2, every_steps=None, every_minutes=None, max_overhead=0.01)
+    assert settings.seconds_between(0.5, Cost(0, seconds=1.0, cpu_seconds=1.5)) == 200.0, "2 s are 1 % of 200 s"
+    assert settings.seconds_between(0.0, Cost(0, seconds=40.0, cpu_seconds=0.1)) == 400.0, (
+        "the disk is busy a tenth of the time"
+    )
+    assert settings.seconds_between(0.001, Cost(0, seconds=0.01, cpu_seconds=0.002)) == 1.0
+    for change, expected in (
+        ({"every_steps": 5}, math.inf),
+        ({"every_minutes": 2.0}, 120.0),
+        ({"max_overhead": None}, math.inf),
+    ):
+        assert replace(settings, **change).seconds_between(0.5, Cost(0, 1.0, 1.5)) == expected
+
+
+def test_first_checkpoint_is_due_after_a_second_and_the_next_as_its_cost_says(tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(checkpoint_manager.time, "monotonic", clock)
+    run = Run(tmp_path, every_steps=None, max_overhead=0.01)
+    with closing(run.manager):
+        assert not run.manager.is_due(1)
+        clock.now += 1.0
+        assert run.manager.is_due(2)
+        monkeypatch.setattr(run.manager, "_write", lambda *content: Cost(0, seconds=0.1, cpu_seconds=0.3))
+        run.save(2)
+        clock.now += 29.9
+        assert not run.manager.is_due(3)
+        clock.now += 0.2
+        assert run.manager.is_due(4)
+
+
+def test_failed_write_is_not_tried_again_at_every_step(run, monkeypatch):
+    monkeypatch.setattr(run.manager, "_every_seconds", 1.0)
+    monkeypatch.setattr(run.manager, "_write", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    run.save(5)
+    assert run.manager._every_seconds == checkpoint_manager.RETRY_SECONDS
+
+
+def test_long_wait_for_a_write_is_reported(run, monkeypatch):
+    # A timed out write raises TimeoutError, as a wait does in Python 3.11.
+    may_end, error = threading.Event(), TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+    def write(*content) -> Cost:
+        assert may_end.wait(10)
+        raise error
+
+    def emit(event: Event) -> None:
+        run.events.append(event)
+        may_end.set()
+
+    monkeypatch.setattr(checkpoint_manager, "REPEAT_SECONDS", 0.02)
+    monkeypatch.setattr(run.manager, "_write", write)
+    monkeypatch.setattr(run.manager, "_emit", emit)
+    run.save(5)
+    messages = [event.message for event in run.events]
+    waits = "checkpoint of step 5: being written for 0 s, and training waits for it, as long as it takes. Check the disk of "
+    assert messages[0] == f"{waits}{run.folder}."
+    assert messages[-1].startswith("checkpoint of step 5: cannot be written")
