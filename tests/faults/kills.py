@@ -2,10 +2,13 @@
 
     PYTHONPATH=tests python tests/faults/kills.py --kills 60 --through_torchrun 10 [--seed 7] [--directory DIR] [--json FILE]
 
+    PYTHONPATH=tests python tests/faults/kills.py --curve 5,10,20,60 [--epochs 40] [--json FILE]
+
 Kills are spread evenly over the phases: tokenise, features, train, save, evaluate, export. They send TERM, USR1, USR2, INT,
-KILL or STOP to one rank, to all, or to the agent of torchrun. After a kill every process must end by itself in
+HUP, QUIT, KILL or STOP to one rank, to all, or to the agent of torchrun. After a kill every process must end by itself in
 time, and status.json must be right. A run is killed several times, then left to finish. Its weights, predictions, scores and
 logged steps must equal those of a run that was never killed. It prints a line per kill and a summary; exit code 1 at a fault.
+`--curve` measures the useful time instead (useful_time.py).
 """
 
 import argparse
@@ -26,12 +29,13 @@ from support.jobs import ForkedJob, TorchrunJob
 from support.processes import TIMEOUT, wait_until
 from support.small_run import EPOCHS, NUM_STEPS, RANK_TIMEOUT, arguments, finish, read_results
 from support.timeline import PHASES, Timeline
+from useful_time import measure
 
 from agnews_dist.run.status import Status, read_status
 
 SECONDS_TO_STOP = 30.0
 """Time in which a run stops, as documented."""
-GRACEFUL = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "USR2": signal.SIGUSR2, "INT": signal.SIGINT}
+GRACEFUL = {name: signal.Signals[f"SIG{name}"] for name in ("TERM", "USR1", "USR2", "INT", "HUP", "QUIT")}
 HARD = {"KILL": signal.SIGKILL, "STOP": signal.SIGSTOP}
 DELAYS = {"tokenise": 1.0, "features": 0.5, "train": 1.0, "save": 0.01, "evaluate": 0.1, "export": 0.05}
 """Longest time in seconds between the beginning of a phase and the kill."""
@@ -161,7 +165,11 @@ def deal(rng: random.Random, cards: list[Any], size: int) -> list[Any]:
 def plan_kills(rng: random.Random, num_kills: int, through_torchrun: int) -> list[Kill]:
     """Return the kills of the campaign."""
     phases = deal(rng, list(PHASES), num_kills)
-    hows = deal(rng, ["TERM", "KILL", "STOP", "TERM", "KILL", "USR1", "TERM", "KILL", "STOP", "USR2", "TERM", "INT"], num_kills)
+    hows = deal(
+        rng,
+        ["TERM", "KILL", "STOP", "TERM", "KILL", "USR1", "TERM", "HUP", "KILL", "STOP", "USR2", "QUIT", "TERM", "INT"],
+        num_kills,
+    )
     torchruns = set(rng.sample(range(num_kills), through_torchrun))
     kills = []
     for index, (phase, how) in enumerate(zip(phases, hows, strict=True)):
@@ -193,7 +201,12 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--directory", type=Path, default=None)
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--curve", default="", help="seconds between kills; measures the useful time")
+    parser.add_argument("--epochs", type=int, default=40, help="of the run of --curve")
     options = parser.parse_args(words)
+    if options.curve:
+        root = options.directory or Path(tempfile.mkdtemp(prefix="agnews-curve-"))
+        return measure(root, options.epochs, [float(word) for word in options.curve.split(",")], options.json)
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
     print(f"seed {seed}", flush=True)
     rng = random.Random(seed)

@@ -69,7 +69,7 @@ class TorchrunJob:
 
     def __init__(self, arguments: Sequence[str], log: Path, num_ranks: int = NUM_RANKS) -> None:
         agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-        agent.append("--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGUSR2")
+        agent.append("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")
         with log.open("ab") as file:
             self._agent = subprocess.Popen(
                 [*agent, "-m", "agnews_dist.train", *arguments],
