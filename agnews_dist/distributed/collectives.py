@@ -22,13 +22,11 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from agnews_dist.distributed.coordinator import Store
-from agnews_dist.distributed.world import print_line
+from agnews_dist.distributed.world import SPEAK_SECONDS, print_line
 from agnews_dist.errors import SharedError, UserError
 
 T = TypeVar("T")
 
-SPEAK_SECONDS = 5.0
-"""Length of a wait from which it is reported."""
 SMALL_BYTES = 248
 """Size of a pickled value up to which one collective gathers it."""
 REPEAT_SECONDS = 30.0

@@ -2,7 +2,7 @@
 
 A training of minutes on two ranks (AG News rows, a small GPT-2, features kept on disk, the default interval of checkpoints)
 runs once without a kill. Then KILL ends both ranks every so many seconds, and the same command starts at once, until the run
-is finished. Ranks are forked from a process that has loaded the libraries (support/fork_server.py), so a start lacks their import.
+is finished. Ranks are forked from a process that has loaded the libraries (support/fork_server.py): no start imports them.
 """
 
 import json
