@@ -70,7 +70,8 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
             files = setup.read_model_files(config.model, config.data)
             shape, sizes = build_memory_setup(config, world, files.config)
             check_fits(shape, sizes, world)
-            found = setup.load_training_inputs(config, world, monitors.emit, timer, files=files)
+            is_checked = attempt.has_checked_export
+            found = setup.load_training_inputs(config, world, monitors.emit, timer, files, has_checked_export=is_checked)
             return estimate(shape, replace(sizes, num_classes=len(found.class_names))), found
 
         memory, inputs = collectives.raise_if_any_failed(collectives.catch(load))

@@ -126,6 +126,12 @@ class Attempt:
             return None  # a different training of the same job
         return name
 
+    @property
+    def has_checked_export(self) -> bool:
+        """True on rank 0 if an earlier start of this run, with the same libraries, has checked what the run will export."""
+        checkpoint = self._resume_point.checkpoint if self._resume_point is not None and self._resume_point.is_own else None
+        return checkpoint is not None and checkpoint.state.get("versions") == versions()
+
     def begin(self, fingerprints: Mapping[str, str]) -> None:
         """Begin the run: everything is loaded and fits. From here on the run exists under its name. Collective.
 

@@ -159,9 +159,17 @@ def open_tokens(
 
 
 def load_training_inputs(
-    config: Config, world: World, emit: Emit, timer: StageTimer, files: ModelFiles | None = None
+    config: Config,
+    world: World,
+    emit: Emit,
+    timer: StageTimer,
+    files: ModelFiles | None = None,
+    *,
+    has_checked_export: bool = False,
 ) -> TrainingInputs:
     """Load weights and tokens. The model comes first: it fails fast, and tokenising may take minutes.
+
+    `has_checked_export`: an earlier start of this run has checked the tokenizer's export, which takes a second.
 
     Raises:
         UserError: any fault of the model's or the data's files.
@@ -169,7 +177,7 @@ def load_training_inputs(
     data, model, seed = config.data, config.model, config.run.seed
     emit(Progress(task=f"load {model.name}", done=0, total=0))
     files = files or read_model_files(model, data)
-    if world.is_main:
+    if world.is_main and not has_checked_export:
         # Rank 0 alone exports. Before training, as a faulty export would lose it.
         check_export(files.tokenizer, data.max_length, name=model.name)
     backbone = load_backbone(

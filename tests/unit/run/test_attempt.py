@@ -14,6 +14,7 @@ from agnews_dist.config.schema import CheckpointConfig, Config, EngineConfig, Ru
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import AlreadyFinished, SharedError, Stopped
 from agnews_dist.events import Event, Warned
+from agnews_dist.report.result_files import versions
 from agnews_dist.run import attempt as attempt_module
 from agnews_dist.run.attempt import Attempt
 from agnews_dist.run.fingerprints import weight_settings
@@ -201,6 +202,18 @@ def test_attempt_resumes_and_removes_later_checkpoints(tmp_path):
     status = read_status(tmp_path / "small")
     assert status is not None
     assert (status.state, status.attempt, status.step, status.reason) == ("running", 2, 40, "it resumed")
+
+
+@pytest.mark.parametrize(("saved", "expected"), [(versions(), True), ({**versions(), "transformers": "0.1"}, False)])
+def test_export_is_checked_again_only_if_the_libraries_have_changed(tmp_path, saved, expected):
+    config = make_config(tmp_path, checkpoint=CheckpointConfig(resume="auto"))
+    with make_attempt(config) as attempt:
+        attempt.claim()
+        assert not attempt.has_checked_export, "a new run"
+    leave_checkpoint(tmp_path, 40, versions=saved)
+    with make_attempt(config) as attempt:
+        attempt.claim()
+        assert attempt.has_checked_export is expected
 
 
 @pytest.mark.parametrize(("place", "num_ranks", "expected"), [("auto", 2, "auto"), ("disk", 1, "disk")])
