@@ -13,8 +13,8 @@ from typing import Literal
 from agnews_dist.commands.arguments import Command, HelpRequest, Loaded, Option, load
 from agnews_dist.commands.help import format_help
 from agnews_dist.config.fields import all_settings
-from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code, print_line
-from agnews_dist.distributed.world import World, detect_world
+from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
+from agnews_dist.distributed.world import World, detect_world, print_line
 from agnews_dist.errors import SharedError, Stopped, UserError
 
 ACCEPTABLE = tuple(key for key, setting in all_settings().items() if setting.resume == "may be accepted")
@@ -93,7 +93,7 @@ def _run_body(
     except UserError as error:
         if preemption is not None and is_loaded:
             # Tells the ranks that wait for this one in a collective why they end.
-            preemption.report_failure(str(error))
+            preemption.report_failure(str(error), is_own=True)
         if is_loaded or world.local_rank == 0:
             print_line(f"{_label(world.rank, world)}error: {error}")
         return error.exit_code, False
@@ -101,11 +101,12 @@ def _run_body(
         if world.is_main:
             print_line("interrupted")
         return 130, False
-    except Exception:
+    except Exception as error:
         # A bug, at the outermost frame: every line of the traceback names the rank, and the other ranks learn of it.
         text = traceback.format_exc()
-        # If another rank failed first, one line replaces the traceback.
-        consequence = preemption.report_failure(text.strip().splitlines()[-1]) if preemption is not None else None
+        # If another rank failed first, one line replaces the traceback. Collectives raise RuntimeError.
+        own, last = not isinstance(error, RuntimeError), text.strip().splitlines()[-1]
+        consequence = preemption.report_failure(last, is_own=own) if preemption is not None else None
         print_line("\n".join(f"{world.label} {line}" for line in (consequence or text).splitlines()))
         return 1, False
     return 0, True

@@ -4,6 +4,7 @@ rendezvous.py creates the process group; `close` here destroys it.
 """
 
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -15,10 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from agnews_dist.distributed.heartbeat import Store
+from agnews_dist.distributed.coordinator import Store
+from agnews_dist.distributed.world import SPEAK_SECONDS, print_line
 from agnews_dist.errors import SharedError, UserError
 
 T = TypeVar("T")
+
+REPEAT_SECONDS = 30.0
+"""Interval between two lines about the same wait."""
 
 
 def is_distributed() -> bool:
@@ -80,12 +85,52 @@ def connect_store(timeout_seconds: float) -> Store:
     """Return this rank's client of a new key-value store, which rank 0 hosts while its client exists. Collective.
 
     The launcher hosts the process group's own store. This one lets the ranks communicate after the launcher has died.
+    `wait_for_main` works from here on.
     """
     host, timeout, is_host = os.environ["MASTER_ADDR"], timedelta(seconds=timeout_seconds), dist.get_rank() == 0
     connect = partial(dist.TCPStore, host, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]  # documented as public
     hosted = connect(0, is_master=True, wait_for_workers=False) if is_host else None
-    port = all_gather(hosted.port if hosted is not None else 0)[0]
+    own = (hosted.port if hosted is not None else 0, f"process {os.getpid()} on {socket.gethostname()}")
+    port, _Turnstile.process = all_gather(own)[0]
+    # A second connection: the first one's user may be blocked in it.
+    _Turnstile.store, _Turnstile.num_passed = connect(port), 0
     return hosted or connect(port)
+
+
+class _Turnstile:
+    """State of `wait_for_main`, one per process like torch's process group; `connect_store` and `close` set it."""
+
+    store: Store | None = None
+    num_passed = 0
+    process = ""
+
+
+def wait_for_main(what: str) -> None:
+    """Wait until rank 0 calls this too, without a time limit. Collective; nothing to do before `connect_store`.
+
+    Call it before a collective that rank 0 may reach late because of its files or console. A collective has a time limit that
+    would blame another rank. The coordinator ends the ranks that wait here if rank 0 dies or hangs. `what` completes "rank 0
+    ...", for the line that tells of a long wait.
+    """
+    store = _Turnstile.store
+    if store is None or not is_distributed():
+        return
+    _Turnstile.num_passed += 1
+    rank, key = dist.get_rank(), f"main/{_Turnstile.num_passed}"
+    if rank == 0:
+        store.set(key, "")
+        return
+    begin = time.monotonic()
+    next_line = begin + SPEAK_SECONDS
+    while not store.check([key]):
+        now = time.monotonic()
+        if rank == 1 and now > next_line:
+            next_line = now + REPEAT_SECONDS
+            print_line(
+                f"[rank 1/{dist.get_world_size()}] waits {now - begin:.0f} s so far: rank 0 ({_Turnstile.process}) {what}; "
+                "no time limit while it lives"
+            )
+        time.sleep(min(0.1, 0.002 + (now - begin) / 20))
 
 
 def catch(work: Callable[[], T]) -> T | UserError:
@@ -132,6 +177,7 @@ def check_equal(fingerprints: Mapping[str, str]) -> None:
 
 def close() -> None:
     """Destroy the process group, so that a normal end prints no warning about leaked resources."""
+    _Turnstile.store = None
     if is_distributed():
         # gloo's thread drops the tensors of the last collective after it has woken us, and needs the interpreter lock for that.
         # DDP's reducer, if it outlives the group, joins that thread while it holds the lock (pytorch#56297). The pause releases
