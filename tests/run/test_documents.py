@@ -39,7 +39,7 @@ NUM_COMMANDS = {
     "docs/commands.md": 23,
     "docs/data.md": 4,
     "docs/engines.md": 5,
-    "docs/faults.md": 5,
+    "docs/faults.md": 4,
     "docs/features.md": 2,
     "docs/method.md": 0,
     "docs/reading.md": 0,
