@@ -24,7 +24,7 @@ from agnews_dist.data.hugging_face import silence_transformers
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding
 from agnews_dist.errors import ModelError
 from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, split_model
-from agnews_dist.model.pretrained import can_produce, locate, read_tokenizer
+from agnews_dist.model.pretrained import can_produce, find_model_directory, read_tokenizer
 from agnews_dist.model.saved_model import TRAINABLE_BLOCKS_KEY, check_config
 from agnews_dist.model.tokenizer_files import write_tokenizer
 from agnews_dist.storage import atomic
@@ -132,7 +132,7 @@ def find_export(name: str) -> Path:
     Raises:
         ModelError: there is none, or it is not whole.
     """
-    directory = locate(name, None).directory
+    directory = find_model_directory(name)
     if directory is None:
         raise ModelError(f"run {name!r}: it is not a directory. Correct the path.")
     if missing := [file for file in EXPORT_FILES if not (directory / file).is_file()]:

@@ -13,7 +13,6 @@ from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.data.batching.shares import quadratic_weight
 from agnews_dist.data.columns import ColumnSettings
 from agnews_dist.data.corpus import Source, load_corpus
-from agnews_dist.data.local_files import SplitSettings
 from agnews_dist.data.rows import NUM_SHOWN, Corpus, Ints, hash_corpus, list_first
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding, TokenSplit, TokenStore, open_or_build
 from agnews_dist.distributed.world import World
@@ -39,6 +38,7 @@ from agnews_dist.model.tokenizer_files import check_export
 from agnews_dist.report.formatting import sum_parameters
 from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.run.fingerprints import run_fingerprints
+from agnews_dist.run.hub_inputs import split_settings
 from agnews_dist.storage.directories import cache_root
 from agnews_dist.training.class_weights import check_class_weights, compute_class_weights
 from agnews_dist.training.diagnostics import dry_run, overfit_one_batch
@@ -113,15 +113,10 @@ def load_text(data: DataConfig, *, hold_out: bool = True, model_classes: tuple[s
     `hold_out`: for a training: make a validation split if there is none, and take data without names of splits for train, not
     for test. `model_classes`: the classes that labels are to mean.
     """
-    splits = data.splits
     source = Source(
         data.source,
         revision=data.revision,
-        splits=SplitSettings(
-            data.subset,
-            {"train": splits.train, "validation": splits.validation, "test": splits.test},
-            unnamed="train" if hold_out else "test",
-        ),
+        splits=split_settings(data, hold_out=hold_out),
         columns=ColumnSettings(data.text_column, data.label_column, data.text_separator),
         class_names=data.class_names,
         cache_dir=cache_root(data.cache_dir),
