@@ -2,12 +2,15 @@
 
 import gc
 import io
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from agnews_dist.commands.arguments import Command, HelpRequest, Loaded, Option, load
@@ -83,8 +86,11 @@ def _run_body(
     except SharedError as error:
         if world.is_main and error.exit_code == 0:
             print(error, flush=True)
-        elif world.is_main:
-            print_line(f"{_label(error.rank, world)}error: {error}")
+        else:
+            # torchrun shows last the failure with the earliest second.
+            _record(str(error) if world.is_main else "See the error of rank 0.", delay_seconds=int(not world.is_main))
+            if world.is_main:
+                print_line(f"{_label(error.rank, world)}error: {error}")
         return error.exit_code, True
     except Stopped as stopped:
         if world.is_main:
@@ -94,6 +100,7 @@ def _run_body(
         if preemption is not None and is_loaded:
             # Tells the ranks that wait for this one in a collective why they end.
             preemption.report_failure(str(error))
+        _record(str(error))
         if is_loaded or world.local_rank == 0:
             print_line(f"{_label(world.rank, world)}error: {error}")
         return error.exit_code, False
@@ -106,9 +113,20 @@ def _run_body(
         text = traceback.format_exc()
         # If another rank failed first, one line replaces the traceback.
         consequence = preemption.report_failure(text.strip().splitlines()[-1]) if preemption is not None else None
+        _record(consequence or text)
         print_line("\n".join(f"{world.label} {line}" for line in (consequence or text).splitlines()))
         return 1, False
     return 0, True
+
+
+def _record(text: str, delay_seconds: int = 0) -> None:
+    """Write an error to the file that torchrun reads: its summary, which is the last thing on the screen, shows it then."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        details = {"py_callstack": text, "timestamp": str(int(time.time()) + delay_seconds)}
+        with suppress(OSError):
+            content = json.dumps({"message": {"message": text, "extraInfo": details}}, allow_nan=False)
+            Path(path).write_text(content, encoding="utf-8")
 
 
 def _label(rank: int, world: World) -> str:
