@@ -39,15 +39,14 @@ def open_hub(source: str, revision: str | None, settings: SplitSettings) -> dict
             "with a network, or set --data.source to a path."
         )
     try:
-        return _open_built(directory, source, settings) if _is_built(directory) else open_local(directory, settings)
+        is_copy = directory.is_relative_to(cache_directory())
+        return open_local(directory, settings) if is_copy else _open_built(directory, source, settings)
     except DataError as error:
         raise DataError(str(error).replace(str(directory), source)) from error
 
 
 def _choose_files(directory: Path, settings: SplitSettings) -> Sequence[str]:
     """Return the files of a data set that hold its splits, and its card."""
-    if _is_built(directory):
-        return ()
     if is_saved(directory, settings):
         found = [path for path in (directory / (settings.subset or ".")).rglob("*") if path.is_file()]
     else:
@@ -59,10 +58,6 @@ def _choose_files(directory: Path, settings: SplitSettings) -> Sequence[str]:
             ) from error
     card = [CARD] if (directory / CARD).is_file() else []
     return [*card, *(path.relative_to(directory).as_posix() for path in found)]
-
-
-def _is_built(directory: Path) -> bool:
-    return (directory / _BUILT_FILE).is_file() and any(directory.glob("*.arrow"))
 
 
 def _open_built(directory: Path, source: str, settings: SplitSettings) -> dict[str, list[Table]]:

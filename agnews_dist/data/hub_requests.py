@@ -14,7 +14,7 @@ from threading import Thread
 from typing import Any
 
 from agnews_dist.data.hub_cache import Repository
-from agnews_dist.errors import count_noun
+from agnews_dist.errors import count_noun, shorten
 
 ASK_SECONDS = 10.0
 """Limit for all questions together: is it there, at which commit, with which files."""
@@ -112,7 +112,10 @@ def download(at_commit: Repository, files: Sequence[str], folder: Path, notify: 
 
 
 def silence() -> None:
-    """Keep the hub's library from printing retries and progress bars, also in threads that are left behind."""
+    """Keep the hub's library from printing retries and progress bars, also in threads that are left behind.
+
+    It sends no telemetry either: before its first request it would ask the hub for something of its own, for up to 3 s.
+    """
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
 
@@ -120,6 +123,7 @@ def silence() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
+    constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 def endpoint() -> str:
@@ -183,7 +187,7 @@ def _explain(error: BaseException, repository: Repository) -> HubFailureError:
         return HubFailureError(f"{error.filename} cannot be written ({error.strerror})")
     if "timed out" in reason or "Timeout" in type(error).__name__:
         return _silent()
-    return HubFailureError(f"{endpoint()} cannot be reached ({reason})", is_final=False)
+    return HubFailureError(f"{endpoint()} cannot be reached ({shorten(reason, 100)})", is_final=False)
 
 
 def _silent() -> HubFailureError:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agnews_dist.data.dataset_card import patterns_by_split, read_configs
+from agnews_dist.data.dataset_card import patterns_by_split, read_card_classes, read_configs
 from agnews_dist.data.formats.arrow_file import ArrowTable
 from agnews_dist.data.formats.registry import PART_SUFFIX, SUFFIXES, format_of, is_data_file, open_table
 from agnews_dist.data.formats.streams import COMPRESSIONS, is_hidden, open_bytes, split_suffix
@@ -132,6 +132,9 @@ def _open_directory(path: Path, settings: SplitSettings) -> dict[str, list[Table
     for name, files in splits.items():
         full = [file for file in files if not _is_empty_part(file)] if len(files) > 1 else files
         found[name] = [open_table(file, _name_in(file, path)) for file in full or files[:1]]
+    classes = read_card_classes(path / CARD, settings.subset)
+    for table in (table for tables in found.values() for table in tables):
+        table.card_classes = classes
     return found
 
 

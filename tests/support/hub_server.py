@@ -18,6 +18,7 @@ from huggingface_hub import close_session, constants
 from agnews_dist.data import hub_cache
 
 TOKEN = "hf_of_the_test"
+_FILE_PATH = "/{repo_id}/resolve/{revision}/{filename}"
 RUN = """
 import sys
 from support.hub_server import read_environment
@@ -35,6 +36,7 @@ def read_environment() -> None:
     constants.HF_HOME = os.environ["HF_HOME"]
     constants.HF_HUB_CACHE = os.environ.get("HF_HUB_CACHE", f"{constants.HF_HOME}/hub")
     constants.ENDPOINT = os.environ.get("HF_ENDPOINT", "http://127.0.0.1:9")
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = constants.ENDPOINT + _FILE_PATH
     constants.HF_HUB_OFFLINE = os.environ.get("HF_HUB_OFFLINE") == "1"
 
 
@@ -44,8 +46,10 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, home: Path, address: str | None) ->
         ("HF_HOME", str(home)),
         ("HF_HUB_CACHE", str(home / "hub")),
         ("ENDPOINT", address or "http://127.0.0.1:9"),
+        ("HUGGINGFACE_CO_URL_TEMPLATE", (address or "http://127.0.0.1:9") + _FILE_PATH),
         ("HF_HUB_OFFLINE", address is None),
         ("HF_HUB_DISABLE_XET", True),
+        ("HF_HUB_DISABLE_TELEMETRY", constants.HF_HUB_DISABLE_TELEMETRY),
         ("DOWNLOAD_CHUNK_SIZE", constants.DOWNLOAD_CHUNK_SIZE),
     ):
         monkeypatch.setattr(constants, name, value)
@@ -140,12 +144,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"x")
 
     def stop_halfway(self) -> None:
-        self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n{"sha": ')
-        self.wfile.flush()
+        self.wfile.write(b'HTTP/1.1 200 OK\r\nETag: "abc"\r\nX-Repo-Commit: abc\r\nContent-Length: 100000\r\n\r\n')
+        if self.command == "GET":
+            self.wfile.write(b'{"sha": ')
         self.server.is_closing.wait(60)
 
     def hang_up_halfway(self) -> None:
         self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n{")
+
+    def send_slowly(self) -> None:
+        """Send 20 kB in two seconds."""
+        self.wfile.write(b'HTTP/1.1 200 OK\r\nETag: "abc"\r\nX-Repo-Commit: abc\r\nContent-Length: 20000\r\n\r\n')
+        for _ in range(20 if self.command == "GET" else 0):
+            self.wfile.write(b"x" * 1_000)
+            self.server.is_closing.wait(0.1)
 
     def answer_with_a_page(self) -> None:
         self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 16\r\n\r\n<html>Log in</h>")
