@@ -159,6 +159,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"x" * 1_000)
             self.server.is_closing.wait(0.1)
 
+    def send_late(self) -> None:
+        """Send the content of a file after nine seconds."""
+        if self.command == "GET":
+            self.server.is_closing.wait(9)
+        self._send_file(unquote(urlparse(self.path).path).removeprefix("/"))
+
     def answer_with_a_page(self) -> None:
         self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 16\r\n\r\n<html>Log in</h>")
 
