@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(world: World, loaded: Loaded) -> None:
-    """Download model and data, and open or build the token cache: on the first rank of a node, for all of them."""
+    """Fetch model and data, and open or build the token cache: on the first rank of a node, for all of them."""
     start = time.perf_counter()
     if world.local_rank != 0:
         return

@@ -81,7 +81,7 @@ def _open_built(directory: Path, source: str, settings: SplitSettings) -> dict[s
         files = sorted(directory.glob(f"*-{name}.arrow")) or sorted(directory.glob(f"*-{name}-*-of-*.arrow"))
         if len(files) != sizes[name]:
             raise DataError(
-                f"{directory} has {len(files)} of {sizes[name]} files of split {name!r}. Remove it, and run prepare again."
+                f"{directory}: it has {len(files)} of {sizes[name]} files of split {name!r}. Remove it, and run prepare again."
             )
         found[split] = [ArrowTable(file, f"{source} split {name}", features) for file in files]
     return found

@@ -47,17 +47,13 @@ class Fetched:
 
     directories: Mapping[Repository, Path] = field(default_factory=dict[Repository, Path])
     warning: str = ""
-    """Why copies in the cache are used although the hub did not confirm them; empty if it did, or was not to be asked."""
+    """The reason why copies are used that the hub did not confirm; empty if it did, or was not to be asked."""
     pending: tuple[str, ...] = ()
     """Names of repositories of which files are still to be downloaded."""
 
 
 class HubError(UserError):
     """Files are neither in the local cache nor to be had from the hub."""
-
-    def __init__(self, found: str, remedy: str) -> None:
-        super().__init__(f"{found}. {remedy}.")
-        self.found, self.remedy = found, remedy
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class _Local:
     directory: Path | None = None
     missing: tuple[str, ...] = ("no file",)
     fault: str = ""
-    """Why `choose` refuses it."""
+    """The reason why `choose` refuses it."""
 
     @property
     def is_complete(self) -> bool:
@@ -113,7 +109,7 @@ def fetch(requests: Sequence[Request], *, download: bool = True, notify: Notify 
     if failures and not hub_requests.is_offline():
         reasons = "; ".join(dict.fromkeys(failures.values()))
         names = list_first([repository.name for repository in failures], str)
-        warning = f"{reasons}: {names} in {cache_directory()} used as before. Set HF_HUB_OFFLINE=1 where there is no network."
+        warning = f"{reasons}: {names} in {cache_directory()} used as before. Set HF_HUB_OFFLINE=1 where no network is."
     return Fetched(directories, warning, tuple(pending))
 
 
@@ -130,15 +126,15 @@ def _check_complete(found: Mapping[Repository, _Local], failures: Mapping[Reposi
     missing: dict[str, list[str]] = {}
     for repository, local in found.items():
         if local.fault:
-            raise HubError(f"{repository.name}: {local.fault.rstrip('.')}", f"No other copy: {failures[repository]}")
+            raise HubError(f"{repository.name}: {local.fault.rstrip('.')}. Nothing else can be read: {failures[repository]}.")
         if not local.is_complete:
             names = f"{repository.name} ({list_first(local.missing, str)})"
             missing.setdefault(failures[repository], []).append(names)
+    listing = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in missing.items())
     if missing:
         raise HubError(
-            "; ".join(f"{', '.join(names)}: not in {cache_directory()}, and {reason}" for reason, names in missing.items()),
-            "Run 'python -m agnews_dist prepare' with a network and copy its HF_HOME, or set --model.name and --data.source "
-            "to local paths",
+            f"not in {cache_directory()}: {listing}. Run 'python -m agnews_dist prepare' with a network and copy its HF_HOME, "
+            "or set --model.name and --data.source to local paths."
         )
 
 
@@ -194,7 +190,7 @@ def _choose(request: Request, listing: Sequence[str] | None, directory: Path) ->
 
 
 def _absent(names: Sequence[str], directory: Path) -> list[str]:
-    """Return the files that are not there. A dangling link is none."""
+    """Return the files that are not there. A dangling link is not."""
     return [name for name in names if not (directory / name).is_file()]
 
 

@@ -67,7 +67,7 @@ def ask(repositories: Sequence[Repository], notify: Notify, *, may_retry: bool) 
 
 
 def download(at_commit: Repository, files: Sequence[str], folder: Path, notify: Notify) -> None:
-    """Download files of a repository, whose revision is a commit, to its `folder` in the cache.
+    """Fetch files of a repository, whose revision is a commit, to its `folder` in the cache.
 
     Raises:
         HubFailureError: a file cannot be downloaded or written, or nothing arrives any more.

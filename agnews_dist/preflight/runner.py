@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-from agnews_dist.data.hub_files import share_directories
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.rendezvous import open_process_group
 from agnews_dist.distributed.world import World, is_launched
@@ -22,7 +21,7 @@ from agnews_dist.preflight.findings import (
     merge_findings,
     worst_verdict,
 )
-from agnews_dist.preflight.hub_check import check_hub
+from agnews_dist.preflight.hub_check import check_hub_on_node
 from agnews_dist.preflight.machine import PlannedRun, RankReport, check_rank
 from agnews_dist.report.formatting import escape_text
 from agnews_dist.storage.atomic import to_json_value
@@ -43,7 +42,7 @@ def run_checks(planned: PlannedRun, world: World, *, num_expected: int | None, a
     report: RankReport | None = None
     try:
         form_group(world)
-        report = check_rank(planned, world, check_hub_on_node(planned, world))
+        report = check_rank(planned, world, check_hub_on_node(planned.list_requests, planned.list_config_requests, world))
         device = choose_device(world, report)
         reports = collectives.all_gather(report)
         together = check_together(planned, world, reports, device, num_expected)
@@ -53,7 +52,9 @@ def run_checks(planned: PlannedRun, world: World, *, num_expected: int | None, a
         lost = f"a rank was lost during the measurements ({first_line(failure).rstrip('. ')}): a training would fail as well. "
         lost += "Look for another rank's error above, and for a node that is overloaded or out of memory."
         error = failure if isinstance(failure, UserError) else UserError(lost)
-        report = report or check_rank(planned, world, check_hub_on_node(planned, world))
+        report = report or check_rank(
+            planned, world, check_hub_on_node(planned.list_requests, planned.list_config_requests, world)
+        )
         findings = merge_findings([[*report.findings, Finding("rendezvous", "fail", str(error))]])
     if world.is_main:
         print_findings(findings, report, world.num_ranks, as_json=as_json)
@@ -72,18 +73,6 @@ def run_checks(planned: PlannedRun, world: World, *, num_expected: int | None, a
         os._exit(int(error is not None))
     if error is not None:
         raise error
-
-
-def check_hub_on_node(planned: PlannedRun, world: World) -> list[Finding]:
-    """Check the hub on the first rank of each node, with the same result for all ranks of the node. Collective."""
-    finding, fetched = None, None
-    requests = collectives.catch(planned.list_requests)
-    # A wrong path is a finding of another check.
-    if world.local_rank == 0 and not isinstance(requests, UserError):
-        finding, fetched = check_hub(requests, planned.list_config_requests())
-    is_group = collectives.is_distributed()
-    share_directories(collectives.all_gather(fetched), world if is_group else World())
-    return [finding] if finding is not None else []
 
 
 def form_group(world: World) -> None:

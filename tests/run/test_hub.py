@@ -112,7 +112,7 @@ def test_without_a_cache_and_a_network_the_one_message_comes_soon_and_last(tmp_p
     # The imports take ten seconds, and more where others compute.
     assert time.monotonic() - begin < 90
     assert done.returncode == 1
-    message = f"gpt2 (no file), fancyzhx/ag_news (no file): not in {tmp_path}/hub, and http://127.0.0.1:9 cannot be reached"
+    message = f"not in {tmp_path}/hub: gpt2 (no file), fancyzhx/ag_news (no file): http://127.0.0.1:9 cannot be reached"
     lines = done.stderr.splitlines()
     assert sum("error: " in line for line in lines) == 1
     assert not [line for line in lines if "Retrying" in line or "thrown while" in line]

@@ -173,7 +173,7 @@ def test_damaged_caches_of_datasets_are_named(built: Path) -> None:
         open_hub("me/news", None, SplitSettings(names={"train": "none", "validation": "none"}))
     next(built.glob("*-validation.arrow")).unlink()
     with pytest.raises(
-        DataError, match=r"^me/news has 0 of 1 files of split 'validation'\. Remove it, and run prepare again\.$"
+        DataError, match=r"^me/news: it has 0 of 1 files of split 'validation'\. Remove it, and run prepare again\.$"
     ):
         open_hub("me/news", None, SplitSettings())
     (built / "dataset_info.json").write_text("{")
