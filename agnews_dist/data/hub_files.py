@@ -92,7 +92,7 @@ def fetch(requests: Sequence[Request], *, download: bool = True, notify: Notify 
         answers = hub_requests.ask(asked, notify, may_retry=not all(local.is_complete for local in found.values()))
     directories = {repository: local.directory for repository, local in found.items() if local.directory is not None}
     pending: list[str] = []
-    failures: dict[Repository, str] = {}
+    failures: dict[Repository, HubFailureError] = {}
     for request in requests:
         repository, answer = request.repository, answers.get(request.repository)
         try:
@@ -103,11 +103,11 @@ def fetch(requests: Sequence[Request], *, download: bool = True, notify: Notify 
                 directories[repository] = directory
                 pending += [] if is_complete else [repository.name]
         except HubFailureError as failure:
-            failures[repository] = str(failure)
+            failures[repository] = failure
     _check_complete({repository: found[repository] for repository in failures}, failures)
     warning = ""
     if failures and not hub_requests.is_offline():
-        reasons = "; ".join(dict.fromkeys(failures.values()))
+        reasons = "; ".join(dict.fromkeys(map(str, failures.values())))
         names = list_first([repository.name for repository in failures], str)
         warning = f"{reasons}: {names} in {cache_directory()} used as before. Set HF_HUB_OFFLINE=1 where no network is."
     return Fetched(directories, warning, tuple(pending))
@@ -121,20 +121,21 @@ def share_directories(fetched: Sequence[Fetched | None], world: World) -> None:
     hub_requests.go_offline()
 
 
-def _check_complete(found: Mapping[Repository, _Local], failures: Mapping[Repository, str]) -> None:
+def _check_complete(found: Mapping[Repository, _Local], failures: Mapping[Repository, HubFailureError]) -> None:
     """Raise one HubError for all repositories whose copy in the cache is not complete."""
-    missing: dict[str, list[str]] = {}
+    missing, remedies = dict[str, list[str]](), dict[str, None]()
     for repository, local in found.items():
         if local.fault:
             raise HubError(f"{repository.name}: {local.fault.rstrip('.')}. Nothing else can be read: {failures[repository]}.")
         if not local.is_complete:
             names = f"{repository.name} ({list_first(local.missing, str)})"
-            missing.setdefault(failures[repository], []).append(names)
+            missing.setdefault(str(failures[repository]), []).append(names)
+            remedies[failures[repository].remedy] = None
     listing = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in missing.items())
     if missing:
         raise HubError(
-            f"not in {cache_directory()}: {listing}. Run 'python -m agnews_dist prepare' with a network and copy its HF_HOME, "
-            "or set --model.name and --data.source to local paths."
+            f"not in {cache_directory()}: {listing}. {', '.join(remedies)}, or set --model.name and --data.source "
+            "to local paths."
         )
 
 

@@ -28,6 +28,8 @@ _PAUSES = (1.0, 2.0, 4.0)
 _NUM_THREADS = 4
 _CHUNK_BYTES = 1 << 18
 """Bytes of a download that are written at once. The library's 10 MB would look like a stall on a slow line."""
+PREPARE = "Run 'python -m agnews_dist prepare' with a network and copy its HF_HOME"
+"""Remedy where the hub cannot be reached."""
 Notify = Callable[[str], None]
 """Takes a line about a wait."""
 
@@ -43,9 +45,9 @@ class Answer:
 class HubFailureError(Exception):
     """The hub cannot be used, for the reason of the text. `is_final`: to ask again would not help."""
 
-    def __init__(self, reason: str, *, is_final: bool = True) -> None:
+    def __init__(self, reason: str, remedy: str = PREPARE, *, is_final: bool = True) -> None:
         super().__init__(reason)
-        self.is_final = is_final
+        self.remedy, self.is_final = remedy, is_final
 
 
 def ask(repositories: Sequence[Repository], notify: Notify, *, may_retry: bool) -> dict[Repository, Answer | HubFailureError]:
@@ -156,7 +158,7 @@ def _ask_one(repository: Repository, deadline: float, *, may_retry: bool) -> Ans
             info: Any = api.repo_info(
                 repository.name, repo_type=repository.kind, revision=repository.revision, timeout=ASK_SECONDS
             )
-            return Answer(str(info.sha), tuple(str(file.rfilename) for file in info.siblings))
+            return Answer(str(info.sha), tuple(str(file.rfilename) for file in info.siblings or ()))
         except Exception as error:  # of any kind: the answer may be anything
             failure = _explain(error, repository)
         pause = next(pauses, None)
@@ -174,17 +176,17 @@ def _explain(error: BaseException, repository: Repository) -> HubFailureError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     reason = (str(error).strip().splitlines() or [""])[0].rstrip(".: ") or type(error).__name__
     if isinstance(error, errors.GatedRepoError):
-        return HubFailureError(f"{endpoint()} asks for a token with access to it (HF_TOKEN)")
+        return HubFailureError(f"{endpoint()} gives it only to users with access", "Set HF_TOKEN")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return HubFailureError(f"{endpoint()} has no such {repository.kind}, or it is private and needs HF_TOKEN")
+        return HubFailureError(f"{endpoint()} has no such {repository.kind}, or it is private", "Correct the id, set HF_TOKEN")
     if isinstance(error, errors.RevisionNotFoundError):
-        return HubFailureError(f"{endpoint()} has no revision {repository.revision!r} of it")
+        return HubFailureError(f"{endpoint()} has no revision {repository.revision!r} of it", "Correct the revision")
     if isinstance(error, errors.HFValidationError):
-        return HubFailureError(f"it is not an id of the hub ({reason})")
+        return HubFailureError(f"it is not an id of the hub ({shorten(reason, 100)})", "Correct the id")
     if status is not None:
         return HubFailureError(f"{endpoint()} answers {status}", is_final=status < 500 and status not in (408, 429))
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return HubFailureError(f"{error.filename} cannot be written ({error.strerror})")
+        return HubFailureError(f"{error.filename} cannot be written ({error.strerror})", "Set HF_HOME to another directory")
     if "timed out" in reason or "Timeout" in type(error).__name__:
         return _silent()
     return HubFailureError(f"{endpoint()} cannot be reached ({shorten(reason, 100)})", is_final=False)

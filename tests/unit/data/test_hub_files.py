@@ -107,6 +107,15 @@ def test_one_error_names_all_that_is_missing(hub: HubServer, tmp_path: Path) -> 
     assert str(caught.value) == f"{missing}. {REMEDY} to local paths."
 
 
+def test_each_reason_has_its_remedy(hub: HubServer, tmp_path: Path) -> None:
+    del hub.repositories["me/mini"]
+    fault = f"^not in {tmp_path}/hub: me/mini \\(no file\\): {hub.address} has no such model, or it is private"
+    with pytest.raises(
+        HubError, match=rf"{fault}\. Correct the id, set HF_TOKEN, or set --model\.name and --data\.source to local"
+    ):
+        fetch([model(), news()])
+
+
 def test_offline_nothing_is_asked(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go_offline(monkeypatch, tmp_path)
     with pytest.raises(HubError, match=r"^not in .*: me/mini \(no file\), me/news \(no file\): HF_HUB_OFFLINE is set\. "):

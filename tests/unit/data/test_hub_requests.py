@@ -97,16 +97,19 @@ def test_the_hub_is_asked_again_if_that_may_help(hub: HubServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("repository", "reason"),
+    ("repository", "reason", "remedy"),
     [
-        (Repository("dataset", "me/other"), "has no such dataset, or it is private and needs HF_TOKEN"),
-        (Repository("dataset", "me/news", "v2"), "has no revision 'v2' of it"),
-        (Repository("model", "a b"), r"it is not an id of the hub \(.*a b"),
+        (Repository("dataset", "me/other"), "has no such dataset, or it is private", "Correct the id, set HF_TOKEN"),
+        (Repository("dataset", "me/news", "v2"), "has no revision 'v2' of it", "Correct the revision"),
+        (Repository("model", "a b"), r"it is not an id of the hub \(.*a b", "Correct the id"),
     ],
 )
-def test_an_answer_that_does_not_change_is_not_asked_for_again(hub: HubServer, repository: Repository, reason: str) -> None:
-    with pytest.raises(HubFailureError, match=reason):
+def test_an_answer_that_does_not_change_is_not_asked_for_again(
+    hub: HubServer, repository: Repository, reason: str, remedy: str
+) -> None:
+    with pytest.raises(HubFailureError, match=reason) as caught:
         raise_(ask_for(repository, may_retry=True))
+    assert caught.value.remedy == remedy
     assert len(hub.requests) <= 1
 
 
