@@ -105,7 +105,8 @@ def check_rank(planned: PlannedRun, world: World, hub: Sequence[Finding]) -> Ran
         threads=torch.get_num_threads(),
         versions=versions(),
         settings=planned.settings,
-        findings=[device, *memory_rows, data, *disks, *hub],
+        # A model that is not there fails the next check, too.
+        findings=[device, *hub, *memory_rows, data, *disks],
         memory=values,
     )
 
