@@ -54,6 +54,8 @@ class Command:
     """Sections and keys of settings that the short help shows; None: the basic settings."""
     shows_defaults: bool = True
     """False: without a value, some settings are those of a saved model."""
+    shows_progress: bool = False
+    """Standard output is a display for people, from which lines may be missing if it is not read."""
 
     def shows(self, key: str) -> bool:
         """Return whether the short help shows a setting."""

@@ -16,6 +16,7 @@ from agnews_dist.config.fields import all_settings
 from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
 from agnews_dist.distributed.world import World, detect_world, print_line
 from agnews_dist.errors import SharedError, Stopped, UserError
+from agnews_dist.report.streams import background_streams, open_missing_streams
 
 ACCEPTABLE = tuple(key for key, setting in all_settings().items() if setting.resume == "may be accepted")
 TRAINING_OPTIONS = (
@@ -50,19 +51,22 @@ def run_command(command: Command, argv: Sequence[str] | None, body: Body, preemp
 
     `argv`: arguments after the command; None: those of the process. `preemption`: handler of signals while the command runs.
     """
-    if preemption is not None:
-        preemption.start()
-    try:
-        exit_code, ends_together = _run_body(command, argv, body, preemption)
-        # Here no traceback keeps the model alive: DDP's wrapper must be gone before its process group is.
-        if ends_together and "torch" in sys.modules:
-            from agnews_dist.distributed import collectives
-
-            collectives.close()
-        return exit_code
-    finally:
+    open_missing_streams()
+    # Standard output of other commands is data, which must not be dropped.
+    with background_streams("stderr", *(["stdout"] if command.shows_progress else [])):
         if preemption is not None:
-            preemption.close()
+            preemption.start()
+        try:
+            exit_code, ends_together = _run_body(command, argv, body, preemption)
+            # Here no traceback keeps the model alive: DDP's wrapper must be gone before its process group is.
+            if ends_together and "torch" in sys.modules:
+                from agnews_dist.distributed import collectives
+
+                collectives.close()
+            return exit_code
+        finally:
+            if preemption is not None:
+                preemption.close()
 
 
 def _run_body(
