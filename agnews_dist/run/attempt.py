@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from functools import partial
 from itertools import takewhile
@@ -28,10 +28,10 @@ from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.report.console import Sinks, create_console
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.result_files import versions
-from agnews_dist.run.directory import LOCK_SECONDS, RunDirectory, run_name
+from agnews_dist.run.directory import LOCK_SECONDS, RunDirectory, is_in_use, new_names
 from agnews_dist.run.fingerprints import weight_settings
 from agnews_dist.run.resume import FOLDER, ResumePoint, check_fingerprints, find_resume_point, settings_after_restart
-from agnews_dist.run.status import State, StatusFile, run_of_job
+from agnews_dist.run.status import State, StatusFile, runs_of_job
 from agnews_dist.storage.atomic import discard
 from agnews_dist.training.checkpoint import list_checkpoints
 from agnews_dist.training.checkpoint_manager import CheckpointManager, CheckpointSettings, OnDisk
@@ -91,12 +91,8 @@ class Attempt:
         run, job = self._config.run, identify_job(os.environ)
         runs, resume, is_later = Path(run.dir), self._config.checkpoint.resume, is_restarted(os.environ)
         if (name := run.name) is None and (is_later or resume == "auto"):
-            name = self._find_unfinished_run(runs, job)
-        name = run_name(name, self._config.model.name, datetime.now())
-        directory = RunDirectory(runs, name, overwrite=run.overwrite, config_yaml=dump(self._config))
-        self._directory = directory
-        # The other ranks wait for this one, at most for the engine's timeout.
-        directory.lock(min(LOCK_SECONDS, self._config.engine.timeout_seconds / 2))
+            name = self._find_unfinished_run(runs, job, is_later=is_later)
+        self._directory = directory = self._take_directory(runs, name)
         if is_later:
             resume, directory.overwrite = settings_after_restart(directory.directory, job, resume, overwrite=run.overwrite)
         point = find_resume_point(
@@ -112,17 +108,33 @@ class Attempt:
         )
         self._preemption.before_exit = self._end_from_other_thread
         for warning in point.warnings if point else ():
-            self._sinks(Warned(message=warning))
+            self._warn(warning)
 
-    def _find_unfinished_run(self, runs: Path, job: str | None) -> str | None:
-        """Return the name of the run that an earlier start of this job began without a `run.name`, if the settings match."""
-        name = run_of_job(runs, job)
-        try:
-            if name is not None:
+    def _take_directory(self, runs: Path, name: str | None) -> RunDirectory:
+        """Return the directory of this name, locked; without a name, one that no other start has."""
+        build = partial(RunDirectory, runs, overwrite=self._config.run.overwrite, config_yaml=dump(self._config))
+        if name is None:
+            names = new_names(self._config.model.name, datetime.now())
+            return next(directory for directory in map(build, names) if directory.reserve())
+        directory = build(name)
+        # The other ranks wait for this one, at most for the engine's timeout.
+        directory.lock(min(LOCK_SECONDS, self._config.engine.timeout_seconds / 2), self._warn)
+        return directory
+
+    def _warn(self, message: str) -> None:
+        self._sinks(Warned(message=message))
+
+    def _find_unfinished_run(self, runs: Path, job: str | None, *, is_later: bool) -> str | None:
+        """Return the name of the run that an earlier start of this job began without a `run.name`, if the settings match.
+
+        A first start leaves alone what another one of the same job trains now.
+        """
+        for name in runs_of_job(runs, job):
+            with suppress(UserError):  # a different training of the same job
                 find_resume_point(runs / name, resume="auto", overwrite=False, settings=self._settings, accept=self._accept)
-        except UserError:
-            return None  # a different training of the same job
-        return name
+                if is_later or not is_in_use(runs, name):
+                    return name
+        return None
 
     def begin(self, fingerprints: Mapping[str, str]) -> None:
         """Begin the run: everything is loaded and fits. From here on the run exists under its name. Collective.
@@ -174,7 +186,7 @@ class Attempt:
         later = list(takewhile(lambda path: path.name != chosen, list_checkpoints(folder)))
         discard(later)
         for path in later:
-            self._sinks(Warned(message=f"{path} is removed: the run resumes from step {step}, before it."))
+            self._warn(f"{path} is removed: the run resumes from step {step}, before it.")
 
     def requested_place(self) -> RequestedPlace:
         """Return where features are to be kept; under `auto`, where the checkpoint's run kept them.

@@ -48,14 +48,14 @@ def read_status(directory: Path) -> Status | None:
         return None
 
 
-def run_of_job(runs: Path, job: str | None) -> str | None:
-    """Return the name of the newest run below `runs` that `job` left unfinished; None: there is none."""
+def runs_of_job(runs: Path, job: str | None) -> list[str]:
+    """Return the names of the runs below `runs` that `job` left unfinished, newest first."""
     found: list[tuple[str, str]] = []
     for path in runs.glob(f"*/{FILE}") if job is not None else ():
         status = read_status(path.parent)
         if status is not None and status.job == job and status.state != "finished":
             found.append((status.time, path.parent.name))
-    return max(found)[1] if found else None
+    return [name for _, name in sorted(found, reverse=True)]
 
 
 class StatusFile:
