@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -40,6 +41,10 @@ class EventLog:
                 f"cannot open {path} ({error.strerror or error}): the run could not log its steps. "
                 "Make its directory writable, or choose another with --run.dir."
             ) from error
+        self.is_in_place: Callable[[], bool] = lambda: True
+        """Return False if the file's directory is not where it was. The thread calls this, since the disk may be slow."""
+        self.has_moved = False
+        """True from a write on at which the directory was not in its place; whoever follows it sets it back."""
         self._writer = BackgroundWriter(self._write)
         self._is_open = True
 
@@ -54,6 +59,7 @@ class EventLog:
         self._check()
 
     def _write(self, content: bytes) -> int:
+        self.has_moved = self.has_moved or not self.is_in_place()
         # At a position of its own: after half of a failed line the next try overwrites that half.
         return os.pwrite(self.handle, content, self._kept + self._writer.num_written)
 

@@ -7,7 +7,7 @@ the work, the other ranks get the results.
 import os
 import sys
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from functools import partial
@@ -23,7 +23,7 @@ from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.slurm import identify_job, is_restarted
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, Stopped, UserError
-from agnews_dist.events import Resumed, Warned
+from agnews_dist.events import Event, Resumed, Warned
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.report.console import Sinks, create_console
 from agnews_dist.report.event_log import EventLog
@@ -74,7 +74,7 @@ class Attempt:
     @property
     def directory(self) -> Path:
         """The run's directory. Only rank 0, which alone writes there, knows its name."""
-        return self._directory.directory if self._directory is not None else Path(self._config.run.dir)
+        return self._directory.locate() if self._directory is not None else Path(self._config.run.dir)
 
     def claim(self) -> None:
         """Lock the run's name, find the checkpoint to resume from, and check that the directory can be written. Collective.
@@ -104,7 +104,7 @@ class Attempt:
             self._sinks.add(self._log)
         self._resume_point = point
         self._status = StatusFile(
-            directory.path, attempt=point.attempt if point else 1, step=point.step if point else 0, job=job
+            directory.locate, attempt=point.attempt if point else 1, step=point.step if point else 0, job=job
         )
         self._preemption.before_exit = self._end_from_other_thread
         for warning in point.warnings if point else ():
@@ -164,9 +164,6 @@ class Attempt:
                 # Before the rename: a run killed right after it must be recognised as begun.
                 status.write("running", "it began")
                 directory.commit()
-                status.directory = directory.directory
-                if self._log is not None:
-                    self._log.path = directory.directory / LOG_FILE
             else:
                 directory.commit()
                 keep_bytes = checkpoint.state["log_bytes"] if checkpoint else 0
@@ -174,6 +171,10 @@ class Attempt:
                 self._sinks.add(self._log)
                 status.write("running", "it resumed")
                 self._remove_later_checkpoints(status.step)
+            if self._log is not None:
+                self._log.path = directory.directory / LOG_FILE
+                self._log.is_in_place = lambda: directory.is_in_place
+                self._sinks.add(_MoveWatch(directory, self._log, self._warn))
             if checkpoint is not None:
                 self._resume_state = checkpoint.state
                 self._sinks(Resumed(path=str(checkpoint.path), step=status.step, attempt=status.attempt))
@@ -217,7 +218,7 @@ class Attempt:
             "versions": versions(),
         }
         self._checkpoints = CheckpointManager(
-            self.directory / FOLDER,
+            lambda: self.directory / FOLDER,
             trainer.strategy,
             CheckpointSettings(keep=settings.keep, every_steps=settings.every_steps, every_minutes=settings.every_minutes),
             metadata=metadata,
@@ -248,7 +249,6 @@ class Attempt:
                 return
             if not self._has_begun:
                 directory.commit()
-                status.directory = directory.directory
             if state == "preempted":
                 print(self._record_stop(reason), file=sys.stderr, flush=True)
             else:
@@ -284,3 +284,20 @@ class Attempt:
                 self._record("failed", str(error).split("\n")[0] or type(error).__name__)
             if self._directory is not None:
                 self._directory.close()
+
+
+class _MoveWatch:
+    """Sink that warns once of a run's directory that was moved, and raises UserError if it was removed."""
+
+    def __init__(self, directory: RunDirectory, log: EventLog, warn: Callable[[str], None]) -> None:
+        self._directory, self._log, self._warn = directory, log, warn
+
+    def __call__(self, event: Event) -> None:  # noqa: ARG002
+        """Look where the directory is, if the event log has noticed that it is not in its place."""
+        if self._log.has_moved:
+            self._log.path, self._log.has_moved = self._directory.locate() / LOG_FILE, False
+        if notice := self._directory.take_notice():
+            self._warn(notice)
+
+    def close(self) -> None:
+        """Do nothing."""

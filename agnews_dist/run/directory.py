@@ -1,5 +1,6 @@
 """A run's directory: its name is checked and locked before any work, so that no result is lost or overwritten."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +12,17 @@ from pathlib import Path
 from agnews_dist.errors import UserError
 from agnews_dist.storage import atomic
 from agnews_dist.storage.holders import StuckHolder
-from agnews_dist.storage.locks import Lock, LockWait, Say, describe_holder, is_locked, try_lock, wait_for_lock
+from agnews_dist.storage.locks import (
+    Lock,
+    LockWait,
+    Say,
+    describe_holder,
+    find_open_path,
+    is_locked,
+    is_open_at,
+    try_lock,
+    wait_for_lock,
+)
 
 CONFIG_FILE = "config.yaml"
 """The first file of a run. A directory without it is not a run's, and is never deleted."""
@@ -54,7 +65,10 @@ class RunDirectory:
         self._replaced = runs / f".{name}.replaced"
         self.overwrite, self._config_yaml = overwrite, config_yaml
         self.path = self.directory
-        """The directory that holds the run's files now."""
+        """The directory that holds the run's files, as far as is known (see `locate`)."""
+        self._handle: int | None = None
+        """The open directory: it shows a move or a removal."""
+        self._notice: str | None = None
         self._lock: Lock | None = None
         self._lock_path = _lock_path(runs, name)
 
@@ -153,13 +167,46 @@ class RunDirectory:
             atomic.replace(self.staging, self.directory, aside=self._replaced)
             self.path = self.directory
 
+        with suppress(OSError):  # without it, moves are not noticed
+            self._handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+
+    @property
+    def is_in_place(self) -> bool:
+        """False if the directory was moved, removed or replaced since `commit()`. Any thread may ask."""
+        return self._handle is None or is_open_at(self._handle, self.path)
+
+    def locate(self) -> Path:
+        """Return where the run's files are now: the run follows a directory that is moved. Any thread may call this.
+
+        Raises:
+            UserError: the directory was removed.
+        """
+        if self._handle is not None and not self.is_in_place:
+            found = find_open_path(self._handle)
+            if found is None:
+                raise UserError(
+                    f"run {self.path}: its directory was removed while the run writes there, so its results would be lost. Start "
+                    "it again."
+                )
+            self._notice = f"run {self.path}: its directory was moved to {found}, and the run continues there."
+            self.path = found
+        return self.path
+
+    def take_notice(self) -> str | None:
+        """Return a message about a move that `locate` found, once."""
+        notice, self._notice = self._notice, None
+        return notice
+
     def close(self) -> None:
         """Release the name; a run that has not begun leaves nothing."""
         if self.path == self.staging:
             shutil.rmtree(self.staging, ignore_errors=True)
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
         if self._lock is not None:
             # A waiting process notices that the file is gone, and creates a new one.
-            self._lock_path.unlink(missing_ok=True)
+            (find_open_path(self._lock.handle) or self._lock_path).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
 

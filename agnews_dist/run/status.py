@@ -7,6 +7,7 @@ was killed, which counts as failed.
 import json
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -59,10 +60,11 @@ def runs_of_job(runs: Path, job: str | None) -> list[str]:
 
 
 class StatusFile:
-    """Writer of this run's status. Only rank 0 has one. Assign `directory` when the run's is renamed."""
+    """Writer of this run's status. Only rank 0 has one."""
 
-    def __init__(self, directory: Path, *, attempt: int, step: int, job: str | None) -> None:
-        self.directory, self.attempt, self.step, self._job = directory, attempt, step, job
+    def __init__(self, locate: Callable[[], Path], *, attempt: int, step: int, job: str | None) -> None:
+        """`locate` returns where the run's directory is now."""
+        self._locate, self.attempt, self.step, self._job = locate, attempt, step, job
 
     def write(self, state: State, reason: str) -> None:
         """Replace the file, whole or not at all."""
@@ -76,7 +78,7 @@ class StatusFile:
             pid=os.getpid(),
             time=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         )
-        write_json(self.directory / FILE, asdict(status))
+        write_json(self._locate() / FILE, asdict(status))
 
     def try_to_write(self, state: State, reason: str) -> None:
         """Write, ignoring errors: then the old file stays, and its stale state `running` counts as failed."""

@@ -124,8 +124,16 @@ def is_open_at(handle: int, path: Path) -> bool:
     """Return whether an open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+
+
+def find_open_path(handle: int) -> Path | None:
+    """Return where an open file or directory is now, also after a rename; None: it was removed, or the system cannot tell."""
+    with suppress(OSError):
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        return path if is_open_at(handle, path) else None
+    return None
 
 
 def try_lock(path: Path, *, create: bool = True) -> Lock | None:

@@ -13,7 +13,7 @@ from agnews_dist.run.status import StatusFile, read_status, run_of_job
 def leave(directory: Path, state: str, *, job: str | None = None, time: str | None = None) -> None:
     """Leave a status in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
-    StatusFile(directory, attempt=2, step=40, job=job).write(state, "it was asked to")
+    StatusFile(lambda: directory, attempt=2, step=40, job=job).write(state, "it was asked to")
     if time is not None:
         file = directory / "status.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "time": time}))
@@ -39,7 +39,7 @@ def test_read_status_ignores_other_content(tmp_path, content):
 
 def test_unwritable_status_is_an_error_for_write_but_not_for_try_to_write(tmp_path):
     (tmp_path / "status.json").mkdir()
-    file = StatusFile(tmp_path, attempt=1, step=0, job=None)
+    file = StatusFile(lambda: tmp_path, attempt=1, step=0, job=None)
     with pytest.raises(UserError, match=r"status.json"):
         file.write("running", "it began")
     file.try_to_write("failed", "something")
