@@ -36,6 +36,7 @@ from agnews_dist.model.gpt2 import (
 from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.model.saved_model import check_config
 from agnews_dist.model.tokenizer_files import check_export
+from agnews_dist.model.weight_files import WeightFiles, copy_weights
 from agnews_dist.report.formatting import sum_parameters
 from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.run.fingerprints import run_fingerprints
@@ -66,6 +67,7 @@ class TrainingInputs:
     """Part of the model -> (trainable, frozen) parameters."""
     data_facts: Mapping[str, str]
     """Label -> value about the data, for the header."""
+    weight_files: WeightFiles
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -186,6 +188,7 @@ def load_training_inputs(
     classifier = split_model(
         backbone, trainable_blocks=model.trainable_blocks, num_classes=len(names), seed=seed, class_names=names
     )
+    weight_files = copy_weights(classifier, world.ranks_per_node)
     parameters = count_parameters(classifier)
     if world.is_main:
         runs = Path(config.run.dir)
@@ -195,7 +198,7 @@ def load_training_inputs(
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
-    return TrainingInputs(classifier, files.tokenizer, store, fingerprints, parameters, corpus.facts)
+    return TrainingInputs(classifier, files.tokenizer, store, fingerprints, parameters, corpus.facts, weight_files)
 
 
 def load_evaluation_inputs(
@@ -213,6 +216,7 @@ def load_evaluation_inputs(
     trained = load_classifier(model.name, revision=model.revision)
     saved = trained if max_length is None else limit_length(trained, max_length)
     classifier, tokenizer, class_names, length, encoding, notes = saved
+    copy_weights(classifier, world.ranks_per_node)
     for note in notes:
         emit(Warned(message=note))
     if length != trained.max_length:
@@ -333,6 +337,8 @@ def build_evaluation(
     """Return a function that scores a split by its name. Collective; it raises `Stopped` when the run must stop."""
 
     def evaluate(split: str) -> SplitScores:
+        # At every epoch, and cheap: two numbers of a file.
+        inputs.weight_files.check(monitors.emit)
         with monitors.timer.stage("eval"):
             return evaluate_split(
                 inputs.classifier,
