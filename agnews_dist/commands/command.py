@@ -97,7 +97,7 @@ def _run_body(
     except UserError as error:
         if preemption is not None and is_loaded:
             # Tells the ranks that wait for this one in a collective why they end.
-            preemption.report_failure(str(error))
+            preemption.report_failure(str(error), is_own=True)
         if is_loaded or world.local_rank == 0:
             print_line(f"{_label(world.rank, world)}error: {error}")
         return error.exit_code, False
@@ -105,11 +105,12 @@ def _run_body(
         if world.is_main:
             print_line("interrupted")
         return 130, False
-    except Exception:
+    except Exception as error:
         # A bug, at the outermost frame: every line of the traceback names the rank, and the other ranks learn of it.
         text = traceback.format_exc()
-        # If another rank failed first, one line replaces the traceback.
-        consequence = preemption.report_failure(text.strip().splitlines()[-1]) if preemption is not None else None
+        # If another rank failed first, one line replaces the traceback. Collectives raise RuntimeError.
+        own, last = not isinstance(error, RuntimeError), text.strip().splitlines()[-1]
+        consequence = preemption.report_failure(last, is_own=own) if preemption is not None else None
         print_line("\n".join(f"{world.label} {line}" for line in (consequence or text).splitlines()))
         return 1, False
     return 0, True

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from agnews_dist.distributed.heartbeat import Store
+from agnews_dist.distributed.coordinator import Store
 from agnews_dist.distributed.world import print_line
 from agnews_dist.errors import SharedError, UserError
 

@@ -19,11 +19,19 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import NoReturn
 
-from agnews_dist.distributed.coordinator import ANSWER_SECONDS, PAUSE_SECONDS, Coordinator, Failure
-from agnews_dist.distributed.heartbeat import HOST_GONE, Store, format_silence
+from agnews_dist.distributed.coordinator import (
+    HOST_GONE,
+    SILENCE_SECONDS,
+    STOP,
+    TRAINING,
+    Coordinator,
+    Failure,
+    Store,
+    silent_ranks,
+)
 from agnews_dist.distributed.world import LAUNCHER_VARIABLES, World, print_line
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = tuple(signal.Signals[f"SIG{name}"] for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2"))
 TICK_SECONDS = 0.2
 """Interval between two checks of the launcher, the deadline and the other ranks."""
 REPEAT_SECONDS = 2.0
@@ -54,16 +62,14 @@ class PreemptionHandler:
         self._launcher = os.getppid() if rank else None
         self.before_exit: Callable[[str, str], None] | None = None
         """Called as before_exit(state, reason) before this handler ends the process; state: preempted or failed."""
-        self._coordinator: Coordinator | None = None
         self.stop_reason: str | None = None
         """Reason of the stop that this rank knows of: `SIGTERM`, `the launcher is gone`, or the deadline's."""
+        self._coordinator: Coordinator | None = None
+        self._phase = ""
+        """The phase before `connect`; see coordinator.py."""
         self._deadline, self._deadline_reason = float("inf"), ""
         self._stopping_since, self._failed_since, self._signalled_at = float("inf"), float("inf"), float("inf")
-        self._connected_at = 0.0
-        self._is_training, self._is_exiting, self._has_failed, self._is_closed = False, False, False, False
-        self._must_exit_now = False
-        self._has_agreed_to_exit = False
-        """This rank has answered that it can exit without saving."""
+        self._is_exiting, self._has_failed, self._is_closed, self._must_exit_now = False, False, False, False
         self._is_ending_process, self._has_printed_error = False, False
         self._lock = threading.Lock()
         self._restore_signals = ExitStack()
@@ -78,6 +84,8 @@ class PreemptionHandler:
             previous_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
             self._restore_signals.callback(signal.set_wakeup_fd, previous_fd)
             for number in SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup: the run outlives its terminal
                 previous = signal.signal(number, lambda _number, _frame: None)
                 self._restore_signals.callback(signal.signal, number, signal.SIG_DFL if previous is None else previous)
                 # Many libraries do not expect a system call to be interrupted.
@@ -109,50 +117,40 @@ class PreemptionHandler:
     def connect(self, store: Store, rank: int, num_ranks: int, timeout_seconds: float) -> None:
         """Exchange stops and failures with the other ranks from now on; every rank calls this. See `Coordinator`."""
         self._num_ranks = num_ranks
-        coordinator = Coordinator(store, rank, num_ranks, timeout_seconds, can_exit_now=self._agree_to_exit, on_news=self._wake)
         with self._lock:
-            self._connected_at, self._coordinator = time.monotonic(), coordinator
-            if self.stop_reason is not None:
-                coordinator.request_stop(self.stop_reason)
+            self._coordinator = Coordinator(store, rank, num_ranks, timeout_seconds, self._wake)
+        if self.stop_reason is not None:
+            self._coordinator.enter(STOP + self.stop_reason)
 
     def begin_training(self) -> None:
         """Leave a stop to the main thread from now on: it saves and exits at a step, together with all ranks."""
-        with self._lock:
-            self._is_training = True
-        # A rank that has agreed to exit must not begin, unless another one already trains.
-        self._wait_while_exiting()
+        if self._enter(TRAINING).startswith(STOP):
+            self._wait_for_end()
 
     def begin_exit(self) -> None:
-        """Note that the main thread exits together with all ranks: they may fall silent, and the grace time runs on."""
+        """Note that the main thread saves and exits together with all ranks: the grace time runs."""
         self._is_exiting = True
         self._stopping_since = min(self._stopping_since, time.monotonic())
-        if self._coordinator is not None:
-            self._coordinator.detects_failures = False
 
-    def report_failure(self, error_text: str) -> str | None:
+    def report_failure(self, error_text: str, *, is_own: bool) -> str | None:
         """Report that this rank ends with an error to the other ranks; return the one-line message to print instead of it.
 
-        None: print the error in full, as it was the job's first or the other ranks cannot be reached.
+        None: print the error in full, as it was the job's first or the other ranks cannot be reached. `is_own`: no other rank's
+        end can be its cause.
         """
         self._has_failed, coordinator = True, self._coordinator
         if coordinator is None:
             return None
+        own = Failure(coordinator.rank, coordinator.rank, error_text)
+        failure = coordinator.publish(own if is_own else coordinator.explain(error_text))
         # The others may have exited because of a stop, which looks like a failure from here.
-        self._wait_while_exiting()
-        failure = coordinator.report_failure(error_text)
-        if failure is not None and failure.reported_by != coordinator.rank:
+        if self._is_ending_process or coordinator.phase.startswith(STOP):
+            self._wait_for_end()
+        if failure.reported_by != coordinator.rank:
             return failure.consequence
-        if failure is not None and failure.rank != coordinator.rank:
-            return self._claim_error(f"error: {failure.text}") or failure.consequence
-        ranks, seconds = coordinator.find_silent_ranks()
-        if not ranks:
+        if failure.rank == coordinator.rank:
             return None
-        message = f"error: {format_silence(ranks, seconds)}"
-        if seconds > coordinator.timeout_seconds / 2:
-            return f"{message} (Here it ended with {error_text})"
-        # The silent ranks may only be slow, so the caller prints this rank's error too.
-        self._print(message)
-        return None
+        return self._claim_error(f"error: {failure.text} (Here it ended with {error_text})") or failure.consequence
 
     def _print(self, text: str) -> None:
         rank = self._coordinator.rank if self._coordinator is not None else 0
@@ -164,29 +162,28 @@ class PreemptionHandler:
             has_printed, self._has_printed_error = self._has_printed_error, True
         return None if has_printed else text
 
-    def _agree_to_exit(self) -> bool:
-        """Return whether this rank can exit without saving. The answer is binding."""
-        with self._lock:
-            self._has_agreed_to_exit = not self._is_training
-            return self._has_agreed_to_exit
+    def _wait_for_end(self) -> NoReturn:
+        """Block the main thread: the second one ends the process."""
+        while True:
+            time.sleep(1.0)
 
-    def _wait_while_exiting(self) -> None:
-        """Block the main thread while the second thread ends the process, or may do so once all ranks have answered."""
-        while self._is_ending_process or (
-            self._has_agreed_to_exit and not (self._coordinator and self._coordinator.is_exit_cancelled)
-        ):
-            time.sleep(0.02)
+    def _enter(self, phase: str) -> str:
+        """Enter a phase of the job; return the one that it is in."""
+        with self._lock:
+            if self._coordinator is None:
+                self._phase = self._phase or phase
+                return self._phase
+        return self._coordinator.enter(phase)
 
     def _request_stop(self, reason: str) -> None:
         """Record and spread a stop. The first reason counts; a launcher's signal after a failure is not a stop."""
-        with self._lock:
-            has_failure = self._coordinator is not None and self._coordinator.failure is not None
-            if self.stop_reason is not None or has_failure:
-                return
-            self._stopping_since = min(self._stopping_since, time.monotonic())
-            self.stop_reason = reason
-            if self._coordinator is not None:
-                self._coordinator.request_stop(reason)
+        coordinator = self._coordinator
+        if self.stop_reason is not None or (coordinator is not None and coordinator.failure is not None):
+            return
+        self._stopping_since = min(self._stopping_since, time.monotonic())
+        self.stop_reason = reason
+        if coordinator is not None:
+            coordinator.enter(STOP + reason)
 
     def _wake(self) -> None:
         with suppress(OSError):  # the pipe is full or closed: the thread is awake
@@ -200,11 +197,17 @@ class PreemptionHandler:
             with suppress(TimeoutError):
                 numbers = self._receiver.recv(4096)
             now = time.monotonic()
-            if now - last_round > PAUSE_SECONDS and self._coordinator is not None:
-                self._coordinator.discount_pause(now - last_round)
-            last_round = now
             self._read_signals(numbers, now)
-            self._check_sources(now)
+            if now >= self._deadline:
+                self._request_stop(self._deadline_reason)
+            if self._launcher is not None and os.getppid() != self._launcher:
+                self._request_stop(LAUNCHER_GONE)
+            coordinator = self._coordinator
+            if coordinator is not None:
+                coordinator.count_tick(now - last_round)
+                if coordinator.phase.startswith(STOP):
+                    self._request_stop(coordinator.phase.removeprefix(STOP))
+            last_round = now
             if not self._is_closed:
                 self._enforce(now)
 
@@ -218,45 +221,25 @@ class PreemptionHandler:
                 self._must_exit_now = True
             self._request_stop(signal.Signals(number).name)
 
-    def _check_sources(self, now: float) -> None:
-        """Check the deadline, the launcher and the coordinator for a reason to stop."""
-        if now >= self._deadline:
-            self._request_stop(self._deadline_reason)
-        if self._launcher is not None and os.getppid() != self._launcher:
-            self._request_stop(LAUNCHER_GONE)
-        coordinator = self._coordinator
-        if coordinator is None:
-            return
-        if coordinator.stop_reason is not None:
-            self._request_stop(coordinator.stop_reason)
-        silence = coordinator.measure_host_silence()
-        if coordinator.rank != 0 and silence > coordinator.timeout_seconds and coordinator.detects_failures:
-            coordinator.record_failure(Failure(0, coordinator.rank, format_silence([0], silence)))
-
     def _enforce(self, now: float) -> None:
         """End the process if the main thread must not, or does not, do so itself."""
         coordinator, reason = self._coordinator, self.stop_reason or ""
-        seconds = now - self._stopping_since
-        is_grace_over = seconds > self._grace_seconds
-        # The others cannot answer before they are connected: imports may take longer than the time for an answer.
-        unanswered = min(seconds, now - self._connected_at)
+        is_overdue = self._must_exit_now or now - self._stopping_since > self._grace_seconds
         if coordinator is None:
             # If the launcher is gone, the other ranks see that themselves; the store ended with it.
             is_alone = self._num_ranks == 1 or self.stop_reason == LAUNCHER_GONE
-            if self._must_exit_now or is_grace_over or (is_alone and self.is_stopping and self._agree_to_exit()):
+            if is_overdue or (is_alone and self.is_stopping and self._enter(STOP).startswith(STOP)):
                 self._end_process("preempted" if is_alone else "failed", reason)
-            return
-        state = "preempted" if coordinator.all_answered.is_set() else "failed"
-        if self._must_exit_now and not coordinator.is_exit_requested:
-            coordinator.request_exit()
-        if coordinator.all_can_exit:
-            self._end_process(state, reason)
         elif coordinator.failure is not None:
             self._enforce_failure(coordinator, coordinator.failure, now)
-        elif coordinator.is_exit_requested or is_grace_over:
-            self._end_process(state, reason)
-        elif self._has_agreed_to_exit and not coordinator.all_answered.is_set() and unanswered > 2 * ANSWER_SECONDS:
-            self._end_process("failed", f"{reason}, which did not reach every rank")
+        elif coordinator.phase.startswith(STOP):
+            # A launcher also sends signals because a rank is dead.
+            if silent := coordinator.call_roll():
+                coordinator.publish(silent_ranks(silent, SILENCE_SECONDS, coordinator.rank))
+            elif coordinator.failure is None:
+                self._end_process("preempted", reason)
+        elif is_overdue and not coordinator.enter(STOP + reason, force=True) and coordinator.failure is None:
+            self._end_process("failed", f"{reason}, and rank 0 does not answer")
 
     def _enforce_failure(self, coordinator: Coordinator, failure: Failure, now: float) -> None:
         self._failed_since = min(self._failed_since, now)
@@ -287,16 +270,12 @@ class PreemptionHandler:
                 sys.stderr.flush()
 
         try:
-            coordinator = self._coordinator
-            if coordinator is not None and state == "preempted":
-                coordinator.enter_barrier()
             # In a thread of its own: it may hang in a lock that the main thread holds.
             reporter = threading.Thread(target=report, daemon=True)
             reporter.start()
             reporter.join(CALLBACK_SECONDS)
-            if coordinator is not None and state == "preempted":
-                coordinator.leave_barrier()
-            elif coordinator is not None:
-                coordinator.wait_for_others()
+            if self._coordinator is not None:
+                # After a stop rank 0 prints the last message of the job: a launcher may end the job with the first rank.
+                self._coordinator.leave(after_main=state == "preempted")
         finally:
             os._exit(code)

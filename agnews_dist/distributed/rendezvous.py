@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]  # documented as public
 
-from agnews_dist.distributed.heartbeat import Store
+from agnews_dist.distributed.coordinator import Store
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import UserError
 

@@ -194,7 +194,7 @@ def test_silent_rank_is_named_and_ends_all(start, stopped):
     if stopped == 1:
         assert len(errors) == 1
         assert errors[0].startswith("[rank 0/3]")
-        assert job.lines[1:] in ([], [f"[rank 2/3] rank {stopped} sends no heartbeat; this rank ended with it"])
+        assert all(re.fullmatch(rf"\[rank 2/3\] {silence}; this rank ended with it", line) for line in job.lines[1:])
     reports = [report for report in job.reports() if report]
     assert reports
     assert all(re.fullmatch(f"failed: {silence}", report) for report in reports)
@@ -235,8 +235,8 @@ def test_killed_rank_is_named_with_the_error_it_causes(start):
     job = start("collective", "compute")
     job.send(1, signal.SIGKILL)
     assert job.wait() == [1, -signal.SIGKILL]
-    assert re.match(r"\[rank 0/2\] error: rank 1 has sent no heartbeat for \d+ s: ", job.lines[0])
-    assert job.lines[1] == "[rank 0/2] Traceback (most recent call last):"
+    (line,) = job.lines
+    assert re.fullmatch(r"\[rank 0/2\] error: rank 1 has sent no heartbeat for \d+ s: .* \(Here it ended with .*\)", line)
 
 
 def test_end_of_rank_0_ends_a_rank_that_waits_for_a_file(start):

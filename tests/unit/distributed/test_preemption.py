@@ -191,7 +191,7 @@ def test_close_restores_signal_handlers():
             while not handler.is_stopping and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert handler.stop_reason == "SIGUSR1"
-            assert handler.report_failure("RuntimeError: alone") is None, "print the full error"
+            assert handler.report_failure("RuntimeError: alone", is_own=False) is None, "print the full error"
         finally:
             handler.close()
     assert [signal.getsignal(number) for number in SIGNALS] == before
@@ -202,17 +202,28 @@ def test_close_restores_signal_handlers():
 def test_other_signals_are_ignored():
     handler = PreemptionHandler({})
     received = []
-    before = signal.signal(signal.SIGHUP, lambda number, _: received.append(number))
+    before = signal.signal(signal.SIGWINCH, lambda number, _: received.append(number))
     handler.start()
     try:
         handler.begin_training()
-        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGWINCH)
         time.sleep(0.5)
-        assert received == [signal.SIGHUP]
+        assert received == [signal.SIGWINCH]
         assert handler.stop_reason is None
     finally:
         handler.close()
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGWINCH, before)
+
+
+def test_nohup_outlives_its_terminal():
+    """The run also goes on if it is told of the hangup itself; another signal stops it."""
+    code = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + BLOCK
+    child = Child(code)
+    child.process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert child.process.poll() is None
+    child.process.send_signal(signal.SIGQUIT)
+    assert child.end()[:2] == (75, "preempted: SIGQUIT\n")
 
 
 def test_rank_that_is_not_connected_fails_after_the_grace_time():
@@ -235,17 +246,16 @@ while not handler.is_stopping:
 handler._stopping_since -= 60  # imports of a minute
 store = HashStore()
 handler.connect(store, 0, 2, 60.0)
-while not handler._has_agreed_to_exit:
+other = Coordinator(store, 1, 2, 60.0)
+while not other.phase:
     time.sleep(0.01)
-# Several rounds of the second thread without an answer of rank 1.
-time.sleep(1)
-Coordinator(store, 1, 2, 60.0, can_exit_now=lambda: True, on_news=lambda: None).close()
+other.close()
 time.sleep(60)
 """
 )
 
 
-def test_stop_long_before_the_ranks_connect_waits_for_their_answers():
+def test_stop_long_before_the_ranks_connect_stops_them_all():
     code, printed, _ = run_and_signal(EARLY_STOP, signal.SIGTERM, RANK="0", WORLD_SIZE="2")
     assert (code, printed) == (75, "preempted: SIGTERM\n")
 
@@ -254,14 +264,14 @@ RANK_1_FAILED = (
     PRELUDE
     + """
 from torch.distributed import HashStore
-from agnews_dist.distributed.coordinator import Coordinator
+from agnews_dist.distributed.coordinator import Coordinator, Failure
 
 store = HashStore()
 handler.connect(store, 0, 2, 60.0)
-other = Coordinator(store, 1, 2, 60.0, can_exit_now=lambda: False, on_news=lambda: None)
+other = Coordinator(store, 1, 2, 60.0)
 handler.begin_training()
 print("ready", flush=True)
-other.report_failure("a bug")
+other.publish(Failure(1, 1, "a bug"))
 while handler._coordinator.failure is None:
     time.sleep(0.01)
 os.kill(os.getpid(), signal.SIGTERM)
