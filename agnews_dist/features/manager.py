@@ -38,6 +38,8 @@ class CacheSettings:
     """Root of the feature caches on disk."""
     limit_bytes: int
     """Limit of all caches below `directory` together."""
+    reserved_bytes: int
+    """Free bytes of its file system that the run needs for other files."""
     frozen_weights: str
     """Fingerprint of the frozen weights."""
     model_name: str
@@ -130,7 +132,7 @@ class FeatureCache:
             "device_bytes": free_device_bytes(device, world.ranks_per_node),
             "host_bytes": capacity.free_host_bytes(),
             "shared_bytes": capacity.free_shared_bytes(),
-            "disk_bytes": capacity.free_disk_bytes(settings.directory),
+            "disk_bytes": max(0, capacity.free_disk_bytes(settings.directory) - settings.reserved_bytes),
         }
         of_ranks = collectives.all_gather((own_bytes, is_on_disk))
         resources = Resources(

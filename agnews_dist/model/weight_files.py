@@ -1,6 +1,6 @@
 """The files from which a model's weights were read: copied to memory where that costs little, and watched for changes.
 
-`from_pretrained` maps the files. Whoever overwrites or truncates one in place would change the weights of a run, or end it by
+`from_pretrained` maps the files. Overwriting one in place would change the weights of a run. Truncating it would end the run by
 SIGBUS, which names no file.
 """
 
@@ -36,7 +36,11 @@ class WeightFiles:
         Raises:
             ModelError: the weights are mapped, so they are not those that the run began with.
         """
-        for path in [path for path, state in self.states.items() if path not in self._reported and _state_of(path) not in (state, _REMOVED)]:
+        for path in [
+            path
+            for path, state in self.states.items()
+            if path not in self._reported and _state_of(path) not in (state, _REMOVED)
+        ]:
             if not self.are_copied:
                 raise ModelError(
                     f"model file {path} has changed while the run uses it: its weights are no longer those that the run began "
@@ -44,8 +48,8 @@ class WeightFiles:
                 )
             self._reported.add(path)
             message = (
-                f"model file {path} has changed since it was read: this run keeps the weights that it read, but a restart would "
-                "refuse the new ones. Restore the file."
+                f"model file {path} has changed since it was read: this run keeps the weights that it read, and a restart "
+                "would refuse the new ones. Restore the file."
             )
             emit(Warned(message=message))
 

@@ -44,7 +44,7 @@ class EventLog:
         self.is_in_place: Callable[[], bool] = lambda: True
         """Return False if the file's directory is not where it was. The thread calls this, since the disk may be slow."""
         self.has_moved = False
-        """True from a write on at which the directory was not in its place; whoever follows it sets it back."""
+        """True from a write on at which the directory was not in its place. The caller that follows it sets it back."""
         self._writer = BackgroundWriter(self._write)
         self._is_open = True
 

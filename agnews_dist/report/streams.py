@@ -54,7 +54,7 @@ class DisplayStream(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        """Hand the text to the thread."""
+        """Pass the text to the thread."""
         self._writer.put(text.encode(self.encoding, "backslashreplace"))
         return len(text)
 

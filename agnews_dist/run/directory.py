@@ -89,8 +89,8 @@ class RunDirectory:
                 )
         except StuckHolder as stuck:
             raise UserError(
-                f"{self.directory} is being written by another process: {stuck.strerror}. Let it continue, or end it, or choose "
-                "another --run.name."
+                f"{self.directory} is being written by another process: {stuck.strerror}. Let it continue, end it, or "
+                "choose another --run.name."
             ) from stuck
         except OSError as error:
             raise self._unwritable(error) from error
@@ -185,8 +185,8 @@ class RunDirectory:
             found = find_open_path(self._handle)
             if found is None:
                 raise UserError(
-                    f"run {self.path}: its directory was removed while the run writes there, so its results would be lost. Start "
-                    "it again."
+                    f"run {self.path}: its directory was removed while the run writes there, so its results would be lost. "
+                    "Start it again."
                 )
             self._notice = f"run {self.path}: its directory was moved to {found}, and the run continues there."
             self.path = found

@@ -17,6 +17,7 @@ from agnews_dist.data.local_files import SplitSettings
 from agnews_dist.data.rows import NUM_SHOWN, Corpus, Ints, hash_corpus, list_first
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding, TokenSplit, TokenStore, open_or_build
 from agnews_dist.distributed.world import World
+from agnews_dist.engine.device import find_compiler_fault
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import DataError
 from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
@@ -37,7 +38,7 @@ from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.model.saved_model import check_config
 from agnews_dist.model.tokenizer_files import check_export
 from agnews_dist.model.weight_files import WeightFiles, copy_weights
-from agnews_dist.report.formatting import sum_parameters
+from agnews_dist.run.disk_setup import estimate_run_bytes, reserve_run_bytes
 from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.run.fingerprints import run_fingerprints
 from agnews_dist.storage.directories import cache_root
@@ -191,10 +192,7 @@ def load_training_inputs(
     weight_files = copy_weights(classifier, world.ranks_per_node)
     parameters = count_parameters(classifier)
     if world.is_main:
-        runs = Path(config.run.dir)
-        # A run of this name may have its checkpoints already.
-        has_run = config.run.name is not None and (runs / config.run.name).exists()
-        check_room(runs, *sum_parameters(parameters), has_checkpoint=has_run)
+        check_room(Path(config.run.dir), estimate_run_bytes(config, parameters, corpus.splits, len(names)))
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
@@ -310,12 +308,14 @@ def open_features(
 ) -> FeatureCache:
     """Decide where the frozen part's output is kept, without computing it yet. Collective."""
     num_tokens = sum(int(table.lengths_N.sum()) for table in tables.values())
-    inputs.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=config.engine.compile)
+    wanted = config.engine.compile if config.engine.compile == "always" or find_compiler_fault() is None else "never"
+    inputs.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=wanted)
     settings = CacheSettings(
         requested=requested,
         num_epochs=estimate_epochs(config, tables["train"].lengths_N),
         directory=cache_root(config.data.cache_dir) / "features",
         limit_bytes=int(config.engine.feature_cache_gigabytes * 1e9),
+        reserved_bytes=reserve_run_bytes(config, inputs.parameters, inputs.store.splits, len(inputs.class_names)),
         frozen_weights=inputs.fingerprints["frozen_weights"],
         model_name=config.model.name,
     )

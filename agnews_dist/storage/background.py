@@ -14,7 +14,7 @@ PIECE_BYTES = 1 << 16
 DescribeGap = Callable[[int], bytes]
 
 
-def _skip(_: int) -> bytes:
+def _leave_gap(_: int) -> bytes:
     return b""
 
 
@@ -25,7 +25,9 @@ class BackgroundWriter:
     bounded time.
     """
 
-    def __init__(self, write: Callable[[bytes], int], *, keep_bytes: int | None = None, describe_gap: DescribeGap = _skip) -> None:
+    def __init__(
+        self, write: Callable[[bytes], int], *, keep_bytes: int | None = None, describe_gap: DescribeGap = _leave_gap
+    ) -> None:
         """`write` returns how many of the bytes it has written, or raises OSError.
 
         `keep_bytes`: while more bytes wait, the oldest contents of `put` are dropped, and the writer puts

@@ -1,7 +1,10 @@
 """Directories: paths as users write them, the root of all caches, the space that one takes or that is free below one."""
 
 import os
+import pwd
 import re
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 BLOCK_BYTES = 512
@@ -53,6 +56,23 @@ def cache_root(cache_dir: Path | str | None) -> Path:
     if cache_dir:
         return Path(cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agnews_dist"
+
+
+def provide_home() -> None:
+    """Set HOME and LOGNAME for a user without an entry in the password database, as in containers with a random user id.
+
+    Without them libraries write to a directory that is called `~`, or fail. HOME is then one below the temporary directory.
+    """
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        os.environ.setdefault("LOGNAME", str(os.getuid()))
+        if not os.environ.get("HOME"):
+            home = Path(tempfile.gettempdir()) / f"agnews_dist-home-{os.getuid()}"
+            with suppress(OSError):
+                home.mkdir(mode=0o700)
+            is_own = home.is_dir() and home.stat().st_uid == os.getuid()
+            os.environ["HOME"] = str(home) if is_own else tempfile.mkdtemp(prefix="agnews_dist-home-")
 
 
 def used_disk_bytes(directory: Path) -> int:

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 
 from agnews_dist.storage.holders import Holder, StuckHolder, find_holder
 
@@ -57,7 +58,7 @@ class _Heartbeat:
     """The thread that sets the modification time of all signed lock files of this process to now."""
 
     _guard = threading.Lock()
-    _handles: set[int] = set()
+    _handles: ClassVar[set[int]] = set()
     _process = 0
 
     @classmethod
@@ -115,8 +116,8 @@ class LockWait:
         if now >= self._next_line:
             self._next_line = now + REPEAT_SECONDS
             self._say(
-                f"{self._what}: {holder.name} has the lock {self._path}, waited for {now - self._begin:.0f} s so far; as long as "
-                f"it works, but at most {STALE_SECONDS:.0f} s without a sign of life."
+                f"{self._what}: {holder.name} has the lock {self._path}, waited for {now - self._begin:.0f} s so far. No "
+                f"time limit while it works; at most {STALE_SECONDS:.0f} s without a sign of life."
             )
 
 
@@ -273,7 +274,7 @@ def _visible_file(path: Path) -> Path:
 
 
 def _create_held_file(path: Path) -> Lock | None:
-    """Create the file that stands for a lock; None if another process has it. That of a dead process of this host is removed."""
+    """Create the file that replaces a lock; None if another process has it. That of a dead process of this host is removed."""
     held = path.with_name(path.name + _HELD)
     try:
         return Lock(os.open(held, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), held)
