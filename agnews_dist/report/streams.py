@@ -5,6 +5,7 @@ import io
 import os
 import select
 import sys
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -30,6 +31,8 @@ class DisplayStream(io.TextIOBase):
     def __init__(self, stream: TextIO, writer: BackgroundWriter) -> None:
         """`writer`: shared by streams of one file, so that their lines keep their order."""
         self._stream, self._writer = stream, writer
+        self._begun = ""
+        self._guard = threading.Lock()
 
     @property
     def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # typeshed has an attribute
@@ -54,12 +57,17 @@ class DisplayStream(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        """Pass the text to the thread."""
-        self._writer.put(text.encode(self.encoding, "backslashreplace"))
+        """Pass whole lines to the thread: `print` writes a line's end on its own, and processes share the display."""
+        with self._guard:
+            lines, newline, self._begun = (self._begun + text).rpartition("\n")
+            self._writer.put((lines + newline).encode(self.encoding, "backslashreplace"))
         return len(text)
 
     def flush(self) -> None:
-        """Give the thread a moment."""
+        """Pass also a line without its end, and give the thread a moment."""
+        with self._guard:
+            text, self._begun = self._begun, ""
+            self._writer.put(text.encode(self.encoding, "backslashreplace"))
         self._writer.settle()
 
 
@@ -110,6 +118,7 @@ def background_streams(*names: str) -> Generator[None]:
         for name, stream, display in replaced:
             if getattr(sys, name) is display:
                 setattr(sys, name, stream)
+            display.flush()
         for writer in writers.values():
             writer.close(LAST_SECONDS)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agnews_dist.errors import UserError
-from agnews_dist.run.status import StatusFile, read_status, run_of_job
+from agnews_dist.run.status import StatusFile, read_status, runs_of_job
 
 
 def leave(directory: Path, state: str, *, job: str | None = None, time: str | None = None) -> None:
@@ -45,14 +45,14 @@ def test_unwritable_status_is_an_error_for_write_but_not_for_try_to_write(tmp_pa
     file.try_to_write("failed", "something")
 
 
-def test_run_of_job_is_the_newest_unfinished_run_of_that_job(tmp_path):
-    assert run_of_job(tmp_path / "nowhere", "slurm 7") is None
+def test_runs_of_job_are_its_unfinished_ones_newest_first(tmp_path):
+    assert runs_of_job(tmp_path / "nowhere", "slurm 7") == []
     leave(tmp_path / "old", "failed", job="slurm 7", time="2026-01-01T00:00:00+00:00")
     leave(tmp_path / "new", "running", job="slurm 7", time="2026-01-02T00:00:00+00:00")
     leave(tmp_path / "done", "finished", job="slurm 7", time="2026-01-03T00:00:00+00:00")
     leave(tmp_path / "other", "preempted", job="slurm 8", time="2026-01-04T00:00:00+00:00")
     leave(tmp_path / "by hand", "preempted", time="2026-01-05T00:00:00+00:00")
-    assert run_of_job(tmp_path, "slurm 7") == "new"
-    assert run_of_job(tmp_path, "slurm 8") == "other"
-    assert run_of_job(tmp_path, "slurm 9") is None
-    assert run_of_job(tmp_path, None) is None
+    assert runs_of_job(tmp_path, "slurm 7") == ["new", "old"]
+    assert runs_of_job(tmp_path, "slurm 8") == ["other"]
+    assert runs_of_job(tmp_path, "slurm 9") == []
+    assert runs_of_job(tmp_path, None) == []
