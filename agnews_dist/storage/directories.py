@@ -1,8 +1,12 @@
-"""Directories: paths as users write them, the root of all caches, the space that one takes or that is free below one."""
+"""Directories: paths as users write them, the root of all caches, a home, the space that one takes or that is free below one.
+
+`python -m agnews_dist.storage.directories PATH` prints a path with its variables replaced, for scripts.
+"""
 
 import os
 import pwd
 import re
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -97,3 +101,10 @@ def free_disk_bytes(directory: Path) -> int:
         except OSError:
             return 0
     return 0
+
+
+if __name__ == "__main__":
+    try:
+        print(expand_path(sys.argv[1]))
+    except ValueError as error:
+        sys.exit(f"error: {sys.argv[1]}: {error}")
