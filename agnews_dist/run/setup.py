@@ -191,10 +191,11 @@ def load_training_inputs(
     )
     weight_files = copy_weights(classifier, world.ranks_per_node)
     parameters = count_parameters(classifier)
-    if world.is_main:
-        check_room(Path(config.run.dir), estimate_run_bytes(config, parameters, corpus.splits, len(names)))
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
+    if world.is_main:
+        # After the tokens: the other ranks wait for them, and they may take space on the same disk.
+        check_room(Path(config.run.dir), estimate_run_bytes(config, parameters, corpus.splits, len(names)))
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
     return TrainingInputs(classifier, files.tokenizer, store, fingerprints, parameters, corpus.facts, weight_files)
 
