@@ -60,7 +60,7 @@ def test_run_survives_a_model_file_that_is_cut_off(whole, tmp_path):
 
 
 def test_display_that_is_not_read_delays_no_step(tmp_path):
-    """Its pipe holds less than the lines of the run. It is read after the results are there."""
+    # Its pipe holds less than the lines of the run. It is read after the results are there.
     display = tmp_path / "display"
     os.mkfifo(display)
     end = os.open(display, os.O_RDONLY | os.O_NONBLOCK)
@@ -127,7 +127,7 @@ def test_two_starts_in_one_second_have_names_of_their_own(tmp_path):
 
 @requires_tool("unshare")
 def test_start_without_streams_home_and_name_of_the_user(tmp_path):
-    """As a container with a random user id starts it, with all streams closed and every message of torch asked for."""
+    # As a container with a random user id starts it, with all streams closed and every message of torch asked for.
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "agnews_dist.train"]
     words = [*arguments(tmp_path, "--optim.epochs", "1"), "--data.cache_dir", "null"]
     user = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
@@ -151,7 +151,7 @@ def test_start_without_streams_home_and_name_of_the_user(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts file systems: needs root")
 def test_compiling_on_a_disk_without_programs_is_refused(tmp_path):
-    """Two lines of Python with the real file system; TorchInductor would fail only after a minute of work."""
+    # TorchInductor itself would fail only after a minute of work.
     code = (
         "from agnews_dist.engine.device import find_compiler_fault; print(find_compiler_fault());"
         "from agnews_dist.engine.device import check_compiler; check_compiler('always')"
@@ -171,7 +171,7 @@ def test_compiling_on_a_disk_without_programs_is_refused(tmp_path):
 
 
 def test_run_that_the_disk_cannot_hold_is_refused_before_it_begins(tmp_path):
-    """Not only the model counts: also the checkpoints, of which one more than checkpoint.keep exists for a while."""
+    # Not only the model counts: also the checkpoints, of which one more than checkpoint.keep exists for a while.
     words = ("--checkpoint.keep", "1000000000")
     output = wait_for(start(tmp_path, *words), tmp_path, 1)
     assert "free, the model and the checkpoints take " in output
