@@ -11,7 +11,7 @@ if [[ -n ${LOGS:-} ]]; then
     echo "== rank $RANK of $WORLD_SIZE on $(hostname), $(date '+%F %T')${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}" >>"$log"
     if ((RANK == 0)); then
         # Slurm and terminals signal every process of a job. tee must outlive the rank to write its last lines.
-        exec > >(trap '' HUP INT TERM USR1 USR2; exec tee -a "$log") 2>&1
+        exec > >(trap '' HUP INT QUIT TERM USR1 USR2; exec tee -a "$log") 2>&1
     else
         exec >>"$log" 2>&1
     fi

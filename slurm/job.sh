@@ -3,11 +3,11 @@
 #
 # TERM  Slurm takes the job away (preemption, requeue, scancel). Slurm itself signals the ranks and requeues the job.
 # USR1  The time limit is near (`--signal=B:USR1@...`), or the site announces a preemption. The script passes the signal on to
-#       the ranks and then requeues the job.
+#       the ranks and then requeues the job. USR2, HUP, INT and QUIT mean the same.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 was_stopped=
 trap_stop_signals() {
-    trap 'was_stopped=1' USR1 USR2 TERM
+    trap 'was_stopped=1' TERM HUP INT QUIT USR1 USR2
 }
 trap_stop_signals
 
@@ -69,7 +69,7 @@ run_command() {
     COMMAND=$name srun --export=ALL --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=0 \
         --wait=900 "$root/launch/node.sh" "$@" &
     step=$!
-    trap 'was_stopped=1; kill -USR1 "$step" 2>/dev/null' USR1 USR2
+    trap 'was_stopped=1; kill -USR1 "$step" 2>/dev/null' HUP INT QUIT USR1 USR2
     # A signal interrupts `wait`, not the step.
     while kill -0 "$step" 2>/dev/null; do
         wait "$step"

@@ -17,13 +17,11 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from agnews_dist.distributed.coordinator import Store
-from agnews_dist.distributed.world import print_line
+from agnews_dist.distributed.world import SPEAK_SECONDS, print_line
 from agnews_dist.errors import SharedError, UserError
 
 T = TypeVar("T")
 
-SPEAK_SECONDS = 5.0
-"""Length of a wait from which it is reported."""
 REPEAT_SECONDS = 30.0
 """Interval between two lines about the same wait."""
 

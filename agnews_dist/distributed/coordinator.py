@@ -197,8 +197,8 @@ class Coordinator:
             time.sleep(0.05)
 
     def _run_in_thread(self, work: Callable[[], T], seconds: float) -> T | None:
-        """Run `work` in the thread and return its result; None if it raised or took longer than `seconds`."""
-        if self.is_closed:
+        """Run `work` in the thread and return its result; None if it raised, took longer than `seconds`, or cannot begin."""
+        if self.is_closed or self._host_silence > SILENCE_SECONDS:
             return None
         future: Future[T] = Future()
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]  # documented as public
 
 from agnews_dist.distributed.coordinator import Store
-from agnews_dist.distributed.world import World, print_line
+from agnews_dist.distributed.world import World, announced, print_line
 from agnews_dist.errors import UserError
 
 POLL_INTERVAL_SECONDS = 0.02
@@ -37,29 +37,31 @@ def open_process_group(world: World, backend: str, timeout_seconds: int) -> None
     rendezvous = dist.rendezvous  # pyright: ignore[reportPrivateImportUsage]  # documented as public
     prefixed = dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage]  # documented as public
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    try:
-        store, rank, num_ranks = next(rendezvous("env://", timeout=timeout))
-    except DistError as error:
-        raise UserError(
-            f"rendezvous at {address} failed ({_first_line(error)}): the ranks cannot train together. "
-            "Check other ranks' errors, that rank 0 runs there, the port and firewalls."
-        ) from error
-    try:
-        prefix = _share_prefix(prefixed("agnews_dist", store), world, timeout_seconds)
-        dist.init_process_group(backend, store=prefixed(prefix, store), rank=rank, world_size=num_ranks, timeout=timeout)
-    except RuntimeError as error:  # raised by the store, gloo and NCCL
-        raise UserError(
-            f"the ranks met at {address} but could not connect ({_first_line(error)}): they cannot train together. "
-            "Check other ranks' errors, firewalls, and set GLOO_SOCKET_IFNAME."
-        ) from error
+    missing = ["the other ranks" if world.is_main else "rank 0"]
+    with announced(world, lambda: f"for {missing[-1]} at {address}, at most {timeout_seconds} s"):
+        try:
+            store, rank, num_ranks = next(rendezvous("env://", timeout=timeout))
+        except DistError as error:
+            raise UserError(
+                f"rendezvous at {address} failed ({_first_line(error)}): the ranks cannot train together. "
+                "Check other ranks' errors, that rank 0 runs there, the port and firewalls."
+            ) from error
+        try:
+            prefix = _share_prefix(prefixed("agnews_dist", store), world, timeout_seconds, missing)
+            dist.init_process_group(backend, store=prefixed(prefix, store), rank=rank, world_size=num_ranks, timeout=timeout)
+        except RuntimeError as error:  # raised by the store, gloo and NCCL
+            raise UserError(
+                f"the ranks met at {address} but could not connect ({_first_line(error)}): they cannot train together. "
+                "Check other ranks' errors, firewalls, and set GLOO_SOCKET_IFNAME."
+            ) from error
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
-def _share_prefix(store: Store, world: World, timeout_seconds: int) -> str:
-    """Return a random key prefix that rank 0 has chosen. Collective.
+def _share_prefix(store: Store, world: World, timeout_seconds: int, missing: list[str]) -> str:
+    """Return a random key prefix that rank 0 has chosen; rank 0 writes into `missing` who has not come. Collective.
 
     Keys may be left from an earlier attempt. So each rank sends a random token, and rank 0 replies under that token, until
     every rank has confirmed this very prefix.
@@ -73,14 +75,15 @@ def _share_prefix(store: Store, world: World, timeout_seconds: int) -> str:
         prefix = store.get(reply).decode()
         store.set(f"joined/{prefix}/{world.rank}", "")
         return prefix
-    missing = set(range(1, world.num_ranks))
-    while missing:
-        for rank in sorted(missing):
+    absent = set(range(1, world.num_ranks))
+    while absent:
+        for rank in sorted(absent):
             if store.check([f"joined/{token}/{rank}"]):
-                missing.discard(rank)
+                absent.discard(rank)
             elif store.check([f"request/{rank}"]):
                 store.set(f"reply/{store.get(f'request/{rank}').decode()}", token)
-        _sleep(deadline, f"rank(s) {', '.join(map(str, sorted(missing)))}", timeout_seconds)
+        missing[:] = [f"rank(s) {', '.join(map(str, sorted(absent)))}"]
+        _sleep(deadline, missing[0], timeout_seconds)
     return token
 
 

@@ -7,7 +7,9 @@ would train alone on all the data.
 
 import socket
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from agnews_dist.errors import UserError
@@ -81,8 +83,28 @@ def detect_world(environ: Mapping[str, str]) -> World:
 
 def print_line(text: str) -> None:
     """Print to standard error in a single write: ranks share it, and `print` under torchrun would let their lines mix."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    with suppress(OSError, ValueError, AttributeError):  # the terminal is gone, or standard error is closed
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
+SPEAK_SECONDS = 5.0
+"""Length of a wait from which it is reported."""
+
+
+@contextmanager
+def announced(world: World, describe: Callable[[], str]) -> Generator[None]:
+    """Print what `describe` returns if the block takes longer than SPEAK_SECONDS: what the rank waits for. Once per node."""
+    if world.local_rank > 0:
+        yield
+        return
+    timer = threading.Timer(SPEAK_SECONDS, lambda: print_line(f"{world.label} waits {describe()}"))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_launched(environ: Mapping[str, str]) -> bool:

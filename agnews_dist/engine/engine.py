@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.rendezvous import open_process_group
-from agnews_dist.distributed.world import LAUNCHER_VARIABLES, World
+from agnews_dist.distributed.world import LAUNCHER_VARIABLES, World, announced
 from agnews_dist.engine.deepspeed import DeepSpeedStrategy, mark_leaf_blocks, prepare_deepspeed
 from agnews_dist.engine.deepspeed_config import ZeroOptions, build_deepspeed_config
 from agnews_dist.engine.device import DTYPES, choose_precision, should_use_cuda
@@ -81,14 +81,16 @@ class Engine:
         if has_group:
             # Only with a process group: without a launcher accelerate takes a named backend as a sign that there is one.
             handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout_seconds)))
-        self._accelerator = Accelerator(
-            # With `cpu=True` accelerate silently ignores DeepSpeed.
-            cpu=zero is None and not use_cuda,
-            mixed_precision="no",
-            gradient_accumulation_steps=1,
-            deepspeed_plugin=self._plugin,
-            kwargs_handlers=handlers,
-        )
+        # A GPU in a bad state can take minutes to answer.
+        with announced(world, lambda: "for the device without a limit: see the output of nvidia-smi"):
+            self._accelerator = Accelerator(
+                # With `cpu=True` accelerate silently ignores DeepSpeed.
+                cpu=zero is None and not use_cuda,
+                mixed_precision="no",
+                gradient_accumulation_steps=1,
+                deepspeed_plugin=self._plugin,
+                kwargs_handlers=handlers,
+            )
         if self._accelerator.num_processes != world.num_ranks:
             raise UserError(
                 f"WORLD_SIZE {world.num_ranks}, but the process group has {self._accelerator.num_processes} rank(s): "

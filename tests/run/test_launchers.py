@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ import psutil
 import pytest
 import yaml
 from safetensors.torch import load_file
-from support import small_run
-from support.processes import REPOSITORY, TIMEOUT, environment
+from support import fork_server, small_run
+from support.processes import REPOSITORY, TIMEOUT, environment, wait_until
 
 from agnews_dist.distributed.node_resources import PORTS
+from agnews_dist.distributed.preemption import SIGNALS
 
 SCRIPTS = ("local.sh", "accelerate.sh", "deepspeed.sh")
 
@@ -65,18 +67,23 @@ def main(argv=None):
 """
 
 
+def make_clone(directory: Path, training: str, interpreter: str) -> Path:
+    """Copy what a launch needs, with other code for the command train and a script in the interpreter's place."""
+    clone = directory / "clone"
+    for folder in ("launch", "configs", "agnews_dist"):
+        shutil.copytree(REPOSITORY / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    python = clone / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(interpreter.replace("{python}", sys.executable), encoding="utf-8")
+    python.chmod(0o755)
+    (clone / "agnews_dist" / "commands" / "train.py").write_text(training, encoding="utf-8")
+    return clone
+
+
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
     """A clone in which the command train writes its environment to a file, then waits."""
-    for folder in ("launch", "configs", "agnews_dist"):
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(REPOSITORY / folder, tmp_path / "clone" / folder, ignore=ignore)
-    python = tmp_path / "clone" / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
-    python.chmod(0o755)
-    (tmp_path / "clone" / "agnews_dist" / "commands" / "train.py").write_text(STAND_IN, encoding="utf-8")
-    return tmp_path / "clone"
+    return make_clone(tmp_path, STAND_IN, '#!/bin/sh\nexec "{python}" "$@"\n')
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -113,6 +120,89 @@ def test_launcher_starts_and_ends_two_ranks(stand_in: Path, tmp_path: Path, scri
     assert script != "deepspeed.sh" or int(port) in PORTS
     assert process.returncode != 0
     assert [rank["pid"] for rank in ranks if psutil.pid_exists(rank["pid"])] == []
+
+
+SAVES = """
+import os, sys, time
+from pathlib import Path
+from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
+
+def main(argv=None):
+    file = Path(os.environ["FACTS"], os.environ.get("RANK", "0"))
+    handler = PreemptionHandler(os.environ)
+    handler.start()
+    handler.begin_training()
+    file.with_suffix(".ready").write_text(str(os.getpid()))
+    while not handler.is_stopping:
+        time.sleep(0.02)
+    handler.begin_exit()
+    file.with_suffix(".saved").write_text(handler.stop_reason)
+    handler.close()
+    return preempted_exit_code(os.environ)
+"""
+RECORDER = """#!/bin/sh
+case "$*" in
+    *torch.distributed.run*|*accelerate.commands.launch*|*deepspeed.launcher.launch*)
+        env -0 >"$RECORD.environ"
+        printf '%s\\0' "$@" >"$RECORD.words" ;;
+    *) exec "{python}" "$@" ;;
+esac
+"""
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Launcher -> (words after python, environment), as the scripts start it; the command train waits for a stop, and saves."""
+    clone = make_clone(tmp_path_factory.mktemp("signals"), SAVES, RECORDER)
+    own = environment(NPROC="2", PYTHONPATH=str(clone))
+    found = {
+        "python": (["-m", "agnews_dist.train"], own),
+        "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "agnews_dist.train"], own),
+    }
+    for script in SCRIPTS:
+        record = clone / script
+        subprocess.run([clone / "launch" / script], env={**own, "RECORD": str(record)}, check=True, timeout=TIMEOUT)
+        words, variables = (Path(f"{record}.{name}").read_text().split("\0")[:-1] for name in ("words", "environ"))
+        exported = dict(variable.split("=", 1) for variable in variables)
+        found[script] = (words, {**exported, "PYTHONPATH": str(clone), "INTERPRETER": sys.executable})
+        # The recorder stands for python in the ranks, too.
+        found[script][0][:] = [sys.executable if word.endswith(".venv/bin/python") else word for word in words]
+    return found
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("launcher", "target"), [*((launcher, "launcher") for launcher in ("python", "torchrun", *SCRIPTS)), ("torchrun", "rank")]
+)
+def test_every_signal_lets_the_ranks_save(
+    launches: dict[str, tuple[list[str], dict[str, str]]], tmp_path: Path, launcher: str, number: signal.Signals, target: str
+) -> None:
+    """A rank saves after its own signal, one that the launcher passes on, or the end of the launcher."""
+    words, environ = launches[launcher]
+    log, ranks = tmp_path / "log", 1 if launcher == "python" else 2
+    streams = fork_server.Streams(log, log)
+    process = fork_server.start(words, {**environ, "FACTS": str(tmp_path)}, streams, directory=tmp_path, new_session=True)
+    pids: list[int] = []
+    try:
+        marks = [tmp_path / f"{rank}.ready" for rank in range(ranks)]
+        wait_until(lambda: process.exitcode is not None or all(mark.exists() and mark.stat().st_size for mark in marks))
+        assert process.exitcode is None, log.read_text()
+        pids = [int(mark.read_text()) for mark in marks]
+        os.kill(process.pid if target == "launcher" else pids[-1], number)
+        saved = tmp_path / f"{ranks - 1}.saved"
+        assert wait_until(saved.exists, 60), log.read_text()
+        assert wait_until(lambda: not psutil.pid_exists(pids[-1]) or psutil.Process(pids[-1]).status() == "zombie")
+        if target == "launcher":
+            assert wait_until(lambda: len(list(tmp_path.glob("*.saved"))) == ranks), "all ranks have saved"
+            process.join(TIMEOUT)
+            assert process.exitcode is not None
+        else:
+            assert saved.read_text() == number.name
+    finally:
+        for pid in [*pids, process.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.join()
 
 
 def test_accelerate_on_a_cpu_without_our_configuration_is_refused() -> None:

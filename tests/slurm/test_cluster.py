@@ -222,6 +222,21 @@ def test_train_appends_to_one_log_per_rank(interrupted: str, project: Path) -> N
     assert (logs / "rank-1.log").read_text().count("== rank 1 of 2") == 4
 
 
+def test_every_signal_to_the_batch_script_saves_and_requeues(
+    lab: Lab, submit: Callable[..., str], config: Path, project: Path
+) -> None:
+    job = submit(SCRIPTS / "train.sbatch", "--config", config, *LONG)
+    run = project / "runs" / f"agnews-train-{job}"
+    for number, name in enumerate(("HUP", "QUIT", "INT", "USR2")):
+        wait_for_step(lab, job, run, read_status(run)["step"] + 10 if number else 10)
+        lab.client("scancel", f"--signal={name}", "--batch", job)
+        lab.wait_for(lambda before=number: restarts(lab, job) > before, SECONDS, lambda: lab.describe_job(job))
+        status = read_status(run)
+        assert (status["state"], status["attempt"]) == ("preempted", number + 1), lab.describe_job(job)
+    lab.client("scancel", job)
+    assert lab.ends(job, SECONDS) == "CANCELLED", lab.describe_job(job)
+
+
 def test_train_does_not_requeue_a_cancelled_job(lab: Lab, submit: Callable[..., str], config: Path, project: Path) -> None:
     job = submit(SCRIPTS / "train.sbatch", "--config", config, *LONG)
     wait_for_step(lab, job, project / "runs" / f"agnews-train-{job}", 5)

@@ -224,8 +224,8 @@ def _set_up(environ: dict[str, str], streams: Streams, directory: Path) -> None:
     assert len(threads) == 1, f"the server has threads ({threads}): a child would inherit locks that no thread releases"
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     multiprocessing.set_start_method(None, force=True)
-    # multiprocessing replaces these handlers; programs under test handle signals themselves.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    # multiprocessing replaces some of these handlers, and `nohup` ignores one; programs under test handle signals themselves.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()

@@ -20,6 +20,9 @@ PRELUDE = """
 import ctypes, os, signal, sys, threading, time
 from agnews_dist.distributed.preemption import PreemptionHandler
 
+# The tests themselves may run under nohup.
+signal.signal(signal.SIGHUP, signal.SIG_IGN if "NOHUP" in os.environ else signal.SIG_DFL)
+
 def report(state, reason):
     print(f"{state}: {reason}")
 
@@ -217,8 +220,7 @@ def test_other_signals_are_ignored():
 
 def test_nohup_outlives_its_terminal():
     """The run also goes on if it is told of the hangup itself; another signal stops it."""
-    code = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + BLOCK
-    child = Child(code)
+    child = Child(BLOCK, NOHUP="1")
     child.process.send_signal(signal.SIGHUP)
     time.sleep(1)
     assert child.process.poll() is None

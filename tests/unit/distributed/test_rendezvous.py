@@ -1,13 +1,16 @@
 """Key prefixes in a store that outlives attempts. Threads play the ranks."""
 
+import os
+import re
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from agnews_dist.distributed import rendezvous
+from agnews_dist.distributed import rendezvous, world
 from agnews_dist.distributed.node_resources import free_port
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import UserError
@@ -23,7 +26,7 @@ def share_prefix(store: dist.Store, num_ranks: int, late: int = 0) -> list[str]:
     def play(rank: int) -> str:
         if rank == late:
             others.wait(0.3)
-        return rendezvous._share_prefix(store, World(rank=rank, num_ranks=num_ranks), 20)
+        return rendezvous._share_prefix(store, World(rank=rank, num_ranks=num_ranks), 20, [""])
 
     with ThreadPoolExecutor(num_ranks) as pool:
         return list(pool.map(play, range(num_ranks)))
@@ -60,7 +63,21 @@ def test_keys_of_an_attempt_that_was_killed_are_ignored():
 @pytest.mark.parametrize(("rank", "missing"), [(0, r"rank\(s\) 1, 2"), (1, "rank 0")])
 def test_missing_ranks_are_named_after_the_timeout(rank, missing):
     with pytest.raises(UserError, match=rf"^{missing} did not come within 1 s: the ranks cannot train together\. Look"):
-        rendezvous._share_prefix(dist.HashStore(), World(rank=rank, num_ranks=3), 1)
+        rendezvous._share_prefix(dist.HashStore(), World(rank=rank, num_ranks=3), 1, [""])
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "waits"), [(0, r"\[rank 0/2\] waits for rank\(s\) 1 at 127\.0\.0\.1:\d+, at most 2 s\n"), (1, "")]
+)
+def test_long_wait_is_reported_once_per_node(local_rank, waits, address, monkeypatch, capfd):
+    monkeypatch.setattr(world, "SPEAK_SECONDS", 0.5)
+    address(0)
+    # The other rank's connection to the store is all that it does.
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(dist.TCPStore, "127.0.0.1", int(os.environ["MASTER_PORT"]), 2, timeout=timedelta(seconds=5))
+        with pytest.raises(UserError, match=r"^rank\(s\) 1 did not come within 2 s"):
+            rendezvous.open_process_group(World(rank=0, num_ranks=2, local_rank=local_rank, ranks_per_node=2), "gloo", 2)
+    assert re.fullmatch(waits, "".join(line for line in capfd.readouterr().err.splitlines(keepends=True) if "waits" in line))
 
 
 @pytest.fixture
