@@ -16,7 +16,7 @@ from agnews_dist.config.fields import all_settings
 from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
 from agnews_dist.distributed.world import World, check_interfaces, detect_world, print_line
 from agnews_dist.errors import SharedError, Stopped, UserError
-from agnews_dist.report.streams import background_streams, open_missing_streams
+from agnews_dist.report.display_streams import background_streams, open_missing_streams
 from agnews_dist.storage.directories import provide_home
 
 ACCEPTABLE = tuple(key for key, setting in all_settings().items() if setting.resume == "may be accepted")

@@ -11,7 +11,7 @@ from support.processes import TIMEOUT, environment
 
 PRINT = """
 import sys, time
-from agnews_dist.report.streams import background_streams, open_missing_streams
+from agnews_dist.report.display_streams import background_streams, open_missing_streams
 
 open_missing_streams()
 with background_streams("stdout", "stderr"):
