@@ -6,6 +6,8 @@
 #   NODES=2 NODE=1 HEAD=10.0.0.1 launch/node.sh --config my.yaml       on the second
 #   srun --ntasks-per-node=1 launch/node.sh --config my.yaml           Slurm sets the three variables
 #
+# Pods of Kubeflow (trainjob.yaml) take them from PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT, PET_NPROC_PER_NODE.
+#
 # NODES, NODE, HEAD  number of nodes, number of this node (from 0), name or address of the first node
 # PORT               port of the first node for the rendezvous; default: 29400, under Slurm derived from the job's number
 # COMMAND            train (default), evaluate, prepare or doctor
@@ -43,6 +45,15 @@ if [[ -z ${NODES:-} && -n ${SLURM_STEP_NUM_NODES:-} ]]; then
     # Different for two jobs on one node, and below the system's ephemeral ports.
     PORT=${PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 fi
+# Kubeflow sets the defaults of torchrun's options, which all nodes share.
+wait_seconds=0
+if [[ -z ${NODES:-} && -n ${PET_NNODES:-} ]]; then
+    NODES=$PET_NNODES NODE=${PET_NODE_RANK:-0} HEAD=${PET_MASTER_ADDR:-${MASTER_ADDR:-}} PORT=${PET_MASTER_PORT:-${MASTER_PORT:-}}
+    # `auto`, `gpu` and `cpu` are left to ranks.sh.
+    [[ ${PET_NPROC_PER_NODE:-} =~ ^[0-9]+$ ]] && export NPROC=${NPROC:-$PET_NPROC_PER_NODE}
+    # The name of the first pod resolves some seconds after it was scheduled, and to its old address while it is replaced.
+    wait_seconds=300
+fi
 NODES=${NODES:-1} NODE=${NODE:-0} PORT=${PORT:-29400} COMMAND=${COMMAND:-train}
 [[ -z ${STORY:-} ]] || fail "STORY=$STORY: the variable is now COMMAND. Set COMMAND=$STORY."
 for name in NODES NODE PORT; do
@@ -50,7 +61,7 @@ for name in NODES NODE PORT; do
 done
 ((NODE < NODES)) || fail "NODE=$NODE of NODES=$NODES: nodes count from 0. Lower NODE."
 ((NODES == 1)) || [[ -n ${HEAD:-} ]] || fail "NODES=$NODES without HEAD. Set HEAD to the first node's name or address."
-# Kubernetes operators set these per node; torchrun sets them per rank.
+# Old operators set these per pod; torchrun sets them per rank.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
 # shellcheck source=launch/ranks.sh
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh" torchrun
@@ -62,7 +73,8 @@ if ((NODES == 1)); then
 else
     rendezvous=(--endpoint "$HEAD:$PORT" --nodes "$NODES" --node "$NODE")
     if [[ -z ${DRY_RUN:-} ]]; then
-        [[ ${PREFLIGHT:-} == off ]] || "${python[@]}" -m agnews_dist.preflight.rendezvous_check "${rendezvous[@]}" || cancel_step $?
+        [[ ${PREFLIGHT:-} == off ]] || "${python[@]}" -m agnews_dist.preflight.rendezvous_check "${rendezvous[@]}" --wait "$wait_seconds" ||
+            cancel_step $?
         # shellcheck source=launch/network.sh
         source "$root/launch/network.sh"
     fi

@@ -32,6 +32,9 @@ fi
 # they take a node away, would end the agent and leave the ranks running.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}
 
+# Kubeflow's defaults for torchrun: a launcher that names no number of nodes would wait for the others.
+unset PET_NNODES PET_NODE_RANK PET_MASTER_ADDR PET_MASTER_PORT PET_NPROC_PER_NODE
+
 # run COMMAND ARGUMENTS...: replace this process by the command, or print it.
 run() {
     if [[ -n ${DRY_RUN:-} ]]; then

@@ -10,6 +10,7 @@ munged     munge            batch scripts on a real Slurm
 slurmctld  slurm-wlm        batch scripts on a real Slurm
 shellcheck shellcheck       faults in shell scripts
 ip         iproute2         jobs on two simulated hosts
+openssl    openssl          progress for Kubeflow Trainer
 faketime   faketime         wrong clocks
 cpulimit   cpulimit         ranks with too little CPU time
 zsh        zsh              completion in zsh

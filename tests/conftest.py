@@ -46,8 +46,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail a session with skipped tests if AGNEWS_NO_SKIPS is set, as in CI. GPU tests may skip without a GPU."""
-    skipped = [name for name in _skipped if not name.startswith("tests/gpu/")]
+    """Fail a session with skipped tests if AGNEWS_NO_SKIPS is set, as in CI; a GPU or a container builder may be missing."""
+    skipped = [name for name in _skipped if not name.startswith(("tests/gpu/", "tests/run/test_image.py::test_image_builds"))]
     if os.environ.get("AGNEWS_NO_SKIPS") and skipped:
         print(f"\nskipped although AGNEWS_NO_SKIPS is set: {', '.join(skipped)}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

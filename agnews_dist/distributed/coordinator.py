@@ -123,11 +123,7 @@ class Coordinator:
     def publish(self, failure: Failure) -> Failure:
         """Make `failure` the job's first, unless there is one; return the first."""
 
-        def work() -> None:
-            self._store.compare_set("failure", "", f"{failure.rank} {failure.reported_by} {failure.text}")
-            self._read()
-
-        self._run_in_thread(work, SILENCE_SECONDS)
+        self._run_in_thread(lambda: self._write(failure), SILENCE_SECONDS)
         self._record(failure)  # if the store does not answer
         return self.failure or failure
 
@@ -245,9 +241,11 @@ class Coordinator:
         self._read()
         silent = {rank: seconds for rank, seconds in self._silence.items() if seconds > self.timeout_seconds}
         if silent and self.failure is None and not self._has_left:
-            failure = silent_ranks(sorted(silent), max(silent.values()), self.rank)
-            self._store.compare_set("failure", "", f"{failure.rank} {failure.reported_by} {failure.text}")
-            self._read()
+            self._write(silent_ranks(sorted(silent), max(silent.values()), self.rank))
+
+    def _write(self, failure: Failure) -> None:
+        self._store.compare_set("failure", "", f"{failure.rank} {failure.reported_by} {failure.text}")
+        self._read()
 
     def _read(self) -> None:
         """Read phase, failure and the monitored heartbeats."""

@@ -70,7 +70,7 @@ class PreemptionHandler:
         self._deadline, self._deadline_reason = float("inf"), ""
         self._stopping_since, self._failed_since, self._signalled_at = float("inf"), float("inf"), float("inf")
         self._is_exiting, self._has_failed, self._is_closed, self._must_exit_now = False, False, False, False
-        self._is_ending_process, self._has_printed_error = False, False
+        self._is_ending_process = False
         self._lock = threading.Lock()
         self._restore_signals = ExitStack()
 
@@ -119,8 +119,6 @@ class PreemptionHandler:
         self._num_ranks = num_ranks
         with self._lock:
             self._coordinator = Coordinator(store, rank, num_ranks, timeout_seconds, self._wake)
-        if self.stop_reason is not None:
-            self._coordinator.enter(STOP + self.stop_reason)
 
     def begin_training(self) -> None:
         """Leave a stop to the main thread from now on: it saves and exits at a step, together with all ranks."""
@@ -150,17 +148,11 @@ class PreemptionHandler:
             return failure.consequence
         if failure.rank == coordinator.rank:
             return None
-        return self._claim_error(f"error: {failure.text} (Here it ended with {error_text})") or failure.consequence
+        return f"error: {failure.text} (Here it ended with {error_text})"
 
     def _print(self, text: str) -> None:
         rank = self._coordinator.rank if self._coordinator is not None else 0
         print_line(f"{World(rank=rank, num_ranks=self._num_ranks).label} {text}")
-
-    def _claim_error(self, text: str) -> str | None:
-        """Return `text` for the first thread that calls this, None for the other one: the error is printed once."""
-        with self._lock:
-            has_printed, self._has_printed_error = self._has_printed_error, True
-        return None if has_printed else text
 
     def _wait_for_end(self) -> NoReturn:
         """Block the main thread: the second one ends the process."""
@@ -176,14 +168,12 @@ class PreemptionHandler:
         return self._coordinator.enter(phase)
 
     def _request_stop(self, reason: str) -> None:
-        """Record and spread a stop. The first reason counts; a launcher's signal after a failure is not a stop."""
+        """Record a stop, which `_run` spreads. The first reason counts; a launcher's signal after a failure is not a stop."""
         coordinator = self._coordinator
         if self.stop_reason is not None or (coordinator is not None and coordinator.failure is not None):
             return
         self._stopping_since = min(self._stopping_since, time.monotonic())
         self.stop_reason = reason
-        if coordinator is not None:
-            coordinator.enter(STOP + reason)
 
     def _wake(self) -> None:
         with suppress(OSError):  # the pipe is full or closed: the thread is awake
@@ -207,6 +197,8 @@ class PreemptionHandler:
                 coordinator.count_tick(now - last_round)
                 if coordinator.phase.startswith(STOP):
                     self._request_stop(coordinator.phase.removeprefix(STOP))
+                elif self.stop_reason is not None and not coordinator.phase:
+                    coordinator.enter(STOP + self.stop_reason)
             last_round = now
             if not self._is_closed:
                 self._enforce(now)
@@ -249,10 +241,9 @@ class PreemptionHandler:
         if is_about_other and failure.text != HOST_GONE and not self._has_failed:
             grace = 0.0  # a rank is silent: the main thread may wait for it for ever
         if self._must_exit_now or now - self._failed_since >= grace:
-            message = None if is_reporter else failure.consequence
-            if is_about_other:
-                message = self._claim_error(f"error: {failure.text}")
-            self._end_process("failed", failure.reason, message)
+            # The main thread prints an error that it has reported itself.
+            own = f"error: {failure.text}" if is_about_other and not self._has_failed else None
+            self._end_process("failed", failure.reason, own if is_reporter else failure.consequence)
 
     def _end_process(self, state: str, reason: str, message: str | None = None) -> NoReturn:
         """End the process now, wherever its main thread is."""

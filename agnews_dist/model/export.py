@@ -127,8 +127,8 @@ def check_room(directory: Path, needed: int) -> None:
             f"run.dir {directory}: {gigabytes(free)} free, the model and the checkpoints take {gigabytes(needed)}. Free some "
             "space, lower --checkpoint.keep, or set --run.dir to another disk."
         )
-    # Some file systems count no inodes.
-    if system.f_files and system.f_favail < _NUM_INODES:
+    # Some file systems count no inodes. A mounted bucket says that none is free.
+    if system.f_files and 0 < system.f_favail < _NUM_INODES:
         raise ModelError(
             f"run.dir {directory}: {system.f_favail} inodes are free. Remove files, or set --run.dir to another disk."
         )

@@ -1,6 +1,7 @@
 """Check that this node can meet the others at the first node, before torchrun, which waits a minute or prints a traceback.
 
-`python -m agnews_dist.preflight.rendezvous_check --endpoint HOST:PORT --nodes N --node I [--print_interface]`; loads no torch.
+`python -m agnews_dist.preflight.rendezvous_check --endpoint HOST:PORT --nodes N --node I [--wait S] [--print_interface]`;
+loads no torch.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import errno
 import ipaddress
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
 
@@ -16,6 +18,7 @@ import psutil
 from agnews_dist.preflight.findings import Finding
 
 CONNECT_SECONDS = 3.0
+RETRY_SECONDS = 1.0
 ANYWHERE = ("198.51.100.1", 9)
 """An unused address (RFC 5737), reached over the default route. Nothing is sent to it."""
 
@@ -26,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--endpoint", required=True, help="HOST:PORT on the first node.")
     parser.add_argument("--nodes", type=int, default=1, help="Number of nodes.")
     parser.add_argument("--node", type=int, default=0, help="Number of this node, from 0.")
+    parser.add_argument("--wait", type=float, default=0.0, help="Seconds until a node that cannot be met is an error.")
     parser.add_argument("--print_interface", action="store_true", help="Print this node's interface and address.")
     options = parser.parse_args(argv)
     name, _, digits = options.endpoint.rpartition(":")
@@ -39,11 +43,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: no route to {name}: {error.strerror or error}. Check name and network.", file=sys.stderr)
             return 1
         return 0
-    finding = check_rendezvous(host, port, options.nodes, options.node)
+    finding = _wait_for_rendezvous(host, port, options.nodes, options.node, options.wait)
     if finding.remedy:
         label = "error" if finding.verdict == "fail" else "warning"
         print(f"{label}: rendezvous: {finding.found}. {finding.remedy}.", file=sys.stderr)
     return int(finding.verdict == "fail")
+
+
+def _wait_for_rendezvous(host: str, port: int, num_nodes: int, node: int, seconds: float) -> Finding:
+    """Check again until the nodes can meet, for `seconds` at most."""
+    deadline = time.monotonic() + seconds
+    is_waiting = False
+    while (finding := check_rendezvous(host, port, num_nodes, node)).verdict == "fail" and time.monotonic() < deadline:
+        if not is_waiting:
+            print(f"rendezvous: {finding.found}: waiting up to {seconds:.0f} s", file=sys.stderr, flush=True)
+            is_waiting = True
+        time.sleep(RETRY_SECONDS)
+    return finding
 
 
 def check_rendezvous(host: str, port: int, num_nodes: int, node: int) -> Finding:

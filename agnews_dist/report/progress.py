@@ -21,6 +21,10 @@ class StepProgress:
         self._first: tuple[int, float] | None = None
 
     @property
+    def has_steps(self) -> bool:
+        return bool(self._recent)
+
+    @property
     def last(self) -> StepDone:
         return self._recent[-1]
 

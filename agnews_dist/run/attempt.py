@@ -25,6 +25,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, Stopped, UserError
 from agnews_dist.events import Event, Resumed, Warned
 from agnews_dist.features.placement import RequestedPlace
+from agnews_dist.report import trainer_status
 from agnews_dist.report.console import Sinks, create_console
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.result_files import versions
@@ -272,6 +273,8 @@ class Attempt:
         self._stack.enter_context(self._sinks)
         if self._engine.world.is_main:
             self._sinks.add(create_console(every_step=self._config.run.debug))
+            if os.environ.get(trainer_status.URL):
+                self._sinks.add(trainer_status.TrainerStatus(os.environ, self._sinks))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -35,11 +35,11 @@ NUM_COMMANDS = {
     "slurm/README.md": 0,
     "CONTRIBUTING.md": 8,
     "docs/batches.md": 2,
-    "docs/clusters.md": 17,
+    "docs/clusters.md": 22,
     "docs/commands.md": 23,
     "docs/data.md": 4,
     "docs/engines.md": 5,
-    "docs/faults.md": 5,
+    "docs/faults.md": 4,
     "docs/features.md": 2,
     "docs/method.md": 0,
     "docs/reading.md": 0,
@@ -48,6 +48,7 @@ NUM_COMMANDS = {
 LIMITS = {"data.limit_train": 48, "data.limit_validation": 16, "data.limit_test": 16, "batch.global_batch_size": 16}
 CHEAP = {"model.name": "models/gpt2", "data.source": "data/news", "optim.epochs": 1, "data.cache_dir": "cache"} | LIMITS
 """Settings added to a command that does not set them itself."""
+PYTHON = shlex.quote(str(REPOSITORY / ".venv/bin/python"))
 STUBS = {
     # Slurm: the batch script runs here, and its step prints what it would start.
     "sbatch": "export SLURM_NNODES=1\n"
@@ -59,8 +60,13 @@ STUBS = {
     'exec "$@"',
     "scontrol": 'case $2 in hostnames) echo a ;; *) echo "   Command=$SCRIPT" ;; esac',
     "squeue": "echo RUNNING",
-    "kubectl": f"[[ $1 == apply && $2 == -f ]] && exec {shlex.quote(str(REPOSITORY / '.venv/bin/python'))} "
-    '-c "import sys, yaml; assert yaml.safe_load(open(sys.argv[1]))[\'kind\']" "$3"',
+    "kubectl": f"[[ $1 == get && $3 == $(cat name) ]] || exec {PYTHON} -c "
+    "\"import sys, yaml; print(yaml.safe_load(open(sys.argv[1]))['metadata']['name'])\" \"$3\" >name",
+    "sky": f'[[ "$1 $2" == "jobs launch" ]] && exec {PYTHON} -c '
+    '"import sys, yaml; yaml.safe_load(open(sys.argv[1]))[\'run\']" "$3"',
+    # The last argument of a build is the folder of the Dockerfile; the last of a run are the training's.
+    "docker": '[[ $1 == run ]] && exec env NODES=1 DRY_RUN=1 launch/node.sh "${@: -2}"\n'
+    'grep -q "^ARG TORCH=" "${@: -1}/Dockerfile"',
 }
 RUN_MODULE = """
 import os, runpy, sys
@@ -129,7 +135,7 @@ class Folder:
             shutil.copytree(REPOSITORY / name, path / name, ignore=shutil.ignore_patterns("site.env"))
         for name in ("tests", "agnews_dist"):
             (path / name).symlink_to(REPOSITORY / name, target_is_directory=True)
-        for name in ("requirements.lock", "pyproject.toml", "Makefile"):
+        for name in ("requirements.lock", "pyproject.toml", "Makefile", "Dockerfile"):
             shutil.copy(REPOSITORY / name, path / name)
         self._write_environment()
         (path / "my.yaml").write_text(yaml.safe_dump(group_by_section(CHEAP)))
@@ -300,7 +306,8 @@ RULES: list[tuple[str, Callable[[Folder, str], str]]] = [
     (r"^([A-Z_]+=\S+ )*(bash )?launch/(local|deepspeed|accelerate|quickstart)\.sh\b", run_launcher),
     (r"^([A-Z_]+=\S+ )*(launch/node\.sh|sbatch .*slurm/\w+\.sbatch|slurm/submit\.sh)\b", check_printed),
     (r"^bash launch/(test|env)\.sh", run_bash),
-    (r"^cp slurm/site\.env\.example slurm/site\.env$|^source slurm/site\.env$|^kubectl apply -f ", run_bash),
+    (r"^cp slurm/site\.env\.example slurm/site\.env$|^source slurm/site\.env$", run_bash),
+    (r"^kubectl (apply -f|get trainjob) |^sky jobs launch |^docker (build|run) ", run_bash),
     (
         r"^\.venv/bin/python -m pip install \"agnews_dist\[\w+\]\"$",
         lambda folder, command: folder.run_bash(f"{command} --no-index"),

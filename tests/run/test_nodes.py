@@ -1,11 +1,10 @@
 """launch/node.sh on two simulated hosts: a real training, the rendezvous check, and what it starts in a dry run."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,12 @@ def start(hosts: Hosts, tmp_path: Path) -> Iterator[START]:
     """Start node.sh on a host, with the variables that a Kubernetes operator sets as well."""
     started: list[subprocess.Popen[str]] = []
 
-    def start_node(host: str, *arguments: str, **environ: str) -> subprocess.Popen[str]:
+    def start_node(host: str, *arguments: str, command: Sequence[str] = (NODE,), **environ: str) -> subprocess.Popen[str]:
         number = str(hosts.names.index(host))
         of_pod = {"RANK": number, "WORLD_SIZE": "2"}
         own = {"NODES": "2", "NODE": number, "NPROC": "1", "LOGS": f"{tmp_path}/logs", **of_pod, **environ}
         process = subprocess.Popen(
-            [*hosts.inside(host), NODE, *arguments],
+            [*hosts.inside(host), *command, *arguments],
             env=environment(**own),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -55,11 +54,32 @@ def start(hosts: Hosts, tmp_path: Path) -> Iterator[START]:
         process.communicate()
 
 
-def test_node_trains_on_two_hosts(hosts: Hosts, start: START, tmp_path: Path) -> None:
-    head = hosts.address("first")
+def sky_command(directory: Path) -> str:
+    """Return `run` of launch/sky.yaml with places and settings of a small training."""
+    task: dict[str, Any] = yaml.safe_load((REPOSITORY / "launch" / "sky.yaml").read_text())
+    sections: dict[str, dict[str, object]] = {}
+    for key, value in {**small_run.settings(), "optim.epochs": 1, "data.cache_dir": f"{directory}/cache"}.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = value
+    (directory / "my.yaml").write_text(yaml.safe_dump(sections))
+    return task["run"].replace("launch/node.sh", NODE).replace("/runs", f"{directory}/runs")
+
+
+@pytest.mark.parametrize("launcher", ["node", "sky"])
+def test_node_trains_on_two_hosts(hosts: Hosts, start: START, tmp_path: Path, launcher: str) -> None:
     # The second host starts first, before anything listens.
-    words = small_run.arguments(tmp_path, "--run.name", "two hosts", "--optim.epochs", "1")
-    nodes = [start(name, *words, HEAD=head, PORT="29500") for name in ("second", "first")]
+    if launcher == "node":
+        words = small_run.arguments(tmp_path, "--run.name", "two hosts", "--optim.epochs", "1")
+        nodes = [start(name, *words, HEAD=hosts.address("first"), PORT="29500") for name in ("second", "first")]
+    else:
+        ips = "".join(f"{hosts.address(name)}\n" for name in hosts.names)
+        task = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": ips, "SKYPILOT_NUM_GPUS_PER_NODE": "0"}
+        task["SKYPILOT_TASK_ID"] = "two hosts"
+        command = ["bash", "-c", sky_command(tmp_path)]
+        nodes = [
+            start(name, command=command, NODES="", NODE="", NPROC="", SKYPILOT_NODE_RANK=rank, **task)
+            for name, rank in (("second", "1"), ("first", "0"))
+        ]
     outputs = [node.communicate(timeout=TIMEOUT) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     result = json.loads((tmp_path / "runs" / "two hosts" / "result.json").read_text())
@@ -154,11 +174,11 @@ def test_node_chooses_the_interface_that_leads_to_the_head(hosts: Hosts, start: 
     assert f"--local_addr {hosts.address('second')} " in out
 
 
-def dry_run(tmp_path: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run node.sh with DRY_RUN=1, outside of Slurm."""
+def dry_run(tmp_path: Path, *command: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run `command`, by default node.sh, with DRY_RUN=1, outside of Slurm."""
     clean = {name: value for name, value in environment().items() if not name.startswith("SLURM")}
     return subprocess.run(
-        [NODE, "--optim.lr", "1"],
+        command or [NODE, "--optim.lr", "1"],
         env={**clean, "DRY_RUN": "1", **environ},
         capture_output=True,
         text=True,
@@ -192,30 +212,59 @@ def test_node_counts_mig_slices_as_one_device_and_uses_a_container(tmp_path: Pat
     assert "--nnodes 3 --rdzv_backend c10d --rdzv_endpoint gpu1:29400" in done.stdout
 
 
+def trainjob_command() -> list[str]:
+    """Return the command of launch/trainjob.yaml, with this repository in place of the image's."""
+    trainer = yaml.safe_load((REPOSITORY / "launch" / "trainjob.yaml").read_text())["spec"]["trainer"]
+    return [word.replace("/agnews_dist/", f"{REPOSITORY}/") for word in [*trainer["command"], *trainer["args"]]]
+
+
+def pod(node: int, **environ: str) -> dict[str, str]:
+    """Return the variables that Kubeflow Trainer sets in a pod of two."""
+    operator = {"NNODES": "2", "NODE_RANK": str(node), "MASTER_ADDR": "late", "MASTER_PORT": "29504", "NPROC_PER_NODE": "3"}
+    return {**{f"PET_{name}": value for name, value in operator.items()}, "NODES": "", "NODE": "", "NPROC": "", **environ}
+
+
 @pytest.mark.parametrize(
-    ("of_operator", "head"),
-    [
-        ({"PET_NNODES": "2", "PET_NODE_RANK": "1", "MASTER_ADDR": "agnews-master-0"}, "agnews-master-0"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}, os.uname().nodename),
-    ],
+    ("environ", "ranks"), [({}, "3"), ({"PET_NPROC_PER_NODE": "auto"}, "1"), ({"NPROC": "2"}, "2"), ({"RANK": "7"}, "3")]
 )
-def test_kubernetes_manifest_starts_node(tmp_path: Path, of_operator: dict[str, str], head: str) -> None:
-    manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / "launch" / "kubernetes.yaml").read_text())
-    replicas = manifest["spec"]["pytorchReplicaSpecs"]
-    assert {name: spec["replicas"] for name, spec in replicas.items()} == {"Master": 1, "Worker": 1}
-    assert replicas["Worker"]["template"] == replicas["Master"]["template"]
-    [container] = replicas["Worker"]["template"]["spec"]["containers"]
-    words = [word.replace("/agnews_dist/", f"{REPOSITORY}/") for word in [*container["command"], *container["args"]]]
-    own = {entry["name"]: entry["value"] for entry in container["env"] if entry["name"] == "RUN"}
-    clean = {name: value for name, value in environment().items() if name not in {"WORLD_SIZE", "RANK"}}
-    done = subprocess.run(
-        words,
-        env={**clean, **own, **of_operator, "MASTER_PORT": "23456", "DRY_RUN": "1"},
-        capture_output=True,
+def test_node_takes_the_variables_of_a_pod(tmp_path: Path, environ: dict[str, str], ranks: str) -> None:
+    done = dry_run(tmp_path, *trainjob_command(), **pod(1, **environ))
+    assert done.returncode == 0, done.stderr
+    assert f"--nproc_per_node {ranks} " in done.stdout
+    assert "--nnodes 2 --rdzv_backend c10d --rdzv_endpoint late:29504 " in done.stdout
+    assert "is_host=0" in done.stdout
+    assert done.stdout.rstrip().endswith("-m agnews_dist train --run.name agnews --config my.yaml")
+
+
+def test_launchers_on_one_node_ignore_a_pods_number_of_nodes(tmp_path: Path) -> None:
+    runtime = tmp_path / "runtime"
+    runtime.write_text('#!/bin/sh\ncase "$3" in agnews_dist.*) exec "$@" ;; *) env; exec echo "$$ $*" ;; esac\n')
+    runtime.chmod(0o755)
+    process = subprocess.Popen(
+        [str(REPOSITORY / "launch" / "local.sh")],
+        env=environment(**pod(1, CONTAINER=str(runtime))) | {"SLURM_STEP_NUM_NODES": ""},
+        stdout=subprocess.PIPE,
         text=True,
-        check=False,
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
-    assert f"--nnodes 2 --rdzv_backend c10d --rdzv_endpoint {head}:23456" in done.stdout
-    assert done.stdout.rstrip().endswith("-m agnews_dist train --run.name agnews --config my.yaml")
+    out, _ = process.communicate(timeout=TIMEOUT)
+    *variables, command = out.splitlines()
+    # torchrun takes defaults from PET_*, and would wait for the second node.
+    assert sorted(line.split("=")[0] for line in variables if line.startswith("PET_")) == ["PET_SIGNALS_TO_HANDLE"]
+    # Signals reach torchrun: it is the process that the caller started.
+    assert command.startswith(f"{process.pid} ")
+    assert " --standalone " in command
+
+
+def test_node_waits_for_the_name_of_the_first_pod(hosts: Hosts, start: START, tmp_path: Path) -> None:
+    runtime = tmp_path / "runtime"
+    runtime.write_text('#!/bin/sh\ncase "$3" in agnews_dist.*) exec "$@" ;; *) exec echo "$@" ;; esac\n')
+    runtime.chmod(0o755)
+    node = start("second", command=trainjob_command(), **pod(1, CONTAINER=str(runtime), LOGS=""))
+    assert node.stderr is not None
+    assert node.stderr.readline().startswith("rendezvous: late does not resolve on second (")
+    with (hosts.directory / "hosts").open("a") as file:
+        file.write(f"{hosts.address('first')} late\n")
+    out, err = node.communicate(timeout=TIMEOUT)
+    assert (node.returncode, err) == (0, "")
+    assert "--rdzv_endpoint late:29504 " in out

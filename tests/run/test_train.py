@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from support import fork_server
 from support.events import read_events
 from support.processes import python
+from support.status_server import StatusServer, serve_status
+from support.tools import find_missing, requires_tool
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from agnews_dist.data.corpus import Source, load_corpus
@@ -26,11 +29,22 @@ def lines(path: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+def status_server(tmp_path_factory) -> Iterator[StatusServer | None]:
+    """A status server of Kubeflow Trainer; None without openssl."""
+    if find_missing("openssl"):
+        yield None
+        return
+    with serve_status(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, status_server) -> tuple[Path, subprocess.CompletedProcess]:
     directory = tmp_path_factory.mktemp("runs")
     command = ["-m", "agnews_dist.train", "--model.name", "embedded", *DATA, "--optim.epochs", "3", "--profile"]
     place = ["--run.dir", str(directory), "--run.name", "two", "--data.cache_dir", str(directory / "cache")]
-    done = fork_server.run_ranks(2, *command, *place, "--batch.max_tokens_per_rank", "512", *BATCHES)
+    server = status_server.environ if status_server else {}
+    done = fork_server.run_ranks(2, *command, *place, "--batch.max_tokens_per_rank", "512", *BATCHES, **server)
     return directory / "two", done
 
 
@@ -102,6 +116,19 @@ def test_only_rank_0_prints_and_without_escape_sequences(trained):
     # The C++ part of the profiler writes two lines.
     lines = [line for line in done.stderr.splitlines() if not line.startswith("USDT:")]
     assert lines == []
+
+
+@requires_tool("openssl")
+def test_rank_0_posts_progress(trained, status_server):
+    statuses = [status for _, status in status_server.posts]
+    assert [status.progress_percentage for status in statuses].count(100) == 1
+    last = statuses[-1]
+    assert (last.progress_percentage, last.estimated_remaining_seconds) == (100, 0)
+    metrics = {metric.name: metric.value for metric in last.metrics}
+    assert metrics["current_step"] == metrics["total_steps"] == "60"
+    result = json.loads((trained[0] / "result.json").read_text())
+    assert float(metrics["test_accuracy"]) == pytest.approx(result["splits"]["test"]["accuracy"], rel=1e-5)
+    assert status_server.num_refused == 0
 
 
 def test_hugging_face_loads_the_model_and_predicts_the_same(trained):

@@ -34,7 +34,7 @@ def test_first_phase_decides_for_all_ranks(coordinators: list[Coordinator]) -> N
     assert coordinators[1].enter(TRAINING) == f"{STOP}SIGINT"
 
 
-def test_stop_after_a_failure_is_no_stop(coordinators: list[Coordinator]) -> None:
+def test_stop_after_a_failure_is_ignored(coordinators: list[Coordinator]) -> None:
     """torchrun signals the other ranks when one has failed."""
     coordinators[1].publish(Failure(1, 1, "a bug"))
     assert coordinators[0].enter(f"{STOP}SIGTERM") == ""

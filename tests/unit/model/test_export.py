@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -284,6 +285,22 @@ def test_room_is_checked_before_training(tmp_path: Path) -> None:
             check_room(directory, run_bytes(10**18, 10**18, 1))
     with pytest.raises(ModelError, match=r"run\.dir '.*udcff': its path is not UTF-8\. Set --run\.dir to another"):
         check_room(tmp_path / os.fsdecode(b"\xff"), 1)
+
+
+@pytest.mark.parametrize(
+    ("num_files", "num_free", "is_refused"),
+    [(1000, 63, True), (1000, 64, False), (0, 0, False), (10**9, 0, False)],
+    ids=["few", "enough", "not counted", "a bucket mounted by rclone"],
+)
+def test_inodes_are_checked_where_they_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_files: int, num_free: int, is_refused: bool
+) -> None:
+    values = list(os.statvfs(tmp_path))
+    values[5:8] = num_files, num_free, num_free
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(values))
+    refusal = pytest.raises(ModelError, match=r"run\.dir .*: 63 inodes are free\. Remove files, or set")
+    with refusal if is_refused else nullcontext():
+        check_room(tmp_path, 1, 1)
 
 
 # --- folding of the bias, against the equation

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -40,3 +41,15 @@ def test_main_prints_interface_and_address(capsys):
 def test_module_loads_no_torch():
     code = "import sys; import agnews_dist.preflight.rendezvous_check; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_main_waits_for_the_first_node(capsys):
+    with socket.create_server(("", 0)) as server:
+        words = ["--endpoint", f"localhost:{server.getsockname()[1]}", "--wait"]
+        assert main([*words, "1"]) == 1
+        assert " is taken by process " in capsys.readouterr().err
+        closing = threading.Timer(0.5, server.close)
+        closing.start()
+        assert main([*words, "60"]) == 0
+        closing.join()
+    assert ": waiting up to 60 s" in capsys.readouterr().err
