@@ -300,7 +300,7 @@ def test_inodes_are_checked_where_they_are_counted(
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(values))
     refusal = pytest.raises(ModelError, match=r"run\.dir .*: 63 inodes are free\. Remove files, or set")
     with refusal if is_refused else nullcontext():
-        check_room(tmp_path, 1, 1)
+        check_room(tmp_path, 1)
 
 
 # --- folding of the bias, against the equation
