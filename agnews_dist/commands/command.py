@@ -17,8 +17,10 @@ from agnews_dist.commands.arguments import Command, HelpRequest, Loaded, Option,
 from agnews_dist.commands.help import format_help
 from agnews_dist.config.fields import all_settings
 from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
-from agnews_dist.distributed.world import World, detect_world, print_line
+from agnews_dist.distributed.world import World, check_interfaces, detect_world, print_line
 from agnews_dist.errors import SharedError, Stopped, UserError
+from agnews_dist.report.display_streams import background_streams, open_missing_streams
+from agnews_dist.storage.directories import provide_home
 
 ACCEPTABLE = tuple(key for key, setting in all_settings().items() if setting.resume == "may be accepted")
 TRAINING_OPTIONS = (
@@ -53,19 +55,23 @@ def run_command(command: Command, argv: Sequence[str] | None, body: Body, preemp
 
     `argv`: arguments after the command; None: those of the process. `preemption`: handler of signals while the command runs.
     """
-    if preemption is not None:
-        preemption.start()
-    try:
-        exit_code, ends_together = _run_body(command, argv, body, preemption)
-        # Here no traceback keeps the model alive: DDP's wrapper must be gone before its process group is.
-        if ends_together and "torch" in sys.modules:
-            from agnews_dist.distributed import collectives
-
-            collectives.close()
-        return exit_code
-    finally:
+    open_missing_streams()
+    provide_home()
+    # Standard output of other commands is data, which must not be dropped.
+    with background_streams("stderr", *(["stdout"] if command.shows_progress else [])):
         if preemption is not None:
-            preemption.close()
+            preemption.start()
+        try:
+            exit_code, ends_together = _run_body(command, argv, body, preemption)
+            # Here no traceback keeps the model alive: DDP's wrapper must be gone before its process group is.
+            if ends_together and "torch" in sys.modules:
+                from agnews_dist.distributed import collectives
+
+                collectives.close()
+            return exit_code
+        finally:
+            if preemption is not None:
+                preemption.close()
 
 
 def _run_body(
@@ -75,6 +81,7 @@ def _run_body(
     world, is_loaded = World(), False
     try:
         world = detect_world(os.environ)
+        check_interfaces(os.environ, world)
         # `--print_config` prints and ends the process on every rank; rank 0's output is enough.
         with nullcontext() if world.is_main else redirect_stdout(io.StringIO()):
             loaded = load(sys.argv[1:] if argv is None else argv, command.options)

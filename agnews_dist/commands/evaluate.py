@@ -31,6 +31,7 @@ COMMAND = Command(
     ),
     ("data.source", "data.max_length", "data.cache_dir", "model.name", "engine.device", "engine.precision", "run.overwrite"),
     shows_defaults=False,
+    shows_progress=True,
 )
 
 

@@ -21,6 +21,7 @@ COMMAND = Command(
     ),
     PASSED_ON,
     ("data.source", "data.max_length", "data.limit_train", "data.cache_dir", "model"),
+    shows_progress=True,
 )
 
 

@@ -27,6 +27,7 @@ COMMAND = Command(
         "torchrun --nproc_per_node=8 -m agnews_dist.train --config my.yaml",
     ),
     TRAINING_OPTIONS,
+    shows_progress=True,
 )
 
 
