@@ -23,6 +23,11 @@ fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 settings=$("${python[@]}" -m agnews_dist.distributed.node_resources "$1") || exit
 eval "$settings"
+# Quotes, and YAML files of pods, keep `~` and variables.
+if [[ ${LOGS:-} == *[~\$]* ]]; then
+    LOGS=$("${python[@]}" -m agnews_dist.storage.directories "$LOGS") || exit
+    export LOGS
+fi
 # torchrun passes only these signals on to the ranks, also under accelerate. By default USR1 and USR2, which clusters send before
 # they take a node away, would end the agent and leave the ranks running.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2}

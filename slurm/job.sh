@@ -13,7 +13,7 @@ trap_stop_signals
 
 if [[ -f $root/slurm/site.env ]]; then
     # shellcheck source=slurm/site.env.example
-    source "$root/slurm/site.env"
+    source <(tr -d '\r' <"$root/slurm/site.env") # editors on Windows end lines with CRLF
 fi
 if declare -F setup >/dev/null; then
     setup
@@ -39,12 +39,22 @@ call_slurm() {
     return 1
 }
 
+# run_python MODULE ARGUMENTS...: run a module of this repository.
+run_python() {
+    # shellcheck disable=SC2086  # CONTAINER is several words
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} ${CONTAINER:-} "${INTERPRETER:-$root/.venv/bin/python}" -m "$@"
+}
+
 # Slurm of 2022 and before does not set the end time of the job. The ranks need it to save in time.
 if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
     SLURM_JOB_END_TIME=$(date -d "$(call_slurm squeue --noheader --jobs "$job" --format %e)" +%s 2>/dev/null) &&
         export SLURM_JOB_END_TIME
 fi
-export LOGS=${LOGS:-$SLURM_SUBMIT_DIR/logs}/$SLURM_JOB_NAME-$SLURM_JOB_ID
+LOGS=${LOGS:-$SLURM_SUBMIT_DIR/logs}
+if [[ $LOGS == *[~\$]* ]]; then # quotes keep `~` and variables
+    LOGS=$(run_python agnews_dist.storage.directories "$LOGS") || exit
+fi
+export LOGS=$LOGS/$SLURM_JOB_NAME-$SLURM_JOB_ID
 
 # run_command NAME ARGUMENTS...: run a command of agnews_dist on every node of the job; returns its exit status.
 run_command() {
@@ -106,9 +116,7 @@ run_training() {
 decide_restart() {
     local at=$1
     shift
-    # shellcheck disable=SC2086  # CONTAINER is several words
-    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} ${CONTAINER:-} "${INTERPRETER:-$root/.venv/bin/python}" -m agnews_dist restarts \
-        --at "$at" --starts "$LOGS/starts.jsonl" --limit "${MAX_FRUITLESS_STARTS:-3}" "$@"
+    run_python agnews_dist restarts --at "$at" --starts "$LOGS/starts.jsonl" --limit "${MAX_FRUITLESS_STARTS:-3}" "$@"
 }
 
 # is_preempted: whether Slurm is preempting the job. In the grace time Slurm signals only the ranks, not this script.

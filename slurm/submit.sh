@@ -7,7 +7,7 @@
 #
 # Options before `--` are sbatch's, for the training; options after it are settings. Without `--` all are settings.
 #
-# RUN        name of the run; default: agnews- and the time
+# RUN        name of the run; default: agnews-, the time and the process
 # RUNS       directory of all runs; default: runs
 # DRY_RUN=1  print the sbatch commands instead of submitting
 set -euo pipefail
@@ -16,7 +16,7 @@ if [[ -f $root/slurm/site.env ]]; then
     # A site's own commands may use unset variables or fail.
     set +eu
     # shellcheck source=slurm/site.env.example
-    source "$root/slurm/site.env"
+    source <(tr -d '\r' <"$root/slurm/site.env") # editors on Windows end lines with CRLF
     set -eu
 fi
 
@@ -31,7 +31,7 @@ for word in "$@"; do
         break
     fi
 done
-RUN=${RUN:-agnews-$(date +%Y%m%d-%H%M%S)} RUNS=${RUNS:-runs}
+RUN=${RUN:-agnews-$(date +%Y%m%d-%H%M%S)-$$} RUNS=${RUNS:-runs}
 
 # submit COMMAND WORDS...: submit a job and print its number. A dry run prints the sbatch command, and COMMAND as the number.
 submit() {

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from agnews_dist.config.fields import BOOLS, Problems, RawValue, all_sections, all_settings, build_config, check_value, is_path
 from agnews_dist.config.schema import Config, Level, PathText
 from agnews_dist.errors import quote
+from agnews_dist.storage.directories import expand_path
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Command:
     """Sections and keys of settings that the short help shows; None: the basic settings."""
     shows_defaults: bool = True
     """False: without a value, some settings are those of a saved model."""
+    shows_progress: bool = False
+    """Standard output is a display for people, from which lines may be missing if it is not read."""
 
     def shows(self, key: str) -> bool:
         """Return whether the short help shows a setting."""
@@ -100,6 +103,9 @@ def load(argv: Sequence[str], options: Sequence[Option] = ()) -> Loaded:
     if not takes_texts:
         _refuse_positionals(positionals, problems)
     values = {option.name: tuple(positionals) if option.nargs else option.default for option in options}
+    for option in options:
+        if option.nargs and is_path(option.type):
+            values[option.name] = tuple(_expand(word, problems) for word in positionals)
     raw_values: list[RawValue] = []
     for path in given.pop("--config", []):
         from agnews_dist.config.yaml_file import read_config  # late: most ranks read no YAML
@@ -125,6 +131,14 @@ def load(argv: Sequence[str], options: Sequence[Option] = ()) -> Loaded:
         raise SystemExit(0)
     own = {option.name.lstrip("-"): values[option.name] for option in options}
     return Loaded(config, frozenset(raw.name for raw in raw_values), own)
+
+
+def _expand(word: str, problems: Problems) -> str:
+    try:
+        return expand_path(word)
+    except ValueError as error:
+        problems.add(f"{quote(word)}: {error}", "")
+        return word
 
 
 def _split_arguments(

@@ -2,20 +2,25 @@
 
 import gc
 import io
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from agnews_dist.commands.arguments import Command, HelpRequest, Loaded, Option, load
 from agnews_dist.commands.help import format_help
 from agnews_dist.config.fields import all_settings
 from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
-from agnews_dist.distributed.world import World, detect_world, print_line
+from agnews_dist.distributed.world import World, check_interfaces, detect_world, print_line
 from agnews_dist.errors import SharedError, Stopped, UserError
+from agnews_dist.report.display_streams import background_streams, open_missing_streams
+from agnews_dist.storage.directories import provide_home
 
 ACCEPTABLE = tuple(key for key, setting in all_settings().items() if setting.resume == "may be accepted")
 TRAINING_OPTIONS = (
@@ -50,19 +55,23 @@ def run_command(command: Command, argv: Sequence[str] | None, body: Body, preemp
 
     `argv`: arguments after the command; None: those of the process. `preemption`: handler of signals while the command runs.
     """
-    if preemption is not None:
-        preemption.start()
-    try:
-        exit_code, ends_together = _run_body(command, argv, body, preemption)
-        # Here no traceback keeps the model alive: DDP's wrapper must be gone before its process group is.
-        if ends_together and "torch" in sys.modules:
-            from agnews_dist.distributed import collectives
-
-            collectives.close()
-        return exit_code
-    finally:
+    open_missing_streams()
+    provide_home()
+    # Standard output of other commands is data, which must not be dropped.
+    with background_streams("stderr", *(["stdout"] if command.shows_progress else [])):
         if preemption is not None:
-            preemption.close()
+            preemption.start()
+        try:
+            exit_code, ends_together = _run_body(command, argv, body, preemption)
+            # Here no traceback keeps the model alive: DDP's wrapper must be gone before its process group is.
+            if ends_together and "torch" in sys.modules:
+                from agnews_dist.distributed import collectives
+
+                collectives.close()
+            return exit_code
+        finally:
+            if preemption is not None:
+                preemption.close()
 
 
 def _run_body(
@@ -72,6 +81,7 @@ def _run_body(
     world, is_loaded = World(), False
     try:
         world = detect_world(os.environ)
+        check_interfaces(os.environ, world)
         # `--print_config` prints and ends the process on every rank; rank 0's output is enough.
         with nullcontext() if world.is_main else redirect_stdout(io.StringIO()):
             loaded = load(sys.argv[1:] if argv is None else argv, command.options)
@@ -83,8 +93,11 @@ def _run_body(
     except SharedError as error:
         if world.is_main and error.exit_code == 0:
             print(error, flush=True)
-        elif world.is_main:
-            print_line(f"{_label(error.rank, world)}error: {error}")
+        else:
+            # torchrun shows last the failure with the earliest second.
+            _record(str(error) if world.is_main else "See the error of rank 0.", delay_seconds=int(not world.is_main))
+            if world.is_main:
+                print_line(f"{_label(error.rank, world)}error: {error}")
         return error.exit_code, True
     except Stopped as stopped:
         if world.is_main:
@@ -94,6 +107,7 @@ def _run_body(
         if preemption is not None and is_loaded:
             # Tells the ranks that wait for this one in a collective why they end.
             preemption.report_failure(str(error), is_own=True)
+        _record(str(error))
         if is_loaded or world.local_rank == 0:
             print_line(f"{_label(world.rank, world)}error: {error}")
         return error.exit_code, False
@@ -107,9 +121,20 @@ def _run_body(
         # If another rank failed first, one line replaces the traceback. Collectives raise RuntimeError.
         own, last = not isinstance(error, RuntimeError), text.strip().splitlines()[-1]
         consequence = preemption.report_failure(last, is_own=own) if preemption is not None else None
+        _record(consequence or text, delay_seconds=int(consequence is not None))
         print_line("\n".join(f"{world.label} {line}" for line in (consequence or text).splitlines()))
         return 1, False
     return 0, True
+
+
+def _record(text: str, delay_seconds: int = 0) -> None:
+    """Write an error to the file that torchrun reads: its summary, which is the last thing on the screen, shows it then."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        details = {"py_callstack": text, "timestamp": str(int(time.time()) + delay_seconds)}
+        with suppress(OSError):
+            content = json.dumps({"message": {"message": text, "extraInfo": details}}, allow_nan=False)
+            Path(path).write_text(content, encoding="utf-8")
 
 
 def _label(rank: int, world: World) -> str:

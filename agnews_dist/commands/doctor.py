@@ -50,6 +50,7 @@ def run(world: World, loaded: Loaded) -> None:
         from agnews_dist.preflight.runner import run_checks
         from agnews_dist.run.engine_setup import check_engine
         from agnews_dist.run.fingerprints import setting_values
+        from agnews_dist.run.hub_inputs import list_requests
         from agnews_dist.run.memory_setup import build_memory_setup
         from agnews_dist.storage.directories import cache_root
 
@@ -59,8 +60,6 @@ def run(world: World, loaded: Loaded) -> None:
     planned = PlannedRun(
         world=planned_world,
         model_name=config.model.name,
-        revision=config.model.revision,
-        init=config.model.init,
         source=config.data.source,
         device=engine.device,
         precision=engine.precision,
@@ -69,6 +68,8 @@ def run(world: World, loaded: Loaded) -> None:
         num_checkpoints=config.checkpoint.keep,
         feature_bytes=int(engine.feature_cache_gigabytes * 1e9) if engine.feature_cache == "disk" else 0,
         settings=compared,
+        list_requests=partial(list_requests, config),
+        list_config_requests=partial(list_requests, config, has_weights=False, has_data=False),
         check_engine=partial(check_engine, config, planned_world),
         read_memory_setup=partial(build_memory_setup, config, planned_world),
     )

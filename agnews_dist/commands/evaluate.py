@@ -7,6 +7,7 @@ split without labels is predicted: --output gets the predictions and no scores.
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,7 @@ COMMAND = Command(
     ),
     ("data.source", "data.max_length", "data.cache_dir", "model.name", "engine.device", "engine.precision", "run.overwrite"),
     shows_defaults=False,
+    shows_progress=True,
 )
 
 
@@ -44,7 +46,6 @@ def evaluate(world: World, loaded: Loaded) -> None:
     # Imported here, so that --help and wrong settings do not wait for torch.
     with importing():
         from agnews_dist.data.batching.loader import TokenTable
-        from agnews_dist.data.corpus import check_source
         from agnews_dist.distributed import collectives
         from agnews_dist.engine.device import should_use_cuda
         from agnews_dist.evaluation.evaluator import evaluate_split
@@ -52,19 +53,20 @@ def evaluate(world: World, loaded: Loaded) -> None:
         from agnews_dist.events import RunStarted
         from agnews_dist.model.gpt2 import count_parameters
         from agnews_dist.report.console import Sinks, create_console
-        from agnews_dist.run import directory, engine_setup, fingerprints, results, setup
+        from agnews_dist.run import directory, engine_setup, fingerprints, hub_inputs, results, setup
         from agnews_dist.training.timing import StageTimer
 
     config, output, timer = loaded.config, loaded.options["output"], StageTimer(start)
     should_use_cuda(world, config.engine.device)
     with Sinks() as emit:
+        if world.is_main:
+            emit.add(create_console())
+        engine = engine_setup.start_engine(config.engine, world, is_training=False)
+        hub_inputs.fetch_inputs(partial(hub_inputs.list_requests, config, hold_out=False), world, emit)
 
         def load() -> setup.EvaluationInputs:
-            if world.is_main:
-                emit.add(create_console())
-                if output is not None:
-                    directory.check_output(Path(output), overwrite=config.run.overwrite)
-            check_source(config.data.source)
+            if world.is_main and output is not None:
+                directory.check_output(Path(output), overwrite=config.run.overwrite)
             split = loaded.options["split"]
             length = config.data.max_length if "data.max_length" in loaded.explicit else None
             inputs = setup.load_evaluation_inputs(config, split=split, max_length=length, emit=emit, timer=timer, world=world)
@@ -75,10 +77,7 @@ def evaluate(world: World, loaded: Loaded) -> None:
                 )
             return inputs
 
-        # Loaded before the process group exists: a slow download must not run into the timeout of a collective.
-        outcome = collectives.catch(load)
-        engine = engine_setup.start_engine(config.engine, world, is_training=False)
-        inputs = collectives.raise_if_any_failed(outcome)
+        inputs = collectives.raise_if_any_failed(collectives.catch(load))
         classifier, tokens = inputs.classifier, inputs.tokens
         weights = fingerprints.weights_fingerprint(inputs.classifier.frozen_state)
         collectives.check_equal(hashes := {"tokens": inputs.fingerprint, "frozen_weights": weights})

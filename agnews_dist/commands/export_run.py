@@ -19,7 +19,7 @@ COMMAND = Command(
         "agnews-dist export runs/NAME/model --output news.onnx",
     ),
     (
-        Option("run", "A run's directory, or an exported one.", nargs="*"),
+        Option("run", "A run's directory, or an exported one.", PathText, nargs="*"),
         Option("--format", "Format of the file.", Literal["onnx"], "onnx"),
         Option("--output", "The file; default: model.onnx in RUN.", PathText),
     ),

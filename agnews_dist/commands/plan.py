@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
 from agnews_dist.commands.command import importing, run_command
@@ -58,6 +59,7 @@ def run(world: World, loaded: Loaded) -> None:
         from agnews_dist.report.console import create_console
         from agnews_dist.report.formatting import create_output
         from agnews_dist.report.plan_view import show_plan
+        from agnews_dist.run.hub_inputs import fetch_inputs, list_requests
         from agnews_dist.run.setup import estimate_epochs, load_text, open_tokens, plan_settings, read_model_files
         from agnews_dist.storage.atomic import to_json_value
 
@@ -66,6 +68,7 @@ def run(world: World, loaded: Loaded) -> None:
     out = create_output(sys.stderr if as_json else sys.stdout)
     with closing(create_console(out)) as emit:
         emit(Progress(task=f"load {data.source}", done=0, total=0))
+        fetch_inputs(partial(list_requests, config, has_weights=False), World(), emit)
         files = read_model_files(model, data)
         corpus = load_text(data)
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)

@@ -7,6 +7,7 @@ and writes the answers.
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from agnews_dist.commands.command import importing, run_command
 from agnews_dist.config.schema import Count, PathText
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
+from agnews_dist.events import Event, Warned
 
 COMMAND = Command(
     "predict",
@@ -60,7 +62,7 @@ def predict(world: World, loaded: Loaded) -> None:
         from agnews_dist.report.formatting import create_output
         from agnews_dist.report.prediction_files import check_output, open_answers
         from agnews_dist.report.prediction_view import Write, create_printer
-        from agnews_dist.run import engine_setup, prediction
+        from agnews_dist.run import engine_setup, hub_inputs, prediction
         from agnews_dist.run.fingerprints import weights_fingerprint
 
     output = None if options["output"] is None else Path(options["output"])
@@ -83,10 +85,9 @@ def predict(world: World, loaded: Loaded) -> None:
                 texts.check()
             return texts, model, num_best, write
 
-        # Loaded before the process group exists: a slow download must not run into the timeout of a collective.
-        outcome = collectives.catch(load)
         engine = engine_setup.start_engine(config.engine, world, is_training=False)
-        texts, model, num_best, write = collectives.raise_if_any_failed(outcome)
+        hub_inputs.fetch_inputs(partial(hub_inputs.list_requests, config, has_data=False), world, _warn)
+        texts, model, num_best, write = collectives.raise_if_any_failed(collectives.catch(load))
         if world.num_ranks > 1:
             weights = {**model.classifier.frozen_state, **model.classifier.suffix.state_dict()}
             collectives.check_equal({"weights": weights_fingerprint(weights)})
@@ -120,6 +121,12 @@ def _check_options(loaded: Loaded) -> None:
             f"--format {loaded.options['format']}: with --output nothing is printed, and the file's suffix says its format. "
             "Remove one of them."
         )
+
+
+def _warn(event: Event) -> None:
+    """Print a warning, which no console shows yet."""
+    if isinstance(event, Warned):
+        _tell(f"warning: {event.message}")
 
 
 def _tell(line: str) -> None:

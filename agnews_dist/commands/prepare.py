@@ -5,6 +5,7 @@ Takes the arguments of the training. Model and data go to the caches of their li
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from agnews_dist.commands.arguments import Command, Loaded
 from agnews_dist.commands.command import PASSED_ON, importing, run_command
@@ -20,6 +21,7 @@ COMMAND = Command(
     ),
     PASSED_ON,
     ("data.source", "data.max_length", "data.limit_train", "data.cache_dir", "model"),
+    shows_progress=True,
 )
 
 
@@ -29,13 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(world: World, loaded: Loaded) -> None:
-    """Load the model once, so that its files are cached, and open or build the token cache."""
+    """Fetch model and data, and open or build the token cache: on the first rank of a node, for all of them."""
     start = time.perf_counter()
+    if world.local_rank != 0:
+        return
     # Imported here, so that --help and wrong settings do not wait for torch.
     with importing():
-        from agnews_dist.data.corpus import check_source
         from agnews_dist.events import RunDone
         from agnews_dist.report.console import Sinks, create_console
+        from agnews_dist.run.hub_inputs import fetch_inputs, list_requests
         from agnews_dist.run.setup import load_training_inputs
         from agnews_dist.training.timing import StageTimer
 
@@ -43,7 +47,7 @@ def prepare(world: World, loaded: Loaded) -> None:
     with Sinks() as emit:
         if world.is_main:
             emit.add(create_console())
-        check_source(config.data.source)
+        fetch_inputs(partial(list_requests, config), World(), emit)
         inputs = load_training_inputs(config, world, emit, StageTimer(start))
         store = inputs.store
         facts = {**inputs.data_facts} | {

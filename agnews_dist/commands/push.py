@@ -6,6 +6,7 @@ from pathlib import Path
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
 from agnews_dist.commands.command import importing, run_command
+from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError, UserError
 
@@ -18,7 +19,7 @@ COMMAND = Command(
         "agnews-dist push runs/NAME owner/news --revision v2",
     ),
     (
-        Option("what", "RUN and REPO: a run's directory, a hub id.", nargs="*"),
+        Option("what", "RUN and REPO: a run's directory, a hub id.", PathText, nargs="*"),
         Option("--private", "Create the repository as private.", bool, False),
         Option("--revision", "Branch; default: main."),
     ),

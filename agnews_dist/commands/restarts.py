@@ -18,7 +18,7 @@ from agnews_dist.config.schema import Count, PathText
 from agnews_dist.distributed.slurm import identify_job
 from agnews_dist.distributed.world import World
 from agnews_dist.run.restart_policy import decide_at_begin, decide_at_end, read_starts, start_from_status, write_starts
-from agnews_dist.run.status import read_status, run_of_job
+from agnews_dist.run.status import read_status, runs_of_job
 
 COMMAND = Command(
     "restarts",
@@ -52,7 +52,7 @@ def decide_restart(_: World, loaded: Loaded) -> None:
     """
     config, options = loaded.config, loaded.options
     runs = Path(config.run.dir)
-    name = config.run.name or run_of_job(runs, identify_job(os.environ))
+    name = config.run.name or next(iter(runs_of_job(runs, identify_job(os.environ))), None)
     status = read_status(runs / name) if name is not None else None
     file = Path(options["starts"])
     if options["at"] == "begin":

@@ -27,6 +27,7 @@ COMMAND = Command(
         "torchrun --nproc_per_node=8 -m agnews_dist.train --config my.yaml",
     ),
     TRAINING_OPTIONS,
+    shows_progress=True,
 )
 
 
@@ -46,7 +47,6 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
     # Imported here: --help and wrong settings must not wait seconds for torch.
     with importing():
         from agnews_dist import training
-        from agnews_dist.data.corpus import check_source
         from agnews_dist.distributed import collectives
         from agnews_dist.engine.device import check_compiler
         from agnews_dist.engine.memory import Estimate, estimate
@@ -54,6 +54,7 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         from agnews_dist.run import setup
         from agnews_dist.run.attempt import Attempt
         from agnews_dist.run.engine_setup import start_training_engine
+        from agnews_dist.run.hub_inputs import fetch_inputs, list_requests
         from agnews_dist.run.memory_setup import build_memory_setup
         from agnews_dist.run.results import write_results
         from agnews_dist.run.summary import log_summary
@@ -63,9 +64,9 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
     with Attempt(config, engine, preemption, accept=loaded.options["accept"], timer=timer) as attempt:
         monitors = attempt.monitors
         attempt.claim()
+        fetch_inputs(partial(list_requests, config), world, monitors.emit)
 
         def load() -> tuple[Estimate, setup.TrainingInputs]:
-            check_source(config.data.source)
             check_compiler(config.engine.compile)
             files = setup.read_model_files(config.model, config.data)
             shape, sizes = build_memory_setup(config, world, files.config)

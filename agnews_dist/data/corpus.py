@@ -116,14 +116,25 @@ def check_source(source: str) -> None:
         )
 
 
+def is_hub_id(source: str) -> bool:
+    """Return whether the source is a data set on the hub.
+
+    Raises:
+        DataError: `source` reads like a path that does not exist.
+    """
+    check_source(source)
+    return source != SYNTHETIC and not exists(Path(source))
+
+
 def _read(source: Source, seed: int, *, needs_label: bool) -> dict[str, RawRows]:
     """Read the rows of every split that is not left out; `needs_label`: all but test must have a label column."""
     wanted = [name for name in SPLITS if not source.splits.is_left_out(name)]
     if source.name == SYNTHETIC:
         return {name: _generate(name, seed) for name in wanted}
-    check_source(source.name)
-    path = Path(source.name)
-    tables = open_local(path, source.splits) if exists(path) else open_hub(source.name, source.revision, source.splits)
+    if is_hub_id(source.name):
+        tables = open_hub(source.name, source.revision, source.splits)
+    else:
+        tables = open_local(Path(source.name), source.splits)
     return {
         name: read_rows(
             name, tables[name], source.columns, needs_label=needs_label and name != "test", directory=source.cache_dir

@@ -1,7 +1,7 @@
 """Calls into Hugging Face libraries: silent, and with their exceptions as errors of this package.
 
-`datasets` and transformers print progress bars and reports, which would mix with the console of a run. Their readers raise many
-unrelated exception types, from OSError to those of pyarrow and safetensors.
+transformers prints progress bars and reports, which would mix with the console of a run. Readers of files raise many unrelated
+exception types, from OSError to those of pyarrow and safetensors.
 """
 
 import logging
@@ -9,21 +9,6 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 
 from agnews_dist.errors import UserError
-
-
-@contextmanager
-def silence_datasets(*, logs: bool = True) -> Generator[None]:
-    """Hide progress bars of `datasets` inside the block; with `logs`, also what it logs."""
-    import datasets
-
-    with ExitStack() as stack:
-        if logs:
-            stack.callback(datasets.logging.set_verbosity, datasets.logging.get_verbosity())
-            datasets.logging.set_verbosity(logging.CRITICAL)
-        if not datasets.are_progress_bars_disabled():
-            stack.callback(datasets.enable_progress_bars)
-        datasets.disable_progress_bars()
-        yield
 
 
 @contextmanager

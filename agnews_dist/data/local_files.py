@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agnews_dist.data.dataset_card import patterns_by_split, read_configs
+from agnews_dist.data.dataset_card import patterns_by_split, read_card_classes, read_configs
 from agnews_dist.data.formats.arrow_file import ArrowTable
 from agnews_dist.data.formats.registry import PART_SUFFIX, SUFFIXES, format_of, is_data_file, open_table
 from agnews_dist.data.formats.streams import COMPRESSIONS, is_hidden, open_bytes, split_suffix
@@ -16,6 +16,8 @@ from agnews_dist.errors import DataError, did_you_mean
 
 SPLIT_WORDS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing")}
 """Names of a split in files, folders and on the hub: `train-00000-of-00001.parquet`, `dev.csv`, `train/0000.parquet`."""
+CARD = "README.md"
+"""Name of the card of a data set."""
 NO_SPLIT = "none"
 """Value of `data.splits.<name>` that leaves a split out."""
 _PART = re.compile(r"(^|[-_.])part[-_.]?\d+|^\d+\.part$|^data-\d+-of-\d+", re.IGNORECASE)
@@ -123,15 +125,23 @@ def _open_file(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
 
 
 def _open_directory(path: Path, settings: SplitSettings) -> dict[str, list[Table]]:
-    saved = path / (settings.subset or ".")
-    if (saved / "dataset_dict.json").is_file() or (saved / "state.json").is_file():
-        return _open_saved(saved, settings)
+    if is_saved(path, settings):
+        return _open_saved(path / (settings.subset or "."), settings)
     splits = find_files_by_split(path, settings)
     found: dict[str, list[Table]] = {}
     for name, files in splits.items():
         full = [file for file in files if not _is_empty_part(file)] if len(files) > 1 else files
         found[name] = [open_table(file, _name_in(file, path)) for file in full or files[:1]]
+    classes = read_card_classes(path / CARD, settings.subset)
+    for table in (table for tables in found.values() for table in tables):
+        table.card_classes = classes
     return found
+
+
+def is_saved(path: Path, settings: SplitSettings) -> bool:
+    """Return whether `datasets.save_to_disk` wrote the directory, or the subset's folder in it."""
+    saved = path / (settings.subset or ".")
+    return (saved / "dataset_dict.json").is_file() or (saved / "state.json").is_file()
 
 
 def _name_in(file: Path, directory: Path) -> str:

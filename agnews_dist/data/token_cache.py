@@ -1,7 +1,7 @@
 """Token caches on disk: arrays with checksums, published whole or not at all, verified when opened, listed and removed.
 
 <root>/<key>/                  one cache: meta.json and three arrays per split
-<root>/<key>.lock              held while it is built, opened or removed
+<root>/<key>.lock              held while it is built or removed
 <root>/<key>.building-*/       an unpublished cache; its name holds node and process
 """
 
@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -28,7 +29,7 @@ from agnews_dist.errors import DataError
 from agnews_dist.events import DataFinding, Emit, Warned
 from agnews_dist.storage import atomic
 from agnews_dist.storage.directories import used_disk_bytes
-from agnews_dist.storage.locks import is_locked, locked, try_lock
+from agnews_dist.storage.locks import is_locked, locked_or_bypassed, try_lock
 
 FORMAT = 1
 """Version of the files, part of the key. Raise it when the files or their meaning change."""
@@ -79,7 +80,9 @@ class CachedTokens:
 
 
 def read_or_build(directory: Path, build: Callable[[Path], CachedTokens], emit: Emit) -> tuple[CachedTokens, bool]:
-    """Read a cache; if it is missing or damaged, one process builds it while the others wait for the lock.
+    """Read a cache; if it is missing or damaged, one process builds it while the others wait for the lock and say so.
+
+    A builder that is suspended or gone is not waited for: publishing is atomic, so two builders do no harm.
 
     `build` may write token files to the directory that it gets (see `TokenWriter`). Returns (content, whether it was found).
 
@@ -87,11 +90,14 @@ def read_or_build(directory: Path, build: Callable[[Path], CachedTokens], emit: 
         DataError: no valid cache exists and none can be written.
     """
     root = directory.parent
+    with suppress(FileNotFoundError, DamagedCache):
+        return read_tokens(directory), True
     try:
         with ExitStack() as stack:
             try:
                 root.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(_lock_of(directory)))
+                say = partial(_warn, emit)
+                stack.enter_context(locked_or_bypassed(_lock_of(directory), f"token cache {directory}", say))
             except OSError as unwritable:
                 # A valid cache of another user may be read-only.
                 try:
@@ -111,6 +117,10 @@ def read_or_build(directory: Path, build: Callable[[Path], CachedTokens], emit: 
             f"token cache {root} cannot be written: {reason}. Set --data.cache_dir to a writable directory with free space, or "
             "build it there with 'python -m agnews_dist prepare'."
         ) from error
+
+
+def _warn(emit: Emit, message: str) -> None:
+    emit(Warned(message=message))
 
 
 def publish(directory: Path, write: Callable[[Path], None]) -> None:
@@ -278,7 +288,7 @@ class TokenCache:
     last_used: float
     """Seconds since 1970."""
     is_used: bool
-    """Being built or opened now. After opening it, a job has the tokens mapped and no longer needs the files."""
+    """Being built now. After opening it, a job has the tokens mapped and no longer needs the files."""
 
 
 def list_token_caches(root: Path) -> list[TokenCache]:
@@ -303,8 +313,8 @@ def remove_token_cache(path: Path) -> bool:
     Raises:
         OSError: this user may not remove it.
     """
-    handle = try_lock(_lock_of(path))
-    if handle is None:
+    lock = try_lock(_lock_of(path))
+    if lock is None:
         return False
     try:
         for part in _directories(path):
@@ -312,7 +322,7 @@ def remove_token_cache(path: Path) -> bool:
                 shutil.rmtree(part)
         return not _directories(path)
     finally:
-        os.close(handle)
+        lock.close()
 
 
 def _lock_of(path: Path) -> Path:

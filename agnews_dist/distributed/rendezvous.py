@@ -56,6 +56,12 @@ def open_process_group(world: World, backend: str, timeout_seconds: int) -> None
         UserError: a rank did not come, the launcher's address cannot be used, or the ranks cannot connect to each other.
     """
     timeout = timedelta(seconds=timeout_seconds)
+    levels = dist.DebugLevel  # pyright: ignore[reportPrivateImportUsage]  # documented as public
+    if backend == "gloo" and dist.get_debug_level() == levels.DETAIL:  # pyright: ignore[reportPrivateImportUsage]
+        # DDP's constructor crashes with gloo under it (torch 2.13): SIGSEGV without any message.
+        dist.set_debug_level(levels.INFO)  # pyright: ignore[reportPrivateImportUsage]
+        if world.is_main:
+            print_line("warning: TORCH_DISTRIBUTED_DEBUG=DETAIL crashes on CPUs, so this run takes INFO.")
     # torch's own rendezvous: it knows whether the launcher or rank 0 hosts the store.
     rendezvous = dist.rendezvous  # pyright: ignore[reportPrivateImportUsage]  # documented as public
     prefixed = dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage]  # documented as public

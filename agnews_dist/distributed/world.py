@@ -5,6 +5,7 @@ one LOCAL_SIZE. Without a launcher there is one rank. A process that is one of s
 would train alone on all the data.
 """
 
+import socket
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
@@ -111,9 +112,27 @@ def is_launched(environ: Mapping[str, str]) -> bool:
     return bool(environ.get(LAUNCHER_VARIABLES[0]))
 
 
+def check_interfaces(environ: Mapping[str, str], world: World) -> None:
+    """Check that the network interfaces that gloo is to use exist, before every rank fails at the rendezvous.
+
+    Raises:
+        UserError: one does not.
+    """
+    known = [name for _, name in socket.if_nameindex()]
+    for name in environ.get("GLOO_SOCKET_IFNAME", "").split(",") if world.num_ranks > 1 else ():
+        if name and name not in known:
+            raise UserError(
+                f"GLOO_SOCKET_IFNAME {name}: {socket.gethostname()} has no such network interface, only {', '.join(known)}. "
+                "Correct or unset it."
+            )
+
+
 def _refuse_processes_without_ranks(environ: Mapping[str, str]) -> None:
     for name, (starter, one_per_node) in TASK_COUNTS.items():
         tasks = environ.get(name, "1")
+        # In the shell of `srun --pty bash` one process is what the user wants, however many tasks the allocation has.
+        if starter == "srun" and environ.get("SLURM_PTY_PORT") and environ.get("SLURM_PROCID") == "0":
+            continue
         if tasks.isdigit() and int(tasks) > 1:
             raise UserError(
                 f"{starter} started {tasks} tasks without torchrun: each would train alone on all the data. "

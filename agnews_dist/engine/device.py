@@ -2,6 +2,8 @@
 
 import os
 import sys
+import tempfile
+from pathlib import Path
 from shutil import which
 
 import torch
@@ -46,21 +48,34 @@ def should_use_cuda(world: World, device: str) -> bool:
     return True
 
 
-def check_compiler(wanted: str) -> None:
-    """Check before anything is loaded that torch.compile can work here, if `engine.compile` is `always`.
+def find_compiler_fault() -> tuple[str, str] | None:
+    """Return (why torch.compile cannot work here, what to do); None: it may work.
 
-    Raises:
-        UserError: a C++ compiler is missing. TorchInductor needs one on CPUs, and Triton one for its launchers on GPUs.
+    TorchInductor needs a C++ compiler on CPUs, and Triton one for its launchers on GPUs. Both load the libraries that it makes.
     """
     # The names that Triton and TorchInductor look for.
     on_gpu = torch.cuda.is_available()
     variable, usual = ("CC", ("gcc", "clang", "cc")) if on_gpu else ("CXX", ("clang++" if sys.platform == "darwin" else "g++",))
     chosen = os.environ.get(variable)
-    if wanted == "always" and not any(map(which, (chosen,) if chosen else usual)):
-        raise UserError(
-            f"engine.compile always: torch.compile needs a C++ compiler, and {chosen or ' or '.join(usual)} is not found. "
-            f"Install one, set {variable} to another, or set --engine.compile never."
-        )
+    if not any(map(which, (chosen,) if chosen else usual)):
+        reason = f"torch.compile needs a C++ compiler, and {chosen or ' or '.join(usual)} is not found"
+        return reason, f"Install one, set {variable} to another"
+    cache = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir())
+    existing = next(path for path in (cache, *cache.absolute().parents) if path.is_dir())
+    if os.statvfs(existing).f_flag & os.ST_NOEXEC or not os.access(existing, os.W_OK):
+        reason = f"torch.compile loads the libraries that it makes in {cache}, which is noexec or read-only"
+        return reason, "Set TORCHINDUCTOR_CACHE_DIR to another directory"
+    return None
+
+
+def check_compiler(wanted: str) -> None:
+    """Check before anything is loaded that torch.compile can work here, if `engine.compile` is `always`.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if wanted == "always" and (fault := find_compiler_fault()):
+        raise UserError(f"engine.compile always: {fault[0]}. {fault[1]}, or set --engine.compile never.")
 
 
 def free_device_bytes(device: torch.device, ranks_per_node: int) -> int:

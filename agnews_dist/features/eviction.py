@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from agnews_dist.storage.capacity import gigabytes
 from agnews_dist.storage.directories import used_disk_bytes
-from agnews_dist.storage.locks import is_locked, try_lock
+from agnews_dist.storage.locks import Lock, is_locked, try_lock
 
 ABOUT = "about.json"
 IN_USE = "in-use"
@@ -99,11 +99,11 @@ def remove(directory: Path) -> bool:
     The directory is renamed first, so no process ever opens a partly deleted cache.
     """
     trash = directory.with_name(f"{_TRASH}{uuid.uuid4().hex}")
-    handle: int | None = None
+    lock: Lock | None = None
     try:
         with suppress(FileNotFoundError):  # no process has used it yet
-            handle = try_lock(directory / IN_USE, create=False)
-            if handle is None:
+            lock = try_lock(directory / IN_USE, create=False)
+            if lock is None:
                 return False
         directory.rename(trash)
     except FileNotFoundError:
@@ -111,8 +111,8 @@ def remove(directory: Path) -> bool:
     except OSError:  # another user's, or no locks here
         return False
     finally:
-        if handle is not None:
-            os.close(handle)
+        if lock is not None:
+            lock.close()
     shutil.rmtree(trash, ignore_errors=True)
     return True
 

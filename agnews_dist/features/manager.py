@@ -14,7 +14,7 @@ from agnews_dist.data.rows import Ints
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.device import free_device_bytes
 from agnews_dist.engine.engine import Engine
-from agnews_dist.events import Emit, Warned
+from agnews_dist.events import Emit, Warned, ignore_event
 from agnews_dist.features.eviction import evict, job_directory, remove
 from agnews_dist.features.gather import CachedFeatures
 from agnews_dist.features.keys import features_key
@@ -38,6 +38,8 @@ class CacheSettings:
     """Root of the feature caches on disk."""
     limit_bytes: int
     """Limit of all caches below `directory` together."""
+    reserved_bytes: int
+    """Free bytes of its file system that the run needs for other files."""
     frozen_weights: str
     """Fingerprint of the frozen weights."""
     model_name: str
@@ -56,6 +58,7 @@ class FeatureCache:
         """Choose the place; nothing is computed yet. `tables`: split name -> tokens, with a split 'train'."""
         self._classifier, self._tables, self._engine, self._world = classifier, tables, engine, engine.world
         self._settings = settings
+        self._emit: Emit = ignore_event
         self._sources: dict[str, CachedFeatures] = {}
         self._files: dict[str, FeatureFile] = {}
         self._failed: set[Place] = set()
@@ -83,6 +86,7 @@ class FeatureCache:
 
     def build(self, emit: Emit) -> None:
         """Compute the features, or open and verify cached ones. If that fails on any rank, all ranks take the next place."""
+        self._emit = emit
         if self.choice.refusal:
             emit(Warned(message=f"engine.feature_cache {self._settings.requested}: {self.choice.refusal}."))
         while self.choice.place != "off":
@@ -128,7 +132,7 @@ class FeatureCache:
             "device_bytes": free_device_bytes(device, world.ranks_per_node),
             "host_bytes": capacity.free_host_bytes(),
             "shared_bytes": capacity.free_shared_bytes(),
-            "disk_bytes": capacity.free_disk_bytes(settings.directory),
+            "disk_bytes": max(0, capacity.free_disk_bytes(settings.directory) - settings.reserved_bytes),
         }
         of_ranks = collectives.all_gather((own_bytes, is_on_disk))
         resources = Resources(
@@ -250,4 +254,5 @@ class FeatureCache:
             width=split.width,
             dtype=split.dtype,
             about={"model": settings.model_name, "split": name, "texts": len(table), "tokens": split.num_tokens},
+            say=lambda message: self._emit(Warned(message=message)),
         )

@@ -7,7 +7,6 @@ So one loop builds a file, continues after a kill, verifies a finished file and 
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from agnews_dist.features.eviction import ABOUT, IN_USE, MARKS, ROWS, has_all_segments, mark_path, read_mark
-from agnews_dist.storage.locks import lock_shared, try_lock
+from agnews_dist.storage.locks import LockWait, Say, acquire, lock_shared, try_lock
 
 _WAIT_SECONDS = 0.05
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
@@ -34,17 +33,27 @@ class FeatureFile:
     """The rows of a layout's segments, in a directory of their own."""
 
     def __init__(
-        self, directory: Path, *, key: str, bounds_S: Sequence[int], width: int, dtype: torch.dtype, about: Mapping[str, Any]
+        self,
+        directory: Path,
+        *,
+        key: str,
+        bounds_S: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        about: Mapping[str, Any],
+        say: Say = lambda _: None,
     ) -> None:
         """Describe the file; nothing is read or written yet.
 
         `key` (see `features_key`) is part of every checksum, so rows of another key never pass as these. Segment s is the rows
-        `bounds_S[s]` to `bounds_S[s + 1]`, each of `width` numbers. `about` are facts for listings, JSON-ready.
+        `bounds_S[s]` to `bounds_S[s + 1]`, each of `width` numbers. `about` are facts for listings, JSON-ready. `say` gets a
+        line about each long wait for another process.
         """
         self.directory = directory
         self._key, self._bounds_S, self._width, self._dtype = key, bounds_S, width, dtype
         self.num_segments = len(bounds_S) - 1
         self.num_bytes = self._offset(self.num_segments)
+        self._say = say
         self._about = dict(about) | {"bytes": self.num_bytes, "segments": self.num_segments}
         self._lock: int | None = None
 
@@ -74,7 +83,7 @@ class FeatureFile:
         handle = os.open(self.directory / ROWS, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             # One process at a time: glibc emulates the reservation by writing, which could overwrite another's segments.
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            acquire(handle, self._wait_for(ROWS))
             size = os.fstat(handle).st_size
             try:
                 if size < self.num_bytes:
@@ -90,7 +99,10 @@ class FeatureFile:
     def lock(self) -> None:
         """Mark the directory as used now, and protect it from eviction until `close` or the end of this process."""
         if self._lock is None:
-            self._lock = lock_shared(self.directory / IN_USE)
+            self._lock = lock_shared(self.directory / IN_USE, self._wait_for(IN_USE))
+
+    def _wait_for(self, name: str) -> LockWait:
+        return LockWait(self.directory / name, f"features {self.directory.name[:12]}", self._say)
 
     def close(self) -> None:
         """Release the lock. Mapped rows stay readable, even if the directory is removed."""
@@ -113,16 +125,18 @@ class FeatureFile:
         computes its rows. One thread at a time calls `on_segment`, once for every segment.
 
         The function raises:
-            OSError: no space, no permission; finished segments stay.
+            OSError: no space, no permission, or a process that has a segment's lock shows no sign of life; finished segments
+                stay.
         """
         first = rank * self.num_segments // num_ranks
+        wait, waited_for = self._wait_for(MARKS), -1
         queue = deque([*range(first, self.num_segments), *range(first)])
         guard = threading.Lock()
         failed = threading.Event()
         num_left = self.num_segments
 
         def work() -> None:
-            nonlocal num_left
+            nonlocal num_left, wait, waited_for
             num_locked = 0
             while num_left and not failed.is_set():
                 with guard:
@@ -143,6 +157,10 @@ class FeatureFile:
                     else:
                         queue.append(segment)
                     others_have_the_rest = num_locked > 0 and num_locked >= len(queue)
+                    if others_have_the_rest and segment == min(queue):
+                        if segment != waited_for:
+                            waited_for, wait = segment, self._wait_for(f"{MARKS}/{mark_path(self.directory, segment).name}")
+                        wait.look()
                 if others_have_the_rest:
                     time.sleep(_WAIT_SECONDS)
 
@@ -181,19 +199,20 @@ class FeatureFile:
             return True
         if self.read_segment(segment) is not None:
             return True
-        handle = try_lock(mark_path(self.directory, segment))
-        if handle is None:
+        lock = try_lock(mark_path(self.directory, segment))
+        if lock is None:
             return False
         try:
             # The previous holder of the lock may have finished the segment.
             if self.read_segment(segment) is None:
-                rows = compute(segment)
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, self._write(segment, rows).encode(), 0)
-                os.fsync(handle)
+                lock.sign()
+                checksum = self._write(segment, compute(segment))
+                os.ftruncate(lock.handle, 0)
+                os.pwrite(lock.handle, checksum.encode(), 0)
+                os.fsync(lock.handle)
             return True
         finally:
-            os.close(handle)
+            lock.close()
 
     def _write(self, segment: int, rows: Tensor) -> str:
         """Write a segment through to the disk; return its checksum."""

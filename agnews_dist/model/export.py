@@ -24,7 +24,7 @@ from agnews_dist.data.hugging_face import silence_transformers
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding
 from agnews_dist.errors import ModelError
 from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, split_model
-from agnews_dist.model.pretrained import can_produce, locate, read_tokenizer
+from agnews_dist.model.pretrained import can_produce, find_model_directory, read_tokenizer
 from agnews_dist.model.saved_model import TRAINABLE_BLOCKS_KEY, check_config
 from agnews_dist.model.tokenizer_files import write_tokenizer
 from agnews_dist.storage import atomic
@@ -93,17 +93,26 @@ def export_model(
             mode = (staging / "README.md").stat().st_mode
             for path in staging.iterdir():
                 path.chmod(mode)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # A full disk is a SafetensorError for safetensors, and a plain Exception for tokenizers.
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
+            raise
         raise ModelError(
             f"the model cannot be written to {directory}: {getattr(error, 'strerror', None) or error}. "
             "Free some space, or choose a writable --run.dir."
         ) from error
 
 
-def check_room(directory: Path, num_trained: int, num_frozen: int, *, has_checkpoint: bool = False) -> None:
-    """Check before training that a model of this many parameters can be exported below `directory`, as far as that is known.
+def run_bytes(num_trained: int, num_frozen: int, num_checkpoints: int, *, other_bytes: int = 0) -> int:
+    """Return what a run writes: the model, and checkpoints of the trained weights, two moments for each, and the best weights.
 
-    A first checkpoint takes space too: the trained weights, two moments for each, and the best weights.
+    `num_checkpoints`: those on disk at the same time that are still to be written. `other_bytes`: its other files.
+    """
+    return 4 * (num_trained + num_frozen) + 16 * num_trained * num_checkpoints + other_bytes
+
+
+def check_room(directory: Path, needed: int) -> None:
+    """Check before training that a run can write `needed` bytes below `directory`, as far as that is known.
 
     Raises:
         ModelError: too little space, no free inode, or a path that is not UTF-8, which safetensors cannot write.
@@ -113,11 +122,10 @@ def check_room(directory: Path, num_trained: int, num_frozen: int, *, has_checkp
     except UnicodeEncodeError as error:
         raise ModelError(f"run.dir {str(directory)!r}: its path is not UTF-8. Set --run.dir to another one.") from error
     system = os.statvfs(next(path for path in (directory.absolute(), *directory.absolute().parents) if path.is_dir()))
-    needed = 4 * (num_trained + num_frozen) + (0 if has_checkpoint else 16 * num_trained)
     if (free := system.f_bavail * system.f_frsize) < needed:
         raise ModelError(
-            f"run.dir {directory}: {gigabytes(free)} free, the model and a checkpoint take {gigabytes(needed)}. Free some "
-            "space, or set --run.dir to another disk."
+            f"run.dir {directory}: {gigabytes(free)} free, the model and the checkpoints take {gigabytes(needed)}. Free some "
+            "space, lower --checkpoint.keep, or set --run.dir to another disk."
         )
     # Some file systems count no inodes. A mounted bucket says that none is free.
     if system.f_files and 0 < system.f_favail < _NUM_INODES:
@@ -132,7 +140,7 @@ def find_export(name: str) -> Path:
     Raises:
         ModelError: there is none, or it is not whole.
     """
-    directory = locate(name, None).directory
+    directory = find_model_directory(name)
     if directory is None:
         raise ModelError(f"run {name!r}: it is not a directory. Correct the path.")
     if missing := [file for file in EXPORT_FILES if not (directory / file).is_file()]:

@@ -62,7 +62,7 @@ def load_backbone(
     embedding rows. A `config` from `load_model_config` saves reading it again.
 
     Raises:
-        ModelError: hub unreachable; no such directory; no config or weights, or damaged, incomplete or non-finite
+        ModelError: no such directory; not in the cache; no config or weights, or damaged, incomplete or non-finite
             ones; not GPT-2; a vocabulary that does not fit the tokenizer.
     """
     config = copy.deepcopy(config) or load_model_config(name, revision=revision, init=init, tokenizer=tokenizer)
@@ -84,7 +84,7 @@ def load_model_config(
     """Load the config of the model that `load_backbone` would load; arguments as there.
 
     Raises:
-        ModelError: hub unreachable; no such directory; no config, or not GPT-2's.
+        ModelError: no such directory; not in the cache; no config, or not GPT-2's.
     """
     if name == EMBEDDED:
         return embedded_config()

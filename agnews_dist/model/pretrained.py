@@ -1,16 +1,19 @@
-"""Names of models resolved to directories or hub ids, and their tokenizers."""
+"""Names of models resolved to directories, the files of a model on the hub, and tokenizers."""
 
 import json
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Literal, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from agnews_dist.data.hub_cache import Repository, cache_directory, find_directory
+from agnews_dist.data.hub_files import Request
 from agnews_dist.data.hugging_face import silence_transformers, translate_errors
 from agnews_dist.errors import ModelError
 from agnews_dist.model.embedded import embedded_tokenizer
@@ -20,31 +23,41 @@ EMBEDDED = "embedded"
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
+_MORE_FILES = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "adapter_config.json")
+"""Files of a model that are read if they are there."""
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 """Token of one byte in a tokenizer that falls back to bytes."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """A model's directory, or its id on the hub."""
+    """A model's name and its directory."""
 
     name: str
-    revision: str | None
-    directory: Path | None
-    """None if `name` is a hub id."""
-
-    @property
-    def target(self) -> str:
-        """Argument for Hugging Face's `from_pretrained`."""
-        return str(self.directory) if self.directory else self.name
+    directory: Path
 
     def has_any(self, *names: str) -> bool:
-        """Return whether the directory contains one of these files; True for a hub id, to save a request."""
-        return self.directory is None or any((self.directory / name).is_file() for name in names)
+        """Return whether the directory contains one of these files."""
+        return any((self.directory / name).is_file() for name in names)
 
 
 def locate(name: str, revision: str | None) -> Location:
-    """Resolve a name to an existing directory (of a run's directory its `model/`), else to a hub id.
+    """Resolve a name to a directory; of a hub id to that in the local cache, at this revision.
+
+    Raises:
+        ModelError: `name` is a file, looks like a path that does not exist, or is not in the cache.
+    """
+    directory = find_model_directory(name) or find_directory(Repository("model", name, revision))
+    if directory is None:
+        raise ModelError(
+            f"model.name {name!r}: it is neither a directory nor in {cache_directory()}. Run 'python -m agnews_dist prepare' "
+            "with a network, or set --model.name to a directory."
+        )
+    return Location(name, directory)
+
+
+def find_model_directory(name: str) -> Path | None:
+    """Return the directory that a name is (of a run's directory its `model/`); None: it is a hub id.
 
     Raises:
         ModelError: `name` is a file, or looks like a path that does not exist.
@@ -52,7 +65,7 @@ def locate(name: str, revision: str | None) -> Location:
     path = Path(name)
     if path.is_dir():
         is_run = (path / "model").is_dir() and not (path / CONFIG_FILE).is_file()
-        return Location(name, revision, path / "model" if is_run else path)
+        return path / "model" if is_run else path
     if path.exists():
         raise ModelError(
             f"model {name!r} is a file: a model is a directory with {CONFIG_FILE}, weights and a tokenizer. "
@@ -64,7 +77,47 @@ def locate(name: str, revision: str | None) -> Location:
             f"model directory {name!r} does not exist: there is nothing to load. "
             "Correct the path, or set --model.name to a hub id such as gpt2, or to 'embedded'."
         )
-    return Location(name, revision, None)
+    return None
+
+
+def request_model(name: str, revision: str | None, *, needs_weights: bool) -> Request:
+    """Return the request for the files of a model on the hub."""
+    choose = partial(_choose_files, needs_weights=needs_weights)
+    return Request(
+        Repository("model", name, revision), choose, read_first=tuple(each for each in WEIGHT_FILES if _is_index(each))
+    )
+
+
+def _choose_files(directory: Path, *, needs_weights: bool) -> Sequence[str]:
+    """Return the files of a model: config, tokenizer, and of the weights those that transformers prefers."""
+
+    def find(names: Sequence[str]) -> list[str]:
+        return [name for name in names if (directory / name).is_file()]
+
+    # What is missing is named by its most usual name.
+    needed = [
+        *([CONFIG_FILE] if needs_weights else find([CONFIG_FILE])),
+        *(find(TOKENIZER_FILES) or TOKENIZER_FILES[:1]),
+        *find(_MORE_FILES),
+    ]
+    if "vocab.json" in needed and "tokenizer.json" not in needed:
+        needed.append("merges.txt")
+    if needs_weights:
+        weights = (find(WEIGHT_FILES) or list(WEIGHT_FILES))[0]
+        needed += [weights, *(_read_shards(directory / weights) if _is_index(weights) else ())]
+    return list(dict.fromkeys(needed))
+
+
+def _is_index(name: str) -> bool:
+    return name.endswith(".index.json")
+
+
+def _read_shards(index: Path) -> list[str]:
+    """Return the names of the files that an index of weights lists."""
+    try:
+        return sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index.name} cannot be read: {type(error).__name__} {error}. Copy or download it again.") from error
 
 
 @contextmanager
@@ -72,12 +125,6 @@ def reading(location: Location, what: str) -> Generator[None]:
     """Silence Hugging Face inside the block, which reads `what` from `location`, and turn its exceptions into ModelError."""
 
     def make_error(reason: str) -> ModelError:
-        if location.directory is None:
-            return ModelError(
-                f"{what} of model {location.name!r} cannot be read from the hub: {reason}. Check the id, --model.revision and "
-                "the network. Offline, set --model.name to a local directory, or run 'python -m agnews_dist prepare' on a "
-                "machine with a network and copy its cache (HF_HOME)."
-            )
         return ModelError(
             f"{what} in {location.directory} cannot be read: {reason}. Copy or download the directory again, or set "
             "--model.name to another one."
@@ -94,7 +141,7 @@ def load_tokenizer(name: str, *, revision: str | None, pad_token: Literal["new",
     text can contain and that is not the end-of-text token, else adds [PAD]; 'eos' is the end-of-text token.
 
     Raises:
-        ModelError: hub unreachable, no such directory, no or damaged tokenizer files, no fast tokenizer, no end-of-text token,
+        ModelError: no such directory, not in the cache, no or damaged tokenizer files, no fast tokenizer, no end-of-text token,
             or one that cannot be the pad token.
     """
     tokenizer = read_tokenizer(name, revision=revision)
@@ -134,7 +181,7 @@ def read_tokenizer(name: str, *, revision: str | None) -> PreTrainedTokenizerFas
             "tokenizer's files there, or set --model.name to a directory with them."
         )
     with reading(location, "tokenizer"):
-        loaded = AutoTokenizer.from_pretrained(location.target, revision=revision)
+        loaded = AutoTokenizer.from_pretrained(str(location.directory))
     if not getattr(loaded, "is_fast", False):
         raise ModelError(
             f"tokenizer of {name!r} is a {type(loaded).__name__}: only a fast tokenizer can split special tokens in a "

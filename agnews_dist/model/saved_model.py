@@ -73,7 +73,7 @@ def read_config(location: Location) -> GPT2Config:
 
 
 def _read_raw_config(location: Location) -> dict[str, Any]:
-    if location.directory and (location.directory / "adapter_config.json").is_file():
+    if (location.directory / "adapter_config.json").is_file():
         raise ModelError(
             f"model directory {location.directory}: it is a PEFT adapter (adapter_config.json). Merge it into its model with "
             "merge_and_unload, and save that."
@@ -84,7 +84,7 @@ def _read_raw_config(location: Location) -> dict[str, Any]:
             "or set --model.name to one that Hugging Face's save_pretrained wrote."
         )
     with reading(location, CONFIG_FILE):
-        raw = GPT2Config.get_config_dict(location.target, revision=location.revision)[0]
+        raw = GPT2Config.get_config_dict(str(location.directory))[0]
         if raw.get("model_type") != "gpt2":
             raise ModelError(
                 f"model {location.name!r} is a {raw.get('model_type')!r} model: only GPT-2 is supported. "
@@ -143,7 +143,7 @@ def _find_head_fault(raw: Mapping[str, Any]) -> str | None:
 
 def read_weights(location: Location, config: GPT2Config) -> Backbone:
     """Read the model in the type of its file, and the head and class names if it is a classifier."""
-    if location.directory and not location.has_any(*WEIGHT_FILES):
+    if not location.has_any(*WEIGHT_FILES):
         others = sorted(path.name for path in location.directory.iterdir() if path.suffix in _OTHER_WEIGHTS)
         found = f", only {others[0]}, which is not read" if others else ""
         raise ModelError(
@@ -160,9 +160,8 @@ def read_weights(location: Location, config: GPT2Config) -> Backbone:
         architecture = GPT2ForSequenceClassification if has_head and _find_head_fault(raw) is None else GPT2Model
         with reading(location, "weights"), random.fork_rng(devices=[]):
             loaded = architecture.from_pretrained(
-                location.target,
+                str(location.directory),
                 config=config,
-                revision=location.revision or "main",
                 dtype="auto",  # that of the file: its mapped pages, not a copy
                 attn_implementation="sdpa",
                 ignore_mismatched_sizes=True,  # the report lists them

@@ -86,7 +86,7 @@ def check_export(tokenizer: PreTrainedTokenizerFast, max_length: int, *, name: s
             "another model."
         )
 
-    with translate_errors(make_error), silence_transformers(), TemporaryDirectory() as directory:
+    with TemporaryDirectory() as directory, translate_errors(make_error), silence_transformers():
         write_tokenizer(Path(directory), tokenizer, max_length)
         # With this file AutoTokenizer takes the same way as for a whole model.
         (Path(directory) / CONFIG_FILE).write_text(json.dumps({"model_type": "gpt2"}, allow_nan=False), encoding="utf-8")

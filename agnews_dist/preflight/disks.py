@@ -25,7 +25,7 @@ def probe_directory(name: str, directory: Path, needed_bytes: int, *, optional_b
     """
     check, num_bytes = f"disk: {name}", needed_bytes + optional_bytes
     try:
-        _write_and_read(find_existing(directory))
+        has_locks = _write_and_read(find_existing(directory))
     except OSError as error:
         return _explain_failure(check, directory, error)
     free = free_disk_bytes(directory)
@@ -33,6 +33,8 @@ def probe_directory(name: str, directory: Path, needed_bytes: int, *, optional_b
     if free < num_bytes:
         verdict = "fail" if free < needed_bytes else "warn"
         return Finding(check, verdict, found, "Free some space, or choose another directory")
+    if not has_locks:
+        return Finding(check, "warn", f"{found}; it has no file locks, so features are not kept there", "Mount it with locks")
     return Finding(check, "ok", found)
 
 
@@ -41,16 +43,17 @@ def find_existing(directory: Path) -> Path:
     return next(path for path in (directory, *directory.parents) if os.path.lexists(path))
 
 
-def _write_and_read(directory: Path) -> None:
-    """Do everything that a run does with its files. Raises OSError."""
+def _write_and_read(directory: Path) -> bool:
+    """Do everything that a run does with its files; return whether files can be locked. Raises OSError."""
+    has_locks = True
     content = os.urandom(PROBE_BYTES)
     partial, complete = (directory / f".doctor-{uuid.uuid4().hex}" for _ in range(2))
     try:
         with partial.open("wb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise OSError(error.errno, f"without file locks: {error.strerror}", str(partial)) from error
+            except OSError:
+                has_locks = False
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -58,6 +61,7 @@ def _write_and_read(directory: Path) -> None:
         with complete.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             if mapped[:] != content:
                 raise OSError(errno.EIO, "corrupt: a file reads back differently", str(complete))
+        return has_locks
     finally:
         partial.unlink(missing_ok=True)
         complete.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch.cuda.nccl import version as nccl_version
 
 from agnews_dist.data.corpus import check_source
+from agnews_dist.data.hub_files import Request
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.node_resources import Cores, count_devices, find_cores
 from agnews_dist.distributed.world import World
@@ -20,7 +21,6 @@ from agnews_dist.engine.memory import Setup, Shape
 from agnews_dist.errors import UserError
 from agnews_dist.preflight.disks import probe_directory
 from agnews_dist.preflight.findings import Finding, first_line, run_with_timeout
-from agnews_dist.preflight.hub_check import check_hub
 from agnews_dist.preflight.memory_check import check_memory
 from agnews_dist.report.result_files import versions
 
@@ -45,8 +45,6 @@ class PlannedRun:
     world: World
     """Ranks of the planned run, from this rank's point of view; may differ from the ranks that run the doctor."""
     model_name: str
-    revision: str | None
-    init: str
     source: str
     device: str
     precision: str
@@ -57,6 +55,10 @@ class PlannedRun:
     """Limit of the feature cache on disk; 0: not on disk."""
     settings: Mapping[str, object]
     """Settings that must be equal on all ranks."""
+    list_requests: Callable[[], Sequence[Request]]
+    """Returns the requests to the hub; raises a UserError for a wrong path."""
+    list_config_requests: Callable[[], Sequence[Request]]
+    """The same, for the model's config and tokenizer."""
     check_engine: Callable[[], None]
     """Raises a UserError if the engine cannot start here."""
     read_memory_setup: Callable[[], tuple[Shape, Setup]]
@@ -79,10 +81,8 @@ class RankReport:
     """Memory estimate, for JSON."""
 
 
-def check_rank(planned: PlannedRun, world: World) -> RankReport:
-    """Run all checks that need no other rank; `world`: the ranks that run the doctor."""
-    # Before any other read from the hub: it switches to offline mode if the hub does not answer.
-    hub = check_hub(planned.model_name, planned.revision, planned.init, planned.source)
+def check_rank(planned: PlannedRun, world: World, hub: Sequence[Finding]) -> RankReport:
+    """Run all checks that need no other rank; `world`: the ranks that run the doctor. `hub`: of the first rank of a node."""
     device, info = check_device(planned)
     sizes, values = None, {"fits": False}
     try:
@@ -105,7 +105,8 @@ def check_rank(planned: PlannedRun, world: World) -> RankReport:
         threads=torch.get_num_threads(),
         versions=versions(),
         settings=planned.settings,
-        findings=[device, *memory_rows, data, *disks, hub],
+        # A model that is not there fails the next check, too.
+        findings=[device, *hub, *memory_rows, data, *disks],
         memory=values,
     )
 

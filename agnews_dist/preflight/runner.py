@@ -21,6 +21,7 @@ from agnews_dist.preflight.findings import (
     merge_findings,
     worst_verdict,
 )
+from agnews_dist.preflight.hub_check import check_hub_on_node
 from agnews_dist.preflight.machine import PlannedRun, RankReport, check_rank
 from agnews_dist.report.formatting import escape_text
 from agnews_dist.storage.atomic import to_json_value
@@ -37,10 +38,12 @@ def run_checks(planned: PlannedRun, world: World, *, num_expected: int | None, a
     Raises:
         UserError: the run would fail.
     """
-    report = check_rank(planned, world)
     error: UserError | None = None
+    report: RankReport | None = None
     try:
-        device = form_group(world, report)
+        form_group(world)
+        report = check_rank(planned, world, check_hub_on_node(planned.list_requests, planned.list_config_requests, world))
+        device = choose_device(world, report)
         reports = collectives.all_gather(report)
         together = check_together(planned, world, reports, device, num_expected)
         findings = [*merge_findings([own.findings for own in reports]), *together]
@@ -49,6 +52,9 @@ def run_checks(planned: PlannedRun, world: World, *, num_expected: int | None, a
         lost = f"a rank was lost during the measurements ({first_line(failure).rstrip('. ')}): a training would fail as well. "
         lost += "Look for another rank's error above, and for a node that is overloaded or out of memory."
         error = failure if isinstance(failure, UserError) else UserError(lost)
+        report = report or check_rank(
+            planned, world, check_hub_on_node(planned.list_requests, planned.list_config_requests, world)
+        )
         findings = merge_findings([[*report.findings, Finding("rendezvous", "fail", str(error))]])
     if world.is_main:
         print_findings(findings, report, world.num_ranks, as_json=as_json)
@@ -69,14 +75,18 @@ def run_checks(planned: PlannedRun, world: World, *, num_expected: int | None, a
         raise error
 
 
-def form_group(world: World, report: RankReport) -> torch.device:
-    """Create the process group. Returns the device to measure: a GPU if every rank uses its own, else the CPU."""
+def form_group(world: World) -> None:
+    """Create the process group."""
     if world.num_ranks > 1:
         # By default NCCL's watchdog ends the process if a collective hangs, and all findings would be lost.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         # Both: the ranks must be able to exchange findings even if the GPUs cannot.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         open_process_group(world, backend, MEETING_SECONDS)
+
+
+def choose_device(world: World, report: RankReport) -> torch.device:
+    """Return the device to measure: a GPU if every rank uses its own, else the CPU. Collective."""
     if not all(collectives.all_gather(report.device["device"] == "cuda")):
         return torch.device("cpu")
     torch.cuda.set_device(world.local_rank)

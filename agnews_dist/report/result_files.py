@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 1000
 """Rows formatted at once: the text of a number takes 128 bytes while it is in an array."""
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy", "deepspeed")
+PACKAGES = ("torch", "transformers", "accelerate", "numpy", "deepspeed")
 
 
 @dataclass(frozen=True, kw_only=True)

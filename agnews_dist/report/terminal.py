@@ -195,7 +195,8 @@ class TerminalDisplay:
             self._out.show_cursor(True)
             now = True
         time_now = self._clock()
-        if now or time_now - self._refreshed >= SECONDS_BETWEEN_REFRESHES:
+        is_read = getattr(self._out.file, "is_read", True)
+        if is_read and (now or time_now - self._refreshed >= SECONDS_BETWEEN_REFRESHES):
             self._refreshed = time_now
             self._live.refresh()
 

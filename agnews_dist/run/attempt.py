@@ -7,8 +7,8 @@ the work, the other ranks get the results.
 import os
 import sys
 import threading
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from functools import partial
 from itertools import takewhile
@@ -23,16 +23,16 @@ from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.slurm import identify_job, is_restarted
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, Stopped, UserError
-from agnews_dist.events import Resumed, Warned
+from agnews_dist.events import Event, Resumed, Warned
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.report import trainer_status
 from agnews_dist.report.console import Sinks, create_console
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.result_files import versions
-from agnews_dist.run.directory import LOCK_SECONDS, RunDirectory, run_name
+from agnews_dist.run.directory import LOCK_SECONDS, RunDirectory, is_in_use, new_names
 from agnews_dist.run.fingerprints import weight_settings
 from agnews_dist.run.resume import FOLDER, ResumePoint, check_fingerprints, find_resume_point, settings_after_restart
-from agnews_dist.run.status import State, StatusFile, run_of_job
+from agnews_dist.run.status import State, StatusFile, runs_of_job
 from agnews_dist.storage.atomic import discard
 from agnews_dist.training.checkpoint import list_checkpoints
 from agnews_dist.training.checkpoint_manager import CheckpointManager, CheckpointSettings, OnDisk
@@ -75,7 +75,7 @@ class Attempt:
     @property
     def directory(self) -> Path:
         """The run's directory. Only rank 0, which alone writes there, knows its name."""
-        return self._directory.directory if self._directory is not None else Path(self._config.run.dir)
+        return self._directory.locate() if self._directory is not None else Path(self._config.run.dir)
 
     def claim(self) -> None:
         """Lock the run's name, find the checkpoint to resume from, and check that the directory can be written. Collective.
@@ -94,12 +94,8 @@ class Attempt:
         run, job = self._config.run, identify_job(os.environ)
         runs, resume, is_later = Path(run.dir), self._config.checkpoint.resume, is_restarted(os.environ)
         if (name := run.name) is None and (is_later or resume == "auto"):
-            name = self._find_unfinished_run(runs, job)
-        name = run_name(name, self._config.model.name, datetime.now())
-        directory = RunDirectory(runs, name, overwrite=run.overwrite, config_yaml=dump(self._config))
-        self._directory = directory
-        # The other ranks wait for this one, at most for the engine's timeout.
-        directory.lock(min(LOCK_SECONDS, self._config.engine.timeout_seconds / 2))
+            name = self._find_unfinished_run(runs, job, is_later=is_later)
+        self._directory = directory = self._take_directory(runs, name)
         if is_later:
             resume, directory.overwrite = settings_after_restart(directory.directory, job, resume, overwrite=run.overwrite)
         point = find_resume_point(
@@ -111,21 +107,37 @@ class Attempt:
             self._sinks.add(self._log)
         self._resume_point = point
         self._status = StatusFile(
-            directory.path, attempt=point.attempt if point else 1, step=point.step if point else 0, job=job
+            directory.locate, attempt=point.attempt if point else 1, step=point.step if point else 0, job=job
         )
         self._preemption.before_exit = self._end_from_other_thread
         for warning in point.warnings if point else ():
-            self._sinks(Warned(message=warning))
+            self._warn(warning)
 
-    def _find_unfinished_run(self, runs: Path, job: str | None) -> str | None:
-        """Return the name of the run that an earlier start of this job began without a `run.name`, if the settings match."""
-        name = run_of_job(runs, job)
-        try:
-            if name is not None:
+    def _take_directory(self, runs: Path, name: str | None) -> RunDirectory:
+        """Return the directory of this name, locked; without a name, one that no other start has."""
+        build = partial(RunDirectory, runs, overwrite=self._config.run.overwrite, config_yaml=dump(self._config))
+        if name is None:
+            names = new_names(self._config.model.name, datetime.now())
+            return next(directory for directory in map(build, names) if directory.reserve())
+        directory = build(name)
+        # The other ranks wait for this one, at most for the engine's timeout.
+        directory.lock(min(LOCK_SECONDS, self._config.engine.timeout_seconds / 2), self._warn)
+        return directory
+
+    def _warn(self, message: str) -> None:
+        self._sinks(Warned(message=message))
+
+    def _find_unfinished_run(self, runs: Path, job: str | None, *, is_later: bool) -> str | None:
+        """Return the name of the run that an earlier start of this job began without a `run.name`, if the settings match.
+
+        A first start leaves alone what another one of the same job trains now.
+        """
+        for name in runs_of_job(runs, job):
+            with suppress(UserError):  # a different training of the same job
                 find_resume_point(runs / name, resume="auto", overwrite=False, settings=self._settings, accept=self._accept)
-        except UserError:
-            return None  # a different training of the same job
-        return name
+                if is_later or not is_in_use(runs, name):
+                    return name
+        return None
 
     @property
     def has_checked_export(self) -> bool:
@@ -162,9 +174,6 @@ class Attempt:
                 # Before the rename: a run killed right after it must be recognised as begun.
                 status.write("running", "it began")
                 directory.commit()
-                status.directory = directory.directory
-                if self._log is not None:
-                    self._log.path = directory.directory / LOG_FILE
             else:
                 directory.commit()
                 keep_bytes = checkpoint.state["log_bytes"] if checkpoint else 0
@@ -172,6 +181,10 @@ class Attempt:
                 self._sinks.add(self._log)
                 status.write("running", "it resumed")
                 self._remove_later_checkpoints(status.step)
+            if self._log is not None:
+                self._log.path = directory.directory / LOG_FILE
+                self._log.is_in_place = lambda: directory.is_in_place
+                self._sinks.add(_MoveWatch(directory, self._log, self._warn))
             if checkpoint is not None:
                 self._resume_state = checkpoint.state
                 self._sinks(Resumed(path=str(checkpoint.path), step=status.step, attempt=status.attempt))
@@ -184,7 +197,7 @@ class Attempt:
         later = list(takewhile(lambda path: path.name != chosen, list_checkpoints(folder)))
         discard(later)
         for path in later:
-            self._sinks(Warned(message=f"{path} is removed: the run resumes from step {step}, before it."))
+            self._warn(f"{path} is removed: the run resumes from step {step}, before it.")
 
     def requested_place(self) -> RequestedPlace:
         """Return where features are to be kept; under `auto`, where the checkpoint's run kept them.
@@ -215,7 +228,7 @@ class Attempt:
             "versions": versions(),
         }
         self._checkpoints = CheckpointManager(
-            self.directory / FOLDER,
+            lambda: self.directory / FOLDER,
             trainer.strategy,
             CheckpointSettings(**settings.model_dump(exclude={"resume"})),
             metadata=metadata,
@@ -246,7 +259,6 @@ class Attempt:
                 return
             if not self._has_begun:
                 directory.commit()
-                status.directory = directory.directory
             if state == "preempted":
                 print(self._record_stop(reason), file=sys.stderr, flush=True)
             else:
@@ -284,3 +296,20 @@ class Attempt:
                 self._record("failed", str(error).split("\n")[0] or type(error).__name__)
             if self._directory is not None:
                 self._directory.close()
+
+
+class _MoveWatch:
+    """Sink that warns once of a run's directory that was moved, and raises UserError if it was removed."""
+
+    def __init__(self, directory: RunDirectory, log: EventLog, warn: Callable[[str], None]) -> None:
+        self._directory, self._log, self._warn = directory, log, warn
+
+    def __call__(self, event: Event) -> None:  # noqa: ARG002
+        """Look where the directory is, if the event log has noticed that it is not in its place."""
+        if self._log.has_moved:
+            self._log.path, self._log.has_moved = self._directory.locate() / LOG_FILE, False
+        if notice := self._directory.take_notice():
+            self._warn(notice)
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -2,24 +2,52 @@
 
 import os
 import shutil
-import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 
 from agnews_dist.errors import UserError
 from agnews_dist.storage import atomic
-from agnews_dist.storage.locks import wait_for_lock
+from agnews_dist.storage.holders import StuckHolder
+from agnews_dist.storage.locks import (
+    Lock,
+    LockWait,
+    Say,
+    describe_holder,
+    find_open_path,
+    is_locked,
+    is_open_at,
+    try_lock,
+    wait_for_lock,
+)
 
 CONFIG_FILE = "config.yaml"
 """The first file of a run. A directory without it is not a run's, and is never deleted."""
-LOCK_SECONDS = 10.0
-"""Time to wait for another process's lock: that process may be an earlier start of the same job, about to end."""
+LOCK_SECONDS = 22.0
+"""Time to wait for another process's lock: that process may be an earlier start of the same job, about to end.
+
+On a file system without locks this is long enough to notice that the process is gone.
+"""
 
 
-def run_name(name: str | None, model_name: str, now: datetime) -> str:
-    """Return `name`, or one made from model and time: `gpt2-20260131-235959`."""
-    return f"{Path(model_name).name or 'run'}-{now:%Y%m%d-%H%M%S}" if name is None else name
+def new_names(model_name: str, now: datetime) -> Iterator[str]:
+    """Yield names made from model and time: `gpt2-20260131-235959`, and for more starts in one second `...-2`, `...-3`."""
+    first = f"{Path(model_name).name or 'run'}-{now:%Y%m%d-%H%M%S}"
+    yield first
+    for number in count(2):
+        yield f"{first}-{number}"
+
+
+def is_in_use(runs: Path, name: str) -> bool:
+    """Return whether a process has the name of a run."""
+    return is_locked(_lock_path(runs, name))
+
+
+def _lock_path(runs: Path, name: str) -> Path:
+    return runs / f".{name}.lock"
 
 
 class RunDirectory:
@@ -37,11 +65,14 @@ class RunDirectory:
         self._replaced = runs / f".{name}.replaced"
         self.overwrite, self._config_yaml = overwrite, config_yaml
         self.path = self.directory
-        """The directory that holds the run's files now."""
-        self._lock: int | None = None
-        self._lock_path = runs / f".{name}.lock"
+        """The directory that holds the run's files, as far as is known (see `locate`)."""
+        self._handle: int | None = None
+        """The open directory: it shows a move or a removal."""
+        self._notice: str | None = None
+        self._lock: Lock | None = None
+        self._lock_path = _lock_path(runs, name)
 
-    def lock(self, timeout_seconds: float = LOCK_SECONDS) -> None:
+    def lock(self, timeout_seconds: float = LOCK_SECONDS, say: Say = lambda _: None) -> None:
         """Lock the name until this process ends. Wait at most `timeout_seconds` for another process's lock.
 
         Raises:
@@ -49,20 +80,47 @@ class RunDirectory:
         """
         try:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
-            handle = wait_for_lock(self._lock_path, timeout_seconds)
-            if handle is None:
+            wait = LockWait(self._lock_path, f"run {self.directory}", say)
+            self._lock = wait_for_lock(self._lock_path, wait, timeout_seconds)
+            if self._lock is None:
                 raise UserError(
-                    f"{self.directory} is being written by another process: {self._lock_path.read_text().strip()}. Wait "
-                    "for its end, or choose another --run.name."
+                    f"{self.directory} is being written by another process: {describe_holder(self._lock_path).name}. Wait for "
+                    "its end, or choose another --run.name."
                 )
-            self._lock = handle
-            os.ftruncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except StuckHolder as stuck:
+            raise UserError(
+                f"{self.directory} is being written by another process: {stuck.strerror}. Let it continue, end it, or "
+                "choose another --run.name."
+            ) from stuck
         except OSError as error:
             raise self._unwritable(error) from error
 
+    def reserve(self) -> bool:
+        """Lock a new name and create its staging directory, both without waiting; return False if the name is taken.
+
+        Creating the directory is atomic also among hosts that do not see each other's locks.
+
+        Raises:
+            UserError: the directory cannot be written.
+        """
+        try:
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = try_lock(self._lock_path)
+            if self._lock is None:
+                return False
+            self._lock.sign()
+            if not self.directory.exists() and not self._replaced.exists():
+                with suppress(FileExistsError):
+                    self.staging.mkdir()
+                    self.path = self.staging
+                    return True
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self.close()
+        return False
+
     def create(self) -> None:
-        """Create the staging directory, with the resolved config in it.
+        """Create the staging directory, unless `reserve` has done so, and write the resolved config to it.
 
         Raises:
             UserError: the run exists and may not be overwritten, the directory is not a run's, or it cannot be written.
@@ -73,9 +131,10 @@ class RunDirectory:
                 self._replaced.rename(self.directory)
             if self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
                 self._check_replaceable()
-            shutil.rmtree(self.staging, ignore_errors=True)
-            self.staging.mkdir(parents=True)
-            self.path = self.staging
+            if self.path != self.staging:
+                shutil.rmtree(self.staging, ignore_errors=True)
+                self.staging.mkdir(parents=True)
+                self.path = self.staging
             # Only a write shows that writing works: permission bits say nothing of root, read-only mounts and quotas.
             (self.staging / CONFIG_FILE).write_text(self._config_yaml, encoding="utf-8")
         except OSError as error:
@@ -108,14 +167,47 @@ class RunDirectory:
             atomic.replace(self.staging, self.directory, aside=self._replaced)
             self.path = self.directory
 
+        with suppress(OSError):  # without it, moves are not noticed
+            self._handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+
+    @property
+    def is_in_place(self) -> bool:
+        """False if the directory was moved, removed or replaced since `commit()`. Any thread may ask."""
+        return self._handle is None or is_open_at(self._handle, self.path)
+
+    def locate(self) -> Path:
+        """Return where the run's files are now: the run follows a directory that is moved. Any thread may call this.
+
+        Raises:
+            UserError: the directory was removed.
+        """
+        if self._handle is not None and not self.is_in_place:
+            found = find_open_path(self._handle)
+            if found is None:
+                raise UserError(
+                    f"run {self.path}: its directory was removed while the run writes there, so its results would be lost. "
+                    "Start it again."
+                )
+            self._notice = f"run {self.path}: its directory was moved to {found}, and the run continues there."
+            self.path = found
+        return self.path
+
+    def take_notice(self) -> str | None:
+        """Return a message about a move that `locate` found, once."""
+        notice, self._notice = self._notice, None
+        return notice
+
     def close(self) -> None:
         """Release the name; a run that has not begun leaves nothing."""
         if self.path == self.staging:
             shutil.rmtree(self.staging, ignore_errors=True)
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
         if self._lock is not None:
             # A waiting process notices that the file is gone, and creates a new one.
-            self._lock_path.unlink(missing_ok=True)
-            os.close(self._lock)
+            (find_open_path(self._lock.handle) or self._lock_path).unlink(missing_ok=True)
+            self._lock.close()
             self._lock = None
 
 

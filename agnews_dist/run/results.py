@@ -80,6 +80,7 @@ def write_results(
             )
         # Last: a failing export must lose no scores.
         try:
+            inputs.weight_files.check(monitors.emit)
             _export(config, inputs, trainer, split_scores, directory)
         except ModelError as error:
             raise ModelError(

@@ -13,10 +13,10 @@ from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.data.batching.shares import quadratic_weight
 from agnews_dist.data.columns import ColumnSettings
 from agnews_dist.data.corpus import Source, load_corpus
-from agnews_dist.data.local_files import SplitSettings
 from agnews_dist.data.rows import NUM_SHOWN, Corpus, Ints, hash_corpus, list_first
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding, TokenSplit, TokenStore, open_or_build
 from agnews_dist.distributed.world import World
+from agnews_dist.engine.device import find_compiler_fault
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import DataError
 from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
@@ -36,9 +36,11 @@ from agnews_dist.model.gpt2 import (
 from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.model.saved_model import check_config
 from agnews_dist.model.tokenizer_files import check_export
-from agnews_dist.report.formatting import sum_parameters
+from agnews_dist.model.weight_files import WeightFiles, copy_weights
+from agnews_dist.run.disk_setup import estimate_run_bytes, reserve_run_bytes
 from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.run.fingerprints import run_fingerprints
+from agnews_dist.run.hub_inputs import split_settings
 from agnews_dist.storage.directories import cache_root
 from agnews_dist.training.class_weights import check_class_weights, compute_class_weights
 from agnews_dist.training.diagnostics import dry_run, overfit_one_batch
@@ -66,6 +68,7 @@ class TrainingInputs:
     """Part of the model -> (trainable, frozen) parameters."""
     data_facts: Mapping[str, str]
     """Label -> value about the data, for the header."""
+    weight_files: WeightFiles
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -113,15 +116,10 @@ def load_text(data: DataConfig, *, hold_out: bool = True, model_classes: tuple[s
     `hold_out`: for a training: make a validation split if there is none, and take data without names of splits for train, not
     for test. `model_classes`: the classes that labels are to mean.
     """
-    splits = data.splits
     source = Source(
         data.source,
         revision=data.revision,
-        splits=SplitSettings(
-            data.subset,
-            {"train": splits.train, "validation": splits.validation, "test": splits.test},
-            unnamed="train" if hold_out else "test",
-        ),
+        splits=split_settings(data, hold_out=hold_out),
         columns=ColumnSettings(data.text_column, data.label_column, data.text_separator),
         class_names=data.class_names,
         cache_dir=cache_root(data.cache_dir),
@@ -194,16 +192,15 @@ def load_training_inputs(
     classifier = split_model(
         backbone, trainable_blocks=model.trainable_blocks, num_classes=len(names), seed=seed, class_names=names
     )
+    weight_files = copy_weights(classifier, world.ranks_per_node)
     parameters = count_parameters(classifier)
-    if world.is_main:
-        runs = Path(config.run.dir)
-        # A run of this name may have its checkpoints already.
-        has_run = config.run.name is not None and (runs / config.run.name).exists()
-        check_room(runs, *sum_parameters(parameters), has_checkpoint=has_run)
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
+    if world.is_main:
+        # After the tokens: the other ranks wait for them, and they may take space on the same disk.
+        check_room(Path(config.run.dir), estimate_run_bytes(config, parameters, corpus.splits, len(names)))
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
-    return TrainingInputs(classifier, files.tokenizer, store, fingerprints, parameters, corpus.facts)
+    return TrainingInputs(classifier, files.tokenizer, store, fingerprints, parameters, corpus.facts, weight_files)
 
 
 def load_evaluation_inputs(
@@ -221,6 +218,7 @@ def load_evaluation_inputs(
     trained = load_classifier(model.name, revision=model.revision)
     saved = trained if max_length is None else limit_length(trained, max_length)
     classifier, tokenizer, class_names, length, encoding, notes = saved
+    copy_weights(classifier, world.ranks_per_node)
     for note in notes:
         emit(Warned(message=note))
     if length != trained.max_length:
@@ -314,12 +312,14 @@ def open_features(
 ) -> FeatureCache:
     """Decide where the frozen part's output is kept, without computing it yet. Collective."""
     num_tokens = sum(int(table.lengths_N.sum()) for table in tables.values())
-    inputs.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=config.engine.compile)
+    wanted = config.engine.compile if config.engine.compile == "always" or find_compiler_fault() is None else "never"
+    inputs.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=wanted)
     settings = CacheSettings(
         requested=requested,
         num_epochs=estimate_epochs(config, tables["train"].lengths_N),
         directory=cache_root(config.data.cache_dir) / "features",
         limit_bytes=int(config.engine.feature_cache_gigabytes * 1e9),
+        reserved_bytes=reserve_run_bytes(config, inputs.parameters, inputs.store.splits, len(inputs.class_names)),
         frozen_weights=inputs.fingerprints["frozen_weights"],
         model_name=config.model.name,
     )
@@ -341,6 +341,8 @@ def build_evaluation(
     """Return a function that scores a split by its name. Collective; it raises `Stopped` when the run must stop."""
 
     def evaluate(split: str) -> SplitScores:
+        # At every epoch, and cheap: two numbers of a file.
+        inputs.weight_files.check(monitors.emit)
         with monitors.timer.stage("eval"):
             return evaluate_split(
                 inputs.classifier,

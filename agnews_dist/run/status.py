@@ -7,6 +7,7 @@ was killed, which counts as failed.
 import json
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -48,21 +49,22 @@ def read_status(directory: Path) -> Status | None:
         return None
 
 
-def run_of_job(runs: Path, job: str | None) -> str | None:
-    """Return the name of the newest run below `runs` that `job` left unfinished; None: there is none."""
+def runs_of_job(runs: Path, job: str | None) -> list[str]:
+    """Return the names of the runs below `runs` that `job` left unfinished, newest first."""
     found: list[tuple[str, str]] = []
     for path in runs.glob(f"*/{FILE}") if job is not None else ():
         status = read_status(path.parent)
         if status is not None and status.job == job and status.state != "finished":
             found.append((status.time, path.parent.name))
-    return max(found)[1] if found else None
+    return [name for _, name in sorted(found, reverse=True)]
 
 
 class StatusFile:
-    """Writer of this run's status. Only rank 0 has one. Assign `directory` when the run's is renamed."""
+    """Writer of this run's status. Only rank 0 has one."""
 
-    def __init__(self, directory: Path, *, attempt: int, step: int, job: str | None) -> None:
-        self.directory, self.attempt, self.step, self._job = directory, attempt, step, job
+    def __init__(self, locate: Callable[[], Path], *, attempt: int, step: int, job: str | None) -> None:
+        """`locate` returns where the run's directory is now."""
+        self._locate, self.attempt, self.step, self._job = locate, attempt, step, job
 
     def write(self, state: State, reason: str) -> None:
         """Replace the file, whole or not at all."""
@@ -76,7 +78,7 @@ class StatusFile:
             pid=os.getpid(),
             time=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         )
-        write_json(self.directory / FILE, asdict(status))
+        write_json(self._locate() / FILE, asdict(status))
 
     def try_to_write(self, state: State, reason: str) -> None:
         """Write, ignoring errors: then the old file stays, and its stale state `running` counts as failed."""

@@ -1,7 +1,14 @@
-"""Directories: paths as users write them, the root of all caches, the space that one takes or that is free below one."""
+"""Directories: paths as users write them, the root of all caches, a home, the space that one takes or that is free below one.
+
+`python -m agnews_dist.storage.directories PATH` prints a path with its variables replaced, for scripts.
+"""
 
 import os
+import pwd
 import re
+import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 BLOCK_BYTES = 512
@@ -55,6 +62,23 @@ def cache_root(cache_dir: Path | str | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agnews_dist"
 
 
+def provide_home() -> None:
+    """Set HOME and LOGNAME for a user without an entry in the password database, as in containers with a random user id.
+
+    Without them libraries write to a directory that is called `~`, or fail. HOME is then one below the temporary directory.
+    """
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        os.environ.setdefault("LOGNAME", str(os.getuid()))
+        if not os.environ.get("HOME"):
+            home = Path(tempfile.gettempdir()) / f"agnews_dist-home-{os.getuid()}"
+            with suppress(OSError):
+                home.mkdir(mode=0o700)
+            is_own = home.is_dir() and home.stat().st_uid == os.getuid()
+            os.environ["HOME"] = str(home) if is_own else tempfile.mkdtemp(prefix="agnews_dist-home-")
+
+
 def used_disk_bytes(directory: Path) -> int:
     """Return what the entries below `directory` take on disk; reserved space counts, holes do not.
 
@@ -77,3 +101,10 @@ def free_disk_bytes(directory: Path) -> int:
         except OSError:
             return 0
     return 0
+
+
+if __name__ == "__main__":
+    try:
+        print(expand_path(sys.argv[1]))
+    except ValueError as error:
+        sys.exit(f"error: {sys.argv[1]}: {error}")

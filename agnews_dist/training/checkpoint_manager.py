@@ -7,7 +7,7 @@ other ranks wait for a slow one without a time limit.
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ class CheckpointManager:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Callable[[], Path],
         strategy: Strategy,
         settings: CheckpointSettings,
         *,
@@ -112,12 +112,12 @@ class CheckpointManager:
         emit: Emit,
         on_disk: OnDisk | None = None,
     ) -> None:
-        """Prepare to write to `folder`, after the checkpoint `on_disk` that the run resumes from.
+        """Prepare to write to `folder()`, after the checkpoint `on_disk` that the run resumes from.
 
         `metadata`: what every checkpoint says besides position and weights (settings, fingerprints, versions). `log`: the
         event log, whose length is part of a checkpoint; only rank 0 has one.
         """
-        self._folder, self._strategy, self._log, self._emit = folder, strategy, log, emit
+        self._find_folder, self._strategy, self._log, self._emit = folder, strategy, log, emit
         self._metadata = metadata
         self._settings = settings
         # Nothing is measured yet. The first checkpoint comes early: before it a kill loses everything.
@@ -132,7 +132,12 @@ class CheckpointManager:
         self.last_saved = on_disk.step if on_disk else 0
         """Steps of the newest checkpoint on disk; valid on rank 0."""
         if log is not None:
-            sweep(folder)
+            sweep(self._folder)
+
+    @property
+    def _folder(self) -> Path:
+        """Folder of the checkpoints, which may have been moved with its run."""
+        return self._find_folder()
 
     def is_due(self, step: int) -> bool:
         """Return whether rank 0 requests a checkpoint after `step` steps. While one is being written, none is due."""

@@ -50,7 +50,7 @@ class Ours:
         self.strategy = engine.prepare(suffix, optimizer, max_grad_norm=1.0)
         directory.mkdir(parents=True)
         self.manager = CheckpointManager(
-            directory / "checkpoints",
+            lambda: directory / "checkpoints",
             self.strategy,
             CheckpointSettings(keep=2, every_steps=every_steps, every_minutes=None),
             metadata={},

@@ -53,6 +53,7 @@ def train(engine: Engine, arguments: dict, case: dict, output: Path, computed: l
         num_epochs=arguments["epochs"],
         directory=output / f"cache-of-{world.num_ranks}",
         limit_bytes=10**9,
+        reserved_bytes=0,
         frozen_weights=weights_fingerprint(classifier.frozen_state),
         model_name="toy",
     )

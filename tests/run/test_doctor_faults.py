@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import fork_server, small_run
+from support.hub_server import cache_copy
 from support.processes import REPOSITORY, TIMEOUT, environment
 from support.tools import requires_tool
 
@@ -268,21 +269,22 @@ def test_hub_files_that_are_not_cached_in_offline_mode(cached_model: Path, tmp_p
     rank = Rank(prefix=("env",), environ={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
     report = run_doctor(rank, folder=tmp_path, arguments=HUB_NAMES)
     assert report.codes == [1]
-    found = f"me/mini, owner/BigNews: not complete below {tmp_path}, and HF_HUB_OFFLINE is set"
-    assert report.found("fail") == {"hub": found}
+    found = f"not in {tmp_path}/hub: me/mini (model.safetensors), owner/BigNews (no file): HF_HUB_OFFLINE is set. Run"
+    assert list(report.found("fail")) == ["hub"]
+    assert report.found("fail")["hub"].startswith(found)
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(cached_model: Path, tmp_path: Path) -> None:
+def test_a_hub_that_does_not_answer_is_asked_once_per_node(cached_model: Path, tmp_path: Path) -> None:
     # A node behind a firewall: the tokenizer alone would wait for minutes, although it is cached.
-    # `datasets` names the directory of a data set that it has built like this.
-    (tmp_path / "datasets" / "owner___big_news" / "default" / "0.0.0" / "abc").mkdir(parents=True)
+    cache_copy(tmp_path, "datasets--owner--BigNews", {"train.csv": b"text,label\na,0\n"})
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        environ = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint}
-        report = run_doctor(Rank(prefix=("env",), environ=environ), folder=tmp_path, arguments=HUB_NAMES)
-        assert report.codes == [0], report.err
-        assert report.found("warn")["hub"] == f"{endpoint} cannot be reached (timed out); all is below {tmp_path}"
-        assert count_connections(silent) == 1
+        rank = Rank(prefix=("env",), environ={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint})
+        report = run_doctor(rank, rank, folder=tmp_path, arguments=HUB_NAMES)
+        assert report.codes == [0, 0], report.err
+        used = f"me/mini, owner/BigNews in {tmp_path}/hub used as before. Set HF_HUB_OFFLINE=1 where no network is"
+        assert report.found("warn")["hub"] == f"{endpoint} does not answer within 10 s: {used}"
+        assert count_connections(silent) == 2, "one for the model and one for the data"
 
 
 def count_connections(server: socket.socket) -> int:

@@ -129,10 +129,13 @@ def match_paths(pattern: str) -> list[Path]:
     return [Path(found) for found in glob.glob(pattern)]  # noqa: PTH207
 
 
+SHA256_CHARACTERS = 64
+
+
 def finished_segments(directory: Path) -> dict[Path, int]:
-    """Return the finished segments and the time of each."""
+    """Return the finished segments and the time of each; the mark of an unfinished one may name a process."""
     marks = match_paths(f"{cache_of(directory)}/*/marks/*")
-    return {mark.relative_to(directory): mark.stat().st_mtime_ns for mark in marks if mark.stat().st_size}
+    return {mark.relative_to(directory): mark.stat().st_mtime_ns for mark in marks if mark.stat().st_size == SHA256_CHARACTERS}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """slurm/job.sh with stand-ins for Slurm's clients: answers that the test cluster does not give."""
 
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,21 @@ def test_job_accepts_a_careless_setup_and_ignores_exported_node_variables(slurm:
         check=False,
     )
     assert (done.stdout, done.stderr) == ("none none none /my logs/a job-7\n", "")
+
+
+def test_logs_in_quotes_are_expanded_and_site_env_may_have_crlf(slurm: FakeSlurm, tmp_path: Path) -> None:
+    for name in ("slurm", "agnews_dist"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "site.env"))
+    settings = ["LOGS='~/my logs/$SITE'", "setup() {", "    export OFFLINE=1", "}"]
+    (tmp_path / "slurm" / "site.env").write_text("".join(f"{line}\r\n" for line in settings), newline="")
+    done = subprocess.run(
+        ["bash", "-c", f"source '{tmp_path}/slurm/job.sh'\necho \"$LOGS $OFFLINE\""],
+        env=slurm.environ(HOME="/home/me", SITE="north", INTERPRETER=sys.executable),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("/home/me/my logs/north/a job-7 1\n", "")
 
 
 @pytest.mark.parametrize("script", BATCH_SCRIPTS, ids=lambda script: script.stem)

@@ -8,11 +8,14 @@ attempt, from 1. With RECORD=DIR every rank writes the examples of each step to 
     hang             it prints "hangs" and waits forever
     fill             the file system at FILLED is full until step UNTIL
     flip             the lowest bit of one of its weights flips
+    move             the directory FROM gets the name TO; without TO it is removed
+    cut              the file CUT gets the length 0, its mapped pages are gone
 """
 
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -105,6 +108,13 @@ def _cause(fault: str) -> None:
         lock.acquire()
         while True:
             lock.acquire()
+    elif fault == "move":
+        if "TO" in os.environ:
+            Path(os.environ["FROM"]).rename(os.environ["TO"])
+        else:
+            shutil.rmtree(os.environ["FROM"])
+    elif fault == "cut":
+        os.truncate(os.environ["CUT"], 0)
     elif fault == "fill":
         _fill(Path(os.environ["FILLED"], "filling"))
     else:

@@ -1,15 +1,78 @@
-"""A local stand-in of the hub's HTTP API: creates repositories and takes commits with small and large files."""
+"""A local stand-in of the hub's HTTP API: creates repositories, takes commits, serves models and data sets, and has faults."""
 
 import base64
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
+
+import pytest
+from huggingface_hub import close_session, constants
+
+from agnews_dist.data import hub_cache
 
 TOKEN = "hf_of_the_test"
+_FILE_PATH = "/{repo_id}/resolve/{revision}/{filename}"
+RUN = """
+import sys
+from support.hub_server import read_environment
+
+read_environment()
+from agnews_dist.__main__ import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+"""Program of a forked process, in which huggingface_hub was imported with other variables."""
+
+
+def read_environment() -> None:
+    """Make huggingface_hub take HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE from the environment as it is now."""
+    constants.HF_HOME = os.environ["HF_HOME"]
+    constants.HF_HUB_CACHE = os.environ.get("HF_HUB_CACHE", f"{constants.HF_HOME}/hub")
+    constants.ENDPOINT = os.environ.get("HF_ENDPOINT", "http://127.0.0.1:9")
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = constants.ENDPOINT + _FILE_PATH
+    constants.HF_HUB_OFFLINE = os.environ.get("HF_HUB_OFFLINE") == "1"
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, home: Path, address: str | None) -> None:
+    """Let this process use an empty cache below `home`, and the hub at `address`; None: offline."""
+    for name, value in (
+        ("HF_HOME", str(home)),
+        ("HF_HUB_CACHE", str(home / "hub")),
+        ("ENDPOINT", address or "http://127.0.0.1:9"),
+        ("HUGGINGFACE_CO_URL_TEMPLATE", (address or "http://127.0.0.1:9") + _FILE_PATH),
+        ("HF_HUB_OFFLINE", address is None),
+        ("HF_HUB_DISABLE_XET", True),
+        ("HF_HUB_DISABLE_TELEMETRY", constants.HF_HUB_DISABLE_TELEMETRY),
+        ("DOWNLOAD_CHUNK_SIZE", constants.DOWNLOAD_CHUNK_SIZE),
+    ):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hub_cache, "_chosen", {})
+    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
+    close_session()
+
+
+def cache_copy(home: Path, folder: str, files: dict[str, bytes], *, commit: str = "c" * 40, ref: str | None = "main") -> Path:
+    """Write a commit as the hub's library has it in its cache; return its directory. `ref`: branch or tag; None: none."""
+    snapshot = home / "hub" / folder / "snapshots" / commit
+    for name, content in files.items():
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).write_bytes(content)
+    if ref is not None:
+        (home / "hub" / folder / "refs" / ref).parent.mkdir(parents=True, exist_ok=True)
+        (home / "hub" / folder / "refs" / ref).write_text(commit)
+    return snapshot
+
+
+def commit_of(files: dict[str, bytes]) -> str:
+    """Return the commit that the server names for these files."""
+    return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
 
 
 class HubServer(ThreadingHTTPServer):
@@ -18,6 +81,12 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.datasets: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.requests: list[str] = []
+        """Requests for files and facts."""
+        self.faults: dict[str, str] = {}
+        """Part of a path -> what happens to requests for it: a method of the handler, or a status."""
+        self.is_closing = threading.Event()
         self.private: set[str] = set()
         self.large_files: dict[str, bytes] = {}
         self.read_only_owners = {"others"}
@@ -35,6 +104,7 @@ def serve_hub() -> Iterator[HubServer]:
         try:
             yield server
         finally:
+            server.is_closing.set()
             server.shutdown()
             thread.join()
 
@@ -45,8 +115,110 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
-        self._answer(404, {"error": "not found"})
+        path = unquote(urlparse(self.path).path)
+        self.server.requests.append(f"{self.command} {path}")
+        fault = next((fault for part, fault in self.server.faults.items() if part in path), None)
+        if fault is not None and not fault.isdigit():
+            # The client may be gone.
+            with suppress(OSError):
+                getattr(self, fault)()
+            self.close_connection = True
+        elif fault is not None:
+            self._answer(int(fault), {"error": "a fault"})
+        elif path.startswith("/api/"):
+            self._describe(path.removeprefix("/api/"))
+        else:
+            self._send_file(path.removeprefix("/"))
+
+    def stay_silent(self) -> None:
+        self.server.is_closing.wait(60)
+
+    def trickle(self) -> None:
+        """Send a header byte by byte, without an end."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Endless: ")
+        while not self.server.is_closing.wait(0.05):
+            self.wfile.write(b"x")
+
+    def stop_halfway(self) -> None:
+        self.wfile.write(b'HTTP/1.1 200 OK\r\nETag: "abc"\r\nX-Repo-Commit: abc\r\nContent-Length: 100000\r\n\r\n')
+        if self.command == "GET":
+            self.wfile.write(b'{"sha": ')
+        self.server.is_closing.wait(60)
+
+    def hang_up_halfway(self) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n{")
+
+    def send_slowly(self) -> None:
+        """Send 20 kB in two seconds."""
+        self.wfile.write(b'HTTP/1.1 200 OK\r\nETag: "abc"\r\nX-Repo-Commit: abc\r\nContent-Length: 20000\r\n\r\n')
+        for _ in range(20 if self.command == "GET" else 0):
+            self.wfile.write(b"x" * 1_000)
+            self.server.is_closing.wait(0.1)
+
+    def send_late(self) -> None:
+        """Send the content of a file after nine seconds."""
+        if self.command == "GET":
+            self.server.is_closing.wait(9)
+        self._send_file(unquote(urlparse(self.path).path).removeprefix("/"))
+
+    def answer_with_a_page(self) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 16\r\n\r\n<html>Log in</h>")
+
+    def _find(self, kind: str, words: list[str]) -> tuple[dict[str, dict[str, bytes]], list[str]] | None:
+        """Return a repository and the words behind its name. Names have one word or two, in any case."""
+        of_kind = self.server.datasets if kind == "datasets" else self.server.repositories
+        for length in (1, 2):
+            for name, repository in of_kind.items():
+                if name.lower() == "/".join(words[:length]).lower():
+                    return repository, words[length:]
+        self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        return None
+
+    def _find_files(self, repository: dict[str, dict[str, bytes]], revision: str) -> dict[str, bytes] | None:
+        for branch, files in repository.items():
+            if branch == revision or (len(revision) > 6 and commit_of(files).startswith(revision)):
+                return files
+        self._answer(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
+        return None
+
+    def _describe(self, path: str) -> None:
+        kind, *words = path.split("/")
+        found = self._find(kind, words)
+        if found is None:
+            return
+        repository, rest = found
+        files = self._find_files(repository, "/".join(rest[1:]) if rest else "main")
+        if files is not None:
+            name = path.split("/revision/")[0].removeprefix(f"{kind}/")
+            siblings = [{"rfilename": file} for file in files]
+            self._answer(200, {"id": name, "modelId": name, "sha": commit_of(files), "siblings": siblings})
+
+    def _send_file(self, path: str) -> None:
+        kind, words = "models", path.split("/")
+        if words[0] == "datasets":
+            kind, words = "datasets", words[1:]
+        found = self._find(kind, words)
+        if found is None:
+            return
+        repository, (_, revision, *rest) = found
+        files = self._find_files(repository, revision)
+        if files is None:
+            return
+        name, headers = "/".join(rest), {"X-Repo-Commit": commit_of(files)}
+        if name not in files:
+            self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", **headers})
+            return
+        headers |= {"ETag": f'"{hashlib.sha1(files[name]).hexdigest()}"', "Content-Length": str(len(files[name]))}
+        self.send_response(200)
+        for header, value in headers.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(files[name])
 
     def do_PUT(self) -> None:
         content = self._read()
@@ -115,10 +287,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _read(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    def _answer(self, status: int, content: dict[str, Any]) -> None:
+    def _answer(self, status: int, content: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)

@@ -1,4 +1,4 @@
-"""parquet and arrow files, and data sets of the `datasets` library, read in chunks by pyarrow. Only wanted columns are read."""
+"""parquet and arrow files, read in chunks by pyarrow. Only wanted columns are read."""
 
 import json
 from abc import abstractmethod
@@ -11,7 +11,7 @@ import numpy as np
 
 from agnews_dist.data.formats.streams import check_content, open_bytes, split_suffix
 from agnews_dist.data.formats.table import CHUNK_ROWS, Chunk, Table, check_unique
-from agnews_dist.data.hugging_face import silence_datasets, translate_errors
+from agnews_dist.data.hugging_face import translate_errors
 from agnews_dist.errors import DataError
 
 _SEARCH_BYTES = 1 << 20
@@ -76,8 +76,8 @@ class _ArrowTable(Table):
         try:
             names = (self._features or json.loads(metadata or b"null")["info"]["features"])[column]["names"]
         except (ValueError, KeyError, TypeError):
-            return None
-        return tuple(map(str, names)) if isinstance(names, list) and names else None
+            return super().class_names(column)
+        return tuple(map(str, names)) if isinstance(names, list) and names else super().class_names(column)
 
     @abstractmethod
     def _batches(self, wanted: list[str]) -> Iterator[Any]:
@@ -177,25 +177,6 @@ class ArrowTable(_ArrowTable):
                 f"{self.name} has no mark at the end of its arrow stream: it was cut off, and rows may be lost. Copy or write "
                 "it again."
             )
-
-
-class DatasetTable(_ArrowTable):
-    """A split of a data set that the `datasets` library has loaded."""
-
-    def __init__(self, dataset: Any, name: str) -> None:
-        """Wrap `datasets.Dataset`."""
-        self._dataset, self.name = dataset, name
-        self.columns = tuple(dataset.column_names)
-        self.schema = dataset.features.arrow_schema
-
-    def class_names(self, column: str) -> tuple[str, ...] | None:
-        """Return the names of a ClassLabel feature."""
-        names = getattr(self._dataset.features.get(column), "names", None)
-        return tuple(names) if names else None
-
-    def _batches(self, wanted: list[str]) -> Iterator[Any]:
-        with silence_datasets():
-            yield from self._dataset.select_columns(wanted).with_format("arrow").iter(batch_size=CHUNK_ROWS)
 
 
 def refuse_joined(name: str, num_more: int) -> DataError:

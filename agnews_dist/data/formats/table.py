@@ -50,6 +50,9 @@ class Table(ABC):
     late_columns: Mapping[str, int] = {}
     """Column that is not in `columns` -> its first row so far: keys of JSON objects far behind the beginning."""
 
+    card_classes: Mapping[str, tuple[str, ...]] = {}
+    """Column -> names of its classes, as the card of the data set says."""
+
     @abstractmethod
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
         """Yield the rows in chunks, with the columns `wanted` only.
@@ -58,9 +61,9 @@ class Table(ABC):
             DataError: the file is damaged or not of its format; names file and line or row.
         """
 
-    def class_names(self, column: str) -> tuple[str, ...] | None:  # noqa: ARG002
+    def class_names(self, column: str) -> tuple[str, ...] | None:
         """Return the names in the column's ClassLabel type of the `datasets` library; None if it has another type."""
-        return None
+        return self.card_classes.get(column)
 
 
 def check_unique(name: str, columns: Sequence[str], wanted: Sequence[str]) -> None:

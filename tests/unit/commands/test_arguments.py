@@ -285,5 +285,9 @@ def test_paths_are_expanded_and_other_texts_are_not(tmp_path: Path, monkeypatch:
     assert load(["--config", f"{tmp_path}/$$odd.yaml"]).config.run.seed == 7
     [line] = errors_of(["--config", write(tmp_path / "b.yaml", "\nrun:\n  dir: $NOPE/x\n")])
     assert line.startswith(f"run.dir '$NOPE/x' ({tmp_path / 'b.yaml'}, line 3): the variable 'NOPE' is not set. Set it")
+    run = Option("run", "A run.", PathText, nargs="*")
+    assert load(["~/a", "$SCRATCH/b"], [run]).options["run"] == ("/home/me/a", "/scratch/b")
+    [line] = errors_of(["$NOPE/a"], [run])
+    assert line.startswith("'$NOPE/a': the variable 'NOPE' is not set.")
     [line] = errors_of(["--output", "$NOPE"], [Option("--output", "Directory.", PathText)])
     assert line.startswith("--output '$NOPE': the variable 'NOPE' is not set.")

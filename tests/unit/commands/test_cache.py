@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from support.processes import in_a_terminal, python
 from agnews_dist.__main__ import main
 from agnews_dist.data.token_cache import CachedTokens, TokenSplit, publish, read_tokens, write_tokens
 from agnews_dist.features.store import FeatureFile
-from agnews_dist.storage.locks import locked
+from agnews_dist.storage.locks import try_lock
 
 FEATURES, UNFINISHED, TOKENS = "a1" * 32, "a2" * 32, "b3" * 32
 
@@ -109,7 +110,7 @@ def test_states_of_caches_in_use(root, capsys):
     builder = make_features(root, UNFINISHED, is_whole=False)
     reader.lock()
     builder.lock()
-    with locked(root / f"{TOKENS}.lock"):
+    with closing(try_lock(root / f"{TOKENS}.lock")):
         found = run_json(capsys, root)
     assert {key: each["state"] for key, each in found.items()} == {
         FEATURES: "in use",
@@ -152,7 +153,7 @@ def test_clear_keeps_features_in_use(root, capsys, names):
 
 
 def test_clear_keeps_tokens_being_opened_or_built(root, capsys):
-    with locked(root / f"{TOKENS}.lock"):
+    with closing(try_lock(root / f"{TOKENS}.lock")):
         assert run_json(capsys, root, "--clear", "tokens")[TOKENS]["outcome"] == "kept: in use"
         assert read_tokens(root / TOKENS).splits["train"].tokens.tolist() == [0, 1, 2, 3, 4]
     assert run_json(capsys, root, "--clear", "tokens")[TOKENS]["outcome"] == "removed"

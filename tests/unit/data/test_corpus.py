@@ -12,8 +12,6 @@ from datasets import ClassLabel, Dataset, Features, Value
 from support.processes import python
 
 from agnews_dist.data.corpus import Source, choose_rows, load_corpus
-from agnews_dist.data.hub import open_hub
-from agnews_dist.data.local_files import SplitSettings
 from agnews_dist.data.quality import find_faults
 from agnews_dist.data.rows import Corpus
 from agnews_dist.data.synthetic import CLASS_NAMES, generate
@@ -262,55 +260,10 @@ def test_check_source_refuses_a_missing_path(tmp_path):
             load(source)
 
 
-def test_read_hub_offline_fails_with_fixes():
-    with pytest.raises(DataError, match=r"'fancyzhx/ag_news' cannot be loaded from the hub: ConnectionError.*OfflineMode") as e:
-        load("fancyzhx/ag_news")
-    assert "set --data.source to a local directory or file" in str(e.value)
-    assert "python -m agnews_dist prepare" in str(e.value)
-    assert "HF_HOME" in str(e.value)
-
-
-def test_read_hub_converts_a_dataset_dict(tmp_path, monkeypatch):
-    # The call and the DatasetDict are those of a hub id, without a network.
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
-    for split, rows in (("train", ODD_ROWS[:2]), ("dev", ODD_ROWS[2:3]), ("test", ODD_ROWS[4:6])):
-        columns = {"text": [text for text, _ in rows], "label": [label % 2 for _, label in rows]}
-        (tmp_path / "set").mkdir(exist_ok=True)
-        Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "set" / f"{split}.parquet"))
-    splits = open_hub(str(tmp_path / "set"), None, SplitSettings())
-    assert list(splits) == ["train", "validation", "test"]
-    (chunk,) = splits["test"][0].chunks(("text", "label"))
-    assert chunk.columns == {"text": [text for text, _ in ODD_ROWS[4:6]], "label": [0, 1]}
-    assert splits["train"][0].class_names("label") == ("bad", "good")
-    assert splits["train"][0].name == f"{tmp_path / 'set'} split train"
-    renamed = open_hub(str(tmp_path / "set"), None, SplitSettings(names={"train": "test", "test": "none"}))
-    assert {split: tables[0].name.split()[-1] for split, tables in renamed.items()} == {
-        "train": "test",
-        "validation": "validation",
-    }
-    with pytest.raises(DataError, match=r"data.splits.train 'trian': .* has only the splits .*Did you mean 'train'\?"):
-        open_hub(str(tmp_path / "set"), None, SplitSettings(names={"train": "trian"}))
-
-
 @pytest.mark.parametrize(("text", "shown"), [(5, "5"), (None, "null"), (["a"], r"\['a'\]")])
 def test_texts_that_are_not_strings_are_named(tmp_path, text, shown):
     with pytest.raises(DataError, match=rf"text is not a string in 1 row \(r.jsonl row 2: {shown}\): .* Fill in or remove"):
         load(write_rows(tmp_path / "r.jsonl", [("a", 0), (text, 1)]))
-
-
-def test_read_hub_takes_a_subset(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    source = tmp_path / "set"
-    for subset in ("en", "de"):
-        write_rows(source / subset / "train.jsonl", [(f"{subset} text", 0)])
-    entries = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("en", "de"))
-    (source / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
-    (table,) = open_hub(str(source), None, SplitSettings("de"))["train"]
-    assert [chunk.columns["text"] for chunk in table.chunks(("text",))] == [["de text"]]
-    for subset, message in ((None, "Config name is missing"), ("fr", "fr")):
-        with pytest.raises(DataError, match=rf"needs another subset: .*{message}.* Set --data.subset"):
-            open_hub(str(source), None, SplitSettings(subset))
 
 
 def test_wrong_rows_are_counted_and_five_are_listed(tmp_path):

@@ -1,45 +1,31 @@
 """Hugging Face libraries: silent inside a block, unchanged after it; their exceptions become errors of the package."""
 
-import datasets
+import logging
+
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from agnews_dist.data.hugging_face import silence_datasets, silence_transformers, translate_errors
+from agnews_dist.data.hugging_face import silence_transformers, translate_errors
 from agnews_dist.errors import DataError
-
-
-def state_of_datasets() -> tuple[int, bool]:
-    return datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
 
 
 def state_of_transformers() -> tuple[int, bool]:
     return transformers_logging.get_verbosity(), not transformers_logging.is_progress_bar_enabled()
 
 
-@pytest.mark.parametrize(
-    ("silence", "state"),
-    [(silence_datasets, state_of_datasets), (silence_transformers, state_of_transformers)],
-    ids=["datasets", "transformers"],
-)
-def test_silence_hides_logs_and_bars_and_restores_them(silence, state) -> None:
-    before = state()
+def test_silence_hides_logs_and_bars_and_restores_them() -> None:
+    before = state_of_transformers()
     inside = []
 
     def fail() -> None:
-        with silence():
-            inside.append(state())
+        with silence_transformers():
+            inside.append(state_of_transformers())
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert inside == [(datasets.logging.CRITICAL, True)]
-    assert state() == before
-
-
-def test_silence_datasets_can_keep_logs() -> None:
-    verbosity, _ = state_of_datasets()
-    with silence_datasets(logs=False):
-        assert state_of_datasets() == (verbosity, True)
+    assert inside == [(logging.CRITICAL, True)]
+    assert state_of_transformers() == before
 
 
 @pytest.mark.parametrize(

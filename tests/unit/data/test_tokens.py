@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from agnews_dist.data.tokens import TextEncoding, TokenStore, encode, open_or_bu
 from agnews_dist.errors import DataError
 from agnews_dist.events import DataChecked, Event, Progress, Warned, ignore_event
 from agnews_dist.model.embedded import embedded_tokenizer
+from agnews_dist.storage import locks
 
 SPECIAL = "a <|endoftext|> b [PAD] c"
 
@@ -494,3 +496,38 @@ def test_leftovers_of_live_and_remote_builders_are_kept(tmp_path):
     os.utime(old, (0, 0))
     open_tokens(corpus, tmp_path)
     assert [alive.exists(), distant.exists(), old.exists()] == [True, True, False]
+
+
+SUSPENDED = """
+import os, signal, sys
+from pathlib import Path
+from agnews_dist.storage.locks import LockWait, wait_for_lock
+path = Path(sys.argv[1])
+lock = wait_for_lock(path, LockWait(path, "", print))
+print("locked", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.slow
+def test_suspended_builder_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "SPEAK_SECONDS", 0.5)
+    corpus, events = small_corpus("one text"), list[Event]()
+    path = open_tokens(corpus, tmp_path).path
+    shutil.rmtree(path)
+    lock = path.with_name(f"{path.name}.lock")
+    with subprocess.Popen(
+        [sys.executable, "-c", SUSPENDED, str(lock)], stdout=subprocess.PIPE, text=True, env=environment()
+    ) as builder:
+        assert builder.stdout.readline() == "locked\n"
+        try:
+            store = open_tokens(corpus, tmp_path, emit=events.append)
+            assert not store.was_cached
+            assert warnings_of(events) == [
+                f"token cache {path}: process {builder.pid} on {socket.gethostname()}, which has the lock {lock}, is "
+                "suspended. It is not waited for any longer."
+            ]
+            assert open_tokens(corpus, tmp_path, emit=events.append).was_cached, "nor is it asked once the cache is there"
+            assert len(warnings_of(events)) == 1
+        finally:
+            builder.kill()

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from agnews_dist.distributed.world import World, detect_world
+from agnews_dist.distributed.world import World, check_interfaces, detect_world
 from agnews_dist.errors import UserError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -61,6 +61,21 @@ def test_detect_world_names_a_value_that_is_not_a_number(name: str, value: str) 
 def test_detect_world_names_a_rank_outside_the_world(name: str, value: str) -> None:
     with pytest.raises(UserError, match=rf"\b{name}={value}\b.*: these do not match\. Start the job with torchrun"):
         detect_world({**TORCHRUN, name: value})
+
+
+def test_detect_world_runs_one_process_in_the_shell_of_an_interactive_srun() -> None:
+    shell = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PTY_PORT": "4242", "SLURM_PROCID": "0"}
+    assert detect_world(shell) == World()
+    with pytest.raises(UserError, match="srun started 8 tasks"):
+        detect_world({**shell, "SLURM_PROCID": "1"})
+
+
+def test_check_interfaces_names_one_that_does_not_exist() -> None:
+    world = World(num_ranks=2, ranks_per_node=2)
+    check_interfaces({"GLOO_SOCKET_IFNAME": "lo"}, world)
+    check_interfaces({"GLOO_SOCKET_IFNAME": "nosuch0"}, World())
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME nosuch0: .* has no such network interface, only .*lo.*Correct or"):
+        check_interfaces({"GLOO_SOCKET_IFNAME": "lo,nosuch0"}, world)
 
 
 @pytest.mark.parametrize(

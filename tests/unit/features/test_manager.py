@@ -41,6 +41,7 @@ def open_cache(classifier: Classifier, directory: Path, requested: Any, *, limit
         num_epochs=2,
         directory=directory,
         limit_bytes=limit_bytes,
+        reserved_bytes=0,
         frozen_weights="a fingerprint",
         model_name="toy",
     )

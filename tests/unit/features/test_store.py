@@ -1,7 +1,9 @@
 """Feature files: missing, damaged and foreign segments are computed again, and only those."""
 
+import fcntl
 import json
 import os
+import re
 import resource
 import subprocess
 from pathlib import Path
@@ -14,6 +16,7 @@ from support.processes import REPOSITORY
 
 from agnews_dist.features.eviction import IN_USE, ROWS, mark_path, remove
 from agnews_dist.features.store import FeatureFile
+from agnews_dist.storage import locks
 
 NUM_SEGMENTS = 6
 SEGMENT_BYTES = ROWS_PER_SEGMENT * WIDTH * 4
@@ -158,6 +161,24 @@ def test_worker_stops_at_an_error_and_keeps_finished_segments(tmp_path):
     work()  # as another thread would: it returns without computing
     assert file.finished_segments == {0, 1, 2}
     assert sorted(fill(feature_file(tmp_path / KEY, NUM_SEGMENTS))) == [3, 4, 5]
+
+
+@pytest.mark.slow
+def test_worker_does_not_wait_for_a_process_that_shows_no_sign_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "SPEAK_SECONDS", 0.3)
+    monkeypatch.setattr(locks, "STALE_SECONDS", 2.5)
+    lines: list[str] = []
+    file = feature_file(tmp_path / KEY, NUM_SEGMENTS)
+    file._say = lines.append
+    file.allocate()
+    with mark_path(tmp_path / KEY, 2).open("w+b", buffering=0) as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)
+        mark.write(b"process 1 on elsewhere\n")
+        with pytest.raises(OSError, match=r"process 1 on elsewhere, which has the lock .*marks/00002, shows no sign of life"):
+            fill(file)
+        assert file.finished_segments == {0, 1, 3, 4, 5}
+        assert re.match(rf"features {KEY[:12]}: process 1 on elsewhere has the lock .*marks/00002, waited for", lines[0])
+    assert fill(feature_file(tmp_path / KEY, NUM_SEGMENTS)) == [2], "its unfinished mark is no checksum"
 
 
 def test_allocate_fails_on_a_full_disk_before_any_work(tmp_path):

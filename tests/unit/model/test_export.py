@@ -23,7 +23,7 @@ from transformers import (
 
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding, encode
 from agnews_dist.errors import ModelError
-from agnews_dist.model.export import check_room, export_model, fold_bias, limit_length, load_classifier
+from agnews_dist.model.export import check_room, export_model, fold_bias, limit_length, load_classifier, run_bytes
 from agnews_dist.model.gpt2 import Classifier, load_backbone, split_model
 from agnews_dist.model.pretrained import load_tokenizer
 
@@ -278,15 +278,13 @@ def test_a_full_disk_is_an_error_of_the_user(tmp_path: Path, embedded: Exported)
 
 
 def test_room_is_checked_before_training(tmp_path: Path) -> None:
-    check_room(tmp_path, 1_000_000, 1_000_000)
-    refusal = r"run\.dir .*free, the model and a checkpoint take {},?000,?000,?000.* GB\. Free some space, or set"
+    check_room(tmp_path, 1_000_000)
+    refusal = r"run\.dir .*free, the model and the checkpoints take 24,000,000,000\.0 GB\. Free some space, lower --checkpoint"
     for directory in (tmp_path, tmp_path / "not yet there"):
-        with pytest.raises(ModelError, match=refusal.format(24)):
-            check_room(directory, 10**18, 10**18)
-        with pytest.raises(ModelError, match=refusal.format(8)):
-            check_room(directory, 10**18, 10**18, has_checkpoint=True)
+        with pytest.raises(ModelError, match=refusal):
+            check_room(directory, run_bytes(10**18, 10**18, 1))
     with pytest.raises(ModelError, match=r"run\.dir '.*udcff': its path is not UTF-8\. Set --run\.dir to another"):
-        check_room(tmp_path / os.fsdecode(b"\xff"), 1, 1)
+        check_room(tmp_path / os.fsdecode(b"\xff"), 1)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +300,7 @@ def test_inodes_are_checked_where_they_are_counted(
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(values))
     refusal = pytest.raises(ModelError, match=r"run\.dir .*: 63 inodes are free\. Remove files, or set")
     with refusal if is_refused else nullcontext():
-        check_room(tmp_path, 1, 1)
+        check_room(tmp_path, 1)
 
 
 # --- folding of the bias, against the equation

@@ -319,7 +319,7 @@ def test_missing_models(checkpoints: dict[str, Path], tokenizer: PreTrainedToken
     with pytest.raises(ModelError, match=r"is a file: .*Set --model.name to its directory"):
         load(checkpoints["GPT2Model"] / "model.safetensors", tokenizer)
     for init in ("pretrained", "random"):
-        with pytest.raises(ModelError, match=r"'gpt2' cannot be read from the hub: .*set --model.name to a local directory"):
+        with pytest.raises(ModelError, match=r"'gpt2': it is neither a directory nor in .*set --model.name to a directory"):
             load("gpt2", tokenizer, init=init)
         with pytest.raises(ModelError, match=r"it has no config.json\. Copy the whole model directory"):
             load(tmp_path, tokenizer, init=init)

@@ -1,6 +1,7 @@
 """Disk checks: probes write where a run would create its directory, and leave nothing behind."""
 
 import errno
+import fcntl
 import os
 
 import pytest
@@ -26,6 +27,16 @@ def test_probe_directory_without_enough_space(tmp_path):
     assert probe_directory("run.dir", tmp_path, too_much).verdict == "fail"
     assert probe_directory("run.dir", tmp_path, 1, optional_bytes=too_much).verdict == "warn"
     assert probe_directory("run.dir", tmp_path, 1).verdict == "ok"
+
+
+def test_probe_directory_without_locks_is_a_warning(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    finding = probe_directory("run.dir", tmp_path, 1)
+    assert (finding.verdict, finding.remedy) == ("warn", "Mount it with locks")
+    assert finding.found.endswith("; it has no file locks, so features are not kept there")
 
 
 def test_wait_for_file_finds_a_file(tmp_path):

@@ -9,6 +9,8 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -39,6 +41,7 @@ from agnews_dist.events import (
     StoppedEarly,
     Warned,
 )
+from agnews_dist.report import event_log
 from agnews_dist.report.console import Sinks
 from agnews_dist.report.event_log import EventLog
 
@@ -212,6 +215,46 @@ def test_lines_that_cannot_be_written_are_kept_and_sync_fails(tmp_path: Path) ->
         log(Warned(message="fourth"))
         log.sync(log.num_bytes)
     assert [line["message"] for line in read_events(path)] == ["first", "second", "third", "fourth"]
+
+
+def test_hanging_disk_delays_no_step_and_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, answers, write = tmp_path / "events.jsonl", threading.Event(), os.pwrite
+
+    def hang(*arguments: object) -> int:
+        answers.wait(TIMEOUT)
+        return write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "pwrite", hang)
+    log = EventLog(path)
+    try:
+        # One moment of patience for all of them, not for each.
+        for number in range(1000):
+            log(dataclasses.replace(STEP, step=number))
+        num_bytes = log.num_bytes
+        assert path.stat().st_size == 0 < num_bytes
+        monkeypatch.setattr(event_log, "SILENT_SECONDS", 0.4)
+        time.sleep(0.5)
+        with pytest.raises(OSError, match="no answer for 0 s") as raised:
+            log(dataclasses.replace(STEP, step=1000))
+        assert raised.value.filename == str(path)
+    finally:
+        threading.Timer(0.5, answers.set).start()
+    log.sync(num_bytes)
+    assert path.stat().st_size >= num_bytes, "a checkpoint waits for the lines that it counts"
+    log.close()
+    assert [line["step"] for line in read_events(path)] == list(range(1001))
+
+
+def test_move_of_the_directory_is_noticed_at_the_next_line(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with closing(EventLog(tmp_path / "a" / "events.jsonl")) as log:
+        log.is_in_place = (tmp_path / "a").exists
+        log(STEP)
+        assert not log.has_moved
+        (tmp_path / "a").rename(tmp_path / "b")
+        log(STEP)
+        assert log.has_moved
+    assert len(read_events(tmp_path / "b" / "events.jsonl")) == 2
 
 
 def test_a_failing_sink_does_not_end_the_run_and_others_get_one_warning(tmp_path: Path) -> None:

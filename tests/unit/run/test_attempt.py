@@ -81,7 +81,7 @@ def leave_checkpoint(runs: Path, step: int, **state: Any) -> Path:
     content = {"step": step, "settings": settings, "fingerprints": FINGERPRINTS, "best": None, "log_bytes": 0, **state}
     path = run / "checkpoints" / f"step-{step:08d}"
     write_checkpoint(path, {"weights": {"w": torch.full((2,), float(step))}}, content)
-    StatusFile(run, attempt=1, step=step, job=None).write("preempted", "")
+    StatusFile(lambda: run, attempt=1, step=step, job=None).write("preempted", "")
     return path
 
 

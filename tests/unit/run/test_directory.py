@@ -1,23 +1,62 @@
 """The run's directory: one owner, never overwritten by accident, and unwritable places are found before any work."""
 
+import shutil
 import signal
 import subprocess
 import sys
 from contextlib import closing
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from support.processes import environment
 
 from agnews_dist.errors import UserError
-from agnews_dist.run.directory import RunDirectory, run_name
+from agnews_dist.run.directory import RunDirectory, is_in_use, new_names
 
 
-def test_run_name_is_made_from_model_and_time():
-    now = datetime(2026, 1, 31, 23, 59, 58)
-    assert run_name(None, "openai-community/gpt2", now) == "gpt2-20260131-235958"
-    assert run_name("mine", "gpt2", now) == "mine"
+def test_new_names_are_made_from_model_and_time():
+    names = new_names("openai-community/gpt2", datetime(2026, 1, 31, 23, 59, 58))
+    assert list(islice(names, 3)) == ["gpt2-20260131-235958", "gpt2-20260131-235958-2", "gpt2-20260131-235958-3"]
+
+
+def test_reserved_name_belongs_to_one_start(tmp_path):
+    create(tmp_path, "finished")
+    (tmp_path / ".other.starting").mkdir()  # of another host, whose locks are not seen here
+    with closing(RunDirectory(tmp_path, "new", overwrite=False, config_yaml="x")) as run:
+        assert run.reserve()
+        assert is_in_use(tmp_path, "new")
+        for name in ("new", "finished", "other"):
+            assert not RunDirectory(tmp_path, name, overwrite=True, config_yaml="").reserve(), name
+        run.create()
+        run.commit()
+        assert (tmp_path / "new" / "config.yaml").read_text() == "x"
+    assert not is_in_use(tmp_path, "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.starting", "finished", "new"]
+    with pytest.raises(UserError, match=r"cannot be written.*Set --run.dir"):
+        RunDirectory(tmp_path / "new" / "config.yaml", "a", overwrite=False, config_yaml="").reserve()
+
+
+def test_directory_that_is_moved_is_followed_and_a_removed_one_is_an_error(tmp_path):
+    with closing(RunDirectory(tmp_path / "runs", "a", overwrite=False, config_yaml="")) as run:
+        run.lock()
+        run.create()
+        assert run.locate() == run.staging
+        run.commit()
+        assert (run.locate(), run.take_notice()) == (tmp_path / "runs" / "a", None)
+        (tmp_path / "runs").rename(tmp_path / "old")
+        (tmp_path / "runs" / "a").mkdir(parents=True)  # another run of this name is not this one
+        assert not run.is_in_place
+        moved = tmp_path / "old" / "a"
+        assert run.locate() == moved
+        notice = f"run {tmp_path}/runs/a: its directory was moved to {moved}, and the run continues there."
+        assert (run.take_notice(), run.take_notice()) == (notice, None)
+        assert run.is_in_place
+        shutil.rmtree(moved)
+        with pytest.raises(UserError, match=r"old/a: its directory was removed while the run writes there.*\. Start it"):
+            run.locate()
+    assert list((tmp_path / "old").iterdir()) == [], "the lock file was found too"
 
 
 def create(runs: Path, name: str, *, overwrite: bool = False, commit: bool = True) -> Path:

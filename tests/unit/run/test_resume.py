@@ -30,7 +30,7 @@ def leave(run: Path, step: int, *, state: str = "preempted", best: int | None = 
     path = folder / f"step-{step:08d}{'-scored' if scored else ''}"
     content = {"step": step, "settings": SETTINGS, "fingerprints": FINGERPRINTS, "best": entry}
     write_checkpoint(path, {"weights": {"w": torch.full((2,), float(step))}}, content)
-    StatusFile(run, attempt=2, step=step, job=None).write(state, "")
+    StatusFile(lambda: run, attempt=2, step=step, job=None).write(state, "")
     return path
 
 
@@ -162,7 +162,7 @@ def test_settings_after_restart_keep_the_progress_of_the_job(tmp_path, job, resu
     run.mkdir()
     if has_saved:
         leave(run, 40)
-    StatusFile(run, attempt=1, step=0, job="slurm 7").write("preempted", "")
+    StatusFile(lambda: run, attempt=1, step=0, job="slurm 7").write("preempted", "")
     assert settings_after_restart(run, job, resume, overwrite=overwrite) == expected
     assert settings_after_restart(tmp_path / "none", job, resume, overwrite=overwrite) == (resume, overwrite)
 

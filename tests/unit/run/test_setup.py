@@ -14,6 +14,7 @@ from agnews_dist.data.batching.loader import TokenTable
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import DataError
+from agnews_dist.model.weight_files import WeightFiles
 from agnews_dist.run.setup import TrainingInputs, _check_classes, build_features, build_loader, estimate_epochs, place_inputs
 from agnews_dist.run.summary import loss_text
 from agnews_dist.training.loop import Monitors
@@ -39,7 +40,7 @@ def test_place_inputs_keeps_the_frozen_weights_for_the_export_on_rank_0_only(mon
     monkeypatch.setattr(engine, "world", World(rank=rank, num_ranks=2, local_rank=rank, ranks_per_node=2))
     classifier, tokenizer = toy_classifier(), SimpleNamespace(pad_token_id=96)
     store = SimpleNamespace(splits={"train": toy_split([3, 1]), "test": toy_split([2])}, class_names=("a", "b"))
-    inputs = TrainingInputs(classifier, tokenizer, store, {}, {}, {})
+    inputs = TrainingInputs(classifier, tokenizer, store, {}, {}, {}, WeightFiles({}, are_copied=True))
     frozen = set(classifier.frozen_state)
     assert frozen
     tables = place_inputs(Config(), inputs, engine)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from agnews_dist.errors import UserError
-from agnews_dist.run.status import StatusFile, read_status, run_of_job
+from agnews_dist.run.status import StatusFile, read_status, runs_of_job
 
 
 def leave(directory: Path, state: str, *, job: str | None = None, time: str | None = None) -> None:
     """Leave a status in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
-    StatusFile(directory, attempt=2, step=40, job=job).write(state, "it was asked to")
+    StatusFile(lambda: directory, attempt=2, step=40, job=job).write(state, "it was asked to")
     if time is not None:
         file = directory / "status.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "time": time}))
@@ -39,20 +39,20 @@ def test_read_status_ignores_other_content(tmp_path, content):
 
 def test_unwritable_status_is_an_error_for_write_but_not_for_try_to_write(tmp_path):
     (tmp_path / "status.json").mkdir()
-    file = StatusFile(tmp_path, attempt=1, step=0, job=None)
+    file = StatusFile(lambda: tmp_path, attempt=1, step=0, job=None)
     with pytest.raises(UserError, match=r"status.json"):
         file.write("running", "it began")
     file.try_to_write("failed", "something")
 
 
-def test_run_of_job_is_the_newest_unfinished_run_of_that_job(tmp_path):
-    assert run_of_job(tmp_path / "nowhere", "slurm 7") is None
+def test_runs_of_job_are_its_unfinished_ones_newest_first(tmp_path):
+    assert runs_of_job(tmp_path / "nowhere", "slurm 7") == []
     leave(tmp_path / "old", "failed", job="slurm 7", time="2026-01-01T00:00:00+00:00")
     leave(tmp_path / "new", "running", job="slurm 7", time="2026-01-02T00:00:00+00:00")
     leave(tmp_path / "done", "finished", job="slurm 7", time="2026-01-03T00:00:00+00:00")
     leave(tmp_path / "other", "preempted", job="slurm 8", time="2026-01-04T00:00:00+00:00")
     leave(tmp_path / "by hand", "preempted", time="2026-01-05T00:00:00+00:00")
-    assert run_of_job(tmp_path, "slurm 7") == "new"
-    assert run_of_job(tmp_path, "slurm 8") == "other"
-    assert run_of_job(tmp_path, "slurm 9") is None
-    assert run_of_job(tmp_path, None) is None
+    assert runs_of_job(tmp_path, "slurm 7") == ["new", "old"]
+    assert runs_of_job(tmp_path, "slurm 8") == ["other"]
+    assert runs_of_job(tmp_path, "slurm 9") == []
+    assert runs_of_job(tmp_path, None) == []

@@ -46,7 +46,7 @@ class Run:
         self.strategy, self.events, self.folder = FakeStrategy(), list[Event](), directory / "checkpoints"
         self.log = EventLog(directory / "events.jsonl") if is_main else None
         self.manager = CheckpointManager(
-            self.folder,
+            lambda: self.folder,
             self.strategy,
             CheckpointSettings(**{"keep": keep, "every_steps": 5, "every_minutes": None, **intervals}),
             metadata=METADATA,

@@ -1,0 +1,103 @@
+"""The files of a run that come from the Hugging Face hub: fetched once per node, for all of its ranks."""
+
+import time
+from collections.abc import Callable, Sequence
+from threading import Thread
+
+from agnews_dist.config.schema import Config, DataConfig
+from agnews_dist.data.corpus import is_hub_id
+from agnews_dist.data.hub import request_data
+from agnews_dist.data.hub_files import Fetched, Request, fetch, share_directories
+from agnews_dist.data.local_files import SplitSettings
+from agnews_dist.distributed import collectives
+from agnews_dist.distributed.world import World, print_line
+from agnews_dist.errors import UserError
+from agnews_dist.events import Emit, Warned
+from agnews_dist.model.pretrained import EMBEDDED, find_model_directory, request_model
+
+_POLL_SECONDS = 0.05
+
+
+def split_settings(data: DataConfig, *, hold_out: bool) -> SplitSettings:
+    """Return which parts of the data are which split. `hold_out`: for a training (see `setup.load_text`)."""
+    names = {"train": data.splits.train, "validation": data.splits.validation, "test": data.splits.test}
+    return SplitSettings(data.subset, names, unnamed="train" if hold_out else "test")
+
+
+def list_requests(config: Config, *, has_weights: bool = True, has_data: bool = True, hold_out: bool = True) -> list[Request]:
+    """Return the requests for what a run reads from the hub; `has_`: the parts that it reads.
+
+    Raises:
+        UserError: a name reads like a path that does not exist.
+    """
+    model, data, requests = config.model, config.data, list[Request]()
+    if has_data and is_hub_id(data.source):
+        requests.append(request_data(data.source, data.revision, split_settings(data, hold_out=hold_out)))
+    if model.name != EMBEDDED and find_model_directory(model.name) is None:
+        needs_weights = has_weights and model.init == "pretrained"
+        requests.insert(0, request_model(model.name, model.revision, needs_weights=needs_weights))
+    return requests
+
+
+def fetch_inputs(find_requests: Callable[[], Sequence[Request]], world: World, emit: Emit) -> None:
+    """Fetch on the first rank of every node; the other ranks of the node use the same directories. Collective.
+
+    From here on no library of any rank sends requests to the hub. `emit` gets one warning if copies in the cache are used that
+    the hub did not confirm.
+
+    Raises:
+        SharedError: on all ranks, if a node lacks files; it has the message of the lowest such rank.
+    """
+    requests = collectives.catch(find_requests)
+    job = _Job(requests) if world.local_rank == 0 and not isinstance(requests, UserError) else None
+    announced = ""
+    while True:
+        # A download takes as long as it needs, so the ranks poll instead of waiting in a collective with a time limit.
+        states = collectives.all_gather((job.is_alive(), job.notice) if job is not None else (False, ""))
+        notice = next((f"{_label(rank, world)}{text}" for rank, (_, text) in enumerate(states) if text), "")
+        if world.is_main and notice != announced:
+            announced = notice
+            print_line(notice)
+        if not any(is_running for is_running, _ in states):
+            break
+        time.sleep(_POLL_SECONDS)
+    outcome = job.outcome() if job is not None else requests if isinstance(requests, UserError) else None
+    fetched = collectives.all_gather(collectives.raise_if_any_failed(outcome))
+    share_directories(fetched, world)
+    warnings = dict.fromkeys(each.warning for each in fetched if each is not None and each.warning)
+    if world.is_main and warnings:
+        emit(Warned(message=" ".join(warnings)))
+
+
+def _label(rank: int, world: World) -> str:
+    return f"[rank {rank}/{world.num_ranks}] " if world.num_ranks > 1 else ""
+
+
+class _Job(Thread):
+    """A `fetch` in a thread, so that its rank can take part in collectives meanwhile."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        super().__init__(name="hub inputs", daemon=True)
+        self._requests = requests
+        self._outcome: Fetched | UserError | None = None
+        self._fault: BaseException | None = None
+        self.notice = ""
+        """The last line about a wait."""
+        self.start()
+
+    def run(self) -> None:
+        """Fetch the files."""
+        try:
+            self._outcome = collectives.catch(lambda: fetch(self._requests, notify=self._set_notice))
+        except BaseException as error:  # a bug: raised in the main thread
+            self._fault = error
+
+    def outcome(self) -> Fetched | UserError:
+        """Return the result, once the thread has ended."""
+        if self._fault is not None:
+            raise self._fault
+        assert self._outcome is not None
+        return self._outcome
+
+    def _set_notice(self, text: str) -> None:
+        self.notice = text
