@@ -62,11 +62,12 @@ def evaluate(world: World, loaded: Loaded) -> None:
         if world.is_main:
             emit.add(create_console())
         engine = engine_setup.start_engine(config.engine, world, is_training=False)
+        if output is not None:
+            check_output = partial(directory.check_output, Path(output), overwrite=config.run.overwrite)
+            collectives.raise_if_any_failed(collectives.catch(check_output) if world.is_main else None)
         hub_inputs.fetch_inputs(partial(hub_inputs.list_requests, config, hold_out=False), world, emit)
 
         def load() -> setup.EvaluationInputs:
-            if world.is_main and output is not None:
-                directory.check_output(Path(output), overwrite=config.run.overwrite)
             split = loaded.options["split"]
             length = config.data.max_length if "data.max_length" in loaded.explicit else None
             inputs = setup.load_evaluation_inputs(config, split=split, max_length=length, emit=emit, timer=timer, world=world)

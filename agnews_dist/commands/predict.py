@@ -69,10 +69,14 @@ def predict(world: World, loaded: Loaded) -> None:
     is_table = options["format"] == "table" or (options["format"] is None and sys.stdout.isatty())
     with ExitStack() as stack:
 
-        def load() -> tuple[InputTexts | None, SavedClassifier, int | None, Write]:
-            if output is not None and world.is_main:
+        def open_texts() -> InputTexts | None:
+            if not world.is_main:
+                return None
+            if output is not None:
                 check_output(output, overwrite=config.run.overwrite)
-            texts = prediction.open_input(config, options) if world.is_main else None
+            return prediction.open_input(config, options)
+
+        def load() -> tuple[SavedClassifier, int | None, Write]:
             length = config.data.max_length if "data.max_length" in loaded.explicit else None
             model = prediction.load_model(config, length)
             num_best = prediction.choose_num_best(options, len(model.class_names), is_table=is_table)
@@ -83,11 +87,12 @@ def predict(world: World, loaded: Loaded) -> None:
                 for note in (*(f"warning: {note}" for note in model.notes), *texts.notes):
                     _tell(note)
                 texts.check()
-            return texts, model, num_best, write
+            return model, num_best, write
 
         engine = engine_setup.start_engine(config.engine, world, is_training=False)
+        texts = collectives.raise_if_any_failed(collectives.catch(open_texts))
         hub_inputs.fetch_inputs(partial(hub_inputs.list_requests, config, has_data=False), world, _warn)
-        texts, model, num_best, write = collectives.raise_if_any_failed(collectives.catch(load))
+        model, num_best, write = collectives.raise_if_any_failed(collectives.catch(load))
         if world.num_ranks > 1:
             weights = {**model.classifier.frozen_state, **model.classifier.suffix.state_dict()}
             collectives.check_equal({"weights": weights_fingerprint(weights)})
