@@ -64,7 +64,7 @@ def run_rank(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = CheckpointSettings(keep=2, every_steps=None, every_minutes=None, max_overhead=0.01)
         manager = CheckpointManager(
-            Path(folder, "checkpoints"),
+            lambda: Path(folder, "checkpoints"),
             strategy,
             settings,
             metadata={},

@@ -109,7 +109,7 @@ class Run:
     def fit(self, validate: Callable[[], SplitScores] | None = None, *, every_steps: int | None = None) -> None:
         """Train to the end, or to the step before which a stop is requested."""
         manager = WaitingManager(
-            self.folder,
+            lambda: self.folder,
             self.trainer.strategy,
             CheckpointSettings(keep=9, every_steps=every_steps, every_minutes=None),
             metadata={"precision": self.engine.precision},
