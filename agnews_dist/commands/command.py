@@ -81,7 +81,8 @@ def _run_body(
     world, is_loaded = World(), False
     try:
         world = detect_world(os.environ)
-        check_interfaces(os.environ, world)
+        if command.name != "doctor":  # which reports it with its other findings
+            check_interfaces(os.environ, world)
         # `--print_config` prints and ends the process on every rank; rank 0's output is enough.
         with nullcontext() if world.is_main else redirect_stdout(io.StringIO()):
             loaded = load(sys.argv[1:] if argv is None else argv, command.options)

@@ -17,8 +17,11 @@ from torch.nn import functional
 from transformers.activations import NewGELUActivation
 
 from agnews_dist.data.rows import Ints
+from agnews_dist.errors import ModelError, shorten
 
 T = TypeVar("T")
+MAX_REASON = 200
+"""Characters of torch.compile's reason in a message."""
 Attend = Callable[[Tensor, int, float], Tensor]
 """(qkv_P, number of heads, factor of the scores) -> attended_PD."""
 
@@ -91,7 +94,22 @@ def _find_varlen_kernel() -> tuple[Callable[..., Tensor], dict[str, Any]] | None
 
 
 def run_packed_block(block: Any, hidden_PD: Tensor, attend: Attend, *, compiled: bool = False) -> Tensor:
-    """Run one of Hugging Face's GPT-2 blocks in eval mode. May overwrite `hidden_PD`."""
+    """Run one of Hugging Face's GPT-2 blocks in eval mode. May overwrite `hidden_PD`.
+
+    Raises:
+        ModelError: torch.compile failed.
+    """
+    try:
+        return _run_halves(block, hidden_PD, attend, compiled=compiled)
+    except Exception as error:
+        # torch.compile runs compilers and loads what they made, so any machine has its own way of failing.
+        if not compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = shorten(str(error).strip().split("\n")[0], MAX_REASON)
+        raise ModelError(f"engine.compile: torch.compile failed ({reason}). Set --engine.compile never.") from error
+
+
+def _run_halves(block: Any, hidden_PD: Tensor, attend: Attend, *, compiled: bool) -> Tensor:
     before, after = _compile_halves() if compiled else (_before_attention, _after_attention)
     attention, mlp = block.attn, block.mlp
     qkv_P = before(hidden_PD, _norm_of(block.ln_1), _linear_of(attention.c_attn))

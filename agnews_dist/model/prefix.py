@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from agnews_dist.data.batching.batch import Batch
-from agnews_dist.errors import ModelError, shorten
 from agnews_dist.model.last_token import run_last_token_block
-from agnews_dist.model.packed import Attend, cut_by_size, make_packed_attention, run_in_threads, run_packed_block
+from agnews_dist.model.packed import cut_by_size, make_packed_attention, run_in_threads, run_packed_block
 
 CALL_TOKENS = {"cpu": 512, "cuda": 65536}
 """Tokens per packed call: few enough for a CPU core's cache, enough to fill a GPU.
@@ -30,8 +29,6 @@ MIN_COMPILED_OPERATIONS = {"cpu": float("inf"), "cuda": 5e16}
 CPU: compiled calls were not faster than eager ones (tests/bench/RESULTS.md). CUDA: an estimate, a tenth of 3 minutes against
 20 s of compiling.
 """
-MAX_REASON = 200
-"""Characters of torch.compile's reason in a message."""
 
 
 class Features(NamedTuple):
@@ -116,21 +113,11 @@ class Prefix(nn.Module):
             attend = make_packed_attention(lengths_B, device, hidden_PD.dtype)
             blocks = list(self.h.values())
             for block in blocks[:-1] if self._last_token_only else blocks:
-                hidden_PD = self._run_packed_block(block, hidden_PD, attend)
+                hidden_PD = run_packed_block(block, hidden_PD, attend, compiled=self.compiled)
             if not self._last_token_only:
                 return hidden_PD
             padded = nn.utils.rnn.pad_sequence(list(hidden_PD.split(list(lengths_B))), batch_first=True)
             return run_last_token_block(blocks[-1], padded, torch.from_numpy(lengths).to(device))
-
-    def _run_packed_block(self, block: nn.Module, hidden_PD: Tensor, attend: Attend) -> Tensor:
-        try:
-            return run_packed_block(block, hidden_PD, attend, compiled=self.compiled)
-        except Exception as error:
-            # torch.compile runs compilers and loads what they made, so any machine has its own way of failing.
-            if not self.compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            reason = shorten(str(error).strip().split("\n")[0], MAX_REASON)
-            raise ModelError(f"engine.compile: torch.compile failed ({reason}). Set --engine.compile never.") from error
 
     def features(self, tokens_BT: Tensor, lengths_B: Tensor) -> Features:
         """Compute the features of right-padded tokens_BT with `lengths_B` (>= 1), by the path that `fast_path` selects."""
