@@ -7,17 +7,15 @@ TORCHELASTIC_RESTART_COUNT does not help: an agent that is restarted counts from
 
 import os
 import secrets
-import threading
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]  # documented as public
 
 from agnews_dist.distributed.coordinator import Store
-from agnews_dist.distributed.world import World, announced, print_line
+from agnews_dist.distributed.world import World, announced, print_line, unless_done_in
 from agnews_dist.errors import UserError
 
 POLL_INTERVAL_SECONDS = 0.02
@@ -25,8 +23,7 @@ MARGIN_SECONDS = 30.0
 """Time for imports and devices, besides the time limits of the rendezvous, until a process that is stuck in it ends."""
 
 
-@contextmanager
-def end_if_stuck(world: World, timeout_seconds: float) -> Generator[None]:
+def end_if_stuck(world: World, timeout_seconds: float) -> AbstractContextManager[None]:
     """End this process if the `with` block never returns. It connects the ranks, so no other rank can end this one yet.
 
     The block waits up to three times for other ranks, each time for `timeout_seconds`.
@@ -40,13 +37,7 @@ def end_if_stuck(world: World, timeout_seconds: float) -> Generator[None]:
         )
         os._exit(1)
 
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    return unless_done_in(seconds, end)
 
 
 def open_process_group(world: World, backend: str, timeout_seconds: int) -> None:

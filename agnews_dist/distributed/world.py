@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from agnews_dist.errors import UserError
@@ -93,18 +93,22 @@ SPEAK_SECONDS = 5.0
 
 
 @contextmanager
-def announced(world: World, describe: Callable[[], str]) -> Generator[None]:
-    """Print what `describe` returns if the block takes longer than SPEAK_SECONDS: what the rank waits for. Once per node."""
-    if world.local_rank > 0:
-        yield
-        return
-    timer = threading.Timer(SPEAK_SECONDS, lambda: print_line(f"{world.label} waits {describe()}"))
+def unless_done_in(seconds: float, action: Callable[[], object]) -> Generator[None]:
+    """Run `action` in a thread if the block takes longer than `seconds`."""
+    timer = threading.Timer(seconds, action)
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+
+
+def announced(world: World, describe: Callable[[], str]) -> AbstractContextManager[None]:
+    """Print what `describe` returns if the block takes longer than SPEAK_SECONDS: what the rank waits for. Once per node."""
+    if world.local_rank > 0:
+        return nullcontext()
+    return unless_done_in(SPEAK_SECONDS, lambda: print_line(f"{world.label} waits {describe()}"))
 
 
 def is_launched(environ: Mapping[str, str]) -> bool:

@@ -129,7 +129,7 @@ def test_a_data_set_written_by_save_to_disk_is_downloaded_whole(hub: HubServer, 
 
 @pytest.fixture
 def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What `prepare` of older versions left: the cache of `datasets`, of one commit, and none of the hub's."""
+    """Build the cache that earlier versions of `prepare` left: that of `datasets`, of one commit, without the hub's."""
     use_hub(monkeypatch, tmp_path, None)
     features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
     for split in ("train", "dev"):

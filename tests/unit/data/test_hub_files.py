@@ -189,7 +189,7 @@ def test_a_data_set_that_does_not_fit_is_refused_by_its_name(hub: HubServer) -> 
 
 
 def test_a_read_only_cache_is_used_as_it_is(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may write everywhere, so the folder of snapshots is replaced by something that nobody can write to."""
+    """Root may write everywhere, so a file replaces the folder of blobs: no process can write below it."""
     cached = fetch([model()])
     assert fetch([model()]) == cached
     hub.repositories["me/mini"]["main"] = {**MODEL, "config.json": b'{"new": 1}'}

@@ -219,7 +219,7 @@ def test_other_signals_are_ignored():
 
 
 def test_nohup_outlives_its_terminal():
-    """The run also goes on if it is told of the hangup itself; another signal stops it."""
+    """The run continues after HUP, also if it comes to the process itself; another signal stops it."""
     child = Child(BLOCK, NOHUP="1")
     child.process.send_signal(signal.SIGHUP)
     time.sleep(1)
