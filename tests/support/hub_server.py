@@ -153,11 +153,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n{")
 
     def send_slowly(self) -> None:
-        """Send 20 kB in two seconds."""
-        self.wfile.write(b'HTTP/1.1 200 OK\r\nETag: "abc"\r\nX-Repo-Commit: abc\r\nContent-Length: 20000\r\n\r\n')
-        for _ in range(20 if self.command == "GET" else 0):
+        """Send 30 kB in nine seconds."""
+        self.wfile.write(b'HTTP/1.1 200 OK\r\nETag: "abc"\r\nX-Repo-Commit: abc\r\nContent-Length: 30000\r\n\r\n')
+        for _ in range(30 if self.command == "GET" else 0):
             self.wfile.write(b"x" * 1_000)
-            self.server.is_closing.wait(0.1)
+            self.server.is_closing.wait(0.3)
 
     def send_late(self) -> None:
         """Send the content of a file after nine seconds."""
