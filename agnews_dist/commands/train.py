@@ -101,4 +101,3 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
             scores["test"] = evaluate("test")
             monitors.emit(scores["test"].to_event("test", trainer.best.epoch, inputs.class_names, step=trainer.best.step))
         write_results(config, engine, inputs, features, trainer, scores, attempt=attempt)
-        attempt.finish(trainer.step, trainer.end_reason)

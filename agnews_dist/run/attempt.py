@@ -65,7 +65,7 @@ class Attempt:
         self._checkpoints: CheckpointManager | None = None
         self._has_begun = False
         self._begin_lock = threading.Lock()
-        """Held while the main thread begins the run, and while the preemption thread ends it."""
+        """Held while the main thread begins the run or records its failure, and while the preemption thread ends it."""
         self._is_ended_early = False
         self._resume_state: dict[str, Any] | None = None
         """JSON part of the checkpoint to resume from, on every rank."""
@@ -293,7 +293,10 @@ class Attempt:
                 reasons = [reason for reason in collectives.all_gather(self._preemption.stop_reason) if reason is not None]
                 error.args = (self._record_stop(reasons[0] if reasons else "as requested"),)
             elif self._has_begun and error is not None and not isinstance(error, AlreadyFinished):
-                self._record("failed", str(error).split("\n")[0] or type(error).__name__)
+                with self._begin_lock:
+                    # Ranks that end because of a stop leave errors in the collectives of the others.
+                    if not self._is_ended_early:
+                        self._record("failed", str(error).split("\n")[0] or type(error).__name__)
             if self._directory is not None:
                 self._directory.close()
 

@@ -44,7 +44,7 @@ def write_results(
     *,
     attempt: Attempt,
 ) -> None:
-    """Write predictions, result.json and the model of a training, on rank 0. Collective."""
+    """Write predictions, result.json and the model of a training, on rank 0, and record that it is finished. Collective."""
     directory, monitors = attempt.directory, attempt.monitors
     peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
     scores = _select_scored(split_scores)
@@ -97,6 +97,8 @@ def write_results(
         facts["best weights"] = f"step {best.step:,} of {trainer.step:,}, in epoch {best.epoch}, by validation {metric}"
         facts["time"] = f"{seconds['total']:.1f} s, {tokens_per_second:,.0f} tokens/s in training"
         monitors.emit(RunDone(facts=facts, paths=paths))
+        # Before the other ranks exit with 0.
+        attempt.finish(trainer.step, trainer.end_reason)
 
     outcome = collectives.catch(write) if engine.world.is_main else None
     collectives.wait_for_main(f"writes the results to {directory}")
