@@ -25,6 +25,8 @@ IN_USE = "in-use"
 ROWS = "rows.bin"
 MARKS = "marks"
 """Directory with one file per segment: its lock, and its checksum when it is finished."""
+VERIFIED = "verified"
+"""State of the rows when they were last verified: a file that has not changed since is used as it is."""
 _SHA256 = re.compile("[0-9a-f]{64}")
 """Name of a cache's directory (see keys.py), and content of a finished segment's mark."""
 _TRASH = ".trash-"

@@ -205,6 +205,8 @@ class FeatureCache:
         """Map the files that all ranks have filled."""
         for name, file in self._files.items():
             self._sources[name] = CachedFeatures(file.map_rows(), self._split(name).layout)
+            if self.choice.place == "disk" and self._world.local_rank == 0:
+                file.mark_as_verified()
         if self.choice.place == "host" and self._files:
             collectives.all_gather(None)
             # Mapped memory lives as long as its processes. Without a name in the file system it cannot outlive a kill.

@@ -54,8 +54,9 @@ def choose(
 ) -> Choice:
     """Choose the first place where `num_bytes` of features fit.
 
-    The order of auto: complete files of an earlier run (`is_on_disk`), a GPU's memory, host memory, disk, off. Auto computes
-    features at every use if there is one epoch. Another requested place comes before this order. Places where storing the
+    The order of auto: complete files of an earlier run (`is_on_disk`); with a GPU its memory, host memory, disk; without one disk,
+    host memory; off. A CPU computes features at least ten times slower than a disk takes them, and files survive a kill. Auto
+    computes features at every use if there is one epoch. Another requested place comes before this order. Places where storing the
     features has `failed` are left out. `num_bytes` counts the features of all ranks.
     """
     if requested == "off":
@@ -65,7 +66,7 @@ def choose(
         return Choice("disk", f"{gigabytes(num_bytes)}, cached by an earlier run")
     if requested == "auto" and num_epochs == 1:
         return Choice("off", "computed at every use, which is once in one epoch")
-    automatic: list[Place] = ["device", "host", "disk"] if resources.has_gpu else ["host", "disk"]
+    automatic: list[Place] = ["device", "host", "disk"] if resources.has_gpu else ["disk", "host"]
     first: list[Place] = [] if requested == "auto" else [requested]
     misfits: list[str] = []
     for place in first + [place for place in automatic if place not in first]:

@@ -3,7 +3,8 @@
 Processes coordinate through files alone: ranks of a job, two jobs at once, nodes with or without a common file system. Each
 segment has one mark file. While a process computes the segment, the mark is its lock, which the kernel releases if that process
 dies. Afterwards the mark holds a checksum of the key, the segment's number and its bytes, written after the bytes are on disk.
-So one loop builds a file, continues after a kill, verifies a finished file and repairs a damaged one.
+So one loop builds a file, continues after a kill, verifies a finished file and repairs a damaged one. A file that
+nothing has written to since is not verified again: a restart would read gigabytes before its first step.
 """
 
 import errno
@@ -15,6 +16,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agnews_dist.features.eviction import ABOUT, IN_USE, MARKS, ROWS, has_all_segments, mark_path, read_mark
+from agnews_dist.features.eviction import ABOUT, IN_USE, MARKS, ROWS, VERIFIED, has_all_segments, mark_path, read_mark
 from agnews_dist.storage.locks import LockWait, Say, acquire, lock_shared, try_lock
 
 _WAIT_SECONDS = 0.05
+_TICK_SECONDS = 0.02
+"""Above the resolution of file times: two writes within it can leave the same ones."""
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -56,6 +60,7 @@ class FeatureFile:
         self._say = say
         self._about = dict(about) | {"bytes": self.num_bytes, "segments": self.num_segments}
         self._lock: int | None = None
+        self._is_trusted = False
 
     @property
     def finished_segments(self) -> frozenset[int]:
@@ -120,14 +125,16 @@ class FeatureFile:
     ) -> Callable[[], None]:
         """Return a function that completes the file; several threads may run it at once.
 
-        This rank verifies the finished segments s with s % num_ranks == rank and trusts the other ranks for the rest. So rows
-        may be read when the workers of all ranks have returned. The process that gets the lock of a missing or damaged segment
-        computes its rows. One thread at a time calls `on_segment`, once for every segment.
+        This rank verifies the finished segments s with s % num_ranks == rank and trusts the other ranks for the rest; none if the
+        file has not changed since `mark_as_verified`. So rows may be read when the workers of all ranks have returned. The
+        process that gets the lock of a missing or damaged segment computes its rows. One thread at a time calls `on_segment`,
+        once for every segment.
 
         The function raises:
             OSError: no space, no permission, or a process that has a segment's lock shows no sign of life; finished segments
                 stay.
         """
+        self._is_trusted = self._is_as_verified()
         first = rank * self.num_segments // num_ranks
         wait, waited_for = self._wait_for(MARKS), -1
         queue = deque([*range(first, self.num_segments), *range(first)])
@@ -145,7 +152,7 @@ class FeatureFile:
                     time.sleep(_WAIT_SECONDS)  # other threads of this process have the rest
                     continue
                 try:
-                    is_finished = self._complete(segment, compute, verify=segment % num_ranks == rank)
+                    is_finished = self._complete(segment, compute, verify=segment % num_ranks == rank and not self._is_trusted)
                 except BaseException:
                     failed.set()
                     raise
@@ -192,6 +199,25 @@ class FeatureFile:
         # Copy-on-write: torch asks for writable memory, and the file may belong to another user.
         mapped = np.memmap(self.directory / ROWS, dtype=np.uint8, mode="c")
         return torch.from_numpy(mapped).view(self._dtype).view(-1, self._width)
+
+    def mark_as_verified(self) -> None:
+        """Let later runs use the file as it is now without verifying it. The workers of all ranks must have returned."""
+        # Not if this worker has trusted the file: another process may have changed it since.
+        if not self._is_trusted:
+            time.sleep(_TICK_SECONDS)
+            with suppress(OSError):  # another user's
+                (self.directory / VERIFIED).write_text(self._state(), encoding="ascii")
+
+    def _is_as_verified(self) -> bool:
+        try:
+            return (self.directory / VERIFIED).read_text(encoding="ascii") == self._state()
+        except (OSError, ValueError):
+            return False
+
+    def _state(self) -> str:
+        """Return what differs after every write to the rows: no program can set the time of the last change."""
+        found = (self.directory / ROWS).stat()
+        return f"{self._key} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}\n"
 
     def _complete(self, segment: int, compute: Callable[[int], Tensor], *, verify: bool) -> bool:
         """Compute and write a segment unless it is finished; return False if another process has its lock."""

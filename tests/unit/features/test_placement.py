@@ -22,7 +22,7 @@ PLENTY = Resources(
 )
 SCARCE = replace(PLENTY, device_bytes=GB, host_bytes=GB, shared_bytes=GB, disk_bytes=GB)
 WITH_GPU = replace(PLENTY, has_gpu=True)
-TWO_RANKS = replace(PLENTY, num_ranks=2, ranks_per_node=2)
+TWO_GPUS = replace(PLENTY, num_ranks=2, ranks_per_node=2, has_gpu=True, device_bytes=GB)
 EIGHT_GPUS = replace(PLENTY, num_ranks=8, ranks_per_node=8, has_gpu=True)
 
 
@@ -32,6 +32,7 @@ def decide(requested: Any = "auto", resources: Resources = PLENTY, num_bytes: in
 
 NO_HOST = "6.0 GB exceed 60% of the free host memory (600 MB)"
 NO_DEVICE = "6.0 GB exceed 60% of the free device memory per rank (600 MB)"
+NO_PART = NO_DEVICE.replace("6.0 GB", "3.0 GB")
 NO_SHARED = "6.0 GB exceed 60% of the free shared memory of the node (600 MB)"
 NO_DISK = "6.0 GB exceed 90% of the free disk space (900 MB)"
 NO_LIMIT = "6.0 GB exceed engine.feature_cache_gigabytes (1.0 GB)"
@@ -40,41 +41,41 @@ NO_LIMIT = "6.0 GB exceed engine.feature_cache_gigabytes (1.0 GB)"
 @pytest.mark.parametrize(
     ("facts", "place", "reason"),
     [
-        # auto: a GPU's memory or the host's first; features that do not fit go to the next place.
+        # auto: a GPU's memory first, or without one the disk; features that do not fit go to the next place.
         ({"resources": WITH_GPU}, "device", "6.0 GB, fits"),
-        ({}, "host", "6.0 GB, fits"),
+        ({}, "disk", "6.0 GB, fits"),
         ({"resources": replace(WITH_GPU, device_bytes=GB)}, "host", f"6.0 GB, {NO_DEVICE}"),
-        ({"resources": replace(PLENTY, host_bytes=GB)}, "disk", f"6.0 GB, {NO_HOST}"),
+        ({"resources": replace(PLENTY, disk_bytes=GB)}, "host", f"6.0 GB, {NO_DISK}"),
         ({"resources": replace(WITH_GPU, device_bytes=GB, host_bytes=GB)}, "disk", f"6.0 GB, {NO_DEVICE}; {NO_HOST}"),
-        ({"resources": SCARCE}, "off", f"computed at every use: 6.0 GB fit nowhere ({NO_HOST}; {NO_DISK})"),
+        ({"resources": SCARCE}, "off", f"computed at every use: 6.0 GB fit nowhere ({NO_DISK}; {NO_HOST})"),
         # Complete files come first, even for one epoch and on a full disk.
         ({"is_on_disk": True, "resources": WITH_GPU}, "disk", "6.0 GB, cached by an earlier run"),
         ({"is_on_disk": True, "num_epochs": 1, "resources": SCARCE}, "disk", "6.0 GB, cached by an earlier run"),
         ({"is_on_disk": True, "requested": "disk", "resources": SCARCE}, "disk", "6.0 GB, cached by an earlier run"),
-        ({"is_on_disk": True, "failed": frozenset({"disk"})}, "host", "6.0 GB, fits"),
+        ({"is_on_disk": True, "failed": frozenset({"disk"})}, "host", "6.0 GB, disk failed"),
         # With one epoch, auto caches nothing; another requested place is taken.
         ({"num_epochs": 1}, "off", "computed at every use, which is once in one epoch"),
         ({"num_epochs": 1, "requested": "disk"}, "disk", "6.0 GB, as requested"),
-        ({"num_epochs": 2}, "host", "6.0 GB, fits"),
+        ({"num_epochs": 2}, "disk", "6.0 GB, fits"),
         # A requested place comes before a GPU and before complete files.
         ({"requested": "off", "is_on_disk": True, "resources": WITH_GPU}, "off", "as requested, computed at every use"),
         ({"requested": "device"}, "device", "6.0 GB, as requested"),
         ({"requested": "host", "is_on_disk": True, "resources": WITH_GPU}, "host", "6.0 GB, as requested"),
         ({"requested": "disk", "resources": WITH_GPU}, "disk", "6.0 GB, as requested"),
         # Several ranks of a node need shared memory.
-        ({"resources": replace(TWO_RANKS, shared_bytes=GB)}, "disk", f"6.0 GB, {NO_SHARED}"),
-        ({"resources": TWO_RANKS}, "host", "6.0 GB, fits"),
-        ({"resources": replace(PLENTY, num_ranks=2, shared_bytes=0)}, "host", "6.0 GB, fits"),
-        ({"resources": replace(TWO_RANKS, host_bytes=GB)}, "disk", f"6.0 GB, {NO_HOST}"),
+        ({"resources": replace(TWO_GPUS, shared_bytes=GB)}, "disk", f"6.0 GB, {NO_PART}; {NO_SHARED}"),
+        ({"resources": TWO_GPUS}, "host", f"6.0 GB, {NO_PART}"),
+        ({"resources": replace(TWO_GPUS, ranks_per_node=1, shared_bytes=0)}, "host", f"6.0 GB, {NO_PART}"),
+        ({"resources": replace(TWO_GPUS, host_bytes=GB)}, "disk", f"6.0 GB, {NO_PART}; {NO_HOST}"),
         # A device holds its rank's part, the host all parts.
         ({"resources": replace(EIGHT_GPUS, device_bytes=2 * GB)}, "device", "6.0 GB, fits"),
         ({"resources": replace(EIGHT_GPUS, device_bytes=GB)}, "host", f"6.0 GB, {NO_DEVICE.replace('6.0 GB', '750 MB')}"),
         # A place that failed is not tried again.
-        ({"failed": frozenset({"host"})}, "disk", "6.0 GB, host failed"),
+        ({"failed": frozenset({"disk"})}, "host", "6.0 GB, disk failed"),
         (
             {"failed": frozenset({"host", "disk"})},
             "off",
-            "computed at every use: 6.0 GB fit nowhere (host failed; disk failed)",
+            "computed at every use: 6.0 GB fit nowhere (disk failed; host failed)",
         ),
     ],
 )
@@ -87,11 +88,12 @@ def test_choose_gives_place_and_reason(facts, place, reason):
 @pytest.mark.parametrize(
     ("requested", "facts", "place", "misfits"),
     [
-        ("device", {"resources": replace(PLENTY, device_bytes=GB)}, "host", NO_DEVICE),
+        ("device", {"resources": replace(WITH_GPU, device_bytes=GB)}, "host", NO_DEVICE),
         ("host", {"resources": replace(PLENTY, host_bytes=GB)}, "disk", NO_HOST),
         ("host", {"resources": replace(WITH_GPU, host_bytes=GB)}, "device", NO_HOST),
         ("disk", {"resources": replace(PLENTY, disk_bytes=GB)}, "host", NO_DISK),
         ("disk", {"resources": replace(PLENTY, disk_limit_bytes=GB)}, "host", NO_LIMIT),
+        ("device", {"resources": replace(PLENTY, device_bytes=GB)}, "disk", NO_DEVICE),
         ("disk", {"failed": frozenset({"disk"})}, "host", "disk failed"),
         ("disk", {"resources": SCARCE}, "off", f"{NO_DISK}; {NO_HOST}"),
     ],
@@ -123,7 +125,7 @@ def test_choose_takes_60_percent_of_memory_and_90_percent_of_the_disk(requested,
 def test_choose_rounds_the_part_of_a_rank_up():
     resources = replace(SCARCE, num_ranks=2, device_bytes=10)
     assert decide("device", resources, num_bytes=12).place == "device"
-    assert decide("device", resources, num_bytes=13).place == "host"
+    assert decide("device", resources, num_bytes=13).place == "disk"
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,47 @@ def test_worker_computes_damaged_segments_again_and_no_others(built, name):
     assert fill(feature_file(built, NUM_SEGMENTS)) == []
 
 
+def mark_as_verified(directory: Path) -> None:
+    """Open the file as a run does that verifies all segments."""
+    file = feature_file(directory, NUM_SEGMENTS)
+    assert fill(file) == []
+    file.mark_as_verified()
+    file.close()
+
+
+def test_worker_reads_no_rows_of_a_file_that_is_as_it_was_verified(built, monkeypatch):
+    mark_as_verified(built)
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureFile, "read_segment", lambda *_: pytest.fail("rows were read"))
+        assert fill(feature_file(built, NUM_SEGMENTS)) == []
+    # Times that were set back, as by a restored backup, are no proof.
+    before = (built / ROWS).stat()
+    flip_bit(built, 0)
+    os.utime(built / ROWS, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert fill(feature_file(built, NUM_SEGMENTS)) == [0]
+
+
+@pytest.mark.parametrize("name", [name for name in DAMAGES if name not in ("mark of zeros", "marks swapped")])
+def test_worker_notices_damage_after_the_file_was_verified(built, name):
+    mark_as_verified(built)
+    damage, segments = DAMAGES[name]
+    damage(built)
+    file = feature_file(built, NUM_SEGMENTS)
+    assert sorted(fill(file)) == segments
+    file.mark_as_verified()
+    assert torch.equal(file.map_rows(), expected(NUM_SEGMENTS))
+    assert fill(feature_file(built, NUM_SEGMENTS)) == []
+
+
+def test_file_that_changes_under_a_trusting_worker_is_verified_next_time(built):
+    mark_as_verified(built)
+    file = feature_file(built, NUM_SEGMENTS)
+    assert fill(file) == []
+    flip_bit(built, 0)
+    file.mark_as_verified()
+    assert fill(feature_file(built, NUM_SEGMENTS)) == [0]
+
+
 def test_workers_of_all_ranks_verify_every_segment(built):
     for segment in range(NUM_SEGMENTS):
         flip_bit(built, segment * SEGMENT_BYTES)
