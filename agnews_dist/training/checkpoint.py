@@ -7,6 +7,7 @@
 The directory is written and fsynced under a hidden name, then renamed.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import safetensors.torch
@@ -44,8 +46,16 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 """Group -> name -> tensor."""
 
 
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR)
+"""Errors that say that a file is not there. All others (EIO, ESTALE, EACCES) may pass, and the file may be whole."""
+
+
 class DamagedError(UserError):
-    """A checkpoint directory is incomplete, changed or unreadable."""
+    """A checkpoint directory is incomplete or changed."""
+
+
+class UnreadableError(UserError):
+    """The file system does not give the content of a checkpoint, which may be whole."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ def write_checkpoint(path: Path, tensors: Groups, state: Mapping[str, Any]) -> i
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify the checkpoint at `path`, or raise a `DamagedError`."""
+    """Read and verify the checkpoint at `path`, or raise a `DamagedError` or `UnreadableError`."""
     contents = _read_verified(path)
     try:
         state: Any = json.loads(contents.pop(STATE))
@@ -158,7 +168,7 @@ def _read_verified(path: Path) -> dict[str, bytes]:
     try:
         names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
     except OSError as error:
-        raise _damaged(path, f"it cannot be listed, {error.strerror}") from error
+        raise _unreadable(path, "it cannot be listed", error) from error
     manifest = _read_file(path, MANIFEST)
     matches = [match for match in map(_ENTRY.fullmatch, manifest.split(b"\n")) if match]
     entries = {match[3].decode(): (match[1].decode(), int(match[2])) for match in matches}
@@ -179,20 +189,31 @@ def _read_file(path: Path, name: str, size: int | None = None) -> bytes:
     """Read the file `name` of the checkpoint at `path`. `size`: the bytes it must have."""
     file = path / name
     try:
-        if not file.is_file():
+        found = file.stat()
+        if not S_ISREG(found.st_mode):
             raise _damaged(path, f"{name} is missing")
         # Before reading: the file may be huge.
-        actual = file.stat().st_size
-        if size not in (None, actual):
-            raise _damaged(path, f"{name} has {actual} bytes instead of {size}")
+        if size not in (None, found.st_size):
+            raise _damaged(path, f"{name} has {found.st_size} bytes instead of {size}")
         return file.read_bytes()
+    except FileNotFoundError as error:
+        raise _damaged(path, f"{name} is missing") from error
     except OSError as error:
-        raise _damaged(path, f"{name} cannot be read, {error.strerror}") from error
+        raise _unreadable(path, f"{name} cannot be read", error) from error
 
 
 def _damaged(path: Path, what: str) -> DamagedError:
     return DamagedError(
         f"{path} is damaged ({what}): no run can resume from it. Restore the directory from a copy, or remove it."
+    )
+
+
+def _unreadable(path: Path, what: str, error: OSError) -> DamagedError | UnreadableError:
+    if error.errno in _ABSENT:
+        return _damaged(path, f"{what}, {error.strerror}")
+    return UnreadableError(
+        f"{path} may be whole ({what}, {error.strerror}): an older one would lose its steps. Run the same command again once it "
+        "can be read, or remove it."
     )
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from agnews_dist.errors import UserError
 from agnews_dist.storage.atomic import discard
-from agnews_dist.training.checkpoint import DamagedError, list_checkpoints, prune, read_checkpoint, sweep, write_checkpoint
+from agnews_dist.training.checkpoint import list_checkpoints, prune, read_checkpoint, sweep, write_checkpoint
 
 KINDS = "open mkdir write fsync close rename unlink rmdir look read list"
 """Names of the calls that fail_calls.c counts."""
@@ -105,7 +106,7 @@ def obey(library: ctypes.CDLL, order: Order) -> Answer:
     library.fault_arm(order.call, order.until, order.mode, order.error, order.only.encode())
     try:
         globals()[order.what](Path(order.folder), order.step)
-    except (OSError, DamagedError) as caught:
+    except (OSError, UserError) as caught:
         raised, error = type(caught).__name__, getattr(caught, "errno", None)
     library.fault_arm(0, 0, 0, 0, b"")
     library.fault_trace.restype = ctypes.c_char_p

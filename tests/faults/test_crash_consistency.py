@@ -335,7 +335,7 @@ def test_loss_of_power_undoes_nothing_that_later_changes_depend_on(disk):
         assert_fsynced(str(disk.folder.parent), made, made + 2)
 
 
-def test_unreadable_checkpoint_is_damaged(next_disk):
+def test_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(next_disk):
     next_disk.save()
     folder = str(next_disk.folder)
     calls = next_disk.do(Order("read", folder, B, reads=True)).trace
@@ -344,7 +344,7 @@ def test_unreadable_checkpoint_is_damaged(next_disk):
     for number, call in enumerate(calls, start=1):
         for error in (errno.EIO, errno.EACCES, errno.ESTALE):
             answer = next_disk.do(Order("read", folder, B, number, number, FAIL, error, reads=True))
-            assert answer.raised == "DamagedError", call
+            assert answer.raised == "UnreadableError", call
     assert next_disk.do(Order("read", folder, B, reads=True)).raised == ""
 
 

@@ -1,5 +1,6 @@
 """The checkpoint that a start resumes from, and the differences that forbid it: on real checkpoints, without training."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from agnews_dist.errors import AlreadyFinished, UserError
 from agnews_dist.run.fingerprints import setting_values, weight_settings
 from agnews_dist.run.resume import ResumePoint, check_fingerprints, find_resume_point, settings_after_restart
 from agnews_dist.run.status import StatusFile
-from agnews_dist.training.checkpoint import DamagedError, write_checkpoint
+from agnews_dist.training.checkpoint import DamagedError, UnreadableError, write_checkpoint
 
 SETTINGS = {**weight_settings(Config()), "engine.precision": "fp32"}
 FINGERPRINTS = {"config": "c" * 64, "tokenizer": "t" * 64, "tokens": "d" * 64, "frozen_weights": "f" * 64}
@@ -276,6 +277,25 @@ def test_resume_path_is_a_checkpoint_or_a_run(tmp_path):
         find(tmp_path / "run", str(older))
     with pytest.raises(UserError, match=r"run.seed was 0, is 1"):
         find(tmp_path / "other", str(tmp_path / "run"), run__seed=1)
+
+
+def test_checkpoint_that_cannot_be_read_now_is_neither_skipped_nor_removed(tmp_path, monkeypatch):
+    leave(tmp_path / "run", 40)
+    newest = leave(tmp_path / "run", 50)
+    read = Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path == newest / "weights.safetensors":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(
+        UnreadableError, match=r"step-00000050 may be whole \(weights.safetensors cannot be read, Stale file handle"
+    ):
+        find(tmp_path / "run")
+    monkeypatch.undo()
+    assert find(tmp_path / "run").step == 50
 
 
 @pytest.mark.parametrize(
