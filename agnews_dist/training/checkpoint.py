@@ -212,8 +212,8 @@ def _unreadable(path: Path, what: str, error: OSError) -> DamagedError | Unreada
     if error.errno in _ABSENT:
         return _damaged(path, f"{what}, {error.strerror}")
     return UnreadableError(
-        f"{path} may be whole ({what}, {error.strerror}): an older one would lose its steps. Run the same command again once it "
-        "can be read, or remove it."
+        f"{path} may be whole ({what}, {error.strerror}): an older one would lose its steps. Run the same command again once "
+        "it can be read, or remove it."
     )
 
 

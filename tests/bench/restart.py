@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python tests/bench/restart.py [--ranks 2] [--rounds 5] [--feature_cache auto]
 
-A training (AG News rows, a small GPT-2) is killed again and again while it trains; the same command starts at once. In turn with
-every restart as many processes import what the training has imported, and read the newest checkpoint. The time to the next step
+A training (AG News rows, a small GPT-2) is killed again and again while it trains; the same command starts at once. In turn
+with every restart as many processes import what the training imports, and read the newest checkpoint. The time to the next step
 ends with the time stamp of its event. Prints medians and their ratio.
 """
 
