@@ -126,9 +126,9 @@ class FeatureFile:
         """Return a function that completes the file; several threads may run it at once.
 
         This rank verifies the finished segments s with s % num_ranks == rank and trusts the other ranks for the rest. It
-        verifies none if the file has not changed since `mark_as_verified`. So rows may be read when the workers of all ranks have
-        returned. The process that gets the lock of a missing or damaged segment computes its rows. One thread at a time calls
-        `on_segment`, once for every segment.
+        verifies none if the file has not changed since `mark_as_verified`. So rows may be read when the workers of all ranks
+        have returned. The process that gets the lock of a missing or damaged segment computes its rows. One thread at a time
+        calls `on_segment`, once for every segment.
 
         The function raises:
             OSError: no space, no permission, or a process that has a segment's lock shows no sign of life; finished segments
