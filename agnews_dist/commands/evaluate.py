@@ -64,7 +64,7 @@ def evaluate(world: World, loaded: Loaded) -> None:
         engine = engine_setup.start_engine(config.engine, world, is_training=False)
         if output is not None:
             check_output = partial(directory.check_output, Path(output), overwrite=config.run.overwrite)
-            collectives.raise_if_any_failed(collectives.catch(check_output) if world.is_main else None)
+            collectives.raise_if_any_failed(collectives.catch_on_main(check_output, f"looks at {output}"))
         hub_inputs.fetch_inputs(partial(hub_inputs.list_requests, config, hold_out=False), world, emit)
 
         def load() -> setup.EvaluationInputs:

@@ -69,30 +69,31 @@ def predict(world: World, loaded: Loaded) -> None:
     is_table = options["format"] == "table" or (options["format"] is None and sys.stdout.isatty())
     with ExitStack() as stack:
 
-        def open_texts() -> InputTexts | None:
-            if not world.is_main:
-                return None
+        def open_texts() -> InputTexts:
             if output is not None:
                 check_output(output, overwrite=config.run.overwrite)
             return prediction.open_input(config, options)
 
-        def load() -> tuple[SavedClassifier, int | None, Write]:
+        def load() -> tuple[SavedClassifier, int | None]:
             length = config.data.max_length if "data.max_length" in loaded.explicit else None
             model = prediction.load_model(config, length)
-            num_best = prediction.choose_num_best(options, len(model.class_names), is_table=is_table)
+            return model, prediction.choose_num_best(options, len(model.class_names), is_table=is_table)
+
+        def open_output() -> Write:
+            assert texts is not None
             write = create_printer(model.class_names, is_table=is_table)
-            if texts is not None:
-                if output is not None:
-                    write = stack.enter_context(open_answers(output, texts, model.class_names, options["top_k"]))
-                for note in (*(f"warning: {note}" for note in model.notes), *texts.notes):
-                    _tell(note)
-                texts.check()
-            return model, num_best, write
+            if output is not None:
+                write = stack.enter_context(open_answers(output, texts, model.class_names, options["top_k"]))
+            for note in (*(f"warning: {note}" for note in model.notes), *texts.notes):
+                _tell(note)
+            texts.check()
+            return write
 
         engine = engine_setup.start_engine(config.engine, world, is_training=False)
-        texts = collectives.raise_if_any_failed(collectives.catch(open_texts))
+        texts = collectives.raise_if_any_failed(collectives.catch_on_main(open_texts, "opens the texts"))
         hub_inputs.fetch_inputs(partial(hub_inputs.list_requests, config, has_data=False), world, _warn)
-        model, num_best, write = collectives.raise_if_any_failed(collectives.catch(load))
+        model, num_best = collectives.raise_if_any_failed(collectives.catch(load))
+        write = collectives.raise_if_any_failed(collectives.catch_on_main(open_output, "checks the texts"))
         if world.num_ranks > 1:
             weights = {**model.classifier.frozen_state, **model.classifier.suffix.state_dict()}
             collectives.check_equal({"weights": weights_fingerprint(weights)})

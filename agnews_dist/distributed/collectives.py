@@ -8,10 +8,13 @@ import os
 import pickle
 import socket
 import struct
+import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar
@@ -187,21 +190,57 @@ def wait_for_main(what: str) -> None:
     if store is None or not is_distributed():
         return
     _Turnstile.num_passed += 1
-    rank, key = dist.get_rank(), f"main/{_Turnstile.num_passed}"
-    if rank == 0:
+    key = f"main/{_Turnstile.num_passed}"
+    if dist.get_rank() == 0:
         store.set(key, "")
         return
-    begin = time.monotonic()
-    next_line = begin + SPEAK_SECONDS
+    wait = _WaitForMain(f"rank 0 ({_Turnstile.process}) {what}")
     while not store.check([key]):
-        now = time.monotonic()
-        if rank == 1 and now > next_line:
-            next_line = now + REPEAT_SECONDS
-            print_line(
-                f"[rank 1/{dist.get_world_size()}] waits {now - begin:.0f} s so far: rank 0 ({_Turnstile.process}) {what}; "
-                "no time limit while it lives"
-            )
-        time.sleep(min(0.1, 0.002 + (now - begin) / 20))
+        wait.tell_if_long()
+        time.sleep(min(0.1, 0.002 + wait.seconds / 20))
+
+
+class _WaitForMain:
+    """A wait for rank 0, which rank 1 tells of."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._begin, self._next_line = what, time.monotonic(), SPEAK_SECONDS
+
+    @property
+    def seconds(self) -> float:
+        """Time since the wait began."""
+        return time.monotonic() - self._begin
+
+    def tell_if_long(self) -> None:
+        """Print a line if the last one is long ago."""
+        if dist.get_rank() == 1 and self.seconds > self._next_line:
+            self._next_line = self.seconds + REPEAT_SECONDS
+            label = f"[rank 1/{dist.get_world_size()}]"
+            print_line(f"{label} waits {self.seconds:.0f} s so far: {self._what}; no time limit while it lives")
+
+
+def catch_on_main(work: Callable[[], T], what: str) -> T | UserError | None:
+    """Return on rank 0 what `catch(work)` returns, on the others None, once it has ended. Collective.
+
+    For commands without a coordinator: `work` may take longer than the time limit of a collective. Meanwhile the ranks meet in
+    one every second, so a rank 0 that dies or hangs as a whole is still noticed. `what`: as of `wait_for_main`.
+    """
+    if not is_distributed():
+        return catch(work)
+    outcome: Future[T | UserError] = Future()
+    is_main, wait = dist.get_rank() == 0, _WaitForMain(f"rank 0 {what}")
+
+    def run() -> None:
+        try:
+            outcome.set_result(catch(work))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    if is_main:
+        threading.Thread(target=run, daemon=True).start()
+    while not all_gather(is_main and bool(futures.wait([outcome], timeout=1.0).done))[0]:
+        wait.tell_if_long()
+    return outcome.result() if is_main else None
 
 
 def catch(work: Callable[[], T]) -> T | UserError:

@@ -126,7 +126,7 @@ def reduce_logits(ids_N: NDArray[np.int64], logits_NC: NDArray[np.float32], num_
 
 def predict_chunks(
     chunks: Iterable[InputChunk],
-    write: Callable[[InputChunk, Answers], bool],
+    write: Callable[[InputChunk, Answers], bool] | None,
     predictor: Predictor,
     *,
     num_texts: int = 0,
@@ -136,7 +136,7 @@ def predict_chunks(
 
     Args:
         chunks: the texts, read when they are needed. Only rank 0 reads them.
-        write: called on rank 0 with every chunk and its answers; returns False to stop.
+        write: called on rank 0 with every chunk and its answers; returns False to stop. Other ranks need none.
         predictor: model and tokenizer.
         num_texts: number of all texts, for the progress; 0: unknown.
         emit: receives the progress.
@@ -145,10 +145,10 @@ def predict_chunks(
         SharedError: rank 0 cannot read, tokenise or write; the same on all ranks.
     """
     counts = _Counts(num_texts, emit)
-    work = _read_and_write(chunks, write, predictor, counts) if predictor.engine.world.is_main else None
+    work = _read_and_write(chunks, write, predictor, counts) if write is not None else None
     answers: Answers | None = None
     while True:
-        outcome = collectives.catch(partial(_advance, work, answers))
+        outcome = collectives.catch_on_main(partial(_advance, work, answers), "reads texts or writes answers")
         split = collectives.all_gather(collectives.raise_if_any_failed(outcome))[0]
         if split is None:
             return counts.num_done, counts.num_truncated

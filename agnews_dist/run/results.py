@@ -165,4 +165,4 @@ def write_scores(
         write_json(directory / "result.json", result.to_dict())
         emit(RunDone(paths={"result": str(directory / "result.json"), "predictions": str(path)}))
 
-    collectives.raise_if_any_failed(collectives.catch(write) if engine.world.is_main else None)
+    collectives.raise_if_any_failed(collectives.catch_on_main(write, f"writes the results to {directory}"))

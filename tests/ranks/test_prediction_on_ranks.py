@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,25 @@ def test_any_number_of_ranks_gives_the_same_answers(folder: Path) -> None:
     assert [row["id"] for row in rows] == list(range(len(TEXTS)))
     columns = [answers[f"probability_{name}"].tolist() for name in CLASS_NAMES]
     assert [tuple(map(np.float32, row["probabilities"].values())) for row in rows] == list(zip(*columns, strict=True))
+
+
+def test_texts_that_come_slowly_are_waited_for_beyond_the_limit_of_a_collective(folder: Path) -> None:
+    os.mkfifo(folder / "slow.txt")
+
+    def write() -> None:
+        with (folder / "slow.txt").open("w") as pipe:
+            pipe.write("a\n" * TEXTS_PER_CHUNK)
+            pipe.flush()
+            time.sleep(8)
+            pipe.write("b\n")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    done = run_predict(2, folder, "--file", folder / "slow.txt", "--engine.timeout_seconds", 4)
+    writer.join()
+    assert len(done.stdout.splitlines()) == TEXTS_PER_CHUNK + 1
+    waits = re.findall(r"\[rank 1/2\] waits [5-7] s so far: rank 0 .*texts.*; no time limit while it lives", done.stderr)
+    assert len(waits) == 1
 
 
 def test_a_failure_of_rank_0_ends_both_ranks(folder: Path) -> None:
