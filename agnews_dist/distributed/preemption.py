@@ -140,9 +140,12 @@ class PreemptionHandler:
         if coordinator is None:
             return None
         own = Failure(coordinator.rank, coordinator.rank, error_text)
-        failure = coordinator.publish(own if is_own else coordinator.explain(error_text))
+        failure = own if is_own else coordinator.explain(error_text)
         # The others may have exited because of a stop, which looks like a failure from here.
+        if not coordinator.phase.startswith(STOP):
+            failure = coordinator.publish(failure)
         if self._is_ending_process or coordinator.phase.startswith(STOP):
+            self._has_failed = False  # the second thread need not leave this one time to exit
             self._wait_for_end()
         if failure.reported_by != coordinator.rank:
             return failure.consequence
@@ -242,7 +245,7 @@ class PreemptionHandler:
             grace = 0.0  # a rank is silent: the main thread may wait for it for ever
         if self._must_exit_now or now - self._failed_since >= grace:
             # The main thread prints an error that it has reported itself.
-            own = f"error: {failure.text}" if is_about_other and not self._has_failed else None
+            own = None if self._has_failed else f"error: {failure.text}"
             self._end_process("failed", failure.reason, own if is_reporter else failure.consequence)
 
     def _end_process(self, state: str, reason: str, message: str | None = None) -> NoReturn:

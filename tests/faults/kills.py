@@ -119,8 +119,11 @@ def kill_attempt(kill: Kill, directory: Path, place: str, rng: random.Random) ->
 
 
 def limit(kill: Kill) -> float:
-    """Return the seconds in which all must end. After a failure torchrun waits 30 s for a suspended rank."""
-    return SECONDS_TO_STOP + (RANK_TIMEOUT + 10 if kill.through == "torchrun" and kill.how == "STOP" else 0)
+    """Return the seconds in which all must end."""
+    if kill.through == "torchrun" and kill.how == "STOP":
+        # After a failure torchrun waits 30 s for a suspended rank. The other one may still import when that is suspended.
+        return SECONDS_TO_STOP + RANK_TIMEOUT + (20 if kill.hit == "tokenise" else 10)
+    return SECONDS_TO_STOP
 
 
 def check(kill: Kill, timeline: Timeline, log: Path, earlier: Status | None) -> None:

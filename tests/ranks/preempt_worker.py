@@ -8,6 +8,7 @@ collective  waits in a collective that the others do not join
 lock        waits for a locked file (DIRECTORY/lock, or the test's)
 compute     runs Python code
 crash       raises an exception once DIRECTORY/crash exists
+breaks      raises what a collective raises once a stop is known
 steps       trains: votes at every step, then exits
 begins      as `steps`, from when DIRECTORY/begin exists
 stuck       trains and hangs
@@ -61,6 +62,10 @@ def run(world, _, *, handler: PreemptionHandler, directory: Path, state: str) ->
     elif state == "crash":
         wait_for(directory / "crash")
         raise ZeroDivisionError("a bug on one rank")
+    elif state == "breaks":
+        while not handler.is_stopping:
+            time.sleep(0.001)
+        raise RuntimeError("Connection closed by peer")
     elif state == "stuck":
         block()
     elif state == "begins":

@@ -115,6 +115,15 @@ def test_signal_to_one_rank_before_training_ends_all(start, rank):
     assert job.output == "", "no rank failed"
 
 
+@pytest.mark.parametrize("states", [("breaks", "collective"), ("collective", "breaks"), ("breaks", "breaks")])
+def test_collective_that_a_stop_breaks_is_no_failure(start, states):
+    job = start(*states)
+    job.send(0, signal.SIGTERM)
+    assert job.wait() == [75, 75], "not after the grace time"
+    assert job.reports() == ["preempted: SIGTERM"] * 2
+    assert job.output == ""
+
+
 def test_signal_during_training_stops_all_after_the_same_step(start):
     job = start("steps", "steps", "steps")
     job.send(2, signal.SIGUSR1)
