@@ -1,5 +1,6 @@
 """Running a command: detect the world, load the configuration, print errors once, choose the exit code."""
 
+import faulthandler
 import gc
 import io
 import json
@@ -56,6 +57,9 @@ def run_command(command: Command, argv: Sequence[str] | None, body: Body, preemp
     `argv`: arguments after the command; None: those of the process. `preemption`: handler of signals while the command runs.
     """
     open_missing_streams()
+    if not faulthandler.is_enabled():
+        # A mapped file that another process truncates, or a disk that fails under it, ends this one by SIGBUS.
+        faulthandler.enable(2)
     provide_home()
     # Standard output of other commands is data, which must not be dropped.
     with background_streams("stderr", *(["stdout"] if command.shows_progress else [])):
