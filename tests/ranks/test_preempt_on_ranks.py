@@ -116,7 +116,7 @@ def test_signal_to_one_rank_before_training_ends_all(start, rank):
 
 
 @pytest.mark.parametrize("states", [("breaks", "collective"), ("collective", "breaks"), ("breaks", "breaks")])
-def test_collective_that_a_stop_breaks_is_no_failure(start, states):
+def test_collective_that_a_stop_ends_is_not_reported_as_failed(start, states):
     job = start(*states)
     job.send(0, signal.SIGTERM)
     assert job.wait() == [75, 75], "not after the grace time"
