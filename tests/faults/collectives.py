@@ -1,10 +1,11 @@
 """A campaign of faults in every communication between two ranks; each run must end right or with an error that names it.
 
-    PYTHONPATH=.:tests python tests/faults/collectives.py [--sample 20] [--portion 1/2] [--seed 7] [--json FILE]
+    PYTHONPATH=.:tests python tests/faults/collectives.py [--sample 20] [--resumed] [--portion 1/2] [--seed 7] [--json FILE]
 
 A run of seconds tokenises, computes features, trains, evaluates, saves and exports. In each case one call on one rank raises,
 hangs, comes too late or returns with one bit flipped (support/collective_faults.py): every call on either rank times every
-fault, or a `--sample` of them. A right outcome is one of these:
+fault, or a `--sample` of them. With `--resumed` the run continues one that failed in its last step, and the faults are those of
+the calls that only such a start makes. A right outcome is one of these:
 
     right   the run ends as if nothing had happened, with the same bits
     error   all ranks end in time, the output names an error, and the same command then ends with the same bits
@@ -69,11 +70,25 @@ class Case:
     """Time from the start to the end of all ranks."""
 
 
-def list_calls(directory: Path) -> list[list[str]]:
-    """Return the calls of each rank in a run without a fault."""
+def list_calls(directory: Path, failed: Path | None = None) -> list[list[str]]:
+    """Return the calls of each rank in a run without a fault; `failed`: directory of a run to continue."""
+    take_runs(failed, directory)
     (directory / "calls").mkdir(parents=True)
     small_run.finish(directory, *SETTINGS, fault=INJECT, CALLS=str(directory / "calls"))
     return [(directory / "calls" / f"rank{rank}").read_text().splitlines() for rank in range(NUM_RANKS)]
+
+
+def fail_in_last_step(directory: Path, calls: Sequence[str]) -> None:
+    """Leave a run with a checkpoint that fails in its last step; `calls`: those of rank 0."""
+    number = max(number for number, call in enumerate(calls) if call.startswith("gradients"))
+    environ = {"COLLECTIVE_FAULT": "raise", "ON_RANK": "0", "AT_CALL": str(number)}
+    small_run.wait_for(small_run.start(directory, *SETTINGS, fault=INJECT, **environ), directory, codes=1)
+
+
+def take_runs(failed: Path | None, directory: Path) -> None:
+    """Copy a run that failed to the directory of a new start."""
+    if failed is not None:
+        shutil.copytree(failed / "runs", directory / "runs")
 
 
 def list_cases(calls: Sequence[Sequence[str]], seed: int) -> list[Case]:
@@ -87,8 +102,9 @@ def list_cases(calls: Sequence[Sequence[str]], seed: int) -> list[Case]:
     ]
 
 
-def run_case(case: Case, directory: Path, reference: dict[str, object]) -> None:
-    """Run a case, and after an error the same command again; record the outcome."""
+def run_case(case: Case, directory: Path, reference: dict[str, object], failed: Path | None) -> None:
+    """Run a case, and after an error the same command again; record the outcome. `failed`: directory of a run to continue."""
+    take_runs(failed, directory)
     environ = {"COLLECTIVE_FAULT": case.fault, "ON_RANK": str(case.rank), "AT_CALL": str(case.number)}
     begin = time.monotonic()
     job = small_run.start(directory, *SETTINGS, fault=INJECT, LATE=str(LATE), BIT=str(case.seed), **environ)
@@ -161,6 +177,7 @@ def main(words: Sequence[str]) -> int:
     """Run the campaign that the module's docstring describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sample", type=int, default=None, help="number of cases; default: all")
+    parser.add_argument("--resumed", action="store_true", help="faults while a run resumes")
     parser.add_argument("--portion", default="1/1", help="which part of the cases: 2/3 is the second of three")
     parser.add_argument("--only", default="", help="regular expression for call and fault")
     parser.add_argument("--seed", type=int, default=None, help="chooses the sample and the flipped bits")
@@ -172,7 +189,13 @@ def main(words: Sequence[str]) -> int:
     print(f"seed {seed}", flush=True)
     rng = random.Random(seed)
     reference = read_results(small_run.finish(root / "reference", *SETTINGS))
-    cases = list_cases(list_calls(root / "calls"), seed)
+    calls, failed = list_calls(root / "calls"), None
+    cases = list_cases(calls, seed)
+    if options.resumed:
+        failed = root / "failed"
+        fail_in_last_step(failed, calls[0])
+        usual = {case.call for case in cases}
+        cases = [case for case in list_cases(list_calls(root / "resumed", failed), seed) if case.call not in usual]
     cases = [case for case in cases if re.search(options.only, f"{case.call} {case.fault}")]
     rng.shuffle(cases)
     # Each fault equally often in any sample.
@@ -183,7 +206,7 @@ def main(words: Sequence[str]) -> int:
     begin = time.monotonic()
     for index, case in enumerate(cases):
         directory = root / f"case-{index}"
-        run_case(case, directory, reference)
+        run_case(case, directory, reference, failed)
         print(json.dumps(asdict(case), allow_nan=False), flush=True)
         if case.outcome in RIGHT:
             shutil.rmtree(directory)
