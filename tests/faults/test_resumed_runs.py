@@ -117,7 +117,8 @@ def test_saving_at_every_step_changes_nothing(whole, tmp_path):
 
 
 def test_one_process_resumes_after_ctrl_c_under_the_name_it_printed(whole_of_one, tmp_path):
-    output = stop(tmp_path / "cut", "--run.name", "null", at_step=30, fault="INT", num_ranks=1)
+    in_memory = ("--engine.feature_cache_gigabytes", "0")
+    output = stop(tmp_path / "cut", "--run.name", "null", *in_memory, at_step=30, fault="INT", num_ranks=1)
     (run,) = (tmp_path / "cut" / "runs").iterdir()
     assert f"--run.name {run.name}." in output
     spent = json.loads((max((run / "checkpoints").glob("step-*")) / "state.json").read_text())["seconds"]
