@@ -103,6 +103,8 @@ def kill_attempt(kill: Kill, directory: Path, place: str, rng: random.Random) ->
             return False
         start = time.monotonic()
         pids = job.signal(kill.target, number_of(kill.how))
+        if not pids:
+            return False
         if kill.how == "STOP" and kill.target == "all":
             # No process is left to notice: a machine that hangs and is then reset.
             job.kill()

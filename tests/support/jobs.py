@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -95,10 +96,13 @@ class TorchrunJob:
         """Send signal `number` to 'agent', 'rank N' or 'all'; return the processes that got it."""
         workers = [worker.pid for worker in self.workers()]
         groups = {"agent": [self._agent.pid], "all": [self._agent.pid, *workers]}
-        pids = groups[target] if target in groups else workers[int(target.split()[1]) :][:1]
-        for pid in pids:
-            os.kill(pid, number)
-        return pids
+        found: list[int] = []
+        for pid in groups[target] if target in groups else workers[int(target.split()[1]) :][:1]:
+            # A rank may end before the agent does.
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+                found.append(pid)
+        return found
 
     def has_ended(self, except_pids: Sequence[int] = ()) -> bool:
         """Return whether every process has ended; those of `except_pids` are suspended and do not count."""
