@@ -18,6 +18,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 from support import fork_server, small_run
+from support.jobs import TorchrunJob
 from support.processes import REPOSITORY, TIMEOUT, environment, wait_until
 
 from agnews_dist.distributed.node_resources import PORTS
@@ -203,6 +204,29 @@ def test_every_signal_lets_the_ranks_save(
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.join()
+
+
+def test_agent_that_dies_while_its_ranks_start_ends_them(tmp_path: Path) -> None:
+    job = TorchrunJob(small_run.arguments(tmp_path), tmp_path / "log.txt")
+    try:
+        assert wait_until(lambda: len(job.workers()) == 2, every=0.002)
+        job.signal("agent", signal.SIGKILL)
+        assert wait_until(job.has_ended)
+        # Not after the attempts of the rendezvous, which take 10 s each.
+        assert "rendezvous" not in (tmp_path / "log.txt").read_text()
+    finally:
+        job.kill()
+
+
+def test_ranks_that_a_shell_script_starts_have_their_agent(tmp_path: Path) -> None:
+    code = (
+        "import os; from agnews_dist.distributed.world import find_launcher; assert find_launcher(os.environ) == os.getppid()"
+    )
+    script = tmp_path / "rank.sh"
+    script.write_text(f'#!/bin/bash\n{sys.executable} -c "{code}"\nexit $?\n')
+    script.chmod(0o755)
+    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--no-python", str(script)]
+    fork_server.run_python(*agent)
 
 
 def test_accelerate_on_a_cpu_without_our_configuration_is_refused() -> None:
