@@ -29,7 +29,7 @@ from agnews_dist.distributed.coordinator import (
     Store,
     silent_ranks,
 )
-from agnews_dist.distributed.world import World, find_launcher, print_line
+from agnews_dist.distributed.world import LAUNCHER_VARIABLES, World, find_launcher, print_line
 
 SIGNALS = tuple(signal.Signals[f"SIG{name}"] for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2"))
 TICK_SECONDS = 0.2
@@ -55,7 +55,7 @@ class PreemptionHandler:
 
     def __init__(self, environ: Mapping[str, str], *, grace_seconds: float = 25.0) -> None:
         """`grace_seconds`: time for the main thread to save and exit. torchrun kills after 30 s."""
-        size = environ.get("WORLD_SIZE", "")
+        size = environ.get(LAUNCHER_VARIABLES[1], "")
         self._environ, self._grace_seconds = environ, grace_seconds
         self._num_ranks = int(size) if size.isdecimal() else 1
         # Without a launcher a run may outlive the shell that started it.
