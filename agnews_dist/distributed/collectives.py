@@ -13,8 +13,6 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent import futures
-from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar
@@ -32,6 +30,8 @@ T = TypeVar("T")
 
 SMALL_BYTES = 248
 """Size of a pickled value up to which one collective gathers it."""
+_MEET_SECONDS = 0.25
+"""Interval between two collectives while rank 0 works alone; far below every time limit."""
 REPEAT_SECONDS = 30.0
 """Interval between two lines about the same wait."""
 
@@ -222,25 +222,36 @@ class _WaitForMain:
 def catch_on_main(work: Callable[[], T], what: str) -> T | UserError | None:
     """Return on rank 0 what `catch(work)` returns, on the others None, once it has ended. Collective.
 
-    For commands without a coordinator: `work` may take longer than the time limit of a collective. Meanwhile the ranks meet in
-    one every second, so a rank 0 that dies or hangs as a whole is still noticed. `what`: as of `wait_for_main`.
+    For commands without a coordinator: `work` may take longer than the time limit of a collective. Meanwhile a second thread
+    meets the other ranks, so a rank 0 that dies or hangs as a whole is still noticed. `what`: as of `wait_for_main`.
     """
     if not is_distributed():
         return catch(work)
-    outcome: Future[T | UserError] = Future()
-    is_main, wait = dist.get_rank() == 0, _WaitForMain(f"rank 0 {what}")
+    if dist.get_rank() != 0:
+        wait = _WaitForMain(f"rank 0 {what}")
+        while not all_gather(False)[0]:
+            wait.tell_if_long()
+        return None
+    is_done, errors = threading.Event(), list[Exception]()
 
-    def run() -> None:
+    def meet() -> None:
         try:
-            outcome.set_result(catch(work))
-        except BaseException as error:
-            outcome.set_exception(error)
+            while not is_done.wait(_MEET_SECONDS):
+                all_gather(False)
+        except Exception as error:
+            errors.append(error)
 
-    if is_main:
-        threading.Thread(target=run, daemon=True).start()
-    while not all_gather(is_main and bool(futures.wait([outcome], timeout=1.0).done))[0]:
-        wait.tell_if_long()
-    return outcome.result() if is_main else None
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    try:
+        outcome = catch(work)
+    finally:
+        is_done.set()
+    thread.join()
+    if errors:
+        raise errors[0]
+    all_gather(True)
+    return outcome
 
 
 def catch(work: Callable[[], T]) -> T | UserError:

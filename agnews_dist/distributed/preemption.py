@@ -29,7 +29,7 @@ from agnews_dist.distributed.coordinator import (
     Store,
     silent_ranks,
 )
-from agnews_dist.distributed.world import LAUNCHER_VARIABLES, World, find_launcher, print_line
+from agnews_dist.distributed.world import LAUNCHER_VARIABLES, World, print_line
 
 SIGNALS = tuple(signal.Signals[f"SIG{name}"] for name in ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2"))
 TICK_SECONDS = 0.2
@@ -55,11 +55,11 @@ class PreemptionHandler:
 
     def __init__(self, environ: Mapping[str, str], *, grace_seconds: float = 25.0) -> None:
         """`grace_seconds`: time for the main thread to save and exit. torchrun kills after 30 s."""
-        size = environ.get(LAUNCHER_VARIABLES[1], "")
+        rank, size = (environ.get(name, "") for name in LAUNCHER_VARIABLES[:2])
         self._environ, self._grace_seconds = environ, grace_seconds
         self._num_ranks = int(size) if size.isdecimal() else 1
         # Without a launcher a run may outlive the shell that started it.
-        self._launcher = find_launcher(environ)
+        self._launcher = os.getppid() if rank else None
         self.before_exit: Callable[[str, str], None] | None = None
         """Called as before_exit(state, reason) before this handler ends the process; state: preempted or failed."""
         self.stop_reason: str | None = None
@@ -145,6 +145,8 @@ class PreemptionHandler:
         if not coordinator.phase.startswith(STOP):
             failure = coordinator.publish(failure)
         if self._is_ending_process or coordinator.phase.startswith(STOP):
+            if is_own:
+                self._print(f"error: {error_text}")
             self._has_failed = False  # the second thread need not leave this one time to exit
             self._wait_for_end()
         if failure.reported_by != coordinator.rank:

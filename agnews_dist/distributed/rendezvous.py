@@ -7,6 +7,7 @@ TORCHELASTIC_RESTART_COUNT does not help: an agent that is restarted counts from
 
 import os
 import secrets
+import socket
 import time
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -57,6 +58,8 @@ def open_process_group(world: World, backend: str, timeout_seconds: int) -> None
     rendezvous = dist.rendezvous  # pyright: ignore[reportPrivateImportUsage]  # documented as public
     prefixed = dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage]  # documented as public
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _check_agent(timeout_seconds)
     missing = ["the other ranks" if world.is_main else "rank 0"]
     with announced(world, lambda: f"for {missing[-1]} at {address}, at most {timeout_seconds} s"):
         try:
@@ -74,6 +77,20 @@ def open_process_group(world: World, backend: str, timeout_seconds: int) -> None
                 f"the ranks met at {address} but could not connect ({_first_line(error)}): they cannot train together. "
                 "Check other ranks' errors, firewalls, and set GLOO_SOCKET_IFNAME."
             ) from error
+
+
+def _check_agent(timeout_seconds: int) -> None:
+    """Raise a UserError if the agent of torchrun has ended while this process began: torch would wait for its store."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    try:
+        socket.create_connection((host, int(port)), timeout=timeout_seconds).close()
+    except ConnectionRefusedError as error:
+        raise UserError(
+            f"{host}:{port} refuses connections: torchrun, which listens there before it starts ranks, has ended. Look for "
+            "its error above, then start the job again."
+        ) from error
+    except (OSError, ValueError):
+        pass  # torch's own attempts explain it
 
 
 def _first_line(error: Exception) -> str:

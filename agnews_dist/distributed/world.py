@@ -5,7 +5,6 @@ one LOCAL_SIZE. Without a launcher there is one rank. A process that is one of s
 would train alone on all the data.
 """
 
-import os
 import socket
 import sys
 import threading
@@ -80,21 +79,6 @@ def detect_world(environ: Mapping[str, str]) -> World:
             "not match. Start the job with torchrun, which sets all four."
         )
     return World(rank=rank, num_ranks=num_ranks, local_rank=local_rank, ranks_per_node=ranks_per_node)
-
-
-def find_launcher(environ: Mapping[str, str]) -> int | None:
-    """Return the id of the process that started this rank: 0 if it has ended already, None without a launcher."""
-    if not environ.get("RANK"):
-        return None
-    if "TORCHELASTIC_RUN_ID" in environ:
-        import psutil
-
-        # An agent that died while this process began has left it to another parent. It is a Python program of torch.
-        with suppress(psutil.Error):  # unknown
-            commands = [" ".join(parent.cmdline()) for parent in psutil.Process().parents()]
-            if not any("python" in command or "torch" in command for command in commands):
-                return 0
-    return os.getppid()
 
 
 def print_line(text: str) -> None:

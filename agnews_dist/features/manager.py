@@ -3,6 +3,7 @@
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.packed import run_in_threads
 from agnews_dist.model.prefix import FeatureSource, uncached_features
 from agnews_dist.storage import capacity
+from agnews_dist.storage.directories import used_disk_bytes
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class FeatureCache:
             "device_bytes": free_device_bytes(device, world.ranks_per_node),
             "host_bytes": capacity.free_host_bytes(),
             "shared_bytes": capacity.free_shared_bytes(),
-            "disk_bytes": max(0, capacity.free_disk_bytes(settings.directory) - settings.reserved_bytes),
+            "disk_bytes": max(0, capacity.free_disk_bytes(settings.directory) - settings.reserved_bytes) + self._taken_bytes(),
         }
         of_ranks = collectives.all_gather((own_bytes, is_on_disk))
         resources = Resources(
@@ -150,6 +152,14 @@ class FeatureCache:
             is_on_disk=all(is_there for _, is_there in of_ranks),
             failed=self._failed,
         )
+
+    def _taken_bytes(self) -> int:
+        """Return the space on disk that a builder of these features had reserved before it was killed."""
+        if self._settings.requested not in ("auto", "disk"):
+            return 0
+        with suppress(FileNotFoundError):  # another process removes them
+            return sum(used_disk_bytes(self._file(name).directory) for name in self._cached_splits("disk"))
+        return 0
 
     def _cached_splits(self, place: Place) -> list[str]:
         """Return the splits to cache in a place. The test split is evaluated once, so only files of it have a later use."""

@@ -28,7 +28,7 @@ from agnews_dist.features.eviction import ABOUT, IN_USE, MARKS, ROWS, VERIFIED, 
 from agnews_dist.storage.locks import LockWait, Say, acquire, lock_shared, try_lock
 
 _WAIT_SECONDS = 0.05
-_TICK_SECONDS = 0.02
+_RECENT_SECONDS = 2.0
 """Above the resolution of file times: two writes within it can leave the same ones."""
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
@@ -60,6 +60,7 @@ class FeatureFile:
         self._say = say
         self._about = dict(about) | {"bytes": self.num_bytes, "segments": self.num_segments}
         self._lock: int | None = None
+        self._state_at_start: str | None = None
         self._is_trusted = False
 
     @property
@@ -134,7 +135,8 @@ class FeatureFile:
             OSError: no space, no permission, or a process that has a segment's lock shows no sign of life; finished segments
                 stay.
         """
-        self._is_trusted = self._is_as_verified()
+        self._state_at_start = self._read_state()
+        self._is_trusted = self._state_at_start is not None and self._state_at_start == self._read_verified()
         first = rank * self.num_segments // num_ranks
         wait, waited_for = self._wait_for(MARKS), -1
         queue = deque([*range(first, self.num_segments), *range(first)])
@@ -201,23 +203,34 @@ class FeatureFile:
         return torch.from_numpy(mapped).view(self._dtype).view(-1, self._width)
 
     def mark_as_verified(self) -> None:
-        """Let later runs use the file as it is now without verifying it. The workers of all ranks must have returned."""
-        # Not if this worker has trusted the file: another process may have changed it since.
-        if not self._is_trusted:
-            time.sleep(_TICK_SECONDS)
+        """Let later runs use the file without verifying it, if nothing has written to it since this worker began.
+
+        The workers of all ranks must have returned.
+        """
+        state = self._read_state()
+        # Not if this worker has trusted the file: another process may have changed it before.
+        if state is not None and state == self._state_at_start and not self._is_trusted:
             with suppress(OSError):  # another user's
-                (self.directory / VERIFIED).write_text(self._state(), encoding="ascii")
+                (self.directory / VERIFIED).write_text(state, encoding="ascii")
 
-    def _is_as_verified(self) -> bool:
+    def _read_state(self) -> str | None:
+        """Return what differs after every write to the rows: no program can set the time of the last change.
+
+        None: there are none, or the last change is too recent to tell it from the next one.
+        """
         try:
-            return (self.directory / VERIFIED).read_text(encoding="ascii") == self._state()
-        except (OSError, ValueError):
-            return False
-
-    def _state(self) -> str:
-        """Return what differs after every write to the rows: no program can set the time of the last change."""
-        found = (self.directory / ROWS).stat()
+            found = (self.directory / ROWS).stat()
+        except OSError:
+            return None
+        if time.time() - found.st_ctime < _RECENT_SECONDS:
+            return None
         return f"{self._key} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}\n"
+
+    def _read_verified(self) -> str | None:
+        try:
+            return (self.directory / VERIFIED).read_text(encoding="ascii")
+        except (OSError, ValueError):
+            return None
 
     def _complete(self, segment: int, compute: Callable[[int], Tensor], *, verify: bool) -> bool:
         """Compute and write a segment unless it is finished; return False if another process has its lock."""

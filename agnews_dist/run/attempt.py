@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
 from itertools import takewhile
@@ -34,7 +34,7 @@ from agnews_dist.run.fingerprints import weight_settings
 from agnews_dist.run.resume import FOLDER, ResumePoint, check_fingerprints, find_resume_point, settings_after_restart
 from agnews_dist.run.status import State, StatusFile, runs_of_job
 from agnews_dist.storage.atomic import discard
-from agnews_dist.training.checkpoint import list_checkpoints
+from agnews_dist.training.checkpoint import UnreadableError, list_checkpoints
 from agnews_dist.training.checkpoint_manager import CheckpointManager, CheckpointSettings, OnDisk
 from agnews_dist.training.loop import Monitors, Trainer
 from agnews_dist.training.timing import StageTimer
@@ -65,8 +65,8 @@ class Attempt:
         self._checkpoints: CheckpointManager | None = None
         self._has_begun = False
         self._begin_lock = threading.Lock()
-        """Held while the main thread begins the run or records its failure, and while the preemption thread ends it."""
-        self._is_ended_early = False
+        """Held while the main thread begins the run or records its end, and while the preemption thread ends it."""
+        self._is_ended_early = self._is_finished = False
         self._resume_state: dict[str, Any] | None = None
         """JSON part of the checkpoint to resume from, on every rank."""
         self._on_disk: OnDisk | None = None
@@ -133,10 +133,15 @@ class Attempt:
         A first start leaves alone what another one of the same job trains now.
         """
         for name in runs_of_job(runs, job):
-            with suppress(UserError):  # a different training of the same job
+            if not is_later and is_in_use(runs, name):
+                continue
+            try:
                 find_resume_point(runs / name, resume="auto", overwrite=False, settings=self._settings, accept=self._accept)
-                if is_later or not is_in_use(runs, name):
-                    return name
+            except UnreadableError:
+                raise  # it may be this very training
+            except UserError:
+                continue  # a different training of the same job
+            return name
         return None
 
     @property
@@ -246,16 +251,18 @@ class Attempt:
 
     def finish(self, num_steps: int, reason: str) -> None:
         """Record that the run is trained and has left its results. `reason`: why the training ended."""
-        if self._status is not None:
-            self._status.step = num_steps
-            self._status.try_to_write("finished", reason)
+        with self._begin_lock:
+            if self._status is not None:
+                self._status.step = num_steps
+                self._status.try_to_write("finished", reason)
+            self._is_finished = True
 
     def _end_from_other_thread(self, state: str, reason: str) -> None:
         """Record the final state. The preemption thread calls this before it ends the process."""
         with self._begin_lock:
             self._is_ended_early = True
             directory, status = self._directory, self._status
-            if directory is None or status is None:
+            if directory is None or status is None or self._is_finished:
                 return
             if not self._has_begun:
                 directory.commit()
@@ -273,7 +280,8 @@ class Attempt:
         return f"stopped ({reason}) {where}. The same command resumes from there{name}."
 
     def _record(self, state: State, reason: str) -> None:
-        if self._status is not None:
+        # What ends the ranks of a finished run does not undo it.
+        if self._status is not None and not self._is_finished:
             if self._checkpoints is not None:
                 self._status.step = self._checkpoints.last_saved
             self._status.try_to_write(state, reason)

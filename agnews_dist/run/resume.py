@@ -4,15 +4,25 @@ A checkpoint is valid on any number of ranks and under every engine. A differenc
 refused by name. Some differences may be intended: `--accept` allows those.
 """
 
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agnews_dist.config.fields import all_settings, format_value
+from agnews_dist.distributed.world import print_line
 from agnews_dist.errors import AlreadyFinished, UserError
 from agnews_dist.run.status import read_status
-from agnews_dist.training.checkpoint import Checkpoint, DamagedError, Groups, best_name, list_checkpoints, read_checkpoint
+from agnews_dist.training.checkpoint import (
+    Checkpoint,
+    DamagedError,
+    Groups,
+    UnreadableError,
+    best_name,
+    list_checkpoints,
+    read_checkpoint,
+)
 from agnews_dist.training.checkpoint_manager import OnDisk
 
 FOLDER = "checkpoints"
@@ -24,6 +34,8 @@ FINGERPRINT_NAMES = {
 }
 LENGTHS = {"optim.epochs": "epochs", "optim.max_steps": "steps"}
 """Setting -> unit of the length of a run. A larger one continues it."""
+RETRY_SECONDS = 30.0
+"""Time for the file system to give a checkpoint: a server that was restarted, a mounted bucket that still uploads."""
 RESTART_REMEDY = "or train from the start with --checkpoint.resume never and another --run.name (or --run.overwrite)"
 
 
@@ -121,7 +133,7 @@ def _read_path(path: Path) -> tuple[Checkpoint, Checkpoint | None, list[str]]:
             f"checkpoint.resume {path}: no such directory. Give the path of a checkpoint (runs/NAME/checkpoints/step-...) or "
             "of a run, or auto."
         )
-    checkpoint = read_checkpoint(path)
+    checkpoint = _read_patiently(path)
     return checkpoint, _read_best(checkpoint), []
 
 
@@ -131,7 +143,7 @@ def read_newest_usable(folder: Path) -> tuple[Checkpoint | None, Checkpoint | No
     paths = list_checkpoints(folder)
     for path in paths:
         try:
-            checkpoint = read_checkpoint(path)
+            checkpoint = _read_patiently(path)
             return checkpoint, _read_best(checkpoint), warnings
         except DamagedError as error:
             instead = "no earlier one exists" if path == paths[-1] else "the one before it is used"
@@ -141,7 +153,22 @@ def read_newest_usable(folder: Path) -> tuple[Checkpoint | None, Checkpoint | No
 
 def _read_best(checkpoint: Checkpoint) -> Checkpoint | None:
     name = best_name(checkpoint.state)
-    return read_checkpoint(checkpoint.path.with_name(name)) if name else None
+    return _read_patiently(checkpoint.path.with_name(name)) if name else None
+
+
+def _read_patiently(path: Path) -> Checkpoint:
+    """Read a checkpoint. What the file system does not give at once is tried again for RETRY_SECONDS."""
+    deadline, has_told = time.monotonic() + RETRY_SECONDS, False
+    while True:
+        try:
+            return read_checkpoint(path)
+        except UnreadableError as error:
+            if time.monotonic() > deadline:
+                raise
+            if not has_told:
+                print_line(f"waits for a checkpoint, at most {RETRY_SECONDS:.0f} s: {error}")
+                has_told = True
+            time.sleep(min(1.0, RETRY_SECONDS))
 
 
 def differing_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -61,17 +61,17 @@ def test_texts_that_come_slowly_are_waited_for_beyond_the_limit_of_a_collective(
 
     def write() -> None:
         with (folder / "slow.txt").open("w") as pipe:
-            pipe.write("a\n" * TEXTS_PER_CHUNK)
+            pipe.write("a\n" * 2 * TEXTS_PER_CHUNK)
             pipe.flush()
-            time.sleep(8)
+            time.sleep(14)
             pipe.write("b\n")
 
     writer = threading.Thread(target=write)
     writer.start()
-    done = run_predict(2, folder, "--file", folder / "slow.txt", "--engine.timeout_seconds", 4)
+    done = run_predict(2, folder, "--file", folder / "slow.txt", "--engine.timeout_seconds", 8)
     writer.join()
-    assert len(done.stdout.splitlines()) == TEXTS_PER_CHUNK + 1
-    waits = re.findall(r"\[rank 1/2\] waits [5-7] s so far: rank 0 .*texts.*; no time limit while it lives", done.stderr)
+    assert len(done.stdout.splitlines()) == 2 * TEXTS_PER_CHUNK + 1
+    waits = re.findall(r"\[rank 1/2\] waits [5-9] s so far: rank 0 .*texts.*; no time limit while it lives", done.stderr)
     assert len(waits) == 1
 
 

@@ -212,21 +212,12 @@ def test_agent_that_dies_while_its_ranks_start_ends_them(tmp_path: Path) -> None
         assert wait_until(lambda: len(job.workers()) == 2, every=0.002)
         job.signal("agent", signal.SIGKILL)
         assert wait_until(job.has_ended)
-        # Not after the attempts of the rendezvous, which take 10 s each.
-        assert "rendezvous" not in (tmp_path / "log.txt").read_text()
+        output = (tmp_path / "log.txt").read_text()
+        assert output == "" or "torchrun, which listens there before it starts ranks, has ended" in output
+        # Its attempts take 10 s each.
+        assert "rendezvous" not in output
     finally:
         job.kill()
-
-
-def test_ranks_that_a_shell_script_starts_have_their_agent(tmp_path: Path) -> None:
-    code = (
-        "import os; from agnews_dist.distributed.world import find_launcher; assert find_launcher(os.environ) == os.getppid()"
-    )
-    script = tmp_path / "rank.sh"
-    script.write_text(f'#!/bin/bash\n{sys.executable} -c "{code}"\nexit $?\n')
-    script.chmod(0o755)
-    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--no-python", str(script)]
-    fork_server.run_python(*agent)
 
 
 def test_accelerate_on_a_cpu_without_our_configuration_is_refused() -> None:

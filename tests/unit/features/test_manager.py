@@ -19,6 +19,7 @@ from agnews_dist.features import keys
 from agnews_dist.features.manager import CacheSettings, FeatureCache
 from agnews_dist.model import prefix as prefix_module
 from agnews_dist.model.gpt2 import Classifier
+from agnews_dist.storage import capacity
 
 CPU = torch.device("cpu")
 
@@ -100,6 +101,18 @@ def test_feature_cache_of_another_format_is_computed_again_and_left_alone(tmp_pa
     assert len(list(tmp_path.glob("*/rows.bin"))) == 2 * len(old) == 6
     assert {path: path.read_bytes() for path in old} == old
     assert progress_of(build(open_cache(toy_classifier(), tmp_path, "disk")))[0] > 0, "the control: the new ones are"
+
+
+def test_space_that_a_killed_builder_had_reserved_is_free_for_its_successor(tmp_path, monkeypatch):
+    cache = open_cache(toy_classifier(), tmp_path, "auto")
+    num_bytes = cache.num_bytes
+    cache._reserve()
+    for file in cache._files.values():
+        file.close()
+    # Less than the features need, as the file system counts what is reserved.
+    monkeypatch.setattr(capacity, "free_disk_bytes", lambda _: num_bytes // 4)
+    assert open_cache(toy_classifier(), tmp_path, "auto").choice.place == "disk"
+    assert open_cache(toy_classifier(), tmp_path / "other", "auto").choice.place == "host"
 
 
 def test_feature_cache_moves_to_the_next_place_when_the_disk_is_full(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from feature_builder import KEY, ROWS_PER_SEGMENT, WIDTH, expected, feature_file
 from support import fork_server
 from support.processes import REPOSITORY
 
-from agnews_dist.features.eviction import IN_USE, ROWS, mark_path, remove
+from agnews_dist.features import store
+from agnews_dist.features.eviction import IN_USE, ROWS, VERIFIED, mark_path, remove
 from agnews_dist.features.store import FeatureFile
 from agnews_dist.storage import locks
 
@@ -104,16 +106,32 @@ def test_worker_computes_damaged_segments_again_and_no_others(built, name):
     assert fill(feature_file(built, NUM_SEGMENTS)) == []
 
 
-def mark_as_verified(directory: Path) -> None:
-    """Open the file as a run does that verifies all segments."""
-    file = feature_file(directory, NUM_SEGMENTS)
+@pytest.fixture
+def verified(built, monkeypatch) -> Path:
+    """A file that a later run has opened, which verifies all segments."""
+    monkeypatch.setattr(store, "_RECENT_SECONDS", 0.03)
+    time.sleep(0.05)
+    file = feature_file(built, NUM_SEGMENTS)
     assert fill(file) == []
     file.mark_as_verified()
     file.close()
+    return built
 
 
-def test_worker_reads_no_rows_of_a_file_that_is_as_it_was_verified(built, monkeypatch):
-    mark_as_verified(built)
+def test_file_is_not_marked_as_verified_by_its_builder_or_right_after_a_write(built, monkeypatch):
+    file = feature_file(built, NUM_SEGMENTS)
+    assert fill(file) == []
+    file.mark_as_verified()
+    monkeypatch.setattr(store, "_RECENT_SECONDS", 0.0)
+    mark_path(built, 1).unlink()
+    file = feature_file(built, NUM_SEGMENTS)
+    assert fill(file) == [1]
+    file.mark_as_verified()
+    assert not (built / VERIFIED).exists()
+
+
+def test_worker_reads_no_rows_of_a_file_that_is_as_it_was_verified(verified, monkeypatch):
+    built = verified
     with monkeypatch.context() as patch:
         patch.setattr(FeatureFile, "read_segment", lambda *_: pytest.fail("rows were read"))
         assert fill(feature_file(built, NUM_SEGMENTS)) == []
@@ -125,24 +143,24 @@ def test_worker_reads_no_rows_of_a_file_that_is_as_it_was_verified(built, monkey
 
 
 @pytest.mark.parametrize("name", [name for name in DAMAGES if name not in ("mark of zeros", "marks swapped")])
-def test_worker_notices_damage_after_the_file_was_verified(built, name):
-    mark_as_verified(built)
+def test_worker_notices_damage_after_the_file_was_verified(verified, name):
     damage, segments = DAMAGES[name]
-    damage(built)
-    file = feature_file(built, NUM_SEGMENTS)
+    damage(verified)
+    time.sleep(0.05)
+    file = feature_file(verified, NUM_SEGMENTS)
     assert sorted(fill(file)) == segments
     file.mark_as_verified()
     assert torch.equal(file.map_rows(), expected(NUM_SEGMENTS))
-    assert fill(feature_file(built, NUM_SEGMENTS)) == []
+    assert fill(feature_file(verified, NUM_SEGMENTS)) == []
 
 
-def test_file_that_changes_under_a_trusting_worker_is_verified_next_time(built):
-    mark_as_verified(built)
-    file = feature_file(built, NUM_SEGMENTS)
+def test_file_that_changes_under_a_trusting_worker_is_verified_next_time(verified):
+    file = feature_file(verified, NUM_SEGMENTS)
     assert fill(file) == []
-    flip_bit(built, 0)
+    flip_bit(verified, 0)
+    time.sleep(0.05)
     file.mark_as_verified()
-    assert fill(feature_file(built, NUM_SEGMENTS)) == [0]
+    assert fill(feature_file(verified, NUM_SEGMENTS)) == [0]
 
 
 def test_workers_of_all_ranks_verify_every_segment(built):

@@ -1,5 +1,6 @@
 """One start of a run on rank 0 and on another rank: begin, resume, and every way to end."""
 
+import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -74,14 +75,14 @@ def make_attempt(config: Config, world: World | None = None) -> Attempt:
     return Attempt(config, engine, FakePreemptionHandler(), accept=(), timer=StageTimer(0.0))
 
 
-def leave_checkpoint(runs: Path, step: int, **state: Any) -> Path:
+def leave_checkpoint(runs: Path, step: int, *, job: str | None = None, **state: Any) -> Path:
     """Leave the run `small`, preempted with a checkpoint of `step`."""
     run = runs / "small"
     settings = {**weight_settings(make_config(runs)), "engine.precision": "fp32"}
     content = {"step": step, "settings": settings, "fingerprints": FINGERPRINTS, "best": None, "log_bytes": 0, **state}
     path = run / "checkpoints" / f"step-{step:08d}"
     write_checkpoint(path, {"weights": {"w": torch.full((2,), float(step))}}, content)
-    StatusFile(lambda: run, attempt=1, step=step, job=None).write("preempted", "")
+    StatusFile(lambda: run, attempt=1, step=step, job=job).write("preempted", "")
     return path
 
 
@@ -148,6 +149,39 @@ def test_error_of_a_collective_that_a_stop_has_broken_does_not_turn_the_stop_int
     status = read_status(tmp_path / "small")
     assert status is not None
     assert (status.state, status.reason) == ("preempted", "SIGUSR1")
+
+
+def test_nothing_undoes_a_finished_run(claimed, tmp_path, capsys):
+    claimed.begin({})
+    claimed.finish(76, "all steps are done")
+    claimed.monitors.preemption.before_exit("preempted", "SIGTERM")
+    claimed.__exit__(RuntimeError, RuntimeError("Connection closed by peer"), None)
+    status = read_status(tmp_path / "small")
+    assert status is not None
+    assert (status.state, status.step) == ("finished", 76)
+    assert "stopped" not in capsys.readouterr().err
+
+
+def test_start_without_a_name_fails_while_the_checkpoint_of_its_job_cannot_be_read(tmp_path, monkeypatch):
+    config = make_config(tmp_path).model_copy(update={"run": RunConfig(dir=str(tmp_path))})
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    leave_checkpoint(tmp_path, 40, job="slurm 7")
+    monkeypatch.setattr("agnews_dist.run.resume.RETRY_SECONDS", 0.0)
+
+    read = Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path.name == "state.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    with make_attempt(config) as attempt, monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(SharedError, match="step-00000040 may be whole"):
+            attempt.claim()
+    with make_attempt(config) as attempt:
+        attempt.claim()
+        assert attempt.directory == tmp_path / "small"
 
 
 @pytest.mark.parametrize(

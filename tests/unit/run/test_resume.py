@@ -1,6 +1,7 @@
 """The checkpoint that a start resumes from, and the differences that forbid it: on real checkpoints, without training."""
 
 import errno
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from agnews_dist.commands.command import TRAINING_OPTIONS
 from agnews_dist.config.fields import Setting, all_settings, choices_of, convert, format_value
 from agnews_dist.config.schema import Config, OptimConfig
 from agnews_dist.errors import AlreadyFinished, UserError
+from agnews_dist.run import resume
 from agnews_dist.run.fingerprints import setting_values, weight_settings
 from agnews_dist.run.resume import ResumePoint, check_fingerprints, find_resume_point, settings_after_restart
 from agnews_dist.run.status import StatusFile
@@ -289,10 +291,14 @@ def test_checkpoint_that_cannot_be_read_now_is_neither_skipped_nor_removed(tmp_p
             raise OSError(errno.ESTALE, "Stale file handle")
         return read(path)
 
+    monkeypatch.setattr(resume, "RETRY_SECONDS", 0.1)
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(UnreadableError, match=r"step-00000050 may be whole \(weights.safetensors cannot be read, Stale"):
         find(tmp_path / "run")
-    monkeypatch.undo()
+    # It is found once the file system gives it.
+    begin = time.monotonic()
+    monkeypatch.setattr(resume, "RETRY_SECONDS", 30.0)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: fail(path) if time.monotonic() < begin + 0.5 else read(path))
     assert find(tmp_path / "run").step == 50
 
 
