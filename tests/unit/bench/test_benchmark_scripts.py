@@ -32,7 +32,7 @@ def test_fast_path_benchmark_measures_both_paths(tmp_path: Path) -> None:
         done = run_python(str(fast_path / "ours.py"), str(tmp_path / "job"), str(output), "--epochs", "2", *option)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     assert [row["contestant"] for row in rows] == ["ours", "plain"]
-    assert [row["features"].partition(":")[0] for row in rows] == ["host", "off"]
+    assert [row["features"].partition(":")[0] for row in rows] == ["disk", "off"]
     for row in rows:
         assert len(row["epoch_seconds"]) == len(row["loss"]) == 2
         assert 0 < sum(row["epoch_seconds"]) < row["seconds"]
