@@ -8,10 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from support import fork_server
-from support.processes import REPOSITORY, environment
+from support.processes import REPOSITORY, environment, has_ended
 
 WORKER = str(REPOSITORY / "tests" / "ranks" / "preempt_worker.py")
 SOON = 80
@@ -331,7 +330,7 @@ class Torchrun(Job):
         return [self.agent.returncode]
 
     def _alive(self) -> list[int]:
-        return [pid for pid in self.pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+        return [pid for pid in self.pids if not has_ended(pid)]
 
     def kill(self) -> None:
         self.agent.kill()

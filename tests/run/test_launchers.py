@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 from support import fork_server, small_run
 from support.jobs import TorchrunJob
-from support.processes import REPOSITORY, TIMEOUT, environment, wait_until
+from support.processes import REPOSITORY, TIMEOUT, environment, has_ended, wait_until
 
 from agnews_dist.distributed.node_resources import PORTS
 from agnews_dist.distributed.preemption import SIGNALS
@@ -169,14 +169,6 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[s
         # The recorder stands for python in the ranks, too.
         found[script][0][:] = [sys.executable if word.endswith(".venv/bin/python") else word for word in words]
     return found
-
-
-def has_ended(pid: int) -> bool:
-    """Return whether a process has ended; its parent may not have asked for its exit code yet."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)

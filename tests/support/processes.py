@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("AGNEWS_SHARED", REPOSITORY.parent / "shared"))
 """Real AG News rows, tokenizer and a small GPT-2; tests that need them skip where this folder is absent."""
@@ -70,6 +72,14 @@ def wait_until(condition: Callable[[], object], timeout: float = TIMEOUT, every:
             return False
         time.sleep(every)
     return True
+
+
+def has_ended(pid: int) -> bool:
+    """Return whether a process has ended; its parent may not have asked for its exit code yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _run(command: list[str], *, check: bool, timeout: float, stdin: str | None, extra: dict[str, str]):
