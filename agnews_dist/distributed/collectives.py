@@ -196,12 +196,12 @@ def wait_for_main(what: str) -> None:
         return
     wait = _WaitForMain(f"rank 0 ({_Turnstile.process}) {what}")
     while not store.check([key]):
-        wait.tell_if_long()
+        wait.print_if_long()
         time.sleep(min(0.1, 0.002 + wait.seconds / 20))
 
 
 class _WaitForMain:
-    """A wait for rank 0, which rank 1 tells of."""
+    """A wait for rank 0, which rank 1 reports."""
 
     def __init__(self, what: str) -> None:
         self._what, self._begin, self._next_line = what, time.monotonic(), SPEAK_SECONDS
@@ -211,7 +211,7 @@ class _WaitForMain:
         """Time since the wait began."""
         return time.monotonic() - self._begin
 
-    def tell_if_long(self) -> None:
+    def print_if_long(self) -> None:
         """Print a line if the last one is long ago."""
         if dist.get_rank() == 1 and self.seconds > self._next_line:
             self._next_line = self.seconds + REPEAT_SECONDS
@@ -230,7 +230,7 @@ def catch_on_main(work: Callable[[], T], what: str) -> T | UserError | None:
     if dist.get_rank() != 0:
         wait = _WaitForMain(f"rank 0 {what}")
         while not all_gather(False)[0]:
-            wait.tell_if_long()
+            wait.print_if_long()
         return None
     is_done, errors = threading.Event(), list[Exception]()
 

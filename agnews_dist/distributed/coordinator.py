@@ -144,7 +144,7 @@ class Coordinator:
         """Return the ranks without a sign of life in SILENCE_SECONDS from now; soon if there is none, or a failure is known."""
 
         def read() -> dict[int, str]:
-            self._read()
+            self._read()  # a stop or a failure that explains the silence
             values = self._store.multi_get([str(rank) for rank in self._others])
             self._beats.update(zip(self._others, (value.decode() for value in values), strict=True))
             return dict(self._beats)

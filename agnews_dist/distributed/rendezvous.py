@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import DistError  # pyright: ignore[reportPrivateImportUsage]  # documented as public
 
 from agnews_dist.distributed.coordinator import Store
-from agnews_dist.distributed.world import World, announced, print_line, unless_done_in
+from agnews_dist.distributed.world import SPEAK_SECONDS, World, announced, print_line, unless_done_in
 from agnews_dist.errors import UserError
 
 POLL_INTERVAL_SECONDS = 0.02
@@ -58,10 +58,10 @@ def open_process_group(world: World, backend: str, timeout_seconds: int) -> None
     rendezvous = dist.rendezvous  # pyright: ignore[reportPrivateImportUsage]  # documented as public
     prefixed = dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage]  # documented as public
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        _check_agent(timeout_seconds)
     missing = ["the other ranks" if world.is_main else "rank 0"]
     with announced(world, lambda: f"for {missing[-1]} at {address}, at most {timeout_seconds} s"):
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _check_agent()
         try:
             store, rank, num_ranks = next(rendezvous("env://", timeout=timeout))
         except DistError as error:
@@ -79,11 +79,11 @@ def open_process_group(world: World, backend: str, timeout_seconds: int) -> None
             ) from error
 
 
-def _check_agent(timeout_seconds: int) -> None:
+def _check_agent() -> None:
     """Raise a UserError if the agent of torchrun has ended while this process began: torch would wait for its store."""
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     try:
-        socket.create_connection((host, int(port)), timeout=timeout_seconds).close()
+        socket.create_connection((host, int(port)), timeout=SPEAK_SECONDS).close()
     except ConnectionRefusedError as error:
         raise UserError(
             f"{host}:{port} refuses connections: torchrun, which listens there before it starts ranks, has ended. Look for "

@@ -55,7 +55,7 @@ def choose(
     """Choose the first place where `num_bytes` of features fit.
 
     The order of auto: complete files of an earlier run (`is_on_disk`); with a GPU its memory, host memory, disk; without one
-    disk, host memory; off. A CPU computes features at least ten times slower than a disk takes them, and files survive a kill.
+    disk, host memory; off. A CPU computes features more slowly than a disk takes them, and files survive a kill.
     Auto computes features at every use if there is one epoch. Another requested place comes before this order. Places where
     storing the features has `failed` are left out. `num_bytes` counts the features of all ranks.
     """

@@ -3,8 +3,8 @@
 Processes coordinate through files alone: ranks of a job, two jobs at once, nodes with or without a common file system. Each
 segment has one mark file. While a process computes the segment, the mark is its lock, which the kernel releases if that process
 dies. Afterwards the mark holds a checksum of the key, the segment's number and its bytes, written after the bytes are on disk.
-So one loop builds a file, continues after a kill, verifies a finished file and repairs a damaged one. A file that
-nothing has written to since is not verified again: a restart would read gigabytes before its first step.
+So one loop builds a file, continues after a kill, verifies a finished file and repairs a damaged one. A verified file is
+verified again only after a write to it: a restart would read gigabytes before its first step.
 """
 
 import errno
@@ -61,7 +61,6 @@ class FeatureFile:
         self._about = dict(about) | {"bytes": self.num_bytes, "segments": self.num_segments}
         self._lock: int | None = None
         self._state_at_start: str | None = None
-        self._is_trusted = False
 
     @property
     def finished_segments(self) -> frozenset[int]:
@@ -136,7 +135,7 @@ class FeatureFile:
                 stay.
         """
         self._state_at_start = self._read_state()
-        self._is_trusted = self._state_at_start is not None and self._state_at_start == self._read_verified()
+        is_trusted = self._state_at_start is not None and self._state_at_start == self._read_verified()
         first = rank * self.num_segments // num_ranks
         wait, waited_for = self._wait_for(MARKS), -1
         queue = deque([*range(first, self.num_segments), *range(first)])
@@ -154,7 +153,7 @@ class FeatureFile:
                     time.sleep(_WAIT_SECONDS)  # other threads of this process have the rest
                     continue
                 try:
-                    is_finished = self._complete(segment, compute, verify=segment % num_ranks == rank and not self._is_trusted)
+                    is_finished = self._complete(segment, compute, verify=segment % num_ranks == rank and not is_trusted)
                 except BaseException:
                     failed.set()
                     raise
@@ -208,8 +207,7 @@ class FeatureFile:
         The workers of all ranks must have returned.
         """
         state = self._read_state()
-        # Not if this worker has trusted the file: another process may have changed it before.
-        if state is not None and state == self._state_at_start and not self._is_trusted:
+        if state is not None and state == self._state_at_start:
             with suppress(OSError):  # another user's
                 (self.directory / VERIFIED).write_text(state, encoding="ascii")
 

@@ -158,16 +158,16 @@ def _read_best(checkpoint: Checkpoint) -> Checkpoint | None:
 
 def _read_patiently(path: Path) -> Checkpoint:
     """Read a checkpoint. What the file system does not give at once is tried again for RETRY_SECONDS."""
-    deadline, has_told = time.monotonic() + RETRY_SECONDS, False
+    deadline, is_announced = time.monotonic() + RETRY_SECONDS, False
     while True:
         try:
             return read_checkpoint(path)
         except UnreadableError as error:
             if time.monotonic() > deadline:
                 raise
-            if not has_told:
+            if not is_announced:
                 print_line(f"waits for a checkpoint, at most {RETRY_SECONDS:.0f} s: {error}")
-                has_told = True
+                is_announced = True
             time.sleep(min(1.0, RETRY_SECONDS))
 
 

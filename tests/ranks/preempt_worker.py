@@ -9,6 +9,7 @@ lock        waits for a locked file (DIRECTORY/lock, or the test's)
 compute     runs Python code
 crash       raises an exception once DIRECTORY/crash exists
 breaks      raises what a collective raises once a stop is known
+fails       raises an error of its own once a stop is known
 steps       trains: votes at every step, then exits
 begins      as `steps`, from when DIRECTORY/begin exists
 stuck       trains and hangs
@@ -62,10 +63,10 @@ def run(world, _, *, handler: PreemptionHandler, directory: Path, state: str) ->
     elif state == "crash":
         wait_for(directory / "crash")
         raise ZeroDivisionError("a bug on one rank")
-    elif state == "breaks":
+    elif state in ("breaks", "fails"):
         while not handler.is_stopping:
             time.sleep(0.001)
-        raise RuntimeError("Connection closed by peer")
+        raise RuntimeError("Connection closed by peer") if state == "breaks" else ZeroDivisionError("a bug")
     elif state == "stuck":
         block()
     elif state == "begins":

@@ -123,6 +123,14 @@ def test_collective_that_a_stop_ends_is_not_reported_as_failed(start, states):
     assert job.output == ""
 
 
+def test_error_of_a_rank_after_a_stop_is_printed_and_the_stop_remains(start):
+    job = start("collective", "fails")
+    job.send(0, signal.SIGTERM)
+    assert job.wait() == [75, 75]
+    assert job.reports() == ["preempted: SIGTERM"] * 2
+    assert job.lines == ["[rank 1/2] error: ZeroDivisionError: a bug"]
+
+
 def test_signal_during_training_stops_all_after_the_same_step(start):
     job = start("steps", "steps", "steps")
     job.send(2, signal.SIGUSR1)
