@@ -154,8 +154,8 @@ def test_error_of_a_collective_that_a_stop_has_broken_does_not_turn_the_stop_int
 def test_nothing_undoes_a_finished_run(claimed, tmp_path, capsys):
     claimed.begin({})
     claimed.finish(76, "all steps are done")
-    claimed.monitors.preemption.before_exit("preempted", "SIGTERM")
     claimed.__exit__(RuntimeError, RuntimeError("Connection closed by peer"), None)
+    claimed.monitors.preemption.before_exit("preempted", "SIGTERM")
     status = read_status(tmp_path / "small")
     assert status is not None
     assert (status.state, status.step) == ("finished", 76)
