@@ -92,7 +92,8 @@ def write_results(
             for name, each in scores.items()
         }
         if features.num_bytes:
-            facts["features"] = f"{gigabytes(features.num_bytes)} kept in {features.choice.place}"
+            place = features.choice.place
+            facts["features"] = f"{gigabytes(features.num_bytes)} kept {'on' if place == 'disk' else 'in'} {place}"
         best, metric = trainer.best, config.optim.best_metric
         facts["best weights"] = f"step {best.step:,} of {trainer.step:,}, in epoch {best.epoch}, by validation {metric}"
         facts["time"] = f"{seconds['total']:.1f} s, {tokens_per_second:,.0f} tokens/s in training"
