@@ -15,6 +15,7 @@ faketime   faketime         wrong clocks
 cpulimit   cpulimit         ranks with too little CPU time
 zsh        zsh              completion in zsh
 fish       fish             completion in fish
+chromium   chromium         the report in a browser
 '
 # Debian installs daemons here, which the PATH of a user may lack.
 export PATH=$PATH:/usr/sbin:/sbin
