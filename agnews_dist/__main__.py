@@ -11,6 +11,8 @@ COMMANDS = {
     "train": "fine-tune, evaluate, and write a model that Hugging Face loads",
     "evaluate": "score a split of any source with a saved model",
     "predict": "classify texts from arguments, a file or standard input",
+    "report": "write the report of a run again, or compare runs",
+    "runs": "list all runs with state, scores and settings",
     "export": "write the model of a run as an ONNX file",
     "push": "upload the model of a run to the Hugging Face hub",
     "plan": "show the batches of a training: steps, padding, balance of the ranks",
@@ -21,7 +23,7 @@ COMMANDS = {
     "schema": "print the JSON schema of configuration files, for editors",
 }
 """Name -> one line of help."""
-_RENAMED = {"schema": "print_schema", "export": "export_run"}
+_RENAMED = {"schema": "print_schema", "export": "export_run", "report": "build_report", "runs": "list_runs"}
 """Names of modules are unique in the package, and other parts have these."""
 MODULES = {name: f"agnews_dist.commands.{_RENAMED.get(name, name)}" for name in COMMANDS}
 """Name -> module with COMMAND and `main`."""

@@ -56,6 +56,7 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         from agnews_dist.run.engine_setup import start_training_engine
         from agnews_dist.run.hub_inputs import fetch_inputs, list_requests
         from agnews_dist.run.memory_setup import build_memory_setup
+        from agnews_dist.run.reporting import Reporter
         from agnews_dist.run.results import write_results
         from agnews_dist.run.summary import log_summary
 
@@ -83,6 +84,7 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         loader.owner_N = features.owner_N
         log_summary(config, engine, inputs, loader, features, memory=memory, attempt=attempt)
         setup.check_first_step(config, inputs.classifier, tables["train"], loader, engine, monitors.emit)
+        reporter = Reporter(config, inputs, engine, features)
         trainer = setup.build_trainer(config, inputs, engine, loader, monitors)
         setup.build_features(features, loader, monitors)
         trainer.use_features(features.source("train"))
@@ -100,4 +102,5 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         if "test" in tables:
             scores["test"] = evaluate("test")
             monitors.emit(scores["test"].to_event("test", trainer.best.epoch, inputs.class_names, step=trainer.best.step))
-        write_results(config, engine, inputs, features, trainer, scores, attempt=attempt)
+        reporter.compute_features(tables, features)
+        write_results(config, engine, inputs, features, trainer, scores, attempt=attempt, report=reporter.write)

@@ -239,6 +239,15 @@ class RunConfig(Section):
     check."""
 
 
+class ReportConfig(Section):
+    """Report of a run."""
+
+    write: bool = setting(True, "ignored", "not sweepable")
+    """Write report.html and report.md. They are written at the end of the run and at a stop. They need agnews_dist[report]."""
+    max_seconds: NonNegative = setting(60.0, "ignored", "not sweepable")
+    """Time for baselines and label errors, at most. They take fewer rows, or are left out, where it is too short."""
+
+
 class Config(Section):
     """All settings, by section."""
 
@@ -249,6 +258,7 @@ class Config(Section):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     run: RunConfig = Field(default_factory=RunConfig)
+    report: ReportConfig = Field(default_factory=ReportConfig)
 
     @model_validator(mode="after")
     def _check_contradictions(self) -> "Config":

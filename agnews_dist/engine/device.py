@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from shutil import which
 
@@ -76,6 +77,22 @@ def check_compiler(wanted: str) -> None:
     """
     if wanted == "always" and (fault := find_compiler_fault()):
         raise UserError(f"engine.compile always: {fault[0]}. {fault[1]}, or set --engine.compile never.")
+
+
+def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """Measure matrix products for about `seconds`; return floating-point operations per second."""
+    side = 4096 if device.type == "cuda" else 384
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    torch.mm(left, right)
+    torch.get_device_module(device).synchronize(device)
+    count, start = 0, time.perf_counter()
+    while True:
+        for _ in range(8):
+            torch.mm(left, right)
+        torch.get_device_module(device).synchronize(device)
+        count += 8
+        if (elapsed := time.perf_counter() - start) >= seconds:
+            return count * 2 * side**3 / elapsed
 
 
 def free_device_bytes(device: torch.device, ranks_per_node: int) -> int:

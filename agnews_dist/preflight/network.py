@@ -10,6 +10,7 @@ import torch
 
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World
+from agnews_dist.engine.device import measure_matrix_rate
 from agnews_dist.preflight.findings import NO_ANSWER, Finding, format_ranks, run_with_timeout
 
 NUMBERS = 1 << 18
@@ -101,19 +102,12 @@ def _exchange(peer: int, device: torch.device) -> None:
 
 def measure_work(device: torch.device, dtype: torch.dtype) -> Work:
     """Measure matrix products in the run's precision, on all ranks at the same time."""
-    side = 4096 if device.type == "cuda" else 384
-    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    torch.mm(left, right)
-    torch.get_device_module(device).synchronize(device)
+    measure_matrix_rate(device, dtype, 0.0)  # warm-up
     collectives.all_gather(None)
-    count, start, cpu_start = 0, time.perf_counter(), time.thread_time()
-    while (seconds := time.perf_counter() - start) < WORK_SECONDS:
-        for _ in range(8):
-            torch.mm(left, right)
-        torch.get_device_module(device).synchronize(device)
-        count += 8
-    share = (time.thread_time() - cpu_start) / seconds
-    return Work(count * 2 * side**3 / seconds, None if device.type == "cuda" else share)
+    start, cpu_start = time.perf_counter(), time.thread_time()
+    rate = measure_matrix_rate(device, dtype, WORK_SECONDS)
+    share = (time.thread_time() - cpu_start) / (time.perf_counter() - start)
+    return Work(rate, None if device.type == "cuda" else share)
 
 
 def judge_work(works: Sequence[Work], hosts: Sequence[str], num_cores: Sequence[int]) -> Finding:

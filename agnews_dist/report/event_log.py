@@ -12,6 +12,7 @@ from agnews_dist.events import Event, Progress, Scores
 from agnews_dist.storage.atomic import to_json_value
 from agnews_dist.storage.background import BackgroundWriter
 
+LOG_FILE = "events.jsonl"
 SILENT_SECONDS = 5.0
 """Time without an answer of the disk after which a warning is due."""
 CLOSE_SECONDS = 30.0

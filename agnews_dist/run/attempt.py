@@ -27,7 +27,7 @@ from agnews_dist.events import Event, Resumed, Warned
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.report import trainer_status
 from agnews_dist.report.console import Sinks, create_console
-from agnews_dist.report.event_log import EventLog
+from agnews_dist.report.event_log import LOG_FILE, EventLog
 from agnews_dist.report.result_files import versions
 from agnews_dist.run.directory import LOCK_SECONDS, RunDirectory, is_in_use, new_names
 from agnews_dist.run.fingerprints import weight_settings
@@ -38,8 +38,6 @@ from agnews_dist.training.checkpoint import UnreadableError, list_checkpoints
 from agnews_dist.training.checkpoint_manager import CheckpointManager, CheckpointSettings, OnDisk
 from agnews_dist.training.loop import Monitors, Trainer
 from agnews_dist.training.timing import StageTimer
-
-LOG_FILE = "events.jsonl"
 
 
 class Attempt:
@@ -279,6 +277,14 @@ class Attempt:
         name = f", with --run.name {self.directory.name}" if self._config.run.name is None else ""
         return f"stopped ({reason}) {where}. The same command resumes from there{name}."
 
+    def _report_stop(self) -> None:
+        """Write the report of an unfinished run: curves and settings. Texts are for the end."""
+        if self._directory is not None and self._has_begun and self._config.report.write:
+            from agnews_dist.run import reporting  # late: the imports of a report take a second
+
+            if not reporting.list_missing_packages():
+                reporting.try_to_report(self.directory, None, emit=self._sinks)
+
     def _record(self, state: State, reason: str) -> None:
         # What ends the ranks of a finished run does not undo it.
         if self._status is not None and not self._is_finished:
@@ -300,6 +306,7 @@ class Attempt:
                 # All ranks raise it together, so a collective is safe here.
                 reasons = [reason for reason in collectives.all_gather(self._preemption.stop_reason) if reason is not None]
                 error.args = (self._record_stop(reasons[0] if reasons else "as requested"),)
+                self._report_stop()
             elif self._has_begun and error is not None and not isinstance(error, AlreadyFinished):
                 with self._begin_lock:
                     # Ranks that end because of a stop leave errors in the collectives of the others.

@@ -3,7 +3,7 @@
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -43,8 +43,12 @@ def write_results(
     split_scores: Mapping[str, SplitScores],
     *,
     attempt: Attempt,
+    report: Callable[[Path, Emit], Path | None],
 ) -> None:
-    """Write predictions, result.json and the model of a training, on rank 0, and record that it is finished. Collective."""
+    """Write predictions, result.json and the model of a training, on rank 0, and record that it is finished. Collective.
+
+    `report` writes the report from these files, and returns its path.
+    """
     directory, monitors = attempt.directory, attempt.monitors
     peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
     scores = _select_scored(split_scores)
@@ -97,9 +101,11 @@ def write_results(
         best, metric = trainer.best, config.optim.best_metric
         facts["best weights"] = f"step {best.step:,} of {trainer.step:,}, in epoch {best.epoch}, by validation {metric}"
         facts["time"] = f"{seconds['total']:.1f} s, {tokens_per_second:,.0f} tokens/s in training"
-        monitors.emit(RunDone(facts=facts, paths=paths))
-        # Before the other ranks exit with 0.
+        # Before the other ranks exit with 0, and before the report, without which the run is complete.
         attempt.finish(trainer.step, trainer.end_reason)
+        if (page := report(directory, monitors.emit)) is not None:
+            paths["report"] = str(page)
+        monitors.emit(RunDone(facts=facts, paths=paths))
 
     outcome = collectives.catch(write) if engine.world.is_main else None
     collectives.wait_for_main(f"writes the results to {directory}")

@@ -25,7 +25,7 @@ def ours(shared: Path, output: Path, init: str, seed: int, ranks: int, settings:
     name = f"{init}-{seed}"
     arguments = ["--model.name", str(shared / "checkpoints" / "gpt2-mini"), "--model.init", init]
     arguments += ["--data.source", str(shared / "data" / "ag_news"), "--run.seed", str(seed)]
-    arguments += ["--run.dir", str(output), "--run.name", name, "--run.overwrite"]
+    arguments += ["--run.dir", str(output), "--run.name", name, "--run.overwrite", "--report.write", "false"]
     arguments += [part for key, value in settings.items() for part in (f"--{key}", value)]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     subprocess.run([*launcher, "-m", "agnews_dist.train", *arguments], check=True, cwd=REPOSITORY, stdout=sys.stderr)

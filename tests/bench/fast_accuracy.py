@@ -38,7 +38,17 @@ def train(path: str, *, seed: int, rows: int | None, model: Path, output: Path, 
     """One run of the package in a process of its own; its files stay in `output`/`name`."""
     command = [sys.executable, "-m", "agnews_dist.train", "--data.source", str(shared() / "data" / "ag_news")]
     command += ["--model.name", str(model), "--run.seed", str(seed), "--data.cache_dir", str(output / "cache")]
-    command += ["--run.dir", str(output), "--run.name", name, "--run.overwrite", "true", *PATHS[path]]
+    command += [
+        "--run.dir",
+        str(output),
+        "--run.name",
+        name,
+        "--run.overwrite",
+        "true",
+        *PATHS[path],
+        "--report.write",
+        "false",
+    ]
     command += ["--data.limit_train", str(rows)] if rows else []
     subprocess.run(command, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
     result = json.loads((output / name / "result.json").read_text(encoding="utf-8"))

@@ -73,7 +73,16 @@ def measure(name: str, tokenizer: Path) -> dict[str, object]:
         command += ["--data.source", "synthetic", "--data.limit_train", str(256 * num_ranks), "--data.limit_validation", "32"]
         command += ["--data.limit_test", "32", "--data.cache_dir", str(below / "cache"), "--optim.epochs", "2"]
         command += ["--batch.max_tokens_per_rank", "3072", "--data.max_length", "24", "--engine.device", "cpu"]
-        command += ["--batch.global_batch_size", str(128 * num_ranks), "--run.dir", str(below), "--run.name", "run"]
+        command += [
+            "--batch.global_batch_size",
+            str(128 * num_ranks),
+            "--run.dir",
+            str(below),
+            "--run.name",
+            "run",
+            "--report.write",
+            "false",
+        ]
         done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise SystemExit(f"{name}: {done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -97,7 +97,16 @@ def main(words: Sequence[str]) -> int:
     log, run = root / "log.txt", root / "runs" / "killed"
     command = ["-m", "agnews_dist.train", "--data.source", str(SHARED / "data" / "ag_news"), "--optim.epochs", "400"]
     command += ["--model.name", str(SHARED / "checkpoints" / "gpt2-mini"), "--engine.feature_cache", options.feature_cache]
-    command += ["--run.dir", str(run.parent), "--run.name", run.name, "--data.cache_dir", str(root / "cache")]
+    command += [
+        "--run.dir",
+        str(run.parent),
+        "--run.name",
+        run.name,
+        "--data.cache_dir",
+        str(root / "cache"),
+        "--report.write",
+        "false",
+    ]
     timeline = Timeline(run)
     print(f"first start: {restart(command, options.ranks, timeline, log):.2f} s to the first step", flush=True)
     restarts: list[float] = []

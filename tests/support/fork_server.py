@@ -30,7 +30,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 
-from support.processes import REPOSITORY, TIMEOUT, describe_output, environment
+from support.processes import REPOSITORY, TIMEOUT, describe_output, environment, without_report
 
 PRELOADED = """
     accelerate datasets deepspeed deepspeed.runtime.zero.muon.original_muon docstring_parser hypothesis.strategies
@@ -108,7 +108,8 @@ def start(
 ) -> BaseProcess:
     """Start `python *command` (`-c code`, `-m module` or a script, and arguments) with exactly the variables `environ`."""
     _start_server()
-    process = _CONTEXT.Process(target=_live, args=(list(command), dict(environ), streams, directory, new_session))
+    command = without_report(command)
+    process = _CONTEXT.Process(target=_live, args=(command, dict(environ), streams, directory, new_session))
     main = sys.modules["__main__"]
     # multiprocessing would run the main module of this process again in the child.
     sys.modules["__main__"] = ModuleType("__main__")

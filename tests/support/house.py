@@ -18,8 +18,8 @@ PACKAGE = REPOSITORY / "agnews_dist"
 MAX_MODULE, MIN_MODULE, MAX_FUNCTION, MAX_PARAMETERS, MAX_SENTENCE = 400, 40, 80, 8, 25
 MAX_README = 160
 _VERBS = """
-accept accumulate acquire add adjust advance allocate answer append apply ask assert assign attach attend average await
-balance begin bind block bound bring broadcast build bypass calculate call cancel cap cast check choose claim clamp
+accept accumulate acquire adapt add adjust advance allocate analyse answer append apply ask assert assign attach attend average
+await balance begin bind block bound bring broadcast build bypass calculate call cancel cap cast check choose claim clamp
 classify clear clip close collect combine commit compare compile complete compute concatenate configure connect continue
 convert copy count create cut deal decide decode delete deliver describe destroy detect disable discard dispatch display
 distribute divide do draw drop emit enable encode end ensure enter erase escape estimate evaluate evict exchange exclude

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from support import fork_server
-from support.processes import REPOSITORY, TIMEOUT, environment
+from support.processes import REPOSITORY, TIMEOUT, environment, without_report
 
 NUM_RANKS = 2
 TRAIN = """
@@ -73,7 +73,7 @@ class TorchrunJob:
         agent.append("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2")
         with log.open("ab") as file:
             self._agent = subprocess.Popen(
-                [*agent, "-m", "agnews_dist.train", *arguments],
+                [*agent, *without_report(["-m", "agnews_dist.train", *arguments])],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -30,15 +30,24 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, **fixed, "PYTHONPATH": os.pathsep.join(paths), **extra}
 
 
+def without_report(command: Sequence[str]) -> list[str]:
+    """Add `--report.write false` to a training, unless it sets it: a report takes seconds, and few tests read it."""
+    words = list(command)
+    starts = (["agnews_dist.train"], ["agnews_dist", "train"])
+    is_training = any(words[i : i + len(start)] == start for start in starts for i in range(len(words)))
+    shows_only = any(word.startswith(("--help", "--print_config", "--report.write")) for word in words)
+    return words if shows_only or not is_training else [*words, "--report.write", "false"]
+
+
 def python(*arguments: str, check: bool = True, timeout: float = TIMEOUT, stdin: str | None = None, **extra: str):
     """Run python with `arguments`; `extra` are environment variables."""
-    return _run([sys.executable, *arguments], check=check, timeout=timeout, stdin=stdin, extra=extra)
+    return _run([sys.executable, *without_report(arguments)], check=check, timeout=timeout, stdin=stdin, extra=extra)
 
 
 def torchrun(num_ranks: int, *arguments: str, check: bool = True, timeout: float = TIMEOUT, **extra: str):
     """Run `torchrun --nproc_per_node=num_ranks` with `arguments` (a script, or `-m module`, and its arguments)."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    return _run([*command, *arguments], check=check, timeout=timeout, stdin=None, extra=extra)
+    return _run([*command, *without_report(arguments)], check=check, timeout=timeout, stdin=None, extra=extra)
 
 
 def in_a_terminal(*arguments: str, timeout: float = TIMEOUT, **extra: str) -> str:
@@ -47,7 +56,12 @@ def in_a_terminal(*arguments: str, timeout: float = TIMEOUT, **extra: str) -> st
     env = environment(TERM="xterm-256color", LC_ALL="C.UTF-8", **extra)
     env.pop("NO_COLOR", None)
     process = subprocess.Popen(
-        [sys.executable, *arguments], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=env, cwd=REPOSITORY
+        [sys.executable, *without_report(arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+        env=env,
+        cwd=REPOSITORY,
     )
     os.close(theirs)
     raw = b""

@@ -76,6 +76,7 @@ def arguments(directory: Path, *more: str) -> list[str]:
         *(word for key, value in settings().items() for word in (f"--{key}", str(value))),
         *("--optim.epochs", str(EPOCHS), "--checkpoint.every_steps", "7", "--engine.timeout_seconds", str(RANK_TIMEOUT)),
         *("--run.dir", str(directory / "runs"), "--run.name", "small", "--data.cache_dir", str(directory / "cache")),
+        *("--report.write", "false"),
         *more,
     ]
 

@@ -48,6 +48,7 @@ def arguments(job: Path, output: Path, epochs: int, *, plain: bool) -> list[str]
         "engine.device": "cpu",
         "run.dir": output,
         "run.name": "run",
+        "report.write": "false",
     }
     if plain:
         settings["engine.fast_path"] = "false"

@@ -1,0 +1,62 @@
+"""`agnews-dist report`: the report of a run, built again from its files; with several runs, a comparison with the first one."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from agnews_dist.commands.arguments import Command, Loaded, Option
+from agnews_dist.commands.command import importing, run_command
+from agnews_dist.config.fields import values_of
+from agnews_dist.config.schema import PathText
+from agnews_dist.distributed.world import World
+from agnews_dist.errors import ConfigError
+
+COMMAND = Command(
+    "report",
+    "Write the report of a run again. With several runs, compare them with the first one, text by text.",
+    (
+        "agnews-dist report runs/NAME",
+        "agnews-dist report runs/ONE runs/OTHER --output comparison",
+        "agnews-dist report runs/NAME --recompute --data.source data/news",
+    ),
+    (
+        Option("run", "Directories of runs.", PathText, nargs="*"),
+        Option("--output", "Directory of a comparison; default: comparison.", PathText, "comparison"),
+        Option("--recompute", "Analyse the texts again.", bool, False),
+    ),
+    ("data.source", "data.cache_dir", "report.max_seconds"),
+    shows_defaults=False,
+    shows_progress=True,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit code."""
+    return run_command(COMMAND, argv, build_report)
+
+
+def build_report(world: World, loaded: Loaded) -> None:
+    """Write the page on rank 0, and print its path."""
+    runs: Sequence[str] = loaded.options["run"]
+    if not runs:
+        raise ConfigError("report of 0 runs: it takes one or more. Write agnews-dist report runs/NAME.")
+    names = [Path(run).resolve() for run in runs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"report of {', '.join(runs)}: a run is named twice. Name each once.")
+    if not world.is_main:
+        return
+    # Imported here, so that --help does not wait for torch.
+    with importing():
+        from agnews_dist.report.console import create_console
+        from agnews_dist.run import reporting, stored_reports
+
+    reporting.check_packages()
+    overrides = {key: value for key, value in values_of(loaded.config) if key in loaded.explicit}
+    with closing(create_console()) as emit:
+        build = partial(stored_reports.report_one, overrides=overrides, recompute=loaded.options["recompute"], emit=emit)
+        if len(runs) == 1:
+            page = build(Path(runs[0]))
+        else:
+            page = stored_reports.compare([Path(run) for run in runs], Path(loaded.options["output"]), build)
+    print(f"{page} written")

@@ -1,0 +1,57 @@
+"""`agnews-dist runs`: all runs below a directory, with state, scores, settings that differ, age and size."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from agnews_dist.commands.arguments import Command, Loaded, Option
+from agnews_dist.commands.command import importing, run_command
+from agnews_dist.config.schema import PathText
+from agnews_dist.distributed.world import World
+from agnews_dist.errors import ConfigError
+
+ORDERS = ("time", "name", "test", "validation", "size")
+COMMAND = Command(
+    "runs",
+    "List all runs of a directory: state, scores, settings that differ, age and size.",
+    ("agnews-dist runs", "agnews-dist runs /scratch/runs --sort test", "agnews-dist runs --json"),
+    (
+        Option("directory", "Directory of the runs; default: run.dir.", PathText, nargs="*"),
+        Option(
+            "--sort",
+            "Order: the last changed first, or the highest accuracy.",
+            Literal["time", "name", "test", "validation", "size"],
+            "time",
+        ),
+        Option("--json", "Print one JSON object.", bool, False),
+    ),
+    ("run.dir",),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return the exit code."""
+    return run_command(COMMAND, argv, list_runs)
+
+
+def list_runs(world: World, loaded: Loaded) -> None:
+    """Print the list on rank 0."""
+    given: Sequence[str] = loaded.options["directory"]
+    if len(given) > 1:
+        raise ConfigError(f"runs of {len(given)} directories: it takes one. Write agnews-dist runs DIR.")
+    if not world.is_main:
+        return
+    # Imported here, so that --help does not wait for numpy.
+    with importing():
+        from agnews_dist.report.run_list import runs_to_json, show_runs, sort_runs
+        from agnews_dist.run.stored_runs import find_runs, list_facts
+        from agnews_dist.storage.atomic import to_json_value
+
+    directory = Path(given[0] if given else loaded.config.run.dir)
+    runs = sort_runs([asdict(list_facts(path)) for path in find_runs(directory)], loaded.options["sort"])
+    if loaded.options["json"]:
+        print(json.dumps(to_json_value(runs_to_json(directory, runs)), indent=2, allow_nan=False))
+    else:
+        show_runs(directory, runs)

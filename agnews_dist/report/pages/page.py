@@ -1,0 +1,115 @@
+"""The report of one run: its sections in order, as report.html, report.md and figures."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from agnews_dist import __version__
+from agnews_dist.report.pages.details import SplitDetails
+from agnews_dist.report.pages.figures import figure_style
+from agnews_dist.report.pages.parts import Page, Section
+from agnews_dist.report.pages.run_sections import batch_section, curve_section, data_section, settings_section, time_section
+from agnews_dist.report.pages.score_sections import (
+    calibration_section,
+    class_section,
+    headlines,
+    label_section,
+    length_section,
+    mistake_section,
+    score_section,
+)
+from agnews_dist.report.pages.stored_run import Fields, StoredRun
+from agnews_dist.storage.atomic import new_directory, write_text
+
+HTML_FILE = "report.html"
+MARKDOWN_FILE = "report.md"
+FIGURES = "figures"
+"""Directory of the PNG files of report.md."""
+
+
+def build_page(run: StoredRun, details: Mapping[str, SplitDetails], analysis: Fields) -> Page:
+    """Build the report of a run. A part for which a file is missing is left out, and a warning says so.
+
+    `analysis`: content of analysis.json; empty: the texts were not read.
+    """
+    with figure_style():
+        sections: list[Section | None] = []
+        main = details[run.main_split] if run.main_split is not None else None
+        if main is not None:
+            sections.append(score_section(run, details, analysis))
+        sections.append(curve_section(run))
+        if main is not None:
+            sections += [
+                class_section(run, main),
+                calibration_section(main),
+                length_section(main, analysis),
+                mistake_section(run, main, analysis),
+                label_section(run, analysis),
+            ]
+        sections += [data_section(run, analysis), time_section(run, analysis), batch_section(run), settings_section(run)]
+    settings = run.settings
+    return Page(
+        title=run.name,
+        subtitle=f"{settings.get('model.name', 'a model')} on {settings.get('data.source', 'texts')}, step "
+        f"{run.status.get('step', '?')}, attempt {run.status.get('attempt', '?')}",
+        badge=run.state,
+        headlines=headlines(run, details, analysis),
+        warnings=(*_list_gaps(run), *analysis.get("notes", [])),
+        sections=tuple(section for section in sections if section is not None),
+    )
+
+
+def _list_gaps(run: StoredRun) -> list[str]:
+    """List what the report lacks because the run has not left it."""
+    found: list[str] = []
+    if run.state != "finished":
+        found.append(f"The run is {run.state} ({run.reason}): it has no final scores yet.")
+    elif not run.predictions:
+        found.append("There are no files of predictions: scores, calibration and mistakes are left out.")
+    if not run.events:
+        found.append("events.jsonl cannot be read: curves and facts are left out.")
+    if run.result is None and run.state == "finished":
+        found.append("result.json cannot be read: times and batches are left out.")
+    return found
+
+
+def write_page(page: Page, directory: Path, *, html_name: str = HTML_FILE, markdown_name: str = MARKDOWN_FILE) -> Path:
+    """Write a page to a directory, in both formats with its figures; return the path of the HTML file.
+
+    Raises:
+        UserError: the directory cannot be written.
+        OSError: the figures cannot be written.
+    """
+    figures = directory / FIGURES
+    if page.figures:
+        with new_directory(figures) as staging:
+            for figure in (each for each in page.figures if each.png):
+                (staging / f"{figure.key}.png").write_bytes(figure.png)
+    elif figures.is_dir():
+        shutil.rmtree(figures)
+    write_text(directory / markdown_name, [render(page, "report.md.j2")])
+    write_text(directory / html_name, [render(page, "report.html.j2")])
+    return directory / html_name
+
+
+def render(page: Page, template: str) -> str:
+    """Fill in a template with a page; in HTML every text is escaped."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=template.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = _escape_markdown
+    return environment.get_template(template).render(page=page, figures=FIGURES, version=__version__)
+
+
+def _escape_markdown(text: str) -> str:
+    """Escape what would end a cell of a Markdown table, or be read as HTML."""
+    one_line = " ".join(text.split())
+    for character in ("\\", "|", "<", "`", "*", "_"):
+        one_line = one_line.replace(character, f"\\{character}")
+    return one_line
