@@ -21,6 +21,7 @@ from agnews_dist.evaluation.linear_model import (
     make_feature_classifier,
     make_text_classifier,
     make_vectorizer,
+    select_features,
     select_texts,
 )
 from agnews_dist.evaluation.metrics import Integers, compute_scores
@@ -103,12 +104,8 @@ def features_baseline(
     """Train a logistic regression on the features that the frozen model has for the last token, and score each split."""
 
     def fit(rows_R: NDArray[np.int64]) -> Predict:
-        classifier = make_feature_classifier()
-        selected_RH = train_features_NH[rows_R].astype(np.float32)
-        if not np.isfinite(selected_RH).all():
-            raise TooCostlyError("a feature is infinite or not a number")
-        classifier.fit(selected_RH, train_labels_N[rows_R])
-        return lambda split, rows_B: classifier.predict(np.nan_to_num(features[split][rows_B].astype(np.float32)))
+        classifier = make_feature_classifier().fit(select_features(train_features_NH, rows_R), train_labels_N[rows_R])
+        return lambda split, rows_B: classifier.predict(select_features(features[split], rows_B))
 
     num_rows = len(train_labels_N)
     return _train("features", train_labels_N, labels, fit, max_rows=num_rows, max_seconds=max_seconds, seed=seed)

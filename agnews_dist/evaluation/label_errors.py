@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from agnews_dist.data.quality import hash_texts, normalise
 from agnews_dist.errors import count_noun
 from agnews_dist.evaluation.linear_model import (
+    MAX_CELLS,
     MAX_WORDS,
     TooCostlyError,
     choose_analyzer,
@@ -24,6 +25,7 @@ from agnews_dist.evaluation.linear_model import (
     make_feature_classifier,
     make_text_classifier,
     make_vectorizer,
+    select_features,
     select_texts,
 )
 from agnews_dist.evaluation.metrics import Integers
@@ -117,7 +119,7 @@ def probabilities_out_of_fold(
         except ValueError as error:  # scikit-learn's only way to say so
             raise TooCostlyError("the texts share no word and no character") from error
         if features_NH is not None:
-            inputs.append((make_feature_classifier, np.nan_to_num(features_NH[rows_R].astype(np.float32))))
+            inputs.append((make_feature_classifier, select_features(features_NH, rows_R)))
         probabilities_RC = np.zeros((len(rows_R), num_classes), np.float32)
         for train, test in _split_by_text(labels_N[rows_R], groups_N[rows_R], num_folds, seed):
             for make_classifier, values_RF in inputs:
@@ -132,7 +134,7 @@ def probabilities_out_of_fold(
                 choose_rows(
                     labels_N[kept_N],
                     lambda rows: cross_validate(kept_N[rows]),
-                    max_rows=max_rows,
+                    max_rows=min(max_rows, MAX_CELLS // num_classes),
                     max_seconds=max_seconds,
                     seed=seed,
                 )

@@ -97,6 +97,11 @@ def select_texts(texts: Sequence[str], rows_N: Integers) -> list[str]:
     return [str(texts[row])[:MAX_CHARACTERS] for row in rows_N.tolist()]
 
 
+def select_features(features_NH: NDArray[Any], rows_N: Integers) -> NDArray[np.float32]:
+    """Return the features of some rows in float32; infinite values and NaN become 0."""
+    return np.nan_to_num(features_NH[rows_N].astype(np.float32), posinf=0, neginf=0)
+
+
 def order_stratified(labels_N: Integers, seed: int) -> NDArray[np.int64]:
     """Order the rows at random so that each first part of the order has all classes in their shares.
 
