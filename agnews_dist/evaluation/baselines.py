@@ -17,7 +17,7 @@ from agnews_dist.evaluation.linear_model import (
     TooCostlyError,
     choose_analyzer,
     choose_rows,
-    ignore_convergence,
+    ignore_warnings,
     make_feature_classifier,
     make_text_classifier,
     make_vectorizer,
@@ -125,7 +125,7 @@ def _train(
     started = time.perf_counter()
     num_scored = sum(len(labels_N) for labels_N in labels.values())
     block = max(1, MAX_CELLS // 8 // max(1, len(np.unique(train_labels_N))))
-    with ignore_convergence():
+    with ignore_warnings():
         try:
             rows_R = choose_rows(
                 train_labels_N, fit, max_rows=max_rows, max_seconds=max_seconds, num_scored=num_scored, seed=seed

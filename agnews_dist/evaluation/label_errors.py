@@ -21,7 +21,7 @@ from agnews_dist.evaluation.linear_model import (
     TooCostlyError,
     choose_analyzer,
     choose_rows,
-    ignore_convergence,
+    ignore_warnings,
     make_feature_classifier,
     make_text_classifier,
     make_vectorizer,
@@ -128,7 +128,7 @@ def probabilities_out_of_fold(
         return probabilities_RC
 
     kept_N = np.flatnonzero(_have_enough_texts(labels_N, groups_N, num_folds))
-    with ignore_convergence():
+    with ignore_warnings():
         try:
             chosen_R = kept_N[
                 choose_rows(

@@ -83,12 +83,13 @@ def make_feature_classifier() -> Any:
 
 
 @contextmanager
-def ignore_convergence() -> Generator[None]:
-    """Keep the solver's warning off the console: the number of passes is bounded on purpose."""
+def ignore_warnings() -> Generator[None]:
+    """Keep two warnings off the console: passes of the solver are bounded on purpose, and a sample may have many classes."""
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes is greater than 50%", UserWarning)
         yield
 
 
@@ -154,6 +155,6 @@ def choose_rows(
         affordable = int((max_seconds - (now - started)) / seconds_per_row) - num_scored
         if affordable < required:
             raise TooCostlyError(f"{required:,} rows need more than {max_seconds:g} s")
-        if 8 * num_rows >= limit or affordable <= 4 * num_rows:
+        if 16 * num_rows >= limit or affordable <= 4 * num_rows:
             return np.sort(order_N[: min(limit, affordable)])
         num_rows *= 4
