@@ -24,7 +24,7 @@ from agnews_dist.evaluation.linear_model import (
     select_features,
     select_texts,
 )
-from agnews_dist.evaluation.metrics import Integers, compute_scores
+from agnews_dist.evaluation.metrics import Integers, are_labelled, compute_scores
 
 Predict = Callable[[str, NDArray[np.int64]], NDArray[np.int64]]
 """A function from the name of a split and row numbers to predicted classes."""
@@ -47,7 +47,7 @@ class BaselineResult:
     predictions_N: Mapping[str, NDArray[np.int64]] | None = None
     """Predicted classes by split; None if the method was skipped."""
     scores: Mapping[str, BaselineScores] = field(default_factory=dict[str, BaselineScores])
-    """Scores by split."""
+    """Scores by split, except for splits without labels."""
     seconds: float = 0.0
     num_train_rows: int = 0
     """Training rows that it learnt from: fewer than there are if the time or the memory allows no more."""
@@ -149,6 +149,8 @@ def _score(
     scores: dict[str, BaselineScores] = {}
     for split, labels_N in labels.items():
         num_classes = int(max(labels_N.max(), predictions[split].max())) + 1
+        if not are_labelled(labels_N, num_classes):
+            continue
         found = compute_scores(labels_N, predictions[split], num_classes, loss_sum=0.0)
         scores[split] = BaselineScores(found.num_examples, found.num_correct, found.accuracy, found.macro_f1)
     return BaselineResult(name, predictions, scores, time.perf_counter() - started, num_train_rows)

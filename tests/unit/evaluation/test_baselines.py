@@ -43,6 +43,13 @@ def test_majority_is_the_most_frequent_training_class() -> None:
     assert [result.scores[split].num_correct for split in labels] == [2, 0]
 
 
+def test_a_split_without_labels_is_predicted_and_not_scored() -> None:
+    result = majority_baseline(np.array([1, 2, 2]), {"validation": np.array([2, 1]), "test": np.array([-1, -1, -1])})
+    assert set(result.scores) == {"validation"}
+    assert result.predictions_N is not None
+    assert result.predictions_N["test"].tolist() == [2, 2, 2]
+
+
 @pytest.mark.slow
 def test_tfidf_learns_as_much_as_scikit_learns_pipeline(rows: dict[str, Rows]) -> None:
     texts, labels = ({split: rows[split][i] for split in ("validation", "test")} for i in (0, 1))
