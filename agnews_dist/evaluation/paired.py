@@ -1,0 +1,101 @@
+"""Comparison of two classifiers on the same rows: McNemar's exact test and intervals of the differences.
+
+Both classifiers see the same rows, so their errors go together. A comparison row by row finds differences that two separate
+intervals would hide.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from agnews_dist.evaluation.intervals import Interval, draw_counts, macro_f1_of_draws, percentile_interval
+from agnews_dist.evaluation.metrics import Integers, count_classes
+
+
+class McNemar(NamedTuple):
+    """Rows that only one of two classifiers has right, and the probability of such a difference by chance."""
+
+    num_first_only: int
+    num_second_only: int
+    p_value: float
+    """Two-sided and exact; 1.0 if both have the same rows right."""
+
+
+class PairedDifference(NamedTuple):
+    """A score of the second classifier minus that of the first."""
+
+    value: float
+    interval: Interval
+
+
+def mcnemar_exact(labels_N: Integers, first_N: Integers, second_N: Integers) -> McNemar:
+    """Test the hypothesis that two classifiers have the same accuracy, from their predictions for the same rows.
+
+    >>> mcnemar_exact(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]), np.array([0, 1, 0, 0]))
+    McNemar(num_first_only=3, num_second_only=0, p_value=0.25)
+
+    Raises:
+        ValueError: the arrays differ in shape.
+    """
+    from scipy.stats import binomtest
+
+    _check_shapes(labels_N, first_N, second_N)
+    first_right_N, second_right_N = first_N == labels_N, second_N == labels_N
+    num_first_only = int(np.count_nonzero(first_right_N & ~second_right_N))
+    num_second_only = int(np.count_nonzero(second_right_N & ~first_right_N))
+    num_different = num_first_only + num_second_only
+    if num_different == 0:
+        return McNemar(0, 0, 1.0)
+    found: Any = binomtest(num_first_only, num_different, 0.5)
+    return McNemar(num_first_only, num_second_only, float(found.pvalue))
+
+
+def bootstrap_differences(
+    labels_N: Integers,
+    first_N: Integers,
+    second_N: Integers,
+    num_classes: int,
+    *,
+    level: float = 0.95,
+    num_samples: int = 2000,
+    seed: int = 0,
+) -> Mapping[str, PairedDifference]:
+    """Compute accuracy and macro F1 of the second minus the first, with percentile bootstrap intervals.
+
+    A drawn row counts for both classifiers. Returned keys: `accuracy`, `macro_f1`.
+
+    Raises:
+        ValueError: the arrays differ in shape, are empty, or hold a class outside 0 .. num_classes - 1.
+    """
+    _check_shapes(labels_N, first_N, second_N)
+    if not len(labels_N):
+        raise ValueError("0 examples: two classifiers cannot be compared")
+    for predictions_N in (first_N, second_N):
+        count_classes(labels_N, predictions_N, num_classes)  # raises for a class out of range
+    triples_N3 = np.stack([labels_N, first_N, second_N], axis=1).astype(np.int64)
+    kinds_K3, counts_K = np.unique(triples_N3, axis=0, return_counts=True)
+    labels_K, first_K, second_K = kinds_K3.T
+    gain_K = (second_K == labels_K).astype(np.int64) - (first_K == labels_K)
+
+    def accuracy_of(drawn_SK: Any) -> Any:
+        return drawn_SK @ gain_K / len(labels_N)
+
+    def macro_f1_of(drawn_SK: Any) -> Any:
+        return macro_f1_of_draws(drawn_SK, labels_K, second_K) - macro_f1_of_draws(drawn_SK, labels_K, first_K)
+
+    scores = {"accuracy": accuracy_of, "macro_f1": macro_f1_of}
+    draws = [
+        [score(drawn_SK) for score in scores.values()] for drawn_SK in draw_counts(counts_K, num_samples=num_samples, seed=seed)
+    ]
+    return {
+        name: PairedDifference(
+            float(score(counts_K[None])[0]), percentile_interval(np.concatenate([block[index] for block in draws]), level)
+        )
+        for index, (name, score) in enumerate(scores.items())
+    }
+
+
+def _check_shapes(labels_N: Integers, first_N: Integers, second_N: Integers) -> None:
+    if not labels_N.shape == first_N.shape == second_N.shape or labels_N.ndim != 1:
+        raise ValueError(f"shapes {labels_N.shape}, {first_N.shape}, {second_N.shape}: not the same rows")
