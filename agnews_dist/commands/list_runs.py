@@ -15,7 +15,7 @@ from agnews_dist.errors import ConfigError
 ORDERS = ("time", "name", "test", "validation", "size")
 COMMAND = Command(
     "runs",
-    "List all runs of a directory: state, scores, settings that differ, age and size.",
+    "List all runs of a directory. Each with state, scores, settings that differ from the defaults, age and size.",
     ("agnews-dist runs", "agnews-dist runs /scratch/runs --sort test", "agnews-dist runs --json"),
     (
         Option("directory", "Directory of the runs; default: run.dir.", PathText, nargs="*"),

@@ -60,7 +60,7 @@ def majority_baseline(train_labels_N: Integers, labels: Mapping[str, Integers]) 
     started = time.perf_counter()
     most_frequent = int(np.bincount(train_labels_N).argmax())
     predictions = {split: np.full(len(labels_N), most_frequent, np.int64) for split, labels_N in labels.items()}
-    return _score("most frequent class", predictions, labels, started, len(train_labels_N))
+    return _score("majority class", predictions, labels, started, len(train_labels_N))
 
 
 def tfidf_baseline(
@@ -89,7 +89,7 @@ def tfidf_baseline(
         classifier.fit(words_RW, train_labels_N[rows_R])
         return lambda split, rows_B: classifier.predict(vectorizer.transform(select_texts(texts[split], rows_B)))
 
-    return _train("tf-idf", train_labels_N, labels, fit, max_rows=max_rows, max_seconds=max_seconds, seed=seed)
+    return _train("tf-idf + logistic regression", train_labels_N, labels, fit, max_rows=max_rows, max_seconds=max_seconds, seed=seed)
 
 
 def features_baseline(
@@ -108,7 +108,7 @@ def features_baseline(
         return lambda split, rows_B: classifier.predict(select_features(features[split], rows_B))
 
     num_rows = len(train_labels_N)
-    return _train("features", train_labels_N, labels, fit, max_rows=num_rows, max_seconds=max_seconds, seed=seed)
+    return _train("frozen model + logistic regression", train_labels_N, labels, fit, max_rows=num_rows, max_seconds=max_seconds, seed=seed)
 
 
 def _train(

@@ -87,9 +87,7 @@ class Reporter:
             return combine_rows(load_text(self._config.data), self._store, self._config.data.max_length)
 
         limits = {"frozen_limit_seconds": self._estimate_frozen_seconds()}
-        return try_to_report(
-            directory, load_rows, self._frozen, limits, max_seconds=self._config.report.max_seconds, emit=emit
-        )
+        return try_to_report(directory, load_rows, self._frozen, limits, max_seconds=self._config.report.max_seconds, emit=emit)
 
     def _estimate_frozen_seconds(self) -> float:
         """Estimate the least time of the frozen part: its matrix products at the rate that this rank measures."""

@@ -143,7 +143,7 @@ def test_page_shows_baselines_times_and_settings(news: Path, browser: Browser) -
     names = [row[0] for row in shown.table("scores", 1)]
     assert names[0] == "this run"
     assert len(names) == 4
-    majority = next(row for row in shown.table("scores", 1) if "frequent" in row[0])
+    majority = next(row for row in shown.table("scores", 1) if "majority" in row[0])
     labels, _, _ = read_predictions(news)
     train = [json.loads(line)["label"] for line in (small_run.write_inputs() / "rows" / "train.jsonl").read_text().splitlines()]
     classes = sorted(set(train))

@@ -83,7 +83,7 @@ def test_the_package_shows_its_architecture(tmp_path: Path) -> None:
 
 
 def test_the_package_is_small() -> None:
-    assert sum(path.read_text(encoding="utf-8").count("\n") for path in MODULES) <= 25_000
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in MODULES) <= 28_000
 
 
 def test_module_names_are_unique() -> None:
@@ -221,7 +221,7 @@ def test_basic_settings_are_few_and_config_is_small() -> None:
     settings = sum(isinstance(node, ast.AnnAssign) and "setting(" in ast.unparse(node) for node in ast.walk(schema))
     assert settings == len(all_settings())
     num_lines = sum(path.read_text(encoding="utf-8").count("\n") for path in (PACKAGE / "config").glob("*.py"))
-    assert num_lines - texts - settings <= 510
+    assert num_lines - texts - settings <= 525
 
 
 def test_light_imports() -> None:

@@ -155,7 +155,7 @@ def draw_intervals(axes: "Axes", rows: Sequence[tuple[str, float, tuple[float, f
         axes.plot([low, high], [y, y], color=colour, solid_capstyle="butt")
         axes.plot([value], [y], color=colour, marker=MARKERS[0] if place == 0 else MARKERS[1], markersize=6)
         axes.annotate(f"{value:.3f}", (value, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)])
+    axes.set_yticks(range(len(rows)), [name.replace(" + ", "\n+ ") for name, *_ in reversed(rows)])
     axes.set_ylim(-0.6, len(rows) - 0.3)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.12)
@@ -170,7 +170,7 @@ def draw_bars(axes: "Axes", rows: Sequence[tuple[str, float, float | None]], *, 
         axes.annotate(f"{value:,.1f}", (value, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
         if limit is not None:
             axes.plot([limit, limit], [y - 0.4, y + 0.4], color=COLOURS["red"])
-    axes.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)])
+    axes.set_yticks(range(len(rows)), [name.replace(" + ", "\n+ ") for name, *_ in reversed(rows)])
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.15)
     axes.set_xlabel(x_label)
