@@ -6,11 +6,12 @@ A part imports only parts below it:
 
     __main__.py    command line: agnews-dist COMMAND, python -m agnews_dist COMMAND, torchrun -m agnews_dist COMMAND
     train.py       entry of `torchrun -m agnews_dist.train`
-    commands/      one module per command (train, evaluate, predict, prepare, plan, doctor, cache, restarts, schema)
+    commands/      one module per command (train, evaluate, predict, report, runs, plan and others)
     preflight/     checks before a job: machine, disks, hub, memory, network, ranks
     run/           one run: objects from settings, directory, resume, status, results
     training/      the loop: steps, optimizer, checkpoints, best weights, diagnostics
     report/        what people and scripts read: console, event log, result files, model card
+      pages/       the report of a run, and comparisons of runs
     features/      the frozen part's output: where it is kept, computing, sharing and evicting it
     evaluation/    scores of a split, intervals, tests, calibration, baselines, label errors, predictions for texts
     model/         GPT-2: load, freeze, split into prefix and suffix, last token only, export

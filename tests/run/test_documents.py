@@ -375,10 +375,11 @@ def test_readme_is_short_and_its_map_is_the_tree() -> None:
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert text.count("\n") <= 160
     (block,) = [block for block in blocks_of(REPOSITORY / "README.md") if "agnews_dist/\n" in block.text]
-    shown = {}
+    shown, folder = {}, ""
     for line in block.text.splitlines()[1:]:
         name, words = re.fullmatch(r" *([\w/]+)/ +(.+)", line).groups()
-        parent = {0: "", 2: "agnews_dist/", 4: "agnews_dist/data/"}[len(line) - len(line.lstrip())]
+        parent = {0: "", 2: "agnews_dist/", 4: f"agnews_dist/{folder}/"}[len(line) - len(line.lstrip())]
+        folder = name if line.startswith("  ") and not line.startswith("    ") else folder
         shown[parent + name] = len(words.split())
     assert set(shown.values()) == {5}
     folders = {name_of(path.parent) for path in (REPOSITORY / "agnews_dist").rglob("__init__.py")} - {"agnews_dist"}

@@ -1,5 +1,6 @@
 """The report of real runs: in a browser, its numbers computed again by scikit-learn, incomplete runs, comparisons, the list."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -7,17 +8,19 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from playwright.sync_api import Browser
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
-from support import fork_server, small_run
+from support import fork_server, processes, small_run
 from support.processes import wait_until
 from support.report_page import open_browser, show
 from support.timeline import Timeline
+
+from agnews_dist import events
 
 PREEMPTED = 75
 FIGURES = {"baselines", "loss", "accuracy", "learning_rate", "throughput", "calibration", "length", "lengths", "time"}
@@ -390,3 +393,52 @@ def test_list_of_a_directory_without_runs_is_empty(tmp_path: Path) -> None:
     done = agnews("runs", str(tmp_path / "nowhere"), check=False)
     assert done.returncode == 1
     assert "it cannot be listed (No such file or directory). Give the directory of the runs" in done.stderr
+
+
+def test_run_without_the_packages_ends_with_a_warning(news: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['cleanlab'] = None\nfrom agnews_dist.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    place = [
+        "--run.dir",
+        str(tmp_path),
+        "--run.name",
+        "bare",
+        "--data.cache_dir",
+        str(tmp_path / "cache"),
+        "--optim.epochs",
+        "1",
+    ]
+    words = [word for key, value in small_run.settings().items() for word in (f"--{key}", str(value))]
+    done = fork_server.run_python("-c", code, "train", *words, *place)
+    assert "warning: no report: cleanlab not installed. Run pip install agnews_dist[report]." in done.stdout
+    assert json.loads((tmp_path / "bare" / "status.json").read_text())["state"] == "finished"
+    assert not (tmp_path / "bare" / "report.html").exists()
+    failed = fork_server.run_python("-c", code, "report", str(news), check=False)
+    assert failed.returncode == 1
+    assert failed.stderr == "error: report: cleanlab not installed. Run pip install agnews_dist[report].\n"
+
+
+def test_fields_of_events_are_documented() -> None:
+    page = (processes.REPOSITORY / "docs" / "report.md").read_text()
+    documented = {}
+    for names, fields in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (.*) \|$", page.partition("## events.jsonl")[2], re.MULTILINE):
+        # Several events in a line have their fields in as many parts.
+        for name, part in zip(re.findall(r"`(\w+)`", names), fields.split("; "), strict=True):
+            documented[name] = re.findall(r"`(\w+)`", part)
+    written = {}
+    for event in get_args(events.Event):
+        if event is not events.Progress:
+            names = [[*vars_of(events.Scores)] if name == "scores" else [name] for name in vars_of(event)]
+            written[event.__name__] = [name for group in names for name in group]
+    assert {name: sorted(fields) for name, fields in documented.items()} == {n: sorted(f) for n, f in written.items()}
+
+
+def vars_of(event: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(event)]
+
+
+def test_fields_of_the_list_of_runs_are_documented(news: Path) -> None:
+    page = (processes.REPOSITORY / "docs" / "report.md").read_text()
+    rows = re.findall(r"^\| `runs\[\]\.(.*?) \|", page, re.MULTILINE)
+    documented = [name for row in rows for name in re.findall(r"\w+", row)]
+    [run] = json.loads(agnews("runs", str(news.parent), "--json").stdout)["runs"]
+    assert sorted(documented) == sorted(run)
