@@ -239,6 +239,13 @@ class RunConfig(Section):
     check."""
 
 
+class ReportConfig(Section):
+    """Records of a run besides its directory."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = setting((), "ignored", "not sweepable")
+    """Experiment trackers that get steps, scores and settings. Each needs its package: pip install agnews_dist[NAME]."""
+
+
 class Config(Section):
     """All settings, by section."""
 
@@ -249,6 +256,7 @@ class Config(Section):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     run: RunConfig = Field(default_factory=RunConfig)
+    report: ReportConfig = Field(default_factory=ReportConfig)
 
     @model_validator(mode="after")
     def _check_contradictions(self) -> "Config":
