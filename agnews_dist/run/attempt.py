@@ -92,7 +92,7 @@ class Attempt:
     def _claim(self) -> None:
         if not self._engine.world.is_main:
             return
-        check_installed(self._config.report.trackers)
+        check_installed(self._config.report.trackers or ())
         run, job = self._config.run, identify_job(os.environ)
         runs, resume, is_later = Path(run.dir), self._config.checkpoint.resume, is_restarted(os.environ)
         if (name := run.name) is None and (is_later or resume == "auto"):

@@ -5,13 +5,12 @@ MLflow takes no number back. So a restart asks which numbers the store has, and 
 
 import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 
-from agnews_dist.report.trackers.tracked_run import Row, TrackedRun
+from agnews_dist.report.trackers.tracked_run import Row, TrackedRun, make_final_row
 
 MAX_METRICS, MAX_PARAMS, MAX_CHARACTERS = 1000, 100, 500
 """Limits of one request, and of the value of a parameter."""
@@ -47,7 +46,7 @@ class MLflow:
 
     def finish(self, scores: Mapping[str, float], step: int, files: Sequence[Path]) -> None:
         """Write the scores as metrics, and the files as artifacts."""
-        self.log([Row(step, "final", datetime.now(timezone.utc).isoformat(), scores)])
+        self.log([make_final_row(scores, step)])
         for path in files:
             self._client.log_artifact(self._id, str(path))
         self._client.set_terminated(self._id)

@@ -6,9 +6,10 @@ Every start of the run writes one new file with all rows, and removes those of e
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] # generated
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -31,7 +32,7 @@ class TensorBoard:
         settings = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in run.settings.items()}
         self._add(hparams_pb(settings, trial_id=run.id))
 
-    def _add(self, summary: Summary, step: int = 0, seconds: float | None = None) -> None:
+    def _add(self, summary: Any, step: int = 0, seconds: float | None = None) -> None:
         self._writer.add_event(Event(wall_time=seconds or time.time(), step=step, summary=summary))
 
     def log(self, rows: Sequence[Row]) -> None:

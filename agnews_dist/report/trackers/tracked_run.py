@@ -1,10 +1,10 @@
-"""What a tracker gets: the run, and rows of numbers made from the lines of events.jsonl."""
+"""Input of a tracker: the run, and rows of numbers made from the lines of events.jsonl."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,6 +74,11 @@ def to_row(event: Mapping[str, Any]) -> Row | None:
     return Row(event["step"], group, event["time"], known)
 
 
+def make_final_row(scores: Mapping[str, float], step: int) -> Row:
+    """Return final scores as a row."""
+    return Row(step, "final", datetime.now(timezone.utc).isoformat(), scores)
+
+
 def read_final_scores(paths: Mapping[str, str]) -> dict[str, float]:
     """Read the scores of all splits from result.json."""
     splits = json.loads(Path(paths["result"]).read_text(encoding="utf-8"))["splits"]
@@ -97,7 +102,7 @@ class EventReader:
         """Bytes read."""
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the next lines; empty if there is no new one."""
+        """Return the next lines; empty without a new one."""
         size = PIECE_BYTES
         while True:
             content = os.pread(self._handle, size, self.position)

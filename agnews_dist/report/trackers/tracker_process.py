@@ -2,7 +2,7 @@
 
 Arguments: name of the tracker, path of run.json, handle of events.jsonl, process id of the training.
 Standard input: `end` and the size of events.jsonl, when no more will come.
-Standard output: JSON objects, one per line: `position`, `error` or `is_finished`.
+Standard output: JSON objects, one per line: `position` or `error`.
 The process ends when standard input is closed, also while the client hangs: the training has ended.
 """
 
@@ -63,7 +63,7 @@ class End:
 
 
 def follow(open_client: Callable[[TrackedRun], Tracker], run: TrackedRun, handle: int, end: End, answer: Answer) -> None:
-    """Hand all rows to the client, until the run is done or the end has come.
+    """Pass all rows to the client, until the run is done or the end has come.
 
     Raises:
         OSError: the run's directory was moved; the client would write to its old place.
@@ -86,7 +86,6 @@ def follow(open_client: Callable[[TrackedRun], Tracker], run: TrackedRun, handle
         for event in events:
             if event["event"] == "RunDone":
                 client.finish(read_final_scores(event["paths"]), step, attached_files(event["paths"]))
-                answer({"is_finished": True})
                 return
         answer({"position": reader.position})
 
@@ -102,7 +101,7 @@ def main(name: str, path: str, handle: str, parent: str) -> int:
     os.dup2(2, 1)
 
     def answer(message: dict[str, Any]) -> None:
-        answers.write(json.dumps(message) + "\n")
+        answers.write(json.dumps(message, allow_nan=False) + "\n")
 
     try:
         end = End(int(parent))

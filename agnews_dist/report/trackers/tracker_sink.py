@@ -115,7 +115,6 @@ class _Process:
         """Bytes of events.jsonl that the client has."""
         self.answered = time.monotonic()
         self.failure: str | None = None
-        self._is_finished = False
         root = str(Path(agnews_dist.__file__).parents[1])
         paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         arguments = [name, str(path), str(handle), str(os.getpid())]
@@ -139,17 +138,20 @@ class _Process:
         for line in self._process.stdout:
             answer: dict[str, Any] = json.loads(line)
             self.position = answer.get("position", self.position)
-            self._is_finished = answer.get("is_finished", False)
             self.answered = time.monotonic()
             self.failure = answer.get("error")
         code = self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(OSError):
+                pipe.close()
         if code != 0 and self.failure is None:
             self.failure = f"exit code {code}"
 
     def request_end(self, num_bytes: int) -> None:
         """Ask the process to end after this many bytes of events.jsonl."""
         assert self._process.stdin is not None
-        with suppress(OSError):  # it has ended
+        with suppress(OSError, ValueError):  # it has ended
             self._process.stdin.write(f"end {num_bytes}\n")
             self._process.stdin.flush()
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agnews_dist.report.trackers.tracked_run import Row, TrackedRun
+from agnews_dist.report.trackers.tracked_run import Row, TrackedRun, make_final_row
 
 PROJECT = "agnews_dist"
 
@@ -22,27 +22,27 @@ class Trackio:
         os.environ["HF_HUB_OFFLINE"] = "1"
         from trackio.sqlite_storage import SQLiteStorage
 
-        self._storage, self._names = SQLiteStorage, {"project": PROJECT, "run": run.name, "run_id": run.id}
+        self._storage, self._run = SQLiteStorage, run
         self._config: dict[str, Any] | None = dict(run.settings)
-        SQLiteStorage.delete_run(**self._names)
+        SQLiteStorage.delete_run(PROJECT, run.name, run_id=run.id)
 
     def log(self, rows: Sequence[Row]) -> None:
         """Write rows with the time of their events, in one transaction."""
-        steps, times = [row.step for row in rows], [row.time for row in rows]
-        values = [dict(row.values) for row in rows]
-        self._storage.bulk_log(**self._names, metrics_list=values, steps=steps, timestamps=times, config=self._config)
+        values, steps, times = [dict(row.values) for row in rows], [row.step for row in rows], [row.time for row in rows]
+        self._storage.bulk_log(
+            PROJECT, self._run.name, values, steps, timestamps=times, config=self._config, run_id=self._run.id
+        )
         self._config = None
 
     def finish(self, scores: Mapping[str, float], step: int, files: Sequence[Path]) -> None:
         """Write the scores as one row, and the files as artifacts."""
         from trackio.run import Run
 
-        self._storage.bulk_log(**self._names, metrics_list=[dict(scores)], steps=[step])
-        names = {"project": PROJECT, "name": self._names["run"], "run_id": self._names["run_id"]}
-        run = Run(url=None, client=None, **names)
+        self.log([make_final_row(scores, step)])
+        record = Run(None, PROJECT, None, self._run.name, self._run.id)
         for path in files:
-            run.log_artifact(path, name=f"{run.name}-{path.name}", type="result")
-        run.finish()
+            record.log_artifact(path, name=f"{self._run.name}-{path.name}", type="result")
+        record.finish()
 
 
 TRACKER = Trackio

@@ -1,7 +1,6 @@
-"""Weights & Biases: offline without a key, in the run's directory. `wandb sync runs/NAME/wandb/offline-run-*` uploads it.
+"""Weights & Biases: offline without a key. `wandb sync runs/NAME/wandb/offline-run-*` uploads it.
 
-Offline, every start writes all rows to a new directory under the run's id and removes that of the start before. Online, the
-server says how many rows it has.
+Offline, every start writes all rows to a new directory. Online, the server says how many rows it has.
 """
 
 import netrc
@@ -19,7 +18,7 @@ from agnews_dist.report.trackers.tracked_run import Row, TrackedRun
 
 def has_key() -> bool:
     """Return whether there is a key for the server."""
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     with suppress(OSError, netrc.NetrcParseError):
         return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc(os.environ.get("NETRC")).authenticators(host))
     return False
@@ -32,13 +31,11 @@ class WeightsAndBiases:
         os.environ.setdefault("WANDB_MODE", "online" if has_key() else "offline")
         if os.environ["WANDB_MODE"] == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-            for old in Path(run.directory, "wandb").glob(f"offline-run-*-{run.id}"):
+            for old in Path(run.directory, "wandb").glob("offline-run-*"):
                 shutil.rmtree(old, ignore_errors=True)
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "agnews_dist"),
-            **{"id": run.id, "name": run.name, "dir": run.directory, "config": dict(run.settings), "resume": "allow"},
-            settings=wandb.Settings(console="off", silent=True, x_stats_pid=os.getppid()),
-        )
+        os.environ.setdefault("WANDB_PROJECT", "agnews_dist")
+        config, settings = dict(run.settings), wandb.Settings(console="off", silent=True, x_stats_pid=os.getppid())
+        self._run = wandb.init(dir=run.directory, id=run.id, name=run.name, config=config, resume="allow", settings=settings)
         self._run.define_metric("*", step_metric="step")
         self._num_known = self._run.starting_step
 

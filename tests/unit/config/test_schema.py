@@ -52,7 +52,7 @@ def test_config_defaults_to_gpt2_and_ag_news() -> None:
 
 
 def test_sections_are_immutable_keyword_only_and_refuse_unknown_fields() -> None:
-    assert len(all_sections()) == 8
+    assert len(all_sections()) == 9
     for section, (model, _) in all_sections().items():
         part = functools.reduce(getattr, section.split("."), Config())
         first = next(iter(model.model_fields))
