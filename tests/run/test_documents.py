@@ -43,6 +43,7 @@ NUM_COMMANDS = {
     "docs/features.md": 2,
     "docs/method.md": 0,
     "docs/reading.md": 0,
+    "docs/trackers.md": 2,
     "docs/settings.md": 0,
 }
 LIMITS = {"data.limit_train": 48, "data.limit_validation": 16, "data.limit_test": 16, "batch.global_batch_size": 16}

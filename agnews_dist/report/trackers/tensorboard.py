@@ -1,8 +1,9 @@
 """TensorBoard: event files in the run's directory, without torch. `tensorboard --logdir runs`.
 
-Every start of the run writes one new file with all rows, and removes those of earlier starts.
+Every start of the run writes a new file with all rows, and empties those of earlier starts.
 """
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,13 +23,11 @@ class TensorBoard:
 
     def __init__(self, run: TrackedRun) -> None:
         folder = Path(run.directory, "tensorboard")
-        old = list(folder.glob("events.out.tfevents.*"))
-        for path in old:
-            path.unlink()
+        for old in folder.glob("events.out.tfevents.*"):
+            os.truncate(old, 0)  # a running server would stop at a file that is gone
         self._writer = EventFileWriter(str(folder))
-        if old:
-            # A server that is running drops what it has read of the removed files.
-            self._writer.add_event(Event(wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
+        # At the second one, a running server drops what it has read before.
+        self._writer.add_event(Event(wall_time=time.time(), session_log=SessionLog(status=SessionLog.START)))
         settings = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in run.settings.items()}
         self._add(hparams_pb(settings, trial_id=run.id))
 
