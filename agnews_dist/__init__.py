@@ -11,6 +11,7 @@ A part imports only parts below it:
     run/           one run: objects from settings, directory, resume, status, results
     training/      the loop: steps, optimizer, checkpoints, best weights, diagnostics
     report/        what people and scripts read: console, event log, result files, model card
+      trackers/    TensorBoard, W&B, MLflow, trackio: one process each
     features/      the frozen part's output: where it is kept, computing, sharing and evicting it
     evaluation/    scores of a split, predictions for texts
     model/         GPT-2: load, freeze, split into prefix and suffix, last token only, export
