@@ -23,7 +23,7 @@ from agnews_dist.errors import UserError
 from agnews_dist.events import Emit, Event, RunDone, Warned
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.trackers.tracked_run import TrackedRun
-from agnews_dist.storage.atomic import to_json_value, write_text
+from agnews_dist.storage.atomic import new_file, to_json_value
 
 FOLDER = "trackers"
 """Name of the folder of run.json and logs in a run's directory."""
@@ -65,7 +65,7 @@ class Trackers:
             path = _write_run(directory, settings)
             for name in names:
                 self._running.append(_Process(name, path, log.handle))
-        except (OSError, UserError) as error:
+        except (OSError, ValueError, KeyError) as error:
             missing = names[len(self._running) :]
             emit(Warned(message=f"report.trackers {','.join(missing)}: cannot start ({error}). The run continues without it."))
 
@@ -173,5 +173,6 @@ def _write_run(directory: Path, settings: Mapping[str, object]) -> Path:
     path.parent.mkdir(exist_ok=True)
     identity = json.loads(path.read_text(encoding="utf-8"))["id"] if path.exists() else uuid.uuid4().hex
     run = TrackedRun(id=identity, name=directory.name, directory=str(directory), settings=to_json_value(settings))
-    write_text(path, [json.dumps(vars(run), allow_nan=False)])
+    with new_file(path) as temporary:
+        temporary.write_text(json.dumps(vars(run), allow_nan=False), encoding="utf-8")
     return path

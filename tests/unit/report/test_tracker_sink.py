@@ -161,8 +161,10 @@ def test_a_moved_run_ends_the_tracker(tmp_path):
     assert not run.exists()
 
 
-def test_a_tracker_that_cannot_start_is_a_warning(tmp_path):
-    (tmp_path / "trackers").touch()
+@pytest.mark.parametrize("place", ["trackers", "trackers/run.json"])
+def test_a_tracker_that_cannot_start_is_a_warning(tmp_path, place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).touch()
     with started(tmp_path, "tensorboard", "mlflow") as (sinks, trackers, kept):
         sinks(make_step(1))
         assert pids(trackers) == []
