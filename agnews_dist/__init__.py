@@ -12,6 +12,7 @@ A part imports only parts below it:
     training/      the loop: steps, optimizer, checkpoints, best weights, diagnostics
     report/        what people and scripts read: console, event log, result files, model card
       pages/       the report of a run, and comparisons of runs
+      trackers/    TensorBoard, W&B, MLflow, trackio: one process each
     features/      the frozen part's output: where it is kept, computing, sharing and evicting it
     evaluation/    scores of a split, intervals, tests, calibration, baselines, label errors, predictions for texts
     model/         GPT-2: load, freeze, split into prefix and suffix, last token only, export

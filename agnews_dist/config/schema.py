@@ -29,6 +29,7 @@ DirectoryName = Annotated[str, AfterValidator(check_directory_name)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 ClassWeights = Annotated[tuple[Annotated[float, Field(ge=1e-6, le=1_000_000)], ...], Field(min_length=1)]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Field(min_length=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Minutes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(expand_path)]
@@ -240,12 +241,14 @@ class RunConfig(Section):
 
 
 class ReportConfig(Section):
-    """Report of a run."""
+    """Report and experiment trackers of a run."""
 
     write: bool = setting(True, "ignored", "not sweepable")
     """Write report.html and report.md. They are written at the end of the run and at a stop. They need agnews_dist[report]."""
     max_seconds: NonNegative = setting(60.0, "ignored", "not sweepable")
     """Time for baselines and label errors, at most. They take fewer rows, or are left out, where it is too short."""
+    trackers: Trackers | None = setting(None, "ignored", "not sweepable")
+    """Experiment trackers that get steps, scores and settings. Each needs its package: pip install agnews_dist[NAME]."""
 
 
 class Config(Section):

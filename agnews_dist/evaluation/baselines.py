@@ -89,7 +89,9 @@ def tfidf_baseline(
         classifier.fit(words_RW, train_labels_N[rows_R])
         return lambda split, rows_B: classifier.predict(vectorizer.transform(select_texts(texts[split], rows_B)))
 
-    return _train("tf-idf + logistic regression", train_labels_N, labels, fit, max_rows=max_rows, max_seconds=max_seconds, seed=seed)
+    return _train(
+        "tf-idf + logistic regression", train_labels_N, labels, fit, max_rows=max_rows, max_seconds=max_seconds, seed=seed
+    )
 
 
 def features_baseline(
@@ -108,7 +110,9 @@ def features_baseline(
         return lambda split, rows_B: classifier.predict(select_features(features[split], rows_B))
 
     num_rows = len(train_labels_N)
-    return _train("frozen model + logistic regression", train_labels_N, labels, fit, max_rows=num_rows, max_seconds=max_seconds, seed=seed)
+    return _train(
+        "frozen model + logistic regression", train_labels_N, labels, fit, max_rows=num_rows, max_seconds=max_seconds, seed=seed
+    )
 
 
 def _train(

@@ -29,8 +29,9 @@ from agnews_dist.report import trainer_status
 from agnews_dist.report.console import Sinks, create_console
 from agnews_dist.report.event_log import LOG_FILE, EventLog
 from agnews_dist.report.result_files import versions
+from agnews_dist.report.trackers.tracker_sink import Trackers, check_installed
 from agnews_dist.run.directory import LOCK_SECONDS, RunDirectory, is_in_use, new_names
-from agnews_dist.run.fingerprints import weight_settings
+from agnews_dist.run.fingerprints import setting_values, weight_settings
 from agnews_dist.run.resume import FOLDER, ResumePoint, check_fingerprints, find_resume_point, settings_after_restart
 from agnews_dist.run.status import State, StatusFile, runs_of_job
 from agnews_dist.storage.atomic import discard
@@ -89,6 +90,7 @@ class Attempt:
     def _claim(self) -> None:
         if not self._engine.world.is_main:
             return
+        check_installed(self._config.report.trackers or ())
         run, job = self._config.run, identify_job(os.environ)
         runs, resume, is_later = Path(run.dir), self._config.checkpoint.resume, is_restarted(os.environ)
         if (name := run.name) is None and (is_later or resume == "auto"):
@@ -188,6 +190,9 @@ class Attempt:
                 self._log.path = directory.directory / LOG_FILE
                 self._log.is_in_place = lambda: directory.is_in_place
                 self._sinks.add(_MoveWatch(directory, self._log, self._warn))
+                if trackers := self._config.report.trackers:
+                    settings = setting_values(self._config)
+                    self._sinks.add(Trackers(trackers, directory.directory, settings, self._log, self._sinks))
             if checkpoint is not None:
                 self._resume_state = checkpoint.state
                 self._sinks(Resumed(path=str(checkpoint.path), step=status.step, attempt=status.attempt))

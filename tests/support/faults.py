@@ -13,6 +13,7 @@ attempt, from 1. With RECORD=DIR every rank writes the examples of each step to 
 """
 
 import errno
+import importlib.abc
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import torch
@@ -131,3 +133,13 @@ def _fill(file: Path) -> None:
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
+
+
+def hide_wandb() -> None:
+    """Let no import find the package `wandb`."""
+
+    class Hidden(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            return ModuleSpec(name, None, origin=None) if name == "wandb" else None
+
+    sys.meta_path.insert(0, Hidden())

@@ -35,7 +35,9 @@ def check_comparable(runs: Sequence[StoredRun], analyses: Analyses) -> str:
     names = [name for name in ("test", "validation") if all(run.is_labelled(name) for run in runs)]
     first = runs[0]
     if not names:
-        raise UserError(f"{first.directory} and the others: they have no labelled split in common. Score them on the same split.")
+        raise UserError(
+            f"{first.directory} and the others: they have no labelled split in common. Score them on the same split."
+        )
     split = names[0]
     for run in runs[1:]:
         fault = _find_difference(first, run, analyses, split)

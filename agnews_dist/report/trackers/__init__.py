@@ -1,0 +1,1 @@
+"""Experiment trackers: each client runs in a process of its own, which follows events.jsonl."""
