@@ -30,7 +30,7 @@ from agnews_dist.commands.command import TRAINING_OPTIONS
 READMES = [REPOSITORY / folder / "README.md" for folder in ("", "tests", "slurm")]
 PAGES = [*READMES, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 NUM_COMMANDS = {
-    "README.md": 11,
+    "README.md": 13,
     "tests/README.md": 4,
     "slurm/README.md": 0,
     "CONTRIBUTING.md": 8,
@@ -43,6 +43,7 @@ NUM_COMMANDS = {
     "docs/features.md": 2,
     "docs/method.md": 0,
     "docs/reading.md": 0,
+    "docs/report.md": 6,
     "docs/settings.md": 0,
     "docs/trackers.md": 2,
 }
@@ -148,6 +149,7 @@ class Folder:
         # Files take a third of the time of a model and text made on the spot.
         first = ["train", "--config", "my.yaml", "--model.name", "embedded", "--run.name", "NAME"]
         self.run_module("agnews_dist", first)
+        shutil.copytree(path / "runs" / "NAME", path / "runs" / "OTHER")
         (path / "models").mkdir()
         (path / "models" / "gpt2").symlink_to(path / "runs" / "NAME" / "model", target_is_directory=True)
 
@@ -208,7 +210,8 @@ class Folder:
 def cheapened(words: list[str]) -> list[str]:
     """Add the settings of `CHEAP` that a command does not set itself."""
     command = words[0]
-    keys = {"cache": ["data.cache_dir"], "predict": [], "restarts": [], "schema": []}.get(command, list(CHEAP))
+    without = dict.fromkeys(("predict", "restarts", "schema", "report", "runs"), list[str]())
+    keys = {"cache": ["data.cache_dir"], **without}.get(command, list(CHEAP))
     if command == "evaluate":
         keys = ["data.cache_dir"]
     if command.startswith("-") or "--help" in words:
