@@ -210,7 +210,7 @@ class Folder:
 def cheapened(words: list[str]) -> list[str]:
     """Add the settings of `CHEAP` that a command does not set itself."""
     command = words[0]
-    without = dict.fromkeys(("predict", "restarts", "schema", "report", "runs"), list[str]())
+    without = {key: list[str]() for key in ("predict", "restarts", "schema", "report", "runs")}
     keys = {"cache": ["data.cache_dir"], **without}.get(command, list(CHEAP))
     if command == "evaluate":
         keys = ["data.cache_dir"]
