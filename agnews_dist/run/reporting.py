@@ -26,8 +26,10 @@ from agnews_dist.report.pages.stored_run import Fields, StoredRun, read_json
 from agnews_dist.report.result_files import write_json
 from agnews_dist.run.setup import TrainingInputs, load_text
 from agnews_dist.run.stored_runs import read_run
+from agnews_dist.storage.atomic import write_text
 
 ANALYSIS_FILE = "analysis.json"
+LABEL_ERRORS_FILE = "label_errors.csv"
 PACKAGES = {"sklearn": "scikit-learn", "scipy": "scipy", "matplotlib": "matplotlib", "cleanlab": "cleanlab", "jinja2": "jinja2"}
 """Module -> package of the extra `report`."""
 TASK = "write the report"
@@ -177,11 +179,13 @@ def _analyse(
     if load_rows is None:
         return {}
     try:
-        analysis = analyse(run, load_rows(), details, frozen, max_seconds=max_seconds)
+        analysis, label_errors = analyse(run, load_rows(), details, frozen, max_seconds=max_seconds)
     except UserError as error:
         return {"notes": [f"Texts, baselines and label errors are left out: {error}"]}
     names = {each["name"] for each in analysis["baselines"]}
     analysis["baselines"] += [each for each in former.get("baselines", []) if each["name"] not in names]
     analysis = {**former, **limits, **analysis}
     write_json(run.directory / ANALYSIS_FILE, analysis)
+    if label_errors:
+        write_text(run.directory / LABEL_ERRORS_FILE, [label_errors])
     return analysis

@@ -1,5 +1,6 @@
 """The report of real runs: in a browser, its numbers computed again by scikit-learn, incomplete runs, comparisons, the list."""
 
+import csv
 import dataclasses
 import itertools
 import json
@@ -139,6 +140,23 @@ def test_numbers_are_those_of_scikit_learn(news: Path, browser: Browser) -> None
     assert [int(row[0]) for row in mistakes] == worst.tolist()
     texts = [json.loads(line)["text"] for line in (small_run.write_inputs() / "rows" / "test.jsonl").read_text().splitlines()]
     assert [row[5] for row in mistakes] == [shorten(texts[row]) for row in worst]
+
+
+def test_probable_label_errors_are_listed_with_their_origin(news: Path, browser: Browser) -> None:
+    with (news / "label_errors.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["split"] for row in rows} == {"validation", "test", "train"}
+    lines = (small_run.write_inputs() / "rows" / "train.jsonl").read_text().splitlines()
+    train = [row for row in rows if row["split"] == "train"]
+    assert len(train) > 10
+    assert [int(row["rank"]) for row in train] == list(range(1, len(train) + 1))
+    for row in train:
+        source = json.loads(lines[int(row["row"])])
+        assert (row["text"], row["label"]) == (source["text"], source["label"])
+        assert row["suggested"] != row["label"]
+        assert row["origin"] == f"train.jsonl row {int(row['row']) + 1}"
+    shown = show(browser, news / "report.html", width=1280)
+    assert [int(line[0]) for line in shown.table("labels", 2)] == [int(row["row"]) for row in train]
 
 
 def test_page_shows_baselines_times_and_settings(news: Path, browser: Browser) -> None:

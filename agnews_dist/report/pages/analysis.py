@@ -4,6 +4,8 @@ It holds baselines on the same rows, probable label errors, a summary of the dat
 shown. The report is built again from it where the data is no longer to be had.
 """
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +28,8 @@ MAX_SHOWN = 400
 """Characters of a text that are kept to be shown."""
 NUM_LABEL_ISSUES = 50
 """Probable label errors of a split that are shown with their texts."""
+MAX_LABEL_ISSUES = 5_000
+"""Probable label errors of a split that are listed: a twentieth of its rows, at most these."""
 MAX_MISTAKES = 2000
 """Mistakes of a split whose texts are kept."""
 NUM_LENGTH_BINS = 8
@@ -51,8 +55,8 @@ def is_current(analysis: Fields | None, run: StoredRun) -> bool:
 
 def analyse(
     run: StoredRun, rows: RunRows, details: Mapping[str, SplitDetails], frozen: FrozenFeatures | None, *, max_seconds: float
-) -> Fields:
-    """Analyse the texts of a run.
+) -> tuple[Fields, str]:
+    """Analyse the texts of a run; return the object of analysis.json, and the ranked label errors as csv.
 
     Args:
         run: with its predictions; without any, only the data is described.
@@ -79,18 +83,19 @@ def analyse(
         "label_issues": {},
         "notes": [],
     }
+    label_errors = ""
     if details and "train" in rows.corpus.splits:
         scored = {name: rows.corpus.splits[name] for name in details if name in rows.corpus.splits}
         baselines = _run_baselines(rows.corpus.splits["train"], scored, frozen, max_seconds=max_seconds)
         analysis["baselines"] = [_baseline_fields(each) for each in baselines]
-        issues = _find_label_issues(run, rows.corpus, list(details), analysis["notes"], max_seconds=max_seconds / 3)
-        for name, found in issues.items():
-            texts.add(name, [issue["row"] for issue in found])
-            for issue in found:
-                texts.add(name, [near["row"] for near in issue["near"]])
-        analysis["label_issues"] = issues
+        ranked = _find_label_issues(run, rows.corpus, list(details), analysis["notes"], max_seconds=max_seconds / 3)
+        label_errors = _list_issues(rows.corpus, ranked)
+        for name, issues in ranked.items():
+            shown = _with_near_texts(rows.corpus.splits[name], issues[:NUM_LABEL_ISSUES])
+            texts.add(name, [issue["row"] for issue in shown])
+            analysis["label_issues"][name] = shown
     analysis["texts"] = texts.to_json()
-    return analysis
+    return analysis, label_errors
 
 
 def _list_mistakes(run: StoredRun, name: str) -> list[int]:
@@ -202,14 +207,13 @@ def _baseline_fields(baseline: BaselineResult) -> Fields:
 
 def _find_label_issues(
     run: StoredRun, corpus: Corpus, scored: Sequence[str], notes: list[str], *, max_seconds: float
-) -> dict[str, list[Fields]]:
+) -> dict[str, list[LabelIssue]]:
     """Rank probable label errors: of scored splits by the model, of train by a simple model out of fold."""
-    found: dict[str, list[Fields]] = {}
+    found: dict[str, list[LabelIssue]] = {}
     for name in scored:
         stored = run.predictions[name]
         if stored.has_all_probabilities:
-            issues = rank_label_issues(stored.labels_N, stored.probabilities_NK, limit=NUM_LABEL_ISSUES)
-            found[name] = _with_near_texts(corpus.splits[name], issues)
+            found[name] = rank_label_issues(stored.labels_N, stored.probabilities_NK, limit=_limit_issues(len(stored.labels_N)))
         else:
             notes.append(f"label errors of {name} were not searched: not every probability was kept")
     train = corpus.splits["train"]
@@ -218,12 +222,28 @@ def _find_label_issues(
     )
     if folds.note:
         notes.append(f"label errors of train: {folds.note}")
-    if not len(folds.rows_N):
-        return found
-    issues = rank_label_issues(train.labels[folds.rows_N], folds.probabilities_NC, limit=NUM_LABEL_ISSUES)
-    at_rows = [issue._replace(row=int(folds.rows_N[issue.row])) for issue in issues]
-    found["train"] = _with_near_texts(train, at_rows)
+    if len(folds.rows_N):
+        issues = rank_label_issues(train.labels[folds.rows_N], folds.probabilities_NC, limit=_limit_issues(len(folds.rows_N)))
+        found["train"] = [issue._replace(row=int(folds.rows_N[issue.row])) for issue in issues]
     return found
+
+
+def _limit_issues(num_rows: int) -> int:
+    return min(MAX_LABEL_ISSUES, max(NUM_LABEL_ISSUES, num_rows // 20))
+
+
+def _list_issues(corpus: Corpus, found: Mapping[str, Sequence[LabelIssue]]) -> str:
+    """Format all ranked rows as csv."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(("split", "rank", "row", "origin", "label", "suggested", "quality", "text"))
+    for name, issues in found.items():
+        split = corpus.splits[name]
+        for rank, issue in enumerate(issues, 1):
+            names = (corpus.class_names[issue.label], corpus.class_names[issue.suggested])
+            where = (issue.row, split.origin.name(issue.row))
+            writer.writerow((name, rank, *where, *names, f"{issue.quality:.4f}", split.texts[issue.row]))
+    return file.getvalue()
 
 
 def _with_near_texts(split: Split, issues: Sequence[LabelIssue]) -> list[Fields]:

@@ -278,7 +278,8 @@ def label_section(run: StoredRun, analysis: Fields) -> Section | None:
         return None
     lead = (
         "Rows whose label looks wrong to a model that has not seen it, the most probable errors first. Of scored splits the "
-        "model of this run judges, of train a simple one that was fitted on the other folds. Read before you change any."
+        "model of this run judges, of train a simple one that was fitted on the other folds. Read before you change any. "
+        "label_errors.csv lists more of them."
     )
     return Section("labels", "Probable label errors", lead, tuple(tables))
 
