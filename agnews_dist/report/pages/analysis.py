@@ -24,6 +24,8 @@ from agnews_dist.report.pages.stored_run import Fields, StoredRun
 FORMAT = 1
 MAX_ROWS = 20_000
 """Training rows from which a baseline learns, and that are searched for label errors."""
+MAX_TEXTS = 200_000
+"""Texts of a split that are in memory at once."""
 MAX_SHOWN = 400
 """Characters of a text that are kept to be shown."""
 NUM_LABEL_ISSUES = 50
@@ -176,13 +178,18 @@ def _run_baselines(
 ) -> list[BaselineResult]:
     labels = {name: split.labels for name, split in scored.items()}
     found = [majority_baseline(train.labels, labels)]
-    texts = {name: list(split.texts) for name, split in scored.items()}
+    sample, _ = _sample(train)
+    texts = {name: list(split.texts) for name, split in scored.items() if len(split) <= MAX_TEXTS}
+    scored_labels = {name: labels[name] for name in texts}
+    seconds = max_seconds / 3
     found.append(
-        tfidf_baseline(list(train.texts), train.labels, texts, labels, max_rows=MAX_ROWS * 10, max_seconds=max_seconds / 3)
+        tfidf_baseline(list(sample.texts), sample.labels, texts, scored_labels, max_rows=MAX_TEXTS, max_seconds=seconds)
     )
     if frozen is not None:
         train_labels = train.labels[frozen.train_rows_N]
-        found.append(features_baseline(frozen.train_NH, train_labels, frozen.splits, labels, max_seconds=max_seconds / 3))
+        features = {name: each for name, each in frozen.splits.items() if name in labels}
+        labels = {name: labels[name] for name in features}
+        found.append(features_baseline(frozen.train_NH, train_labels, features, labels, max_seconds=seconds))
     return found
 
 
@@ -216,7 +223,7 @@ def _find_label_issues(
             found[name] = rank_label_issues(stored.labels_N, stored.probabilities_NK, limit=_limit_issues(len(stored.labels_N)))
         else:
             notes.append(f"label errors of {name} were not searched: not every probability was kept")
-    train = corpus.splits["train"]
+    train, ids_N = _sample(corpus.splits["train"])
     folds = probabilities_out_of_fold(
         list(train.texts), train.labels, len(corpus.class_names), max_rows=MAX_ROWS, max_seconds=max_seconds
     )
@@ -224,8 +231,16 @@ def _find_label_issues(
         notes.append(f"label errors of train: {folds.note}")
     if len(folds.rows_N):
         issues = rank_label_issues(train.labels[folds.rows_N], folds.probabilities_NC, limit=_limit_issues(len(folds.rows_N)))
-        found["train"] = [issue._replace(row=int(folds.rows_N[issue.row])) for issue in issues]
+        found["train"] = [issue._replace(row=int(ids_N[folds.rows_N[issue.row]])) for issue in issues]
     return found
+
+
+def _sample(train: Split) -> tuple[Split, Ints]:
+    """Return at most MAX_TEXTS rows of a split, and their ids in it."""
+    ids_N = np.arange(len(train))
+    if len(train) > MAX_TEXTS:
+        ids_N = np.sort(np.random.default_rng(0).permutation(len(train))[:MAX_TEXTS])
+    return (train.take(ids_N) if len(ids_N) < len(train) else train), ids_N
 
 
 def _limit_issues(num_rows: int) -> int:
@@ -248,7 +263,8 @@ def _list_issues(corpus: Corpus, found: Mapping[str, Sequence[LabelIssue]]) -> s
 
 def _with_near_texts(split: Split, issues: Sequence[LabelIssue]) -> list[Fields]:
     """Add to each issue the texts of its split that are nearly the same."""
-    near = find_near_duplicates(list(split.texts), [issue.row for issue in issues])
+    rows = [issue.row for issue in issues]
+    near = find_near_duplicates(list(split.texts), rows) if len(split) <= MAX_TEXTS else {}
     fields: list[Fields] = []
     for issue in issues:
         others: list[dict[str, Any]] = [
