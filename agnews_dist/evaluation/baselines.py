@@ -30,6 +30,9 @@ Predict = Callable[[str, NDArray[np.int64]], NDArray[np.int64]]
 """A function from the name of a split and row numbers to predicted classes."""
 
 
+FROZEN_MODEL = "frozen model + logistic regression"
+
+
 class BaselineScores(NamedTuple):
     """Scores of one split."""
 

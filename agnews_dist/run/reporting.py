@@ -182,8 +182,9 @@ def _analyse(
         analysis, label_errors = analyse(run, load_rows(), details, frozen, max_seconds=max_seconds)
     except UserError as error:
         return {"notes": [f"Texts, baselines and label errors are left out: {error}"]}
-    names = {each["name"] for each in analysis["baselines"]}
-    analysis["baselines"] += [each for each in former.get("baselines", []) if each["name"] not in names]
+    baselines = {each["name"]: each for each in former.get("baselines", [])}
+    baselines |= {each["name"]: each for each in analysis["baselines"] if not (each["skipped"] and each["name"] in baselines)}
+    analysis["baselines"] = list(baselines.values())
     analysis = {**former, **limits, **analysis}
     write_json(run.directory / ANALYSIS_FILE, analysis)
     if label_errors:

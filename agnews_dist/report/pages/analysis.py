@@ -15,7 +15,7 @@ import numpy as np
 from agnews_dist.data.quality import find_faults
 from agnews_dist.data.rows import Corpus, Ints, Split, hash_corpus
 from agnews_dist.errors import UserError
-from agnews_dist.evaluation.baselines import BaselineResult, features_baseline, majority_baseline, tfidf_baseline
+from agnews_dist.evaluation.baselines import FROZEN_MODEL, BaselineResult, features_baseline, majority_baseline, tfidf_baseline
 from agnews_dist.evaluation.frozen_features import FrozenFeatures
 from agnews_dist.evaluation.label_errors import LabelIssue, find_near_duplicates, probabilities_out_of_fold, rank_label_issues
 from agnews_dist.report.pages.details import SplitDetails
@@ -190,6 +190,8 @@ def _run_baselines(
         features = {name: each for name, each in frozen.splits.items() if name in labels}
         labels = {name: labels[name] for name in features}
         found.append(features_baseline(frozen.train_NH, train_labels, features, labels, max_seconds=seconds))
+    else:
+        found.append(BaselineResult(FROZEN_MODEL, skipped="it takes a training that keeps its features (engine.feature_cache)"))
     return found
 
 
