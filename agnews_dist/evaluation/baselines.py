@@ -113,9 +113,7 @@ def features_baseline(
         return lambda split, rows_B: classifier.predict(select_features(features[split], rows_B))
 
     num_rows = len(train_labels_N)
-    return _train(
-        "frozen model + logistic regression", train_labels_N, labels, fit, max_rows=num_rows, max_seconds=max_seconds, seed=seed
-    )
+    return _train(FROZEN_MODEL, train_labels_N, labels, fit, max_rows=num_rows, max_seconds=max_seconds, seed=seed)
 
 
 def _train(
