@@ -81,3 +81,8 @@ def check_compiler(wanted: str) -> None:
 def free_device_bytes(device: torch.device, ranks_per_node: int) -> int:
     """Return the free bytes of this rank's GPU, or on a CPU its share of the free host memory."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes() // ranks_per_node
+
+
+def used_bytes(device: torch.device) -> int:
+    """Return the memory that this process uses now: torch's allocations on a GPU, resident memory on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

@@ -21,12 +21,13 @@ from agnews_dist.config.yaml_file import dump
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.slurm import identify_job, is_restarted
+from agnews_dist.engine.device import used_bytes
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, Stopped, UserError
-from agnews_dist.events import Event, Resumed, Warned
+from agnews_dist.events import Event, Resumed, Warned, begin_phase
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.report import trainer_status
-from agnews_dist.report.console import Sinks, create_console
+from agnews_dist.report.console import Console, Sinks, create_console
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.result_files import versions
 from agnews_dist.run.directory import LOCK_SECONDS, RunDirectory, is_in_use, new_names
@@ -50,9 +51,17 @@ class Attempt:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, preemption: PreemptionHandler, *, accept: Collection[str], timer: StageTimer
+        self,
+        config: Config,
+        engine: Engine,
+        preemption: PreemptionHandler,
+        *,
+        accept: Collection[str],
+        timer: StageTimer,
+        console: Console | None = None,
     ) -> None:
-        """Prepare a start. `accept`: the settings that may differ from the checkpoint's."""
+        """Prepare a start. `accept`: the settings that may differ from the checkpoint's. `console`: by default a new one."""
+        self._console = console
         self._config, self._engine, self._preemption, self._accept = config, engine, preemption, accept
         self._settings = {**weight_settings(config), "engine.precision": engine.precision}
         self._sinks = Sinks()
@@ -84,6 +93,7 @@ class Attempt:
             SharedError: the run is finished or in use, its results would be lost, or these settings cannot continue it.
         """
         # First and on its own: no rank may tokenise anything for a run that is refused.
+        self._sinks(begin_phase("claim the run and read its checkpoint"))
         outcome = collectives.catch(self._claim)
         collectives.wait_for_main("claims the run's directory and reads its checkpoint")
         collectives.raise_if_any_failed(outcome)
@@ -289,7 +299,9 @@ class Attempt:
     def __enter__(self) -> "Attempt":
         self._stack.enter_context(self._sinks)
         if self._engine.world.is_main:
-            self._sinks.add(create_console(every_step=self._config.run.debug))
+            console = self._console or create_console(every_step=self._config.run.debug)
+            console.show_memory(partial(used_bytes, self._engine.device))
+            self._sinks.add(console)
             if os.environ.get(trainer_status.URL):
                 self._sinks.add(trainer_status.TrainerStatus(os.environ, self._sinks))
         return self

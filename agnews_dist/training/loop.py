@@ -246,8 +246,9 @@ class Trainer:
         """Score the validation split, report the scores, and keep the weights if they are the best. Collective."""
         self._check_replicas()
         epoch, validation = self._epoch + 1, validate()
-        self._emit(validation.to_event("validation", epoch, self.class_names, step=self.step))
         self.best.update(epoch, validation, step=self.step)
+        is_best = self.best.step == self.step
+        self._emit(validation.to_event("validation", epoch, self.class_names, step=self.step, is_best=is_best))
         self._scored_step = self.step
 
     def _save(self, checkpoints: CheckpointManager, *, wait: bool = False) -> None:
