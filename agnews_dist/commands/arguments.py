@@ -84,7 +84,7 @@ class Loaded:
     @property
     def verbosity(self) -> "Verbosity":
         """The amount of output that --quiet and --verbose ask for."""
-        return next((name for name in ("quiet", "verbose") if self.options.get(name)), "normal")
+        return "quiet" if self.options.get("quiet") else "verbose" if self.options.get("verbose") else "normal"
 
     def begin_phase(self, task: str) -> None:
         """Show what the command does from here on."""

@@ -90,9 +90,9 @@ def evaluate(world: World, loaded: Loaded) -> None:
         facts = {
             "model": config.model.name,
             "data": f"{config.data.source}: {len(table):,} rows of {table.name}",
-            **inputs.data_facts,
-            "ranks": f"{world.num_ranks} ({world.ranks_per_node} per node)",
             "device": f"{engine.description}, {engine.precision}",
+            "ranks": f"{world.num_ranks} ({world.ranks_per_node} per node)",
+            **inputs.data_facts,
         }
         emit(RunStarted(facts=facts, parameters=count_parameters(classifier)))
         timer.end_setup()

@@ -10,7 +10,7 @@ import torch
 
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import UserError
-from agnews_dist.storage.capacity import free_host_bytes
+from agnews_dist.storage.capacity import free_host_bytes, resident_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -85,4 +85,4 @@ def free_device_bytes(device: torch.device, ranks_per_node: int) -> int:
 
 def used_bytes(device: torch.device) -> int:
     """Return the memory that this process uses now: torch's allocations on a GPU, resident memory on a CPU."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()

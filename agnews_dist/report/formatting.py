@@ -22,9 +22,10 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 def create_output(stream: TextIO) -> rich.console.Console:
     """Create rich's console for a stream. Only a terminal without NO_COLOR gets control codes.
 
-    FORCE_COLOR is ignored: it would put cursor movements into log files. In a notebook rich would need ipywidgets.
+    FORCE_COLOR is ignored: it would put cursor movements into log files. In a notebook rich's own display needs ipywidgets, and
+    a command after `!` has a terminal of which the notebook shows the codes. Its kernel sets JPY_PARENT_PID.
     """
-    is_terminal = stream.isatty() and not os.environ.get("NO_COLOR")
+    is_terminal = stream.isatty() and not any(map(os.environ.get, ("NO_COLOR", "JPY_PARENT_PID")))
     return rich.console.Console(file=stream, force_terminal=is_terminal, force_jupyter=False)
 
 

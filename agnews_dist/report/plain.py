@@ -19,17 +19,15 @@ from agnews_dist.report.formatting import (
     sum_parameters,
 )
 from agnews_dist.report.progress import StepProgress
-from agnews_dist.report.running_tasks import RunningTasks, format_task, is_complete
-
-SILENT_SECONDS = 5.0
-"""Time after which the first line of a task is due."""
+from agnews_dist.report.running_tasks import SILENT_SECONDS, RunningTasks, format_task, is_complete
+from agnews_dist.storage.capacity import gigabytes, resident_bytes
 
 
 class PlainLines:
     """Sink that writes lines with the time of day to `file`.
 
     Steps and checkpoints: the first, the last, and one every `seconds_between_lines`; with `every_step` all of them.
-    Tasks and phases that take longer than 5 s: a line after 5, 10, 20, 40 ... seconds, and one at the end of a task. So an hour
+    Tasks and phases that take longer than 4 s: a line after 4, 8, 16, 32 ... seconds, and one at the end of a task. So an hour
     of work takes ten lines.
     """
 
@@ -44,6 +42,7 @@ class PlainLines:
     ) -> None:
         self._file, self._is_verbose, self._every_step, self._clock = file, is_verbose, every_step, clock
         self._interval = seconds_between_lines
+        self.measure_memory = resident_bytes
         self._steps = StepProgress(0, clock)
         self._last_line: float | None = None
         self._last_saved = -math.inf
@@ -128,7 +127,7 @@ class PlainLines:
         due = self._last_line is None or self._steps.is_complete or now - self._last_line >= self._interval
         if due or self._every_step:
             self._last_line = now
-            figures = self._steps.format_figures(exact=self._every_step)
+            figures = [*self._steps.format_figures(exact=self._every_step), f"memory {gigabytes(self.measure_memory())}"]
             self._print("  ".join(filter(None, [self._steps.format_step(), *figures, self._steps.format_eta()])))
 
     def _print_checkpoint(self, event: events.CheckpointSaved) -> None:
@@ -145,7 +144,7 @@ class PlainLines:
             self._print_if_due(task)
 
     def _print_if_due(self, task: Task) -> None:
-        """Write a line 5, 10, 20, 40 ... seconds after the start of a task."""
+        """Write a line 4, 8, 16, 32 ... seconds after the start of a task."""
         if (task.elapsed or 0.0) >= task.fields.get("next_line", SILENT_SECONDS):
             task.fields["next_line"] = 2 * (task.elapsed or 0.0)
             self._print(format_task(task))

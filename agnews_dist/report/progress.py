@@ -60,11 +60,8 @@ class StepProgress:
     def format_rates(self) -> list[str]:
         """Format tokens/s and examples/s of the last steps."""
         seconds = sum(event.seconds for event in self._recent)
-        counts = {
-            "tokens": [event.num_tokens for event in self._recent],
-            "examples": [event.num_examples for event in self._recent],
-        }
-        return [f"{sum(numbers) / seconds if seconds > 0 else 0.0:,.0f} {unit}/s" for unit, numbers in counts.items()]
+        counts = {unit: sum(getattr(event, f"num_{unit}") for event in self._recent) for unit in ("tokens", "examples")}
+        return [f"{count / seconds if seconds > 0 else 0.0:,.0f} {unit}/s" for unit, count in counts.items()]
 
     def format_state(self) -> list[str]:
         """Format epoch, learning rate and gradient norm of the last step."""

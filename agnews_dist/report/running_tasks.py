@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -12,6 +13,8 @@ from agnews_dist.errors import shorten
 from agnews_dist.events import Progress
 from agnews_dist.report.formatting import escape_text, format_duration
 
+SILENT_SECONDS = 4.0
+"""Time without output after which a task is shown. The console looks once a second, so nothing is silent for more than 5 s."""
 BURST_SECONDS = 0.1
 """Time after the first report of a task in which work counts as done before."""
 
@@ -45,11 +48,9 @@ class RunningTasks(rich.progress.Progress):
             if name != event.task and is_phase(self._tasks[number]):
                 self.end(name)
         if event.task not in self._ids:
-            description = escape_text(shorten(event.task, 40), self.console.encoding)
-            number = self.add_task(
-                description, total=event.total or None, name=event.task, unit=event.unit, begun=self.get_time()
-            )
-            self._ids[event.task] = number
+            text = escape_text(shorten(event.task, 40), self.console.encoding)
+            fields: dict[str, Any] = {"name": event.task, "unit": event.unit, "begun": self.get_time()}
+            self._ids[event.task] = number = self.add_task(text, total=event.total or None, **fields)
             self._restart(number, event)
         number = self._ids[event.task]
         task = self._tasks[number]
@@ -79,7 +80,7 @@ class RunningTasks(rich.progress.Progress):
 
 
 class CountColumn(ProgressColumn):
-    """The work done, `1,000/6,000 tokens`, or the seconds of a phase."""
+    """The work done, `1,000/6,000`, or the seconds of a phase."""
 
     def render(self, task: Task) -> Text:
         """Render one cell."""
@@ -87,11 +88,11 @@ class CountColumn(ProgressColumn):
 
 
 class RateColumn(ProgressColumn):
-    """The rate, `12,345 tokens/s`, of tasks with a unit."""
+    """The rate, `12,345 tokens/s`, or only the unit while the rate is unknown."""
 
     def render(self, task: Task) -> Text:
         """Render one cell."""
-        return Text(format_rate(task) or "")
+        return Text(format_rate(task) or task.fields["unit"])
 
 
 class EtaColumn(TimeRemainingColumn):
@@ -115,9 +116,8 @@ def is_complete(task: Task) -> bool:
 
 
 def format_count(task: Task) -> str:
-    """Format `1,000/6,000 tokens`."""
-    total = "" if task.total is None else f"/{int(task.total):,}"
-    return f"{int(task.completed):,}{total} {task.fields['unit']}".rstrip()
+    """Format `1,000/6,000`."""
+    return f"{int(task.completed):,}" + ("" if task.total is None else f"/{int(task.total):,}")
 
 
 def format_rate(task: Task) -> str | None:
@@ -132,9 +132,9 @@ def format_task(task: Task) -> str:
     if is_phase(task):
         return f"{name}: {elapsed} so far"
     if is_complete(task):
-        return ", ".join(
-            filter(None, [f"{name}: {f'{int(task.completed):,} {unit}'.rstrip()} done in {elapsed}", format_rate(task)])
-        )
-    percent = "" if task.total is None else f" ({task.percentage:.0f}%)"
-    eta = f"ETA {format_duration(task.time_remaining)}" if unit and task.time_remaining is not None else None
-    return ", ".join(filter(None, [f"{name}: {format_count(task)}{percent} after {elapsed}", format_rate(task), eta]))
+        state, eta = f"{f'{int(task.completed):,} {unit}'.rstrip()} done in {elapsed}", None
+    else:
+        percent = "" if task.total is None else f" ({task.percentage:.0f}%)"
+        state = f"{f'{format_count(task)} {unit}'.rstrip()}{percent} after {elapsed}"
+        eta = f"ETA {format_duration(task.time_remaining)}" if unit and task.time_remaining is not None else None
+    return ", ".join(filter(None, [f"{name}: {state}", format_rate(task), eta]))

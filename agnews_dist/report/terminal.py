@@ -26,14 +26,12 @@ from agnews_dist.report.formatting import (
     sum_parameters,
 )
 from agnews_dist.report.progress import LossHistory, StepProgress
-from agnews_dist.report.running_tasks import RunningTasks, format_task, is_complete
+from agnews_dist.report.running_tasks import SILENT_SECONDS, RunningTasks, format_task, is_complete
 from agnews_dist.storage.capacity import gigabytes, resident_bytes
 
 SECONDS_BETWEEN_REFRESHES = 0.1
 IDLE_SECONDS = 1.0
 """Time without an event after which the live display is drawn again: times in it go on."""
-SILENT_SECONDS = 4.0
-"""Time without an event after which a phase gets a live display."""
 MIN_TABLE_WIDTH = 80
 """Columns of a terminal below which the findings about the data are a list."""
 MIN_TWO_COLUMNS = 120
@@ -103,18 +101,17 @@ class TerminalDisplay:
 
     def tick(self) -> None:
         """Draw again what no event has changed: its times go on."""
+        has_display = self._live is not None
         idle = self._clock() - self._refreshed
-        if idle >= (IDLE_SECONDS if self._live is not None else SILENT_SECONDS) and (
-            self._live is not None or self._tasks.tasks
-        ):
+        if idle >= (IDLE_SECONDS if has_display else SILENT_SECONDS) and (has_display or self._tasks.tasks):
             self._refresh()
 
     def close(self) -> None:
         """Replace the live display by the evaluations and losses that it showed. Further calls do nothing."""
         live, self._live = self._live, None
-        self._tasks.end_all()
         if live is not None:
             live.stop()
+        self._tasks.end_all()
         if self._is_training:
             self._is_training = False
             self._print(self._build_training(is_last=True))

@@ -21,7 +21,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.errors import Stopped, count_noun
 from agnews_dist.evaluation.evaluator import SplitScores
-from agnews_dist.events import Emit, NonFinite, StepDone, StoppedEarly
+from agnews_dist.events import Emit, NonFinite, StepDone, StoppedEarly, begin_phase
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource
@@ -131,6 +131,7 @@ class Trainer:
             NonFiniteError: see `train_step`.
             SharedError: the ranks' weights differ. They are neither scored nor saved.
         """
+        self._emit(begin_phase("first step"))
         try:
             if self._is_evaluation_due:
                 self._evaluate(validate)

@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,11 +42,11 @@ def torchrun(num_ranks: int, *arguments: str, check: bool = True, timeout: float
     return _run([*command, *arguments], check=check, timeout=timeout, stdin=None, extra=extra)
 
 
-def in_a_terminal(*arguments: str, timeout: float = TIMEOUT, **extra: str) -> str:
+def in_a_terminal(*arguments: str, columns: int = 80, timeout: float = TIMEOUT, **extra: str) -> str:
     """Return what python with `arguments` writes to a terminal, escape sequences included; the exit code must be 0."""
     ours, theirs = pty.openpty()
-    env = environment(TERM="xterm-256color", LC_ALL="C.UTF-8", **extra)
-    env.pop("NO_COLOR", None)
+    termios.tcsetwinsize(theirs, (50, columns))
+    env = environment(**{"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "NO_COLOR": "", **extra})
     process = subprocess.Popen(
         [sys.executable, *arguments], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=env, cwd=REPOSITORY
     )
