@@ -79,7 +79,7 @@ class Loaded:
     options: Mapping[str, Any]
     """The command's own arguments by name (`split`), with defaults; positional arguments are a tuple of strings."""
     console: "Console | None" = None
-    """What people watch, on rank 0 of a command with a display."""
+    """The sink for people, on rank 0 of a command with a display."""
 
     @property
     def verbosity(self) -> "Verbosity":

@@ -39,7 +39,7 @@ def create_console(
     """
     out = out or create_output(sys.stdout)
     is_verbose = verbosity == "verbose"
-    if can_draw(out):
+    if can_draw(out) and not out.no_color:
         display = TerminalDisplay(out, is_verbose=is_verbose, every_step=every_step, clock=clock)
     else:
         file = out.file

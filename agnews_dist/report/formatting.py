@@ -20,18 +20,18 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def create_output(stream: TextIO) -> rich.console.Console:
-    """Create rich's console for a stream. Only a terminal without NO_COLOR gets control codes.
+    """Create rich's console for a stream. FORCE_COLOR is ignored: it would put cursor movements into log files.
 
-    FORCE_COLOR is ignored: it would put cursor movements into log files. In a notebook rich's own display needs ipywidgets, and
-    a command after `!` has a terminal of which the notebook shows the codes. Its kernel sets JPY_PARENT_PID.
+    A notebook is not a terminal: rich's own display there needs ipywidgets. A command after `!` has a terminal all the same, of
+    which the notebook shows the codes. Its kernel sets JPY_PARENT_PID.
     """
-    is_terminal = stream.isatty() and not any(map(os.environ.get, ("NO_COLOR", "JPY_PARENT_PID")))
+    is_terminal = stream.isatty() and not os.environ.get("JPY_PARENT_PID")
     return rich.console.Console(file=stream, force_terminal=is_terminal, force_jupyter=False)
 
 
 def can_draw(out: rich.console.Console) -> bool:
-    """Return True for a terminal that can move the cursor and print Unicode, unless NO_COLOR is set."""
-    return out.is_terminal and not out.no_color and not out.is_dumb_terminal and out.encoding.startswith("utf")
+    """Return True for a terminal that can move the cursor and print Unicode."""
+    return out.is_terminal and not out.is_dumb_terminal and out.encoding.startswith("utf")
 
 
 def escape_text(text: str, encoding: str) -> str:
@@ -58,7 +58,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_age(seconds: float) -> str:
-    """Format a time that goes on, in whole seconds.
+    """Format an age in whole seconds.
 
     >>> format_age(3.21), format_age(75)
     ('3 s', '1:15')

@@ -97,7 +97,7 @@ class PlainLines:
             self._print_if_due(task)
 
     def close(self) -> None:
-        """Forget the tasks. The file belongs to the caller."""
+        """Remove the tasks. The file belongs to the caller."""
         self._tasks.end_all()
 
     def _print(self, text: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import rich.console
 import rich.progress
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from agnews_dist.errors import shorten
@@ -30,9 +31,10 @@ class RunningTasks(rich.progress.Progress):
             TextColumn("{task.description}", markup=False),
             BarColumn(None),
             TaskProgressColumn(),
-            CountColumn(),
-            RateColumn(),
-            EtaColumn(compact=True),
+            # Only the bar gets narrower with the terminal.
+            CountColumn(Column(no_wrap=True)),
+            RateColumn(Column(no_wrap=True)),
+            EtaColumn(compact=True, table_column=Column(no_wrap=True)),
             console=out,
             auto_refresh=False,
             expand=True,
@@ -69,12 +71,12 @@ class RunningTasks(rich.progress.Progress):
         self.advance(number, 0)
 
     def end(self, name: str) -> None:
-        """Forget a task. One that is not known is no error."""
+        """Remove a task, if it is known."""
         if name in self._ids:
             self.remove_task(self._ids.pop(name))
 
     def end_all(self, *, but: str = "") -> None:
-        """Forget all tasks but one: those of unknown total never report their end."""
+        """Remove all tasks but one: those of unknown total never report their end."""
         for name in [name for name in self._ids if name != but]:
             self.end(name)
 

@@ -31,7 +31,7 @@ from agnews_dist.storage.capacity import gigabytes, resident_bytes
 
 SECONDS_BETWEEN_REFRESHES = 0.1
 IDLE_SECONDS = 1.0
-"""Time without an event after which the live display is drawn again: times in it go on."""
+"""Time without an event after which the live display is drawn again, for the times in it."""
 MIN_TABLE_WIDTH = 80
 """Columns of a terminal below which the findings about the data are a list."""
 MIN_TWO_COLUMNS = 120
@@ -100,7 +100,7 @@ class TerminalDisplay:
                 self._print_summary(event)
 
     def tick(self) -> None:
-        """Draw again what no event has changed: its times go on."""
+        """Draw the live display again for the times in it, or begin one for a phase that takes long."""
         has_display = self._live is not None
         idle = self._clock() - self._refreshed
         if idle >= (IDLE_SECONDS if has_display else SILENT_SECONDS) and (has_display or self._tasks.tasks):
