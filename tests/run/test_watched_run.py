@@ -70,6 +70,7 @@ def mask(text: str) -> list[str]:
     text = re.sub(r"[━╸╺]+", "━", re.sub(r"[▁▂▃▄▅▆▇█]+", "▆", text))
     text = re.sub(r"(?<![A-Za-z\d.])\d+(:\d\d)+", "0", text)
     text = re.sub(r"(?<![A-Za-z\d.])\d+(,\d{3})*(\.\d+)*(e[-+]\d+)?", "0", text)
+    text = re.sub(r"no checkpoint yet|checkpoint 0 s ago", "checkpoint 0 ago", text)
     text = re.sub(r"\b0 s\b", "0", re.sub(r"\b0 [kMG]B", "0 MB", text))
     lines = [re.sub(r" +", " ", line.rstrip()) for line in text.split("\n")]
     return [line for line in lines if line and not BY_TIME.match(line)]
@@ -132,7 +133,7 @@ def test_training_in_a_terminal(tmp_path: Path, columns: int) -> None:
     for screen, end in zip(screens, ends, strict=True):
         screen.write(written[:end])
     live = next(lines for screen in screens if BEST in (lines := mask("\n".join(screen.lines))))
-    state = "epoch 0 lr 0 grad norm 0 memory 0 MB no checkpoint yet"
+    state = "epoch 0 lr 0 grad norm 0 memory 0 MB checkpoint 0 ago"
     rates = "loss ▆ 0 0 tokens/s 0 examples/s"
     figures = [rates, state] if columns == 80 else [f"{rates} {state}"]
     assert live[live.index(f"╰{frame}╯") + 1 :] == ["train ━ 0% 0/0 0 steps/s ETA 0", TITLES, BEST, *figures]

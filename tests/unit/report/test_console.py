@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import rich.console
 from support.events import Clock, make_progress, make_step
+from support.processes import TIMEOUT, wait_until
 
 from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.evaluation.metrics import compute_scores
@@ -20,6 +22,7 @@ from agnews_dist.events import (
     ClassScores,
     EvalDone,
     Event,
+    Loading,
     NonFinite,
     OverfitChecked,
     Predicted,
@@ -32,6 +35,7 @@ from agnews_dist.events import (
     StoppedEarly,
     Warned,
 )
+from agnews_dist.report import console
 from agnews_dist.report.console import Verbosity, create_console
 from agnews_dist.report.plain import PlainLines
 from agnews_dist.report.terminal import TerminalDisplay
@@ -422,3 +426,89 @@ def test_empty_events_are_printed(terminal: bool) -> None:
 def test_a_long_path_is_one_line(terminal: bool) -> None:
     path = "/data/" + "directory/" * 12 + "model"
     assert path in render(RunDone(facts={}, paths={"model": path}), terminal=terminal)
+
+
+class SetClock(Clock):
+    """A clock that the console's thread reads; `read` is set after that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = threading.Event()
+
+    def __call__(self) -> float:
+        if threading.current_thread() is not threading.main_thread():
+            self.read.set()
+        return super().__call__()
+
+
+def test_console_shows_a_phase_that_takes_long_without_an_event(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "TICK_SECONDS", 0.01)
+    out, clock = io.StringIO(), SetClock()
+    inner = rich.console.Console(file=out, force_terminal=terminal, width=80, _environ={"TERM": "xterm-256color"})
+    with closing(create_console(inner, clock=clock)) as sink:
+        sink(Loading(program="agnews_dist 1", what="PyTorch"))
+        first = out.getvalue()
+        assert first.count("\n") == 1
+        clock.now += 3.0
+        assert clock.read.wait(TIMEOUT)
+        assert out.getvalue() == first, "short phases have no line"
+        clock.now += 1.0
+        assert wait_until(lambda: out.getvalue() != first)
+        shown = ANSI.sub("", out.getvalue()[len(first) :])
+    assert re.search(r"load PyTorch [^\w]+ 4\.0 s" if terminal else r"load PyTorch: 4\.0 s so far\n$", shown)
+
+
+def test_quiet_console_shows_warnings_and_results(terminal: bool) -> None:
+    out = io.StringIO()
+    inner = rich.console.Console(file=out, force_terminal=terminal, width=120, _environ={"TERM": "xterm-256color"})
+    scored = dataclasses.replace(EVALUATED, split="test", epoch=0)
+    with closing(create_console(inner, verbosity="quiet", clock=Clock())) as sink:
+        for event in (
+            STARTED,
+            make_progress(0),
+            make_step(1),
+            EVALUATED,
+            SAVED,
+            *OTHERS,
+            Warned(message="careful"),
+            scored,
+            DONE,
+        ):
+            sink(event)
+    text = ANSI.sub("", out.getvalue())
+    kept = ("warning: careful", "step 7 skipped its update", "test: 1,600 rows without labels", "runs/x/model", "World")
+    assert [words for words in kept if words not in text] == []
+    for words in ("ranks", "step 1/", "step   1", "epoch 2", "checkpoint", "resumed", "overfit", "trace.json"):
+        assert words not in text
+
+
+def test_terminal_keeps_the_latest_evaluations_and_marks_the_best() -> None:
+    scored = [dataclasses.replace(EVALUATED, step=10 * number, is_best=number in (1, 3)) for number in range(1, 9)]
+    text = render(STARTED, make_step(1), *scored, terminal=True)
+    lines = text[text.rindex("epoch  step") :].splitlines()
+    assert [re.sub(" +", " ", line.strip()) for line in lines] == [
+        "epoch step split accuracy macro F1 loss time",
+        "2 30 validation 0.5714 0.5333 0.4321 1:15 best",
+        *(f"2 {step} validation 0.5714 0.5333 0.4321 1:15" for step in (50, 60, 70, 80)),
+        "loss ▁ 0.5000 4,000 tokens/s 128 examples/s",
+    ]
+
+
+def test_live_display_has_the_figures_of_a_training() -> None:
+    clock = Clock()
+    out = io.StringIO()
+    inner = rich.console.Console(file=out, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"})
+    with closing(create_console(inner, clock=clock).display) as display:
+        display.measure_memory = lambda: 1_234_000_000
+        display(STARTED)
+        for number in range(1, 11):
+            clock.now += 2.0
+            display(make_step(number, loss=1 / number))
+            if number == 4:
+                display(SAVED)
+        live = ANSI.sub("", out.getvalue()).splitlines()[-3:]
+    assert re.fullmatch(r"train [━╸╺]+ +10% 10/100 0\.5 steps/s ETA 03:00", live[0][live[0].rindex("train") :])
+    assert live[1:] == [
+        "loss █▄▃▂▂▂▁▁▁▁ 0.2929  4,000 tokens/s  128 examples/s",
+        "epoch 1  lr 1.00e-03  grad norm 2  memory 1.2 GB  checkpoint 12 s ago",
+    ]

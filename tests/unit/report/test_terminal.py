@@ -75,3 +75,16 @@ def test_an_exception_restores_a_real_terminal() -> None:
     assert text.index("other output") < text.index("after")
     assert "\x1b[2K" in text[text.rfind("/5") :]
     assert re.search(r"loss ▁▁▁ 1.0000  1 tokens/s  1 examples/s\r\nafter\r\n$", ANSI.sub("", text))
+
+
+@pytest.mark.parametrize(
+    "variables", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"JPY_PARENT_PID": "1"}], ids=lambda each: next(iter(each))
+)
+def test_a_terminal_that_shows_no_codes_gets_plain_lines(variables: dict[str, str]) -> None:
+    """A command after `!` in a notebook has a terminal too; its kernel sets JPY_PARENT_PID."""
+    text = in_a_terminal("-c", IN_A_TERMINAL, **variables)
+    lines = [re.sub(r"\d\d:\d\d:\d\d ", "", line) for line in text.splitlines()]
+    assert re.sub(r"memory \d+ MB", "memory", "\n".join(lines[1:])) == (
+        "step 1/5  epoch 1  mean loss 1.0000  lr 1.00e+00  grad norm 1  1 tokens/s  1 examples/s  memory\nother output\nafter"
+    )
+    assert re.fullmatch(r"run started on \d{4}-\d\d-\d\d, 5 steps", lines[0])
