@@ -21,7 +21,7 @@ from agnews_dist.config.fields import all_settings
 from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
 from agnews_dist.distributed.world import World, check_interfaces, detect_world, print_line
 from agnews_dist.errors import SharedError, Stopped, UserError, shorten
-from agnews_dist.events import Loading, begin_phase
+from agnews_dist.events import Loading
 from agnews_dist.report.display_streams import background_streams, open_missing_streams
 from agnews_dist.storage.directories import provide_home
 
@@ -99,12 +99,10 @@ def open_console(command: Command, world: World, loaded: Loaded) -> "Generator[C
     stream = sys.stdout if command.display == "stdout" else sys.stderr
     config, out = loaded.config, create_output(stream)
     with closing(create_console(out, verbosity=loaded.verbosity, every_step=config.run.debug)) as console:
-        what = f"PyTorch and {shorten(config.model.name, 60)}"
+        # In a pipe or job, standard error is for what goes wrong, and for long work.
         if command.display == "stdout" or stream.isatty():
+            what = f"PyTorch and {shorten(config.model.name, 60)}"
             console(Loading(program=f"agnews_dist {__version__}", what=what))
-        else:
-            # Standard error of a pipe or job is for what goes wrong, and for long work.
-            console(begin_phase(f"load {what}"))
         yield console
 
 

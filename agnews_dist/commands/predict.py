@@ -15,7 +15,7 @@ from agnews_dist.commands.arguments import Command, Loaded, Option
 from agnews_dist.commands.command import QUIET, importing, run_command
 from agnews_dist.config.schema import Count, PathText
 from agnews_dist.distributed.world import World
-from agnews_dist.errors import ConfigError, count_noun
+from agnews_dist.errors import ConfigError
 from agnews_dist.events import Event, Warned
 
 COMMAND = Command(
@@ -90,11 +90,9 @@ def predict(world: World, loaded: Loaded) -> None:
             texts.check()
             return write
 
-        loaded.begin_phase(f"connect {count_noun(world.num_ranks, 'rank')}")
         engine = engine_setup.start_engine(config.engine, world, is_training=False)
         texts = collectives.raise_if_any_failed(collectives.catch_on_main(open_texts, "opens the texts"))
         hub_inputs.fetch_inputs(partial(hub_inputs.list_requests, config, has_data=False), world, _warn)
-        loaded.begin_phase(f"load {config.model.name}")
         model, num_best = collectives.raise_if_any_failed(collectives.catch(load))
         write = collectives.raise_if_any_failed(collectives.catch_on_main(open_output, "checks the texts"))
         if world.num_ranks > 1:

@@ -300,7 +300,7 @@ class Attempt:
         self._stack.enter_context(self._sinks)
         if self._engine.world.is_main:
             console = self._console or create_console(every_step=self._config.run.debug)
-            console.show_memory(partial(used_bytes, self._engine.device))
+            console.show_memory(lambda: used_bytes(self._engine.device))
             self._sinks.add(console)
             if os.environ.get(trainer_status.URL):
                 self._sinks.add(trainer_status.TrainerStatus(os.environ, self._sinks))

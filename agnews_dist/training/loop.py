@@ -131,11 +131,12 @@ class Trainer:
             NonFiniteError: see `train_step`.
             SharedError: the ranks' weights differ. They are neither scored nor saved.
         """
-        self._emit(begin_phase("first step"))
         try:
             if self._is_evaluation_due:
                 self._evaluate(validate)
                 self._save(checkpoints)
+            if not self.is_done:
+                self._emit(begin_phase("first step"))
             while not self.is_done:
                 for batches in self._loader.steps(self._epoch, self._epoch_step):
                     result = self._train_step(batches, checkpoints)
