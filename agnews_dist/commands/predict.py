@@ -68,6 +68,7 @@ def predict(world: World, loaded: Loaded) -> None:
 
     output = None if options["output"] is None else Path(options["output"])
     is_table = options["format"] == "table" or (options["format"] is None and sys.stdout.isatty())
+    shows_answers = output is None and sys.stdout.isatty()
     with ExitStack() as stack:
 
         def open_texts() -> InputTexts:
@@ -82,13 +83,16 @@ def predict(world: World, loaded: Loaded) -> None:
 
         def open_output() -> Write:
             assert texts is not None
-            write = create_printer(model.class_names, is_table=is_table)
+            write = None
             if output is not None:
                 write = stack.enter_context(open_answers(output, texts, model.class_names, options["top_k"]))
             for note in (*(f"warning: {note}" for note in model.notes), *texts.notes):
                 _tell(note)
             texts.check()
-            return write
+            if loaded.console is not None and shows_answers:
+                # From here on the answers show the progress. A live display would take their stream.
+                loaded.console.close()
+            return write or create_printer(model.class_names, is_table=is_table)
 
         engine = engine_setup.start_engine(config.engine, world, is_training=False)
         texts = collectives.raise_if_any_failed(collectives.catch_on_main(open_texts, "opens the texts"))
@@ -100,10 +104,7 @@ def predict(world: World, loaded: Loaded) -> None:
             collectives.check_equal({"weights": weights_fingerprint(weights)})
         predictor = prediction.build_predictor(model, engine, num_best, fast_path=config.engine.fast_path)
         emit = stack.enter_context(Sinks())
-        if loaded.console is not None and output is None and sys.stdout.isatty():
-            # The answers show the progress.
-            loaded.console.close()
-        elif loaded.console is not None:
+        if loaded.console is not None and not shows_answers:
             emit.add(loaded.console)
         chunks, num_texts = (texts.chunks(predictor.texts_per_chunk), texts.num_texts) if texts is not None else ((), 0)
         num_done, num_cut = predict_chunks(chunks, write, predictor, num_texts=num_texts, emit=emit)

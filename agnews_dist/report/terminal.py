@@ -221,10 +221,11 @@ class TerminalDisplay:
         self._tasks.end_all(but=STEPS)
         if isinstance(event, events.Predicted):
             self._print(self._escape(describe_event(event), "bold"))
-        elif not self._is_training:
+        elif not event.epoch:
             self.close()
             self._print(self._build_evaluation(event))
         else:
+            self._is_training = True
             self._evaluations.add(event)
             if self._is_verbose:
                 self._print(self._build_evaluation(event))
@@ -258,11 +259,17 @@ class TerminalDisplay:
 
     def _build_training(self, *, is_last: bool = False) -> RenderableType:
         """Build the evaluations and the figures of the last steps. `is_last`: those that stay on the screen."""
+        parts: list[RenderableType] = [self._evaluations.build_table()] if len(self._evaluations) else []
+        # A start that resumes at an evaluation has no step yet.
+        if self._steps.has_steps:
+            parts.append(self._build_figures(is_last=is_last))
+        return Group(*parts)
+
+    def _build_figures(self, *, is_last: bool) -> Text:
         loss = Text.assemble("loss ", (self._losses.draw(), "cyan"), f" {self._steps.mean_loss:.4f}")
         rates = "  ".join(self._steps.format_rates())
         if not is_last:
             age = "no checkpoint yet" if self._saved is None else f"checkpoint {format_age(self._clock() - self._saved)} ago"
             state = "  ".join([*self._steps.format_state(), f"memory {gigabytes(self.measure_memory())}", age])
             rates = f"{rates}  {state}" if len(loss) + len(rates) + len(state) + 4 <= self._out.width else f"{rates}\n{state}"
-        figures = Text.assemble(loss, "  ", (rates, "dim"), overflow="fold")
-        return Group(self._evaluations.build_table(), figures) if len(self._evaluations) else figures
+        return Text.assemble(loss, "  ", (rates, "dim"), overflow="fold")

@@ -119,7 +119,9 @@ def test_evaluation_has_scores_and_each_class(terminal: bool) -> None:
     else:
         assert "precision/recall: World 0.600/0.750, [b]Sports 0.500/0.333, Business -/-" in text
         assert "(4 of 7)" in text
-    assert "epoch 2, step 750 validation" in render(dataclasses.replace(EVALUATED, step=750), terminal=terminal)
+    assert "epoch 2, step 750 validation" in render(
+        dataclasses.replace(EVALUATED, step=750), terminal=terminal, verbosity="verbose"
+    )
     assert "epoch" not in render(dataclasses.replace(EVALUATED, split="test", epoch=0), terminal=terminal)
 
 
@@ -483,6 +485,8 @@ def test_quiet_console_shows_warnings_and_results(terminal: bool) -> None:
 
 
 def test_terminal_keeps_the_latest_evaluations_and_marks_the_best() -> None:
+    first = render(STARTED, EVALUATED, terminal=True).splitlines()
+    assert [line.split()[-1] for line in first[-2:]] == ["time", "1:15"], "a start may resume at an evaluation"
     scored = [dataclasses.replace(EVALUATED, step=10 * number, is_best=number in (1, 3)) for number in range(1, 9)]
     text = render(STARTED, make_step(1), *scored, terminal=True)
     lines = text[text.rindex("epoch  step") :].splitlines()
