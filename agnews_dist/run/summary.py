@@ -34,7 +34,7 @@ def log_summary(
         "run": str(attempt.directory),
         "model": f"{config.model.name} ({config.model.init}), trainable blocks: {config.model.trainable_blocks}",
         "trainable": f"{trainable:,} of {trainable + frozen:,} parameters ({trainable / (trainable + frozen):.1%})",
-        "data": f"{config.data.source}: {rows}",
+        "data": f"{config.data.source}: {rows}; {len(inputs.class_names):,} classes",
         "features": f"{features.choice.place}: {features.choice.reason}",
         "device": f"{engine.description}, {engine.precision}",
         "ranks": f"{engine.world.num_ranks} ({engine.world.ranks_per_node} per node), {engine_text(config.engine)}",

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from support import fork_server
-from support.processes import environment
+from support.processes import TERMINAL, environment
 from support.screen import Screen
 
 SIZES = ("--data.limit_train", "960", "--data.limit_validation", "50", "--data.limit_test", "50")
@@ -24,7 +24,7 @@ FACTS = [
     "run runs/news",
     "model embedded (pretrained), trainable blocks: 0",
     "trainable 0 of 0 parameters (0%)",
-    "data synthetic: 0 train, 0 validation, 0 test",
+    "data synthetic: 0 train, 0 validation, 0 test; 0 classes",
     "features disk: 0 MB, fits",
     "device CPU, 0 thread(s) per rank, fp32",
     "ranks 0 (0 per node), DDP",
@@ -87,7 +87,7 @@ def train_in_a_terminal(directory: Path, columns: int) -> str:
     """Return what a training writes to a terminal."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (50, columns))
-    environ = environment(TERM="xterm-256color", NO_COLOR="", JPY_PARENT_PID="")
+    environ = environment(**TERMINAL)
     terminal = Path(os.ttyname(theirs))
     command = ["-m", "agnews_dist.train", *TRAIN, *PLACE]
     process = fork_server.start(command, environ, fork_server.Streams(terminal, terminal), directory=directory)

@@ -17,6 +17,9 @@ SHARED = Path(os.environ.get("AGNEWS_SHARED", REPOSITORY.parent / "shared"))
 TIMEOUT = 300.0
 """Seconds until a child counts as hanging: the longest takes 30 on two busy cores. pytest's own limit is three times that."""
 
+TERMINAL = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "NO_COLOR": "", "JPY_PARENT_PID": "", "COLUMNS": "", "LINES": ""}
+"""Variables of a child with a terminal, whatever the test's own process has. The size is the terminal's own."""
+
 
 def environment(**extra: str) -> dict[str, str]:
     """Return the variables of a child: one thread (results are compared bit for bit), offline, no launcher's variables."""
@@ -46,7 +49,7 @@ def in_a_terminal(*arguments: str, columns: int = 80, timeout: float = TIMEOUT, 
     """Return what python with `arguments` writes to a terminal, escape sequences included; the exit code must be 0."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (50, columns))
-    env = environment(**{"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "NO_COLOR": "", **extra})
+    env = environment(**{**TERMINAL, **extra})
     process = subprocess.Popen(
         [sys.executable, *arguments], stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=env, cwd=REPOSITORY
     )
