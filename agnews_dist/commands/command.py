@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
@@ -50,6 +51,8 @@ def importing() -> Generator[None]:
     Objects that exist at its end are not visited by later collections either: libraries keep theirs for good.
     """
     gc.disable()
+    # tqdm warns in a notebook without ipywidgets. No bar of it is shown.
+    warnings.filterwarnings("ignore", "IProgress not found")
     try:
         yield
     finally:

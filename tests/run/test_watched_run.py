@@ -194,7 +194,7 @@ def test_every_part_of_a_training_is_a_phase(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_training_in_a_notebook(tmp_path: Path) -> None:
     cells = [
-        f"from agnews_dist.commands.train import main\nmain({[*TRAIN, *PLACE]})",
+        f"from agnews_dist.commands.train import main\nassert main({[*TRAIN, *PLACE]}) == 0",
         "import sys\n!{sys.executable} -m agnews_dist evaluate --quiet --model.name runs/news " + " ".join(DATA),
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
@@ -202,9 +202,8 @@ def test_training_in_a_notebook(tmp_path: Path) -> None:
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute(env=environment())
     outputs = [output for cell in notebook.cells for output in cell.outputs]
     assert "\x1b" not in str(outputs) + repr(outputs).replace("\\x1b", "\x1b")
-    trained, evaluated = (
-        "".join(output.text for output in cell.outputs if output.get("name") == "stdout") for cell in notebook.cells
-    )
+    assert {output.get("name") for output in outputs} == {"stdout"}, outputs
+    trained, evaluated = ("".join(output.text for output in cell.outputs) for cell in notebook.cells)
     assert read_plain(trained) == PLAIN
     (line,) = read_plain(evaluated.replace("\r\n", "\n"))
     assert line.startswith(f"test: {SCORES}; precision/recall: World 0/0, Sports 0/0, ")

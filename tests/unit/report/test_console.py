@@ -37,6 +37,7 @@ from agnews_dist.events import (
 )
 from agnews_dist.report import console
 from agnews_dist.report.console import Verbosity, create_console
+from agnews_dist.report.display_streams import LIVE_LINES
 from agnews_dist.report.plain import PlainLines
 from agnews_dist.report.terminal import TerminalDisplay
 
@@ -516,3 +517,14 @@ def test_live_display_has_the_figures_of_a_training() -> None:
         "loss █▄▃▂▂▂▁▁▁▁ 0.2929  4,000 tokens/s  128 examples/s",
         "epoch 1  lr 1.00e-03  grad norm 2  memory 1.2 GB  checkpoint 12 s ago",
     ]
+
+
+def test_live_display_has_a_bounded_height() -> None:
+    out = io.StringIO()
+    inner = rich.console.Console(file=out, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"})
+    with closing(create_console(inner, clock=Clock()).display) as display:
+        for event in (STARTED, make_step(1), *[EVALUATED] * 9, make_step(2), make_progress(1), EVALUATED):
+            display(event)
+    moves = re.findall(r"(?:\x1b\[1A)+", out.getvalue().replace("\x1b[2K", ""))
+    heights = [len(up) // len("\x1b[1A") + 1 for up in moves]
+    assert 1 < max(heights) <= LIVE_LINES
