@@ -42,8 +42,21 @@ class DataChecked:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Loading:
+    """The first line of a command, before anything heavy is loaded."""
+
+    program: str
+    """Name and version."""
+    what: str
+    """Libraries and model that are loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Progress of long work other than training steps: `done` of `total` units of `task` (total 0: unknown)."""
+    """Progress of long work other than training steps: `done` of `total` units of `task` (total 0: unknown).
+
+    With neither, it is the start of a phase, which lasts until the next report of another task.
+    """
 
     task: str
     done: int
@@ -57,7 +70,7 @@ class RunStarted:
     """The header of a run. Values are ready to print."""
 
     facts: Mapping[str, str]
-    """Label -> value: ranks, device, precision, model, data and others, in the order to show."""
+    """Label -> value: run, model, data, device, ranks and others. The first ten matter most."""
     parameters: Mapping[str, tuple[int, int]]
     """Part of the model -> (trainable, frozen) parameter counts, bottom to top."""
     num_steps: int = 0
@@ -161,6 +174,8 @@ class EvalDone:
     classes: tuple[ClassScores, ...]
     """Scores of every class, or of the 5 with the lowest F1 if there are more than 20."""
     seconds: float
+    is_best: bool = False
+    """True for the best evaluation of a training so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +234,7 @@ class RunDone:
 Event = Union[
     Warned,
     DataChecked,
+    Loading,
     Progress,
     RunStarted,
     StepDone,
@@ -233,6 +249,11 @@ Event = Union[
     RunDone,
 ]
 Emit = Callable[[Event], None]
+
+
+def begin_phase(task: str) -> Progress:
+    """Return the event that begins a phase without a count: `load gpt2`."""
+    return Progress(task=task, done=0, total=0)
 
 
 def ignore_event(_: Event) -> None:

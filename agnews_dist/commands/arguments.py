@@ -7,12 +7,16 @@ import re
 from argparse import ArgumentParser
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from agnews_dist.config.fields import BOOLS, Problems, RawValue, all_sections, all_settings, build_config, check_value, is_path
 from agnews_dist.config.schema import Config, Level, PathText
 from agnews_dist.errors import quote
+from agnews_dist.events import begin_phase
 from agnews_dist.storage.directories import expand_path
+
+if TYPE_CHECKING:
+    from agnews_dist.report.console import Console, Verbosity  # rich, which most commands need later or never
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,8 @@ class Command:
     """Sections and keys of settings that the short help shows; None: the basic settings."""
     shows_defaults: bool = True
     """False: without a value, some settings are those of a saved model."""
-    shows_progress: bool = False
-    """Standard output is a display for people, from which lines may be missing if it is not read."""
+    display: Literal["stdout", "stderr"] | None = None
+    """Stream on which people watch the command load PyTorch and work. Lines may be missing from it if it is not read."""
 
     def shows(self, key: str) -> bool:
         """Return whether the short help shows a setting."""
@@ -74,6 +78,18 @@ class Loaded:
     """Dotted keys that a YAML file or a flag has set, even to the default."""
     options: Mapping[str, Any]
     """The command's own arguments by name (`split`), with defaults; positional arguments are a tuple of strings."""
+    console: "Console | None" = None
+    """The sink for people, on rank 0 of a command with a display."""
+
+    @property
+    def verbosity(self) -> "Verbosity":
+        """The amount of output that --quiet and --verbose ask for."""
+        return "quiet" if self.options.get("quiet") else "verbose" if self.options.get("verbose") else "normal"
+
+    def begin_phase(self, task: str) -> None:
+        """Show what the command does from here on."""
+        if self.console is not None:
+            self.console(begin_phase(task))
 
 
 class HelpRequest(Exception):  # noqa: N818
@@ -123,6 +139,8 @@ def load(argv: Sequence[str], options: Sequence[Option] = ()) -> Loaded:
             values[flag] = (values[flag] or ()) + value if isinstance(value, tuple) else value
         except ValueError as error:
             problems.add(str(error))
+    if values.get("--quiet") and values.get("--verbose"):
+        problems.add("--quiet and --verbose: they contradict each other. Remove one of them.", "")
     config = build_config(raw_values, problems)
     if "--print_config" in given:
         from agnews_dist.config.yaml_file import dump

@@ -11,6 +11,7 @@ from agnews_dist.config.fields import values_of
 from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
+from agnews_dist.events import begin_phase
 
 COMMAND = Command(
     "report",
@@ -27,7 +28,6 @@ COMMAND = Command(
     ),
     ("data.source", "data.cache_dir", "report.max_seconds"),
     shows_defaults=False,
-    shows_progress=True,
 )
 
 
@@ -46,14 +46,16 @@ def build_report(world: World, loaded: Loaded) -> None:
         raise ConfigError(f"report of {', '.join(runs)}: a run is named twice. Name each once.")
     if not world.is_main:
         return
-    # Imported here, so that --help does not wait for torch.
-    with importing():
-        from agnews_dist.report.console import create_console
-        from agnews_dist.run import reporting, stored_reports
+    # Imported here, so that --help does not wait for rich, and the first line not for torch.
+    from agnews_dist.report.console import create_console
 
-    reporting.check_packages()
     overrides = {key: value for key, value in values_of(loaded.config) if key in loaded.explicit}
     with closing(create_console()) as emit:
+        emit(begin_phase("load the libraries of the report"))
+        with importing():
+            from agnews_dist.run import reporting, stored_reports
+
+        reporting.check_packages()
         build = partial(stored_reports.report_one, overrides=overrides, recompute=loaded.options["recompute"], emit=emit)
         if len(runs) == 1:
             page = build(Path(runs[0]))

@@ -8,23 +8,33 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from agnews_dist import __version__
 from agnews_dist.commands.arguments import Command, HelpRequest, Loaded, Option, load
 from agnews_dist.commands.help import format_help
 from agnews_dist.config.fields import all_settings
 from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
 from agnews_dist.distributed.world import World, check_interfaces, detect_world, print_line
-from agnews_dist.errors import SharedError, Stopped, UserError
+from agnews_dist.errors import SharedError, Stopped, UserError, shorten
+from agnews_dist.events import Loading
 from agnews_dist.report.display_streams import background_streams, open_missing_streams
 from agnews_dist.storage.directories import provide_home
 
+if TYPE_CHECKING:
+    from agnews_dist.report.console import Console
+
 ACCEPTABLE = tuple(key for key, setting in all_settings().items() if setting.resume == "may be accepted")
+QUIET = Option("--quiet", "Show only warnings, errors and results.", bool, False)
+VERBOSE = Option("--verbose", "Show every fact, class and checkpoint.", bool, False)
 TRAINING_OPTIONS = (
+    QUIET,
+    VERBOSE,
     Option("--profile", "Write a torch.profiler trace.", bool, False),
     Option("--accept", "Settings that may differ on resume.", tuple[Literal[ACCEPTABLE], ...], ()),
 )
@@ -41,6 +51,8 @@ def importing() -> Generator[None]:
     Objects that exist at its end are not visited by later collections either: libraries keep theirs for good.
     """
     gc.disable()
+    # tqdm warns in a notebook without ipywidgets. No bar of it is shown.
+    warnings.filterwarnings("ignore", "IProgress not found")
     try:
         yield
     finally:
@@ -62,7 +74,7 @@ def run_command(command: Command, argv: Sequence[str] | None, body: Body, preemp
         faulthandler.enable(2)
     provide_home()
     # Standard output of other commands is data, which must not be dropped.
-    with background_streams("stderr", *(["stdout"] if command.shows_progress else [])):
+    with background_streams("stderr", *(["stdout"] if command.display == "stdout" else [])):
         if preemption is not None:
             preemption.start()
         try:
@@ -78,6 +90,25 @@ def run_command(command: Command, argv: Sequence[str] | None, body: Body, preemp
                 preemption.close()
 
 
+@contextmanager
+def open_console(command: Command, world: World, loaded: Loaded) -> "Generator[Console | None]":
+    """Open the console of a command with a display, on rank 0, and show its first line: PyTorch takes seconds to load."""
+    if command.display is None or not world.is_main:
+        yield None
+        return
+    from agnews_dist.report.console import create_console
+    from agnews_dist.report.formatting import create_output
+
+    stream = sys.stdout if command.display == "stdout" else sys.stderr
+    config, out = loaded.config, create_output(stream)
+    with closing(create_console(out, verbosity=loaded.verbosity, every_step=config.run.debug)) as console:
+        # In a pipe or job, standard error is for what goes wrong, and for long work.
+        if command.display == "stdout" or stream.isatty():
+            what = f"PyTorch and {shorten(config.model.name, 60)}"
+            console(Loading(program=f"agnews_dist {__version__}", what=what))
+        yield console
+
+
 def _run_body(
     command: Command, argv: Sequence[str] | None, body: Body, preemption: PreemptionHandler | None
 ) -> tuple[int, bool]:
@@ -91,7 +122,8 @@ def _run_body(
         with nullcontext() if world.is_main else redirect_stdout(io.StringIO()):
             loaded = load(sys.argv[1:] if argv is None else argv, command.options)
         is_loaded = True
-        body(world, loaded)
+        with open_console(command, world, loaded) as console:
+            body(world, replace(loaded, console=console))
     except HelpRequest as request:
         if world.is_main:
             print(format_help(command, everything=request.level == "all"), end="")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import importing, run_command
+from agnews_dist.commands.command import QUIET, VERBOSE, importing, run_command
 from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.world import World
-from agnews_dist.errors import DataError
+from agnews_dist.errors import DataError, count_noun
 
 COMMAND = Command(
     "evaluate",
@@ -26,12 +26,14 @@ COMMAND = Command(
         "agnews-dist evaluate --model.name runs/NAME --data.source new.csv --output out",
     ),
     (
+        QUIET,
+        VERBOSE,
         Option("--split", "Split to score; default: test, or a whole file.", Literal["train", "validation", "test"]),
         Option("--output", "Directory for scores and predictions.", PathText),
     ),
     ("data.source", "data.max_length", "data.cache_dir", "model.name", "engine.device", "engine.precision", "run.overwrite"),
     shows_defaults=False,
-    shows_progress=True,
+    display="stdout",
 )
 
 
@@ -52,15 +54,16 @@ def evaluate(world: World, loaded: Loaded) -> None:
         from agnews_dist.evaluation.metrics import are_labelled
         from agnews_dist.events import RunStarted
         from agnews_dist.model.gpt2 import count_parameters
-        from agnews_dist.report.console import Sinks, create_console
+        from agnews_dist.report.console import Sinks
         from agnews_dist.run import directory, engine_setup, fingerprints, hub_inputs, results, setup
         from agnews_dist.training.timing import StageTimer
 
     config, output, timer = loaded.config, loaded.options["output"], StageTimer(start)
     should_use_cuda(world, config.engine.device)
     with Sinks() as emit:
-        if world.is_main:
-            emit.add(create_console())
+        if loaded.console is not None:
+            emit.add(loaded.console)
+        loaded.begin_phase(f"connect {count_noun(world.num_ranks, 'rank')}")
         engine = engine_setup.start_engine(config.engine, world, is_training=False)
         if output is not None:
             check_output = partial(directory.check_output, Path(output), overwrite=config.run.overwrite)
@@ -87,9 +90,9 @@ def evaluate(world: World, loaded: Loaded) -> None:
         facts = {
             "model": config.model.name,
             "data": f"{config.data.source}: {len(table):,} rows of {table.name}",
-            **inputs.data_facts,
-            "ranks": f"{world.num_ranks} ({world.ranks_per_node} per node)",
             "device": f"{engine.description}, {engine.precision}",
+            "ranks": f"{world.num_ranks} ({world.ranks_per_node} per node)",
+            **inputs.data_facts,
         }
         emit(RunStarted(facts=facts, parameters=count_parameters(classifier)))
         timer.end_setup()

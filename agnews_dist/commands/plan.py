@@ -55,7 +55,7 @@ def run(world: World, loaded: Loaded) -> None:
     with importing():
         from agnews_dist.data.batching.forecast import forecast, warn_of_idle_ranks
         from agnews_dist.data.batching.shares import quadratic_weight
-        from agnews_dist.events import Progress, Warned
+        from agnews_dist.events import Warned, begin_phase
         from agnews_dist.report.console import create_console
         from agnews_dist.report.formatting import create_output
         from agnews_dist.report.plan_view import show_plan
@@ -67,9 +67,9 @@ def run(world: World, loaded: Loaded) -> None:
     settings = plan_settings(batch, config.run.seed)
     out = create_output(sys.stderr if as_json else sys.stdout)
     with closing(create_console(out)) as emit:
-        emit(Progress(task=f"load {data.source}", done=0, total=0))
         fetch_inputs(partial(list_requests, config, has_weights=False), World(), emit)
         files = read_model_files(model, data)
+        emit(begin_phase(f"load {data.source}"))
         corpus = load_text(data)
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
         split = store.splits["train"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import importing, run_command
+from agnews_dist.commands.command import QUIET, importing, run_command
 from agnews_dist.config.schema import Count, PathText
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
@@ -37,9 +37,11 @@ COMMAND = Command(
         Option("--output", "File of the input's columns and the answers.", PathText),
         Option("--top_k", "Classes whose probabilities are given.", Count | Literal["all"]),
         Option("--format", "Default: table on a terminal, else JSON lines.", Literal["table", "jsonl"]),
+        QUIET,
     ),
     ("data.text_column", "data.max_length", "model.name", "model.revision", "engine.device", "engine.precision"),
     shows_defaults=False,
+    display="stderr",
 )
 
 
@@ -58,8 +60,7 @@ def predict(world: World, loaded: Loaded) -> None:
         from agnews_dist.distributed import collectives
         from agnews_dist.evaluation.predictor import predict_chunks
         from agnews_dist.model.export import SavedClassifier
-        from agnews_dist.report.console import Sinks, create_console
-        from agnews_dist.report.formatting import create_output
+        from agnews_dist.report.console import Sinks
         from agnews_dist.report.prediction_files import check_output, open_answers
         from agnews_dist.report.prediction_view import Write, create_printer
         from agnews_dist.run import engine_setup, hub_inputs, prediction
@@ -67,6 +68,7 @@ def predict(world: World, loaded: Loaded) -> None:
 
     output = None if options["output"] is None else Path(options["output"])
     is_table = options["format"] == "table" or (options["format"] is None and sys.stdout.isatty())
+    shows_answers = output is None and sys.stdout.isatty()
     with ExitStack() as stack:
 
         def open_texts() -> InputTexts:
@@ -81,13 +83,16 @@ def predict(world: World, loaded: Loaded) -> None:
 
         def open_output() -> Write:
             assert texts is not None
-            write = create_printer(model.class_names, is_table=is_table)
+            write = None
             if output is not None:
                 write = stack.enter_context(open_answers(output, texts, model.class_names, options["top_k"]))
             for note in (*(f"warning: {note}" for note in model.notes), *texts.notes):
                 _tell(note)
             texts.check()
-            return write
+            if loaded.console is not None and shows_answers:
+                # From here on the answers show the progress. A live display would take their stream.
+                loaded.console.close()
+            return write or create_printer(model.class_names, is_table=is_table)
 
         engine = engine_setup.start_engine(config.engine, world, is_training=False)
         texts = collectives.raise_if_any_failed(collectives.catch_on_main(open_texts, "opens the texts"))
@@ -99,9 +104,8 @@ def predict(world: World, loaded: Loaded) -> None:
             collectives.check_equal({"weights": weights_fingerprint(weights)})
         predictor = prediction.build_predictor(model, engine, num_best, fast_path=config.engine.fast_path)
         emit = stack.enter_context(Sinks())
-        if world.is_main and (output is not None or not sys.stdout.isatty()):
-            # Standard output is data. On a terminal the answers show the progress.
-            emit.add(create_console(create_output(sys.stderr)))
+        if loaded.console is not None and not shows_answers:
+            emit.add(loaded.console)
         chunks, num_texts = (texts.chunks(predictor.texts_per_chunk), texts.num_texts) if texts is not None else ((), 0)
         num_done, num_cut = predict_chunks(chunks, write, predictor, num_texts=num_texts, emit=emit)
     if num_cut:

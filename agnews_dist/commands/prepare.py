@@ -21,7 +21,7 @@ COMMAND = Command(
     ),
     PASSED_ON,
     ("data.source", "data.max_length", "data.limit_train", "data.cache_dir", "model"),
-    shows_progress=True,
+    display="stdout",
 )
 
 
@@ -38,15 +38,15 @@ def prepare(world: World, loaded: Loaded) -> None:
     # Imported here, so that --help and wrong settings do not wait for torch.
     with importing():
         from agnews_dist.events import RunDone
-        from agnews_dist.report.console import Sinks, create_console
+        from agnews_dist.report.console import Sinks
         from agnews_dist.run.hub_inputs import fetch_inputs, list_requests
         from agnews_dist.run.setup import load_training_inputs
         from agnews_dist.training.timing import StageTimer
 
     config = loaded.config
     with Sinks() as emit:
-        if world.is_main:
-            emit.add(create_console())
+        if loaded.console is not None:
+            emit.add(loaded.console)
         fetch_inputs(partial(list_requests, config), World(), emit)
         inputs = load_training_inputs(config, world, emit, StageTimer(start))
         store = inputs.store

@@ -17,6 +17,7 @@ from agnews_dist.commands.arguments import Command, Loaded
 from agnews_dist.commands.command import TRAINING_OPTIONS, importing, run_command
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.world import World
+from agnews_dist.errors import count_noun
 
 COMMAND = Command(
     "train",
@@ -27,7 +28,7 @@ COMMAND = Command(
         "torchrun --nproc_per_node=8 -m agnews_dist.train --config my.yaml",
     ),
     TRAINING_OPTIONS,
-    shows_progress=True,
+    display="stdout",
 )
 
 
@@ -61,8 +62,9 @@ def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         from agnews_dist.run.summary import log_summary
 
     config, timer = loaded.config, training.StageTimer(start)
+    loaded.begin_phase(f"connect {count_noun(world.num_ranks, 'rank')}")
     engine = start_training_engine(config, world, preemption)
-    with Attempt(config, engine, preemption, accept=loaded.options["accept"], timer=timer) as attempt:
+    with Attempt(config, engine, preemption, accept=loaded.options["accept"], timer=timer, console=loaded.console) as attempt:
         monitors = attempt.monitors
         attempt.claim()
         fetch_inputs(partial(list_requests, config), world, monitors.emit)

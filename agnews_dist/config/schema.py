@@ -57,7 +57,7 @@ class DataConfig(Section):
     """Data set and tokens."""
 
     source: PathText = setting("fancyzhx/ag_news", "ignored", "changes features", "basic")
-    """Hub id, directory or file. Files are csv, tsv, jsonl, json, parquet or arrow, also compressed. 'synthetic': generated
+    """Hub id, folder or file. Files are csv, tsv, jsonl, json, parquet or arrow, also compressed. 'synthetic': generated
     headlines, without a network."""
     revision: Name | None = setting(None, "ignored", "changes features")
     """Commit or tag of the data set on the hub. null: the newest."""

@@ -11,7 +11,7 @@ import torch
 
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import UserError
-from agnews_dist.storage.capacity import free_host_bytes
+from agnews_dist.storage.capacity import free_host_bytes, resident_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -98,3 +98,8 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float
 def free_device_bytes(device: torch.device, ranks_per_node: int) -> int:
     """Return the free bytes of this rank's GPU, or on a CPU its share of the free host memory."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_bytes() // ranks_per_node
+
+
+def used_bytes(device: torch.device) -> int:
+    """Return the memory that this process uses now: torch's allocations on a GPU, resident memory on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()

@@ -78,7 +78,9 @@ class SplitScores:
         labels_N, predictions_N, probabilities_NK = (arrays[name] for name in ("labels", "predictions", "probabilities"))
         return cls(labels_N, predictions_N, probabilities_NK, scores, state["seconds"], arrays.get("classes"))
 
-    def to_event(self, split: str, epoch: int, class_names: tuple[str, ...], *, step: int = 0) -> EvalDone | Predicted:
+    def to_event(
+        self, split: str, epoch: int, class_names: tuple[str, ...], *, step: int = 0, is_best: bool = False
+    ) -> EvalDone | Predicted:
         """Return the event that reports these scores, or that there are none."""
         if self.scores is None:
             return Predicted(split=split, num_examples=len(self.labels_N), seconds=self.seconds)
@@ -94,6 +96,7 @@ class SplitScores:
             num_classes=len(class_names),
             classes=compute_class_scores(counts, classes, class_names),
             seconds=self.seconds,
+            is_best=is_best,
         )
 
 
@@ -177,11 +180,12 @@ def map_rank_logits(
     num_done, num_rows = 0, sum(map(len, plan))
     with torch.no_grad():
         for ids_B in plan:
+            # Before the batch, so that a slow first one is not silent. The scores are the last report.
+            emit(Progress(task=f"score {table.name}", done=num_done, total=num_rows, unit="rows"))
             _raise_if_stopping(engine, is_stopping)
             batch = table.batch(ids_B)
             results.append(reduce(ids_B, classifier.suffix(*features(batch)).float().cpu().numpy()))
             num_done += len(ids_B)
-            emit(Progress(task=f"score {table.name}", done=num_done, total=num_rows))
         if engine.is_forward_collective and len(plan) < -(-len(batches) // num_ranks):
             # The other ranks compute one more batch, and cannot gather the weights without this rank.
             _raise_if_stopping(engine, is_stopping)

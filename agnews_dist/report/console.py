@@ -1,32 +1,97 @@
 """Console: live display on a terminal, plain lines elsewhere. `Sinks` passes events to console and event log."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Protocol
+from contextlib import ExitStack, suppress
+from typing import Literal, Protocol
 
 import rich.console
 
-from agnews_dist.events import Event, Warned
+from agnews_dist.events import DataChecked, EvalDone, Event, NonFinite, Predicted, RunDone, Warned
 from agnews_dist.report.formatting import can_draw, create_output
 from agnews_dist.report.plain import PlainLines
 from agnews_dist.report.terminal import TerminalDisplay
 
+Verbosity = Literal["quiet", "normal", "verbose"]
+TICK_SECONDS = 1.0
+"""Time between two looks whether the console has been silent for too long."""
+
 
 def create_console(
-    out: rich.console.Console | None = None, *, every_step: bool = False, clock: Callable[[], float] = time.monotonic
-) -> PlainLines | TerminalDisplay:
+    out: rich.console.Console | None = None,
+    *,
+    verbosity: Verbosity = "normal",
+    every_step: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+) -> "Console":
     """Create the sink that shows events to a person. `close` it, also after an exception, to restore the terminal.
 
-    A terminal gets panels, tables and a live display. A file, a pipe, a dumb terminal or one without Unicode gets plain lines.
-    `out`: default standard output. `NO_COLOR` turns colours off.
+    A terminal gets panels, tables and a live display. A file, a pipe, a notebook, a dumb terminal, one without Unicode, or any
+    with `NO_COLOR` gets plain lines without control codes.
+
+    Args:
+        out: default standard output.
+        verbosity: `quiet`: warnings and results alone; `verbose`: every fact, parameter, class and checkpoint.
+        every_step: print every step.
+        clock: seconds, in tests.
     """
     out = out or create_output(sys.stdout)
-    if can_draw(out):
-        return TerminalDisplay(out, every_step=every_step, clock=clock)
-    file = out.file
-    return PlainLines(file, every_step=every_step, clock=clock)  # pyright: ignore[reportArgumentType] # IO[str] is a TextIO
+    is_verbose = verbosity == "verbose"
+    if can_draw(out) and not out.no_color:
+        display = TerminalDisplay(out, is_verbose=is_verbose, every_step=every_step, clock=clock)
+    else:
+        file = out.file
+        display = PlainLines(file, is_verbose=is_verbose, every_step=every_step, clock=clock)  # pyright: ignore[reportArgumentType] # IO[str] is a TextIO
+    return Console(display, is_quiet=verbosity == "quiet")
+
+
+class Console:
+    """Sink that shows events to a person, from any thread.
+
+    A thread looks once a second whether the display has something to show without an event, so that long work is not silent.
+    It draws nothing while events come.
+    """
+
+    def __init__(self, display: PlainLines | TerminalDisplay, *, is_quiet: bool = False) -> None:
+        self.display = display
+        self._is_quiet = is_quiet
+        self._lock = threading.RLock()
+        self._thread: threading.Thread | None = None
+        self._is_closed = threading.Event()
+
+    def show_memory(self, measure_memory: Callable[[], int]) -> None:
+        """Show the bytes that `measure_memory` returns. By default they are the resident memory of this process."""
+        self.display.measure_memory = measure_memory
+
+    def __call__(self, event: Event) -> None:
+        """Show one event. A quiet console shows warnings, and results outside of a training."""
+        if self._is_quiet and not is_essential(event):
+            return
+        with self._lock:
+            self.display(event)
+        if self._thread is None and not self._is_quiet:
+            self._thread = threading.Thread(target=self._tick_until_closed, name="console", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Restore the terminal. Further calls do nothing."""
+        self._is_closed.set()
+        with self._lock:
+            self.display.close()
+
+    def _tick_until_closed(self) -> None:
+        while not self._is_closed.wait(TICK_SECONDS):
+            with self._lock, suppress(OSError):
+                if not self._is_closed.is_set():
+                    self.display.tick()
+
+
+def is_essential(event: Event) -> bool:
+    """Return whether also a quiet console shows an event: a warning, or a result that no later one repeats."""
+    is_result = isinstance(event, RunDone | Predicted) or (isinstance(event, EvalDone) and not event.epoch)
+    return is_result or isinstance(event, Warned | DataChecked | NonFinite)
 
 
 class Sink(Protocol):

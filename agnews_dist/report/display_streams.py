@@ -16,7 +16,7 @@ from agnews_dist.storage.background import BackgroundWriter
 
 KEEP_BYTES = 1 << 15
 """Text kept for a display that is not read. Older lines are dropped."""
-LIVE_LINES = 6
+LIVE_LINES = 11
 """Lines of the live display on a terminal, at most."""
 LAST_SECONDS = 10.0
 """Longest wait at the end for a display that is not read."""
@@ -95,11 +95,16 @@ def open_missing_streams() -> None:
 
 @contextmanager
 def background_streams(*names: str) -> Generator[None]:
-    """Replace `stdout` or `stderr` by DisplayStreams in this context; those without a file, as in tests, stay as they are."""
+    """Replace `stdout` or `stderr` by DisplayStreams in this context, unless they are not those of the process.
+
+    Those of a notebook have the file number of its server's log, and those of tests none.
+    """
     writers: dict[tuple[int, int], BackgroundWriter] = {}
     replaced: list[tuple[str, TextIO, DisplayStream]] = []
     for name in names:
         stream: TextIO = getattr(sys, name)
+        if stream is not getattr(sys, f"__{name}__"):
+            continue
         try:
             status = os.fstat(stream.fileno())
         except (OSError, ValueError):

@@ -1,6 +1,7 @@
 """Text forms of durations, ratios and events, and safe output of untrusted text to terminals."""
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import TextIO
@@ -12,13 +13,20 @@ from rich.text import Text
 from agnews_dist.errors import count_noun, format_ids
 from agnews_dist.events import CheckpointSaved, EvalDone, NonFinite, OverfitChecked, Predicted, Resumed, StoppedEarly, Warned
 
+NUM_MAIN_FACTS = 10
+"""Facts of a header without --verbose."""
 # Characters that move the cursor, ring the bell or change the reading direction; tab and newline are allowed.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def create_output(stream: TextIO) -> rich.console.Console:
-    """Create rich's console for a stream. FORCE_COLOR is ignored: it would put cursor movements into log files."""
-    return rich.console.Console(file=stream, force_terminal=stream.isatty())
+    """Create rich's console for a stream. FORCE_COLOR is ignored: it would put cursor movements into log files.
+
+    A notebook is not a terminal: rich's own display there needs ipywidgets. A command after `!` has a terminal all the same, of
+    which the notebook shows the codes. Its kernel sets JPY_PARENT_PID.
+    """
+    is_terminal = stream.isatty() and not os.environ.get("JPY_PARENT_PID")
+    return rich.console.Console(file=stream, force_terminal=is_terminal, force_jupyter=False)
 
 
 def can_draw(out: rich.console.Console) -> bool:
@@ -49,6 +57,15 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def format_age(seconds: float) -> str:
+    """Format an age in whole seconds.
+
+    >>> format_age(3.21), format_age(75)
+    ('3 s', '1:15')
+    """
+    return f"{seconds:.0f} s" if seconds < 59.5 else format_duration(seconds)
+
+
 def format_ratio(value: float) -> str:
     """Format a number between 0 and 1 with three decimals; NaN as `-`.
 
@@ -56,6 +73,11 @@ def format_ratio(value: float) -> str:
     ('0.500', '-')
     """
     return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def select_facts(facts: Mapping[str, str]) -> dict[str, str]:
+    """Select the facts of a run that matter most: the first ten."""
+    return dict(list(facts.items())[:NUM_MAIN_FACTS])
 
 
 def lay_out_facts(facts: Mapping[str, str], encoding: str) -> Table:
@@ -95,7 +117,7 @@ def describe_event(
             return (
                 f"{name_evaluation(event)}: accuracy {scores.accuracy:.4f} ({scores.num_correct:,} of "
                 f"{scores.num_examples:,}), macro F1 {scores.macro_f1:.4f}, loss {scores.loss:.4f}, "
-                f"{format_duration(event.seconds)}"
+                f"{format_duration(event.seconds)}{', the best so far' if event.is_best else ''}"
             )
         case Predicted():
             return (

@@ -5,34 +5,56 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import TextIO
 
+import rich.console
+from rich.progress import Task
+
 from agnews_dist import events
 from agnews_dist.errors import shorten
-from agnews_dist.report.formatting import describe_event, describe_selection, escape_text, format_ratio, sum_parameters
-from agnews_dist.report.progress import StepProgress, TaskProgress
+from agnews_dist.report.formatting import (
+    describe_event,
+    describe_selection,
+    escape_text,
+    format_ratio,
+    select_facts,
+    sum_parameters,
+)
+from agnews_dist.report.progress import StepProgress
+from agnews_dist.report.running_tasks import SILENT_SECONDS, RunningTasks, format_task, is_complete
+from agnews_dist.storage.capacity import gigabytes, resident_bytes
 
 
 class PlainLines:
     """Sink that writes lines with the time of day to `file`.
 
     Steps and checkpoints: the first, the last, and one every `seconds_between_lines`; with `every_step` all of them.
-    Long tasks: a line after that many seconds, after twice, four times ... as many, and one at the end. So an hour of work
-    takes ten lines.
+    Tasks and phases that take longer than 4 s: a line after 4, 8, 16, 32 ... seconds, and one at the end of a task. So an hour
+    of work takes ten lines.
     """
 
     def __init__(
-        self, file: TextIO, *, every_step: bool = False, seconds_between_lines: float = 10.0, clock: Callable[[], float]
+        self,
+        file: TextIO,
+        *,
+        is_verbose: bool = False,
+        every_step: bool = False,
+        seconds_between_lines: float = 10.0,
+        clock: Callable[[], float],
     ) -> None:
-        self._file, self._every_step, self._interval, self._clock = file, every_step, seconds_between_lines, clock
+        self._file, self._is_verbose, self._every_step, self._clock = file, is_verbose, every_step, clock
+        self._interval = seconds_between_lines
+        self.measure_memory = resident_bytes
         self._steps = StepProgress(0, clock)
         self._last_line: float | None = None
         self._last_saved = -math.inf
-        self._tasks: dict[str, TaskProgress] = {}
-        self._next_lines: dict[str, float] = {}
-        """Task -> seconds after its start when the next line is due."""
+        # Never drawn: its rates and times are written as lines.
+        self._tasks = RunningTasks(rich.console.Console(file=file, force_jupyter=False), clock)
 
     def __call__(self, event: events.Event) -> None:
         """Write the event's lines if they are due."""
         match event:
+            case events.Loading():
+                self._print(f"{event.program}: loading {event.what}")
+                self._tasks.report(events.begin_phase(f"load {event.what}"))
             case events.StepDone():
                 self._print_step(event)
             case events.Progress():
@@ -40,8 +62,10 @@ class PlainLines:
             case events.RunStarted():
                 self._steps = StepProgress(event.num_steps, self._clock)
                 self._last_line = None
+                self._tasks.end_all()
                 self._print_header(event)
             case events.EvalDone():
+                self._tasks.end_all()
                 self._print_evaluation(event)
             case (
                 events.Warned()
@@ -51,6 +75,8 @@ class PlainLines:
                 | events.OverfitChecked()
                 | events.Predicted()
             ):
+                if isinstance(event, events.Predicted):
+                    self._tasks.end_all()
                 self._print(describe_event(event))
             case events.DataChecked():
                 for finding in event.findings:
@@ -60,12 +86,19 @@ class PlainLines:
             case events.Profiled():
                 self._print(f"profile written to {event.path}\n{event.top_operators.strip()}")
             case events.RunDone():
+                self._tasks.end_all()
                 self._print("done")
                 self._print_rows(event.facts)
                 self._print_rows(event.paths)
 
+    def tick(self) -> None:
+        """Write the lines that are due although no event has come."""
+        for task in self._tasks.tasks:
+            self._print_if_due(task)
+
     def close(self) -> None:
-        """Do nothing: the file belongs to the caller."""
+        """Remove the tasks. The file belongs to the caller."""
+        self._tasks.end_all()
 
     def _print(self, text: str) -> None:
         first, *rest = escape_text(text, self._file.encoding or "utf-8").split("\n")
@@ -81,39 +114,45 @@ class PlainLines:
 
     def _print_header(self, event: events.RunStarted) -> None:
         self._print(f"run started on {datetime.now():%Y-%m-%d}" + (f", {event.num_steps} steps" if event.num_steps else ""))
-        self._print_rows(event.facts)
-        if event.parameters:
+        self._print_rows(event.facts if self._is_verbose else select_facts(event.facts))
+        if event.parameters and self._is_verbose:
             trainable, frozen = sum_parameters(event.parameters)
             self._print(f"parameters: {trainable:,} trainable, {frozen:,} frozen")
             self._print_rows({part: f"{trained:>13,} {fixed:>13,}" for part, (trained, fixed) in event.parameters.items()})
 
     def _print_step(self, event: events.StepDone) -> None:
+        self._tasks.end_all()
         self._steps.add(event)
         now = self._clock()
         due = self._last_line is None or self._steps.is_complete or now - self._last_line >= self._interval
         if due or self._every_step:
             self._last_line = now
-            figures = self._steps.format_figures(exact=self._every_step)
+            figures = [*self._steps.format_figures(exact=self._every_step), f"memory {gigabytes(self.measure_memory())}"]
             self._print("  ".join(filter(None, [self._steps.format_step(), *figures, self._steps.format_eta()])))
 
     def _print_checkpoint(self, event: events.CheckpointSaved) -> None:
         now = self._clock()
-        if self._every_step or now - self._last_saved >= self._interval:
+        if self._is_verbose or self._every_step or now - self._last_saved >= self._interval:
             self._last_saved = now
             self._print(describe_event(event))
 
     def _print_progress(self, event: events.Progress) -> None:
-        task = self._tasks.setdefault(event.task, TaskProgress(event, self._clock))
-        task.add(event)
-        if task.is_complete:
-            del self._tasks[event.task]
-            self._next_lines.pop(event.task, None)
-            self._print(task.format_line())
-        elif task.elapsed >= self._next_lines.get(event.task, self._interval):
-            self._next_lines[event.task] = 2 * task.elapsed
-            self._print(task.format_line())
+        task = self._tasks.report(event)
+        if is_complete(task):
+            self._print(format_task(task))
+        else:
+            self._print_if_due(task)
+
+    def _print_if_due(self, task: Task) -> None:
+        """Write a line 4, 8, 16, 32 ... seconds after the start of a task."""
+        if (task.elapsed or 0.0) >= task.fields.get("next_line", SILENT_SECONDS):
+            task.fields["next_line"] = 2 * (task.elapsed or 0.0)
+            self._print(format_task(task))
 
     def _print_evaluation(self, event: events.EvalDone) -> None:
+        if event.epoch and not self._is_verbose:
+            self._print(describe_event(event))
+            return
         ratios = [(shorten(each.name, 40), format_ratio(each.precision), format_ratio(each.recall)) for each in event.classes]
         classes = ", ".join(f"{name} {precision}/{recall}" for name, precision, recall in ratios)
         selection = describe_selection(event)

@@ -1,15 +1,17 @@
-"""Progress of training steps and of long tasks: smoothed loss, rate, time left."""
+"""Progress of training steps: smoothed loss, rates, time left, the losses so far as a sparkline."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 
-from agnews_dist.events import Progress, StepDone
+from agnews_dist.events import StepDone
 from agnews_dist.report.formatting import format_duration
 
 WINDOW = 20
-"""Steps over which loss and tokens/s are averaged."""
-MIN_RATE_SECONDS = 0.1
-"""Shortest time over which a rate is computed."""
+"""Steps over which loss, tokens/s and examples/s are averaged."""
+BLOCKS = "▁▂▃▄▅▆▇█"
+SPARKLINE_WIDTH = 20
+"""Blocks of a sparkline, at most."""
 
 
 class StepProgress:
@@ -50,18 +52,28 @@ class StepProgress:
             return None
         return (self._clock() - first_time) / since * max(self.num_steps - self.last.step, 0)
 
-    def format_figures(self, *, exact: bool = False) -> list[str]:
-        """Format the figures as short texts. `exact`: the newest step's loss instead of the mean."""
-        mean_loss = sum(event.loss for event in self._recent) / len(self._recent)
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss of the last steps."""
+        return sum(event.loss for event in self._recent) / len(self._recent)
+
+    def format_rates(self) -> list[str]:
+        """Format tokens/s and examples/s of the last steps."""
         seconds = sum(event.seconds for event in self._recent)
-        tokens_per_second = sum(event.num_tokens for event in self._recent) / seconds if seconds > 0 else 0.0
-        return [
-            f"epoch {self.last.epoch}",
-            f"loss {self.last.loss:.4f}" if exact else f"mean loss {mean_loss:.4f}",
-            f"lr {self.last.lr:.2e}",
-            "update skipped" if self.last.grad_norm is None else f"grad norm {self.last.grad_norm:.3g}",
-            f"{tokens_per_second:,.0f} tokens/s",
-        ]
+        counts = {unit: sum(getattr(event, f"num_{unit}") for event in self._recent) for unit in ("tokens", "examples")}
+        return [f"{count / seconds if seconds > 0 else 0.0:,.0f} {unit}/s" for unit, count in counts.items()]
+
+    def format_state(self) -> list[str]:
+        """Format epoch, learning rate and gradient norm of the last step."""
+        norm = self.last.grad_norm
+        grad_norm = "update skipped" if norm is None else f"grad norm {norm:.3g}"
+        return [f"epoch {self.last.epoch}", f"lr {self.last.lr:.2e}", grad_norm]
+
+    def format_figures(self, *, exact: bool = False) -> list[str]:
+        """Format all figures as short texts. `exact`: the newest step's loss instead of the mean."""
+        epoch, *state = self.format_state()
+        loss = f"loss {self.last.loss:.4f}" if exact else f"mean loss {self.mean_loss:.4f}"
+        return [epoch, loss, *state, *self.format_rates()]
 
     def format_step(self) -> str:
         """Format `step 12/375`, with the number padded for alignment."""
@@ -73,63 +85,33 @@ class StepProgress:
         return None if self.eta is None or self.is_complete else f"ETA {format_duration(self.eta)}"
 
 
-class TaskProgress:
-    """Progress of one long task. Work of the first report was already done and does not count for the rate."""
+class LossHistory:
+    """The losses of a whole training in few numbers: means of steps that follow each other."""
 
-    def __init__(self, first: Progress, clock: Callable[[], float]) -> None:
-        self.last, self._clock, self._started = first, clock, clock()
-        self._base = (self._started, first.done)
+    def __init__(self) -> None:
+        self._sums: list[float] = []
+        self._steps_per_mean = 1
+        self._num_open = 0
+        """Steps in the last sum."""
 
-    def add(self, event: Progress) -> None:
-        self.last = event
-        now = self._clock()
-        if now - self._started < MIN_RATE_SECONDS:
-            # Work that was already done may be reported in pieces. Counting it would make the rate too high.
-            self._base = (now, event.done)
+    def add(self, loss: float) -> None:
+        """Add the loss of a step. One that is not finite is left out."""
+        if not math.isfinite(loss):
+            return
+        if not self._sums or self._num_open == self._steps_per_mean:
+            if len(self._sums) == SPARKLINE_WIDTH:
+                self._sums = [sum(self._sums[i : i + 2]) for i in range(0, SPARKLINE_WIDTH, 2)]
+                self._steps_per_mean *= 2
+            self._sums.append(0.0)
+            self._num_open = 0
+        self._sums[-1] += loss
+        self._num_open += 1
 
-    @property
-    def is_complete(self) -> bool:
-        """True when all work is done; always False if the total is unknown."""
-        return 0 < self.last.total <= self.last.done
-
-    @property
-    def elapsed(self) -> float:
-        return self._clock() - self._started
-
-    @property
-    def rate(self) -> float | None:
-        """Units per second; None: unknown."""
-        base_time, base_done = self._base
-        seconds, done = self._clock() - base_time, self.last.done - base_done
-        return done / seconds if done > 0 and seconds >= MIN_RATE_SECONDS else None
-
-    @property
-    def eta(self) -> float | None:
-        """Seconds until all work is done; None: unknown."""
-        rate = self.rate
-        return (self.last.total - self.last.done) / rate if rate and self.last.total > 0 else None
-
-    def format_count(self) -> str:
-        """Format `1,000/6,000 tokens`."""
-        total = f"/{self.last.total:,}" if self.last.total > 0 else ""
-        return f"{self.last.done:,}{total} {self.last.unit}".rstrip()
-
-    def format_rate(self) -> str | None:
-        """Format `12,345 tokens/s`; None if it is unknown or the task has no unit."""
-        rate = self.rate
-        return None if rate is None or not self.last.unit else f"{rate:,.0f} {self.last.unit}/s"
-
-    def format_eta(self) -> str | None:
-        """Format `ETA 0:42`; None if it is unknown, the task is complete or has no unit."""
-        eta = self.eta
-        return None if eta is None or self.is_complete or not self.last.unit else f"ETA {format_duration(eta)}"
-
-    def format_line(self) -> str:
-        """Format `tokenize: 1,000/6,000 (17%) after 10.0 s`, or at the end `tokenize: 6,000 done in 1:00`."""
-        last = self.last
-        if self.is_complete:
-            state = f"{f'{last.done:,} {last.unit}'.rstrip()} done in {format_duration(self.elapsed)}"
-        else:
-            percent = f" ({last.done / last.total:.0%})" if last.total > 0 else ""
-            state = f"{self.format_count()}{percent} after {format_duration(self.elapsed)}"
-        return ", ".join(filter(None, [f"{last.task}: {state}", self.format_rate(), self.format_eta()]))
+    def draw(self) -> str:
+        """Draw the means as blocks of eight heights, the oldest first."""
+        if not self._sums:
+            return ""
+        means = [*(total / self._steps_per_mean for total in self._sums[:-1]), self._sums[-1] / self._num_open]
+        low, high = min(means), max(means)
+        scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+        return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)

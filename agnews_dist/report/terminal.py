@@ -1,35 +1,45 @@
 """Console on a terminal: panels and tables, and below them a live display that is erased at the end."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import rich.console
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from agnews_dist import events
 from agnews_dist.errors import shorten
+from agnews_dist.report.evaluation_table import LatestEvaluations
 from agnews_dist.report.formatting import (
     describe_event,
     describe_selection,
     escape_text,
+    format_age,
     format_duration,
     format_ratio,
     lay_out_facts,
     name_evaluation,
+    select_facts,
     sum_parameters,
 )
-from agnews_dist.report.progress import StepProgress, TaskProgress
+from agnews_dist.report.progress import LossHistory, StepProgress
+from agnews_dist.report.running_tasks import SILENT_SECONDS, RunningTasks, format_task, is_complete
+from agnews_dist.storage.capacity import gigabytes, resident_bytes
 
 SECONDS_BETWEEN_REFRESHES = 0.1
+IDLE_SECONDS = 1.0
+"""Time without an event after which the live display is drawn again, for the times in it."""
 MIN_TABLE_WIDTH = 80
 """Columns of a terminal below which the findings about the data are a list."""
+MIN_TWO_COLUMNS = 120
+"""Columns of a terminal from which on the facts of a header are in two columns."""
 MIN_LINE_SECONDS = 2.0
 """Shorter tasks and checkpoints print no line."""
+STEPS = "train"
+"""Name of the bar of the training steps."""
 
 
 class TerminalDisplay:
@@ -38,32 +48,37 @@ class TerminalDisplay:
     All output is `Text`, because rich interprets markup such as `[red]` in strings.
     """
 
-    def __init__(self, out: rich.console.Console, *, every_step: bool, clock: Callable[[], float]) -> None:
-        self._out, self._every_step, self._clock = out, every_step, clock
-        self._steps = StepProgress(0, clock)
+    def __init__(
+        self, out: rich.console.Console, *, is_verbose: bool = False, every_step: bool = False, clock: Callable[[], float]
+    ) -> None:
+        self._out, self._is_verbose, self._every_step, self._clock = out, is_verbose, every_step, clock
+        self.measure_memory = resident_bytes
+        self._steps, self._losses = StepProgress(0, clock), LossHistory()
         self._is_training = False
-        self._tasks: dict[str, TaskProgress] = {}
+        self._saved: float | None = None
+        """Time of the last checkpoint."""
+        self._evaluations = LatestEvaluations()
+        self._tasks = RunningTasks(out, clock)
         self._live: Live | None = None
-        self._refreshed = 0.0
+        self._refreshed = clock()
 
     def __call__(self, event: events.Event) -> None:
         """Show one event."""
         match event:
+            case events.Loading():
+                self._print(self._escape(f"{event.program}: loading {event.what} ...", "bold"))
+                self._tasks.report(events.begin_phase(f"load {event.what}"))
+                self._refreshed = self._clock()
             case events.StepDone():
                 self._show_step(event)
             case events.Progress():
                 self._show_progress(event)
             case events.RunStarted():
                 self.close()
-                self._steps = StepProgress(event.num_steps, self._clock)
+                self._steps, self._losses = StepProgress(event.num_steps, self._clock), LossHistory()
                 self._print(self._build_header(event))
             case events.EvalDone() | events.Predicted():
-                # A task of unknown total never reports its end.
-                self._tasks.clear()
-                if not self._is_training:
-                    self.close()
-                is_scored = isinstance(event, events.EvalDone)
-                self._print(self._build_evaluation(event) if is_scored else self._escape(describe_event(event), "bold"))
+                self._show_evaluation(event)
             case events.Warned() | events.NonFinite():
                 self._print(self._escape(describe_event(event), "yellow"))
             case events.DataChecked():
@@ -71,7 +86,8 @@ class TerminalDisplay:
             case events.Resumed() | events.StoppedEarly():
                 self._print(self._escape(describe_event(event)))
             case events.CheckpointSaved():
-                if self._every_step or event.seconds >= MIN_LINE_SECONDS:
+                self._saved = self._clock()
+                if self._is_verbose or self._every_step or event.seconds >= MIN_LINE_SECONDS:
                     self._print(self._escape(describe_event(event), "dim"))
             case events.Profiled():
                 self._print(self._escape(f"profile written to {event.path}", "bold"))
@@ -83,13 +99,23 @@ class TerminalDisplay:
                 self.close()
                 self._print_summary(event)
 
+    def tick(self) -> None:
+        """Draw the live display again for the times in it, or begin one for a phase that takes long."""
+        has_display = self._live is not None
+        idle = self._clock() - self._refreshed
+        if idle >= (IDLE_SECONDS if has_display else SILENT_SECONDS) and (has_display or self._tasks.tasks):
+            self._refresh()
+
     def close(self) -> None:
-        """Erase the live display and restore redirected output. Further calls do nothing."""
+        """Replace the live display by the evaluations and losses that it showed. Further calls do nothing."""
         live, self._live = self._live, None
-        self._is_training = False
-        self._tasks.clear()
         if live is not None:
             live.stop()
+        self._tasks.end_all()
+        if self._is_training:
+            self._is_training = False
+            self._print(self._build_training(is_last=True))
+            self._evaluations = LatestEvaluations()
 
     def _escape(self, text: str, style: str = "") -> Text:
         return Text(escape_text(text, self._out.encoding), style=style, overflow="fold")
@@ -98,8 +124,9 @@ class TerminalDisplay:
         self._out.print(renderable, highlight=False, no_wrap=no_wrap, crop=no_wrap)
 
     def _build_header(self, event: events.RunStarted) -> Panel:
-        parts: list[RenderableType] = [lay_out_facts(event.facts, self._out.encoding)]
-        if event.parameters:
+        facts = event.facts if self._is_verbose else select_facts(event.facts)
+        parts: list[RenderableType] = [self._lay_out_header(facts)]
+        if event.parameters and self._is_verbose:
             trainable, frozen = sum_parameters(event.parameters)
             table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_footer=True, header_style="dim")
             table.add_column(Text("parameters"), Text("total"), overflow="fold")
@@ -113,6 +140,18 @@ class TerminalDisplay:
                 )
             parts += [Text(), table]
         return Panel(Group(*parts), title="agnews_dist", title_align="left", border_style="cyan")
+
+    def _lay_out_header(self, facts: Mapping[str, str]) -> Table:
+        """Lay out the facts of a header in two columns of labels and values, or in one on a narrow terminal."""
+        items = list(facts.items())
+        if self._out.width < MIN_TWO_COLUMNS:
+            return lay_out_facts(facts, self._out.encoding)
+        half = (len(items) + 1) // 2
+        columns = Table.grid(padding=(0, 3), expand=True)
+        columns.add_column(ratio=1)
+        columns.add_column(ratio=1)
+        columns.add_row(*(lay_out_facts(dict(part), self._out.encoding) for part in (items[:half], items[half:])))
+        return columns
 
     def _build_findings(self, event: events.DataChecked) -> RenderableType:
         title = self._escape("warnings about the data", "yellow")
@@ -157,25 +196,40 @@ class TerminalDisplay:
 
     def _show_step(self, event: events.StepDone) -> None:
         self._steps.add(event)
+        self._losses.add(event.loss)
         self._is_training = True
-        self._tasks.clear()
+        self._tasks.end_all(but=STEPS)
+        self._tasks.report(events.Progress(task=STEPS, done=event.step, total=self._steps.num_steps, unit="steps"))
         if self._every_step:
             self._print(Text("  ".join([self._steps.format_step(), *self._steps.format_figures(exact=True)]), overflow="fold"))
         self._refresh(now=self._steps.is_complete)
 
     def _show_progress(self, event: events.Progress) -> None:
-        task = self._tasks.setdefault(event.task, TaskProgress(event, self._clock))
-        task.add(event)
-        if not task.is_complete:
+        task = self._tasks.report(event)
+        if not is_complete(task):
             self._refresh()
             return
-        del self._tasks[event.task]
-        if not self._tasks and not self._is_training:
+        if not self._tasks.tasks and not self._is_training:
             self.close()
         else:
             self._refresh(now=True)
-        if task.elapsed >= MIN_LINE_SECONDS:
-            self._print(self._escape(task.format_line(), "dim"))
+        if (task.elapsed or 0.0) >= MIN_LINE_SECONDS:
+            self._print(self._escape(format_task(task), "dim"))
+
+    def _show_evaluation(self, event: events.EvalDone | events.Predicted) -> None:
+        # The task of an evaluation never reports its end.
+        self._tasks.end_all(but=STEPS)
+        if isinstance(event, events.Predicted):
+            self._print(self._escape(describe_event(event), "bold"))
+        elif not event.epoch:
+            self.close()
+            self._print(self._build_evaluation(event))
+        else:
+            self._is_training = True
+            self._evaluations.add(event)
+            if self._is_verbose:
+                self._print(self._build_evaluation(event))
+            self._refresh(now=True)
 
     def _refresh(self, *, now: bool = False) -> None:
         """Redraw the live display. `now`: even if it was redrawn less than 0.1 s ago."""
@@ -201,31 +255,21 @@ class TerminalDisplay:
             self._live.refresh()
 
     def _build_live_lines(self) -> RenderableType:
-        lines: list[RenderableType] = []
-        if self._is_training:
-            steps = self._steps
-            lines.append(self._build_bar(steps.format_step(), steps.last.step, steps.num_steps, steps.format_eta()))
-            lines.append(Text("  ".join(steps.format_figures()), style="dim", overflow="fold"))
-        for name, task in self._tasks.items():
-            done, total = task.last.done, task.last.total
-            if task.last.unit:
-                lines.append(self._build_bar(name, done, total, task.format_eta()))
-                lines.append(self._escape("  ".join(filter(None, [task.format_count(), task.format_rate()])), "dim"))
-            else:
-                eta = f"ETA {format_duration(task.elapsed / done * (total - done))}" if done and total > 0 else None
-                lines.append(self._build_bar(f"{name} {task.format_count()}", done, total, eta))
-        return Group(*lines)
+        return Group(self._tasks, self._build_training()) if self._is_training else self._tasks
 
-    def _build_bar(self, label: str, done: int, total: int, eta: str | None) -> Table:
-        line = Table.grid(padding=(0, 2), expand=True)
-        line.add_column(overflow="fold")
-        cells: list[RenderableType] = [self._escape(label)]
-        if total > 0:
-            line.add_column(ratio=1)
-            line.add_column(no_wrap=True)
-            cells += [ProgressBar(total=total, completed=done), Text(f"{done / total:4.0%}")]
-        if eta:
-            line.add_column(no_wrap=True)
-            cells.append(Text(eta))
-        line.add_row(*cells)
-        return line
+    def _build_training(self, *, is_last: bool = False) -> RenderableType:
+        """Build the evaluations and the figures of the last steps. `is_last`: those that stay on the screen."""
+        parts: list[RenderableType] = [self._evaluations.build_table()] if len(self._evaluations) else []
+        # A start that resumes at an evaluation has no step yet.
+        if self._steps.has_steps:
+            parts.append(self._build_figures(is_last=is_last))
+        return Group(*parts)
+
+    def _build_figures(self, *, is_last: bool) -> Text:
+        loss = Text.assemble("loss ", (self._losses.draw(), "cyan"), f" {self._steps.mean_loss:.4f}")
+        rates = "  ".join(self._steps.format_rates())
+        if not is_last:
+            age = "no checkpoint yet" if self._saved is None else f"checkpoint {format_age(self._clock() - self._saved)} ago"
+            state = "  ".join([*self._steps.format_state(), f"memory {gigabytes(self.measure_memory())}", age])
+            rates = f"{rates}  {state}" if len(loss) + len(rates) + len(state) + 4 <= self._out.width else f"{rates}\n{state}"
+        return Text.assemble(loss, "  ", (rates, "dim"), overflow="fold")

@@ -21,12 +21,13 @@ from agnews_dist.config.yaml_file import dump
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.slurm import identify_job, is_restarted
+from agnews_dist.engine.device import used_bytes
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, Stopped, UserError
-from agnews_dist.events import Event, Resumed, Warned
+from agnews_dist.events import Event, Resumed, Warned, begin_phase
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.report import trainer_status
-from agnews_dist.report.console import Sinks, create_console
+from agnews_dist.report.console import Console, Sinks, create_console
 from agnews_dist.report.event_log import LOG_FILE, EventLog
 from agnews_dist.report.result_files import versions
 from agnews_dist.report.trackers.tracker_sink import Trackers, check_installed
@@ -49,9 +50,17 @@ class Attempt:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, preemption: PreemptionHandler, *, accept: Collection[str], timer: StageTimer
+        self,
+        config: Config,
+        engine: Engine,
+        preemption: PreemptionHandler,
+        *,
+        accept: Collection[str],
+        timer: StageTimer,
+        console: Console | None = None,
     ) -> None:
-        """Prepare a start. `accept`: the settings that may differ from the checkpoint's."""
+        """Prepare a start. `accept`: the settings that may differ from the checkpoint's. `console`: by default a new one."""
+        self._console = console
         self._config, self._engine, self._preemption, self._accept = config, engine, preemption, accept
         self._settings = {**weight_settings(config), "engine.precision": engine.precision}
         self._sinks = Sinks()
@@ -83,6 +92,7 @@ class Attempt:
             SharedError: the run is finished or in use, its results would be lost, or these settings cannot continue it.
         """
         # First and on its own: no rank may tokenise anything for a run that is refused.
+        self._sinks(begin_phase("claim the run and read its checkpoint"))
         outcome = collectives.catch(self._claim)
         collectives.wait_for_main("claims the run's directory and reads its checkpoint")
         collectives.raise_if_any_failed(outcome)
@@ -300,7 +310,9 @@ class Attempt:
     def __enter__(self) -> "Attempt":
         self._stack.enter_context(self._sinks)
         if self._engine.world.is_main:
-            self._sinks.add(create_console(every_step=self._config.run.debug))
+            console = self._console or create_console(every_step=self._config.run.debug)
+            console.show_memory(lambda: used_bytes(self._engine.device))
+            self._sinks.add(console)
             if os.environ.get(trainer_status.URL):
                 self._sinks.add(trainer_status.TrainerStatus(os.environ, self._sinks))
         return self

@@ -12,7 +12,7 @@ from agnews_dist.data.local_files import SplitSettings
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World, print_line
 from agnews_dist.errors import UserError
-from agnews_dist.events import Emit, Warned
+from agnews_dist.events import Emit, Warned, begin_phase
 from agnews_dist.model.pretrained import EMBEDDED, find_model_directory, request_model
 
 _POLL_SECONDS = 0.05
@@ -51,6 +51,8 @@ def fetch_inputs(find_requests: Callable[[], Sequence[Request]], world: World, e
     requests = collectives.catch(find_requests)
     job = _Job(requests) if world.local_rank == 0 and not isinstance(requests, UserError) else None
     announced = ""
+    if world.is_main and job is not None and requests:
+        emit(begin_phase("fetch files of the hub"))
     while True:
         # A download takes as long as it needs, so the ranks poll instead of waiting in a collective with a time limit.
         states = collectives.all_gather((job.is_alive(), job.notice) if job is not None else (False, ""))

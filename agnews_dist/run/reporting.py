@@ -17,7 +17,7 @@ from agnews_dist.engine.device import DTYPES, measure_matrix_rate
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import UserError
 from agnews_dist.evaluation.frozen_features import FrozenFeatures, compute_frozen_features
-from agnews_dist.events import Emit, Progress, Warned
+from agnews_dist.events import Emit, Warned, begin_phase
 from agnews_dist.features.manager import FeatureCache
 from agnews_dist.report.pages.analysis import RunRows, analyse, is_current
 from agnews_dist.report.pages.details import SplitDetails, describe_split
@@ -32,7 +32,6 @@ ANALYSIS_FILE = "analysis.json"
 LABEL_ERRORS_FILE = "label_errors.csv"
 PACKAGES = {"sklearn": "scikit-learn", "scipy": "scipy", "matplotlib": "matplotlib", "cleanlab": "cleanlab", "jinja2": "jinja2"}
 """Module -> package of the extra `report`."""
-TASK = "write the report"
 PROBE_SECONDS = 0.2
 """Time of measuring matrix products."""
 
@@ -149,7 +148,7 @@ def write_report(
     Raises:
         UserError: the directory cannot be written, or a file of the run is damaged.
     """
-    emit(Progress(task=TASK, done=0, total=1))
+    emit(begin_phase("write the report"))
     details = {name: describe_split(run, name) for name in run.predictions if run.is_labelled(name)}
     kept = read_json(run.directory / ANALYSIS_FILE)
     kept = kept if kept is not None and is_current(kept, run) else None
@@ -158,7 +157,6 @@ def write_report(
     else:
         analysis = kept
     path = write_page(build_page(run, details, analysis), run.directory)
-    emit(Progress(task=TASK, done=1, total=1))
     return path
 
 

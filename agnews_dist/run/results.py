@@ -13,7 +13,7 @@ from agnews_dist.distributed import collectives
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import ModelError, UserError
 from agnews_dist.evaluation.evaluator import SplitScores
-from agnews_dist.events import Emit, RunDone, Scores
+from agnews_dist.events import Emit, RunDone, Scores, begin_phase
 from agnews_dist.features.manager import FeatureCache
 from agnews_dist.model.export import export_model
 from agnews_dist.report.model_card import ModelCard
@@ -54,6 +54,7 @@ def write_results(
     scores = _select_scored(split_scores)
 
     def write() -> None:
+        monitors.emit(begin_phase("write the results"))
         paths = {"model": str(directory / "model"), "result": str(directory / "result.json")}
         paths |= {f"{name} predictions": str(write_predictions(directory, name, split)) for name, split in split_scores.items()}
         seconds = monitors.timer.totals()
@@ -85,6 +86,7 @@ def write_results(
         # Last: a failing export must lose no scores.
         try:
             inputs.weight_files.check(monitors.emit)
+            monitors.emit(begin_phase("export the model"))
             _export(config, inputs, trainer, split_scores, directory)
         except ModelError as error:
             raise ModelError(
@@ -158,6 +160,7 @@ def write_scores(
     peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
 
     def write() -> None:
+        emit(begin_phase("write the results"))
         directory.mkdir(parents=True, exist_ok=True)
         path = write_predictions(directory, name, split)
         result = Result(

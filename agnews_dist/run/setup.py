@@ -20,7 +20,7 @@ from agnews_dist.engine.device import find_compiler_fault
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import DataError
 from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
-from agnews_dist.events import Emit, Progress, Warned
+from agnews_dist.events import Emit, Warned, begin_phase
 from agnews_dist.features.manager import CacheSettings, FeatureCache
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.model.export import check_room, limit_length, load_classifier
@@ -173,7 +173,7 @@ def load_training_inputs(
         UserError: any fault of the model's or the data's files.
     """
     data, model, seed = config.data, config.model, config.run.seed
-    emit(Progress(task=f"load {model.name}", done=0, total=0))
+    emit(begin_phase(f"load {model.name}"))
     files = files or read_model_files(model, data)
     if world.is_main and not has_checked_export:
         # Rank 0 alone exports. Before training, as a faulty export would lose it.
@@ -183,7 +183,7 @@ def load_training_inputs(
     )
     for note in backbone.notes:
         emit(Warned(message=note))
-    emit(Progress(task=f"load {data.source}", done=0, total=0))
+    emit(begin_phase(f"load {data.source}"))
     corpus = load_text(data)
     names = corpus.class_names
     check_class_weights(config.optim.class_weights, names)
@@ -199,6 +199,7 @@ def load_training_inputs(
     if world.is_main:
         # After the tokens: the other ranks wait for them, and they may take space on the same disk.
         check_room(Path(config.run.dir), estimate_run_bytes(config, parameters, corpus.splits, len(names)))
+    emit(begin_phase("hash the weights"))
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
     return TrainingInputs(classifier, files.tokenizer, store, fingerprints, parameters, corpus.facts, weight_files)
 
@@ -215,6 +216,7 @@ def load_evaluation_inputs(
         UserError: no classifier, no such split, classes that do not fit, or any fault of the files.
     """
     data, model = config.data, config.model
+    emit(begin_phase(f"load {model.name}"))
     trained = load_classifier(model.name, revision=model.revision)
     saved = trained if max_length is None else limit_length(trained, max_length)
     classifier, tokenizer, class_names, length, encoding, notes = saved
@@ -224,6 +226,7 @@ def load_evaluation_inputs(
     if length != trained.max_length:
         message = f"data.max_length {length}: the model was saved with {trained.max_length}, scores may differ"
         emit(Warned(message=message))
+    emit(begin_phase(f"load {data.source}"))
     corpus = _load_split(data, split, class_names)
     with timer.stage("tokenize"):
         store = open_tokens(corpus, tokenizer, data, max_length=length, emit=emit, world=world, encoding=encoding)
@@ -349,6 +352,7 @@ def build_evaluation(
                 tables[split],
                 engine,
                 features=features.source(split),
+                emit=monitors.emit,
                 is_stopping=lambda: monitors.preemption.is_stopping,
             )
 
@@ -360,6 +364,7 @@ def check_first_step(
 ) -> None:
     """Run the checks that the configuration asks for before the first step: overfit one batch, dry-run the largest step."""
     if config.run.debug:
+        emit(begin_phase("overfit one batch"))
         emit(overfit_one_batch(classifier, table, engine, lr=config.optim.lr))
     if config.batch.longest_first:
         dry_run(classifier, loader.largest_step(0), engine, emit)
@@ -367,6 +372,7 @@ def check_first_step(
 
 def build_trainer(config: Config, inputs: TrainingInputs, engine: Engine, loader: TrainLoader, monitors: Monitors) -> Trainer:
     """Build the training loop, which hands the trainable part to the engine. Collective."""
+    monitors.emit(begin_phase(f"start engine {config.engine.backend}"))
     optim = config.optim.model_dump(exclude={"class_weights"})  # the loader has them as numbers
     settings = TrainerSettings(**optim, seed=config.run.seed, class_names=inputs.class_names)
     return Trainer(inputs.classifier, engine, loader, settings, monitors)

@@ -6,7 +6,7 @@ from agnews_dist.data.batching.loader import TrainLoader
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.memory import Estimate, format_estimate
 from agnews_dist.errors import count_noun
-from agnews_dist.events import RunStarted, Warned
+from agnews_dist.events import RunStarted, Warned, begin_phase
 from agnews_dist.features.manager import FeatureCache
 from agnews_dist.run.attempt import Attempt
 from agnews_dist.run.setup import TrainingInputs, plan_settings
@@ -23,28 +23,30 @@ def log_summary(
     attempt: Attempt,
 ) -> None:
     """Emit the header and the warnings. Collective, since the plan's efficiency is a sum over ranks."""
+    emit = attempt.monitors.emit
+    emit(begin_phase("plan the batches"))
     expected = loader.expected_efficiency()
     num_steps = loader.num_steps(config.optim.epochs, config.optim.max_steps)
     rows = ", ".join(f"{len(split):,} {name}" for name, split in inputs.store.splits.items())
+    trainable, frozen = map(sum, zip(*inputs.parameters.values(), strict=True))
+    # The first ten are shown without --verbose: two columns of five.
     facts = {
         "run": str(attempt.directory),
-        "ranks": f"{engine.world.num_ranks} ({engine.world.ranks_per_node} per node)",
-        "device": engine.description,
-        "precision": engine.precision,
-        "engine": engine_text(config.engine),
-        "memory": format_estimate(memory),
         "model": f"{config.model.name} ({config.model.init}), trainable blocks: {config.model.trainable_blocks}",
-        "data": f"{config.data.source}: {rows}",
-        **inputs.data_facts,
-        "tokens": f"{'cached' if inputs.store.was_cached else 'made now'}, at most {config.data.max_length} per text",
+        "trainable": f"{trainable:,} of {trainable + frozen:,} parameters ({trainable / (trainable + frozen):.1%})",
+        "data": f"{config.data.source}: {rows}; {len(inputs.class_names):,} classes",
         "features": f"{features.choice.place}: {features.choice.reason}",
+        "device": f"{engine.description}, {engine.precision}",
+        "ranks": f"{engine.world.num_ranks} ({engine.world.ranks_per_node} per node), {engine_text(config.engine)}",
         "batch": batch_text(config.batch),
         "plan": f"{count_noun(num_steps, 'step')}, {expected.critical_path:.1%} of the ranks' time goes to real tokens",
         "optimizer": optimizer_text(config.optim),
+        "memory": format_estimate(memory),
+        **inputs.data_facts,
+        "tokens": f"{'cached' if inputs.store.was_cached else 'made now'}, at most {config.data.max_length} per text",
         "loss": loss_text(config.optim, loader),
         "seed": str(config.run.seed),
     }
-    emit = attempt.monitors.emit
     emit(RunStarted(facts=facts, parameters=inputs.parameters, num_steps=num_steps))
     warnings = [
         warn_of_idle_ranks(

@@ -21,6 +21,11 @@ def free_host_bytes() -> int:
     return min([psutil.virtual_memory().available, *_free_cgroup_bytes()])
 
 
+def resident_bytes() -> int:
+    """Return the memory of this process."""
+    return psutil.Process().memory_info().rss
+
+
 def free_shared_bytes() -> int:
     """Return the part of it that the ranks of a node can share; 0 without a shared-memory file system."""
     return min(free_disk_bytes(SHARED_MEMORY), free_host_bytes()) if SHARED_MEMORY.is_dir() else 0

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.strategy import Strategy
-from agnews_dist.events import CheckpointSaved, Emit, Warned
+from agnews_dist.events import CheckpointSaved, Emit, Warned, begin_phase
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.training.best_weights import BestWeights
 from agnews_dist.training.checkpoint import STATE, Groups, best_name, list_checkpoints, prune, sweep, write_checkpoint
@@ -213,6 +213,8 @@ class CheckpointManager:
     def wait(self) -> None:
         """Wait on all ranks for the write in progress, without a time limit while rank 0 lives. Collective."""
         write = self._write_in_progress
+        if write is not None and not write.cost.done():
+            self._emit(begin_phase(f"write the checkpoint of step {write.step}"))
         while write is not None and not futures.wait([write.cost], REPEAT_SECONDS).done:
             seconds = time.monotonic() - write.started
             message = (

@@ -21,7 +21,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.errors import Stopped, count_noun
 from agnews_dist.evaluation.evaluator import SplitScores
-from agnews_dist.events import Emit, NonFinite, StepDone, StoppedEarly
+from agnews_dist.events import Emit, NonFinite, StepDone, StoppedEarly, begin_phase
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource
@@ -135,6 +135,8 @@ class Trainer:
             if self._is_evaluation_due:
                 self._evaluate(validate)
                 self._save(checkpoints)
+            if not self.is_done:
+                self._emit(begin_phase("first step"))
             while not self.is_done:
                 for batches in self._loader.steps(self._epoch, self._epoch_step):
                     result = self._train_step(batches, checkpoints)
@@ -246,8 +248,9 @@ class Trainer:
         """Score the validation split, report the scores, and keep the weights if they are the best. Collective."""
         self._check_replicas()
         epoch, validation = self._epoch + 1, validate()
-        self._emit(validation.to_event("validation", epoch, self.class_names, step=self.step))
         self.best.update(epoch, validation, step=self.step)
+        is_best = self.best.step == self.step
+        self._emit(validation.to_event("validation", epoch, self.class_names, step=self.step, is_best=is_best))
         self._scored_step = self.step
 
     def _save(self, checkpoints: CheckpointManager, *, wait: bool = False) -> None:

@@ -27,7 +27,7 @@ def test_one_rank_trains_in_bf16_and_agrees_with_fp32(tmp_path):
     torchrun(1, *command, *places, "--engine.device", "cuda", CUDA_VISIBLE_DEVICES="0")
     directory = tmp_path / "gpu"
     (started,) = [event for event in read_events(directory / "events.jsonl") if event["event"] == "RunStarted"]
-    assert started["facts"]["precision"] == "bf16"
+    assert started["facts"]["device"].endswith(", bf16")
     result = json.loads((directory / "result.json").read_text())
     assert result["splits"]["test"]["accuracy"] > 0.6
     assert 0 < result["seconds"]["prefix"] < result["seconds"]["train"]

@@ -130,7 +130,7 @@ class Trained:
 
 def train(directory: Path, name: str, num_ranks: int, *options: str) -> Any:
     place = ("--run.dir", str(directory / "runs"), "--run.name", name, "--data.cache_dir", str(directory / "cache"))
-    return run_ranks(num_ranks, "-m", "agnews_dist.train", *SHORT, *STEPS, *place, *options)
+    return run_ranks(num_ranks, "-m", "agnews_dist.train", *SHORT, *STEPS, *place, "--verbose", *options)
 
 
 def read_result(run: Path) -> dict[str, Any]:
@@ -269,5 +269,5 @@ def test_a_split_that_is_left_out_is_neither_read_nor_scored(imbalanced: Path) -
     run = imbalanced / "runs" / "none"
     assert list(read_result(run)) == ["validation"]
     assert not (run / "predictions-test.jsonl").exists()
-    assert "76 train, 9 validation\n" in done.stdout
+    assert "76 train, 9 validation; 3 classes\n" in done.stdout
     assert AutoConfig.from_pretrained(run / "model").id2label == dict(enumerate(sorted(CLASS_COUNTS)))

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from agnews_dist.events import Progress, StepDone
+from agnews_dist.events import Emit, Event, Progress, StepDone
 
 
 def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -15,6 +15,16 @@ def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """
     events = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
     return [event for event in events if kind is None or event["event"] == kind]
+
+
+def recorder(events: list[Event]) -> Emit:
+    """Return an `Emit` that appends to `events` all but the progress, which depends on the speed of the machine."""
+
+    def record(event: Event) -> None:
+        if not isinstance(event, Progress):
+            events.append(event)
+
+    return record
 
 
 class Clock:

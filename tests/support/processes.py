@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ SHARED = Path(os.environ.get("AGNEWS_SHARED", REPOSITORY.parent / "shared"))
 """Real AG News rows, tokenizer and a small GPT-2; tests that need them skip where this folder is absent."""
 TIMEOUT = 300.0
 """Seconds until a child counts as hanging: the longest takes 30 on two busy cores. pytest's own limit is three times that."""
+
+TERMINAL = {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "NO_COLOR": "", "JPY_PARENT_PID": "", "COLUMNS": "", "LINES": ""}
+"""Variables of a child with a terminal, whatever the test's own process has. The size is the terminal's own."""
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -50,11 +54,11 @@ def torchrun(num_ranks: int, *arguments: str, check: bool = True, timeout: float
     return _run([*command, *without_report(arguments)], check=check, timeout=timeout, stdin=None, extra=extra)
 
 
-def in_a_terminal(*arguments: str, timeout: float = TIMEOUT, **extra: str) -> str:
+def in_a_terminal(*arguments: str, columns: int = 80, timeout: float = TIMEOUT, **extra: str) -> str:
     """Return what python with `arguments` writes to a terminal, escape sequences included; the exit code must be 0."""
     ours, theirs = pty.openpty()
-    env = environment(TERM="xterm-256color", LC_ALL="C.UTF-8", **extra)
-    env.pop("NO_COLOR", None)
+    termios.tcsetwinsize(theirs, (50, columns))
+    env = environment(**{**TERMINAL, **extra})
     process = subprocess.Popen(
         [sys.executable, *without_report(arguments)],
         stdin=subprocess.DEVNULL,

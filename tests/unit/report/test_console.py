@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import rich.console
 from support.events import Clock, make_progress, make_step
+from support.processes import TIMEOUT, wait_until
 
 from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.evaluation.metrics import compute_scores
@@ -20,6 +22,7 @@ from agnews_dist.events import (
     ClassScores,
     EvalDone,
     Event,
+    Loading,
     NonFinite,
     OverfitChecked,
     Predicted,
@@ -32,7 +35,9 @@ from agnews_dist.events import (
     StoppedEarly,
     Warned,
 )
-from agnews_dist.report.console import create_console
+from agnews_dist.report import console
+from agnews_dist.report.console import Verbosity, create_console
+from agnews_dist.report.display_streams import LIVE_LINES
 from agnews_dist.report.plain import PlainLines
 from agnews_dist.report.terminal import TerminalDisplay
 
@@ -71,13 +76,22 @@ OTHERS: list[Event] = [
 SAVED = CheckpointSaved(path="runs/x/checkpoints/step-00000040", step=40, num_bytes=85_432_100, stall=0.0123, seconds=2.5)
 
 
-def render(*events: Event, terminal: bool, width: int = 80, every_step: bool = False, clock: Clock | None = None) -> str:
+def render(
+    *events: Event,
+    terminal: bool,
+    width: int = 80,
+    verbosity: Verbosity = "normal",
+    every_step: bool = False,
+    clock: Clock | None = None,
+) -> str:
     out = io.StringIO()
     inner = rich.console.Console(file=out, force_terminal=terminal, width=width, _environ={"TERM": "xterm-256color"})
-    with closing(create_console(inner, every_step=every_step, clock=clock or Clock())) as console:
-        assert type(console) is (TerminalDisplay if terminal else PlainLines)
+    # Without the thread of `Console`, which would read the test's clock.
+    display = create_console(inner, verbosity=verbosity, every_step=every_step, clock=clock or Clock()).display
+    assert type(display) is (TerminalDisplay if terminal else PlainLines)
+    with closing(display):
         for event in events:
-            console(event)
+            display(event)
     return out.getvalue() if not terminal else ANSI.sub("", out.getvalue())
 
 
@@ -87,7 +101,7 @@ def terminal(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 def test_header_has_facts_parts_and_totals(terminal: bool) -> None:
-    text = render(STARTED, terminal=terminal)
+    text = render(STARTED, terminal=terminal, verbosity="verbose")
     for expected in ("ranks", "2 (gloo)", "[red]local[/red] rows", "embeddings", "block 11", "7,087,872", "3,076"):
         assert expected in text
     # Totals, added by hand.
@@ -96,7 +110,7 @@ def test_header_has_facts_parts_and_totals(terminal: bool) -> None:
 
 
 def test_evaluation_has_scores_and_each_class(terminal: bool) -> None:
-    text = render(EVALUATED, terminal=terminal)
+    text = render(EVALUATED, terminal=terminal, verbosity="verbose")
     for expected in ("epoch 2 validation", "accuracy 0.5714", "macro F1 0.5333", "loss 0.4321", "1:15", "[b]Sports"):
         assert expected in text
     if terminal:
@@ -106,8 +120,37 @@ def test_evaluation_has_scores_and_each_class(terminal: bool) -> None:
     else:
         assert "precision/recall: World 0.600/0.750, [b]Sports 0.500/0.333, Business -/-" in text
         assert "(4 of 7)" in text
-    assert "epoch 2, step 750 validation" in render(dataclasses.replace(EVALUATED, step=750), terminal=terminal)
+    assert "epoch 2, step 750 validation" in render(
+        dataclasses.replace(EVALUATED, step=750), terminal=terminal, verbosity="verbose"
+    )
     assert "epoch" not in render(dataclasses.replace(EVALUATED, split="test", epoch=0), terminal=terminal)
+
+
+def test_evaluation_in_a_training_is_one_line_without_verbose() -> None:
+    text = render(EVALUATED, dataclasses.replace(EVALUATED, is_best=True), terminal=False)
+    line = "epoch 2 validation: accuracy 0.5714 (4 of 7), macro F1 0.5333, loss 0.4321, 1:15"
+    assert [each[9:] for each in text.splitlines()] == [line, f"{line}, the best so far"]
+
+
+def test_header_has_ten_facts_unless_verbose(terminal: bool) -> None:
+    facts = {f"fact{number:02}": f"value {number}" for number in range(12)}
+    started = dataclasses.replace(STARTED, facts=facts)
+    for verbosity, expected in (("normal", 10), ("verbose", 12)):
+        text = render(started, terminal=terminal, verbosity=verbosity)
+        assert re.findall(r"(fact\d\d) +value", text) == list(facts)[:expected]
+        assert ("7,087,872" in text) == (verbosity == "verbose")
+
+
+@pytest.mark.parametrize(("width", "num_lines"), [(80, 10), (119, 10), (120, 5), (200, 5)])
+def test_terminal_header_has_two_columns_if_there_is_room(width: int, num_lines: int) -> None:
+    facts = {f"fact{number}": f"value {number}" for number in range(10)}
+    lines = render(dataclasses.replace(STARTED, facts=facts), terminal=True, width=width).splitlines()
+    assert max(map(len, lines)) == width
+    rows = [re.findall(r"fact\d", line) for line in lines if "fact" in line]
+    names = list(facts)
+    assert rows == (
+        [[name] for name in names] if num_lines == 10 else [list(pair) for pair in zip(names[:5], names[5:], strict=True)]
+    )
 
 
 def many_classes(num_classes: int) -> EvalDone:
@@ -177,13 +220,12 @@ def test_text_from_data_is_printed_without_markup(terminal: bool) -> None:
 def test_warnings_are_yellow_unless_NO_COLOR() -> None:
     def raw_output(environ: dict[str, str]) -> str:
         out = io.StringIO()
-        create_console(rich.console.Console(file=out, force_terminal=True, _environ={"TERM": "xterm-256color", **environ}))(
-            Warned(message="careful")
-        )
+        terminal = rich.console.Console(file=out, force_terminal=True, _environ={"TERM": "xterm-256color", **environ})
+        create_console(terminal).display(Warned(message="careful"))
         return out.getvalue()
 
     assert "\x1b[33mwarning: careful" in raw_output({})
-    assert "\x1b[3" not in raw_output({"NO_COLOR": "1"})
+    assert re.fullmatch(r"\d\d:\d\d:\d\d warning: careful\n", raw_output({"NO_COLOR": "1"}))
 
 
 @pytest.mark.parametrize("environ", [{"TERM": "dumb"}, {"TERM": "unknown"}])
@@ -197,7 +239,7 @@ def test_a_dumb_terminal_gets_plain_lines(environ: dict[str, str]) -> None:
 
 
 def test_plain_lines_have_a_time_and_no_control_codes() -> None:
-    text = render(STARTED, make_step(1), EVALUATED, *OTHERS, DONE, terminal=False, width=20)
+    text = render(STARTED, make_step(1), EVALUATED, *OTHERS, DONE, terminal=False, width=20, verbosity="verbose")
     lines = text.splitlines()
     assert len(lines) > 10
     assert "\x1b" not in text
@@ -254,7 +296,7 @@ def test_step_line_has_means_over_20_steps() -> None:
         events.append(make_step(number, loss=0.3 if late else 9.0, num_tokens=4000 if late else 1, seconds=0.5))
         sink(events[-1])
     last = out.getvalue().splitlines()[-1]
-    assert "step  40/100  epoch 1  mean loss 0.3000  lr 1.00e-03  grad norm 2  8,000 tokens/s" in last
+    assert "step  40/100  epoch 1  mean loss 0.3000  lr 1.00e-03  grad norm 2  8,000 tokens/s  64 examples/s  memory " in last
     # 60 steps remain, at 2 s each by the clock: time between steps counts too.
     assert last.endswith("ETA 2:00")
 
@@ -281,7 +323,7 @@ def test_plain_task_of_unknown_total_counts_and_can_be_repeated() -> None:
         clock.now += 1
         sink(Progress(task="reading", done=done, total=0))
     assert re.findall(r"reading: (\d+) after ([\d.:]+)", out.getvalue()) == [
-        ("10", "10.0"), ("20", "20.0"), ("40", "40.0"), ("80", "1:20"),
+        ("4", "4.0"), ("8", "8.0"), ("16", "16.0"), ("32", "32.0"), ("64", "1:04"),
     ]  # fmt: skip
     for _ in range(2):
         sink(Progress(task="scoring", done=0, total=5))
@@ -294,12 +336,12 @@ def test_terminal_task_has_a_bar_and_a_line_if_long() -> None:
     clock = Clock()
     out = io.StringIO()
     inner = rich.console.Console(file=out, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"})
-    with closing(create_console(inner, clock=clock)) as console:
+    with closing(create_console(inner, clock=clock).display) as console:
         for done in (0, 50, 100):
             console(Progress(task="tokenising", done=done, total=100))
             clock.now += 10
         text = ANSI.sub("", out.getvalue())
-        assert re.search(r"tokenising 50/100 +[^\w]+ +50% +ETA 10.0 s", text)
+        assert re.search(r"tokenising [^\w]+ 50% 50/100 +ETA 00:10", text)
         assert "tokenising: 100 done in 20.0 s" in text
         for done in (0, 100):
             console(Progress(task="short", done=done, total=100))
@@ -310,45 +352,44 @@ def test_terminal_task_has_a_bar_and_a_line_if_long() -> None:
 def test_plain_task_with_a_unit_has_rate_and_eta(unit: str) -> None:
     clock = Clock()
     out = io.StringIO()
-    sink = PlainLines(out, seconds_between_lines=30.0, clock=clock)
+    sink = PlainLines(out, clock=clock)
     for done in range(0, 6_200_001, 40_000):
         sink(make_progress(done, unit=unit))
         clock.now += 1.0
     lines = [line[9:] for line in out.getvalue().splitlines()]
     if unit:
         assert lines == [
-            "frozen prefix: 1,200,000/6,200,000 tokens (19%) after 30.0 s, 40,000 tokens/s, ETA 2:05",
-            "frozen prefix: 2,400,000/6,200,000 tokens (39%) after 1:00, 40,000 tokens/s, ETA 1:35",
-            "frozen prefix: 4,800,000/6,200,000 tokens (77%) after 2:00, 40,000 tokens/s, ETA 35.0 s",
+            "frozen prefix: 160,000/6,200,000 tokens (3%) after 4.0 s, 40,000 tokens/s, ETA 2:31",
+            "frozen prefix: 320,000/6,200,000 tokens (5%) after 8.0 s, 40,000 tokens/s, ETA 2:27",
+            "frozen prefix: 640,000/6,200,000 tokens (10%) after 16.0 s, 40,000 tokens/s, ETA 2:19",
+            "frozen prefix: 1,280,000/6,200,000 tokens (21%) after 32.0 s, 40,000 tokens/s, ETA 2:03",
+            "frozen prefix: 2,560,000/6,200,000 tokens (41%) after 1:04, 40,000 tokens/s, ETA 1:31",
+            "frozen prefix: 5,120,000/6,200,000 tokens (83%) after 2:08, 40,000 tokens/s, ETA 27.0 s",
             "frozen prefix: 6,200,000 tokens done in 2:35, 40,000 tokens/s",
         ]
     else:
-        assert lines == [
-            "frozen prefix: 1,200,000/6,200,000 (19%) after 30.0 s",
-            "frozen prefix: 2,400,000/6,200,000 (39%) after 1:00",
-            "frozen prefix: 4,800,000/6,200,000 (77%) after 2:00",
-            "frozen prefix: 6,200,000 done in 2:35",
-        ]
+        assert lines[0] == "frozen prefix: 160,000/6,200,000 (3%) after 4.0 s"
+        assert lines[-1] == "frozen prefix: 6,200,000 done in 2:35"
 
 
 def test_terminal_task_with_a_unit_has_rate_and_eta() -> None:
     clock = Clock()
     out = io.StringIO()
     inner = rich.console.Console(file=out, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"})
-    with closing(create_console(inner, clock=clock)) as console:
+    with closing(create_console(inner, clock=clock).display) as console:
         console(make_progress(0))
-        assert not re.search(r"ETA|/s", out.getvalue())
+        assert re.search(r"frozen prefix [^\w]+ 0% 0/6,200,000 tokens *$", ANSI.sub("", out.getvalue()), re.MULTILINE)
         clock.now += 30.0
         console(make_progress(1_200_000))
         text = ANSI.sub("", out.getvalue())
-        assert re.search(r"frozen prefix +[^\w]+ +19% +ETA 2:05 *\s+1,200,000/6,200,000 tokens  40,000 tokens/s", text)
+        assert re.search(r"frozen prefix [^\w]+ 19% 1,200,000/6,200,000 40,000 tokens/s ETA 02:05", text)
         clock.now += 125.0
         console(make_progress(6_200_000))
         assert "frozen prefix: 6,200,000 tokens done in 2:35, 40,000 tokens/s" in ANSI.sub("", out.getvalue())
         console(Progress(task="rows", done=1, total=0, unit="rows"))
         clock.now += 2.0
         console(Progress(task="rows", done=4_001, total=0, unit="rows"))
-        assert re.search(r"rows *\s+4,001 rows  2,000 rows/s", ANSI.sub("", out.getvalue()))
+        assert re.search(r"rows [^\w]+ 4,001 2,000 rows/s", ANSI.sub("", out.getvalue()))
 
 
 def test_task_that_was_already_done_has_no_rate(terminal: bool) -> None:
@@ -363,12 +404,12 @@ def test_terminal_redraws_at_most_ten_times_per_second() -> None:
     clock = Clock()
     out = io.StringIO()
     inner = rich.console.Console(file=out, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"})
-    with closing(create_console(inner, clock=clock)) as console:
+    with closing(create_console(inner, clock=clock).display) as console:
         console(dataclasses.replace(STARTED, num_steps=2000))
         for number in range(1, 1001):
             clock.now += 0.001
             console(make_step(number))
-        drawn = re.findall(r"step +(\d+)/2000", ANSI.sub("", out.getvalue()))
+        drawn = re.findall(r" (\d+)/2,000", ANSI.sub("", out.getvalue()))
     assert 9 <= len(drawn) <= 12
 
 
@@ -388,3 +429,102 @@ def test_empty_events_are_printed(terminal: bool) -> None:
 def test_a_long_path_is_one_line(terminal: bool) -> None:
     path = "/data/" + "directory/" * 12 + "model"
     assert path in render(RunDone(facts={}, paths={"model": path}), terminal=terminal)
+
+
+class SetClock(Clock):
+    """A clock that the console's thread reads; `read` is set after that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = threading.Event()
+
+    def __call__(self) -> float:
+        if threading.current_thread() is not threading.main_thread():
+            self.read.set()
+        return super().__call__()
+
+
+def test_console_shows_a_phase_that_takes_long_without_an_event(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "TICK_SECONDS", 0.01)
+    out, clock = io.StringIO(), SetClock()
+    inner = rich.console.Console(file=out, force_terminal=terminal, width=80, _environ={"TERM": "xterm-256color"})
+    with closing(create_console(inner, clock=clock)) as sink:
+        sink(Loading(program="agnews_dist 1", what="PyTorch"))
+        first = out.getvalue()
+        assert first.count("\n") == 1
+        clock.now += 3.0
+        assert clock.read.wait(TIMEOUT)
+        assert out.getvalue() == first, "short phases have no line"
+        clock.now += 1.0
+        assert wait_until(lambda: out.getvalue() != first)
+        shown = ANSI.sub("", out.getvalue()[len(first) :])
+    assert re.search(r"load PyTorch [^\w]+ 4\.0 s" if terminal else r"load PyTorch: 4\.0 s so far\n$", shown)
+
+
+def test_quiet_console_shows_warnings_and_results(terminal: bool) -> None:
+    out = io.StringIO()
+    inner = rich.console.Console(file=out, force_terminal=terminal, width=120, _environ={"TERM": "xterm-256color"})
+    scored = dataclasses.replace(EVALUATED, split="test", epoch=0)
+    with closing(create_console(inner, verbosity="quiet", clock=Clock())) as sink:
+        for event in (
+            STARTED,
+            make_progress(0),
+            make_step(1),
+            EVALUATED,
+            SAVED,
+            *OTHERS,
+            Warned(message="careful"),
+            scored,
+            DONE,
+        ):
+            sink(event)
+    text = ANSI.sub("", out.getvalue())
+    kept = ("warning: careful", "step 7 skipped its update", "test: 1,600 rows without labels", "runs/x/model", "World")
+    assert [words for words in kept if words not in text] == []
+    for words in ("ranks", "step 1/", "step   1", "epoch 2", "checkpoint", "resumed", "overfit", "trace.json"):
+        assert words not in text
+
+
+def test_terminal_keeps_the_latest_evaluations_and_marks_the_best() -> None:
+    first = render(STARTED, EVALUATED, terminal=True).splitlines()
+    assert [line.split()[-1] for line in first[-2:]] == ["time", "1:15"], "a start may resume at an evaluation"
+    scored = [dataclasses.replace(EVALUATED, step=10 * number, is_best=number in (1, 3)) for number in range(1, 9)]
+    text = render(STARTED, make_step(1), *scored, terminal=True)
+    lines = text[text.rindex("epoch  step") :].splitlines()
+    assert [re.sub(" +", " ", line.strip()) for line in lines] == [
+        "epoch step split accuracy macro F1 loss time",
+        "2 30 validation 0.5714 0.5333 0.4321 1:15 best",
+        *(f"2 {step} validation 0.5714 0.5333 0.4321 1:15" for step in (50, 60, 70, 80)),
+        "loss ▁ 0.5000 4,000 tokens/s 128 examples/s",
+    ]
+
+
+def test_live_display_has_the_figures_of_a_training() -> None:
+    clock = Clock()
+    out = io.StringIO()
+    inner = rich.console.Console(file=out, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"})
+    with closing(create_console(inner, clock=clock).display) as display:
+        display.measure_memory = lambda: 1_234_000_000
+        display(STARTED)
+        for number in range(1, 11):
+            clock.now += 2.0
+            display(make_step(number, loss=1 / number))
+            if number == 4:
+                display(SAVED)
+        live = ANSI.sub("", out.getvalue()).splitlines()[-3:]
+    assert re.fullmatch(r"train [━╸╺]+ +10% 10/100 0\.5 steps/s ETA 03:00", live[0][live[0].rindex("train") :])
+    assert live[1:] == [
+        "loss █▄▃▂▂▂▁▁▁▁ 0.2929  4,000 tokens/s  128 examples/s",
+        "epoch 1  lr 1.00e-03  grad norm 2  memory 1.2 GB  checkpoint 12 s ago",
+    ]
+
+
+def test_live_display_has_a_bounded_height() -> None:
+    out = io.StringIO()
+    inner = rich.console.Console(file=out, force_terminal=True, width=80, _environ={"TERM": "xterm-256color"})
+    with closing(create_console(inner, clock=Clock()).display) as display:
+        for event in (STARTED, make_step(1), *[EVALUATED] * 9, make_step(2), make_progress(1), EVALUATED):
+            display(event)
+    moves = re.findall(r"(?:\x1b\[1A)+", out.getvalue().replace("\x1b[2K", ""))
+    heights = [len(up) // len("\x1b[1A") + 1 for up in moves]
+    assert 1 < max(heights) <= LIVE_LINES

@@ -95,7 +95,7 @@ def test_scores_are_fields_of_the_line_in_their_place(tmp_path: Path) -> None:
     (line,) = read_events(tmp_path / "events.jsonl")
     assert list(line) == [
         "event", "time", "split", "epoch", "step", "num_examples", "num_correct", "accuracy", "macro_f1", "loss", "confusion",
-        "class_names", "num_classes", "classes", "seconds",
+        "class_names", "num_classes", "classes", "seconds", "is_best",
     ]  # fmt: skip
 
 

@@ -1,9 +1,11 @@
-"""StepProgress and TaskProgress: rates and time left."""
+"""StepProgress and LossHistory: time left, and the losses of a whole training as a sparkline."""
+
+import math
 
 import pytest
-from support.events import Clock, make_progress, make_step
+from support.events import Clock, make_step
 
-from agnews_dist.report.progress import StepProgress, TaskProgress
+from agnews_dist.report.progress import SPARKLINE_WIDTH, LossHistory, StepProgress
 
 
 def test_eta_needs_two_steps_and_a_total() -> None:
@@ -18,45 +20,31 @@ def test_eta_needs_two_steps_and_a_total() -> None:
         assert found == expected
 
 
-def test_rate_excludes_work_of_the_first_report() -> None:
-    clock = Clock()
-    progress = TaskProgress(make_progress(5_000_000), clock)
-    progress.add(make_progress(5_000_000))
-    clock.now += 10.0
-    progress.add(make_progress(5_400_000))
-    assert (progress.rate, progress.eta) == (40_000.0, 20.0)
-    clock.now += 20.0
-    progress.add(make_progress(6_200_000))
-    assert progress.format_line() == "frozen prefix: 6,200,000 tokens done in 30.0 s, 40,000 tokens/s"
+def test_sparkline_draws_the_losses_between_their_extremes() -> None:
+    history = LossHistory()
+    assert history.draw() == ""
+    for loss in (8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0):
+        history.add(loss)
+    assert history.draw() == "█▇▆▅▄▃▂▁"
+    for loss in (math.nan, math.inf):
+        history.add(loss)
+    assert history.draw() == "█▇▆▅▄▃▂▁", "a loss that is not finite has no height"
 
 
-def test_rate_excludes_work_reported_at_once() -> None:
-    clock = Clock()
-    progress = TaskProgress(make_progress(0), clock)
-    for done in (0, 1_000_000, 5_000_000):
-        progress.add(make_progress(done))
-        assert (progress.rate, progress.eta) == (None, None)
-        clock.now += 0.01
-    # Without later work there is still no rate.
-    clock.now += 9.99
-    assert (progress.rate, progress.eta) == (None, None)
-    progress.add(make_progress(5_400_000))
-    assert progress.rate == pytest.approx(40_000, rel=0.01)
-    assert progress.eta == pytest.approx(20, rel=0.01)
-    clock.now += 20.0
-    # The last reports may also come at once.
-    for done in (6_000_000, 6_200_000):
-        progress.add(make_progress(done))
-    assert progress.rate == pytest.approx(40_000, rel=0.01)
+@pytest.mark.parametrize("num_steps", [1, 20, 21, 399, 100_000])
+def test_sparkline_covers_the_whole_training(num_steps: int) -> None:
+    history = LossHistory()
+    for step in range(num_steps):
+        history.add(num_steps - step)
+    drawn = history.draw()
+    assert min(num_steps, SPARKLINE_WIDTH // 2) <= len(drawn) <= SPARKLINE_WIDTH
+    assert list(drawn) == sorted(drawn, reverse=True)
+    if num_steps > 1:
+        assert (drawn[0], drawn[-1]) == ("█", "▁")
 
 
-def test_rate_needs_a_tenth_of_a_second() -> None:
-    clock = Clock()
-    progress = TaskProgress(make_progress(0), clock)
-    found: list[float | None] = []
-    # At 1/16 s the start of the rate still moves; 1/16 s later too little time has passed. Binary fractions are exact.
-    for done in (0, 10, 20, 30, 40):
-        progress.add(make_progress(done))
-        found.append(progress.rate)
-        clock.now += 1 / 16
-    assert found == [None, None, None, 160.0, 160.0]
+def test_sparkline_of_equal_losses_is_flat() -> None:
+    history = LossHistory()
+    for _ in range(3):
+        history.add(0.5)
+    assert history.draw() == "▁▁▁"

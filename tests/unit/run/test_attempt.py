@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.events import recorder
 
 from agnews_dist.config.schema import CheckpointConfig, Config, EngineConfig, RunConfig
 from agnews_dist.distributed.world import World
@@ -39,14 +40,15 @@ class FakePreemptionHandler:
 
 
 class FakeSink:
-    """Records events, and whether it was closed."""
+    """Records events but progress, and whether it was closed."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.is_closed = False
+        self._record = recorder(self.events)
 
     def __call__(self, event: Event) -> None:
-        self.events.append(event)
+        self._record(event)
 
     def close(self) -> None:
         """Record the call."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.events import recorder
 from support.toy import toy_classifier, toy_split
 
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader
@@ -94,7 +95,7 @@ class Run:
             class_names=("a", "b", "c", "d"),
         )
         settings = replace(settings, **changes or {})
-        monitors = Monitors(self.events.append, self.timer, self.preemption)
+        monitors = Monitors(recorder(self.events), self.timer, self.preemption)
         self.trainer = Trainer(self.classifier, self.engine, loader, settings, monitors)
         self.timer.seconds["prefix"] = 0.5
         self.trainer.use_features(uncached_features(self.classifier.prefix))
@@ -114,7 +115,7 @@ class Run:
             CheckpointSettings(keep=9, every_steps=every_steps, every_minutes=None),
             metadata={"precision": self.engine.precision},
             log=self._log,
-            emit=self.events.append,
+            emit=recorder(self.events),
             **self._options,
         )
         with closing(manager):
@@ -414,6 +415,7 @@ def test_start_after_an_early_stop_trains_no_further_and_a_larger_patience_does(
     first.fit(worsening(first, 4))
     again = resume(tmp_path, changes={**STOPPING, "epochs": 9})
     again.fit(worsening(again, 4))
+    assert [event.is_best for event in first.events if isinstance(event, EvalDone)] == [True] * 4 + [False] * 3
     assert (steps_of(again), again.trainer.step) == ([], 7)
     assert [type(event) for event in again.events] == [StoppedEarly]
     patient = resume(tmp_path, changes={**STOPPING, "patience": 5})
