@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -84,6 +85,23 @@ def versions() -> Mapping[str, str]:
             if package != "deepspeed":
                 found[package] = "unknown"
     return found
+
+
+def find_commit() -> str:
+    """Return the git commit of this package if it runs from a checkout, with `changed` if files differ; else `none`."""
+    root = Path(agnews_dist.__file__).parents[1]
+    if not (root / ".git").exists():
+        return "none"
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=5
+            ).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return f"{commit}, changed" if changes else commit
 
 
 def write_json(path: Path, obj: Mapping[str, object]) -> None:

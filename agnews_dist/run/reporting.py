@@ -156,8 +156,7 @@ def write_report(
         analysis = _analyse(run, load_rows, details, frozen, limits or {}, kept or {}, max_seconds=max_seconds)
     else:
         analysis = kept
-    path = write_page(build_page(run, details, analysis), run.directory)
-    return path
+    return write_page(build_page(run, details, analysis), run.directory)
 
 
 def _analyse(

@@ -55,7 +55,7 @@ def write_results(
 
     def write() -> None:
         monitors.emit(begin_phase("write the results"))
-        paths = {"model": str(directory / "model"), "result": str(directory / "result.json")}
+        paths: Mapping[str, str] = {"model": str(directory / "model"), "result": str(directory / "result.json")}
         paths |= {f"{name} predictions": str(write_predictions(directory, name, split)) for name, split in split_scores.items()}
         seconds = monitors.timer.totals()
         efficiency, num_tokens = trainer.totals.tally.efficiency, trainer.totals.tally.real
@@ -106,7 +106,7 @@ def write_results(
         # Before the other ranks exit with 0, and before the report, without which the run is complete.
         attempt.finish(trainer.step, trainer.end_reason)
         if (page := report(directory, monitors.emit)) is not None:
-            paths["report"] = str(page)
+            paths = {"report": str(page), **paths}
         monitors.emit(RunDone(facts=facts, paths=paths))
 
     outcome = collectives.catch(write) if engine.world.is_main else None

@@ -8,6 +8,7 @@ from agnews_dist.engine.memory import Estimate, format_estimate
 from agnews_dist.errors import count_noun
 from agnews_dist.events import RunStarted, Warned, begin_phase
 from agnews_dist.features.manager import FeatureCache
+from agnews_dist.report.result_files import find_commit
 from agnews_dist.run.attempt import Attempt
 from agnews_dist.run.setup import TrainingInputs, plan_settings
 
@@ -46,6 +47,7 @@ def log_summary(
         "tokens": f"{'cached' if inputs.store.was_cached else 'made now'}, at most {config.data.max_length} per text",
         "loss": loss_text(config.optim, loader),
         "seed": str(config.run.seed),
+        "commit": find_commit() if engine.world.is_main else "",
     }
     emit(RunStarted(facts=facts, parameters=inputs.parameters, num_steps=num_steps))
     warnings = [
