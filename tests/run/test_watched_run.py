@@ -188,6 +188,7 @@ def test_every_part_of_a_training_is_a_phase(tmp_path: Path) -> None:
         "score test",
         "write the results",
         "export the model",
+        "write the report",
     ]
 
 
@@ -204,6 +205,7 @@ def test_training_in_a_notebook(tmp_path: Path) -> None:
     assert "\x1b" not in str(outputs) + repr(outputs).replace("\\x1b", "\x1b")
     assert {output.get("name") for output in outputs} == {"stdout"}, outputs
     trained, evaluated = ("".join(output.text for output in cell.outputs) for cell in notebook.cells)
-    assert read_plain(trained) == PLAIN
+    report, begin = " report runs/news/report.html", PLAIN.index(f" {PATHS[0]}")
+    assert read_plain(trained) == [*PLAIN[:begin], report, *PLAIN[begin:]]
     (line,) = read_plain(evaluated.replace("\r\n", "\n"))
     assert line.startswith(f"test: {SCORES}; precision/recall: World 0/0, Sports 0/0, ")
