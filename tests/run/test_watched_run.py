@@ -8,11 +8,11 @@ import termios
 from pathlib import Path
 
 import nbformat
+import pyte
 import pytest
 from nbclient import NotebookClient
 from support import fork_server
 from support.processes import TERMINAL, environment
-from support.screen import Screen
 
 SIZES = ("--data.limit_train", "960", "--data.limit_validation", "50", "--data.limit_test", "50")
 DATA = ("--data.source", "synthetic", *SIZES, "--data.cache_dir", "cache")
@@ -101,13 +101,18 @@ def train_in_a_terminal(directory: Path, columns: int) -> str:
     return content.decode()
 
 
+def read_screen(written: str, columns: int) -> str:
+    """Return what a person sees after a program has written this."""
+    screen = pyte.Screen(columns, 200)
+    pyte.Stream(screen).feed(written)
+    return "\n".join(line.rstrip() for line in screen.display)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", [80, 200])
 def test_training_in_a_terminal(tmp_path: Path, columns: int) -> None:
     written = train_in_a_terminal(tmp_path, columns)
-    screen = Screen(columns)
-    screen.write(written)
-    lines = mask("\n".join(screen.lines))
+    lines = mask(read_screen(written, columns))
     columns_of_facts = [FACTS] if columns == 80 else [FACTS[:5], FACTS[5:]]
     facts = [f"│ {' '.join(row)} │" for row in zip(*columns_of_facts, strict=True)]
     frame = "─" * (columns - 2)
@@ -129,10 +134,7 @@ def test_training_in_a_terminal(tmp_path: Path, columns: int) -> None:
     ]
     # The live display after the first evaluation, before it is erased for the next one.
     ends = [found.start() for found in re.finditer(r"\r\x1b\[2K\x1b\[1A", written)]
-    screens = [Screen(columns) for _ in ends]
-    for screen, end in zip(screens, ends, strict=True):
-        screen.write(written[:end])
-    live = next(lines for screen in screens if BEST in (lines := mask("\n".join(screen.lines))))
+    live = next(lines for end in ends if BEST in (lines := mask(read_screen(written[:end], columns))))
     state = "epoch 0 lr 0 grad norm 0 memory 0 MB checkpoint 0 ago"
     rates = "loss ▆ 0 0 tokens/s 0 examples/s"
     figures = [rates, state] if columns == 80 else [f"{rates} {state}"]
