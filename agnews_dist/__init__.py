@@ -7,6 +7,7 @@ A part imports only parts below it:
     __main__.py    command line: agnews-dist COMMAND, python -m agnews_dist COMMAND, torchrun -m agnews_dist COMMAND
     train.py       entry of `torchrun -m agnews_dist.train`
     commands/      one module per command (train, evaluate, predict, prepare, plan, doctor, cache, restarts, schema)
+    api/           the package from Python: fit, load, a whole training as a function
     preflight/     checks before a job: machine, disks, hub, memory, network, ranks
     run/           one run: objects from settings, directory, resume, status, results
     training/      the loop: steps, optimizer, checkpoints, best weights, diagnostics

@@ -47,7 +47,7 @@ def write_results(
     """Write predictions, result.json and the model of a training, on rank 0, and record that it is finished. Collective."""
     directory, monitors = attempt.directory, attempt.monitors
     peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
-    scores = _select_scored(split_scores)
+    scores = select_scored(split_scores)
 
     def write() -> None:
         paths = {"model": str(directory / "model"), "result": str(directory / "result.json")}
@@ -106,7 +106,7 @@ def write_results(
     collectives.raise_if_any_failed(outcome)
 
 
-def _select_scored(splits: Mapping[str, SplitScores]) -> dict[str, Scores]:
+def select_scored(splits: Mapping[str, SplitScores]) -> dict[str, Scores]:
     """Return the scores of the splits that have labels."""
     return {name: split.scores for name, split in splits.items() if split.scores is not None}
 
@@ -121,7 +121,7 @@ def _export(
         dataset=config.data.source,
         class_names=inputs.class_names,
         max_length=config.data.max_length,
-        splits=_select_scored(split_scores),
+        splits=select_scored(split_scores),
         parameters=inputs.parameters,
         settings=weight_settings(config),
         versions=versions(),
@@ -155,7 +155,7 @@ def write_scores(
         directory.mkdir(parents=True, exist_ok=True)
         path = write_predictions(directory, name, split)
         result = Result(
-            splits=_select_scored({name: split}),
+            splits=select_scored({name: split}),
             num_steps=0,
             num_ranks=engine.world.num_ranks,
             seconds=Seconds(**timer.totals()),

@@ -1,0 +1,109 @@
+"""A whole training: text in, a classifier that Hugging Face loads out. The command and `fit` call it.
+
+start     open the process group; from here on a signal to any rank stops all
+load      claim the run's directory, find its checkpoint, load model and tokens; an error on any rank is raised on all
+train     global batches; after every epoch or some steps, score the validation split and keep the best weights; checkpoints
+finish    restore the best weights, score the test split once, write result.json, export
+"""
+
+import time
+from collections.abc import Collection, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from agnews_dist import training
+from agnews_dist.config.schema import Config
+from agnews_dist.distributed import collectives
+from agnews_dist.distributed.preemption import PreemptionHandler
+from agnews_dist.distributed.world import World
+from agnews_dist.engine.device import check_compiler
+from agnews_dist.engine.memory import Estimate, estimate
+from agnews_dist.events import Scores
+from agnews_dist.preflight.memory_check import check_fits
+from agnews_dist.run import setup
+from agnews_dist.run.attempt import Attempt
+from agnews_dist.run.engine_setup import start_training_engine
+from agnews_dist.run.hub_inputs import fetch_inputs, list_requests
+from agnews_dist.run.memory_setup import build_memory_setup
+from agnews_dist.run.results import select_scored, write_results
+from agnews_dist.run.summary import log_summary
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training that has ended."""
+
+    directory: Path
+    """Directory of the run, on rank 0."""
+    scores: Mapping[str, Scores]
+    """Split -> scores of the best weights, for the splits with labels; the same on every rank."""
+
+
+def train(
+    world: World,
+    config: Config,
+    *,
+    preemption: PreemptionHandler,
+    accept: Collection[str] = (),
+    profile: bool = False,
+    start: float | None = None,
+) -> Trained:
+    """Train, evaluate and export one classifier. Collective.
+
+    Args:
+        world: this rank.
+        config: all settings.
+        preemption: started handler of stops.
+        accept: settings that may differ from those of the checkpoint to resume from.
+        profile: write a torch.profiler trace.
+        start: `time.perf_counter()` when the run began; None: now.
+
+    Raises:
+        UserError: anything that the user can fix.
+        Stopped: the run was asked to stop before its end.
+    """
+    timer = training.StageTimer(time.perf_counter() if start is None else start)
+    engine = start_training_engine(config, world, preemption)
+    with Attempt(config, engine, preemption, accept=accept, timer=timer) as attempt:
+        monitors = attempt.monitors
+        attempt.claim()
+        fetch_inputs(partial(list_requests, config), world, monitors.emit)
+
+        def load() -> tuple[Estimate, setup.TrainingInputs]:
+            check_compiler(config.engine.compile)
+            files = setup.read_model_files(config.model, config.data)
+            shape, sizes = build_memory_setup(config, world, files.config)
+            check_fits(shape, sizes, world)
+            is_checked = attempt.has_checked_export
+            found = setup.load_training_inputs(config, world, monitors.emit, timer, files, has_checked_export=is_checked)
+            return estimate(shape, replace(sizes, num_classes=len(found.class_names))), found
+
+        memory, inputs = collectives.raise_if_any_failed(collectives.catch(load))
+        attempt.begin(inputs.fingerprints)
+        tables = setup.place_inputs(config, inputs, engine)
+        loader = setup.build_loader(config, inputs.classifier, tables["train"], world)
+        features = setup.open_features(config, inputs, tables, engine, requested=attempt.requested_place())
+        loader.owner_N = features.owner_N
+        log_summary(config, engine, inputs, loader, features, memory=memory, attempt=attempt)
+        setup.check_first_step(config, inputs.classifier, tables["train"], loader, engine, monitors.emit)
+        trainer = setup.build_trainer(config, inputs, engine, loader, monitors)
+        setup.build_features(features, loader, monitors)
+        trainer.use_features(features.source("train"))
+        evaluate = setup.build_evaluation(inputs, tables, engine, features, monitors)
+        checkpoints = attempt.open_checkpoints(trainer, inputs.fingerprints, features.choice.place)
+        has_profile = profile and world.is_main
+        with (
+            closing(checkpoints),
+            training.profile_steps(has_profile, attempt.directory, engine.device, trainer.num_steps, monitors.emit) as on_step,
+        ):
+            trainer.fit(lambda: evaluate("validation"), checkpoints, on_step)
+
+        trainer.best.restore()
+        scores = {"validation": trainer.best.scores}
+        if "test" in tables:
+            scores["test"] = evaluate("test")
+            monitors.emit(scores["test"].to_event("test", trainer.best.epoch, inputs.class_names, step=trainer.best.step))
+        write_results(config, engine, inputs, features, trainer, scores, attempt=attempt)
+        return Trained(attempt.directory, select_scored(scores))
