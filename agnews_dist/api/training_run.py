@@ -7,7 +7,7 @@ finish    restore the best weights, score the test split once, write result.json
 """
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,12 +15,13 @@ from pathlib import Path
 
 from agnews_dist import training
 from agnews_dist.config.schema import Config
+from agnews_dist.data.corpus import ReadRows
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import check_compiler
 from agnews_dist.engine.memory import Estimate, estimate
-from agnews_dist.events import Scores
+from agnews_dist.events import Emit, Scores
 from agnews_dist.preflight.memory_check import check_fits
 from agnews_dist.run import setup
 from agnews_dist.run.attempt import Attempt
@@ -48,6 +49,8 @@ def train(
     preemption: PreemptionHandler,
     accept: Collection[str] = (),
     profile: bool = False,
+    sinks: Sequence[Emit] = (),
+    read_given: ReadRows | None = None,
     start: float | None = None,
 ) -> Trained:
     """Train, evaluate and export one classifier. Collective.
@@ -58,6 +61,8 @@ def train(
         preemption: started handler of stops.
         accept: settings that may differ from those of the checkpoint to resume from.
         profile: write a torch.profiler trace.
+        sinks: functions that get every event of the run on rank 0.
+        read_given: reads rows that were given in Python; `data.source` is IN_MEMORY then.
         start: `time.perf_counter()` when the run began; None: now.
 
     Raises:
@@ -66,10 +71,10 @@ def train(
     """
     timer = training.StageTimer(time.perf_counter() if start is None else start)
     engine = start_training_engine(config, world, preemption)
-    with Attempt(config, engine, preemption, accept=accept, timer=timer) as attempt:
+    with Attempt(config, engine, preemption, accept=accept, timer=timer, sinks=sinks) as attempt:
         monitors = attempt.monitors
         attempt.claim()
-        fetch_inputs(partial(list_requests, config), world, monitors.emit)
+        fetch_inputs(partial(list_requests, config, has_data=read_given is None), world, monitors.emit)
 
         def load() -> tuple[Estimate, setup.TrainingInputs]:
             check_compiler(config.engine.compile)
@@ -77,7 +82,9 @@ def train(
             shape, sizes = build_memory_setup(config, world, files.config)
             check_fits(shape, sizes, world)
             is_checked = attempt.has_checked_export
-            found = setup.load_training_inputs(config, world, monitors.emit, timer, files, has_checked_export=is_checked)
+            found = setup.load_training_inputs(
+                config, world, monitors.emit, timer, files, has_checked_export=is_checked, read_given=read_given
+            )
             return estimate(shape, replace(sizes, num_classes=len(found.class_names))), found
 
         memory, inputs = collectives.raise_if_any_failed(collectives.catch(load))

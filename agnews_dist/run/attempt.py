@@ -7,7 +7,7 @@ the work, the other ranks get the results.
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
@@ -23,10 +23,10 @@ from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.slurm import identify_job, is_restarted
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, Stopped, UserError
-from agnews_dist.events import Event, Resumed, Warned
+from agnews_dist.events import Emit, Event, Resumed, Warned
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.report import trainer_status
-from agnews_dist.report.console import Sinks, create_console
+from agnews_dist.report.console import Observer, Sinks, create_console
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.result_files import versions
 from agnews_dist.run.directory import LOCK_SECONDS, RunDirectory, is_in_use, new_names
@@ -50,9 +50,17 @@ class Attempt:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, preemption: PreemptionHandler, *, accept: Collection[str], timer: StageTimer
+        self,
+        config: Config,
+        engine: Engine,
+        preemption: PreemptionHandler,
+        *,
+        accept: Collection[str],
+        timer: StageTimer,
+        sinks: Sequence[Emit] = (),
     ) -> None:
-        """Prepare a start. `accept`: the settings that may differ from the checkpoint's."""
+        """Prepare a start. `accept`: the settings that may differ from the checkpoint's; `sinks`: see `Observer`."""
+        self._observers = sinks
         self._config, self._engine, self._preemption, self._accept = config, engine, preemption, accept
         self._settings = {**weight_settings(config), "engine.precision": engine.precision}
         self._sinks = Sinks()
@@ -290,6 +298,8 @@ class Attempt:
         self._stack.enter_context(self._sinks)
         if self._engine.world.is_main:
             self._sinks.add(create_console(every_step=self._config.run.debug))
+            for function in self._observers:
+                self._sinks.add(Observer(function, self._sinks))
             if os.environ.get(trainer_status.URL):
                 self._sinks.add(trainer_status.TrainerStatus(os.environ, self._sinks))
         return self
