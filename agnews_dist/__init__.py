@@ -24,7 +24,38 @@ A part imports only parts below it:
     events.py      everything that a run reports
     errors.py      errors that the user can fix
 
-docs/method.md explains the method, docs/reading.md lists eight files to read first. Importing this package loads nothing heavy.
+docs/method.md explains the method, docs/reading.md lists eight files to read first, docs/python.md describes the names below.
+Importing this package loads nothing heavy: each name is imported when it is first used.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agnews_dist.api.finished_run import Run
+    from agnews_dist.api.fitting import fit
+    from agnews_dist.api.loaded_model import LoadedModel, Prediction, load
+
 __version__ = "0.1.0"
+__all__ = ["LoadedModel", "Prediction", "Run", "__version__", "fit", "load"]
+
+_MODULES = {
+    "fit": "agnews_dist.api.fitting",
+    "load": "agnews_dist.api.loaded_model",
+    "LoadedModel": "agnews_dist.api.loaded_model",
+    "Prediction": "agnews_dist.api.loaded_model",
+    "Run": "agnews_dist.api.finished_run",
+}
+"""Public name -> module that defines it."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

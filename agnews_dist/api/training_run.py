@@ -8,7 +8,7 @@ finish    restore the best weights, score the test split once, write result.json
 
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -71,7 +71,7 @@ def train(
     """
     timer = training.StageTimer(time.perf_counter() if start is None else start)
     engine = start_training_engine(config, world, preemption)
-    with Attempt(config, engine, preemption, accept=accept, timer=timer, sinks=sinks) as attempt:
+    with Attempt(config, engine, preemption, accept=accept, timer=timer, sinks=sinks) as attempt, ExitStack() as stack:
         monitors = attempt.monitors
         attempt.claim()
         fetch_inputs(partial(list_requests, config, has_data=read_given is None), world, monitors.emit)
@@ -92,6 +92,7 @@ def train(
         tables = setup.place_inputs(config, inputs, engine)
         loader = setup.build_loader(config, inputs.classifier, tables["train"], world)
         features = setup.open_features(config, inputs, tables, engine, requested=attempt.requested_place())
+        stack.callback(features.close)
         loader.owner_N = features.owner_N
         log_summary(config, engine, inputs, loader, features, memory=memory, attempt=attempt)
         setup.check_first_step(config, inputs.classifier, tables["train"], loader, engine, monitors.emit)

@@ -14,16 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from agnews_dist.api.named_settings import ACCEPTABLE
 from agnews_dist.commands.arguments import Command, HelpRequest, Loaded, Option, load
 from agnews_dist.commands.help import format_help
-from agnews_dist.config.fields import all_settings
 from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
 from agnews_dist.distributed.world import World, check_interfaces, detect_world, print_line
 from agnews_dist.errors import SharedError, Stopped, UserError
 from agnews_dist.report.display_streams import background_streams, open_missing_streams
 from agnews_dist.storage.directories import provide_home
 
-ACCEPTABLE = tuple(key for key, setting in all_settings().items() if setting.resume == "may be accepted")
 TRAINING_OPTIONS = (
     Option("--profile", "Write a torch.profiler trace.", bool, False),
     Option("--accept", "Settings that may differ on resume.", tuple[Literal[ACCEPTABLE], ...], ()),

@@ -141,10 +141,10 @@ def is_hub_id(source: str) -> bool:
 
 def _read(source: Source, seed: int, *, needs_label: bool) -> dict[str, RawRows]:
     """Read the rows of every split that is not left out; `needs_label`: all but test must have a label column."""
-    wanted = [name for name in SPLITS if not source.splits.is_left_out(name)]
     if source.read_given is not None:
         given = source.read_given()
-        return {name: given[name] for name in wanted if name in given}
+        return {name: given[name] for name in SPLITS if name in given}
+    wanted = [name for name in SPLITS if not source.splits.is_left_out(name)]
     if source.name == SYNTHETIC:
         return {name: _generate(name, seed) for name in wanted}
     if is_hub_id(source.name):

@@ -42,6 +42,9 @@ class GivenTable(Table):
         self.name, self.columns, self.row_labels, self.card_classes = name, tuple(columns), row_labels, class_names or {}
         self._num_rows, self._read = num_rows, read
 
+    def __len__(self) -> int:
+        return self._num_rows
+
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
         """Yield the rows; see `Table`. Their numbers are positions from 0."""
         check_unique(self.name, self.columns, wanted)
@@ -51,12 +54,15 @@ class GivenTable(Table):
             yield Chunk(columns, np.arange(begin, end, dtype=np.int32))
 
 
-def read_given(given: Mapping[str, object], columns: ColumnSettings, directory: Path | None = None) -> dict[str, RawRows]:
+def read_given(
+    given: Mapping[str, object], columns: ColumnSettings, splits: SplitSettings | None = None, directory: Path | None = None
+) -> dict[str, RawRows]:
     """Read and check the rows of every split.
 
     Args:
-        given: split -> rows; None: the caller gave none. train may hold several splits (a DatasetDict).
+        given: split -> rows; train may hold several splits (a DatasetDict).
         columns: see `ColumnSettings`.
+        splits: names of the splits of a DatasetDict, where they are not the usual ones.
         directory: place of texts beyond the memory.
 
     Raises:
@@ -64,7 +70,7 @@ def read_given(given: Mapping[str, object], columns: ColumnSettings, directory: 
     """
     tables: dict[str, list[Table]] = {}
     for split, rows in given.items():
-        for name, found in _open(split, rows).items() if rows is not None else ():
+        for name, found in _open(split, rows, splits or SplitSettings()).items():
             if name in tables:
                 raise DataError(f"{split}: the split {name!r} is there twice, in train and on its own. Leave one out.")
             tables[name] = found
@@ -87,14 +93,14 @@ def open_texts(texts: object) -> GivenTable:
     return GivenTable("texts", _PAIR[:1], len(values), lambda _, begin, end: values[begin:end], row_labels=_index_of(texts))
 
 
-def _open(split: str, rows: Any) -> dict[str, list[Table]]:
+def _open(split: str, rows: Any, splits: SplitSettings) -> dict[str, list[Table]]:
     """Return split -> tables."""
     if isinstance(rows, (str, Path)):
         return {split: _open_path(split, Path(rows))}
     if _is(rows, "datasets", "DatasetDict"):
         if split != "train":
             raise DataError(f"{split} is a DatasetDict: it holds several splits. Give one of them, {split}=splits[NAME].")
-        names = {name: SplitSettings().find(name, list(rows), split) for name in SPLIT_WORDS}
+        names = {name: splits.find(name, list(rows), split) for name in SPLIT_WORDS}
         return {name: [_open_dataset(name, rows[found])] for name, found in names.items() if found is not None}
     if _is(rows, "datasets", "Dataset"):
         return {split: [_open_dataset(split, rows)]}
