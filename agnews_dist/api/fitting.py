@@ -22,6 +22,7 @@ def fit(
     config: PathLike | Sequence[PathLike] | None = None,
     settings: Mapping[str, object] | None = None,
     sinks: Sequence[Emit] = (),
+    launch: int | None = None,
     **named: Any,
 ) -> Run:
     """Train a text classifier: fine-tune a GPT-2 on rows of texts and labels.
@@ -39,6 +40,8 @@ def fit(
         config: YAML files of settings; later ones override earlier ones, and all other arguments override files.
         settings: settings by dotted key: `{"optim.lr": 1e-3}`.
         sinks: functions that get every event (`agnews_dist.events`) on rank 0. An error in one does not end the run.
+        launch: processes on this machine that train together, as `torchrun --nproc_per_node`. None: this process. Under
+            torchrun every rank calls `fit`, without `launch` and with the same arguments.
         named: settings by name: `lr=1e-3`, `run__name="news"`. A name that several sections have needs its section. Also
             `debug=True`, `profile=True` and `accept=["optim.lr"]`, as of the command.
 
@@ -62,6 +65,7 @@ def fit(
             raise ConfigError(f"sinks={sinks!r}: each is a function that takes an event. Write sinks=[function].")
     # Late: wrong settings must not wait seconds for torch.
     from agnews_dist.api.in_process import TrainingJob, train_here
+    from agnews_dist.api.launching import train_on_ranks
     from agnews_dist.data.given_rows import read_given
     from agnews_dist.run.hub_inputs import split_settings
     from agnews_dist.run.setup import column_settings
@@ -74,7 +78,8 @@ def fit(
             read_given, given, column_settings(data), split_settings(data, hold_out=True), cache_root(data.cache_dir)
         )
     options = found.options
-    trained = train_here(TrainingJob(resolved, options["accept"], options["profile"], tuple(sinks), read))
+    job = TrainingJob(resolved, options["accept"], options["profile"], tuple(sinks), read)
+    trained = train_here(job) if launch is None else train_on_ranks(job, launch)
     return Run(trained.directory.absolute(), trained.scores)
 
 

@@ -86,7 +86,8 @@ def _train(world: World, job: TrainingJob, preemption: PreemptionHandler) -> Tra
         return error.original
     except Stopped as stopped:
         is_interrupt = isinstance(preemption, InterruptHandler) and preemption.is_interrupted
-        return (KeyboardInterrupt if is_interrupt else Stopped)(str(stopped))
+        # All ranks raise it together, and rank 0 knows what is saved.
+        return (KeyboardInterrupt if is_interrupt else Stopped)(collectives.all_gather(str(stopped))[0])
     except BaseException as error:
         if world.num_ranks == 1:
             collectives.close()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from support.sinks import Interrupt, Kill, WriteEvents
 
 from agnews_dist import Run, fit, load
 
@@ -140,6 +141,39 @@ def interrupted() -> dict[str, object]:
     return found
 
 
+def as_rank() -> dict[str, object]:
+    """Fit as a rank of a launcher: wrong rows first, then two trainings."""
+    found: dict[str, object] = {"rows": error_of(lambda: run("bad", ROWS.assign(label=None)))}
+    before = {name: value for name, value in snapshot().items() if name not in ("files", "threads")}
+    first, second = run("ranks"), run("ranks again")
+    after = snapshot()
+    found["changed"] = {name: (value, after[name]) for name, value in before.items() if value != after[name]}
+    found["runs"] = [str(first.directory), str(second.directory)]
+    found["scores"] = [each.scores["validation"].num_correct for each in (first, second)]
+    found["launch"] = error_of(lambda: run("bad", launch=2))
+    return found
+
+
+def launching() -> dict[str, object]:
+    """Launch ranks that are interrupted, continue, fail, and are killed."""
+
+    def own(event: object) -> None: ...
+
+    found: dict[str, object] = {}
+    before = snapshot()
+    found["interrupted"] = error_of(lambda: run("launched", launch=2, sinks=[Interrupt(os.getpid(), step=3)]))
+    found["saved"] = json.loads((FOLDER / "runs" / "launched" / "status.json").read_text())
+    found["run"] = repr(run("launched", launch=2, sinks=[WriteEvents(FOLDER / "events.txt")]))
+    found["failed"] = error_of(lambda: run("failed", launch=2, class_weights=[1, 2]))
+    found["killed"] = error_of(lambda: run("killed", launch=2, sinks=[Kill(step=2)]))
+    found["rows"] = error_of(lambda: run("bad", ROWS.assign(label=None), launch=2))
+    found["sinks"] = [error_of(lambda each=each: run("bad", launch=2, sinks=[each])) for each in (own, error_of)]
+    found["number"] = error_of(lambda: run("bad", launch=0))
+    after = snapshot()
+    found["changed"] = {name: (value, after[name]) for name, value in before.items() if value != after[name]}
+    return found
+
+
 if __name__ == "__main__":
-    function = {each.__name__: each for each in (in_one_process, interrupted)}[sys.argv[1]]
-    (FOLDER / f"{sys.argv[1]}.json").write_text(json.dumps(function(), default=str))
+    function = {each.__name__: each for each in (in_one_process, interrupted, as_rank, launching)}[sys.argv[1]]
+    (FOLDER / f"{sys.argv[1]}{os.environ.get('RANK', '')}.json").write_text(json.dumps(function(), default=str))

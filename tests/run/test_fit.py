@@ -40,6 +40,13 @@ def arguments(folder: Path, name: str) -> list[str]:
     return ["train", *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
 
 
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path) -> Path:
+    """The run that the command has trained on two ranks."""
+    fork_server.run_ranks(2, "-m", "agnews_dist", *arguments(folder, "two ranks"))
+    return folder / "runs" / "two ranks"
+
+
 def work(folder: Path, function: str) -> dict[str, Any]:
     """Run a function of fit_worker.py in a process; return what it found, and its output as `printed`."""
     done = fork_server.run_python(WORKER, function, str(folder), json.dumps(SETTINGS))
@@ -112,3 +119,34 @@ def test_an_interrupt_saves_a_checkpoint_from_which_the_same_call_continues(fold
     assert (found["saved"]["state"], found["saved"]["step"]) == ("preempted", 4)
     assert found["handler"]
     assert differences(folder / "runs" / "stopped", folder / "runs" / "command") == []
+
+
+def test_ranks_of_a_launcher_fit_together_as_the_command(folder, two_ranks):
+    fork_server.run_ranks(2, WORKER, "as_rank", str(folder), json.dumps(SETTINGS))
+    names = ["ranks", "ranks again"]
+    num_correct = json.loads((two_ranks / "result.json").read_text())["splits"]["validation"]["num_correct"]
+    for rank in (0, 1):
+        found = json.loads((folder / f"as_rank{rank}.json").read_text())
+        assert found["rows"].startswith("DataError: label is missing in 96 rows of train")
+        assert found["changed"] == {}
+        assert found["runs"] == [str(folder / "runs" / name) for name in names]
+        assert found["scores"] == [num_correct] * 2
+        assert found["launch"].startswith("ConfigError: launch=2: a launcher has started this process as a rank.")
+    assert [differences(folder / "runs" / name, two_ranks) for name in names] == [[], []]
+
+
+def test_launched_ranks_train_as_those_of_torchrun_and_raise_their_errors_here(folder, two_ranks):
+    found = work(folder, "launching")
+    assert found["interrupted"].startswith("KeyboardInterrupt: stopped (SIGINT) at step ")
+    assert found["saved"]["state"] == "preempted"
+    assert differences(folder / "runs" / "launched", two_ranks) == []
+    assert found["run"].startswith(f"Run('{folder}/runs/launched', validation accuracy ")
+    assert "Resumed" in (folder / "events.txt").read_text()
+    assert "step 10/10" in found["printed"]
+    assert found["failed"].startswith("ConfigError: optim.class_weights")
+    assert found["killed"].startswith("UserError: launch=2: rank 0 was ended by SIGKILL. ")
+    assert found["rows"].startswith("DataError: label is missing in 96 rows of train")
+    assert all(error.startswith("ConfigError: sinks ") for error in found["sinks"])
+    assert found["number"].startswith("ConfigError: launch=0: it takes a number of processes")
+    assert found["changed"] == {}
+    assert not (folder / "runs" / "bad").exists()
