@@ -52,7 +52,10 @@ _MODULES = {
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_MODULES[name]), name)
+    from agnews_dist.data.hugging_face import silence_imports
+
+    with silence_imports():
+        value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from agnews_dist.api.finished_run import Run
 from agnews_dist.api.named_settings import NamedSettings
+from agnews_dist.data.hugging_face import silence_imports
 from agnews_dist.errors import ConfigError
 from agnews_dist.events import Emit
+from agnews_dist.storage.directories import cache_root
 
 PathLike = str | os.PathLike[str]
 
@@ -64,12 +66,12 @@ def fit(
         if not callable(sink):
             raise ConfigError(f"sinks={sinks!r}: each is a function that takes an event. Write sinks=[function].")
     # Late: wrong settings must not wait seconds for torch.
-    from agnews_dist.api.in_process import TrainingJob, train_here
-    from agnews_dist.api.launching import train_on_ranks
-    from agnews_dist.data.given_rows import read_given
-    from agnews_dist.run.hub_inputs import split_settings
-    from agnews_dist.run.setup import column_settings
-    from agnews_dist.storage.directories import cache_root
+    with silence_imports():
+        from agnews_dist.api.in_process import TrainingJob, train_here
+        from agnews_dist.api.launching import train_on_ranks
+        from agnews_dist.data.given_rows import read_given
+        from agnews_dist.run.hub_inputs import split_settings
+        from agnews_dist.run.setup import column_settings
 
     read = None
     if given is not None:

@@ -55,15 +55,8 @@ def train(
 ) -> Trained:
     """Train, evaluate and export one classifier. Collective.
 
-    Args:
-        world: this rank.
-        config: all settings.
-        preemption: started handler of stops.
-        accept: settings that may differ from those of the checkpoint to resume from.
-        profile: write a torch.profiler trace.
-        sinks: functions that get every event of the run on rank 0.
-        read_given: reads rows that were given in Python; `data.source` is IN_MEMORY then.
-        start: `time.perf_counter()` when the run began; None: now.
+    `accept`: settings that may differ from the checkpoint's. `profile`: write a torch.profiler trace. `sinks`: get every event, on
+    rank 0. `read_given`: reads rows given in Python. `start`: `time.perf_counter()` at the run's begin; None: now.
 
     Raises:
         UserError: anything that the user can fix.
@@ -101,10 +94,10 @@ def train(
         trainer.use_features(features.source("train"))
         evaluate = setup.build_evaluation(inputs, tables, engine, features, monitors)
         checkpoints = attempt.open_checkpoints(trainer, inputs.fingerprints, features.choice.place)
-        has_profile = profile and world.is_main
+        profile = profile and world.is_main
         with (
             closing(checkpoints),
-            training.profile_steps(has_profile, attempt.directory, engine.device, trainer.num_steps, monitors.emit) as on_step,
+            training.profile_steps(profile, attempt.directory, engine.device, trainer.num_steps, monitors.emit) as on_step,
         ):
             trainer.fit(lambda: evaluate("validation"), checkpoints, on_step)
 
