@@ -34,10 +34,9 @@ from agnews_dist.run.summary import log_summary
 
 @dataclass(frozen=True)
 class Trained:
-    """A training that has ended."""
+    """A training that has ended. Only rank 0 knows the directory."""
 
     directory: Path
-    """Directory of the run, on rank 0."""
     scores: Mapping[str, Scores]
     """Split -> scores of the best weights, for the splits with labels; the same on every rank."""
 
@@ -55,7 +54,7 @@ def train(
 ) -> Trained:
     """Train, evaluate and export one classifier. Collective.
 
-    `accept`: settings that may differ from the checkpoint's. `profile`: write a torch.profiler trace. `sinks`: get every event, on
+    `accept`: settings that may differ from the checkpoint's. `profile`: write a torch.profiler trace. `sinks`: get all events of
     rank 0. `read_given`: reads rows given in Python. `start`: `time.perf_counter()` at the run's begin; None: now.
 
     Raises:
@@ -74,9 +73,9 @@ def train(
             files = setup.read_model_files(config.model, config.data)
             shape, sizes = build_memory_setup(config, world, files.config)
             check_fits(shape, sizes, world)
-            is_checked = attempt.has_checked_export
+            checked = attempt.has_checked_export
             found = setup.load_training_inputs(
-                config, world, monitors.emit, timer, files, has_checked_export=is_checked, read_given=read_given
+                config, world, monitors.emit, timer, files, has_checked_export=checked, read_given=read_given
             )
             return estimate(shape, replace(sizes, num_classes=len(found.class_names))), found
 
