@@ -54,7 +54,7 @@ def train(
 ) -> Trained:
     """Train, evaluate and export one classifier. Collective.
 
-    `accept`: settings that may differ from the checkpoint's. `profile`: write a torch.profiler trace. `sinks`: get all events of
+    `accept`: settings that may differ from the checkpoint's. `profile`: write a torch.profiler trace. `sinks`: get the events of
     rank 0. `read_given`: reads rows given in Python. `start`: `time.perf_counter()` at the run's begin; None: now.
 
     Raises:
