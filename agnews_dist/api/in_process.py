@@ -57,6 +57,8 @@ def train_here(job: TrainingJob) -> Trained:
         check_interfaces(os.environ, world)
         preemption.start()
         stack.callback(preemption.close)
+        if world.num_ranks == 1:
+            stack.callback(collectives.close, destroys_group=owns_group)
         outcome = _train(world, job, preemption)
         # Here no traceback keeps the model alive: DDP's wrapper must be gone before its process group is.
         collectives.close(destroys_group=owns_group)
@@ -88,12 +90,8 @@ def _train(world: World, job: TrainingJob, preemption: PreemptionHandler) -> Tra
         is_interrupt = isinstance(preemption, InterruptHandler) and preemption.is_interrupted
         # All ranks raise it together, and rank 0 knows what is saved.
         return (KeyboardInterrupt if is_interrupt else Stopped)(collectives.all_gather(str(stopped))[0])
-    except BaseException as error:
-        if world.num_ranks == 1:
-            collectives.close()
-        elif isinstance(error, UserError):
-            preemption.report_failure(str(error), is_own=True)
-        elif isinstance(error, Exception):
-            last = traceback.format_exception_only(error)[-1].strip()
-            preemption.report_failure(last, is_own=not isinstance(error, RuntimeError))
+    except Exception as error:
+        # The other ranks learn why this one ends. Collectives raise RuntimeError, perhaps because another rank failed first.
+        last = str(error) if isinstance(error, UserError) else traceback.format_exception_only(error)[-1].strip()
+        preemption.report_failure(last, is_own=not isinstance(error, RuntimeError))
         raise

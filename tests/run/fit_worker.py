@@ -136,6 +136,7 @@ def interrupted() -> dict[str, object]:
     found["early run"] = (FOLDER / "runs" / "early").exists()
     found["stopped"] = error_of(lambda: run("stopped", sinks=[interrupt_at("StepDone", 3)]))
     found["saved"] = json.loads((FOLDER / "runs" / "stopped" / "status.json").read_text())
+    found["other rows"] = error_of(lambda: run("stopped", ROWS[::-1]))
     found["handler"] = signal.getsignal(signal.SIGINT) is handler
     run("stopped")
     return found

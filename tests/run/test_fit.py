@@ -117,6 +117,7 @@ def test_an_interrupt_saves_a_checkpoint_from_which_the_same_call_continues(fold
     assert not found["early run"]
     assert found["stopped"].startswith("KeyboardInterrupt: stopped (SIGINT) at step 4, which is saved.")
     assert (found["saved"]["state"], found["saved"]["step"]) == ("preempted", 4)
+    assert "cannot be continued (the data (or data.max_length) had the fingerprint" in found["other rows"]
     assert found["handler"]
     assert differences(folder / "runs" / "stopped", folder / "runs" / "command") == []
 

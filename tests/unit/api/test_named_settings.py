@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from support.settings import write
 
-from agnews_dist.api.named_settings import NamedSettings
+from agnews_dist.api.named_settings import OPTIONS, NamedSettings
+from agnews_dist.commands.command import TRAINING_OPTIONS
 from agnews_dist.config.schema import Config
 from agnews_dist.errors import ConfigError
 
@@ -105,3 +106,7 @@ def test_debug_sets_what_the_flag_sets():
 
 def test_contradictions_are_reported():
     assert "engine.zero_stage 3 with engine.backend ddp" in errors_of(zero_stage=3)[0]
+
+
+def test_options_are_those_of_the_command():
+    assert {*OPTIONS} == {option.name.removeprefix("--") for option in TRAINING_OPTIONS} | {"debug"}
