@@ -54,8 +54,8 @@ def train(
 ) -> Trained:
     """Train, evaluate and export one classifier. Collective.
 
-    `accept`: settings that may differ from the checkpoint's. `profile`: write a torch.profiler trace. `sinks`: get the events of
-    rank 0. `read_given`: reads rows given in Python. `start`: `time.perf_counter()` at the run's begin; None: now.
+    `accept`: settings that may differ from the checkpoint's. `profile`: write a torch.profiler trace. `sinks`:
+    get rank 0's events. `read_given`: reads rows given in Python. `start`: `time.perf_counter()` at the run's begin; None: now.
 
     Raises:
         UserError: anything that the user can fix.

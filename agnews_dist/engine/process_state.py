@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from agnews_dist.engine.deepspeed import isolate_deepspeed
 from agnews_dist.engine.engine import isolate_accelerate
 
 
@@ -15,7 +16,7 @@ def keep_process_state() -> Generator[None]:
     """Restore at the end of the block what a run changes in it, however it ends.
 
     These are: environment variables, warning filters, torch's random state, deterministic algorithms, anomaly detection, TF32,
-    the number of threads, and what accelerate keeps per process.
+    the number of threads, and what accelerate and DeepSpeed keep per process.
     """
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -32,6 +33,7 @@ def keep_process_state() -> Generator[None]:
                 stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
         stack.callback(_remember_random_state())
         stack.enter_context(isolate_accelerate())
+        stack.enter_context(isolate_deepspeed())
         yield
 
 

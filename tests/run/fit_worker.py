@@ -142,6 +142,13 @@ def interrupted() -> dict[str, object]:
     return found
 
 
+def with_deepspeed() -> dict[str, object]:
+    """Fit under DeepSpeed twice, then without it."""
+    found = {f"error {i}": error_of(lambda i=i: run(f"deepspeed {i}", backend="deepspeed")) for i in range(2)}
+    run("after deepspeed")
+    return found
+
+
 def as_rank() -> dict[str, object]:
     """Fit as a rank of a launcher: wrong rows first, then two trainings."""
     found: dict[str, object] = {"rows": error_of(lambda: run("bad", ROWS.assign(label=None)))}
@@ -176,5 +183,5 @@ def launching() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    function = {each.__name__: each for each in (in_one_process, interrupted, as_rank, launching)}[sys.argv[1]]
+    function = {each.__name__: each for each in (in_one_process, interrupted, with_deepspeed, as_rank, launching)}[sys.argv[1]]
     (FOLDER / f"{sys.argv[1]}{os.environ.get('RANK', '')}.json").write_text(json.dumps(function(), default=str))

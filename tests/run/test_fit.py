@@ -122,6 +122,14 @@ def test_an_interrupt_saves_a_checkpoint_from_which_the_same_call_continues(fold
     assert differences(folder / "runs" / "stopped", folder / "runs" / "command") == []
 
 
+def test_fits_under_deepspeed_do_not_depend_on_each_other(folder):
+    pytest.importorskip("deepspeed")
+    found = work(folder, "with_deepspeed")
+    assert (found["error 0"], found["error 1"]) == ("none", "none")
+    assert differences(folder / "runs" / "deepspeed 0", folder / "runs" / "deepspeed 1") == []
+    assert differences(folder / "runs" / "after deepspeed", folder / "runs" / "command") == []
+
+
 def test_ranks_of_a_launcher_fit_together_as_the_command(folder, two_ranks):
     fork_server.run_ranks(2, WORKER, "as_rank", str(folder), json.dumps(SETTINGS))
     names = ["ranks", "ranks again"]
