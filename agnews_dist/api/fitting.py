@@ -62,9 +62,8 @@ def fit(
     found.add_named({} if settings is None else settings, has_options=False)
     found.add_named(named)
     resolved = found.build()
-    for sink in sinks:
-        if not callable(sink):
-            raise ConfigError(f"sinks={sinks!r}: each is a function that takes an event. Write sinks=[function].")
+    if callable(sinks) or not all(map(callable, sinks)):
+        raise ConfigError(f"sinks={sinks!r}: it takes a list of functions, which get every event. Write sinks=[function].")
     # Late: wrong settings must not wait seconds for torch.
     with silence_imports():
         from agnews_dist.api.in_process import TrainingJob, train_here

@@ -1,7 +1,7 @@
 """The processes of `fit(launch=N)`: the launcher, and the ranks that it starts.
 
 python -m agnews_dist.api.launched launcher FOLDER N
-python -m agnews_dist.api.launched rank FOLDER        (by torch's elastic launcher)
+python -m agnews_dist.api.launched rank FOLDER         by torch's elastic launcher
 """
 
 import os
@@ -59,8 +59,9 @@ def run_rank(folder: Path) -> int:
         if rank == 0:
             _write(folder / RESULT, trained)
     except Exception as error:
-        is_bug = not isinstance(error, (UserError, Stopped))
-        _write(folder / ERROR.format(rank), (type(error), traceback.format_exc() if is_bug else str(error)))
+        is_explained = isinstance(error, (UserError, Stopped))
+        failure = (type(error), str(error)) if is_explained else (RuntimeError, traceback.format_exc())
+        _write(folder / ERROR.format(rank), failure)
         return 0 if isinstance(error, Stopped) else 1
     return 0
 

@@ -91,6 +91,14 @@ def test_test_rows_need_no_labels():
     assert (corpus_of(train=frame(NAMES), test=pd.DataFrame({"text": TEXTS[:3]})).splits["test"].labels == -1).all()
 
 
+def test_columns_are_those_of_the_settings():
+    rows = pd.DataFrame({"kind": NAMES, "head": TEXTS, "body": [None, *TEXTS[1:]], 7: NUMBERS})
+    settings = ColumnSettings(text=("head", "body"), label="7", separator=": ")
+    found = read_given({"train": rows}, settings)["train"]
+    assert list(found.texts)[:2] == [TEXTS[0], f"{TEXTS[1]}: {TEXTS[1]}"]
+    assert found.values == (2, 0, 1)
+
+
 MISSING = [None, float("nan"), pd.NA, pd.NaT]
 BAD: Mapping[str, tuple[object, str]] = {
     "no label column": (pd.DataFrame({"text": TEXTS}), "train has no column that is usually the label (found: none, next to"),
