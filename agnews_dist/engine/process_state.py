@@ -13,10 +13,10 @@ from agnews_dist.engine.engine import isolate_accelerate
 
 @contextmanager
 def keep_process_state() -> Generator[None]:
-    """Restore at the end of the block what a run changes in it, however it ends.
+    """Begin the block with torch's defaults, and restore at its end what the program had and what a run changes.
 
-    These are: environment variables, warning filters, torch's random state, deterministic algorithms, anomaly detection, TF32,
-    the number of threads, and what accelerate and DeepSpeed keep per process.
+    These are: environment variables, warning filters, torch's random state, deterministic algorithms, anomaly detection, default
+    types, precision of matrix products, the number of threads, and what accelerate and DeepSpeed keep per process.
     """
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -27,10 +27,17 @@ def keep_process_state() -> Generator[None]:
             torch.are_deterministic_algorithms_enabled(),
             warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
         )
+        torch.use_deterministic_algorithms(False)
         stack.callback(torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled())
-        if torch.cuda.is_available():
-            for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-                stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
+        torch.autograd.set_detect_anomaly(False)
+        stack.enter_context(torch.enable_grad())
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
+        stack.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
         stack.callback(_remember_random_state())
         stack.enter_context(isolate_accelerate())
         stack.enter_context(isolate_deepspeed())

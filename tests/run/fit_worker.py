@@ -57,6 +57,7 @@ def snapshot() -> dict[str, object]:
         "warns only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "anomaly": [torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()],
         "torch": [torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()],
+        "precision": [torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32],
         "random": [str(torch.get_rng_state().tolist()), str(random.getstate()), str(np.random.get_state())],
         "group": torch.distributed.is_initialized(),
         "accelerate": [str(each._shared_state) for each in (AcceleratorState, GradientState, PartialState)],
@@ -85,7 +86,12 @@ def in_one_process() -> dict[str, object]:
     events: list[str] = []
     constants.HF_HUB_OFFLINE = False
     run("first")
+    # As another part of a program may leave them.
     torch.manual_seed(5)
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("medium")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_grad_enabled(False)
     before, found["frozen"] = snapshot(), gc.get_freeze_count()
 
     def check(what: str) -> None:
