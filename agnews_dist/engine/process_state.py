@@ -15,8 +15,8 @@ from agnews_dist.engine.engine import isolate_accelerate
 def keep_process_state() -> Generator[None]:
     """Begin the block with torch's defaults, and restore at its end what the program had and what a run changes.
 
-    These are: environment variables, warning filters, torch's random state, deterministic algorithms, anomaly detection, default
-    types, precision of matrix products, the number of threads, and what accelerate and DeepSpeed keep per process.
+    These are environment variables, warning filters, and what accelerate and DeepSpeed keep per process. Of torch: the random
+    state, deterministic algorithms, anomaly detection, default type, precision of matrix products, number of threads.
     """
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

@@ -144,7 +144,7 @@ def interrupted() -> dict[str, object]:
     found["saved"] = json.loads((FOLDER / "runs" / "stopped" / "status.json").read_text())
     found["other rows"] = error_of(lambda: run("stopped", ROWS[::-1]))
     found["handler"] = signal.getsignal(signal.SIGINT) is handler
-    run("stopped")
+    found["continued"] = error_of(lambda: run("stopped"))
     return found
 
 

@@ -119,6 +119,7 @@ def test_an_interrupt_saves_a_checkpoint_from_which_the_same_call_continues(fold
     assert (found["saved"]["state"], found["saved"]["step"]) == ("preempted", 4)
     assert "cannot be continued (the data (or data.max_length) had the fingerprint" in found["other rows"]
     assert found["handler"]
+    assert found["continued"] == "none"
     assert differences(folder / "runs" / "stopped", folder / "runs" / "command") == []
 
 
