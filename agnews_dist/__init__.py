@@ -7,6 +7,7 @@ A part imports only parts below it:
     __main__.py    command line: agnews-dist COMMAND, python -m agnews_dist COMMAND, torchrun -m agnews_dist COMMAND
     train.py       entry of `torchrun -m agnews_dist.train`
     commands/      one module per command (train, evaluate, predict, report, runs, plan and others)
+    api/           the package from Python: fit, load, a whole training as a function
     preflight/     checks before a job: machine, disks, hub, memory, network, ranks
     run/           one run: objects from settings, directory, resume, status, results
     training/      the loop: steps, optimizer, checkpoints, best weights, diagnostics
@@ -25,7 +26,41 @@ A part imports only parts below it:
     events.py      everything that a run reports
     errors.py      errors that the user can fix
 
-docs/method.md explains the method, docs/reading.md lists eight files to read first. Importing this package loads nothing heavy.
+docs/method.md explains the method, docs/reading.md lists eight files to read first, docs/python.md describes the names below.
+Importing this package loads nothing heavy: each name is imported when it is first used.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agnews_dist.api.finished_run import Run
+    from agnews_dist.api.fitting import fit
+    from agnews_dist.api.loaded_model import LoadedModel, Prediction, load
+
 __version__ = "0.1.0"
+__all__ = ["LoadedModel", "Prediction", "Run", "__version__", "fit", "load"]
+
+_MODULES = {
+    "fit": "agnews_dist.api.fitting",
+    "load": "agnews_dist.api.loaded_model",
+    "LoadedModel": "agnews_dist.api.loaded_model",
+    "Prediction": "agnews_dist.api.loaded_model",
+    "Run": "agnews_dist.api.finished_run",
+}
+"""Public name -> module that defines it."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from agnews_dist.data.hugging_face import silence_imports
+
+    with silence_imports():
+        value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

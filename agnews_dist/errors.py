@@ -30,10 +30,17 @@ class ModelError(UserError):
 class SharedError(UserError):
     """An error that all ranks raise together, so that none waits for another; rank 0 prints it with the rank that had it."""
 
-    def __init__(self, message: str, rank: int, exit_code: int = 1) -> None:
+    def __init__(self, message: str, rank: int, exit_code: int = 1, kind: type[UserError] | None = None) -> None:
+        """`rank`: the one that had the error; `kind`: the class of its error, if it was not this one."""
         super().__init__(message)
         self.rank = rank
         self.exit_code = exit_code
+        self.kind = kind
+
+    @property
+    def original(self) -> UserError:
+        """The error as its rank had it."""
+        return self if self.kind is None else self.kind(str(self))
 
 
 class AlreadyFinished(SharedError):  # noqa: N818

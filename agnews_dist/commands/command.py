@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from agnews_dist import __version__
+from agnews_dist.api.named_settings import ACCEPTABLE
 from agnews_dist.commands.arguments import Command, HelpRequest, Loaded, Option, load
 from agnews_dist.commands.help import format_help
-from agnews_dist.config.fields import all_settings
 from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
 from agnews_dist.distributed.world import World, check_interfaces, detect_world, print_line
 from agnews_dist.errors import SharedError, Stopped, UserError, shorten
@@ -29,7 +29,6 @@ from agnews_dist.storage.directories import provide_home
 if TYPE_CHECKING:
     from agnews_dist.report.console import Console
 
-ACCEPTABLE = tuple(key for key, setting in all_settings().items() if setting.resume == "may be accepted")
 QUIET = Option("--quiet", "Show only warnings, errors and results.", bool, False)
 VERBOSE = Option("--verbose", "Show every fact, class and checkpoint.", bool, False)
 TRAINING_OPTIONS = (

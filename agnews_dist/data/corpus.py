@@ -1,6 +1,6 @@
 """The corpus of a source: checked splits of the hub, local files or synthetic text, with held-out validation and limits."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +18,15 @@ from agnews_dist.errors import DataError
 
 SYNTHETIC = "synthetic"
 """Source that needs neither file nor network (synthetic.py)."""
+IN_MEMORY = "in_memory"
+"""Name of a source whose rows were given in Python (given_rows.py). They are not on disk."""
 SYNTHETIC_ROWS = {"train": 4_000, "validation": 500, "test": 500}
 _STREAMS = {"hold out": 0, "train": 1, "validation": 2, "test": 3}
 """Random streams of one seed, so that the choices are independent."""
+
+
+ReadRows = Callable[[], Mapping[str, RawRows]]
+"""Reader of the rows of some splits."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Source:
     """Names of the classes in index order, or one name of a file with them; None: from the data."""
     cache_dir: Path | None = None
     """Place of texts that do not fit in memory."""
+    read_given: ReadRows | None = None
+    """Reader of rows that were given in Python; the name is IN_MEMORY then."""
 
 
 def load_corpus(
@@ -109,6 +117,11 @@ def check_source(source: str) -> None:
         raise DataError(
             "data.source is empty: it must name the data. Set it to a path, a hub id such as fancyzhx/ag_news or synthetic."
         )
+    if source == IN_MEMORY:
+        raise DataError(
+            f"data.source {IN_MEMORY}: the rows were given in Python and were not kept. Give them to fit again, or set "
+            "--data.source to a file of them."
+        )
     if source != SYNTHETIC and is_local_path(source) and not exists(Path(source)):
         raise DataError(
             f"data.source {source!r} does not exist: no such path from {Path.cwd()}. Correct it, or set --data.source to a hub "
@@ -128,6 +141,9 @@ def is_hub_id(source: str) -> bool:
 
 def _read(source: Source, seed: int, *, needs_label: bool) -> dict[str, RawRows]:
     """Read the rows of every split that is not left out; `needs_label`: all but test must have a label column."""
+    if source.read_given is not None:
+        given = source.read_given()
+        return {name: given[name] for name in SPLITS if name in given}
     wanted = [name for name in SPLITS if not source.splits.is_left_out(name)]
     if source.name == SYNTHETIC:
         return {name: _generate(name, seed) for name in wanted}

@@ -6,7 +6,8 @@ Nothing here uses the network. A copy may be incomplete: who reads it knows whic
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -74,6 +75,18 @@ def repository_folder(repository: Repository) -> Path:
 def choose(repository: Repository, directory: Path) -> None:
     """Make `find_directory` return this directory from now on: another job may update the cache while this one reads."""
     _chosen[repository] = directory
+
+
+@contextmanager
+def keep_choices() -> Generator[None]:
+    """Begin the block without choices of `choose`, and restore those of before at its end."""
+    before = dict(_chosen)
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        _chosen.clear()
+        _chosen.update(before)
 
 
 def find_directory(repository: Repository) -> Path | None:

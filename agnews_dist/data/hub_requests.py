@@ -6,14 +6,14 @@ library holds for all of it (resolving a name has none, and an answer may come b
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from agnews_dist.data.hub_cache import Repository
+from agnews_dist.data.hub_cache import Repository, keep_choices
 from agnews_dist.errors import count_noun, shorten
 
 ASK_SECONDS = 10.0
@@ -30,6 +30,8 @@ _CHUNK_BYTES = 1 << 18
 """Bytes of a download that are written at once. The library's 10 MB would look like a stall on a slow line."""
 PREPARE = "Run 'python -m agnews_dist prepare' with a network and copy its HF_HOME"
 """Remedy where the hub cannot be reached."""
+LOGGERS = ("huggingface_hub", "httpx", "httpx2")
+"""Names under which the hub's library logs."""
 Notify = Callable[[str], None]
 """Takes a line about a wait."""
 
@@ -121,11 +123,34 @@ def silence() -> None:
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
 
-    for name in ("huggingface_hub", "httpx", "httpx2"):
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
         disable_progress_bars()
     constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
+@contextmanager
+def keep_hub_settings() -> Generator[None]:
+    """Reset at the end of the block what `silence`, `go_offline` and `choose` did in it: the process is another program's."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    offline, telemetry, has_bars = (
+        constants.HF_HUB_OFFLINE,
+        constants.HF_HUB_DISABLE_TELEMETRY,
+        not are_progress_bars_disabled(),
+    )
+    try:
+        with keep_choices():
+            yield
+    finally:
+        constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_TELEMETRY = offline, telemetry
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if has_bars and are_progress_bars_disabled():
+            enable_progress_bars()
 
 
 def endpoint() -> str:

@@ -5,6 +5,7 @@ exception types, from OSError to those of pyarrow and safetensors.
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 
@@ -22,6 +23,14 @@ def silence_transformers() -> Generator[None]:
         if library.is_progress_bar_enabled():
             stack.callback(library.enable_progress_bar)
         library.disable_progress_bar()
+        yield
+
+
+@contextmanager
+def silence_imports() -> Generator[None]:
+    """Hide tqdm's advice to install widgets, which every notebook gets that imports transformers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")
         yield
 
 

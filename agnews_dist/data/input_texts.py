@@ -61,7 +61,7 @@ class InputChunk:
 
     def locate(self, index: int) -> str:
         """Name a row for a message: `news.csv row 17`."""
-        return f"{self.table.name} {self.table.unit} {int(self.rows.row_N[self.begin + index])}"
+        return self.table.locate(int(self.rows.row_N[self.begin + index]))
 
 
 class InputTexts:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from agnews_dist.data.columns import Columns, ColumnSettings, find_columns, is_original
 from agnews_dist.data.formats.csv_file import CsvTable
-from agnews_dist.data.formats.table import Chunk, Table
+from agnews_dist.data.formats.table import Chunk, Table, locate_row
 from agnews_dist.data.texts import Texts, TextWriter
 from agnews_dist.errors import DataError, count_noun, shorten
 from agnews_dist.events import DataFinding
@@ -39,7 +39,7 @@ class Origin:
     """File and row number of N rows, so that an error can say `train.csv row 17`.
 
     Row numbers start at 1. In csv they count records without header and blank lines, in jsonl lines, in a json array elements.
-    Elsewhere they count rows.
+    Elsewhere they count rows. Those of rows in memory start at 0.
     """
 
     files: tuple[str, ...]
@@ -47,14 +47,17 @@ class Origin:
     file_N: NDArray[np.int32]
     """Indices into `files`."""
     row_N: NDArray[np.int32]
+    row_labels: tuple[Sequence[object] | None, ...] = ()
+    """By file: labels of its rows, see `Table.row_labels`; empty: no file has any."""
 
     def name(self, index: int) -> str:
         """Format the origin of one row: `train.csv row 17`."""
-        return f"{self.files[int(self.file_N[index])]} row {int(self.row_N[index])}"
+        file = int(self.file_N[index])
+        return locate_row(self.files[file], int(self.row_N[index]), self.row_labels[file] if self.row_labels else None)
 
     def take(self, ids: Ints) -> "Origin":
         """Select the rows `ids`, in that order."""
-        return Origin(self.files, self.file_N[ids], self.row_N[ids])
+        return Origin(self.files, self.file_N[ids], self.row_N[ids], self.row_labels)
 
     @staticmethod
     def of_file(name: str, num_rows: int) -> "Origin":
@@ -163,16 +166,16 @@ class TextChecker:
             DataError: the text has a character without UTF-8 bytes.
         """
         if not isinstance(text, str):
-            self._not_strings.append(f"{table.name} {table.unit} {number}: {quote_value(text)}")
+            self._not_strings.append(f"{table.locate(number)}: {quote_value(text)}")
             return b""
         if not text or text.isspace() or text == NULL or not text.strip(_INVISIBLE).strip():
-            self._blank.append(f"{table.name} {table.unit} {number}")
+            self._blank.append(table.locate(number))
             return b""
         try:
             return text.encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{table.name} {table.unit} {number} holds {text[error.start]!r}, half of a surrogate pair: it has no UTF-8 "
+                f"{table.locate(number)} holds {text[error.start]!r}, half of a surrogate pair: it has no UTF-8 "
                 "bytes to tokenise. Write the file again from the original text."
             ) from error
 
@@ -222,6 +225,7 @@ class _Reader:
         self._rows: list[NDArray[np.int32]] = []
         self._code_of: dict[tuple[type, LabelValue], int] = {}
         self._files: list[str] = []
+        self._row_labels: list[Sequence[object] | None] = []
         self._sizes: list[int] = []
         self._checker = TextChecker()
         self._first: tuple[Table, Columns] | None = None
@@ -250,6 +254,7 @@ class _Reader:
             self._add(table, columns, chunk)
             num_rows += len(chunk)
         self._files.append(table.name)
+        self._row_labels.append(table.row_labels)
         self._sizes.append(num_rows)
 
     def _add(self, table: Table, columns: Columns, chunk: Chunk) -> None:
@@ -274,7 +279,7 @@ class _Reader:
             return code
         if label is None or label in ("", NULL):
             return -1
-        where = f"{table.name} row {row}"
+        where = table.locate(row)
         if not isinstance(label, str | int):
             kind = A_DECIMAL if isinstance(label, float) else f"a {type(label).__name__}"
             raise DataError(
@@ -313,7 +318,7 @@ class _Reader:
             self._texts.finish(),
             values,
             np.concatenate(self._codes),
-            Origin(tuple(self._files), file_N, np.concatenate(self._rows)),
+            Origin(tuple(self._files), file_N, np.concatenate(self._rows), tuple(self._row_labels)),
             columns,
             table.class_names(columns.label) if columns.label is not None else None,
             is_original(table, columns),

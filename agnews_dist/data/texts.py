@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, overload
@@ -33,6 +33,10 @@ class _File:
     def read(self, begin: int, num_bytes: int) -> bytes:
         # Not mapped: pages that are read would count as this process's memory.
         return os.pread(self._file.fileno(), num_bytes, begin)
+
+    def read_all(self) -> bytes:
+        self._file.seek(0)
+        return self._file.read()
 
 
 class Texts(Sequence[str]):
@@ -66,6 +70,11 @@ class Texts(Sequence[str]):
         """Select the texts `ids`, in that order, without a copy of their bytes."""
         return Texts(self._content, self._begin_N[ids], self._end_N[ids])
 
+    def __reduce__(self) -> tuple[Callable[..., "Texts"], tuple[bytes, NDArray[np.int64], NDArray[np.int64]]]:
+        """Pickle the bytes themselves: a file without a name is of this process alone."""
+        content = self._content if isinstance(self._content, bytes) else self._content.read_all()
+        return _restore, (content, self._begin_N, self._end_N)
+
     @staticmethod
     def of(texts: Sequence[str]) -> "Texts":
         """Return the texts of a list."""
@@ -73,6 +82,15 @@ class Texts(Sequence[str]):
         for text in texts:
             writer.add(text.encode())
         return writer.finish()
+
+
+def _restore(content: bytes, begin_N: NDArray[np.int64], end_N: NDArray[np.int64]) -> Texts:
+    """Restore pickled texts; many are put into a file, as they were."""
+    if len(content) <= MEMORY_BYTES:
+        return Texts(content, begin_N, end_N)
+    writer = TextWriter()
+    writer.add(content)
+    return Texts(writer.finish()._content, begin_N, end_N)  # pyright: ignore[reportPrivateUsage]
 
 
 class TextWriter:

@@ -24,7 +24,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 
 from agnews_dist.distributed.coordinator import Store
 from agnews_dist.distributed.world import SPEAK_SECONDS, print_line
-from agnews_dist.errors import SharedError, UserError
+from agnews_dist.errors import AlreadyFinished, SharedError, UserError
 
 T = TypeVar("T")
 
@@ -271,12 +271,20 @@ def raise_if_any_failed(outcome: T | UserError) -> T:
     Raises:
         SharedError: on all ranks, if any rank failed; it has the message of the lowest such rank.
     """
-    failure = (str(outcome), outcome.exit_code) if isinstance(outcome, UserError) else None
+    failure = (str(outcome), outcome.exit_code, _class_of(outcome)) if isinstance(outcome, UserError) else None
     for rank, failed in enumerate(all_gather(failure)):
         if failed is not None:
-            raise SharedError(failed[0], rank, failed[1])
+            message, exit_code, kind = failed
+            raise SharedError(message, rank, exit_code, kind)
     assert not isinstance(outcome, UserError)
     return outcome
+
+
+def _class_of(error: UserError) -> type[UserError] | None:
+    """Return the class of an error that its message alone can make again."""
+    if isinstance(error, SharedError) and not isinstance(error, AlreadyFinished):
+        return error.kind
+    return type(error)
 
 
 def check_equal(fingerprints: Mapping[str, str]) -> None:
@@ -296,10 +304,13 @@ def check_equal(fingerprints: Mapping[str, str]) -> None:
             )
 
 
-def close() -> None:
-    """Destroy the process group, so that a normal end prints no warning about leaked resources."""
+def close(*, destroys_group: bool = True) -> None:
+    """Destroy the process group, so that a normal end prints no warning about leaked resources.
+
+    `destroys_group` False: it was there before the run, and only what belongs to the run ends.
+    """
     _Turnstile.store = None
-    if is_distributed():
+    if destroys_group and is_distributed():
         # gloo's thread drops the tensors of the last collective after it has woken us, and needs the interpreter lock for that.
         # DDP's reducer, if it outlives the group, joins that thread while it holds the lock (pytorch#56297). The pause releases
         # the lock. Without it one of three runs that ended right after a collective hung (torch 2.13).

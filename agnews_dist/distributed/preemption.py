@@ -53,8 +53,13 @@ def preempted_exit_code(environ: Mapping[str, str]) -> int:
 class PreemptionHandler:
     """The process's handler of stops and failures, from `start()` to `close()`; both are called in the main thread."""
 
-    def __init__(self, environ: Mapping[str, str], *, grace_seconds: float = 25.0) -> None:
-        """`grace_seconds`: time for the main thread to save and exit. torchrun kills after 30 s."""
+    def __init__(self, environ: Mapping[str, str], *, grace_seconds: float = 25.0, begin_time: float | None = None) -> None:
+        """Prepare. Call `start` next.
+
+        `grace_seconds`: time for the main thread to save and exit; torchrun kills after 30 s. `begin_time`: Unix time at which
+        the run began, for its own time limit; None: with the process.
+        """
+        self.begin_time = begin_time
         rank, size = (environ.get(name, "") for name in LAUNCHER_VARIABLES[:2])
         self._environ, self._grace_seconds = environ, grace_seconds
         self._num_ranks = int(size) if size.isdecimal() else 1

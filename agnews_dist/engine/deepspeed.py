@@ -7,8 +7,10 @@ AdamW), fp32 weights and autocast are ours, so DeepSpeed decides only where tens
 import importlib.util
 import math
 import os
+import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,8 @@ from agnews_dist.engine.deepspeed_config import ZeroOptions
 from agnews_dist.engine.strategy import MOMENTS, WEIGHT, Strategy
 from agnews_dist.errors import UserError
 
+_GROUPS = (("deepspeed.comm.comm", "cdb"), ("deepspeed.utils.groups", "_WORLD_GROUP"))
+"""(module, name) under which DeepSpeed 0.19 remembers the process group. It fails if that has been destroyed."""
 # Keys in DeepSpeed's optimizer state; None: the fp32 copy of the weight.
 _STATE_KEYS: dict[str, str | None] = {WEIGHT: None, **{moment: moment for moment in MOMENTS}}
 
@@ -51,6 +55,23 @@ def prepare_deepspeed(world: World, device: str) -> None:
 
     # Otherwise every start on a CPU compiles an extension for a minute, and fails without a compiler.
     getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def isolate_deepspeed() -> Generator[None]:
+    """Hide the groups that an imported DeepSpeed keeps per process inside the block, and restore them at the end."""
+    saved = {(module, name): getattr(sys.modules.get(module), name, None) for module, name in _GROUPS}
+    _set_groups(dict.fromkeys(_GROUPS))
+    try:
+        yield
+    finally:
+        _set_groups(saved)
+
+
+def _set_groups(values: Mapping[tuple[str, str], object]) -> None:
+    for (module, name), value in values.items():
+        if module in sys.modules:
+            setattr(sys.modules[module], name, value)
 
 
 def mark_leaf_blocks(suffix: nn.Module) -> None:

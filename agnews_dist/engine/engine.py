@@ -5,10 +5,13 @@ size. Its gradient accumulation, clipping and autocast stay off.
 """
 
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DeepSpeedPlugin,
     DistributedDataParallelKwargs,
@@ -108,9 +111,14 @@ class Engine:
             os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
         # Not accelerate's "cpu:0": moving memory-mapped weights there would copy them on every rank.
         self.device: torch.device = self._accelerator.device if use_cuda else torch.device("cpu")
-        if use_cuda:
-            torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-            torch.backends.cudnn.allow_tf32 = allow_tf32
+        self._allow_tf32 = allow_tf32
+        self.apply_tf32()
+
+    def apply_tf32(self) -> None:
+        """Set whether fp32 matrix products of this process may use TF32."""
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = self._allow_tf32
+            torch.backends.cudnn.allow_tf32 = self._allow_tf32
 
     @property
     def description(self) -> str:
@@ -174,6 +182,21 @@ class Engine:
         return DeepSpeedStrategy(
             world, module, suffix, optimizer, self.device, zero=zero, max_grad_norm=max_grad_norm, initial_loss_scale=scale
         )
+
+
+@contextmanager
+def isolate_accelerate() -> Generator[None]:
+    """Hide the state that accelerate keeps per process inside the block, and restore it at the end."""
+    shared = [each._shared_state for each in (PartialState, AcceleratorState, GradientState)]  # pyright: ignore[reportPrivateUsage]
+    saved = [dict(state) for state in shared]
+    for state in shared:
+        state.clear()
+    try:
+        yield
+    finally:
+        for state, before in zip(shared, saved, strict=True):
+            state.clear()
+            state.update(before)
 
 
 def choose_bucket_megabytes(num_bytes: int) -> int:

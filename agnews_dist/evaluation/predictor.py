@@ -104,6 +104,11 @@ class Predictor:
         ids_N, logits_NC = compute_rank_logits(self.classifier, table, self.engine)
         return Answers.join(collectives.all_gather(reduce_logits(ids_N, logits_NC, self.num_best)))
 
+    def compute_alone(self, split: TokenSplit) -> Answers:
+        """Compute the answers for a chunk in this process, which other ranks need not call; its engine has one rank."""
+        table = TokenTable(split, pad_id=self.pad_id, device=self.engine.device)
+        return Answers.join([reduce_logits(*compute_rank_logits(self.classifier, table, self.engine), self.num_best)])
+
 
 def reduce_logits(ids_N: NDArray[np.int64], logits_NC: NDArray[np.float32], num_best: int | None) -> Answers:
     """Reduce logits to the answers that are kept, in float64; see `Predictor.num_best`."""
@@ -190,14 +195,14 @@ def _read_and_write(
         counts.num_truncated += split.num_truncated
         answers = yield split
         assert answers is not None
-        _check_finite(chunk, answers)
+        check_finite(chunk, answers)
         counts.num_done += len(chunk)
         if not write(chunk, answers):
             return
         counts.report()
 
 
-def _check_finite(chunk: InputChunk, answers: Answers) -> None:
+def check_finite(chunk: InputChunk, answers: Answers) -> None:
     """Check that the probabilities are numbers: of NaN, any class would be predicted."""
     bad_N = np.flatnonzero(~np.isfinite(answers.best_N))
     if len(bad_N):

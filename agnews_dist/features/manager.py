@@ -99,8 +99,7 @@ class FeatureCache:
                 break
             fault = f"features cannot be cached in {self.choice.place} ({failure})"
             self._failed.add(self.choice.place)
-            for file in self._files.values():
-                file.close()
+            self.close()
             self._sources, self._files = {}, {}
             self.choice = self._choose()
             remedy = "Free some space, or set another --data.cache_dir or --engine.feature_cache."
@@ -110,6 +109,11 @@ class FeatureCache:
             for file in map(self._file, self._cached_splits("disk")):
                 if not file.is_complete:
                     remove(file.directory)
+
+    def close(self) -> None:
+        """Release the files: they may be evicted from now on. Sources stay readable."""
+        for file in self._files.values():
+            file.close()
 
     def _run_on_all_ranks(self, part: Callable[[], None]) -> str | None:
         """Run `part` on this rank and wait for the others; return the first rank's error message, or None."""

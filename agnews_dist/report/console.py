@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 import rich.console
 
-from agnews_dist.events import DataChecked, EvalDone, Event, NonFinite, Predicted, RunDone, Warned
+from agnews_dist.events import DataChecked, Emit, EvalDone, Event, NonFinite, Predicted, RunDone, Warned
 from agnews_dist.report.formatting import can_draw, create_output
 from agnews_dist.report.plain import PlainLines
 from agnews_dist.report.terminal import TerminalDisplay
@@ -137,3 +137,25 @@ class Sinks(ExitStack):
         for sink in self._sinks:
             if sink not in self._failing:
                 sink(Warned(message=message))
+
+
+class Observer:
+    """Sink of a caller's function. An error in it does not end the training: the other sinks get one warning."""
+
+    def __init__(self, function: Emit, emit: Emit) -> None:
+        """`emit`: gets the warning."""
+        self._function, self._emit, self._has_failed = function, emit, False
+
+    def __call__(self, event: Event) -> None:
+        """Call the function."""
+        try:
+            self._function(event)
+        except Exception as error:
+            if not self._has_failed:
+                self._has_failed = True
+                name = getattr(self._function, "__qualname__", type(self._function).__name__)
+                reason = f"{type(error).__name__}: {error} at {type(event).__name__}"
+                self._emit(Warned(message=f"sinks: {name} raised {reason}. The run continues, and it still gets every event."))
+
+    def close(self) -> None:
+        """Do nothing: the function belongs to the caller."""

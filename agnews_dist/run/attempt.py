@@ -7,7 +7,7 @@ the work, the other ranks get the results.
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
@@ -24,10 +24,10 @@ from agnews_dist.distributed.slurm import identify_job, is_restarted
 from agnews_dist.engine.device import used_bytes
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, Stopped, UserError
-from agnews_dist.events import Event, Resumed, Warned, begin_phase
+from agnews_dist.events import Emit, Event, Resumed, Warned, begin_phase
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.report import trainer_status
-from agnews_dist.report.console import Console, Sinks, create_console
+from agnews_dist.report.console import Console, Observer, Sinks, create_console
 from agnews_dist.report.event_log import LOG_FILE, EventLog
 from agnews_dist.report.result_files import versions
 from agnews_dist.report.trackers.tracker_sink import Trackers, check_installed
@@ -58,9 +58,20 @@ class Attempt:
         accept: Collection[str],
         timer: StageTimer,
         console: Console | None = None,
+        sinks: Sequence[Emit] = (),
     ) -> None:
-        """Prepare a start. `accept`: the settings that may differ from the checkpoint's. `console`: by default a new one."""
-        self._console = console
+        """Prepare a start.
+
+        Args:
+            config: the settings.
+            engine: of this rank.
+            preemption: handler of stops.
+            accept: settings that may differ from the checkpoint's.
+            timer: of the run.
+            console: sink for people; None: a new one.
+            sinks: see `Observer`.
+        """
+        self._console, self._observers = console, sinks
         self._config, self._engine, self._preemption, self._accept = config, engine, preemption, accept
         self._settings = {**weight_settings(config), "engine.precision": engine.precision}
         self._sinks = Sinks()
@@ -313,6 +324,8 @@ class Attempt:
             console = self._console or create_console(every_step=self._config.run.debug)
             console.show_memory(lambda: used_bytes(self._engine.device))
             self._sinks.add(console)
+            for function in self._observers:
+                self._sinks.add(Observer(function, self._sinks))
             if os.environ.get(trainer_status.URL):
                 self._sinks.add(trainer_status.TrainerStatus(os.environ, self._sinks))
         return self

@@ -85,7 +85,8 @@ def set_deadline(preemption: PreemptionHandler, max_minutes: float | None) -> No
     limits: list[tuple[float, str]] = []
     if max_minutes is not None:
         margin = min(30.0, 6 * max_minutes)
-        age = time.time() - psutil.Process().create_time()
+        begin_time = preemption.begin_time
+        age = time.time() - (psutil.Process().create_time() if begin_time is None else begin_time)
         limits.append((60 * max_minutes - margin - age, f"run.max_minutes {max_minutes:g}"))
     seconds_left = slurm_seconds_left(os.environ, time.time())
     if seconds_left is not None:

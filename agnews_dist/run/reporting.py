@@ -10,6 +10,7 @@ from torch import nn
 
 from agnews_dist.config.schema import Config
 from agnews_dist.data.batching.loader import TokenTable
+from agnews_dist.data.corpus import ReadRows
 from agnews_dist.data.rows import Corpus
 from agnews_dist.data.tokens import TokenStore
 from agnews_dist.distributed import collectives
@@ -54,9 +55,12 @@ def check_packages() -> None:
 class Reporter:
     """Writer of the report at the end of a training. Every rank has one."""
 
-    def __init__(self, config: Config, inputs: TrainingInputs, engine: Engine, features: FeatureCache) -> None:
+    def __init__(
+        self, config: Config, inputs: TrainingInputs, engine: Engine, features: FeatureCache, read_given: ReadRows | None = None
+    ) -> None:
         """Copy the untrained suffix, for the baseline on the frozen model. Collective; before the suffix is trained."""
         self._config, self._engine, self._store, self._classifier = config, engine, inputs.store, inputs.classifier
+        self._read_given = read_given
         missing = collectives.all_gather(list_missing_packages())[0] if config.report.write else []
         self._missing = missing
         self._is_on = config.report.write and not missing
@@ -85,7 +89,9 @@ class Reporter:
             return None
 
         def load_rows() -> RunRows:
-            return combine_rows(load_text(self._config.data), self._store, self._config.data.max_length)
+            return combine_rows(
+                load_text(self._config.data, read_given=self._read_given), self._store, self._config.data.max_length
+            )
 
         limits = {"frozen_limit_seconds": self._estimate_frozen_seconds()}
         return try_to_report(directory, load_rows, self._frozen, limits, max_seconds=self._config.report.max_seconds, emit=emit)

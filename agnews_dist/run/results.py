@@ -51,7 +51,7 @@ def write_results(
     """
     directory, monitors = attempt.directory, attempt.monitors
     peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
-    scores = _select_scored(split_scores)
+    scores = select_scored(split_scores)
 
     def write() -> None:
         monitors.emit(begin_phase("write the results"))
@@ -114,7 +114,7 @@ def write_results(
     collectives.raise_if_any_failed(outcome)
 
 
-def _select_scored(splits: Mapping[str, SplitScores]) -> dict[str, Scores]:
+def select_scored(splits: Mapping[str, SplitScores]) -> dict[str, Scores]:
     """Return the scores of the splits that have labels."""
     return {name: split.scores for name, split in splits.items() if split.scores is not None}
 
@@ -129,7 +129,7 @@ def _export(
         dataset=config.data.source,
         class_names=inputs.class_names,
         max_length=config.data.max_length,
-        splits=_select_scored(split_scores),
+        splits=select_scored(split_scores),
         parameters=inputs.parameters,
         settings=weight_settings(config),
         versions=versions(),
@@ -164,7 +164,7 @@ def write_scores(
         directory.mkdir(parents=True, exist_ok=True)
         path = write_predictions(directory, name, split)
         result = Result(
-            splits=_select_scored({name: split}),
+            splits=select_scored({name: split}),
             num_steps=0,
             num_ranks=engine.world.num_ranks,
             seconds=Seconds(**timer.totals()),

@@ -12,7 +12,7 @@ from agnews_dist.data.batching.loader import TokenTable, TrainLoader
 from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.data.batching.shares import quadratic_weight
 from agnews_dist.data.columns import ColumnSettings
-from agnews_dist.data.corpus import Source, load_corpus
+from agnews_dist.data.corpus import ReadRows, Source, load_corpus
 from agnews_dist.data.rows import NUM_SHOWN, Corpus, Ints, hash_corpus, list_first
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding, TokenSplit, TokenStore, open_or_build
 from agnews_dist.distributed.world import World
@@ -110,19 +110,27 @@ def read_model_files(model: ModelConfig, data: DataConfig) -> ModelFiles:
     return ModelFiles(tokenizer, gpt2)
 
 
-def load_text(data: DataConfig, *, hold_out: bool = True, model_classes: tuple[str, ...] | None = None) -> Corpus:
+def column_settings(data: DataConfig) -> ColumnSettings:
+    """Return which columns hold texts and labels."""
+    return ColumnSettings(data.text_column, data.label_column, data.text_separator)
+
+
+def load_text(
+    data: DataConfig, *, hold_out: bool = True, model_classes: tuple[str, ...] | None = None, read_given: ReadRows | None = None
+) -> Corpus:
     """Load the rows of `data.source`.
 
     `hold_out`: for a training: make a validation split if there is none, and take data without names of splits for train, not
-    for test. `model_classes`: the classes that labels are to mean.
+    for test. `model_classes`: the classes that labels are to mean. `read_given`: reads rows given in Python instead.
     """
     source = Source(
         data.source,
         revision=data.revision,
         splits=split_settings(data, hold_out=hold_out),
-        columns=ColumnSettings(data.text_column, data.label_column, data.text_separator),
+        columns=column_settings(data),
         class_names=data.class_names,
         cache_dir=cache_root(data.cache_dir),
+        read_given=read_given,
     )
     return load_corpus(
         source,
@@ -164,10 +172,12 @@ def load_training_inputs(
     files: ModelFiles | None = None,
     *,
     has_checked_export: bool = False,
+    read_given: ReadRows | None = None,
 ) -> TrainingInputs:
     """Load weights and tokens. The model comes first: it fails fast, and tokenising may take minutes.
 
-    `has_checked_export`: an earlier start of this run has checked the tokenizer's export, which takes a second.
+    `has_checked_export`: an earlier start of this run has checked the tokenizer's export, which takes a second. `read_given`:
+    see `load_text`.
 
     Raises:
         UserError: any fault of the model's or the data's files.
@@ -184,7 +194,7 @@ def load_training_inputs(
     for note in backbone.notes:
         emit(Warned(message=note))
     emit(begin_phase(f"load {data.source}"))
-    corpus = load_text(data)
+    corpus = load_text(data, read_given=read_given)
     names = corpus.class_names
     check_class_weights(config.optim.class_weights, names)
     if reason := explain_new_head(backbone, names):

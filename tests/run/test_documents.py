@@ -42,6 +42,7 @@ NUM_COMMANDS = {
     "docs/faults.md": 5,
     "docs/features.md": 2,
     "docs/method.md": 0,
+    "docs/python.md": 0,
     "docs/reading.md": 0,
     "docs/report.md": 6,
     "docs/settings.md": 0,
@@ -76,12 +77,20 @@ os.chdir(sys.argv[1])
 sys.argv[:] = sys.argv[2:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
+FRAME = """
+import pandas as pd
+df = pd.read_json("data/news/train.jsonl", lines=True)
+if not os.path.exists("gpt2"):
+    os.symlink("models/gpt2", "gpt2")
+"""
 SNIPPETS = {
     # Names that a snippet takes from the reader's own program, and what holds afterwards.
     "docs/batches.md": (
         "lengths, rank, collate = [3, 1, 2, 9] * 200, 0, list\ndataset = lengths",
         "assert sum(map(len, sampler)) <= len(lengths) and len(loader) == len(sampler) > 0",
-    )
+    ),
+    "docs/python.md": (FRAME, ""),
+    "README.md": (FRAME, ""),
 }
 
 

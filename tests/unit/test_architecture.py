@@ -171,13 +171,13 @@ def test_the_readme_is_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "users"),
     [
-        ("torch.distributed", "distributed/collectives.py distributed/rendezvous.py engine/fsdp.py"),
+        ("torch.distributed", "api/launched.py distributed/collectives.py distributed/rendezvous.py engine/fsdp.py"),
         ("accelerate", "engine/engine.py"),
         ("deepspeed", "engine/deepspeed.py"),
     ],
 )
 def test_one_module_imports_it(module: str, users: str) -> None:
-    """torch.distributed has three users: rendezvous, collectives, and FSDP2, which is an engine."""
+    """torch.distributed has four users: rendezvous, collectives, FSDP2, which is an engine, and the launcher of `fit`."""
     assert len(MODULES) > 10
     assert sorted(name_of(path) for path in MODULES if reaches(path, module)) == users.split()
 

@@ -72,16 +72,21 @@ class _ArrowTable(Table):
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
         """Return the names that `datasets` has written into the file's metadata."""
-        metadata = (self.schema.metadata or {}).get(b"huggingface")
-        try:
-            names = (self._features or json.loads(metadata or b"null")["info"]["features"])[column]["names"]
-        except (ValueError, KeyError, TypeError):
-            return super().class_names(column)
-        return tuple(map(str, names)) if isinstance(names, list) and names else super().class_names(column)
+        return read_class_names(self.schema, column, self._features) or super().class_names(column)
 
     @abstractmethod
     def _batches(self, wanted: list[str]) -> Iterator[Any]:
         """Yield record batches with at least the columns `wanted`."""
+
+
+def read_class_names(schema: Any, column: str, features: Mapping[str, Any] | None = None) -> tuple[str, ...] | None:
+    """Return the names of a column's classes in the types of `datasets`, as JSON: `features`, or the schema's metadata."""
+    metadata = (schema.metadata or {}).get(b"huggingface")
+    try:
+        names = (features or json.loads(metadata or b"null")["info"]["features"])[column]["names"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return tuple(map(str, names)) if isinstance(names, list) and names else None
 
 
 class ParquetTable(_ArrowTable):

@@ -26,7 +26,7 @@ class Chunk:
     columns: Mapping[str, Sequence[object]]
     """Column -> its values, of equal length."""
     row_N: NDArray[np.int32]
-    """Row numbers from 1. In csv they count records without header and blank lines, in jsonl lines; elsewhere rows."""
+    """Row numbers from 1; of rows in memory from 0, as in Python. In csv they count records, in jsonl lines."""
     batch: Any = None
     """The same rows as a pyarrow RecordBatch, if the file has types; else None."""
 
@@ -47,6 +47,8 @@ class Table(ABC):
     """The pyarrow schema of a file that has types; else None."""
     unit: str = "row"
     """Name of what is counted in messages: row, or line of a plain text."""
+    row_labels: Sequence[object] | None = None
+    """Labels of the rows, by row number: the index of a DataFrame. None: they have only numbers."""
     late_columns: Mapping[str, int] = {}
     """Column that is not in `columns` -> its first row so far: keys of JSON objects far behind the beginning."""
 
@@ -61,9 +63,25 @@ class Table(ABC):
             DataError: the file is damaged or not of its format; names file and line or row.
         """
 
+    def locate(self, number: int) -> str:
+        """Name a row for a message."""
+        return locate_row(self.name, number, self.row_labels, self.unit)
+
     def class_names(self, column: str) -> tuple[str, ...] | None:
         """Return the names in the column's ClassLabel type of the `datasets` library; None if it has another type."""
         return self.card_classes.get(column)
+
+
+def locate_row(name: str, number: int, labels: Sequence[object] | None = None, unit: str = "row") -> str:
+    """Name a row for a message, with its label where that differs from its number.
+
+    >>> locate_row("train.csv", 17), locate_row("train", 1, ["a", "b"])
+    ('train.csv row 17', "train row 1 (index 'b')")
+    """
+    label = number if labels is None else labels[number]
+    label = label.item() if isinstance(label, np.generic) else label
+    is_same = type(label) is int and label == number
+    return f"{name} {unit} {number}" + ("" if is_same else f" (index {label!r})")
 
 
 def check_unique(name: str, columns: Sequence[str], wanted: Sequence[str]) -> None:

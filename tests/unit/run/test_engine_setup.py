@@ -12,7 +12,8 @@ from agnews_dist.run.engine_setup import SLURM_MARGIN_SECONDS, set_deadline
 class FakePreemptionHandler:
     """Records the deadlines that it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, begin_time: float | None = None) -> None:
+        self.begin_time = begin_time
         self.deadlines: list[tuple[float, str]] = []
 
     def set_deadline(self, seconds_from_now: float, reason: str) -> None:
@@ -45,3 +46,10 @@ def test_set_deadline_takes_the_earliest_limit(monkeypatch, max_minutes, job_sec
     age = time.time() - psutil.Process(os.getpid()).create_time()
     assert given_reason == reason
     assert seconds == pytest.approx(expected - (age if "max_minutes" in reason else 0), abs=1.5)
+
+
+def test_set_deadline_counts_from_the_begin_of_a_run_inside_of_another_program(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    preemption = FakePreemptionHandler(begin_time=time.time() - 60)
+    set_deadline(preemption, 60.0)
+    assert preemption.deadlines == [(pytest.approx(60 * 60 - 30 - 60, abs=1.5), "run.max_minutes 60")]
