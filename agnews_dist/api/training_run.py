@@ -122,6 +122,6 @@ def train(
         if "test" in tables:
             scores["test"] = evaluate("test")
             monitors.emit(scores["test"].to_event("test", trainer.best.epoch, inputs.class_names, step=trainer.best.step))
-        reporter.compute_features(tables, features)
-        write_results(config, engine, inputs, features, trainer, scores, attempt=attempt, report=reporter.write)
+        done = write_results(config, engine, inputs, features, trainer, scores, attempt=attempt)
+        reporter.finish(tables, features, attempt, done)
         return Trained(attempt.directory, select_scored(scores))

@@ -23,7 +23,7 @@ COMMAND = Command(
     ),
     (
         Option("run", "Directories of runs.", PathText, nargs="*"),
-        Option("--output", "Directory of a comparison; default: comparison.", PathText, "comparison"),
+        Option("--output", "Another directory; of a comparison by default: comparison.", PathText),
         Option("--recompute", "Analyse the texts again.", bool, False),
     ),
     ("data.source", "data.cache_dir", "report.max_seconds"),
@@ -57,8 +57,9 @@ def build_report(world: World, loaded: Loaded) -> None:
 
         reporting.check_packages()
         build = partial(stored_reports.report_one, overrides=overrides, recompute=loaded.options["recompute"], emit=emit)
-        if len(runs) == 1:
-            page = build(Path(runs[0]))
+        output = None if loaded.options["output"] is None else Path(loaded.options["output"])
+        if len(names) > 1:
+            page = stored_reports.compare(names, output or Path("comparison"), build)
         else:
-            page = stored_reports.compare([Path(run) for run in runs], Path(loaded.options["output"]), build)
+            page = build(names[0], output=output)
     print(f"{page} written")

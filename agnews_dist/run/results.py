@@ -3,7 +3,7 @@
 import math
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -43,19 +43,18 @@ def write_results(
     split_scores: Mapping[str, SplitScores],
     *,
     attempt: Attempt,
-    report: Callable[[Path, Emit], Path | None],
-) -> None:
+) -> RunDone | None:
     """Write predictions, result.json and the model of a training, on rank 0, and record that it is finished. Collective.
 
-    `report` writes the report from these files, and returns its path.
+    Return the last event of the run, on rank 0.
     """
     directory, monitors = attempt.directory, attempt.monitors
     peak = max(collectives.all_gather(peak_memory_bytes(engine.device)))
     scores = select_scored(split_scores)
 
-    def write() -> None:
+    def write() -> RunDone:
         monitors.emit(begin_phase("write the results"))
-        paths: Mapping[str, str] = {"model": str(directory / "model"), "result": str(directory / "result.json")}
+        paths = {"model": str(directory / "model"), "result": str(directory / "result.json")}
         paths |= {f"{name} predictions": str(write_predictions(directory, name, split)) for name, split in split_scores.items()}
         seconds = monitors.timer.totals()
         efficiency, num_tokens = trainer.totals.tally.efficiency, trainer.totals.tally.real
@@ -105,13 +104,11 @@ def write_results(
         facts["time"] = f"{seconds['total']:.1f} s, {tokens_per_second:,.0f} tokens/s in training"
         # Before the other ranks exit with 0, and before the report, without which the run is complete.
         attempt.finish(trainer.step, trainer.end_reason)
-        if (page := report(directory, monitors.emit)) is not None:
-            paths = {"report": str(page), **paths}
-        monitors.emit(RunDone(facts=facts, paths=paths))
+        return RunDone(facts=facts, paths=paths)
 
     outcome = collectives.catch(write) if engine.world.is_main else None
     collectives.wait_for_main(f"writes the results to {directory}")
-    collectives.raise_if_any_failed(outcome)
+    return collectives.raise_if_any_failed(outcome)
 
 
 def select_scored(splits: Mapping[str, SplitScores]) -> dict[str, Scores]:

@@ -211,6 +211,7 @@ def load_training_inputs(
         check_room(Path(config.run.dir), estimate_run_bytes(config, parameters, corpus.splits, len(names)))
     emit(begin_phase("hash the weights"))
     fingerprints = run_fingerprints(config, classifier, files.tokenizer, tokens=store.fingerprint)
+    fingerprints["rows"] = corpus.fingerprint
     return TrainingInputs(classifier, files.tokenizer, store, fingerprints, parameters, corpus.facts, weight_files)
 
 

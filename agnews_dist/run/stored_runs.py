@@ -1,16 +1,19 @@
 """Runs on disk: find them below a directory, read one for its report, list their states and scores."""
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from agnews_dist.config.fields import Problems, all_sections, all_settings, build_config, make_config, values_of
+import psutil
+
+from agnews_dist.config.fields import Problems, all_sections, all_settings, build_config, check_value, make_config, values_of
 from agnews_dist.config.schema import Config
 from agnews_dist.config.yaml_file import read_config
-from agnews_dist.errors import ConfigError, UserError, did_you_mean
+from agnews_dist.errors import UserError, did_you_mean
 from agnews_dist.report.event_log import LOG_FILE
 from agnews_dist.report.pages.stored_run import (
     Fields,
@@ -18,11 +21,10 @@ from agnews_dist.report.pages.stored_run import (
     find_class_names,
     read_all_predictions,
     read_events,
-    read_json,
+    read_result,
 )
 from agnews_dist.run.directory import CONFIG_FILE, is_in_use
-from agnews_dist.run.fingerprints import setting_values
-from agnews_dist.run.status import read_status
+from agnews_dist.run.status import Status, read_status
 
 OWN_SETTINGS = ("run.name", "run.dir", "run.overwrite")
 """Settings that differ between any two runs and say nothing about them."""
@@ -65,7 +67,8 @@ def find_runs(directory: Path) -> list[Path]:
         UserError: it cannot be listed.
     """
     try:
-        return sorted(path for path in directory.iterdir() if not path.name.startswith(".") and is_run(path))
+        found = {path.resolve() for path in directory.iterdir() if not path.name.startswith(".") and is_run(path)}
+        return sorted(found)
     except OSError as error:
         raise UserError(
             f"{directory}: it cannot be listed ({error.strerror or error}). Give the directory of the runs (run.dir)."
@@ -94,7 +97,7 @@ def read_run(directory: Path) -> StoredRun:
         status=status,
         settings=settings,
         changed=changed,
-        result=read_json(directory / "result.json"),
+        result=read_result(directory / "result.json"),
         events=events,
         predictions=predictions,
         class_names=find_class_names(directory, events, predictions),
@@ -103,14 +106,23 @@ def read_run(directory: Path) -> StoredRun:
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of a run, and those that differ from the defaults. Unknown ones, of another version, are left out."""
-    raw = read_config(str(directory / CONFIG_FILE), Problems())
-    try:
-        values = setting_values(build_config(raw, Problems()))
-    except ConfigError:
-        values = {each.name: each.value for each in raw}
+    values = _read_values(directory)
     defaults = {key: list(s.default) if isinstance(s.default, tuple) else s.default for key, s in all_settings().items()}
     changed = {key: value for key, value in values.items() if value != defaults[key] and key not in OWN_SETTINGS}
-    return dict(values), changed
+    return {**defaults, **values}, changed
+
+
+def _read_values(directory: Path) -> dict[str, Any]:
+    """Return the settings of a config.yaml that this version knows; a value that it does not know stays a text."""
+    values: dict[str, Any] = {}
+    for raw in read_config(str(directory / CONFIG_FILE), Problems()):
+        setting = all_settings()[raw.name]
+        try:
+            value = check_value(raw, setting.type, setting.default)[0]
+        except ValueError:
+            value = raw.value
+        values[raw.name] = list(value) if isinstance(value, tuple) else value
+    return values
 
 
 def read_run_config(directory: Path, overrides: Mapping[str, object]) -> Config:
@@ -133,18 +145,29 @@ def _read_state(directory: Path) -> tuple[str, str, Fields]:
     if status is None:
         has_result = (directory / "result.json").is_file()
         return ("finished", "it has a result.json", {}) if has_result else ("unknown", "it has no readable status.json", {})
-    if status.state == "running" and not is_in_use(directory.parent, directory.name):
-        return "killed", "its process is gone", asdict(status)
-    return status.state, status.reason, asdict(status)
+    fields = asdict(status)
+    try:
+        datetime.fromisoformat(status.time)
+    except (ValueError, TypeError):
+        fields["time"] = None
+    if status.state == "running" and not (is_in_use(directory.parent, directory.name) or _has_process(status)):
+        return "killed", "its process is gone", fields
+    return status.state, status.reason, fields
+
+
+def _has_process(status: Status) -> bool:
+    """Return whether the process of a run is on this host: a directory that was moved has its lock elsewhere."""
+    return status.host == socket.gethostname() and psutil.pid_exists(status.pid)
 
 
 def list_facts(directory: Path, now: datetime | None = None) -> RunFacts:
     """Collect the facts of one run. A damaged file counts as absent."""
     state, reason, status = _read_state(directory)
-    result = read_json(directory / "result.json") or {}
+    result = read_result(directory / "result.json") or {}
     scores = {
         name: {key: value for key, value in fields.items() if key != "confusion"}
         for name, fields in result.get("splits", {}).items()
+        if isinstance(fields, dict)
     }
     changed_at = status.get("time")
     age = None

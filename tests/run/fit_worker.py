@@ -24,7 +24,7 @@ ROWS = pd.read_csv(FOLDER / "rows.csv")
 
 
 def run(name: str, train: object = None, **more: Any) -> Run:
-    fixed = {"run__dir": FOLDER / "runs", "run__name": name, "cache_dir": FOLDER / "cache", **SETTINGS}
+    fixed = {"run__dir": FOLDER / "runs", "run__name": name, "cache_dir": FOLDER / "cache", "report__write": False, **SETTINGS}
     return fit(ROWS if train is None else train, model=FOLDER / "model", **{**fixed, **more})
 
 

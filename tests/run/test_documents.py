@@ -30,7 +30,7 @@ from agnews_dist.commands.command import TRAINING_OPTIONS
 READMES = [REPOSITORY / folder / "README.md" for folder in ("", "tests", "slurm")]
 PAGES = [*READMES, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 NUM_COMMANDS = {
-    "README.md": 13,
+    "README.md": 11,
     "tests/README.md": 4,
     "slurm/README.md": 0,
     "CONTRIBUTING.md": 8,
@@ -404,7 +404,7 @@ def test_reading_list_is_eight_short_files() -> None:
     text = (REPOSITORY / "docs" / "reading.md").read_text(encoding="utf-8")
     files = re.findall(r"^\d\. `([^`]+)`", text, re.MULTILINE)
     assert len(set(files)) == 8
-    assert sum((REPOSITORY / file).read_text(encoding="utf-8").count("\n") for file in files) <= 1220
+    assert sum((REPOSITORY / file).read_text(encoding="utf-8").count("\n") for file in files) <= 1260
 
 
 def test_commands_page_lists_every_command() -> None:

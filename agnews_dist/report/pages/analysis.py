@@ -6,8 +6,9 @@ shown. The report is built again from it where the data is no longer to be had.
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from agnews_dist.report.pages.details import SplitDetails
 from agnews_dist.report.pages.stored_run import Fields, StoredRun
 
 FORMAT = 1
+PACKAGES = ("scikit-learn", "scipy", "cleanlab")
+"""Libraries that the numbers depend on."""
 MAX_ROWS = 20_000
 """Training rows from which a baseline learns, and that are searched for label errors."""
 MAX_TEXTS = 200_000
@@ -56,7 +59,13 @@ def is_current(analysis: Fields | None, run: StoredRun) -> bool:
 
 
 def analyse(
-    run: StoredRun, rows: RunRows, details: Mapping[str, SplitDetails], frozen: FrozenFeatures | None, *, max_seconds: float
+    run: StoredRun,
+    rows: RunRows,
+    details: Mapping[str, SplitDetails],
+    frozen: FrozenFeatures | str,
+    *,
+    max_seconds: float,
+    check_stop: Callable[[], None],
 ) -> tuple[Fields, str]:
     """Analyse the texts of a run; return the object of analysis.json, and the ranked label errors as csv.
 
@@ -64,8 +73,9 @@ def analyse(
         run: with its predictions; without any, only the data is described.
         rows: the rows that it was trained and scored on.
         details: the scores of each labelled split.
-        frozen: what the frozen model computed for some training rows and all scored ones; None: that baseline is left out.
-        max_seconds: time for baselines and label errors, about a third for each.
+        frozen: what the frozen model computed for some training rows and all scored ones; or why that baseline is left out.
+        max_seconds: time for baselines and label errors, about a third for each; 0: none of them.
+        check_stop: called between the parts; what it raises ends the analysis.
 
     Raises:
         UserError: the rows are not those of the run.
@@ -83,13 +93,15 @@ def analyse(
         "by_length": {name: _by_length(run, name, rows) for name in details if name in rows.lengths},
         "baselines": [],
         "label_issues": {},
+        "versions": {package: metadata.version(package) for package in PACKAGES},
         "notes": [],
     }
     label_errors = ""
-    if details and "train" in rows.corpus.splits:
+    if details and max_seconds and "train" in rows.corpus.splits:
         scored = {name: rows.corpus.splits[name] for name in details if name in rows.corpus.splits}
-        baselines = _run_baselines(rows.corpus.splits["train"], scored, frozen, max_seconds=max_seconds)
+        baselines = _run_baselines(rows.corpus.splits["train"], scored, frozen, max_seconds=max_seconds, check_stop=check_stop)
         analysis["baselines"] = [_baseline_fields(each) for each in baselines]
+        check_stop()
         ranked = _find_label_issues(run, rows.corpus, list(details), analysis["notes"], max_seconds=max_seconds / 3)
         label_errors = _list_issues(rows.corpus, ranked)
         for name, issues in ranked.items():
@@ -107,9 +119,10 @@ def _list_mistakes(run: StoredRun, name: str) -> list[int]:
 
 
 def _check_rows(run: StoredRun, corpus: Corpus) -> None:
+    rows = (run.result or {}).get("fingerprints", {}).get("rows", corpus.fingerprint)
     for name, stored in run.predictions.items():
         split = corpus.splits.get(name)
-        if split is None or not np.array_equal(split.labels, stored.labels_N):
+        if split is None or rows != corpus.fingerprint or not np.array_equal(split.labels, stored.labels_N):
             raise UserError(
                 f"{run.directory}: the {name} rows of its data are not those it was scored on. Point data.source of its "
                 "config.yaml at the same rows."
@@ -174,7 +187,12 @@ def _by_length(run: StoredRun, name: str, rows: RunRows) -> list[Fields]:
 
 
 def _run_baselines(
-    train: Split, scored: Mapping[str, Split], frozen: FrozenFeatures | None, *, max_seconds: float
+    train: Split,
+    scored: Mapping[str, Split],
+    frozen: FrozenFeatures | str,
+    *,
+    max_seconds: float,
+    check_stop: Callable[[], None],
 ) -> list[BaselineResult]:
     labels = {name: split.labels for name, split in scored.items()}
     found = [majority_baseline(train.labels, labels)]
@@ -185,13 +203,14 @@ def _run_baselines(
     found.append(
         tfidf_baseline(list(sample.texts), sample.labels, texts, scored_labels, max_rows=MAX_TEXTS, max_seconds=seconds)
     )
-    if frozen is not None:
+    check_stop()
+    if not isinstance(frozen, str):
         train_labels = train.labels[frozen.train_rows_N]
         features = {name: each for name, each in frozen.splits.items() if name in labels}
         labels = {name: labels[name] for name in features}
         found.append(features_baseline(frozen.train_NH, train_labels, features, labels, max_seconds=seconds))
     else:
-        found.append(BaselineResult(FROZEN_MODEL, skipped="it takes a training that keeps its features (engine.feature_cache)"))
+        found.append(BaselineResult(FROZEN_MODEL, skipped=frozen))
     return found
 
 

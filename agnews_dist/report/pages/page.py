@@ -1,10 +1,10 @@
 """The report of one run: its sections in order, as report.html, report.md and figures."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from agnews_dist import __version__
+from agnews_dist.errors import UserError
 from agnews_dist.report.pages.details import SplitDetails
 from agnews_dist.report.pages.figures import figure_style
 from agnews_dist.report.pages.parts import Page, Section
@@ -19,7 +19,7 @@ from agnews_dist.report.pages.score_sections import (
     score_section,
 )
 from agnews_dist.report.pages.stored_run import Fields, StoredRun
-from agnews_dist.storage.atomic import new_directory, write_text
+from agnews_dist.storage.atomic import new_file
 
 HTML_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
@@ -63,7 +63,8 @@ def _list_gaps(run: StoredRun) -> list[str]:
     """List what the report lacks because the run has not left it."""
     found: list[str] = []
     if run.state != "finished":
-        found.append(f"The run is {run.state} ({run.reason}): it has no final scores yet.")
+        scores = "" if run.predictions else ": it has no final scores yet"
+        found.append(f"The run is {run.state} ({run.reason}){scores}.")
     elif not run.predictions:
         found.append("There are no files of predictions: scores, calibration and mistakes are left out.")
     if not run.events:
@@ -73,23 +74,39 @@ def _list_gaps(run: StoredRun) -> list[str]:
     return found
 
 
-def write_page(page: Page, directory: Path, *, html_name: str = HTML_FILE, markdown_name: str = MARKDOWN_FILE) -> Path:
+def write_page(page: Page, directory: Path) -> Path:
     """Write a page to a directory, in both formats with its figures; return the path of the HTML file.
 
     Raises:
         UserError: the directory cannot be written.
-        OSError: the figures cannot be written.
     """
-    figures = directory / FIGURES
-    if page.figures:
-        with new_directory(figures) as staging:
-            for figure in (each for each in page.figures if each.png):
-                (staging / f"{figure.key}.png").write_bytes(figure.png)
-    elif figures.is_dir():
-        shutil.rmtree(figures)
-    write_text(directory / markdown_name, [render(page, "report.md.j2")])
-    write_text(directory / html_name, [render(page, "report.html.j2")])
-    return directory / html_name
+    try:
+        (directory / FIGURES).mkdir(parents=True, exist_ok=True)
+        for figure in (each for each in page.figures if each.png):
+            with new_file(directory / FIGURES / f"{figure.key}.png") as temporary:
+                temporary.write_bytes(figure.png)
+        for name, template in ((MARKDOWN_FILE, "report.md.j2"), (HTML_FILE, "report.html.j2")):
+            with new_file(directory / name) as temporary:
+                temporary.write_text(render(page, template), encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(
+            f"report in {directory}: it cannot be written ({error.strerror or error}). Free space there, make it writable, or "
+            "set --output."
+        ) from error
+    return directory / HTML_FILE
+
+
+def check_output(directory: Path) -> None:
+    """Check that a report may be written to a directory: a new or empty one, or one that holds a report and no run.
+
+    Raises:
+        UserError: it holds other files.
+    """
+    entries = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    if entries and (HTML_FILE not in entries or "config.yaml" in entries):
+        raise UserError(
+            f"--output {directory}: it holds other files than a report, which could be replaced. Set it to a new directory."
+        )
 
 
 def render(page: Page, template: str) -> str:

@@ -1,20 +1,25 @@
 """A run as its directory holds it, also one that is unfinished, was moved, or is of an older version."""
 
+import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agnews_dist import events
 from agnews_dist.errors import UserError
 from agnews_dist.evaluation.metrics import MAX_DENSE_CLASSES
 
 Fields = dict[str, Any]
+LINES_AT_ONCE = 10_000
+_SCORES = {field.name for field in dataclasses.fields(events.Scores)}
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,13 @@ class StoredRun:
         return [event for event in self.events if event.get("event") == kind]
 
 
+def read_result(path: Path) -> Fields | None:
+    """Read result.json; None: it is absent, or has not the parts of every version."""
+    result = read_json(path)
+    parts = [result.get(name) for name in ("splits", "seconds")] if result is not None else [None]
+    return result if all(isinstance(part, dict) for part in parts) else None
+
+
 def read_json(path: Path) -> Fields | None:
     """Read a JSON object; None: it is absent or damaged."""
     try:
@@ -103,7 +115,7 @@ def read_json(path: Path) -> Fields | None:
 
 
 def read_events(path: Path) -> list[Fields]:
-    """Read the lines of events.jsonl; a line that a kill has cut short is left out."""
+    """Read the lines of events.jsonl. Lines that are cut short, or lack fields that every version has, are left out."""
     found: list[Fields] = []
     try:
         with path.open("rb") as file:
@@ -112,11 +124,24 @@ def read_events(path: Path) -> list[Fields]:
                     event = json.loads(line)
                 except ValueError:
                     continue
-                if isinstance(event, dict):
+                if isinstance(event, dict) and _has_all_fields(cast(Fields, event)):
                     found.append(cast(Fields, event))
     except OSError:
         return []
     return found
+
+
+@cache
+def _required_fields(kind: str) -> frozenset[str]:
+    """Return the fields of an event that have no default; those of its scores in place of `scores`."""
+    event = next((each for each in get_args(events.Event) if each.__name__ == kind), None)
+    fields = [] if event is None else dataclasses.fields(event)
+    names = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
+    return frozenset(names - {"scores"} | (_SCORES if "scores" in names else set()))
+
+
+def _has_all_fields(event: Fields) -> bool:
+    return _required_fields(str(event.get("event"))) <= event.keys()
 
 
 def read_all_predictions(directory: Path) -> dict[str, StoredPredictions]:
@@ -132,35 +157,46 @@ def read_predictions(path: Path) -> StoredPredictions:
     Raises:
         UserError: it cannot be read, or a line is not one of a prediction.
     """
-    labels: list[int] = []
-    predictions: list[int] = []
-    probabilities: list[list[float]] = []
-    classes: list[list[int]] = []
-    digest = hashlib.sha256()
+    digest, parts = hashlib.sha256(), list[StoredPredictions]()
     number = 0
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file):
-                digest.update(line)
-                row = json.loads(line)
-                if row["id"] != number:
-                    raise ValueError(f"id {row['id']}")
-                labels.append(-1 if row["label"] is None else row["label"])
-                predictions.append(row["prediction"])
-                if "top" in row:
-                    classes.append([pair[0] for pair in row["top"]])
-                values = [pair[1] for pair in row["top"]] if "top" in row else row["probabilities"]
-                probabilities.append([float("nan") if value is None else value for value in values])
-        if not labels:
+            while lines := list(itertools.islice(file, LINES_AT_ONCE)):
+                rows: list[Fields] = []
+                for line in lines:
+                    digest.update(line)
+                    rows.append(json.loads(line))
+                    if rows[-1]["id"] != number:
+                        raise ValueError(f"id {rows[-1]['id']}")
+                    number += 1
+                parts.append(_to_arrays(rows))
+        if not parts:
             raise ValueError("it is empty")
-        arrays = np.array(probabilities, np.float64), np.array(classes, np.int64) if classes else None
+        classes = [part.classes_NK for part in parts if part.classes_NK is not None]
         return StoredPredictions(
-            np.array(labels, np.int64), np.array(predictions, np.int64), *arrays, fingerprint=digest.hexdigest()
+            np.concatenate([part.labels_N for part in parts]),
+            np.concatenate([part.predictions_N for part in parts]),
+            np.concatenate([part.probabilities_NK for part in parts]),
+            np.concatenate(classes) if classes else None,
+            fingerprint=digest.hexdigest(),
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"{path} line {number + 1}: it cannot be read ({error}). Write it again with the same training."
         ) from error
+
+
+def _to_arrays(rows: Sequence[Fields]) -> StoredPredictions:
+    """Convert some lines. Python's numbers take eight times the memory of an array."""
+    has_top = "top" in rows[0]
+    values = [[pair[1] for pair in row["top"]] if has_top else row["probabilities"] for row in rows]
+    return StoredPredictions(
+        np.array([-1 if row["label"] is None else row["label"] for row in rows], np.int64),
+        np.array([row["prediction"] for row in rows], np.int64),
+        np.array([[float("nan") if value is None else value for value in row] for row in values], np.float64),
+        np.array([[pair[0] for pair in row["top"]] for row in rows], np.int64) if has_top else None,
+        fingerprint="",
+    )
 
 
 def find_class_names(

@@ -99,7 +99,13 @@ def test_debug_sets_what_the_flag_sets():
     assert config.run.debug
     assert config.data.source == "synthetic"
     assert config.model.name == "mine"
-    assert found.options == {"debug": True, "profile": True, "accept": ("optim.lr", "optim.epochs")}
+    assert found.options == {
+        "debug": True,
+        "profile": True,
+        "accept": ("optim.lr", "optim.epochs"),
+        "quiet": False,
+        "verbose": False,
+    }
     assert not build(debug=False).run.debug
     assert build(run__debug=True).data.source != "synthetic"
 
