@@ -134,7 +134,7 @@ class Reporter:
 
         def check_stop() -> None:
             if attempt.monitors.preemption.is_stopping:
-                raise UserError("the run was asked to stop.")
+                raise UserError("the report was cut short: the run was asked to stop. Run agnews-dist report RUN later.")
 
         return try_to_report(directory, analyse_rows, emit=emit)
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -218,7 +219,10 @@ def without_name(page: str, run: Path) -> str:
         (["events.jsonl"], "events.jsonl cannot be read"),
         (["result.json"], "result.json cannot be read"),
         (["predictions-test.jsonl", "predictions-validation.jsonl"], "no files of predictions"),
-        (["status.json", "analysis.json"], "the test rows of its data are not those it was scored on"),
+        (
+            ["status.json", "analysis.json"],
+            "the rows of its data are not those it was trained and scored on. Set --data.source to the same rows.",
+        ),
         (["analysis.json"], "Texts, baselines and label errors are left out"),
     ],
 )
@@ -276,7 +280,7 @@ def test_directory_that_cannot_be_written_is_an_error(news: Path, tmp_path: Path
     (copy / "report.md").mkdir()
     done = agnews("report", str(copy), check=False)
     assert done.returncode == 1
-    assert "report.md" in done.stderr
+    assert "it cannot be written (Is a directory). Free space there, make it writable, or set --output." in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -327,6 +331,101 @@ def test_comparison_finds_a_better_run(news: Path, tmp_path: Path, browser: Brow
     assert sorted(int(line[0]) for line in changed) == np.flatnonzero(one != other).tolist()[:100]
     texts = [json.loads(line)["text"] for line in (small_run.write_inputs() / "rows" / "test.jsonl").read_text().splitlines()]
     assert [line[4] for line in changed] == [shorten(texts[int(line[0])]) for line in changed]
+
+
+def test_rows_with_other_texts_are_not_those_of_the_run(news: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_run.write_inputs() / "rows", tmp_path / "rows")
+    path = tmp_path / "rows" / "test.jsonl"
+    path.write_text(path.read_text().replace('"text": "', '"text": "Other words. '))
+    copy = copy_run(news, tmp_path)
+    agnews("report", str(copy), "--recompute", "--data.source", str(tmp_path / "rows"))
+    text = (copy / "report.md").read_text()
+    assert "the rows of its data are not those it was trained and scored on" in text
+    assert "Other words" not in text
+
+
+def test_report_is_written_elsewhere_but_not_over_other_files(news: Path, tmp_path: Path) -> None:
+    copy = copy_run(news, tmp_path)
+    (copy / "report.html").unlink()
+    done = agnews("report", str(copy), "--output", str(tmp_path / "page"))
+    assert f"{tmp_path}/page/report.html written" in done.stdout
+    assert not (copy / "report.html").exists()
+    (tmp_path / "paper" / "figures").mkdir(parents=True)
+    (tmp_path / "paper" / "figures" / "mine.pdf").touch()
+    for output in (tmp_path / "paper", news):
+        refused = agnews("report", str(news), str(copy), "--output", str(output), check=False)
+        assert refused.returncode == 1
+        assert f"--output {output}: it holds other files than a report" in refused.stderr
+    assert (tmp_path / "paper" / "figures" / "mine.pdf").exists()
+    agnews("report", str(news), str(copy), "--output", str(tmp_path / "page"))
+    assert "small against copy" in (tmp_path / "page" / "report.md").read_text()
+
+
+def test_damaged_files_count_as_absent(news: Path, tmp_path: Path) -> None:
+    copy = copy_run(news, tmp_path)
+    result = json.loads((copy / "result.json").read_text())
+    (copy / "result.json").write_text(json.dumps({**result, "splits": None}))
+    status = json.loads((copy / "status.json").read_text())
+    (copy / "status.json").write_text(json.dumps({**status, "time": "yesterday"}))
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(re.sub(r"  precision: .*", "  precision: fp8", config))
+    lines = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["event"] == "CheckpointSaved":
+            del line["stall"]
+    (copy / "events.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"event": "Unknown"}\n[]\n{"eve')
+    [run] = json.loads(agnews("runs", str(tmp_path), "--json").stdout)["runs"]
+    assert (run["scores"], run["age_seconds"], run["changed"]["engine.precision"]) == ({}, None, "fp8")
+    assert set(run["changed"]) - {"engine.precision"} == set(small_run.settings()) | {
+        "optim.epochs",
+        "checkpoint.every_steps",
+        "engine.timeout_seconds",
+        "data.cache_dir",
+    }
+    agnews("report", str(copy))
+    assert "result.json cannot be read" in (copy / "report.md").read_text()
+
+
+def test_run_is_known_by_its_own_name(news: Path, tmp_path: Path) -> None:
+    copy = copy_run(news, tmp_path, "one")
+    (tmp_path / "link").symlink_to(copy)
+    assert [run["name"] for run in json.loads(agnews("runs", str(tmp_path), "--json").stdout)["runs"]] == ["one"]
+    code = "import os, sys; os.chdir(sys.argv.pop(1))\nfrom agnews_dist.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    fork_server.run_python("-c", code, str(tmp_path / "link"), "report", ".")
+    assert (copy / "report.md").read_text().startswith("# one\n")
+
+
+SLOW = """
+import sys, time
+from agnews_dist.report.pages import analysis
+
+baselines = analysis.majority_baseline
+
+def begin(*arguments):
+    print("analysing", flush=True)
+    time.sleep(2)
+    return baselines(*arguments)
+
+analysis.majority_baseline = begin
+from agnews_dist.commands.train import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_stop_during_the_report_leaves_a_finished_run(tmp_path: Path) -> None:
+    """The run ends with 0 and its last event: nothing is left to do."""
+    words = [*small_run.arguments(tmp_path), "--report.write", "true"]
+    log = tmp_path / "log.txt"
+    process = fork_server.start(["-c", SLOW, *words], processes.environment(), fork_server.Streams(log, log))
+    assert wait_until(lambda: log.exists() and "analysing" in log.read_text())
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 0, log.read_text()
+    run = small_run.run_directory(tmp_path)
+    assert "the run was asked to stop. Run agnews-dist report RUN later." in (run / "report.md").read_text()
+    assert small_run.read_status(tmp_path)["state"] == "finished"
+    assert Timeline(run).events()[-1]["event"] == "RunDone"
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,8 @@ def _check_rows(run: StoredRun, corpus: Corpus) -> None:
         split = corpus.splits.get(name)
         if split is None or rows != corpus.fingerprint or not np.array_equal(split.labels, stored.labels_N):
             raise UserError(
-                f"{run.directory}: the {name} rows of its data are not those it was scored on. Point data.source of its "
-                "config.yaml at the same rows."
+                f"{run.directory}: the rows of its data are not those it was trained and scored on. Set --data.source to the "
+                "same rows."
             )
 
 

@@ -99,11 +99,11 @@ def test_table_aligns_numbers() -> None:
     assert looks_like_number("0.95 to 1.00")
 
 
-def test_write_page_removes_figures_of_before(tmp_path: Path) -> None:
+def test_write_page_leaves_other_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "mine.pdf").touch()
     write_page(page_of(Section("s", "S", figures=(draw(),))), tmp_path)
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["k.png"]
-    write_page(page_of(Section("s", "S")), tmp_path)
-    assert not (tmp_path / "figures").exists()
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["k.png", "mine.pdf"]
 
 
 def test_average_steps_keeps_sums() -> None:
