@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,9 @@ class End:
         """Return whether nothing comes after `position`. Without news, wait a moment."""
         if not self._requested.is_set():
             self._requested.wait(INTERVAL)
-            # A forked process may still hold standard input open.
-            return os.getppid() != self._parent
+            if os.getppid() != self._parent:  # a forked process may still hold standard input open
+                self._requested.set()
+            return False
         if position < self._num_bytes:  # the disk of events.jsonl is slow
             threading.Event().wait(INTERVAL / 10)
             return False
@@ -110,7 +112,8 @@ def main(name: str, path: str, handle: str, parent: str) -> int:
     os.dup2(2, 1)
 
     def answer(message: dict[str, Any]) -> None:
-        answers.write(json.dumps(message, allow_nan=False) + "\n")
+        with suppress(OSError):  # the training has ended, and the client completes the record
+            answers.write(json.dumps(message, allow_nan=False) + "\n")
 
     try:
         end = End(int(parent))

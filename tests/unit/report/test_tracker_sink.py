@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.events import make_step
-from support.processes import has_ended, wait_until
+from support.processes import has_ended, python, wait_until
 from support.tracker_stores import read_records
 
 from agnews_dist import events
@@ -169,22 +169,44 @@ def test_an_unforeseen_error_drops_all_trackers_with_one_warning(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["close", "kill"])
 @pytest.mark.parametrize(("name", "state"), [("mlflow", "KILLED"), ("wandb", "exit code 1")])
-def test_a_stopped_run_is_marked_and_has_all_steps(tmp_path, monkeypatch, name, state, way):
-    """A training that is killed closes the pipe."""
+def test_a_stopped_run_is_marked_and_has_all_steps(tmp_path, monkeypatch, name, state):
     monkeypatch.setenv("WANDB_MODE", "offline")
     with started(tmp_path, name) as (sinks, trackers, kept):
         sinks(make_step(1))
         [process] = trackers._running
-        if way == "kill":
-            process._process.stdin.close()
-            assert process.wait(60)
-        else:
-            assert wait_until(lambda: process.position > 0, 60)
+        assert wait_until(lambda: process.position > 0, 60)
     assert kept.warnings == []
     [record] = read_records(name, tmp_path)
     assert (record.state, {step for _, step, _ in record.numbers}) == (state, {1})
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_marked_and_has_all_steps(tmp_path):
+    script = """
+import os, signal, sys, time
+from pathlib import Path
+from agnews_dist.report.console import Sinks
+from agnews_dist.report.event_log import EventLog
+from agnews_dist.report.trackers.tracker_sink import Trackers
+from support.events import make_step
+
+run, sinks = Path(sys.argv[1]), Sinks()
+log = EventLog(run / "events.jsonl")
+sinks.add(log)
+[process] = Trackers(["mlflow"], run, {}, log, sinks)._running
+sinks(make_step(1))
+while process.position == 0 and process.failure is None:
+    time.sleep(0.05)
+sinks(make_step(2))
+print(process._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = python("-c", script, str(tmp_path), check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert wait_until(lambda: has_ended(int(done.stdout)), 60)
+    [record] = read_records("mlflow", tmp_path)
+    assert (record.state, {step for _, step, _ in record.numbers}) == ("KILLED", {1, 2})
 
 
 @pytest.mark.slow
