@@ -22,6 +22,8 @@ class Record:
     """Name, step and value, as a 32-bit float holds it."""
     final: dict[str, float] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    state: str = ""
+    """State of the run, in the words of the tracker; empty if it keeps none."""
 
     def add(self, name: str, step: float, value: float) -> None:
         """Count a number."""
@@ -76,6 +78,8 @@ def _read_wandb_log(path: Path) -> Record:
             for item in each.summary.update:
                 if item.key.startswith("final/"):
                     record.add(item.key, 0, json.loads(item.value_json))
+        elif kind == "exit":
+            record.state = f"exit code {each.exit.exit_code}"
         elif kind == "files":
             record.files += [file.path for file in each.files.files if (path.parent / "files" / file.path).is_file()]
     return record
@@ -108,7 +112,7 @@ def read_mlflow(run: Path) -> list[Record]:
     experiment = client.get_experiment_by_name("agnews_dist")
     records = []
     for each in client.search_runs([experiment.experiment_id]) if experiment else []:
-        record = Record(each.info.run_id, each.data.params)
+        record = Record(each.info.run_id, each.data.params, state=each.info.status)
         for name in each.data.metrics:
             for number in client.get_metric_history(each.info.run_id, name):
                 record.add(name, number.step, number.value)

@@ -51,5 +51,9 @@ class MLflow:
             self._client.log_artifact(self._id, str(path))
         self._client.set_terminated(self._id)
 
+    def stop(self) -> None:
+        """Mark the record as killed. The next start sets it to running."""
+        self._client.set_terminated(self._id, "KILLED")
+
 
 TRACKER = MLflow

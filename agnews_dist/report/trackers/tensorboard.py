@@ -47,5 +47,8 @@ class TensorBoard:
         self._add(text_pb("files", "\n\n".join(map(str, files))), step)
         self._writer.close()
 
+    def stop(self) -> None:
+        """Do nothing: a record has no state, and all rows are on disk."""
+
 
 TRACKER = TensorBoard

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -57,6 +58,10 @@ class Tracker(Protocol):
         """Write final scores, attach files, and mark the record as finished."""
         ...
 
+    def stop(self) -> None:
+        """Mark the record of a run that was stopped or failed. The next start may continue it."""
+        ...
+
 
 def to_row(event: Mapping[str, Any]) -> Row | None:
     """Return the numbers of a line of events.jsonl; None if it has none."""
@@ -91,6 +96,17 @@ def read_final_scores(paths: Mapping[str, str]) -> dict[str, float]:
 def attached_files(paths: Mapping[str, str]) -> list[Path]:
     """Return the files to attach that exist."""
     return [Path(paths[kind]) for kind in ATTACHED if kind in paths and Path(paths[kind]).is_file()]
+
+
+def find_results(directory: str) -> dict[str, str]:
+    """Return paths as in `RunDone` if the run has finished; empty otherwise.
+
+    A process that is killed while it writes the report leaves no `RunDone`.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads(Path(directory, "status.json").read_bytes())["state"] == "finished":
+            return {"result": str(Path(directory, "result.json"))}
+    return {}
 
 
 class EventReader:

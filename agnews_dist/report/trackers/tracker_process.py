@@ -3,7 +3,7 @@
 Arguments: name of the tracker, path of run.json, handle of events.jsonl, process id of the training.
 Standard input: `end` and the size of events.jsonl, when no more will come.
 Standard output: JSON objects, one per line: `position` or `error`.
-The process ends when standard input is closed, also while the client hangs: the training has ended.
+Standard input is closed when the training has ended, also by a kill. The process then ends soon, also while the client hangs.
 """
 
 import importlib
@@ -12,7 +12,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from agnews_dist.report.trackers.tracked_run import (
     TrackedRun,
     Tracker,
     attached_files,
+    find_results,
     read_final_scores,
     to_row,
 )
@@ -29,6 +32,8 @@ from agnews_dist.storage.locks import LockWait, is_open_at, wait_for_lock
 
 INTERVAL = 1.0
 """Seconds between two looks at events.jsonl."""
+END_SECONDS = 10.0
+"""Time for the client to complete the record after the training has ended without a request."""
 NICENESS = 10
 """The training comes first."""
 Answer = Callable[[dict[str, Any]], object]
@@ -47,6 +52,8 @@ class End:
         for line in sys.stdin:
             self._num_bytes = int(line.split()[1])
             self._requested.set()
+        self._requested.set()
+        time.sleep(END_SECONDS)
         os._exit(1)
 
     def has_come(self, position: int) -> bool:
@@ -54,7 +61,7 @@ class End:
         if not self._requested.is_set():
             self._requested.wait(INTERVAL)
             if os.getppid() != self._parent:  # a forked process may still hold standard input open
-                os._exit(1)
+                self._requested.set()
             return False
         if position < self._num_bytes:  # the disk of events.jsonl is slow
             threading.Event().wait(INTERVAL / 10)
@@ -73,12 +80,16 @@ def follow(open_client: Callable[[TrackedRun], Tracker], run: TrackedRun, handle
     client = open_client(run)
     while True:
         events = reader.read()
-        if not events:
-            if end.has_come(reader.position):
-                return
+        if not events and not end.has_come(reader.position):
             continue
         if not is_open_at(directory, Path(run.directory)):
             raise OSError("the run's directory was moved")
+        if not events:
+            if paths := find_results(run.directory):
+                client.finish(read_final_scores(paths), step, attached_files(paths))
+            else:
+                client.stop()
+            return
         rows: list[Row] = [row for row in map(to_row, events) if row is not None]
         step = max((row.step for row in rows), default=step)
         if rows:
@@ -101,7 +112,8 @@ def main(name: str, path: str, handle: str, parent: str) -> int:
     os.dup2(2, 1)
 
     def answer(message: dict[str, Any]) -> None:
-        answers.write(json.dumps(message, allow_nan=False) + "\n")
+        with suppress(OSError):  # the training has ended, and the client completes the record
+            answers.write(json.dumps(message, allow_nan=False) + "\n")
 
     try:
         end = End(int(parent))

@@ -13,8 +13,9 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ SILENT_SECONDS = 120.0
 """Time without an answer after which a tracker is dropped. The import of a client from a slow disk takes a while."""
 FINISH_SECONDS = 15.0
 """Longest wait for all trackers together at the end of a run."""
-STOP_SECONDS = 3.0
+STOP_SECONDS = 5.0
 """The same at the end of a start that the next one continues."""
 
 
@@ -65,44 +66,69 @@ class Trackers:
             path = _write_run(directory, settings)
             for name in names:
                 self._running.append(_Process(name, path, log.handle))
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:
             missing = names[len(self._running) :]
             emit(Warned(message=f"report.trackers {','.join(missing)}: cannot start ({error}). The run continues without it."))
 
     def __call__(self, event: Event) -> None:
         """Drop the trackers that have failed or hang. At the end of the run, wait until they are complete."""
+        self._attempt(self._drop_failed)
+        if isinstance(event, RunDone):
+            self._attempt(partial(self._finish, FINISH_SECONDS))
+
+    def close(self) -> None:
+        """End what still runs: this start has failed or was stopped."""
+        self._attempt(partial(self._finish, STOP_SECONDS))
+
+    def _attempt(self, work: Callable[[], list[str]]) -> None:
+        """Do `work` and emit its warnings. An error in it, of any kind, drops all trackers with one warning."""
+        if not self._running:
+            return
+        try:
+            messages = work()
+        except Exception as error:
+            for process in self._running:
+                process.kill()
+            self._running.clear()
+            reason = f"{type(error).__name__}: {error}"
+            messages = [f"report.trackers: they failed ({reason}), and the run continues without them."]
+        # Only now: every warning comes back as an event. An error of another sink belongs to the run.
+        for message in messages:
+            self._emit(Warned(message=message))
+
+    def _drop_failed(self) -> list[str]:
+        """Drop what has failed or hangs; return the warnings."""
+        messages: list[str] = []
         now = time.monotonic()
         for process in list(self._running):
             if process.position >= self._num_bytes:
                 process.answered = now
             if process.failure is not None:
-                self._drop(process, process.failure)
+                messages.append(self._drop(process, process.failure))
             elif now - process.answered > SILENT_SECONDS:
-                self._drop(process, f"no answer for {SILENT_SECONDS:.0f} s")
+                messages.append(self._drop(process, f"no answer for {SILENT_SECONDS:.0f} s"))
         self._num_bytes = self._log.num_bytes
-        if isinstance(event, RunDone):
-            self._finish(FINISH_SECONDS)
+        return messages
 
-    def close(self) -> None:
-        """End what still runs: this start has failed or was stopped."""
-        self._finish(STOP_SECONDS)
-
-    def _finish(self, seconds: float) -> None:
+    def _finish(self, seconds: float) -> list[str]:
+        """End all, and wait for that at most this long; return the warnings."""
+        messages: list[str] = []
         deadline = time.monotonic() + seconds
         for process in self._running:
             process.request_end(self._log.num_bytes)
         for process in list(self._running):
             if not process.wait(deadline - time.monotonic()):
-                self._drop(process, f"no answer for {seconds:.0f} s")
+                messages.append(self._drop(process, f"no answer for {seconds:.0f} s"))
             elif process.failure is not None:
-                self._drop(process, process.failure)
+                messages.append(self._drop(process, process.failure))
         self._running.clear()
+        return messages
 
-    def _drop(self, process: "_Process", reason: str) -> None:
+    def _drop(self, process: "_Process", reason: str) -> str:
+        """End a process; return the warning."""
         self._running.remove(process)
         process.kill()
-        message = f"tracker {process.name}: it failed ({reason}), and the run continues without it. See {process.log}."
-        self._emit(Warned(message=message))
+        return f"tracker {process.name}: it failed ({reason}), and the run continues without it. See {process.log}."
 
 
 class _Process:
@@ -171,8 +197,21 @@ def _write_run(directory: Path, settings: Mapping[str, object]) -> Path:
     """Write run.json, with the id of an earlier start if there was one; return its path."""
     path = directory / FOLDER / "run.json"
     path.parent.mkdir(exist_ok=True)
-    identity = json.loads(path.read_text(encoding="utf-8"))["id"] if path.exists() else uuid.uuid4().hex
-    run = TrackedRun(id=identity, name=directory.name, directory=str(directory), settings=to_json_value(settings))
+    run = TrackedRun(id=_read_id(path), name=directory.name, directory=str(directory), settings=to_json_value(settings))
     with new_file(path) as temporary:
         temporary.write_text(json.dumps(vars(run), allow_nan=False), encoding="utf-8")
     return path
+
+
+def _read_id(path: Path) -> str:
+    """Return the id of an earlier start, or a new one.
+
+    Raises:
+        ValueError: the file is damaged. A new id would begin a second record.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["id"]
+    except FileNotFoundError:
+        return uuid.uuid4().hex
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: remove it, and a new record begins") from error

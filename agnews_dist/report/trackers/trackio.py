@@ -40,9 +40,12 @@ class Trackio:
 
         self.log([make_final_row(scores, step)])
         record = Run(None, PROJECT, None, self._run.name, self._run.id)
-        for path in files:
-            record.log_artifact(path, name=f"{self._run.name}-{path.name}", type="result")
+        for path in files:  # a name of a run may have characters that one of an artifact must not have
+            record.log_artifact(path, name=f"{self._run.id}-{path.name}", type="result")
         record.finish()
+
+    def stop(self) -> None:
+        """Do nothing: a record has no state."""
 
 
 TRACKER = Trackio

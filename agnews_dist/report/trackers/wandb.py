@@ -52,5 +52,9 @@ class WeightsAndBiases:
             self._run.save(shutil.copy(path, self._run.dir), base_path=self._run.dir, policy="now")
         self._run.finish()
 
+    def stop(self) -> None:
+        """Write the last block, and mark the run as failed."""
+        self._run.finish(exit_code=1)
+
 
 TRACKER = WeightsAndBiases

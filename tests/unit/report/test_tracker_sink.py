@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.events import make_step
-from support.processes import has_ended, wait_until
+from support.processes import has_ended, python, wait_until
 from support.tracker_stores import read_records
 
 from agnews_dist import events
@@ -52,9 +52,13 @@ def started(run: Path, *names: str, keep_bytes: int | None = None) -> Iterator[t
         yield sinks, trackers, kept
 
 
-def finish(run: Path, sinks: Sinks) -> None:
+def write_result(run: Path) -> None:
     scores = {"accuracy": 0.5, "macro_f1": 0.25, "loss": None}
     (run / "result.json").write_text(json.dumps({"splits": {"test": scores}}))
+
+
+def finish(run: Path, sinks: Sinks) -> None:
+    write_result(run)
     sinks(events.RunDone(paths={"result": str(run / "result.json"), "report": str(run / "none.html")}))
 
 
@@ -132,6 +136,104 @@ def test_a_killed_tracker_is_dropped_with_one_warning(tmp_path):
         assert ["it failed (exit code -9)" in warning for warning in kept.warnings] == [True]
 
 
+def kill_all(trackers: Trackers) -> None:
+    for process in trackers._running:
+        os.kill(process._process.pid, signal.SIGKILL)
+    assert wait_until(lambda: all(process.failure is not None for process in trackers._running), 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_at_the_end", [False, True])
+def test_two_trackers_that_fail_at_once_leave_a_warning_each(tmp_path, is_at_the_end):
+    with started(tmp_path, "tensorboard", "mlflow") as (sinks, trackers, kept):
+        kill_all(trackers)
+        if is_at_the_end:
+            trackers.close()
+        else:
+            sinks(make_step(1))
+        assert [warning.split(":")[0] for warning in kept.warnings] == ["tracker tensorboard", "tracker mlflow"]
+        sinks(make_step(2))
+        assert len(kept.warnings) == 2
+
+
+@pytest.mark.slow
+def test_an_unforeseen_error_drops_all_trackers_with_one_warning(tmp_path):
+    with started(tmp_path, "tensorboard", "mlflow") as (sinks, trackers, kept):
+        processes = pids(trackers)
+        del trackers._log
+        for number in (1, 2):
+            sinks(make_step(number))
+        [warning] = kept.warnings
+        assert warning.startswith("report.trackers: they failed (AttributeError: ")
+        assert wait_until(lambda: all(map(has_ended, processes)), 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "state"), [("mlflow", "KILLED"), ("wandb", "exit code 1")])
+def test_a_stopped_run_is_marked_and_has_all_steps(tmp_path, monkeypatch, name, state):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with started(tmp_path, name) as (sinks, trackers, kept):
+        sinks(make_step(1))
+        [process] = trackers._running
+        assert wait_until(lambda: process.position > 0, 60)
+    assert kept.warnings == []
+    [record] = read_records(name, tmp_path)
+    assert (record.state, {step for _, step, _ in record.numbers}) == (state, {1})
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_marked_and_has_all_steps(tmp_path):
+    script = """
+import os, signal, sys, time
+from pathlib import Path
+from agnews_dist.report.console import Sinks
+from agnews_dist.report.event_log import EventLog
+from agnews_dist.report.trackers.tracker_sink import Trackers
+from support.events import make_step
+
+run, sinks = Path(sys.argv[1]), Sinks()
+log = EventLog(run / "events.jsonl")
+sinks.add(log)
+[process] = Trackers(["mlflow"], run, {}, log, sinks)._running
+sinks(make_step(1))
+while process.position == 0 and process.failure is None:
+    time.sleep(0.05)
+sinks(make_step(2))
+print(process._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = python("-c", script, str(tmp_path), check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert wait_until(lambda: has_ended(int(done.stdout)), 60)
+    [record] = read_records("mlflow", tmp_path)
+    assert (record.state, {step for _, step, _ in record.numbers}) == ("KILLED", {1, 2})
+
+
+@pytest.mark.slow
+def test_a_finished_run_without_its_last_event_has_final_scores(tmp_path):
+    with started(tmp_path, "mlflow") as (sinks, trackers, kept):
+        sinks(make_step(1))
+        [process] = trackers._running
+        assert wait_until(lambda: process.position > 0, 60)
+        write_result(tmp_path)
+        (tmp_path / "status.json").write_text('{"state": "finished"}')
+    assert kept.warnings == []
+    [record] = read_records("mlflow", tmp_path)
+    assert (record.state, record.files, len(record.final)) == ("FINISHED", ["result.json"], 2)
+
+
+@pytest.mark.slow
+def test_trackio_takes_any_name_of_a_run(tmp_path):
+    run = tmp_path / "sp ace's"
+    run.mkdir()
+    with started(run, "trackio") as (sinks, _, kept):
+        sinks(make_step(1))
+        finish(run, sinks)
+        assert kept.warnings == []
+    [record] = read_records("trackio", run)
+    assert [file for file in record.files if file.endswith("-result.json")]
+
+
 @pytest.mark.slow
 def test_a_failing_tracker_is_dropped_with_one_warning(tmp_path):
     (tmp_path / "tensorboard").touch()
@@ -161,10 +263,13 @@ def test_a_moved_run_ends_the_tracker(tmp_path):
     assert not run.exists()
 
 
-@pytest.mark.parametrize("place", ["trackers", "trackers/run.json"])
-def test_a_tracker_that_cannot_start_is_a_warning(tmp_path, place):
+@pytest.mark.parametrize(
+    ("place", "content"),
+    [("trackers", ""), ("trackers/run.json", ""), ("trackers/run.json", "[]"), ("trackers/run.json", "{}")],
+)
+def test_a_tracker_that_cannot_start_is_a_warning(tmp_path, place, content):
     (tmp_path / place).parent.mkdir(exist_ok=True)
-    (tmp_path / place).touch()
+    (tmp_path / place).write_text(content)
     with started(tmp_path, "tensorboard", "mlflow") as (sinks, trackers, kept):
         sinks(make_step(1))
         assert pids(trackers) == []
