@@ -70,7 +70,7 @@ def test_error_on_one_rank_stops_all(tmp_path):
 def test_rank_with_other_data_is_found_before_training(tmp_path):
     done = train(tmp_path, FAULTY_RANK, "1", "--data.seed=5", "train")
     (line,) = errors(done)
-    assert line.startswith("[rank 1/2] error: rank 1 has another config and tokens than rank 0")
+    assert line.startswith("[rank 1/2] error: rank 1 has another config and tokens and rows than rank 0")
     assert "Give every rank the same configuration" in line
     assert not (tmp_path / "mine").exists()
 
