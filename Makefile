@@ -62,10 +62,11 @@ lock:
 	$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.10 --all-extras --no-annotate \
 	    --custom-compile-command "make lock" $(UPGRADE) --output-file requirements.lock
 
-# The files that follow from the schema of the settings.
+# The files that follow from the schema of the settings, and the outputs of the tutorial.
 docs:
 	$(BIN)/agnews-dist schema > configs/settings.schema.json
 	$(BIN)/agnews-dist schema --format markdown > docs/settings.md
+	PYTHONPATH=tests $(BIN)/python -m support.tutorial
 
 wheel:
 	$(BIN)/python -m hatchling build -t wheel
