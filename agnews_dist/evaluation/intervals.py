@@ -6,7 +6,7 @@ needs counts and not the rows, and costs the same for a thousand rows and for a 
 
 from collections.abc import Iterator
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from agnews_dist.evaluation.metrics import Integers
 
 MIN_ROWS_PER_CLASS = 5
 """Mean rows per class that an interval of macro F1 takes. With fewer, its bias is as large as its width."""
+PSEUDO_ROWS = 0.5
+"""Rows that each class gets in addition for the draws."""
 MAX_DRAWN_CELLS = 1 << 20
 """Counts that are drawn at once: 8 MB."""
 MAX_WORK = 1 << 24
@@ -62,8 +64,9 @@ def bootstrap_macro_f1(
     """Compute an approximate interval of macro F1 by a bootstrap over rows; None: the rows do not allow one.
 
     Macro F1 of few rows is biased: rare classes vanish, and F1 is not a mean over rows. Draws are biased against the rows as
-    the rows are against the truth, so that bias is subtracted. The interval is Wilson's for the number of rows that has the
-    spread of the draws, widened to the score if need be. None: fewer than `MIN_ROWS_PER_CLASS`, or all draws are equal.
+    the rows are against the truth, so that bias is subtracted. `add_pseudo_rows` smooths rare classes. The interval is Wilson's
+    for the number of rows that has the spread of the draws, widened to the score if need be. None: fewer than
+    `MIN_ROWS_PER_CLASS`, or all draws are equal.
 
     `num_samples` is reduced where samples x kinds of rows exceed `MAX_WORK`.
 
@@ -74,17 +77,15 @@ def bootstrap_macro_f1(
         raise ValueError(f"shapes {labels_N.shape}, {predictions_N.shape}: macro F1 takes a pair of classes for each row")
     if not has_enough_rows(labels_N, predictions_N):
         return None
-    (labels_K, predictions_K), counts_K = count_kinds(labels_N, predictions_N)
-    values_S = np.concatenate(
-        [
-            macro_f1_of_draws(drawn_SK, labels_K, predictions_K)
-            for drawn_SK in draw_counts(counts_K, num_samples=num_samples, seed=seed)
-        ]
-    )
+    kinds, counts_K = count_kinds(labels_N, predictions_N)
+    (labels_J, predictions_J), weights_J = add_pseudo_rows(kinds, counts_K)
+    draws = draw_counts(weights_J, len(labels_N), num_samples=num_samples, seed=seed)
+    values_S = np.concatenate([macro_f1_of_draws(drawn_SJ, labels_J, predictions_J) for drawn_SJ in draws])
     if np.ptp(values_S) == 0:
         return None
-    score = float(macro_f1_of_draws(counts_K[None], labels_K, predictions_K)[0])
-    corrected = min(1.0, max(0.0, 2 * score - float(values_S.mean())))
+    score = float(macro_f1_of_draws(counts_K[None], *kinds)[0])
+    bias = float(values_S.mean() - macro_f1_of_draws(weights_J[None], labels_J, predictions_J)[0])
+    corrected = min(1.0, max(0.0, score - bias))
     num_rows = score * (1 - score) / float(values_S.var())
     low, high = wilson_interval(corrected * num_rows, num_rows, level)
     return Interval(min(low, score), max(high, score))
@@ -107,38 +108,58 @@ def count_kinds(*columns: Integers) -> tuple[tuple[NDArray[np.int64], ...], NDAr
     return tuple(kinds_KD.T), counts_K
 
 
-def draw_counts(counts_K: Integers, *, num_samples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Draw as many rows as `counts_K` sums up to, with replacement, and yield how often each kind occurs.
+def add_pseudo_rows(
+    kinds: tuple[NDArray[np.int64], ...], counts_K: Integers
+) -> tuple[tuple[NDArray[np.int64], ...], NDArray[np.float64]]:
+    """Add `PSEUDO_ROWS` to each class, right and wrong as the rows of all classes are; return kinds and weights.
+
+    Two rows of a class that are both right say little about it, but all draws from them are right too. The first column of
+    `kinds` is the true class, each other one a prediction. A wrong prediction of a pseudo row is -1.
+    """
+    classes_C = np.unique(np.concatenate(kinds))
+    right_KP = np.stack([predictions_K == kinds[0] for predictions_K in kinds[1:]], axis=1)
+    patterns_MP, pattern_K = np.unique(right_KP, axis=0, return_inverse=True)
+    share_M = np.bincount(pattern_K.reshape(-1), weights=counts_K) / counts_K.sum()
+    labels_J = np.repeat(classes_C, len(patterns_MP))
+    columns = [labels_J, *(np.where(np.tile(right_M, len(classes_C)), labels_J, -1) for right_M in patterns_MP.T)]
+    weights_J = np.concatenate([counts_K.astype(np.float64), PSEUDO_ROWS * np.tile(share_M, len(classes_C))])
+    return tuple(np.concatenate([kind_K, column_J]) for kind_K, column_J in zip(kinds, columns, strict=True)), weights_J
+
+
+def draw_counts(
+    weights_K: NDArray[np.floating[Any]] | Integers, num_rows: int, *, num_samples: int, seed: int
+) -> Iterator[NDArray[np.int64]]:
+    """Draw rows with replacement, each kind in the share of its weight, and yield how often each occurs.
 
     The yielded blocks (samples, kinds) are small enough for memory. Together they have `num_samples` samples, or fewer within
     `MAX_WORK`.
     """
     generator = np.random.default_rng(seed)
-    num_rows = int(counts_K.sum())
-    share_K = counts_K / num_rows
-    num_samples = min(num_samples, max(MIN_SAMPLES, MAX_WORK // len(counts_K)))
-    block = max(1, MAX_DRAWN_CELLS // len(counts_K))
+    share_K = weights_K / weights_K.sum()
+    num_samples = min(num_samples, max(MIN_SAMPLES, MAX_WORK // len(share_K)))
+    block = max(1, MAX_DRAWN_CELLS // len(share_K))
     for start in range(0, num_samples, block):
         yield generator.multinomial(num_rows, share_K, size=min(block, num_samples - start))
 
 
-def macro_f1_of_draws(drawn_SK: NDArray[np.int64], labels_K: Integers, predictions_K: Integers) -> NDArray[np.float64]:
+def macro_f1_of_draws(drawn_SK: NDArray[Any], labels_K: Integers, predictions_K: Integers) -> NDArray[np.float64]:
     """Compute macro F1 of each draw (S,), over the classes that occur among its labels or predictions.
 
-    Kind k of row has the true class `labels_K[k]` and the predicted class `predictions_K[k]`.
+    Kind k of row has the true class `labels_K[k]` and the predicted class `predictions_K[k]`; -1 is none of the classes.
     """
     classes, numbers = np.unique(np.concatenate([labels_K, predictions_K]), return_inverse=True)
     true_K, predicted_K = numbers[: len(labels_K)], numbers[len(labels_K) :]
     marked_SC = _sum_by_class(drawn_SK, true_K, len(classes)) + _sum_by_class(drawn_SK, predicted_K, len(classes))
+    marked_SC[:, classes < 0] = 0
     right_K = true_K == predicted_K
     hits_SC = _sum_by_class(drawn_SK[:, right_K], true_K[right_K], len(classes))
     f1_SC = 2 * hits_SC / np.maximum(marked_SC, 1)
     return f1_SC.sum(axis=1) / (marked_SC > 0).sum(axis=1)
 
 
-def _sum_by_class(drawn_SK: NDArray[np.int64], class_K: Integers, num_classes: int) -> NDArray[np.int64]:
-    """Sum the counts of all kinds with the same class: int64 (S, num_classes)."""
-    sums_SC = np.zeros((len(drawn_SK), num_classes), np.int64)
+def _sum_by_class(drawn_SK: NDArray[Any], class_K: Integers, num_classes: int) -> NDArray[Any]:
+    """Sum the counts of all kinds with the same class: (S, num_classes)."""
+    sums_SC = np.zeros((len(drawn_SK), num_classes), drawn_SK.dtype)
     order_K = np.argsort(class_K, kind="stable")
     present, starts = np.unique(class_K[order_K], return_index=True)
     if len(present):

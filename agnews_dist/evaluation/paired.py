@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from agnews_dist.evaluation.intervals import (
     Interval,
+    add_pseudo_rows,
     count_kinds,
     draw_counts,
     has_enough_rows,
@@ -84,33 +85,37 @@ def bootstrap_differences(
         raise ValueError("0 examples: two classifiers cannot be compared")
     for predictions_N in (first_N, second_N):
         count_classes(labels_N, predictions_N, num_classes)  # raises for a class out of range
-    (labels_K, first_K, second_K), counts_K = count_kinds(labels_N, first_N, second_N)
-    gain_K = (second_K == labels_K).astype(np.int64) - (first_K == labels_K)
-
-    def accuracy_of(drawn_SK: Any) -> Any:
-        return drawn_SK @ gain_K / len(labels_N)
-
-    def macro_f1_of(drawn_SK: Any) -> Any:
-        return macro_f1_of_draws(drawn_SK, labels_K, second_K) - macro_f1_of_draws(drawn_SK, labels_K, first_K)
-
-    scores = {"accuracy": accuracy_of, "macro_f1": macro_f1_of}
+    kinds, counts_K = count_kinds(labels_N, first_N, second_N)
+    smoothed, weights_J = add_pseudo_rows(kinds, counts_K)
+    scores = {"accuracy": _subtract_accuracy, "macro_f1": _subtract_macro_f1}
     draws = [
-        [score(drawn_SK) for score in scores.values()] for drawn_SK in draw_counts(counts_K, num_samples=num_samples, seed=seed)
+        [score(drawn_SJ, *smoothed) for score in scores.values()]
+        for drawn_SJ in draw_counts(weights_J, len(labels_N), num_samples=num_samples, seed=seed)
     ]
     has_interval = {"accuracy": True, "macro_f1": has_enough_rows(labels_N, first_N, second_N)}
     found: dict[str, PairedDifference] = {}
     for index, (name, score) in enumerate(scores.items()):
         values_S = np.concatenate([block[index] for block in draws])
-        value = float(score(counts_K[None])[0])
-        interval = _interval_of_draws(value, values_S, level) if has_interval[name] else None
+        value = float(score(counts_K[None], *kinds)[0])
+        bias = float(values_S.mean() - score(weights_J[None], *smoothed)[0])
+        interval = _interval_of_draws(value, bias, values_S, level) if has_interval[name] else None
         found[name] = PairedDifference(value, interval)
     return found
 
 
-def _interval_of_draws(value: float, values_S: NDArray[np.float64], level: float) -> Interval | None:
+def _subtract_accuracy(drawn_SK: NDArray[Any], labels_K: Integers, first_K: Integers, second_K: Integers) -> NDArray[Any]:
+    gain_K = (second_K == labels_K).astype(np.int64) - (first_K == labels_K)
+    return drawn_SK @ gain_K / drawn_SK.sum(axis=1)
+
+
+def _subtract_macro_f1(drawn_SK: NDArray[Any], labels_K: Integers, first_K: Integers, second_K: Integers) -> NDArray[Any]:
+    return macro_f1_of_draws(drawn_SK, labels_K, second_K) - macro_f1_of_draws(drawn_SK, labels_K, first_K)
+
+
+def _interval_of_draws(value: float, bias: float, values_S: NDArray[np.float64], level: float) -> Interval | None:
     if np.ptp(values_S) == 0:
         return None
-    middle, half = 2 * value - float(values_S.mean()), quantile_of_level(level) * float(values_S.std())
+    middle, half = value - bias, quantile_of_level(level) * float(values_S.std())
     return Interval(max(-1.0, min(middle - half, value)), min(1.0, max(middle + half, value)))
 
 
