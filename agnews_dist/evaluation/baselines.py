@@ -47,8 +47,6 @@ class BaselineResult:
     """Scores of a cheap method, or the reason for leaving it out."""
 
     name: str
-    predictions_N: Mapping[str, NDArray[np.int64]] | None = None
-    """Predicted classes by split; None if the method was skipped."""
     scores: Mapping[str, BaselineScores] = field(default_factory=dict[str, BaselineScores])
     """Scores by split, except for splits without labels."""
     seconds: float = 0.0
@@ -158,4 +156,4 @@ def _score(
             continue
         found = compute_scores(labels_N, predictions[split], num_classes, loss_sum=0.0)
         scores[split] = BaselineScores(found.num_examples, found.num_correct, found.accuracy, found.macro_f1)
-    return BaselineResult(name, predictions, scores, time.perf_counter() - started, num_train_rows)
+    return BaselineResult(name, scores, time.perf_counter() - started, num_train_rows)

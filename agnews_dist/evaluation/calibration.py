@@ -3,7 +3,7 @@
 A temperature divides all logits. It keeps every prediction, and makes the probabilities less extreme (above 1) or more so.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,12 +87,21 @@ def fit_temperature(labels_N: Integers, probabilities_NC: Floats) -> float:
     _check_labels(labels_N, probabilities_NC)
 
     def loss(log_temperature: float) -> float:
-        temperature = float(np.exp(log_temperature))
-        return _mean_loss(labels_N, probabilities_NC, lambda block_BC: _scale(block_BC, temperature))
+        return _mean_loss(labels_N, probabilities_NC, float(np.exp(log_temperature)))
 
     bounds = tuple(np.log(TEMPERATURES).tolist())
     found: Any = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4})
     return float(np.exp(found.x))
+
+
+def is_at_bound(temperature: float) -> bool:
+    """Return whether a fitted temperature is at one of `TEMPERATURES`, so that the best one lies beyond.
+
+    >>> is_at_bound(0.0501), is_at_bound(1.7)
+    (True, False)
+    """
+    low, high = TEMPERATURES
+    return not 1.01 * low < temperature < high / 1.01
 
 
 def apply_temperature(probabilities_NC: Floats, temperature: float) -> NDArray[np.float64]:
@@ -104,34 +113,20 @@ def apply_temperature(probabilities_NC: Floats, temperature: float) -> NDArray[n
     return np.exp(_scale(probabilities_NC, temperature))
 
 
-def negative_log_likelihood(labels_N: Integers, probabilities_NC: Floats) -> float:
-    """Compute the mean negative log-probability of the labels, in nats.
-
-    Raises:
-        ValueError: as `fit_temperature`.
-    """
-    _check_labels(labels_N, probabilities_NC)
-    return _mean_loss(labels_N, probabilities_NC, _log)
-
-
-def _log(probabilities_BC: Floats) -> NDArray[np.float64]:
-    return np.log(np.maximum(probabilities_BC.astype(np.float64), TINY))
-
-
 def _scale(probabilities_BC: Floats, temperature: float) -> NDArray[np.float64]:
     """Return log-probabilities at a temperature."""
-    logits_BC = _log(probabilities_BC) / temperature
+    logits_BC = np.log(np.maximum(probabilities_BC.astype(np.float64), TINY)) / temperature
     logits_BC -= logits_BC.max(axis=1, keepdims=True)
     return logits_BC - np.log(np.exp(logits_BC).sum(axis=1, keepdims=True))
 
 
-def _mean_loss(labels_N: Integers, probabilities_NC: Floats, log: Callable[[Floats], NDArray[np.float64]]) -> float:
-    """Compute the mean loss block by block, so that no float64 copy of everything is needed."""
+def _mean_loss(labels_N: Integers, probabilities_NC: Floats, temperature: float) -> float:
+    """Compute the mean loss at a temperature block by block, so that no float64 copy of everything is needed."""
     num_rows, num_classes = probabilities_NC.shape
     block = max(1, MAX_BLOCK_CELLS // num_classes)
     total = 0.0
     for start in range(0, num_rows, block):
-        log_BC = log(probabilities_NC[start : start + block])
+        log_BC = _scale(probabilities_NC[start : start + block], temperature)
         total -= float(np.take_along_axis(log_BC, labels_N[start : start + block, None], axis=1).sum())
     return total / num_rows
 

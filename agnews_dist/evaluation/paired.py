@@ -8,8 +8,17 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from agnews_dist.evaluation.intervals import Interval, draw_counts, macro_f1_of_draws, percentile_interval
+from agnews_dist.evaluation.intervals import (
+    Interval,
+    add_pseudo_rows,
+    count_kinds,
+    draw_counts,
+    has_enough_rows,
+    macro_f1_of_draws,
+    quantile_of_level,
+)
 from agnews_dist.evaluation.metrics import Integers, count_classes
 
 
@@ -26,7 +35,8 @@ class PairedDifference(NamedTuple):
     """A score of the second classifier minus that of the first."""
 
     value: float
-    interval: Interval
+    interval: Interval | None
+    """Approximate; None: the rows do not allow one."""
 
 
 def mcnemar_exact(labels_N: Integers, first_N: Integers, second_N: Integers) -> McNemar:
@@ -61,9 +71,11 @@ def bootstrap_differences(
     num_samples: int = 2000,
     seed: int = 0,
 ) -> Mapping[str, PairedDifference]:
-    """Compute accuracy and macro F1 of the second minus the first, with percentile bootstrap intervals.
+    """Compute accuracy and macro F1 of the second minus the first, with approximate intervals by a bootstrap over rows.
 
-    A drawn row counts for both classifiers. Returned keys: `accuracy`, `macro_f1`.
+    A drawn row counts for both classifiers. An interval is the difference without its bias in the draws, and the spread of the
+    draws to both sides. It is None where all draws are equal, and for macro F1 as in `bootstrap_macro_f1`. `num_samples` is
+    reduced where samples x kinds of rows exceed `MAX_WORK`. Returned keys: `accuracy`, `macro_f1`.
 
     Raises:
         ValueError: the arrays differ in shape, are empty, or hold a class outside 0 .. num_classes - 1.
@@ -73,27 +85,38 @@ def bootstrap_differences(
         raise ValueError("0 examples: two classifiers cannot be compared")
     for predictions_N in (first_N, second_N):
         count_classes(labels_N, predictions_N, num_classes)  # raises for a class out of range
-    triples_N3 = np.stack([labels_N, first_N, second_N], axis=1).astype(np.int64)
-    kinds_K3, counts_K = np.unique(triples_N3, axis=0, return_counts=True)
-    labels_K, first_K, second_K = kinds_K3.T
-    gain_K = (second_K == labels_K).astype(np.int64) - (first_K == labels_K)
-
-    def accuracy_of(drawn_SK: Any) -> Any:
-        return drawn_SK @ gain_K / len(labels_N)
-
-    def macro_f1_of(drawn_SK: Any) -> Any:
-        return macro_f1_of_draws(drawn_SK, labels_K, second_K) - macro_f1_of_draws(drawn_SK, labels_K, first_K)
-
-    scores = {"accuracy": accuracy_of, "macro_f1": macro_f1_of}
+    kinds, counts_K = count_kinds(labels_N, first_N, second_N)
+    smoothed, weights_J = add_pseudo_rows(kinds, counts_K)
+    scores = {"accuracy": _subtract_accuracy, "macro_f1": _subtract_macro_f1}
     draws = [
-        [score(drawn_SK) for score in scores.values()] for drawn_SK in draw_counts(counts_K, num_samples=num_samples, seed=seed)
+        [score(drawn_SJ, *smoothed) for score in scores.values()]
+        for drawn_SJ in draw_counts(weights_J, len(labels_N), num_samples=num_samples, seed=seed)
     ]
-    return {
-        name: PairedDifference(
-            float(score(counts_K[None])[0]), percentile_interval(np.concatenate([block[index] for block in draws]), level)
-        )
-        for index, (name, score) in enumerate(scores.items())
-    }
+    has_interval = {"accuracy": True, "macro_f1": has_enough_rows(labels_N, first_N, second_N)}
+    found: dict[str, PairedDifference] = {}
+    for index, (name, score) in enumerate(scores.items()):
+        values_S = np.concatenate([block[index] for block in draws])
+        value = float(score(counts_K[None], *kinds)[0])
+        bias = float(values_S.mean() - score(weights_J[None], *smoothed)[0])
+        interval = _interval_of_draws(value, bias, values_S, level) if has_interval[name] else None
+        found[name] = PairedDifference(value, interval)
+    return found
+
+
+def _subtract_accuracy(drawn_SK: NDArray[Any], labels_K: Integers, first_K: Integers, second_K: Integers) -> NDArray[Any]:
+    gain_K = (second_K == labels_K).astype(np.int64) - (first_K == labels_K)
+    return drawn_SK @ gain_K / drawn_SK.sum(axis=1)
+
+
+def _subtract_macro_f1(drawn_SK: NDArray[Any], labels_K: Integers, first_K: Integers, second_K: Integers) -> NDArray[Any]:
+    return macro_f1_of_draws(drawn_SK, labels_K, second_K) - macro_f1_of_draws(drawn_SK, labels_K, first_K)
+
+
+def _interval_of_draws(value: float, bias: float, values_S: NDArray[np.float64], level: float) -> Interval | None:
+    if np.ptp(values_S) == 0:
+        return None
+    middle, half = value - bias, quantile_of_level(level) * float(values_S.std())
+    return Interval(max(-1.0, min(middle - half, value)), min(1.0, max(middle + half, value)))
 
 
 def _check_shapes(labels_N: Integers, first_N: Integers, second_N: Integers) -> None:

@@ -5,12 +5,23 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from agnews_dist.errors import UserError, count_noun
+from agnews_dist.evaluation.intervals import MIN_ROWS_PER_CLASS, Interval
 from agnews_dist.evaluation.paired import bootstrap_differences, mcnemar_exact
 from agnews_dist.report.pages import figures
 from agnews_dist.report.pages.details import SplitDetails
-from agnews_dist.report.pages.parts import Headline, Page, Section, Table, format_interval, format_score, make_table
+from agnews_dist.report.pages.parts import (
+    Headline,
+    Page,
+    Section,
+    Table,
+    format_interval,
+    format_percent,
+    format_probability,
+    format_score,
+    make_table,
+)
 from agnews_dist.report.pages.run_sections import average_steps, list_stages
-from agnews_dist.report.pages.score_sections import name_class, show_text
+from agnews_dist.report.pages.score_sections import MAX_CLASS_ROWS, NO_TEXT, find_text, name_class
 from agnews_dist.report.pages.stored_run import Fields, StoredRun
 
 MAX_CHANGED = 100
@@ -101,7 +112,7 @@ def _headline_difference(runs: Sequence[StoredRun], split: str) -> list[Headline
     one, other = (run.predictions[split] for run in runs)
     p_value = mcnemar_exact(one.labels_N, one.predictions_N, other.predictions_N).p_value
     difference = float((other.predictions_N == one.labels_N).mean() - (one.predictions_N == one.labels_N).mean())
-    meaning = "significant" if p_value < SIGNIFICANT else "not significant"
+    meaning = "significant" if p_value < find_limit(len(runs)) else "not significant"
     return [Headline("difference in accuracy", f"{difference:+.4f}", f"p = {p_value:.2g}: {meaning} at 95 %")]
 
 
@@ -118,7 +129,7 @@ def _score_section(runs: Sequence[StoredRun], details: Mapping[str, SplitDetails
                 format_interval(each.accuracy_interval),
                 format_score(each.scores.macro_f1),
                 format_interval(each.macro_f1_interval),
-                f"{100 * each.calibration.error:.1f} %",
+                format_percent(each.calibration.error if each.calibration else None),
                 f"{run.result['seconds']['total']:,.1f}" if stages and run.result else "-",
             )
         )
@@ -136,7 +147,7 @@ def _score_section(runs: Sequence[StoredRun], details: Mapping[str, SplitDetails
 
 def _test_section(runs: Sequence[StoredRun], split: str) -> Section:
     first = runs[0]
-    one = first.predictions[split]
+    one, limit = first.predictions[split], find_limit(len(runs))
     rows: list[Sequence[str]] = []
     for run in runs[1:]:
         other = run.predictions[split]
@@ -153,7 +164,7 @@ def _test_section(runs: Sequence[StoredRun], split: str) -> Section:
                 f"{test.num_second_only:,}",
                 f"{test.num_first_only:,}",
                 f"{test.p_value:.2g}",
-                "yes" if test.p_value < SIGNIFICANT else "no",
+                "yes" if test.p_value < limit else "no",
             )
         )
     header = (
@@ -169,16 +180,27 @@ def _test_section(runs: Sequence[StoredRun], split: str) -> Section:
     )
     lead = (
         "Both runs answer the same texts, so only texts on which one is right and the other wrong count. p is that of "
-        "McNemar's exact test; below 0.05 counts as significant. Intervals: paired bootstrap."
+        f"McNemar's exact test; below {limit:.2g} counts as significant. Intervals: paired bootstrap, approximate."
     )
     if len(runs) > 2:
-        safe = SIGNIFICANT / (len(runs) - 1)
-        lead += f" Of many tests, one in twenty is significant by chance: with {len(runs) - 1}, ask for p below {safe:.2g}."
-    return Section("tests", "Paired tests", lead, (make_table(header, rows),))
+        lead += f" Of many tests, one in twenty is below {SIGNIFICANT} by chance, so {SIGNIFICANT} is divided by their number."
+    note = ""
+    if any("-" in (row[2], row[4]) for row in rows):
+        note = f"No interval: fewer than {MIN_ROWS_PER_CLASS} texts per class, or no difference that varies."
+    return Section("tests", "Paired tests", lead, (make_table(header, rows, note=note),))
 
 
-def _format_difference(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+def find_limit(num_runs: int) -> float:
+    """Return the p below which a difference from the first run is significant, for all tests together (Bonferroni).
+
+    >>> find_limit(2), find_limit(6)
+    (0.05, 0.01)
+    """
+    return SIGNIFICANT / (num_runs - 1)
+
+
+def _format_difference(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
 
 
 def _curve_section(runs: Sequence[StoredRun]) -> Section:
@@ -204,26 +226,31 @@ def _line_drawer(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], 
 
 
 def _class_section(runs: Sequence[StoredRun], details: Mapping[str, SplitDetails]) -> Section:
-    first = details[runs[0].name]
-    rows = [
-        (
-            name_class(runs[0], number),
-            f"{each.num_examples:,}",
-            *(format_score(details[run.name].classes[number].f1) for run in runs),
-        )
+    first, note = details[runs[0].name], ""
+    scores = {
+        number: [details[run.name].classes[number].f1 for run in runs]
         for number, each in enumerate(first.classes)
         if each.num_examples
-    ][:50]
-    return Section("classes", "F1 of every class", "", (make_table(("class", "texts", *(run.name for run in runs)), rows),))
+    }
+    shown = list(scores)
+    if len(shown) > MAX_CLASS_ROWS:
+        shown = sorted(shown, key=lambda number: min(scores[number]) - max(scores[number]))[:MAX_CLASS_ROWS]
+        note = f"The {MAX_CLASS_ROWS} of {len(scores):,} classes with the largest differences."
+    rows = [
+        (name_class(runs[0], number), f"{first.classes[number].num_examples:,}", *map(format_score, scores[number]))
+        for number in shown
+    ]
+    table = make_table(("class", "texts", *(run.name for run in runs)), rows, note=note)
+    return Section("classes", "F1 of every class", "", (table,))
 
 
 def _settings_section(runs: Sequence[StoredRun]) -> Section:
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
-    own = ("run.name", "run.dir", "run.overwrite")
+    # A setting that differs between runs differs from its default in one of them.
+    keys = dict.fromkeys(key for run in runs for key in run.changed)
     rows = [
         (key, *(_show(run.settings.get(key)) for run in runs))
         for key in keys
-        if key not in own and len({_show(run.settings.get(key)) for run in runs}) > 1
+        if len({_show(run.settings.get(key)) for run in runs}) > 1
     ]
     lead = "" if rows else "All settings are equal but for the names."
     return Section(
@@ -249,8 +276,8 @@ def _changed_sections(runs: Sequence[StoredRun], analyses: Analyses, split: str)
             (
                 str(row),
                 name_class(first, int(one.labels_N[row])),
-                f"{name_class(first, int(one.predictions_N[row]))} ({one.confidence_N[row]:.2f})",
-                f"{name_class(run, int(other.predictions_N[row]))} ({other.confidence_N[row]:.2f})",
+                f"{name_class(first, int(one.predictions_N[row]))} ({format_probability(float(one.confidence_N[row]))})",
+                f"{name_class(run, int(other.predictions_N[row]))} ({format_probability(float(other.confidence_N[row]))})",
                 _find_text(analyses, split, row),
             )
             for row in order_N[:MAX_CHANGED].tolist()
@@ -266,5 +293,6 @@ def _changed_sections(runs: Sequence[StoredRun], analyses: Analyses, split: str)
 
 
 def _find_text(analyses: Analyses, split: str, row: int) -> str:
-    texts = (show_text(analysis, split, row) for analysis in analyses.values())
-    return next((text for text in texts if not text.startswith("(")), show_text({}, split, row))
+    """Return the text of a row from the first analysis that has kept it."""
+    texts = (find_text(analysis, split, row) for analysis in analyses.values())
+    return next((text for text in texts if text is not None), NO_TEXT)

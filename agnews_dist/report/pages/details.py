@@ -14,7 +14,7 @@ from agnews_dist.evaluation.calibration import (
     fit_temperature,
 )
 from agnews_dist.evaluation.intervals import Interval, bootstrap_macro_f1, wilson_interval
-from agnews_dist.evaluation.metrics import compute_class_scores, compute_scores, count_classes
+from agnews_dist.evaluation.metrics import MAX_DENSE_CLASSES, compute_class_scores, compute_scores, count_classes
 from agnews_dist.events import ClassScores, Scores
 from agnews_dist.report.pages.stored_run import StoredPredictions, StoredRun
 
@@ -45,9 +45,14 @@ class Calibration:
     bins: tuple[CalibrationBin, ...]
     error: float
     """Expected calibration error (ECE)."""
+    num_left_out: int
+    """Texts without a finite probability."""
     temperature: float | None
-    """Fitted on validation; None: no labelled validation split, or only some probabilities were kept."""
+    """Fitted on validation, for the main split; None: see `no_temperature`."""
+    no_temperature: str
+    """Reason why no temperature was fitted."""
     error_with_temperature: float | None
+    """None also for validation: the error of the rows that the temperature was fitted on would be too small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +63,11 @@ class SplitDetails:
     scores: Scores
     """Without the loss, which result.json has."""
     accuracy_interval: Interval
-    macro_f1_interval: Interval
+    macro_f1_interval: Interval | None
+    """None: the rows do not allow one."""
     classes: tuple[ClassScores, ...]
-    calibration: Calibration
+    calibration: Calibration | None
+    """None: no text has a finite probability."""
     mistakes: tuple[int, ...]
     """Rows, the most confident first."""
     pairs: tuple[ConfusedPair, ...]
@@ -72,36 +79,55 @@ def describe_split(run: StoredRun, split: str) -> SplitDetails:
     labels_N, predictions_N = stored.labels_N, stored.predictions_N
     scores = compute_scores(labels_N, predictions_N, num_classes, float("nan"))
     counts = count_classes(labels_N, predictions_N, num_classes)
-    # Few of 10,000 x 10,000 cells are in use, so classes without a row and a prediction are left out.
-    used_C, codes = np.unique(np.stack([labels_N, predictions_N]), return_inverse=True)
-    codes_2N = codes.reshape(2, -1)
-    confusion_CC = np.zeros((len(used_C), len(used_C)), np.int64)
-    np.add.at(confusion_CC, (codes_2N[0], codes_2N[1]), 1)
     return SplitDetails(
         split=split,
         scores=scores,
         accuracy_interval=wilson_interval(scores.num_correct, scores.num_examples),
-        macro_f1_interval=bootstrap_macro_f1(confusion_CC),
+        macro_f1_interval=bootstrap_macro_f1(labels_N, predictions_N),
         classes=compute_class_scores(counts, np.arange(num_classes), run.class_names),
-        calibration=_calibrate(run, stored),
+        calibration=_calibrate(run, split),
         mistakes=tuple(_sort_by_confidence(stored, np.flatnonzero(labels_N != predictions_N))[:NUM_MISTAKES]),
         pairs=tuple(_find_pairs(stored)),
     )
 
 
-def _calibrate(run: StoredRun, stored: StoredPredictions) -> Calibration:
-    confidence_N = np.nan_to_num(stored.confidence_N, nan=0.0)
-    bins = calibration_curve(stored.labels_N, stored.predictions_N, confidence_N)
+def _calibrate(run: StoredRun, split: str) -> Calibration | None:
+    stored = run.predictions[split]
+    finite_N = np.isfinite(stored.confidence_N)
+    if not finite_N.any():
+        return None
+    labels_N, predictions_N = stored.labels_N[finite_N], stored.predictions_N[finite_N]
+    bins = calibration_curve(labels_N, predictions_N, stored.confidence_N[finite_N])
     temperature = error = None
-    validation = run.predictions.get("validation")
-    if validation is not None and validation.is_labelled and validation.has_all_probabilities and stored.has_all_probabilities:
+    reason = _find_obstacle(run, split)
+    # One fit a run: only the main split shows it.
+    if not reason and split == run.main_split:
+        validation = run.predictions["validation"]
         temperature = fit_temperature(validation.labels_N, validation.probabilities_NK)
-        scaled_NC = apply_temperature(stored.probabilities_NK, temperature)
-        scaled_N = scaled_NC[np.arange(len(scaled_NC)), stored.predictions_N]
-        error = expected_calibration_error(calibration_curve(stored.labels_N, stored.predictions_N, scaled_N))
+        if split != "validation":
+            scaled_NC = apply_temperature(stored.probabilities_NK, temperature)
+            scaled_N = scaled_NC[np.arange(len(scaled_NC)), stored.predictions_N]
+            error = expected_calibration_error(calibration_curve(labels_N, predictions_N, scaled_N))
     return Calibration(
-        bins=tuple(bins), error=expected_calibration_error(bins), temperature=temperature, error_with_temperature=error
+        bins=tuple(bins),
+        error=expected_calibration_error(bins),
+        num_left_out=int((~finite_N).sum()),
+        temperature=temperature,
+        no_temperature=reason,
+        error_with_temperature=error,
     )
+
+
+def _find_obstacle(run: StoredRun, split: str) -> str:
+    """Return why a temperature cannot be fitted for a split; an empty string: it can."""
+    if not run.is_labelled("validation"):
+        return "the run has no labelled validation split"
+    for stored in (run.predictions["validation"], run.predictions[split]):
+        if stored.classes_NK is not None:
+            return f"of more than {MAX_DENSE_CLASSES} classes only the most probable ones are kept"
+        if not stored.has_all_probabilities:
+            return "not every probability is finite"
+    return ""
 
 
 def _sort_by_confidence(stored: StoredPredictions, rows_N: NDArray[np.int64]) -> list[int]:

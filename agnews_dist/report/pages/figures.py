@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from agnews_dist.report.formatting import escape_text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -111,7 +113,7 @@ def _to_svg(figure: "Figure", key: str) -> str:
 
 def adapt_svg(text: str, key: str) -> str:
     """Turn a file of matplotlib into an element of a page: it scales, its colours are variables, its ids its own."""
-    text = text[text.index("<svg") :]
+    text = escape_text(text[text.index("<svg") :], "utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r'\1 aria-hidden="true"', text, count=1)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from agnews_dist import __version__
 from agnews_dist.errors import UserError
+from agnews_dist.report.formatting import escape_text
 from agnews_dist.report.pages.details import SplitDetails
 from agnews_dist.report.pages.figures import figure_style
-from agnews_dist.report.pages.parts import Page, Section
+from agnews_dist.report.pages.parts import Page, Section, escape_markdown
 from agnews_dist.report.pages.run_sections import batch_section, curve_section, data_section, settings_section, time_section
 from agnews_dist.report.pages.score_sections import (
     calibration_section,
@@ -46,7 +47,12 @@ def build_page(run: StoredRun, details: Mapping[str, SplitDetails], analysis: Fi
                 mistake_section(run, main, analysis),
                 label_section(run, analysis),
             ]
-        sections += [data_section(run, analysis), time_section(run, analysis), batch_section(run), settings_section(run)]
+        sections += [
+            data_section(run, analysis),
+            time_section(run, analysis),
+            batch_section(run),
+            settings_section(run, analysis),
+        ]
     settings = run.settings
     return Page(
         title=run.name,
@@ -119,14 +125,12 @@ def render(page: Page, template: str) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_escape_control,
     )
-    environment.filters["cell"] = _escape_markdown
+    environment.filters["cell"] = escape_markdown
     return environment.get_template(template).render(page=page, figures=FIGURES, version=__version__)
 
 
-def _escape_markdown(text: str) -> str:
-    """Escape what would end a cell of a Markdown table, or be read as HTML."""
-    one_line = " ".join(text.split())
-    for character in ("\\", "|", "<", "`", "*", "_"):
-        one_line = one_line.replace(character, f"\\{character}")
-    return one_line
+def _escape_control(value: object) -> object:
+    """Escape control characters of a text: those of a terminal, and those that change the reading direction."""
+    return escape_text(value, "utf-8") if type(value) is str else value  # figures are jinja2's Markup

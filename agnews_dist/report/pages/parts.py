@@ -1,5 +1,6 @@
 """Parts of a page: sections of tables, figures and texts, which both templates print in the same order."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,8 +25,6 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     title: str = ""
     note: str = ""
-    has_row_names: bool = True
-    """The first column names the rows."""
     is_wide_text: bool = False
     """A column holds long text, which is wrapped."""
 
@@ -100,11 +99,27 @@ def format_score(value: float) -> str:
     return "-" if value != value else f"{value:.4f}"
 
 
-def format_interval(interval: Interval) -> str:
-    """Format an interval of scores: `0.853 to 0.871`."""
-    return f"{interval.low:.3f} to {interval.high:.3f}"
+def format_interval(interval: Interval | None) -> str:
+    """Format an interval of scores: `0.853 to 0.871`; None as `-`."""
+    return "-" if interval is None else f"{interval.low:.3f} to {interval.high:.3f}"
 
 
-def format_percent(value: float) -> str:
-    """Format a share between 0 and 1 with one decimal."""
-    return "-" if value != value else f"{100 * value:.1f} %"
+def format_percent(value: float | None) -> str:
+    """Format a share between 0 and 1 with one decimal; None and NaN as `-`."""
+    return "-" if value is None or value != value else f"{100 * value:.1f} %"
+
+
+def format_probability(value: float | None) -> str:
+    """Format a probability with three decimals; None (not kept) and NaN as `-`."""
+    return "-" if value is None or value != value else f"{value:.3f}"
+
+
+def escape_markdown(text: str) -> str:
+    """Escape what would end a cell of a Markdown table, or be read as HTML, emphasis, a formula, a link or a mention.
+
+    A mention (`@name`, `#1`) is found in the text that Markdown has produced, so a backslash does not prevent it. An invisible
+    space does.
+    """
+    escaped = re.sub(r"([\\|<&`*_~$\[\]])", r"\\\1", " ".join(text.split()))
+    escaped = re.sub(r"(?i)(:(?=//)|(?<=www)\.)", r"\\\1", escaped)
+    return re.sub(r"([@#])(?=\w)", r"\1&#8203;", escaped)

@@ -1,5 +1,6 @@
 """Sections about the run itself: curves, time, batches, data, settings, and how to repeat it."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 
@@ -216,7 +217,7 @@ def _draw_lengths(splits: Sequence[Fields]) -> figures.FigureFiles:
     return figures.draw_figure("lengths", "Lengths", "Tokens per text, by split.", draw)
 
 
-def settings_section(run: StoredRun) -> Section:
+def settings_section(run: StoredRun, analysis: Fields) -> Section:
     """Build what is needed to repeat the run: settings, versions, machine, fingerprints, command."""
     started: Mapping[str, str] = next((event["facts"] for event in reversed(run.events_of("RunStarted"))), {})
     result: Mapping[str, Mapping[str, str]] = run.result or {}
@@ -228,23 +229,37 @@ def settings_section(run: StoredRun) -> Section:
             title="Settings that differ from the defaults",
         ),
         make_table(("fact", "value"), [("host", str(run.status.get("host", "-"))), *started.items()], title="The run"),
-        make_table(("library", "version"), result.get("versions", {}).items(), title="Versions"),
+        make_table(
+            ("library", "version"), {**result.get("versions", {}), **analysis.get("versions", {})}.items(), title="Versions"
+        ),
         make_table(("input", "sha256"), result.get("fingerprints", {}).items(), title="Fingerprints"),
     ]
     return Section(
         "settings",
         "Settings and machine",
-        "The command trains the same again, under another name.",
+        "The command trains the same again, under another name. With several nodes, each of them takes it.",
         tuple(table for table in tables if table.rows),
-        command=repeat_command(run, num_ranks),
+        command=repeat_command(run, num_ranks, started.get("ranks", "")),
     )
 
 
-def repeat_command(run: StoredRun, num_ranks: int) -> str:
-    """Return the command that trains the same again, under another name."""
-    start = f"torchrun --nproc_per_node={num_ranks} -m" if num_ranks > 1 else "python -m"
-    config, name = shlex.quote(str(run.directory / "config.yaml")), shlex.quote(f"{run.name}-again")
-    return f"{start} agnews_dist.train --config {config} --run.name {name}"
+def repeat_command(run: StoredRun, num_ranks: int, ranks: str) -> str:
+    """Return the command that trains the same again, under another name.
+
+    `ranks`: the fact of the header, such as `16 (8 per node), DDP`. With several nodes the command is for each of them.
+    """
+    found = re.match(r"(\d+) \((\d+) per node\)", ranks)
+    per_node = int(found[2]) if found and int(found[1]) == num_ranks else num_ranks
+    start = "python -m"
+    if num_ranks > per_node:
+        start = (
+            f"torchrun --nnodes={num_ranks // per_node} --nproc_per_node={per_node} --rdzv_backend=c10d "
+            "--rdzv_endpoint=FIRST_NODE:29500 -m"
+        )
+    elif num_ranks > 1:
+        start = f"torchrun --nproc_per_node={num_ranks} -m"
+    config = shlex.quote(str(run.directory.resolve() / "config.yaml"))
+    return f"{start} agnews_dist.train --config {config} --run.name {shlex.quote(f'{run.name}-again')}"
 
 
 def _format_setting(value: object) -> str:

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from agnews_dist.errors import count_noun, shorten
-from agnews_dist.evaluation.intervals import wilson_interval
+from agnews_dist.evaluation.calibration import is_at_bound
+from agnews_dist.evaluation.intervals import MIN_ROWS_PER_CLASS, Interval, wilson_interval
 from agnews_dist.evaluation.metrics import MAX_LISTED_CLASSES
 from agnews_dist.report.pages import figures
-from agnews_dist.report.pages.details import SplitDetails
+from agnews_dist.report.pages.details import NUM_PAIR_ROWS, Calibration, SplitDetails
 from agnews_dist.report.pages.parts import (
     Cell,
     Headline,
@@ -16,6 +17,7 @@ from agnews_dist.report.pages.parts import (
     Table,
     format_interval,
     format_percent,
+    format_probability,
     format_score,
     make_table,
 )
@@ -37,16 +39,18 @@ def headlines(run: StoredRun, details: Mapping[str, SplitDetails], analysis: Fie
     if run.main_split is None:
         return ()
     each = details[run.main_split]
-    return (
-        Headline(
-            f"{each.split} accuracy", format_score(each.scores.accuracy), f"95 %: {format_interval(each.accuracy_interval)}"
-        ),
-        Headline(
-            f"{each.split} macro F1", format_score(each.scores.macro_f1), f"95 %: {format_interval(each.macro_f1_interval)}"
-        ),
+    found = [
+        _headline_score(f"{each.split} accuracy", each.scores.accuracy, each.accuracy_interval),
+        _headline_score(f"{each.split} macro F1", each.scores.macro_f1, each.macro_f1_interval),
         *_headline_baseline(run.main_split, analysis),
-        Headline("calibration error", format_percent(each.calibration.error), "confidence against accuracy"),
-    )
+    ]
+    if each.calibration is not None:
+        found.append(Headline("calibration error", format_percent(each.calibration.error), "confidence against accuracy"))
+    return tuple(found)
+
+
+def _headline_score(label: str, score: float, interval: Interval | None) -> Headline:
+    return Headline(label, format_score(score), "no interval" if interval is None else f"95 %: {format_interval(interval)}")
 
 
 def _headline_baseline(split: str, analysis: Fields) -> list[Headline]:
@@ -82,12 +86,36 @@ def score_section(run: StoredRun, details: Mapping[str, SplitDetails], analysis:
     return Section(
         "scores",
         "Scores",
-        "Intervals hold the true value with 95 % confidence, given this many texts (accuracy: Wilson; macro F1: bootstrap "
-        "over the texts). Baselines are cheap methods on the same rows: what remains above them is what the training is for.",
+        _introduce_scores(run),
         tuple(tables),
         drawn,
-        tuple(f"{each['name']}: {each['skipped']}" for each in baselines if each["skipped"]),
+        (*_explain_gaps(details), *(f"{each['name']}: {each['skipped']}" for each in baselines if each["skipped"])),
     )
+
+
+def _introduce_scores(run: StoredRun) -> str:
+    lead = (
+        "Intervals are approximate. They hold the true value with about 95 % confidence, given this many texts (accuracy: "
+        "Wilson; macro F1: bootstrap over the texts). Baselines are cheap methods on the same rows: what remains above them is "
+        "what the training is for."
+    )
+    if run.main_split == "validation":
+        return (
+            f"{lead} The run has no labelled test split. The weights were chosen on validation, so its scores are optimistic."
+        )
+    if run.is_labelled("validation"):
+        return f"{lead} The weights were chosen on validation, so its scores are optimistic."
+    return lead
+
+
+def _explain_gaps(details: Mapping[str, SplitDetails]) -> list[str]:
+    """Explain why splits have no interval of macro F1."""
+    return [
+        f"Macro F1 of {each.split} has no interval: it has fewer than {MIN_ROWS_PER_CLASS} texts per class, or all texts have "
+        "the same outcome."
+        for each in details.values()
+        if each.macro_f1_interval is None
+    ]
 
 
 def _baseline_table(main: SplitDetails, baselines: Sequence[Fields]) -> Table:
@@ -150,9 +178,11 @@ def class_section(run: StoredRun, main: SplitDetails) -> Section:
     return Section("classes", "Classes", f"Scores of every class on {main.split}.", tuple(tables))
 
 
-def calibration_section(main: SplitDetails) -> Section:
-    """Build the calibration curve, its error, and the temperature."""
+def calibration_section(main: SplitDetails) -> Section | None:
+    """Build the calibration curve, its error, and the temperature; None: no probability is finite."""
     each = main.calibration
+    if each is None:
+        return None
     rows = [
         (f"{b.low:.2f} to {b.high:.2f}", f"{b.num_examples:,}", format_score(b.confidence), format_score(b.accuracy))
         for b in each.bins
@@ -171,14 +201,26 @@ def calibration_section(main: SplitDetails) -> Section:
     figure = figures.draw_figure(
         "calibration", "Calibration", f"Accuracy by confidence on {main.split}, with 95 % intervals.", draw
     )
-    lead = f"Expected calibration error on {main.split}: {format_percent(each.error)}."
-    if each.temperature is not None and each.error_with_temperature is not None:
-        lead += (
-            f" Dividing the logits by {each.temperature:.3f} (fitted on validation) changes it to "
-            f"{format_percent(each.error_with_temperature)}; no prediction changes."
-        )
+    lead = f"Expected calibration error on {main.split}: {format_percent(each.error)}. {_describe_temperature(each)}"
+    if each.num_left_out:
+        lead += f" {count_noun(each.num_left_out, 'text')} without a finite probability left out."
     table = make_table(("confidence", "texts", "mean confidence", "accuracy"), rows)
     return Section("calibration", "Calibration", lead, (table,), (figure,))
+
+
+def _describe_temperature(each: Calibration) -> str:
+    """Describe the temperature and what it changes, or why there is none."""
+    if each.temperature is None:
+        return f"No temperature was fitted: {each.no_temperature}."
+    fitted = f"The temperature that fits validation best is {each.temperature:.3f}"
+    if is_at_bound(each.temperature):
+        return f"{fitted}, which is at its bound: the best one lies beyond, and this one is not used."
+    if each.error_with_temperature is None:
+        return f"{fitted}. What it changes takes other texts than those of validation."
+    return (
+        f"{fitted}. Dividing the logits by it changes the error to {format_percent(each.error_with_temperature)}; no "
+        "prediction changes."
+    )
 
 
 def length_section(main: SplitDetails, analysis: Fields) -> Section | None:
@@ -212,22 +254,20 @@ def length_section(main: SplitDetails, analysis: Fields) -> Section | None:
 def mistake_section(run: StoredRun, main: SplitDetails, analysis: Fields) -> Section:
     """Build the most confused pairs of classes, and the most confident mistakes."""
     stored = run.predictions[main.split]
-    pairs = [
-        (
-            name_class(run, pair.label),
-            name_class(run, pair.prediction),
-            f"{pair.num_examples:,}",
-            format_percent(pair.share),
-            show_text(analysis, main.split, pair.rows[0]),
-        )
-        for pair in main.pairs
-    ]
+    pairs: list[Sequence[str]] = []
+    for pair in main.pairs:
+        names = (name_class(run, pair.label), name_class(run, pair.prediction))
+        first = (*names, f"{pair.num_examples:,}", format_percent(pair.share))
+        for number, row in enumerate(pair.rows):
+            probabilities = (stored.confidence_N[row], stored.probability_of(row, pair.label))
+            numbers = (format_probability(value) for value in probabilities)
+            pairs.append((*(("", "", "", "") if number else first), *numbers, show_text(analysis, main.split, row)))
     mistakes = [
         (
             str(row),
             name_class(run, int(stored.labels_N[row])),
             name_class(run, int(stored.predictions_N[row])),
-            f"{stored.confidence_N[row]:.3f}",
+            format_probability(stored.confidence_N[row]),
             format_probability(stored.probability_of(row, int(stored.labels_N[row]))),
             show_text(analysis, main.split, row),
         )
@@ -235,9 +275,10 @@ def mistake_section(run: StoredRun, main: SplitDetails, analysis: Fields) -> Sec
     ]
     tables = [
         make_table(
-            ("true", "predicted", "texts", "share of true", "most confident"),
+            ("true", "predicted", "texts", "share of true", "confidence", "of the label", "most confident"),
             pairs,
             title="Most confused pairs",
+            note=f"Of each pair, the {NUM_PAIR_ROWS} texts with the most confident predictions.",
             is_wide_text=True,
         ),
         make_table(
@@ -284,12 +325,13 @@ def label_section(run: StoredRun, analysis: Fields) -> Section | None:
     return Section("labels", "Probable label errors", lead, tuple(tables))
 
 
-def show_text(analysis: Fields, split: str, row: int) -> str:
-    """Return the text of a row, if it was kept."""
+def find_text(analysis: Fields, split: str, row: int) -> str | None:
+    """Return the text of a row; None: it was not kept."""
     kept = analysis.get("texts", {}).get(split, {}).get(str(row))
-    return kept["text"] if kept else NO_TEXT
+    return kept["text"] if kept else None
 
 
-def format_probability(value: float | None) -> str:
-    """Format a probability with three decimals; None: it was too small to be kept."""
-    return "-" if value is None else f"{value:.3f}"
+def show_text(analysis: Fields, split: str, row: int) -> str:
+    """Return the text of a row, or that it was not kept."""
+    text = find_text(analysis, split, row)
+    return NO_TEXT if text is None else text

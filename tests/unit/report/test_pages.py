@@ -7,11 +7,13 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pytest
+from markdown_it import MarkdownIt
 
 from agnews_dist.report.pages import figures
 from agnews_dist.report.pages.page import render, write_page
-from agnews_dist.report.pages.parts import Cell, Headline, Page, Section, looks_like_number, make_table
-from agnews_dist.report.pages.run_sections import average_steps
+from agnews_dist.report.pages.parts import Cell, Headline, Page, Section, escape_markdown, looks_like_number, make_table
+from agnews_dist.report.pages.run_sections import average_steps, settings_section
+from agnews_dist.report.pages.stored_run import StoredRun
 from agnews_dist.report.run_list import sort_runs
 
 HOSTILE = "<script>alert(1)</script> | `x` *y*\n_z_"
@@ -90,6 +92,76 @@ def test_render_escapes_texts() -> None:
     text = render(page_of(section), "report.md.j2")
     assert not re.search(r"(?<!\\)<script", text)
     assert "| \\<script>alert(1)\\</script> \\| \\`x\\` \\*y\\* \\_z\\_ |" in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[click](http://evil)",
+        "![p](http://evil/p.png)",
+        "&lt;b&gt; &copy;",
+        "~~struck~~ $a$ $$b$$",
+        "a\\|b \\[c](d) *e* __f__ `g`",
+        "<https://evil> <b>bold</b>",
+    ],
+)
+def test_escape_markdown_keeps_the_text_and_nothing_of_it_is_markup(text: str) -> None:
+    escaped = escape_markdown(text)
+    assert not re.search(r"\w://", escaped), "GitHub makes links of bare addresses"
+    [inline] = [token for token in MarkdownIt("gfm-like", {"linkify": False}).parse(escaped) if token.type == "inline"]
+    assert {token.type for token in inline.children or []} <= {"text", "text_special"}
+    assert "".join(token.content for token in inline.children or []) == text
+    assert not re.search(r"(?<!\\)\$", escaped)
+
+
+def test_escape_markdown_parts_mentions_from_their_sign() -> None:
+    assert escape_markdown("@octocat saw #1, a@b.c # www.evil.com") == (
+        "@&#8203;octocat saw #&#8203;1, a@&#8203;b.c # www\\.evil.com"
+    )
+
+
+@pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
+def test_render_escapes_control_characters(template: str) -> None:
+    hostile = "a\x00b\x1b[31mc\u202ed"
+    section = Section("s", hostile, hostile, (make_table((hostile,), [(hostile,)], note=hostile),), (draw(label=hostile),))
+    page = Page(hostile, hostile, hostile, (Headline(hostile, hostile, hostile),), (hostile,), (section,))
+    text = render(page, template)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text)
+    assert text.count("\\u202ed") > 8
+
+
+def settings_run(num_ranks: int, ranks: str) -> StoredRun:
+    return StoredRun(
+        directory=Path("runs") / "a b",
+        state="finished",
+        reason="",
+        status={},
+        settings={},
+        changed={},
+        result={"num_ranks": num_ranks},
+        events=({"event": "RunStarted", "facts": {"ranks": ranks}},),
+        predictions={},
+        class_names=(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "ranks", "start"),
+    [
+        (1, "1 (1 per node), DDP", "python -m"),
+        (8, "8 (8 per node), DDP", "torchrun --nproc_per_node=8 -m"),
+        (
+            16,
+            "16 (8 per node), DDP",
+            "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 -m",
+        ),
+        (2, "", "torchrun --nproc_per_node=2 -m"),
+    ],
+)
+def test_repeat_command_starts_as_many_ranks_on_as_many_nodes(num_ranks: int, ranks: str, start: str) -> None:
+    command = settings_section(settings_run(num_ranks, ranks)).command
+    config = Path("runs").resolve() / "a b" / "config.yaml"
+    assert command == f"{start} agnews_dist.train --config '{config}' --run.name 'a b-again'"
 
 
 def test_table_aligns_numbers() -> None:
