@@ -159,7 +159,7 @@ def settings_run(num_ranks: int, ranks: str) -> StoredRun:
     ],
 )
 def test_repeat_command_starts_as_many_ranks_on_as_many_nodes(num_ranks: int, ranks: str, start: str) -> None:
-    command = settings_section(settings_run(num_ranks, ranks)).command
+    command = settings_section(settings_run(num_ranks, ranks), {}).command
     config = Path("runs").resolve() / "a b" / "config.yaml"
     assert command == f"{start} agnews_dist.train --config '{config}' --run.name 'a b-again'"
 
