@@ -241,9 +241,10 @@ def test_tools_lists_what_is_missing_and_how_to_install_it(tmp_path: Path) -> No
         ("cpulimit", "ranks with too little CPU time"),
         ("zsh", "completion in zsh"),
         ("fish", "completion in fish"),
+        ("chromium", "the report in a browser"),
     ]
-    assert "apt-get update && apt-get install -y --no-install-recommends cpulimit faketime fish zsh" in out
-    for tool in ("faketime", "cpulimit", "fish", "zsh"):
+    assert "apt-get update && apt-get install -y --no-install-recommends chromium cpulimit faketime fish zsh" in out
+    for tool in ("faketime", "cpulimit", "fish", "zsh", "chromium"):
         (tmp_path / tool).symlink_to("/bin/true")
     assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout == ""
 
@@ -303,7 +304,7 @@ def test_rank_logs_its_last_lines_though_the_whole_group_is_signalled(tmp_path: 
     process = start_rank(number, PRINTS_AT_THE_END, tmp_path, LOGS=str(logs), SLURM_RESTART_COUNT="2")
     log = logs / f"rank-{number}.log"
     end = time.monotonic() + TIMEOUT
-    while not log.is_file() or "begins" not in log.read_text():
+    while not log.is_file() or "begins\n" not in log.read_text():
         assert time.monotonic() < end
         time.sleep(0.05)
     # Slurm and terminals signal the whole group, and so the process that writes the log.
