@@ -54,7 +54,7 @@ def compute_frozen_features(
     """Compute the features of some training rows and of all rows of the other splits. Collective.
 
     Args:
-        suffix: the untrained part above the freeze boundary, without its head, on the engine's device.
+        suffix: the untrained part above the freeze boundary, without its head. It is moved to the engine's device.
         tables: split -> tokens, with a split `train`.
         source: returns the cached features of a split at the freeze boundary.
         owner_N: the rank that can read each training row; None: every rank can.
@@ -68,6 +68,7 @@ def compute_frozen_features(
     begin = time.monotonic()
 
     def compute() -> dict[str, Part]:
+        suffix.to(engine.device)
         plans = {name: evaluation_batches(table)[rank::num_ranks] for name, table in tables.items() if _is_small(name, table)}
         parts = {
             name: _compute(suffix, tables[name], plan, source(name), begin + SCORED_SHARE * max_seconds)
