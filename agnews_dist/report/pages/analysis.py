@@ -204,6 +204,8 @@ def _run_baselines(
         tfidf_baseline(list(sample.texts), sample.labels, texts, scored_labels, max_rows=MAX_TEXTS, max_seconds=seconds)
     )
     check_stop()
+    if not isinstance(frozen, str) and not (len(frozen.train_rows_N) and frozen.splits.keys() & labels.keys()):
+        frozen = "the time (report.max_seconds) is too short, or the splits are too large"
     if not isinstance(frozen, str):
         train_labels = train.labels[frozen.train_rows_N]
         features = {name: each for name, each in frozen.splits.items() if name in labels}
