@@ -179,12 +179,12 @@ class _Turnstile:
     process = ""
 
 
-def wait_for_main(what: str) -> None:
+def wait_for_main(what: str | None) -> None:
     """Wait until rank 0 calls this too, without a time limit. Collective; nothing to do before `connect_store`.
 
     Call it before a collective that rank 0 may reach late because of its files or console. A collective has a time limit that
     would blame another rank. The coordinator ends the ranks that wait here if rank 0 dies or hangs. `what` completes "rank 0
-    ...", for the line that tells of a long wait.
+    ...", for the line about a long wait; None: no line, as rank 0's console shows the work.
     """
     store = _Turnstile.store
     if store is None or not is_distributed():
@@ -196,7 +196,8 @@ def wait_for_main(what: str) -> None:
         return
     wait = _WaitForMain(f"rank 0 ({_Turnstile.process}) {what}")
     while not store.check([key]):
-        wait.print_if_long()
+        if what is not None:
+            wait.print_if_long()
         time.sleep(min(0.1, 0.002 + wait.seconds / 20))
 
 

@@ -100,7 +100,7 @@ class Reporter:
                 paths = {"report": str(page)} if page is not None else {}
                 attempt.monitors.emit(replace(done, paths={**paths, **done.paths}))
         if self._is_on:
-            collectives.wait_for_main("writes the report")
+            collectives.wait_for_main(None)
             collectives.raise_if_any_failed(None)
 
     def _compute_features(self, tables: Mapping[str, TokenTable], features: FeatureCache) -> None:

@@ -43,7 +43,8 @@ def test_any_number_of_ranks_gives_the_same_answers(folder: Path) -> None:
         done = run_predict(num_ranks, folder, "--file", folder / "texts.parquet", "--output", output, "--top_k", "all")
         assert done.stdout == ""
         assert "warning: 140 of 5400 texts were truncated to 60 tokens." in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        # On a slow machine also lines of progress.
+        assert len([line for line in done.stderr.splitlines() if " classify: " not in line]) == 1
         outputs.append(output.read_bytes())
     assert outputs[0] == outputs[1]
     answers = pd.read_parquet(folder / "1.parquet")
