@@ -38,8 +38,10 @@ def write_text(path: Path, pieces: Iterable[str]) -> None:
 
 
 @contextmanager
-def new_file(path: Path) -> Generator[Path]:
+def new_file(path: Path, *, is_durable: bool = True) -> Generator[Path]:
     """Yield a hidden name to write to; publish it as `path` when the block ends, or remove it if the block raises.
+
+    `is_durable`: survive a loss of power. False for what can be made again: on a slow disk every fsync takes seconds.
 
     Raises:
         OSError: it cannot be written; `path` is as it was, unless only the last fsync failed.
@@ -47,11 +49,13 @@ def new_file(path: Path) -> Generator[Path]:
     temporary = _hidden_name(path)
     try:
         yield temporary
-        sync(temporary)
+        if is_durable:
+            sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    if is_durable:
+        sync(path.parent)
 
 
 @contextmanager

@@ -89,10 +89,10 @@ def write_page(page: Page, directory: Path) -> Path:
     try:
         (directory / FIGURES).mkdir(parents=True, exist_ok=True)
         for figure in (each for each in page.figures if each.png):
-            with new_file(directory / FIGURES / f"{figure.key}.png") as temporary:
+            with new_file(directory / FIGURES / f"{figure.key}.png", is_durable=False) as temporary:
                 temporary.write_bytes(figure.png)
         for name, template in ((MARKDOWN_FILE, "report.md.j2"), (HTML_FILE, "report.html.j2")):
-            with new_file(directory / name) as temporary:
+            with new_file(directory / name, is_durable=False) as temporary:
                 temporary.write_text(render(page, template), encoding="utf-8", newline="\n")
     except OSError as error:
         raise UserError(
