@@ -1,4 +1,4 @@
-"""How far the numbers of the report can be trusted: planted label errors, intervals, equal runs that are called different.
+"""Trust in the numbers of the report: planted label errors, intervals, equal runs that are called different.
 
     PYTHONPATH=tests python tests/bench/report_numbers.py --shared ../shared > LOG.jsonl
 

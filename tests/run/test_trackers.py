@@ -37,7 +37,7 @@ def steps_of(record: Record) -> set[int]:
 
 
 def read_when(tracker: str, run: Path, step: int) -> list[Record]:
-    """What the tracker has once it has a step."""
+    """Content of the tracker's store, once it has a step."""
     found: list[Record] = []
 
     def has_step() -> bool:

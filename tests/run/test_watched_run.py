@@ -1,4 +1,4 @@
-"""What a person reads of a whole training: in a terminal of 80 and of 200 columns, in a pipe, in a notebook."""
+"""Output of a whole training, as a person reads it: in a terminal of 80 and of 200 columns, in a pipe, in a notebook."""
 
 import os
 import pty

@@ -14,7 +14,7 @@ from support.processes import python
 
 @dataclass
 class Record:
-    """What a tracker's store holds of one run."""
+    """Content of a tracker's store for one run."""
 
     id: str
     settings: dict[str, Any]

@@ -1,4 +1,4 @@
-"""How many rows are chosen for a time, on a clock that the fits move; samples with all classes; words or characters."""
+"""Number of rows that fit a time, on a clock that the fits move; samples with all classes; words or characters."""
 
 import warnings
 from collections.abc import Callable

@@ -20,7 +20,7 @@ from agnews_dist.report.event_log import EventLog
 from agnews_dist.report.trackers import tracker_sink
 from agnews_dist.report.trackers.tracked_run import EventReader, to_row
 from agnews_dist.report.trackers.tracker_sink import Trackers, check_installed
-from agnews_dist.storage.locks import try_lock
+from agnews_dist.storage.locks import Lock, try_lock
 
 
 class Kept(list[events.Event]):
@@ -87,14 +87,19 @@ def test_a_restart_repeats_steps_that_the_store_has(tmp_path, name):
     assert float(record.settings["optim.lr"]) == 1e-3
 
 
+def locked(directory: Path) -> closing[Lock]:
+    """Hold the lock of a record, so that its tracker waits."""
+    (directory / "trackers").mkdir()
+    lock = try_lock(directory / "trackers" / "tensorboard.lock")
+    assert lock is not None
+    lock.sign()
+    return closing(lock)
+
+
 @pytest.mark.slow
 def test_a_hanging_tracker_is_dropped_with_one_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(tracker_sink, "FINISH_SECONDS", 1.0)
-    (tmp_path / "trackers").mkdir()
-    lock = try_lock(tmp_path / "trackers" / "tensorboard.lock")
-    assert lock is not None
-    lock.sign()
-    with closing(lock), started(tmp_path, "tensorboard") as (sinks, trackers, kept):
+    with locked(tmp_path), started(tmp_path, "tensorboard") as (sinks, trackers, kept):
         [pid] = pids(trackers)
         sinks(make_step(1))
         begin = time.monotonic()
@@ -111,11 +116,7 @@ def test_a_hanging_tracker_is_dropped_with_one_warning(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_silent_tracker_is_dropped_during_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(tracker_sink, "SILENT_SECONDS", 0.5)
-    (tmp_path / "trackers").mkdir()
-    lock = try_lock(tmp_path / "trackers" / "tensorboard.lock")
-    assert lock is not None
-    lock.sign()
-    with closing(lock), started(tmp_path, "tensorboard") as (sinks, trackers, kept):
+    with locked(tmp_path), started(tmp_path, "tensorboard") as (sinks, trackers, kept):
         [pid] = pids(trackers)
         for number in range(1, 100):
             sinks(make_step(number))
