@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -314,8 +315,11 @@ def change_predictions(run: Path, seed: int, share: float, *, to_right: bool) ->
 def test_comparison_finds_a_better_run(news: Path, tmp_path: Path, browser: Browser) -> None:
     better = copy_run(news, tmp_path, "better")
     change_predictions(better, 0, 0.4, to_right=True)
-    (better / "analysis.json").unlink()
     agnews("report", str(news), str(better), "--output", str(tmp_path / "page"))
+    # The analysis of other predictions is not used.
+    analysis = json.loads((better / "analysis.json").read_text())
+    predictions = (better / "predictions-test.jsonl").read_bytes()
+    assert analysis["predictions"]["test"] == hashlib.sha256(predictions).hexdigest()
     shown = show(browser, tmp_path / "page" / "report.html", width=360)
     assert shown.messages == []
     assert shown.measure("document.documentElement.scrollWidth") == 360
