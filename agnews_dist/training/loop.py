@@ -6,7 +6,7 @@ evaluation outlive a step. Learning rate, order of examples and random numbers a
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -132,25 +132,8 @@ class Trainer:
             SharedError: the ranks' weights differ. They are neither scored nor saved.
         """
         try:
-            if self._is_evaluation_due:
-                self._evaluate(validate)
-                self._save(checkpoints)
-            if not self.is_done:
-                self._emit(begin_phase("first step"))
-            while not self.is_done:
-                for batches in self._loader.steps(self._epoch, self._epoch_step):
-                    result = self._train_step(batches, checkpoints)
-                    after_step()
-                    if result.stop:
-                        raise Stopped
-                    if self._is_evaluation_due:
-                        self._evaluate(validate)
-                    if result.save or self._is_epoch_end or self.is_done:
-                        self._save(checkpoints)
-                    if self.is_done:
-                        break
-                else:
-                    self._epoch, self._epoch_step = self._epoch + 1, 0
+            for _ in self.iterate(validate, checkpoints):
+                after_step()
             checkpoints.wait()
             if self._has_stopped_early:
                 counts = {"step": self.step, "num_worse": self.best.num_worse, "best_step": self.best.step}
@@ -159,6 +142,28 @@ class Trainer:
             self._preemption.begin_exit()
             self._save(checkpoints, wait=True)
             raise
+
+    def iterate(self, validate: Callable[[], SplitScores], checkpoints: CheckpointManager | None = None) -> Generator[None]:
+        """Train to the end, and pause after every step, with its evaluation and checkpoint. Arguments and errors: see `fit`."""
+        if self._is_evaluation_due:
+            self._evaluate(validate)
+            self._save(checkpoints)
+        if not self.is_done:
+            self._emit(begin_phase("first step"))
+        while not self.is_done:
+            for batches in self._loader.steps(self._epoch, self._epoch_step):
+                result = self._train_step(batches, checkpoints)
+                if result.stop:
+                    raise Stopped
+                if self._is_evaluation_due:
+                    self._evaluate(validate)
+                if result.save or self._is_epoch_end or self.is_done:
+                    self._save(checkpoints)
+                yield
+                if self.is_done:
+                    break
+            else:
+                self._epoch, self._epoch_step = self._epoch + 1, 0
 
     @property
     def is_done(self) -> bool:
@@ -188,7 +193,7 @@ class Trainer:
         is_due = self.step >= self.num_steps or (self._is_epoch_end if every == "epoch" else self.step % every == 0)
         return is_due and self._scored_step != self.step
 
-    def _train_step(self, batches: StepBatches, checkpoints: CheckpointManager) -> StepResult:
+    def _train_step(self, batches: StepBatches, checkpoints: CheckpointManager | None) -> StepResult:
         begin = time.perf_counter()
         settings, world = self._settings, self._engine.world
         lr = learning_rate(
@@ -213,7 +218,7 @@ class Trainer:
                 dropout_key=key,
                 settings=self._step_settings,
                 stop=self._preemption.is_stopping,
-                save=checkpoints.is_due(self.step + 1),
+                save=checkpoints is not None and checkpoints.is_due(self.step + 1),
             )
         except NonFiniteError as error:
             self._emit(NonFinite(step=self.step + 1, epoch=self._epoch + 1, ids=error.ids))
@@ -253,7 +258,9 @@ class Trainer:
         self._emit(validation.to_event("validation", epoch, self.class_names, step=self.step, is_best=is_best))
         self._scored_step = self.step
 
-    def _save(self, checkpoints: CheckpointManager, *, wait: bool = False) -> None:
+    def _save(self, checkpoints: CheckpointManager | None, *, wait: bool = False) -> None:
+        if checkpoints is None:
+            return
         assert self._features is not None
         self._check_replicas()
         # `prefix` is part of `train`.
