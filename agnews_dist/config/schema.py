@@ -149,7 +149,7 @@ class OptimConfig(Section):
     """Weights of the classes in the loss: none, balanced, or a list. 'balanced': rows / (classes x rows of the class), over the
     training rows; 1 for a class without rows. A list has one weight per class, in their order. The loss of a step is divided by
     the weights of its labels, over all ranks."""
-    best_metric: Literal["accuracy", "macro_f1", "loss"] = setting("accuracy", "may be accepted", "free")
+    best_metric: Literal["accuracy", "macro_f1", "loss"] = setting("accuracy", "may be accepted", "not sweepable")
     """Validation score that chooses the exported weights. The lowest loss, or the highest of the others. Ties go to the lower
     loss, then to the earlier evaluation."""
     evaluate_every: Count | Literal["epoch"] = setting("epoch", "may be accepted", "free")

@@ -1,6 +1,6 @@
 """The members of a sweep, and what they can share: features, batches, a place in a wave. Needs no torch."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -94,5 +94,5 @@ def cut_waves(members: Sequence[Member], *, limit: int, num_workers: int, first:
     return [Wave(number, piece) for number, piece in enumerate(pieces, first)]
 
 
-def _values_where(config: Config, accepts: Any) -> Key:
+def _values_where(config: Config, accepts: Callable[[str], bool]) -> Key:
     return tuple(value for key, value in values_of(config) if accepts(key))

@@ -1,8 +1,8 @@
 """The settings that a sweep varies: lists and ranges of values, and the combinations of them. Needs no torch.
 
-    --optim.lr 1e-4,3e-4,1e-3    a list; of a setting that is itself a list, or of texts with commas: ["a", "b"] as in JSON or YAML
-    --run.seed 0..4              whole numbers from 0 to 4
-    --optim.lr 1e-4..1e-2        any number between, for random samples; on a logarithmic scale if the ends are far apart
+--optim.lr 1e-4,3e-4,1e-3    a list; of a setting that is itself a list, or of texts with commas: ["a", "b"] as in JSON or YAML
+--run.seed 0..4              whole numbers from 0 to 4
+--optim.lr 1e-4..1e-2        any number between, for random samples; on a logarithmic scale if the ends are far apart
 """
 
 import json
@@ -137,12 +137,12 @@ def make_space(dimensions: Sequence[Dimension], *, seed: int, num_samples: int |
     for dimension in space.dimensions if num_samples is None else ():
         if dimension.interval is not None:
             raise ConfigError(
-                f"--{dimension.key} {dimension.describe()[0]}: a range of real numbers has no end. Set --samples N, or list values."
+                f"--{dimension.key} {dimension.describe()[0]}: a range of numbers has no end. Set --samples N, or list values."
             )
     num_members = (num_samples if num_samples is not None else space.num_combinations) * len(space.seeds)
     if num_members > MAX_MEMBERS:
         raise ConfigError(
-            f"sweep: {num_members:,} members, and {MAX_MEMBERS:,} are allowed. List fewer values, or draw some with --samples N."
+            f"sweep: {num_members:,} members, at most {MAX_MEMBERS:,} are allowed. List fewer values, or draw with --samples N."
         )
     return space
 

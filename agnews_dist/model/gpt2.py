@@ -155,7 +155,7 @@ def split_model(
 
 
 def copy_untrained(classifier: Classifier, seed: int) -> Classifier:
-    """Return a classifier with the same frozen part and a copy of the untrained suffix, as `split_model` makes it for `seed`."""
+    """Return a classifier with the same frozen part and a copy of the untrained suffix, its head drawn from `seed`."""
     suffix = copy.deepcopy(classifier.suffix)
     if classifier.has_drawn_head:
         with torch.no_grad():

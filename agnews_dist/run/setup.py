@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
@@ -46,6 +47,8 @@ from agnews_dist.training.class_weights import check_class_weights, compute_clas
 from agnews_dist.training.diagnostics import dry_run, overfit_one_batch
 from agnews_dist.training.loop import Monitors, Trainer, TrainerSettings
 from agnews_dist.training.timing import StageTimer
+
+Loader = TypeVar("Loader", bound=TrainLoader)
 
 
 @dataclass(frozen=True)
@@ -297,10 +300,12 @@ def plan_settings(batch: BatchConfig, seed: int) -> PlanSettings:
     )
 
 
-def build_loader(config: Config, classifier: Classifier, table: TokenTable, world: World) -> TrainLoader:
+def build_loader(
+    config: Config, classifier: Classifier, table: TokenTable, world: World, *, loader_type: type[Loader] = TrainLoader
+) -> Loader:
     """Build this rank's loader of the training split."""
     num_classes = classifier.suffix.out_head.out_features
-    return TrainLoader(
+    return loader_type(
         table,
         world,
         plan_settings(config.batch, config.run.seed),
@@ -322,7 +327,13 @@ def estimate_epochs(config: Config, lengths_N: Ints) -> int:
 
 
 def open_features(
-    config: Config, inputs: TrainingInputs, tables: Mapping[str, TokenTable], engine: Engine, *, requested: RequestedPlace
+    config: Config,
+    inputs: TrainingInputs,
+    tables: Mapping[str, TokenTable],
+    engine: Engine,
+    *,
+    requested: RequestedPlace,
+    num_trainings: int = 1,
 ) -> FeatureCache:
     """Decide where the frozen part's output is kept, without computing it yet. Collective."""
     num_tokens = sum(int(table.lengths_N.sum()) for table in tables.values())
@@ -330,7 +341,7 @@ def open_features(
     inputs.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=wanted)
     settings = CacheSettings(
         requested=requested,
-        num_epochs=estimate_epochs(config, tables["train"].lengths_N),
+        num_epochs=num_trainings * estimate_epochs(config, tables["train"].lengths_N),
         directory=cache_root(config.data.cache_dir) / "features",
         limit_bytes=int(config.engine.feature_cache_gigabytes * 1e9),
         reserved_bytes=reserve_run_bytes(config, inputs.parameters, inputs.store.splits, len(inputs.class_names)),

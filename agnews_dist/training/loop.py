@@ -8,6 +8,7 @@ evaluation outlive a step. Learning rate, order of examples and random numbers a
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -164,6 +165,18 @@ class Trainer:
                     break
             else:
                 self._epoch, self._epoch_step = self._epoch + 1, 0
+
+    def evaluation_steps(self) -> list[int]:
+        """Return the steps of the whole run after which validation is scored, unless it stops early."""
+        every, ends, epoch = self._settings.evaluate_every, list[int](), 0
+        if every != "epoch":
+            ends = list(range(every, self.num_steps, every))
+        while every == "epoch" and sum(ends) < self.num_steps:
+            ends.append(self._loader.epoch_steps(epoch))
+            epoch += 1
+        if every == "epoch":
+            ends = [end for end in accumulate(ends) if end < self.num_steps]
+        return [*ends, self.num_steps]
 
     @property
     def is_done(self) -> bool:
