@@ -24,6 +24,8 @@ COMMAND = Command(
         Option("--samples", "Number of random combinations, in place of all.", int | None),
         Option("--sample_seed", "Seed of the random combinations.", int, 0, level="advanced"),
         Option("--halving", "Successive halving: the best 1/N of the combinations survive each rung.", int | None),
+        Option("--ensemble", "Score the mean of the selected setting's seeds.", bool, False),
+        Option("--distil", "Train one member on the probabilities of that mean, and export it.", bool, False),
     ),
     takes_lists=True,
     display="stdout",
@@ -47,5 +49,13 @@ def sweep(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         from agnews_dist.experiments import sweep_job
 
     options = loaded.options
-    job = sweep_job.SweepJob(loaded.config, loaded.dimensions, options["samples"], options["sample_seed"], options["halving"])
+    wanted = {"distilled": options["distil"], "ensemble": options["ensemble"] or options["distil"]}
+    job = sweep_job.SweepJob(
+        loaded.config,
+        loaded.dimensions,
+        options["samples"],
+        options["sample_seed"],
+        frozenset(name for name, is_wanted in wanted.items() if is_wanted),
+        options["halving"],
+    )
     sweep_job.run_sweep(world, job, preemption=preemption, console=loaded.console, start=start)

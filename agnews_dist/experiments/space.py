@@ -178,7 +178,8 @@ def _split(raw: RawValue, setting: Setting) -> list[object] | None:
     for part in parts:
         low, dots, high = part.partition("..")
         is_number = dots and (int in members or float in members)
-        found += _expand_range(raw, low, high, is_whole=float not in members) if is_number else [part]
+        text = None if part in ("null", "Null", "NULL") else part
+        found += _expand_range(raw, low, high, is_whole=float not in members) if is_number else [text]
     return found if len(parts) > 1 or found != parts else None
 
 

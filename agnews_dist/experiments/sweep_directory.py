@@ -33,7 +33,6 @@ from agnews_dist.storage.locks import Lock, try_lock
 PLAN = "plan.json"
 RESULTS = "sweep.json"
 MEMBERS = "members"
-BEST = "best"
 
 
 class SweepDirectory:
@@ -45,9 +44,13 @@ class SweepDirectory:
         self._members = path / MEMBERS
         self._results: dict[str, MemberResult] = {}
 
-    @property
-    def is_finished(self) -> bool:
-        return (self.path / RESULTS).is_file()
+    def is_finished(self, wanted: Collection[str] = ()) -> bool:
+        """Return whether all results are there, with rows `wanted` in the comparison of an ensemble."""
+        try:
+            found = json.loads((self.path / RESULTS).read_bytes())
+            return {*wanted} <= {row["name"] for row in found.get("ensemble", [])}
+        except FileNotFoundError:
+            return False
 
     def open(self, plan: Mapping[str, Any], *, overwrite: bool) -> None:
         """Create the directory, or continue the sweep of the same plan in it. `overwrite`: replace a finished or other one.
@@ -58,7 +61,7 @@ class SweepDirectory:
         plan = atomic.to_json_value(plan)
         try:
             found = self._read_plan()
-            if overwrite and found is not None and (found != plan or self.is_finished):
+            if overwrite and found is not None and (found != plan or self.is_finished()):
                 shutil.rmtree(self.path)
                 found = None
             if found is None:
@@ -69,7 +72,7 @@ class SweepDirectory:
             elif found != plan:
                 differing = ", ".join(sorted(_list_differences(found, plan)))
                 raise ConfigError(
-                    f"{self.path}: it has a sweep with another {differing}. Set another --run.name, or pass --run.overwrite."
+                    f"{self.path}: it has another sweep (in {differing}). Set another --run.name, or pass --run.overwrite."
                 )
         except OSError as error:
             raise UserError(

@@ -24,7 +24,7 @@ from agnews_dist.errors import AlreadyFinished, ConfigError, Stopped, count_noun
 from agnews_dist.events import RunStarted
 from agnews_dist.experiments.members import Member, build_members, group_by_features
 from agnews_dist.experiments.selection import finish_sweep
-from agnews_dist.experiments.space import Dimension, Space, make_space
+from agnews_dist.experiments.space import SEED, Dimension, Space, make_space
 from agnews_dist.experiments.sweep_directory import SweepDirectory
 from agnews_dist.experiments.sweep_runner import SweepRunner
 from agnews_dist.report.console import Console, Sinks
@@ -46,6 +46,8 @@ class SweepJob:
     num_samples: int | None = None
     """Random combinations; None: all."""
     sample_seed: int = 0
+    wanted: frozenset[str] = frozenset()
+    """`ensemble`, `distilled` or both: scored besides the members of the selected setting."""
     halving: int | None = None
     """Factor of successive halving: the best 1/factor of the settings survive a rung; None: all are trained to the end."""
 
@@ -57,7 +59,7 @@ class SweepJob:
 
     def describe(self, space: Space) -> dict[str, Any]:
         """Return what decides the members and their results, as JSON holds it."""
-        varied = {dimension.key for dimension in self.dimensions}
+        varied = {SEED, *(dimension.key for dimension in self.dimensions)}
         settings = {key: value for key, value in weight_settings(self.config).items() if key not in varied}
         return {
             "format": 1,
@@ -84,6 +86,8 @@ def check_job(job: SweepJob) -> tuple[Space, list[Member]]:
         raise ConfigError(f"--halving {job.halving}: it is the factor by which settings become fewer. Set it to 2 or more.")
     if job.halving is not None and len(settings) < 2:
         raise ConfigError("--halving: one combination of settings has no rival. Vary another setting than run.seed.")
+    if job.wanted and len(space.seeds) < 2:
+        raise ConfigError("--ensemble: one seed has no mean with others. List several, for example --run.seed 0..4.")
     return space, build_members(job.config, settings, space.seeds)
 
 
@@ -115,7 +119,7 @@ def run_sweep(
         sinks(RunStarted(facts=_describe(job, space, members, directory, engine), parameters={}))
         try:
             runner.train()
-            done = finish_sweep(runner)
+            done = finish_sweep(runner, job.wanted)
         except Stopped:
             raise Stopped(_count_ended(directory, len(members))) from None
         if done is not None:
@@ -135,7 +139,7 @@ def _open_directory(job: SweepJob, space: Space, world: World) -> SweepDirectory
         )
         directory = SweepDirectory(Path(run.dir) / name)
         directory.open(job.describe(space), overwrite=run.overwrite)
-        if directory.is_finished:
+        if directory.is_finished(job.wanted):
             raise AlreadyFinished(
                 f"{directory.path} is finished: nothing is left to do. Read its sweep.json, or pass --run.overwrite."
             )

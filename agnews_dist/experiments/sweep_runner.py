@@ -72,7 +72,7 @@ class SweepRunner:
         self._alone = engine.without_others()
         self._groups: dict[Key, FeatureGroup] = {}
         self._stack = ExitStack()
-        self._shown = 0.0
+        self._looked, self._num_shown = 0.0, -1
 
     def close(self) -> None:
         """Release the features of all groups."""
@@ -270,12 +270,16 @@ class SweepRunner:
             self.directory.keep_tensors(kept, [result.member for each in complete for result in each.results])
 
     def show(self, *, now: bool = False) -> None:
-        """Show the table of the settings, on rank 0."""
+        """Show the table of the settings, on rank 0, if more members have ended. `now`: look even if the last look is recent."""
         clock = time.monotonic()
-        if not self.engine.world.is_main or (not now and clock - self._shown < SHOW_SECONDS):
+        if not self.engine.world.is_main or (not now and clock - self._looked < SHOW_SECONDS):
             return
-        self._shown = clock
+        self._looked = clock
         standings = self.standings()
+        num_done = sum(len(each.results) for each in standings)
+        if num_done == self._num_shown:
+            return
+        self._num_shown = num_done
         rows = tuple(
             SweepRow(
                 settings=format_values(each.values),
@@ -286,7 +290,6 @@ class SweepRunner:
             )
             for each in standings
         )
-        num_done = sum(len(each.results) for each in standings)
         self.monitors.emit(SweepUpdated(metric=self.metric, rows=rows, num_done=num_done, num_members=len(self.members)))
 
     def show_steps(self, trainings: Sequence[MemberTraining]) -> None:

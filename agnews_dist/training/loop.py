@@ -7,7 +7,7 @@ evaluation outlive a step. Learning rate, order of examples and random numbers a
 
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -99,6 +99,10 @@ class Trainer:
         self._features = TimedFeatures(source)
         self._seconds_before = self._timer.seconds["prefix"]
         self.totals.seconds += self._seconds_before
+
+    def use_soft_targets(self, targets_NC: Tensor) -> None:
+        """Learn the probabilities of `targets_NC`, row by row of the training split, in place of the labels."""
+        self._step_settings = replace(self._step_settings, targets_NC=targets_NC.to(self._engine.device))
 
     def load_state(self, state: Mapping[str, Any], tensors: Groups, best_tensors: Groups) -> None:
         """Resume from a checkpoint: position, totals, loss scale, weights, moments and best weights. Collective.
