@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
 from agnews_dist.commands.command import QUIET, VERBOSE, importing, run_command
@@ -22,6 +23,7 @@ COMMAND = Command(
         QUIET,
         VERBOSE,
         Option("--samples", "Number of random combinations, in place of all.", int | None),
+        Option("--search", "Source of the combinations of --samples.", Literal["random", "optuna"], "random"),
         Option("--sample_seed", "Seed of the random combinations.", int, 0, level="advanced"),
         Option("--halving", "Successive halving: the best 1/N of the combinations survive each rung.", int | None),
         Option("--ensemble", "Score the mean of the selected setting's seeds.", bool, False),
@@ -54,6 +56,7 @@ def sweep(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
         loaded.config,
         loaded.dimensions,
         options["samples"],
+        options["search"],
         options["sample_seed"],
         frozenset(name for name, is_wanted in wanted.items() if is_wanted),
         options["halving"],

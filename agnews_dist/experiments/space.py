@@ -35,12 +35,16 @@ class Interval:
         return self.low > 0 and self.high / self.low >= LOG_RATIO
 
     def sample(self, generator: random.Random) -> float:
-        """Draw a number, rounded to three digits: more would only make command lines long."""
+        """Draw a number."""
         if self.is_logarithmic:
             drawn = math.exp(generator.uniform(math.log(self.low), math.log(self.high)))
         else:
             drawn = generator.uniform(self.low, self.high)
-        return min(self.high, max(self.low, float(f"{drawn:.3g}")))
+        return self.round(drawn)
+
+    def round(self, number: float) -> float:
+        """Round to three digits: more would only make command lines long."""
+        return min(self.high, max(self.low, float(f"{number:.3g}")))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ in the same way. A member leaves its result there when it ends; a sweep that is 
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,6 +23,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, ConfigError, Stopped, count_noun
 from agnews_dist.events import RunStarted
 from agnews_dist.experiments.members import Member, build_members, group_by_features
+from agnews_dist.experiments.search import OptunaSearch, SearchKind, Settings
 from agnews_dist.experiments.selection import finish_sweep
 from agnews_dist.experiments.space import SEED, Dimension, Space, make_space
 from agnews_dist.experiments.sweep_directory import SweepDirectory
@@ -45,14 +46,18 @@ class SweepJob:
     dimensions: Sequence[Dimension]
     num_samples: int | None = None
     """Random combinations; None: all."""
+    search: SearchKind = "random"
+    """Source of the `num_samples` combinations."""
     sample_seed: int = 0
     wanted: frozenset[str] = frozenset()
     """`ensemble`, `distilled` or both: scored besides the members of the selected setting."""
     halving: int | None = None
     """Factor of successive halving: the best 1/factor of the settings survive a rung; None: all are trained to the end."""
 
-    def list_settings(self, space: Space) -> list[Mapping[str, Any]]:
-        """Return the combinations of settings in their order."""
+    def list_settings(self, space: Space) -> list[Settings]:
+        """Return the combinations of settings in their order, as far as they do not depend on results."""
+        if self.search == "optuna":
+            return []
         if self.num_samples is None:
             return list(space.grid())
         return list(space.sample(self.num_samples, self.sample_seed))
@@ -66,7 +71,7 @@ class SweepJob:
             "settings": settings,
             "varied settings": {each.key: each.describe() for each in space.dimensions},
             "seeds": list(space.seeds),
-            "samples": None if self.num_samples is None else [self.num_samples, self.sample_seed],
+            "samples": None if self.num_samples is None else [self.search, self.num_samples, self.sample_seed],
             "halving": self.halving,
         }
 
@@ -84,6 +89,10 @@ def check_job(job: SweepJob) -> tuple[Space, list[Member]]:
         raise ConfigError(f"engine.backend {backend}: each member of a sweep trains on one rank, unsharded. Leave it out.")
     if job.halving is not None and job.halving < 2:
         raise ConfigError(f"--halving {job.halving}: it is the factor by which settings become fewer. Set it to 2 or more.")
+    if job.search == "optuna" and (job.num_samples is None or job.halving is not None):
+        raise ConfigError(
+            "--search optuna: it proposes combinations one after another. Set --samples N, and leave out --halving."
+        )
     if job.halving is not None and len(settings) < 2:
         raise ConfigError("--halving: one combination of settings has no rival. Vary another setting than run.seed.")
     if job.wanted and len(space.seeds) < 2:
@@ -109,22 +118,40 @@ def run_sweep(
         if console is not None:
             sinks.add(console)
         directory = _open_directory(job, space, world)
-        preemption.before_exit = _make_last_words(directory, len(members))
-        for group in group_by_features(members):
+        num_members = len(members) or (job.num_samples or 0) * len(space.seeds)
+        preemption.before_exit = _make_last_words(directory, num_members)
+        for group in group_by_features(members or build_members(config, [{}], space.seeds)):
             fetch_inputs(partial(list_requests, group[0].config), world, sinks)
         task, num_tasks = find_array_task(os.environ)
         worker = (task * world.num_ranks + world.rank, num_tasks * world.num_ranks)
-        runner = SweepRunner(members, engine, directory, Monitors(sinks, timer, preemption), worker=worker, halving=job.halving)
+        monitors = Monitors(sinks, timer, preemption)
+        runner = SweepRunner(config, len(space.seeds), engine, directory, monitors, worker=worker, halving=job.halving)
         stack.callback(runner.close)
         sinks(RunStarted(facts=_describe(job, space, members, directory, engine), parameters={}))
         try:
-            runner.train()
+            if job.search == "optuna":
+                _train_proposals(job, space, runner, num_workers=worker[1])
+            else:
+                runner.train(members)
             done = finish_sweep(runner, job.wanted)
         except Stopped:
-            raise Stopped(_count_ended(directory, len(members))) from None
+            raise Stopped(_count_ended(directory, num_members)) from None
         if done is not None:
             sinks(done)
     return directory.path
+
+
+def _train_proposals(job: SweepJob, space: Space, runner: SweepRunner, *, num_workers: int) -> None:
+    """Train the combinations that Optuna proposes, as many at once as keep all workers busy. Collective."""
+    assert job.num_samples is not None
+    per_round = -(-num_workers // len(space.seeds))
+    search = OptunaSearch(space, num_samples=job.num_samples, per_round=per_round, seed=job.sample_seed)
+    num_settings = 0
+    for settings in search.rounds():
+        runner.train(build_members(job.config, settings, space.seeds, first=num_settings))
+        num_settings += len(settings)
+        scores = {standing.setting: standing.mean(runner.metric) for standing in runner.standings()}
+        search.tell([scores[setting] for setting in range(num_settings)])
 
 
 def _open_directory(job: SweepJob, space: Space, world: World) -> SweepDirectory:
@@ -173,18 +200,19 @@ def _describe(
     job: SweepJob, space: Space, members: Sequence[Member], directory: SweepDirectory, engine: Engine
 ) -> dict[str, str]:
     """Return the facts of the header."""
-    num_settings = len({member.setting for member in members})
-    groups = group_by_features(members)
-    order = "all" if job.num_samples is None else f"drawn with --sample_seed {job.sample_seed}"
+    num_settings = len({member.setting for member in members}) or job.num_samples or 0
+    groups, num_seeds = group_by_features(members), len(space.seeds)
+    order = "all" if job.num_samples is None else f"{job.search}, --sample_seed {job.sample_seed}"
     combinations = f"{count_noun(num_settings, 'combination')} ({order})"
     facts = {
         "sweep": str(directory.path),
         "model": job.config.model.name,
         "data": job.config.data.source,
-        "members": f"{len(members):,}: {combinations} x {count_noun(len(space.seeds), 'seed')}",
+        "members": f"{num_settings * num_seeds:,}: {combinations} x {count_noun(num_seeds, 'seed')}",
     }
     facts |= {each.key: ", ".join(map(str, each.describe()[:8])) for each in space.dimensions}
-    facts["features"] = f"computed {count_noun(len(groups), 'time')}: for members with the same model, texts and cut"
+    if groups:
+        facts["features"] = f"computed {count_noun(len(groups), 'time')}: for members with the same model, texts and cut"
     if job.halving is not None:
         facts["halving"] = (
             f"the best 1/{job.halving} of the combinations survive a rung, by validation {job.config.optim.best_metric}"

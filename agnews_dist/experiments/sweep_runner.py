@@ -56,7 +56,8 @@ class SweepRunner:
 
     def __init__(
         self,
-        members: Sequence[Member],
+        config: Config,
+        num_seeds: int,
         engine: Engine,
         directory: SweepDirectory,
         monitors: Monitors,
@@ -65,10 +66,12 @@ class SweepRunner:
         halving: int | None,
     ) -> None:
         """Prepare. `worker`: this rank's position among all ranks of all jobs of the sweep, and their number."""
-        self.members, self.engine, self.directory, self.monitors = members, engine, directory, monitors
+        self.engine, self.directory, self.monitors = engine, directory, monitors
+        self.members: list[Member] = []
+        """All members so far, in the order of their numbers."""
         self._worker, self._halving = worker, halving
-        self.metric: Metric = members[0].config.optim.best_metric
-        self.num_seeds = len({member.seed for member in members})
+        self.metric: Metric = config.optim.best_metric
+        self.num_seeds = num_seeds
         self._alone = engine.without_others()
         self._groups: dict[Key, FeatureGroup] = {}
         self._stack = ExitStack()
@@ -79,16 +82,17 @@ class SweepRunner:
         self._groups.clear()
         self._stack.close()
 
-    def train(self) -> None:
-        """Train all members that have no result yet. Collective.
+    def train(self, members: Sequence[Member]) -> None:
+        """Train more members, those that have no result yet. Collective.
 
         Raises:
             UserError: they do not fit in memory, or a file cannot be read or written.
         """
+        self.members += members
         waves_of, first = list[tuple[Member, list[Wave]]](), 0
-        for members in group_by_features(self.members):
-            waves = cut_waves(members, limit=MAX_WAVE, num_workers=self._worker[1], first=first)
-            waves_of.append((members[0], waves))
+        for group in group_by_features(members):
+            waves = cut_waves(group, limit=MAX_WAVE, num_workers=self._worker[1], first=first)
+            waves_of.append((group[0], waves))
             first += len(waves)
         self.show()
         if self._halving is not None:
@@ -97,9 +101,9 @@ class SweepRunner:
         for member, waves in waves_of:
             # Another process may train the last one now: all ranks must decide alike.
             if not collectives.all_gather(all(map(self.directory.has_ended, waves)))[0]:
-                group = self.open_group(member)
+                opened = self.open_group(member)
                 with collectives.without_others():
-                    self._train_waves(group, waves)
+                    self._train_waves(opened, waves)
 
     def _train_waves(self, group: FeatureGroup, waves: Sequence[Wave]) -> None:
         """Train the waves of a group that no other process trains, until all have ended."""
