@@ -35,7 +35,7 @@ class FeatureGroup:
     tables: Mapping[str, TokenTable]
     features: FeatureCache
     engine: Engine
-    """Of this rank alone."""
+    """The engine of this rank alone."""
 
 
 class SharedLoader(TrainLoader):

@@ -1,4 +1,4 @@
-"""Where the combinations of a sweep come from: all of them, random ones, or Optuna's proposals from the results so far.
+"""Combinations of a sweep that Optuna proposes from the results so far.
 
 Every process of a sweep proposes by itself. From the same results each proposes the same, so nothing but results is shared.
 """

@@ -1,4 +1,4 @@
-"""Which settings of a sweep are best: validation scores of their members, and survivors of successive halving.
+"""The best settings of a sweep by the validation scores of their members, and survivors of successive halving.
 
 Needs no torch. Test scores play no part here.
 """
@@ -17,12 +17,12 @@ State = Literal["finished", "halved", "diverged"]
 
 @dataclass(frozen=True, kw_only=True)
 class MemberResult:
-    """What is kept of a member that has ended, or of one at a rung."""
+    """The outcome of a member that has ended, or of one at a rung."""
 
     member: int
     setting: int
     values: Mapping[str, Any]
-    """As JSON holds them."""
+    """Settings with values that JSON holds."""
     seed: int
     state: State
     reason: str = ""

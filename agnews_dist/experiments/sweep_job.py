@@ -125,7 +125,8 @@ def run_sweep(
         task, num_tasks = find_array_task(os.environ)
         worker = (task * world.num_ranks + world.rank, num_tasks * world.num_ranks)
         monitors = Monitors(sinks, timer, preemption)
-        runner = SweepRunner(config, len(space.seeds), engine, directory, monitors, worker=worker, halving=job.halving)
+        sizes = (num_members, len(space.seeds))
+        runner = SweepRunner(config, *sizes, engine, directory, monitors, worker=worker, halving=job.halving)
         stack.callback(runner.close)
         sinks(RunStarted(facts=_describe(job, space, members, directory, engine), parameters={}))
         try:

@@ -1,4 +1,4 @@
-"""What a sweep leaves for people and scripts: tables, scores over seeds, the files of one member, a command line."""
+"""Files of a sweep for people and scripts: tables, scores over seeds, the files of one member, a command line."""
 
 import csv
 import io

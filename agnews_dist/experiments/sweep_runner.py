@@ -57,6 +57,7 @@ class SweepRunner:
     def __init__(
         self,
         config: Config,
+        num_members: int,
         num_seeds: int,
         engine: Engine,
         directory: SweepDirectory,
@@ -71,7 +72,7 @@ class SweepRunner:
         """All members so far, in the order of their numbers."""
         self._worker, self._halving = worker, halving
         self.metric: Metric = config.optim.best_metric
-        self.num_seeds = num_seeds
+        self.num_members, self.num_seeds = num_members, num_seeds
         self._alone = engine.without_others()
         self._groups: dict[Key, FeatureGroup] = {}
         self._stack = ExitStack()
@@ -274,7 +275,7 @@ class SweepRunner:
             self.directory.keep_tensors(kept, [result.member for each in complete for result in each.results])
 
     def show(self, *, now: bool = False) -> None:
-        """Show the table of the settings, on rank 0, if more members have ended. `now`: look even if the last look is recent."""
+        """Show the table of the settings, on rank 0, if more members have ended. `now`: look without a pause."""
         clock = time.monotonic()
         if not self.engine.world.is_main or (not now and clock - self._looked < SHOW_SECONDS):
             return
@@ -294,7 +295,7 @@ class SweepRunner:
             )
             for each in standings
         )
-        self.monitors.emit(SweepUpdated(metric=self.metric, rows=rows, num_done=num_done, num_members=len(self.members)))
+        self.monitors.emit(SweepUpdated(metric=self.metric, rows=rows, num_done=num_done, num_members=self.num_members))
 
     def show_steps(self, trainings: Sequence[MemberTraining]) -> None:
         """Show the steps of the members that train on rank 0 now."""

@@ -101,7 +101,7 @@ class Trainer:
         self.totals.seconds += self._seconds_before
 
     def use_soft_targets(self, targets_NC: Tensor) -> None:
-        """Learn the probabilities of `targets_NC`, row by row of the training split, in place of the labels."""
+        """Train on the probabilities `targets_NC`, row by row of the training split, in place of the labels."""
         self._step_settings = replace(self._step_settings, targets_NC=targets_NC.to(self._engine.device))
 
     def load_state(self, state: Mapping[str, Any], tensors: Groups, best_tensors: Groups) -> None:
