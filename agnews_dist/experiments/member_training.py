@@ -3,39 +3,25 @@
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from agnews_dist.config.schema import Config
 from agnews_dist.data.batching.batch import Batch
-from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoader
-from agnews_dist.engine.engine import Engine
+from agnews_dist.data.batching.loader import StepBatches, TrainLoader
 from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
 from agnews_dist.events import ignore_event
+from agnews_dist.experiments.feature_group import FeatureGroup
 from agnews_dist.experiments.members import Member
 from agnews_dist.experiments.standings import MemberResult, State
-from agnews_dist.features.manager import FeatureCache
 from agnews_dist.model.gpt2 import copy_untrained
 from agnews_dist.model.prefix import Features, FeatureSource
 from agnews_dist.run import setup
 from agnews_dist.run.fingerprints import setting_values
-from agnews_dist.run.setup import TrainingInputs
 from agnews_dist.training.loop import Monitors, Trainer
 from agnews_dist.training.step import NonFiniteError
-
-
-@dataclass(frozen=True)
-class FeatureGroup:
-    """Everything that members with the same features share, on one rank. The untrained suffix stays untrained."""
-
-    inputs: TrainingInputs
-    tables: Mapping[str, TokenTable]
-    features: FeatureCache
-    engine: Engine
-    """The engine of this rank alone."""
 
 
 class SharedLoader(TrainLoader):
@@ -181,9 +167,3 @@ def build_shared_loader(group: FeatureGroup, config: Config) -> SharedLoader:
     loader = setup.build_loader(config, group.inputs.classifier, table, world, loader_type=SharedLoader)
     loader.source = group.features.source("train")
     return loader
-
-
-def member_bytes(group: FeatureGroup) -> int:
-    """Return the memory of one member in training: weights, two moments, best weights. Gradients exist for one at a time."""
-    suffix = group.inputs.classifier.suffix
-    return 4 * sum(parameter.numel() * torch.float32.itemsize for parameter in suffix.parameters())

@@ -13,13 +13,8 @@ from agnews_dist.errors import UserError, count_noun
 from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split, evaluate_together
 from agnews_dist.events import RunDone, begin_phase
 from agnews_dist.experiments import ensemble
-from agnews_dist.experiments.member_training import (
-    FeatureGroup,
-    MemberTraining,
-    build_shared_loader,
-    load_weights,
-    train_in_lock_step,
-)
+from agnews_dist.experiments.feature_group import FeatureGroup
+from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, load_weights, train_in_lock_step
 from agnews_dist.experiments.members import Member
 from agnews_dist.experiments.space import SEED, format_values
 from agnews_dist.experiments.standings import Standing

@@ -7,25 +7,17 @@ from dataclasses import dataclass, replace
 
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed import collectives
-from agnews_dist.engine.device import check_compiler, free_device_bytes
+from agnews_dist.engine.device import free_device_bytes
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import ConfigError, UserError
 from agnews_dist.events import Progress, SweepRow, SweepUpdated
-from agnews_dist.experiments.member_training import (
-    FeatureGroup,
-    MemberTraining,
-    build_shared_loader,
-    member_bytes,
-    train_in_lock_step,
-)
+from agnews_dist.experiments.feature_group import FeatureGroup, open_feature_group
+from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, train_in_lock_step
 from agnews_dist.experiments.members import Key, Member, Wave, cut_waves, group_by_features
 from agnews_dist.experiments.space import format_values
 from agnews_dist.experiments.standings import Standing, choose_survivors, count_rungs, place_rungs, rank_settings
 from agnews_dist.experiments.sweep_directory import SweepDirectory
-from agnews_dist.features.placement import RequestedPlace
-from agnews_dist.preflight.memory_check import check_fits
-from agnews_dist.run import setup
-from agnews_dist.run.memory_setup import build_memory_setup
+from agnews_dist.run.setup import TrainingInputs
 from agnews_dist.storage.capacity import free_host_bytes, gigabytes
 from agnews_dist.storage.locks import Lock
 from agnews_dist.training.best_weights import Metric
@@ -137,7 +129,7 @@ class SweepRunner:
         """Train the members of a wave that have no result, as many at once as fit in memory."""
         ended = {result.member for result in self.directory.read_results()}
         left = [member for member in wave.members if member.index not in ended]
-        limit = max(1, int(MEMORY_SHARE * self._free_bytes()) // member_bytes(group))
+        limit = max(1, int(MEMORY_SHARE * self._free_bytes()) // group.member_bytes)
         loader = build_shared_loader(group, wave.members[0].config)
         for begin in range(0, len(left), limit):
             trainings = [MemberTraining(member, group, loader, self.monitors) for member in left[begin : begin + limit]]
@@ -242,7 +234,7 @@ class SweepRunner:
     def _check_memory(self, groups: Mapping[Key, FeatureGroup]) -> None:
         """Check that the members that wait at a rung fit in memory."""
         num_members = -(-len(self.members) // self._worker[1])
-        needed, free = num_members * max(map(member_bytes, groups.values())), self._free_bytes()
+        needed, free = num_members * max(group.member_bytes for group in groups.values()), self._free_bytes()
         if needed > MEMORY_SHARE * free:
             raise UserError(
                 f"--halving: {num_members:,} members wait in memory, {gigabytes(needed)}, and {gigabytes(free)} are free. List "
@@ -312,38 +304,13 @@ class SweepRunner:
             return self._groups[key]
         if self._halving is None:
             self.close()
-        config, emit, world = member.config, self.monitors.emit, self.engine.world
+        sharing = [other for other in self.members if other.feature_key == key]
 
-        def load() -> setup.TrainingInputs:
-            check_compiler(config.engine.compile)
-            files = setup.read_model_files(config.model, config.data)
-            shape, sizes = build_memory_setup(config, world, files.config)
-            check_fits(shape, sizes, world)
-            inputs = setup.load_training_inputs(config, world, emit, self.monitors.timer, files)
-            for other in self.members:
-                if other.feature_key == key:
-                    check_class_weights(other.config.optim.class_weights, inputs.class_names)
-            return inputs
+        def check(inputs: TrainingInputs) -> None:
+            for other in sharing:
+                check_class_weights(other.config.optim.class_weights, inputs.class_names)
 
-        inputs = collectives.raise_if_any_failed(collectives.catch(load))
-        collectives.check_equal(inputs.fingerprints)
-        tables = setup.place_inputs(config, inputs, self.engine)
-        num_trainings = sum(other.feature_key == key for other in self.members)
-        place = self._choose_place(config)
-        features = setup.open_features(config, inputs, tables, self.engine, requested=place, num_trainings=num_trainings)
-        self._stack.callback(features.close)
-        with self.monitors.timer.stage("prefix"):
-            features.build(emit)
-        if features.owner_N is not None:
-            raise UserError("engine.feature_cache: no place has room that all ranks can read. Free some memory or disk space.")
-        self._groups[key] = FeatureGroup(inputs, tables, features, self._alone)
+        self._groups[key] = open_feature_group(
+            member.config, self.engine, self.monitors, self._stack, num_trainings=len(sharing), check=check
+        )
         return self._groups[key]
-
-    def _choose_place(self, config: Config) -> RequestedPlace:
-        """Return where features are to be kept: every rank reads all of them, so ranks cannot divide them."""
-        wanted = config.engine.feature_cache
-        if self.engine.world.num_ranks > 1 and wanted == "device":
-            raise UserError(
-                "engine.feature_cache device: its ranks hold a part each, and members read all. Set host, disk or auto."
-            )
-        return "host" if self.engine.world.num_ranks > 1 and wanted == "auto" and self.engine.device.type == "cuda" else wanted
