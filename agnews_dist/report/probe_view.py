@@ -1,0 +1,40 @@
+"""The table of a probe on standard output, with its conclusion."""
+
+import sys
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from agnews_dist.evaluation.layer_probes import Conclusion, LayerScore
+from agnews_dist.report.formatting import can_draw, create_output
+from agnews_dist.report.pages.probe_page import CAVEAT, HEADER, POOLING_NAMES, RULE, explain, list_cells
+
+
+def show_probe(scores: Sequence[LayerScore], conclusions: Sequence[Conclusion], num_rows: int) -> None:
+    """Print the scores of every layer, pooling by pooling, and the conclusion.
+
+    A terminal gets the best layers in bold. Elsewhere columns are padded, without control codes.
+    """
+    out = create_output(sys.stdout)
+    rows = [cells for pooling in POOLING_NAMES for cells in list_cells([s for s in scores if s.view.pooling == pooling])]
+    if can_draw(out):
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+        for name in HEADER:
+            table.add_column(Text(name), justify="left" if name in ("layer", "pooling", "against the best") else "right")
+        for cells in rows:
+            style = "bold" if "best" in cells else "dim" if "worse" in cells else ""
+            table.add_row(*map(Text, cells), style=style)
+        out.print(table)
+    else:
+        widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
+        for cells in (HEADER, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+    main, *others = conclusions
+    # Not cut into lines: a terminal wraps them, and a script reads one.
+    print()
+    print(explain(main, num_rows))
+    for other in others:
+        best, name = other.best, POOLING_NAMES[other.best.view.pooling]
+        print(f"The {name} is best at layer {best.view.layer_name}, with {best.accuracy:.4f}.")
+    print(f"{RULE} {CAVEAT}")
