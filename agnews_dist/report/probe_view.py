@@ -17,8 +17,9 @@ def show_probe(scores: Sequence[LayerScore], conclusions: Sequence[Conclusion], 
     A terminal gets the best layers in bold. Elsewhere columns are padded, without control codes.
     """
     out = create_output(sys.stdout)
-    rows = [cells for pooling in POOLING_NAMES for cells in list_cells([s for s in scores if s.view.pooling == pooling])]
+    rows = list_cells(scores)
     if can_draw(out):
+        # As Text: rich would interpret [brackets] in a string as markup.
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
         for name in HEADER:
             table.add_column(Text(name), justify="left" if name in ("layer", "pooling", "against the best") else "right")

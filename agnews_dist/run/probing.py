@@ -164,7 +164,7 @@ def _choose_rows(
     def choose() -> dict[str, Ints]:
         if counts[0] < min(MIN_TRAIN_ROWS, whole[0]) or not counts[1]:
             raise UserError(
-                f"model.name {config.model.name}: {gigabytes(free)} free, too little for the features of {MIN_TRAIN_ROWS} rows. "
+                f"model.name {config.model.name}: {gigabytes(free)} free, too little for features of {MIN_TRAIN_ROWS} rows. "
                 "Use a machine with more memory, or more nodes."
             )
         orders = [order_stratified(tables[name].labels_N, seed) for name in names]
@@ -214,7 +214,7 @@ def _choose_fitted(config: Config, part: PooledRows, labels_N: Ints, world: Worl
         try:
             return choose_probe_rows(train_ND, labels_N, max_seconds=seconds, seed=config.data.seed)
         except TooCostlyError as error:
-            raise UserError(f"report.max_seconds {limit:g}: a probe of {error}. Raise it.") from error
+            raise UserError(f"report.max_seconds {limit:g}: {error} in each probe. Raise it.") from error
 
     emit(begin_phase("time a probe"))
     chosen = collectives.raise_if_any_failed(collectives.catch_on_main(choose, "times a probe"))

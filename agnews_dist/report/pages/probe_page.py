@@ -26,7 +26,7 @@ CAVEAT = (
 
 
 def list_cells(scores: Sequence[LayerScore]) -> list[tuple[str, ...]]:
-    """List the cells of the table under `HEADER`."""
+    """List the cells of the table under `HEADER`, pooling by pooling."""
     return [
         (
             score.view.layer_name,
@@ -38,7 +38,7 @@ def list_cells(scores: Sequence[LayerScore]) -> list[tuple[str, ...]]:
             "best" if score.is_best else "not distinguishable" if score.is_close else "worse",
             f"{score.strength:g}",
         )
-        for score in scores
+        for score in sorted(scores, key=lambda score: POOLINGS.index(score.view.pooling))
     ]
 
 
@@ -53,7 +53,7 @@ def explain(conclusion: Conclusion, num_rows: int) -> str:
     if not first.is_best:
         reason = f"{value} against {format_score(best.accuracy)} at layer {best.view.layer_name}, p = {first.p_value:.2g}"
         limit = f" On {num_rows:,} texts, a difference below {conclusion.smallest:.3f} between these two is not significant."
-    blocks = "1 block above it is a candidate" if above == 1 else f"{above} blocks above it are candidates"
+    blocks = "block above it is a candidate" if above == 1 else f"{above} blocks above it are candidates"
     return (
         f"{features} do not improve measurably from layer {first.view.layer} of {num_blocks} on ({reason}). The {blocks} for "
         f"training: --model.trainable_blocks {above}.{limit}"
