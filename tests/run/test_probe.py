@@ -1,8 +1,7 @@
-"""`agnews-dist probe` on files: against Hugging Face and scikit-learn, on one and two ranks, its page in a browser, bad input."""
+"""`agnews-dist probe`: against Hugging Face and scikit-learn, on one and two ranks, its page in a browser, bad input."""
 
 import csv
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -69,7 +68,8 @@ def test_scores_are_those_of_hugging_face_and_scikit_learn(probed: tuple[Path, s
     for row in rows:
         key = row["layer"], row["pooling"]
         model = make_pipeline(StandardScaler(), LogisticRegression(C=float(row["strength"]), tol=1e-3))
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             predictions = model.fit(train[key], labels).predict(scored[key])
         # Rounding of the features may change a prediction on the border of two classes.
         assert abs((predictions == truth).sum() - float(row["accuracy"]) * len(truth)) < 2.5
@@ -125,12 +125,12 @@ def test_page_shows_the_figure_and_the_table(probed: tuple[Path, str]) -> None:
 
 
 def test_another_probe_is_not_overwritten(probed: tuple[Path, str], tmp_path: Path) -> None:
-    before = os.stat(probed[0] / "probe.json").st_mtime_ns
+    before = (probed[0] / "probe.json").stat().st_mtime_ns
     words = ("--output", str(probed[0]), "--data.limit_train", "40")
     refused = probe(tmp_path, *words, check=False)
     assert refused.returncode == 1
     assert f"--output {probed[0]}: holds a probe.json of other scores. Set --output" in refused.stderr
-    assert os.stat(probed[0] / "probe.json").st_mtime_ns == before
+    assert (probed[0] / "probe.json").stat().st_mtime_ns == before
     copy = tmp_path / "copy"
     probe(tmp_path, "--output", str(copy), "--data.limit_train", "40")
     probe(tmp_path, "--output", str(copy), "--data.limit_train", "60", "--run.overwrite")
@@ -145,7 +145,7 @@ def test_another_probe_is_not_overwritten(probed: tuple[Path, str], tmp_path: Pa
             ("--report.max_seconds", "0"),
             "report.max_seconds 0: it is the time for the fits of a probe. Set it to some seconds.",
         ),
-        (("--report.max_seconds", "1e-6"), "report.max_seconds 1e-06: a probe of 500 rows need more than"),
+        (("--report.max_seconds", "1e-6"), "report.max_seconds 1e-06: 500 rows need more than"),
     ],
 )
 def test_probe_refuses_what_cannot_be_fitted(tmp_path: Path, words: tuple[str, ...], expected: str) -> None:
