@@ -19,7 +19,7 @@ COMMAND = Command(
     "It ignores model.trainable_blocks, and suggests a value for it.",
     (
         "agnews-dist probe --config my.yaml",
-        "agnews-dist probe --model.name models/gpt2 --data.source data/news --output layers",
+        "agnews-dist probe --config my.yaml --data.limit_train 2000 --output layers",
         "torchrun --nproc_per_node=8 -m agnews_dist probe --config my.yaml",
     ),
     (QUIET, Option("--output", "Directory of the results; default: runs/NAME-probe.", PathText)),
