@@ -32,10 +32,10 @@ def show_probe(scores: Sequence[LayerScore], conclusions: Sequence[Conclusion], 
         for cells in (HEADER, *rows):
             print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
     main, *others = conclusions
-    # Not cut into lines: a terminal wraps them, and a script reads one.
-    print()
-    print(explain(main, num_rows))
-    for other in others:
-        best, name = other.best, POOLING_NAMES[other.best.view.pooling]
-        print(f"The {name} is best at layer {best.view.layer_name}, with {best.accuracy:.4f}.")
-    print(f"{RULE} {CAVEAT}")
+    best = [(POOLING_NAMES[each.best.view.pooling], each.best) for each in others]
+    texts = [f"The {name} is best at layer {each.view.layer_name}, with {each.accuracy:.4f}." for name, each in best]
+    for text in ("", explain(main, num_rows), *texts, f"{RULE} {CAVEAT}"):
+        if can_draw(out):
+            out.print(Text(text))
+        else:
+            print(text)  # in one line, for scripts
