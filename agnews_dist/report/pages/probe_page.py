@@ -48,6 +48,8 @@ def explain(conclusion: Conclusion, num_rows: int) -> str:
     features, num_blocks = f"Features of the {POOLING_NAMES[first.view.pooling]}", first.view.layer + above
     if not above:
         return f"{features} improve up to the last of {num_blocks} layers. Keep the default, --model.trainable_blocks 1."
+    if not first.view.layer:
+        return f"{features} are not measurably better in any layer than in the embeddings. The probe suggests nothing."
     value = format_score(first.accuracy)
     reason, limit = f"{value} is the best accuracy", ""
     if not first.is_best:
