@@ -33,11 +33,7 @@ def conclude(num_blocks: int, best: int, lowest: int) -> Conclusion:
         (12, 12, "improve up to the last of 12 layers. Keep the default, --model.trainable_blocks 1."),
         (11, 11, "from layer 11 of 12 on (0.8000 is the best accuracy). The block above it is a candidate"),
         (12, 9, "from layer 9 of 12 on (0.7000 against 0.8000 at layer 12, p = 0.2). The 3 blocks above it are candidates"),
-        (
-            12,
-            9,
-            "training: --model.trainable_blocks 3. On 200 texts, a difference below 0.049 between these two is not significant.",
-        ),
+        (12, 9, "training: --model.trainable_blocks 3. On 200 texts, a difference below 0.049 between these two is not"),
         (12, 0, "are not measurably better in any layer than in the embeddings. The probe suggests nothing."),
     ],
 )
