@@ -17,6 +17,7 @@ COMMANDS = {
     "export": "write the model of a run as an ONNX file",
     "push": "upload the model of a run to the Hugging Face hub",
     "plan": "show the batches of a training: steps, padding, balance of the ranks",
+    "probe": "score every layer of the frozen model: how many blocks to train",
     "doctor": "check machine, cluster and settings before a job",
     "prepare": "load and tokenise the data before a job, on a machine with a network",
     "restarts": "decide whether to restart a job that has ended (for batch scripts)",

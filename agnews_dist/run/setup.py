@@ -176,11 +176,12 @@ def load_training_inputs(
     *,
     has_checked_export: bool = False,
     read_given: ReadRows | None = None,
+    exports: bool = True,
 ) -> TrainingInputs:
     """Load weights and tokens. The model comes first: it fails fast, and tokenising may take minutes.
 
     `has_checked_export`: an earlier start of this run has checked the tokenizer's export, which takes a second. `read_given`:
-    see `load_text`.
+    see `load_text`. `exports`: the model will be written, so tokenizer and disk are checked for that.
 
     Raises:
         UserError: any fault of the model's or the data's files.
@@ -188,7 +189,7 @@ def load_training_inputs(
     data, model, seed = config.data, config.model, config.run.seed
     emit(begin_phase(f"load {model.name}"))
     files = files or read_model_files(model, data)
-    if world.is_main and not has_checked_export:
+    if world.is_main and exports and not has_checked_export:
         # Rank 0 alone exports. Before training, as a faulty export would lose it.
         check_export(files.tokenizer, data.max_length, name=model.name)
     backbone = load_backbone(
@@ -209,7 +210,7 @@ def load_training_inputs(
     parameters = count_parameters(classifier)
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
-    if world.is_main:
+    if world.is_main and exports:
         # After the tokens: the other ranks wait for them, and they may take space on the same disk.
         check_room(Path(config.run.dir), estimate_run_bytes(config, parameters, corpus.splits, len(names)))
     emit(begin_phase("hash the weights"))
