@@ -44,6 +44,7 @@ def answer_out_of_fold(
         # All probabilities, whatever the number of classes.
         classifier, source = combine([training.classifier]), part.features.source("validation")
         found.append((rows_N, compute_targets(classifier, part.tables["validation"], part.engine, source).numpy()))
+    monitors.emit(Progress(task="train folds", done=num_folds, total=num_folds, unit="folds"))
     return found
 
 
