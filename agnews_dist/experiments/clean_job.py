@@ -25,6 +25,7 @@ from agnews_dist.evaluation.label_errors import (
     assign_folds,
     count_label_issues,
     find_near_duplicates,
+    probabilities_out_of_fold,
     rank_label_issues,
 )
 from agnews_dist.evaluation.paired import mcnemar_exact
@@ -44,8 +45,8 @@ from agnews_dist.training.loop import Monitors
 from agnews_dist.training.timing import StageTimer
 
 RESULTS, ISSUES, EXCLUDE, DUPLICATES = "clean.json", "label_issues.csv", "exclude.csv", "near_duplicates.csv"
-DUPLICATE_SHARE = 1 / 3
-"""Share of `report.max_seconds` for near duplicates."""
+PART_SHARE = 1 / 3
+"""Share of `report.max_seconds` for the words of the texts, and for near duplicates."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ class _Cleaning:
         order_N = np.argsort(rows_N)
         rows_N, probabilities_NC = rows_N[order_N], probabilities_NC[order_N]
         labels_N = self._labels_N[rows_N]
+        self._emit(begin_phase("judge the words of the texts"))
+        probabilities_NC, words_note = self._add_words(rows_N, probabilities_NC)
         ranked = rank_label_issues(labels_N, probabilities_NC, limit=len(rows_N))
         num_wrong = count_label_issues(labels_N, probabilities_NC)
         num_excluded = num_wrong if job.share is None else int(job.share * len(self._labels_N))
@@ -189,9 +192,30 @@ class _Cleaning:
             "seconds": {"folds": round(fold_seconds, 3), "trainings": round(training_seconds, 3)},
         }
         write_json(output / RESULTS, report)
-        if note:
-            self._emit(Warned(message=note))
+        for each in filter(None, (words_note, note)):
+            self._emit(Warned(message=each))
         return RunDone(facts=self._facts(report), paths={name: str(output / name) for name in (ISSUES, EXCLUDE, DUPLICATES)})
+
+    def _add_words(self, rows_N: NDArray[np.int64], probabilities_NC: NDArray[np.float32]) -> tuple[NDArray[np.float32], str]:
+        """Average the members' probabilities with those of a logistic regression on tf-idf, out of fold too.
+
+        Each of the two finds errors that the other misses. Return a note on rows that the second one leaves out.
+        """
+        texts = [self._corpus.splits["train"].texts[row] for row in rows_N.tolist()]
+        seconds = PART_SHARE * self._job.config.report.max_seconds
+        num_classes = probabilities_NC.shape[1]
+        found = probabilities_out_of_fold(
+            texts,
+            self._labels_N[rows_N],
+            num_classes,
+            num_folds=self._job.num_folds,
+            max_rows=len(rows_N),
+            max_seconds=seconds,
+            seed=self._job.config.data.seed,
+        )
+        together_NC = probabilities_NC.copy()
+        together_NC[found.rows_N] = (probabilities_NC[found.rows_N] + found.probabilities_NC) / 2
+        return together_NC, f"words of the texts: {found.note}" if found.note else ""
 
     def _train(self, rows_N: NDArray[np.int64]) -> Mapping[str, SplitScores]:
         """Train on some training rows, and score the other splits."""
@@ -212,7 +236,7 @@ class _Cleaning:
         splits = self._corpus.splits
         train, others = splits["train"], [name for name in ("validation", "test") if name in splits]
         texts = [*train.texts[:], *(text for name in others for text in splits[name].texts[:])]
-        seconds = DUPLICATE_SHARE * self._job.config.report.max_seconds
+        seconds = PART_SHARE * self._job.config.report.max_seconds
         queries = list(range(len(train), len(texts)))
         found = find_near_duplicates(texts, queries, deadline=time.monotonic() + seconds)
         out = io.StringIO()

@@ -21,6 +21,8 @@ from agnews_dist.experiments.member_training import MemberTraining, build_shared
 from agnews_dist.experiments.members import Member
 from agnews_dist.training.loop import Monitors
 
+FOLD_SETTINGS = {"optim.epochs": 1, "optim.max_steps": None, "optim.patience": None}
+"""One epoch: of 2 % planted errors in AG News, more epochs found no more, at several times the cost."""
 LAST_STEP_ONLY = 10**9
 """Steps between evaluations so that only the end is evaluated: the scores of a fold choose nothing."""
 
@@ -35,7 +37,7 @@ def answer_out_of_fold(
     """
     found: list[tuple[Ints, NDArray[np.float32]]] = []
     num_folds, (position, num_workers) = int(fold_N.max()) + 1, worker
-    config = replace_values(config, {"optim.evaluate_every": LAST_STEP_ONLY, "optim.patience": None})
+    config = replace_values(config, {**FOLD_SETTINGS, "optim.evaluate_every": LAST_STEP_ONLY})
     for fold in range(position, num_folds, num_workers):
         monitors.emit(Progress(task="train folds", done=fold, total=num_folds, unit="folds"))
         rows_N, others_N = np.flatnonzero(fold_N == fold), np.flatnonzero(fold_N != fold)
