@@ -149,6 +149,15 @@ class OptimConfig(Section):
     """Weights of the classes in the loss: none, balanced, or a list. 'balanced': rows / (classes x rows of the class), over the
     training rows; 1 for a class without rows. A list has one weight per class, in their order. The loss of a step is divided by
     the weights of its labels, over all ranks."""
+    average: Literal["none", "ema", "swa"] = setting("none", "may be accepted", "free")
+    """Average of the weights of late steps: none, ema or swa. Once it has begun, evaluations and the exported model use it, and
+    training continues with the weights themselves. 'swa': the equal mean of the weights after each step. 'ema': an exponential
+    moving average."""
+    average_start: Annotated[float, Field(ge=0, lt=1)] = setting(0.5, "may be accepted", "free")
+    """Share of the steps after which averaging begins. Later than half, the decayed learning rate leaves little to average."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = setting(0.99, "may be accepted", "free")
+    """Share of the average that 'ema' keeps at a step. After n averaged steps it is at most (1 + n) / (10 + n), so that a short
+    run forgets its first weights."""
     best_metric: Literal["accuracy", "macro_f1", "loss"] = setting("accuracy", "may be accepted", "free")
     """Validation score that chooses the exported weights. The lowest loss, or the highest of the others. Ties go to the lower
     loss, then to the earlier evaluation."""

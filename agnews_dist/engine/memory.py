@@ -81,6 +81,8 @@ class Setup:
     fast_path: bool = True
     activation_checkpointing: bool = False
     compress_gradients: bool = False
+    has_average: bool = False
+    """The optimizer also keeps the average of each weight over steps."""
     num_classes: int
     """Classes; before the data is read the fewest possible."""
     cache_bytes: int = 0
@@ -120,7 +122,8 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
     live = min(total, LIVE_WEIGHTS if zero == 3 else 2 * shape.block) if has_sharded_weights else 0
     bucket = 4 * min(total, LARGEST_BUCKET)
 
-    optimizer = 8 * (shard if zero or setup.backend == "fsdp" else total)
+    # Two moments of each weight.
+    optimizer = (12 if setup.has_average else 8) * (shard if zero or setup.backend == "fsdp" else total)
     buffers = 0
     if zero:
         # An fp32 copy of the shard, and a flat copy of its gradients during the update.
@@ -145,8 +148,8 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
         "activations": estimate_activation_bytes(shape, setup),
         "features": setup.cache_bytes,
     }
-    # A checkpoint is written from a copy of weights and moments while training continues.
-    host = {"best weights": 4 * total, "checkpoint": 12 * total}
+    # A checkpoint is written from a copy of weights, moments and averages while training continues.
+    host = {"best weights": 4 * total, "checkpoint": (16 if setup.has_average else 12) * total}
     if setup.offload != "none":
         # The update also holds its gradients and a second copy of the weights on the host.
         host["optimizer"] = device.pop("optimizer") + 8 * shard

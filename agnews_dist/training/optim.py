@@ -1,4 +1,4 @@
-"""AdamW over the trainable part, and the learning rate as a pure function of the step."""
+"""AdamW over the trainable part; the learning rate and the weight of a step in the average, as pure functions."""
 
 import math
 from typing import Literal
@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 Schedule = Literal["linear", "cosine"]
+Average = Literal["none", "ema", "swa"]
+"""Average of the weights over steps: none, an exponential moving one, or the equal mean (stochastic weight averaging)."""
 
 
 def build_optimizer(module: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -41,3 +43,26 @@ def learning_rate(step: int, *, num_steps: int, peak: float, warmup_ratio: float
     if schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (1 - progress)
+
+
+def is_averaged(step: int, *, num_steps: int, average: Average, start: float) -> bool:
+    """Return whether the weights after `step` steps of `num_steps` belong to the average: after the share `start` of the steps.
+
+    >>> [step for step in range(1, 6) if is_averaged(step, num_steps=5, average="swa", start=0.5)]
+    [3, 4, 5]
+    """
+    return average != "none" and step > math.floor(start * num_steps)
+
+
+def averaging_rate(num_averaged: int, *, average: Average, ema_decay: float) -> float:
+    """Return the weight of the next weights in an average of `num_averaged` weights; the average has 1 minus it.
+
+    "swa" is the equal mean. The decay of "ema" grows from that of a short memory, (1 + n) / (10 + n), to `ema_decay`: so the
+    first weights are forgotten in a short run too.
+
+    >>> [averaging_rate(n, average="swa", ema_decay=0.99) for n in (0, 1, 3)]
+    [1.0, 0.5, 0.25]
+    """
+    if average == "swa" or num_averaged == 0:
+        return 1 / (num_averaged + 1)
+    return 1 - min(ema_decay, (1 + num_averaged) / (10 + num_averaged))

@@ -94,6 +94,7 @@ def test_estimate_shards_what_each_engine_shards() -> None:
     weights, gradients, optimizer = ("weights that train", "gradients", "optimizer")
     ddp = estimate(XL, all_blocks).device
     assert (ddp[weights], ddp[gradients], ddp[optimizer]) == (4 * total, 4 * total, 8 * total)
+    assert estimate(XL, replace(all_blocks, has_average=True)).device[optimizer] == 12 * total
     stages = [estimate(XL, replace(all_blocks, backend="deepspeed", zero_stage=stage)).device for stage in (1, 2, 3)]
     for name, first_stage in ((optimizer, 1), (gradients, 2), (weights, 3)):
         for stage, found in enumerate(stages, 1):
