@@ -136,6 +136,9 @@ class OptimConfig(Section):
     and decay follow these steps. null: epochs decide."""
     weight_decay: NonNegative = setting(0.01, "may be accepted", "free")
     """Decoupled weight decay. Per step and unit of learning rate, for matrices only (not for biases and norms)."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = setting(1.0, "may be accepted", "free")
+    """Factor on the learning rate per layer, from the top. Final norm and out_head have lr, the last block lr x layer_decay,
+    the next one lr x layer_decay^2. 1: the same rate everywhere."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = setting(0.0, "may be accepted", "free", "basic")
     """Warm-up, as a share of the steps. The learning rate rises linearly from 0."""
     schedule: Literal["linear", "cosine"] = setting("linear", "may be accepted", "free")

@@ -58,6 +58,7 @@ class TrainerSettings:
     average_start: float = 0.5
     """Share of the steps after which averaging begins."""
     ema_decay: float = 0.99
+    layer_decay: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ class Trainer:
         """Hand the trainable part to the engine. Collective."""
         self._classifier, self._engine, self._loader, self._settings = classifier, engine, loader, settings
         self._emit, self._timer, self._preemption = monitors.emit, monitors.timer, monitors.preemption
-        self._optimizer = build_optimizer(classifier.suffix, lr=settings.lr, weight_decay=settings.weight_decay)
+        self._optimizer = build_optimizer(
+            classifier.suffix, lr=settings.lr, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay
+        )
         self.strategy: Strategy = engine.prepare(classifier.suffix, self._optimizer, max_grad_norm=settings.max_grad_norm)
         self.class_names = settings.class_names
         class_weights_C = None if loader.class_weights_C is None else torch.from_numpy(loader.class_weights_C).to(engine.device)

@@ -1,6 +1,7 @@
 """AdamW over the trainable part; the learning rate and the weight of a step in the average, as pure functions."""
 
 import math
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -9,22 +10,48 @@ from torch import nn
 Schedule = Literal["linear", "cosine"]
 Average = Literal["none", "ema", "swa"]
 """Average of the weights over steps: none, an exponential moving one, or the equal mean (stochastic weight averaging)."""
+LR_SCALE = "lr_scale"
+"""Key of a parameter group: its learning rate, relative to that of the head."""
 
 
-def build_optimizer(module: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Build AdamW over the trainable parameters. Only matrices decay, not biases and norms (vectors)."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trainable if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def build_optimizer(module: nn.Module, *, lr: float, weight_decay: float, layer_decay: float = 1.0) -> torch.optim.AdamW:
+    """Build AdamW over the trainable parameters. Only matrices decay, not biases and norms (vectors).
+
+    `layer_decay`: factor on the learning rate per layer below the final norm and the head, see `count_layers_above`.
+    """
+    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    layers = count_layers_above(trainable)
+    members: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        members.setdefault((layer_decay ** layers[name], parameter.ndim >= 2), []).append(parameter)
+    groups = [
+        {"params": members[scale, is_matrix], "weight_decay": weight_decay if is_matrix else 0.0, LR_SCALE: scale}
+        for scale, is_matrix in sorted(members, reverse=True)
+    ]
     # Fused: one pass over weights and moments. With cached features the update is most of a step on a CPU.
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+    set_lr(optimizer, lr)
+    return optimizer
+
+
+def count_layers_above(names: Collection[str]) -> dict[str, int]:
+    """Return the layers above each trainable parameter: 0 for the final norm and the head, 1 for the last block, and so forth.
+
+    Embeddings are the layer below the lowest block.
+
+    >>> count_layers_above(["wte.weight", "h.4.ln_1.bias", "h.5.ln_1.bias", "ln_f.bias"])
+    {'wte.weight': 3, 'h.4.ln_1.bias': 2, 'h.5.ln_1.bias': 1, 'ln_f.bias': 0}
+    """
+    blocks = {name: int(name.split(".")[1]) for name in names if name.startswith("h.")}
+    above = {name: max(blocks.values()) + 1 - block for name, block in blocks.items()}
+    of_embeddings = max(above.values(), default=0) + 1
+    return {name: of_embeddings if name.startswith(("wte.", "wpe.")) else above.get(name, 0) for name in names}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group: `lr` times its scale."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get(LR_SCALE, 1.0)
 
 
 def learning_rate(step: int, *, num_steps: int, peak: float, warmup_ratio: float, schedule: Schedule) -> float:

@@ -86,7 +86,7 @@ def reference() -> dict:
     model, tokens_NT, mask_NT = toy_reference_model(LENGTHS, BLOCKS, torch.float32)
     labels_N = torch.from_numpy(toy_split(LENGTHS).labels)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    optimizer = torch.optim.AdamW(toy_reference_groups(trained.values(), WEIGHT_DECAY), lr=LR, fused=True)
+    optimizer = torch.optim.AdamW(toy_reference_groups(trained, WEIGHT_DECAY, {}), lr=LR, fused=True)
     losses, states = [], []
     averaged = AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn())
     for step, ids in enumerate(global_batches()[: 2 * HALF], start=1):
