@@ -152,6 +152,9 @@ class OptimConfig(Section):
     """Weights of the classes in the loss: none, balanced, or a list. 'balanced': rows / (classes x rows of the class), over the
     training rows; 1 for a class without rows. A list has one weight per class, in their order. The loss of a step is divided by
     the weights of its labels, over all ranks."""
+    r_drop: NonNegative = setting(0.0, "may be accepted", "free")
+    """Weight of R-Drop: two passes with different dropout should agree. The loss is the mean of both cross-entropies + r_drop x
+    the mean of KL(1 || 2) and KL(2 || 1). It doubles time and activations of the trainable part. 0: one pass."""
     average: Literal["none", "ema", "swa"] = setting("none", "may be accepted", "free")
     """Average of the weights of late steps: none, ema or swa. Once it has begun, evaluations and the exported model use it, and
     training continues with the weights themselves. 'swa': the equal mean of the weights after each step. 'ema': an exponential

@@ -81,6 +81,8 @@ class Setup:
     fast_path: bool = True
     activation_checkpointing: bool = False
     compress_gradients: bool = False
+    num_passes: int = 1
+    """Forward passes of a step over each text."""
     has_average: bool = False
     """The optimizer also keeps the average of each weight over steps."""
     num_classes: int
@@ -168,6 +170,8 @@ def estimate_activation_bytes(shape: Shape, setup: Setup) -> int:
     """Estimate the larger of a training micro-batch, a call of the frozen part and an evaluation batch."""
     width, product = shape.width, 2 if setup.half else 4
     num_tokens = compute_largest_micro_batch(setup)
+    call = setup.call_tokens if setup.fast_path else num_tokens
+    num_tokens *= setup.num_passes
     scores = SCORES_BYTES * shape.num_heads * setup.max_length if setup.device == "cpu" else 0
     per_block = FULL_BLOCK_BYTES[product] if setup.fast_path else PLAIN_BLOCK_BYTES[product]
     block = num_tokens * (per_block * width + scores) + (CAST_BYTES * width**2 if setup.half else 0)
@@ -179,7 +183,6 @@ def estimate_activation_bytes(shape: Shape, setup: Setup) -> int:
         kept = min(kept, num_full * 4 * width * num_tokens + block)
     last = num_tokens * width * LAST_BLOCK_BYTES
     last += num_tokens // MEAN_TOKENS * width * (16 * shape.num_heads + 24)
-    call = setup.call_tokens if setup.fast_path else num_tokens
     call *= setup.num_threads if setup.fast_path and setup.device == "cpu" else 1
     # Residual stream, normalised input, queries, keys, values, attention output; then the MLP's inner row.
     frozen = call * (6 * width + shape.inner) * product

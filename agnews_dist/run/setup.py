@@ -45,6 +45,7 @@ from agnews_dist.storage.directories import cache_root
 from agnews_dist.training.class_weights import check_class_weights, compute_class_weights
 from agnews_dist.training.diagnostics import dry_run, overfit_one_batch
 from agnews_dist.training.loop import Monitors, Trainer, TrainerSettings
+from agnews_dist.training.step import StepSettings
 from agnews_dist.training.timing import StageTimer
 
 
@@ -378,7 +379,7 @@ def check_first_step(
         emit(begin_phase("overfit one batch"))
         emit(overfit_one_batch(classifier, table, engine, lr=config.optim.lr))
     if config.batch.longest_first:
-        dry_run(classifier, loader.largest_step(0), engine, emit)
+        dry_run(classifier, loader.largest_step(0), engine, emit, settings=StepSettings(r_drop=config.optim.r_drop))
 
 
 def build_trainer(config: Config, inputs: TrainingInputs, engine: Engine, loader: TrainLoader, monitors: Monitors) -> Trainer:

@@ -59,6 +59,7 @@ class TrainerSettings:
     """Share of the steps after which averaging begins."""
     ema_decay: float = 0.99
     layer_decay: float = 1.0
+    r_drop: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,10 @@ class Trainer:
         self.class_names = settings.class_names
         class_weights_C = None if loader.class_weights_C is None else torch.from_numpy(loader.class_weights_C).to(engine.device)
         self._step_settings = StepSettings(
-            label_smoothing=settings.label_smoothing, class_weights_C=class_weights_C, nonfinite=settings.nonfinite
+            label_smoothing=settings.label_smoothing,
+            class_weights_C=class_weights_C,
+            r_drop=settings.r_drop,
+            nonfinite=settings.nonfinite,
         )
         self.num_steps = loader.num_steps(settings.epochs, settings.max_steps)
         """Steps of the whole run, unless it stops early."""

@@ -81,6 +81,8 @@ def test_activation_bytes_are_close_to_what_autograd_keeps(blocks: int, half: bo
     estimated = estimate_activation_bytes(build_shape(config), replace(base, half=half, fast_path=fast_path))
     # The estimate includes the backward pass of a block and the features.
     assert 0.9 * sum(kept.values()) < estimated < 2.1 * sum(kept.values())
+    twice = replace(base, half=half, fast_path=fast_path, num_passes=2)
+    assert estimate_activation_bytes(build_shape(config), twice) > 1.8 * estimated
     less = estimate_activation_bytes(
         build_shape(config), replace(base, half=half, fast_path=fast_path, activation_checkpointing=True)
     )
