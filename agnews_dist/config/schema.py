@@ -87,6 +87,9 @@ class DataConfig(Section):
     """Use only this many validation rows. null: all."""
     limit_test: Count | None = setting(None, "must match", "changes features")
     """Use only this many test rows. null: all."""
+    exclude: PathText | None = setting(None, "ignored", "changes features")
+    """File that names training rows to leave out. An edited label_errors.csv, or lines like 'train.csv row 17'. Held-out
+    rows, limits and the rows of other splits are the same without it."""
     seed: Annotated[int, Field(ge=0)] = setting(0, "must match", "changes features")
     """Seed of the rows in use. It decides the synthetic text, the held-out rows and the limits. It is not run.seed: runs with
     different seeds use the same examples."""

@@ -122,8 +122,10 @@ def load_text(
     """Load the rows of `data.source`.
 
     `hold_out`: for a training: make a validation split if there is none, and take data without names of splits for train, not
-    for test. `model_classes`: the classes that labels are to mean. `read_given`: reads rows given in Python instead.
+    for test. `model_classes`: the classes that labels are to mean; with them nothing is trained, and no row is left out.
+    `read_given`: reads rows given in Python instead.
     """
+    is_training = hold_out and model_classes is None
     source = Source(
         data.source,
         revision=data.revision,
@@ -131,6 +133,7 @@ def load_text(
         columns=column_settings(data),
         class_names=data.class_names,
         cache_dir=cache_root(data.cache_dir),
+        exclude=Path(data.exclude) if data.exclude is not None and is_training else None,
         read_given=read_given,
     )
     return load_corpus(
@@ -196,6 +199,8 @@ def load_training_inputs(
         emit(Warned(message=note))
     emit(begin_phase(f"load {data.source}"))
     corpus = load_text(data, read_given=read_given)
+    for note in corpus.notes:
+        emit(Warned(message=note))
     names = corpus.class_names
     check_class_weights(config.optim.class_weights, names)
     if reason := explain_new_head(backbone, names):
