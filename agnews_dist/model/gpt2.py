@@ -113,12 +113,14 @@ def split_model(
     num_classes: int,
     seed: int,
     class_names: Sequence[str] | None = None,
+    dropout: float | None = None,
 ) -> Classifier:
     """Freeze all but the last `trainable_blocks` blocks, the final norm and `out_head`.
 
     `out_head` is drawn from `seed`, unless the checkpoint has a head of the same shape for the same `class_names` (LABEL_k and
     None fit any). Both halves are in eval mode until `suffix.train()`. The classifier takes the backbone's modules, so another
-    split needs another backbone.
+    split needs another backbone. `dropout`: rate of all dropouts of the suffix; None: those of the config, which is not
+    changed.
 
     Raises:
         ModelError: `trainable_blocks` is negative or exceeds the model's blocks.
@@ -147,9 +149,18 @@ def split_model(
     boundary = num_blocks - num_trainable
     prefix = Prefix(model.wte, model.wpe, dict(blocks[:boundary]), last_token_only=num_trainable == 0)
     suffix = Suffix(dict(blocks[boundary:]), model.ln_f, out_head).float().eval()
+    if dropout is not None:
+        set_dropout(suffix, dropout)
     # Moving a module replaces the data of its parameters. These references keep the original data without a copy.
     frozen_state = {f"transformer.{name}": weight.detach() for name, weight in prefix.named_parameters()}
     return Classifier(prefix, suffix, config, frozen_state)
+
+
+def set_dropout(suffix: Suffix, rate: float) -> None:
+    """Set the rate of every dropout of the trainable part."""
+    for module in suffix.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
 
 
 def count_parameters(classifier: Classifier) -> dict[str, tuple[int, int]]:

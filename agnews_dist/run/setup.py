@@ -200,7 +200,12 @@ def load_training_inputs(
     if reason := explain_new_head(backbone, names):
         emit(Warned(message=f"model {model.name!r}: {reason}. Its head is not used, and a new one is drawn."))
     classifier = split_model(
-        backbone, trainable_blocks=model.trainable_blocks, num_classes=len(names), seed=seed, class_names=names
+        backbone,
+        trainable_blocks=model.trainable_blocks,
+        num_classes=len(names),
+        seed=seed,
+        class_names=names,
+        dropout=model.dropout,
     )
     weight_files = copy_weights(classifier, world.ranks_per_node)
     parameters = count_parameters(classifier)

@@ -97,6 +97,7 @@ def test_levels_resume_and_sweep_are_set_for_every_field() -> None:
         ("data__validation_fraction", 1.0),
         ("data__validation_fraction", math.nan),
         *(("optim__lr", value) for value in (-1e-3, math.inf, math.nan)),
+        ("model__dropout", 1.0),
         ("optim__weight_decay", -0.1),
         ("optim__max_grad_norm", math.inf),
         ("optim__warmup_ratio", 1.5),
