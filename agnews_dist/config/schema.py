@@ -106,6 +106,9 @@ class ModelConfig(Section):
     """Start of the weights. 'random' takes only the shape and draws the weights with run.seed, for tests and baselines."""
     trainable_blocks: Annotated[int, Field(ge=0)] | Literal["all"] = setting(1, "must match", "changes features", "basic")
     """Train the last k blocks. The final norm and out_head are trained too; 0: only these. The embeddings stay frozen."""
+    pooling: Literal["last", "mean"] = setting("last", "must match", "changes features")
+    """Row of a text that out_head classifies: last or mean. 'last': the last real token's. 'mean': the mean of the final norm's
+    output over all real tokens; the last block then runs for all of them."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = setting(None, "may be accepted", "free")
     """Dropout rate of the trainable blocks. It holds for attention weights, attention output and MLP output; the exported
     config keeps the model's own rates. null: those. Without effect with trainable_blocks 0."""

@@ -79,6 +79,8 @@ class Setup:
     shares_frozen: bool = False
     """The ranks of a node share one copy of the frozen weights."""
     fast_path: bool = True
+    pooling: Literal["last", "mean"] = "last"
+    """mean: the last block runs for all tokens too."""
     activation_checkpointing: bool = False
     compress_gradients: bool = False
     num_classes: int
@@ -168,7 +170,8 @@ def estimate_activation_bytes(shape: Shape, setup: Setup) -> int:
     scores = SCORES_BYTES * shape.num_heads * setup.max_length if setup.device == "cpu" else 0
     per_block = FULL_BLOCK_BYTES[product] if setup.fast_path else PLAIN_BLOCK_BYTES[product]
     block = num_tokens * (per_block * width + scores) + (CAST_BYTES * width**2 if setup.half else 0)
-    num_full = max(0, setup.trainable_blocks - 1) if setup.fast_path else setup.trainable_blocks
+    has_last = setup.fast_path and setup.pooling == "last"
+    num_full = max(0, setup.trainable_blocks - 1) if has_last else setup.trainable_blocks
     # The backward pass of a block adds about two of its widest tensors.
     backward = 4 * num_tokens * (4 * width) * 2 if num_full else 0
     kept = num_full * block

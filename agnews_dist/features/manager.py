@@ -262,6 +262,7 @@ class FeatureCache:
                 table=table,
                 layout=split.layout,
                 dtype=split.dtype,
+                are_means=self._classifier.prefix.computes_means,
             )
         return FeatureFile(
             (directory or settings.directory) / self._keys[name],

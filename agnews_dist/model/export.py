@@ -23,7 +23,9 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model, P
 from agnews_dist.data.hugging_face import silence_transformers
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding
 from agnews_dist.errors import ModelError
+from agnews_dist.model import modeling_gpt2_mean_pooling
 from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, split_model
+from agnews_dist.model.modeling_gpt2_mean_pooling import GPT2MeanPoolingConfig, GPT2MeanPoolingForSequenceClassification
 from agnews_dist.model.pretrained import can_produce, find_model_directory, read_tokenizer
 from agnews_dist.model.saved_model import TRAINABLE_BLOCKS_KEY, check_config
 from agnews_dist.model.tokenizer_files import write_tokenizer
@@ -32,6 +34,8 @@ from agnews_dist.storage.capacity import gigabytes
 
 EXPORT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 """Files of an export."""
+MODELING_FILE = f"{modeling_gpt2_mean_pooling.__name__.rpartition('.')[2]}.py"
+"""Another one, the code of a model with mean pooling."""
 _NUM_INODES = 64
 """Files and directories of a run: its own, those of a few checkpoints, and the export while an older one is there."""
 FOLDING_TOLERANCE = 1e-5
@@ -204,6 +208,7 @@ def load_classifier(name: str, *, revision: str | None = None) -> SavedClassifie
         trainable_blocks=stored if type(stored) is int and 0 <= stored <= num_blocks else min(1, num_blocks),
         num_classes=len(backbone.class_names),
         seed=0,
+        pooling=backbone.pooling,
     )
     max_length = int(min(tokenizer.model_max_length, classifier.config.n_positions))
     return SavedClassifier(classifier, tokenizer, backbone.class_names, max_length, encoding, backbone.notes)
@@ -281,12 +286,31 @@ def _write_model(
     config.use_cache = False
     setattr(config, TRAINABLE_BLOCKS_KEY, len(classifier.suffix.h))
     state = _fold_scales(state, config)
+    architecture = GPT2ForSequenceClassification
+    if classifier.suffix.pooling == "mean":
+        architecture, config = GPT2MeanPoolingForSequenceClassification, _write_mean_pooling(directory, config)
     with silence_transformers(), torch.random.fork_rng(devices=[]):
         # Built without memory. Strict, as a missing name would leave a random tensor in the export.
         with torch.device("meta"):
-            model = GPT2ForSequenceClassification(config)
+            model = architecture(config)
         model.load_state_dict({name: weight.contiguous() for name, weight in state.items()}, strict=True, assign=True)
         # `model.save_pretrained` writes the same bytes, and imports an installed DeepSpeed, which takes half a second.
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(directory)
         save_file(model.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_mean_pooling(directory: Path, config: GPT2Config) -> GPT2MeanPoolingConfig:
+    """Write the code of a model with mean pooling; return its config, which names that code.
+
+    Hugging Face's class would read the last token alone. The other type makes it refuse such a model by name.
+    """
+    code = Path(modeling_gpt2_mean_pooling.__file__).read_text(encoding="utf-8")
+    (directory / MODELING_FILE).write_text(code, encoding="utf-8")
+    mean = GPT2MeanPoolingConfig(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
+    module = MODELING_FILE.removesuffix(".py")
+    mean.auto_map = {
+        "AutoConfig": f"{module}.{GPT2MeanPoolingConfig.__name__}",
+        "AutoModelForSequenceClassification": f"{module}.{GPT2MeanPoolingForSequenceClassification.__name__}",
+    }
+    return mean

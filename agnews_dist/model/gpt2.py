@@ -13,6 +13,7 @@ from agnews_dist.data.hugging_face import silence_transformers
 from agnews_dist.data.rows import list_first
 from agnews_dist.errors import ModelError
 from agnews_dist.model.embedded import EMBEDDED_SEED, embedded_config, scale_embeddings
+from agnews_dist.model.pooling import Pooling
 from agnews_dist.model.prefix import Prefix
 from agnews_dist.model.pretrained import CONFIG_FILE, EMBEDDED, TOKENIZER_FILES, locate
 from agnews_dist.model.saved_model import Backbone, read_config, read_weights
@@ -114,13 +115,14 @@ def split_model(
     seed: int,
     class_names: Sequence[str] | None = None,
     dropout: float | None = None,
+    pooling: Pooling = "last",
 ) -> Classifier:
     """Freeze all but the last `trainable_blocks` blocks, the final norm and `out_head`.
 
-    `out_head` is drawn from `seed`, unless the checkpoint has a head of the same shape for the same `class_names` (LABEL_k and
-    None fit any). Both halves are in eval mode until `suffix.train()`. The classifier takes the backbone's modules, so another
-    split needs another backbone. `dropout`: rate of all dropouts of the suffix; None: those of the config, which is not
-    changed.
+    `out_head` is drawn from `seed`, unless the checkpoint has a head of the same shape and pooling for the same classes
+    (`class_names`; LABEL_k and None fit any). Both halves are in eval mode until `suffix.train()`. The classifier takes the
+    backbone's modules, so another split needs another backbone. `dropout`: rate of all dropouts of the suffix; None: those of
+    the config, which is not changed.
 
     Raises:
         ModelError: `trainable_blocks` is negative or exceeds the model's blocks.
@@ -140,15 +142,22 @@ def split_model(
     with torch.no_grad():
         if has_bias:
             out_head.bias.zero_()
-        if backbone.head_CD is not None and _is_head_of(backbone, num_classes, class_names):
+        if backbone.head_CD is not None and _is_head_of(backbone, num_classes, class_names, pooling):
             out_head.weight.copy_(backbone.head_CD)
         else:
             generator = torch.Generator().manual_seed(_stream_seed(seed, _HEAD_STREAM))
             out_head.weight.normal_(0.0, config.initializer_range, generator=generator)
     blocks = list(enumerate(model.h))
     boundary = num_blocks - num_trainable
-    prefix = Prefix(model.wte, model.wpe, dict(blocks[:boundary]), last_token_only=num_trainable == 0)
-    suffix = Suffix(dict(blocks[boundary:]), model.ln_f, out_head).float().eval()
+    is_pooled, is_mean = num_trainable == 0, pooling == "mean"
+    prefix = Prefix(
+        model.wte,
+        model.wpe,
+        dict(blocks[:boundary]),
+        last_token_only=is_pooled and not is_mean,
+        mean_eps=model.ln_f.eps if is_pooled and is_mean else None,
+    )
+    suffix = Suffix(dict(blocks[boundary:]), model.ln_f, out_head, pooling=pooling).float().eval()
     if dropout is not None:
         set_dropout(suffix, dropout)
     # Moving a module replaces the data of its parameters. These references keep the original data without a copy.
@@ -185,19 +194,25 @@ def check_max_length(max_length: int, num_positions: int) -> None:
         )
 
 
-def explain_new_head(backbone: Backbone, class_names: Sequence[str]) -> str | None:
+def explain_new_head(backbone: Backbone, class_names: Sequence[str], pooling: Pooling = "last") -> str | None:
     """Return why the checkpoint's head is not used for these classes; None: it is used, or there is none."""
     if backbone.head_fault is not None:
         return f"in its config.json, {backbone.head_fault}"
-    if backbone.head_CD is None or _is_head_of(backbone, len(class_names), class_names):
+    if backbone.head_CD is None or _is_head_of(backbone, len(class_names), class_names, pooling):
         return None
+    if pooling != backbone.pooling:
+        return f"it was trained with model.pooling {backbone.pooling}"
     names = f" ({list_first(backbone.class_names, str)})" if backbone.class_names else ""
     return f"its {len(backbone.head_CD)} classes{names} are not those of the data"
 
 
-def _is_head_of(backbone: Backbone, num_classes: int, class_names: Sequence[str] | None) -> bool:
-    """Return whether the checkpoint's head has this shape and these classes, as far as both have names."""
-    if backbone.head_CD is None or backbone.head_CD.shape != (num_classes, backbone.model.config.n_embd):
+def _is_head_of(backbone: Backbone, num_classes: int, class_names: Sequence[str] | None, pooling: Pooling) -> bool:
+    """Return whether the checkpoint's head has this pooling, this shape and these classes, as far as both have names."""
+    if (
+        pooling != backbone.pooling
+        or backbone.head_CD is None
+        or backbone.head_CD.shape != (num_classes, backbone.model.config.n_embd)
+    ):
         return False
     unnamed = tuple(f"LABEL_{i}" for i in range(num_classes))
     names = [tuple(each) for each in (backbone.class_names, class_names) if each is not None]

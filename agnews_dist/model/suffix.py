@@ -1,4 +1,4 @@
-"""The trainable part: hidden states at the freeze boundary in, class logits of the last real token out."""
+"""The trainable part: hidden states at the freeze boundary in, class logits of a text out."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import NewGELUActivation
 
 from agnews_dist.model.last_token import run_last_token_block, select_last_rows
+from agnews_dist.model.pooling import GainAndShift, Pooling, average_padded
 from agnews_dist.model.prefix import run_block
 
 
@@ -20,13 +21,16 @@ class Suffix(nn.Module):
     counterpart: export.py folds it into `ln_f.bias`.
     """
 
-    def __init__(self, blocks: Mapping[int, nn.Module], ln_f: nn.LayerNorm, out_head: nn.Linear) -> None:
+    def __init__(
+        self, blocks: Mapping[int, nn.Module], ln_f: nn.LayerNorm, out_head: nn.Linear, *, pooling: Pooling = "last"
+    ) -> None:
         """`blocks`: number of the block in the whole model -> the block, bottom to top; may be empty."""
         super().__init__()
-        last = max(blocks, default=None)
+        last = max(blocks, default=None) if pooling == "last" else None
         modules = {str(i): LastBlock(block) if i == last else block for i, block in blocks.items()}
         self.h = nn.ModuleDict(modules)
-        self.ln_f, self.out_head = ln_f, out_head
+        self.pooling: Pooling = pooling
+        self.ln_f, self.out_head = ln_f if pooling == "last" else GainAndShift(ln_f), out_head
         self._activations = [block.get_submodule("mlp.act") for block in blocks.values()]
         self.use_fast_path(True)
         self.autocast_dtype: torch.dtype | None = None
@@ -45,26 +49,34 @@ class Suffix(nn.Module):
             can_fuse = fast_path and isinstance(activation, NewGELUActivation)
             block.get_submodule("mlp").act = nn.GELU(approximate="tanh") if can_fuse else activation
 
+    @property
+    def reads_means(self) -> bool:
+        """True if the features are means of normalised hidden states: no block is trained, and the frozen part pools."""
+        return self.pooling == "mean" and self.fast_path and not len(self.h)
+
     def forward(self, hidden_BTD: Tensor, lengths_B: Tensor, keys_B: Tensor | None = None) -> Tensor:
         """Compute logits_BC, in the type of the weights, from the features of texts.
 
-        On the fast path the last block draws its dropout masks from `keys_B` alone (int64, see `example_keys`). The other
-        blocks, and the plain path, use torch's random state, which must be seeded to repeat a step.
+        On the fast path a last block of one token draws its dropout masks from `keys_B` alone (int64, see `example_keys`).
+        The blocks of all tokens, and the plain path, use torch's random state, which must be seeded to repeat a step.
         """
         device, dtype = hidden_BTD.device.type, self.autocast_dtype
         # The residual stream has the precision of the weights, even if the frozen part computed in another.
         hidden_BTD = hidden_BTD.to(self.ln_f.weight.dtype)
-        blocks = list(self.h.values())
+        row_BD: Tensor | None = None
         with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-            for block in blocks[:-1]:
-                hidden_BTD = self._run(run_block, block, hidden_BTD)
-            if blocks:
-                last_BD = self._run(blocks[-1], hidden_BTD, lengths_B, self.fast_path, keys_B)
-            else:
-                last_BD = select_last_rows(hidden_BTD, lengths_B)
+            for block in self.h.values():
+                if isinstance(block, LastBlock):
+                    row_BD = self._run(block, hidden_BTD, lengths_B, self.fast_path, keys_B)
+                else:
+                    hidden_BTD = self._run(run_block, block, hidden_BTD)
         # In full precision: one row per example is cheap, and logits rounded to bf16 would make the loss less accurate.
         with torch.autocast(device, enabled=False):
-            logits_BC: Tensor = self.out_head(self.ln_f(last_BD.to(self.ln_f.weight.dtype)))
+            if row_BD is None and (self.pooling == "last" or self.reads_means):
+                row_BD = select_last_rows(hidden_BTD, lengths_B)
+            elif row_BD is None:
+                row_BD = average_padded(hidden_BTD.to(self.ln_f.weight.dtype), lengths_B, self.ln_f.eps)
+            logits_BC: Tensor = self.out_head(self.ln_f(row_BD.to(self.ln_f.weight.dtype)))
         return logits_BC
 
     def _run(self, part: Callable[..., Tensor], *arguments: Any) -> Tensor:

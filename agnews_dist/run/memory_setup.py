@@ -57,6 +57,7 @@ def build_memory_setup(config: Config, world: World, gpt2: GPT2Config | None = N
         # Weights used in the type they are stored in stay memory-mapped: the ranks of a node share those pages.
         shares_frozen=not (use_cuda or half) and config.model.init == "pretrained" and stored == "float32",
         fast_path=engine.fast_path,
+        pooling=config.model.pooling,
         activation_checkpointing=engine.activation_checkpointing,
         num_classes=len(read_class_names(config.data.class_names) or range(2)),
         compress_gradients=engine.gradient_compression == "bf16",

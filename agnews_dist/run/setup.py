@@ -197,7 +197,7 @@ def load_training_inputs(
     corpus = load_text(data, read_given=read_given)
     names = corpus.class_names
     check_class_weights(config.optim.class_weights, names)
-    if reason := explain_new_head(backbone, names):
+    if reason := explain_new_head(backbone, names, model.pooling):
         emit(Warned(message=f"model {model.name!r}: {reason}. Its head is not used, and a new one is drawn."))
     classifier = split_model(
         backbone,
@@ -206,6 +206,7 @@ def load_training_inputs(
         seed=seed,
         class_names=names,
         dropout=model.dropout,
+        pooling=model.pooling,
     )
     weight_files = copy_weights(classifier, world.ranks_per_node)
     parameters = count_parameters(classifier)
