@@ -28,6 +28,7 @@ from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, 
 from agnews_dist.model.modeling_gpt2_mean_pooling import GPT2MeanPoolingConfig, GPT2MeanPoolingForSequenceClassification
 from agnews_dist.model.pretrained import can_produce, find_model_directory, read_tokenizer
 from agnews_dist.model.saved_model import TRAINABLE_BLOCKS_KEY, check_config
+from agnews_dist.model.suffix import Standard
 from agnews_dist.model.tokenizer_files import write_tokenizer
 from agnews_dist.storage import atomic
 from agnews_dist.storage.capacity import gigabytes
@@ -40,6 +41,9 @@ _NUM_INODES = 64
 """Files and directories of a run: its own, those of a few checkpoints, and the export while an older one is there."""
 FOLDING_TOLERANCE = 1e-5
 """Limit of a logit's error by folding, relative to max(1, the largest bias)."""
+
+SMALLEST_SINGULAR = 1e-6
+"""Singular values of the head, relative to the largest, that fp32 does not resolve: a solved head has one of them."""
 
 
 def fold_bias(weight_CD: Tensor, bias_C: Tensor, norm_bias_D: Tensor) -> Tensor:
@@ -55,7 +59,7 @@ def fold_bias(weight_CD: Tensor, bias_C: Tensor, norm_bias_D: Tensor) -> Tensor:
     tolerance = FOLDING_TOLERANCE * max(1.0, bias.abs().max().item())
     residual = float("inf")
     for target_C in (bias, bias - bias.mean()):
-        shift_D = torch.linalg.lstsq(weight, target_C[:, None], driver="gelsd").solution[:, 0]
+        shift_D = torch.linalg.lstsq(weight, target_C[:, None], rcond=SMALLEST_SINGULAR, driver="gelsd").solution[:, 0]
         folded_D = (norm_bias + shift_D).float()
         # Includes the rounding to fp32, which a nearly singular W amplifies.
         residual = (weight @ (folded_D.double() - norm_bias) - target_C).abs().max().item()
@@ -65,6 +69,17 @@ def fold_bias(weight_CD: Tensor, bias_C: Tensor, norm_bias_D: Tensor) -> Tensor:
         f"out_head's bias does not fold into the final norm: residual {residual:.2g} with {len(bias)} classes and width "
         f"{weight.shape[1]}. Use a model wider than its number of classes, or another --run.seed."
     )
+
+
+def fold_standard(weight_CD: Tensor, bias_C: Tensor | None, standard: Standard) -> tuple[Tensor, Tensor | None]:
+    """Fold the standardisation of the head's inputs into its weight and bias, on the CPU: W/s in fp32, c - W/s m in fp64.
+
+    A head without a bias has inputs that are scaled and not centred.
+    """
+    mean_D, deviation_D = (each.cpu().double() for each in standard)
+    folded_CD = (weight_CD.double() / deviation_D).float()
+    # From the rounded weight: its rounding errors then cancel at the mean, which may be large.
+    return folded_CD, None if bias_C is None else bias_C.double() - folded_CD.double() @ mean_D
 
 
 def export_model(
@@ -252,6 +267,8 @@ def _huggingface_state(classifier: Classifier, trained: Mapping[str, Tensor]) ->
     state = {name: weight.float() for name, weight in classifier.frozen_state.items()}
     suffix = {name: weight.detach().float().cpu() for name, weight in trained.items()}
     weight_CD, bias_C = suffix.pop("out_head.weight"), suffix.pop("out_head.bias", None)
+    if (standard := classifier.suffix.standard) is not None:
+        weight_CD, bias_C = fold_standard(weight_CD, bias_C, standard)
     if bias_C is not None:
         suffix["ln_f.bias"] = fold_bias(weight_CD, bias_C, suffix["ln_f.bias"])
     return state | {f"transformer.{name}": weight for name, weight in suffix.items()} | {"score.weight": weight_CD}

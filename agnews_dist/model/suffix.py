@@ -1,7 +1,7 @@
 """The trainable part: hidden states at the freeze boundary in, class logits of a text out."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,17 @@ from transformers.activations import NewGELUActivation
 from agnews_dist.model.last_token import run_last_token_block, select_last_rows
 from agnews_dist.model.pooling import GainAndShift, Pooling, average_padded
 from agnews_dist.model.prefix import run_block
+
+
+class Standard(NamedTuple):
+    """Mean and standard deviation of the inputs of `out_head` over the training rows, fp32 on the device."""
+
+    mean_D: Tensor
+    deviation_D: Tensor
+
+    def apply(self, inputs_BD: Tensor) -> Tensor:
+        """Return inputs with mean 0 and variance 1."""
+        return (inputs_BD - self.mean_D.to(inputs_BD.dtype)) / self.deviation_D.to(inputs_BD.dtype)
 
 
 class Suffix(nn.Module):
@@ -35,6 +46,8 @@ class Suffix(nn.Module):
         self.use_fast_path(True)
         self.autocast_dtype: torch.dtype | None = None
         """Type of the products; None is the type of the weights. Set here, as DeepSpeed disables a caller's autocast."""
+        self.standard: Standard | None = None
+        """Standardises the inputs of `out_head`; None: they stay as they are. Not trained, and folded away by the export."""
         self.checkpointing = False
         """True if the backward pass recomputes the blocks' activations (activation checkpointing)."""
         self.requires_grad_(True)
@@ -54,11 +67,14 @@ class Suffix(nn.Module):
         """True if the features are means of normalised hidden states: no block is trained, and the frozen part pools."""
         return self.pooling == "mean" and self.fast_path and not len(self.h)
 
-    def forward(self, hidden_BTD: Tensor, lengths_B: Tensor, keys_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_BTD: Tensor, lengths_B: Tensor, keys_B: Tensor | None = None, *, stops_before_head: bool = False
+    ) -> Tensor:
         """Compute logits_BC, in the type of the weights, from the features of texts.
 
         On the fast path a last block of one token draws its dropout masks from `keys_B` alone (int64, see `example_keys`).
         The blocks of all tokens, and the plain path, use torch's random state, which must be seeded to repeat a step.
+        `stops_before_head`: return the inputs of `out_head` instead.
         """
         device, dtype = hidden_BTD.device.type, self.autocast_dtype
         # The residual stream has the precision of the weights, even if the frozen part computed in another.
@@ -76,7 +92,10 @@ class Suffix(nn.Module):
                 row_BD = select_last_rows(hidden_BTD, lengths_B)
             elif row_BD is None:
                 row_BD = average_padded(hidden_BTD.to(self.ln_f.weight.dtype), lengths_B, self.ln_f.eps)
-            logits_BC: Tensor = self.out_head(self.ln_f(row_BD.to(self.ln_f.weight.dtype)))
+            inputs_BD: Tensor = self.ln_f(row_BD.to(self.ln_f.weight.dtype))
+            if self.standard is not None:
+                inputs_BD = self.standard.apply(inputs_BD)
+            logits_BC: Tensor = inputs_BD if stops_before_head else self.out_head(inputs_BD)
         return logits_BC
 
     def _run(self, part: Callable[..., Tensor], *arguments: Any) -> Tensor:

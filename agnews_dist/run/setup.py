@@ -44,6 +44,7 @@ from agnews_dist.run.hub_inputs import split_settings
 from agnews_dist.storage.directories import cache_root
 from agnews_dist.training.class_weights import check_class_weights, compute_class_weights
 from agnews_dist.training.diagnostics import dry_run, overfit_one_batch
+from agnews_dist.training.lbfgs import HeadSolver
 from agnews_dist.training.loop import Monitors, Trainer, TrainerSettings
 from agnews_dist.training.timing import StageTimer
 
@@ -391,5 +392,8 @@ def build_trainer(config: Config, inputs: TrainingInputs, engine: Engine, loader
     """Build the training loop, which hands the trainable part to the engine. Collective."""
     monitors.emit(begin_phase(f"start engine {config.engine.backend}"))
     optim = config.optim.model_dump(exclude={"class_weights"})  # the loader has them as numbers
-    settings = TrainerSettings(**optim, seed=config.run.seed, class_names=inputs.class_names)
-    return Trainer(inputs.classifier, engine, loader, settings, monitors)
+    settings = TrainerSettings(
+        **optim, standardize=config.model.standardize, seed=config.run.seed, class_names=inputs.class_names
+    )
+    kind = HeadSolver if settings.solver == "lbfgs" else Trainer
+    return kind(inputs.classifier, engine, loader, settings, monitors)

@@ -25,9 +25,11 @@ from agnews_dist.events import Emit, NonFinite, StepDone, StoppedEarly, begin_ph
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource
+from agnews_dist.model.suffix import Standard
 from agnews_dist.training.best_weights import BestWeights, Metric, RunningTotals
 from agnews_dist.training.checkpoint import Groups
 from agnews_dist.training.checkpoint_manager import CheckpointManager, load_weights
+from agnews_dist.training.head_inputs import measure_standard
 from agnews_dist.training.optim import Schedule, build_optimizer, learning_rate, set_lr
 from agnews_dist.training.step import NonFiniteError, StepResult, StepSettings, train_step
 from agnews_dist.training.timing import StageTimer, TimedFeatures
@@ -54,6 +56,10 @@ class TrainerSettings:
     nonfinite: Literal["stop", "skip"]
     seed: int
     class_names: tuple[str, ...]
+    solver: Literal["adamw", "lbfgs"] = "adamw"
+    """lbfgs: see `lbfgs.HeadSolver`, which has no use for most of these."""
+    standardize: bool = False
+    """Standardise the inputs of `out_head`, which must depend on no trained block."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ class Trainer:
         if self._engine.precision == state["precision"]:
             self.strategy.load_scaling(*state["scaling"])
         load_weights(self.strategy, tensors, state["num_updates"])
+        if (standard := state.get("standard")) is not None:
+            self._classifier.suffix.standard = Standard(*(torch.tensor(each, device=self._engine.device) for each in standard))
         if state["best"] is not None:
             scores: dict[str, Tensor] = collectives.all_gather(dict(best_tensors.get("scored", {})))[0]
             self.best.load_state_dict(state["best"], scores, dict(best_tensors.get("weights", {})))
@@ -132,6 +140,7 @@ class Trainer:
             SharedError: the ranks' weights differ. They are neither scored nor saved.
         """
         try:
+            self._standardise()
             if self._is_evaluation_due:
                 self._evaluate(validate)
                 self._save(checkpoints)
@@ -187,6 +196,15 @@ class Trainer:
         every = self._settings.evaluate_every
         is_due = self.step >= self.num_steps or (self._is_epoch_end if every == "epoch" else self.step % every == 0)
         return is_due and self._scored_step != self.step
+
+    def _standardise(self) -> None:
+        """Measure the inputs of `out_head`, unless the checkpoint had the measures. Collective."""
+        suffix, loader = self._classifier.suffix, self._loader
+        if self._settings.standardize and suffix.standard is None:
+            assert self._features is not None, "use_features comes first"
+            begin = time.perf_counter()
+            suffix.standard = measure_standard(suffix, loader.table, self._features, self._engine, loader.owner_N)
+            self.totals.seconds += time.perf_counter() - begin
 
     def _train_step(self, batches: StepBatches, checkpoints: CheckpointManager) -> StepResult:
         begin = time.perf_counter()
@@ -267,4 +285,6 @@ class Trainer:
             "totals": self.totals.state_dict(),
             "seconds": self._timer.totals(),
         }
+        if (standard := self._classifier.suffix.standard) is not None:
+            state["standard"] = [each.tolist() for each in standard]
         checkpoints.save(self.step, state, self.best, is_scored=self._scored_step == self.step, wait=wait)
