@@ -105,13 +105,17 @@ class ModelConfig(Section):
     init: Literal["pretrained", "random"] = setting("pretrained", "must match", "changes features")
     """Start of the weights. 'random' takes only the shape and draws the weights with run.seed, for tests and baselines."""
     trainable_blocks: Annotated[int, Field(ge=0)] | Literal["all"] = setting(1, "must match", "changes features", "basic")
-    """Train the last k blocks. The final norm and out_head are trained too; 0: only these. The embeddings stay frozen."""
+    """Train the last k blocks. The final norm and out_head are trained too; 0: only these. The embeddings stay frozen, unless
+    train_embeddings is true."""
+    train_embeddings: bool = setting(False, "must match", "changes features")
+    """Train the embeddings of tokens and positions too. This is full fine-tuning, so nothing is computed once and kept; needs
+    trainable_blocks all."""
     pooling: Literal["last", "mean"] = setting("last", "must match", "changes features")
     """Row of a text that out_head classifies: last or mean. 'last': the last real token's. 'mean': the mean of the final norm's
     output over all real tokens; the last block then runs for all of them."""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = setting(None, "may be accepted", "free")
-    """Dropout rate of the trainable blocks. It holds for attention weights, attention output and MLP output; the exported
-    config keeps the model's own rates. null: those. Without effect with trainable_blocks 0."""
+    """Dropout rate of the trainable part. It holds for attention weights, attention output and MLP output, and for embeddings
+    that are trained; the exported config keeps the model's own rates. null: those. Without effect with trainable_blocks 0."""
 
     standardize: bool = setting(False, "must match", "free")
     """Standardise the inputs of out_head. To mean 0 and variance 1 over the training rows, before the first step; needs
@@ -315,6 +319,8 @@ def _find_recipe_contradictions(config: Config) -> Iterator[str]:
     if model.standardize and model.trainable_blocks != 0:
         fix = "Set model.trainable_blocks 0, or leave it out."
         yield f"model.standardize true with {blocks}: the inputs of out_head change in training. {fix}"
+    if model.train_embeddings and model.trainable_blocks != "all":
+        yield f"model.train_embeddings true with {blocks}: it trains the whole model. Set model.trainable_blocks all."
     if optim.solver != "lbfgs":
         return
     if model.trainable_blocks != 0:

@@ -27,7 +27,7 @@ from agnews_dist.model import modeling_gpt2_mean_pooling
 from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, split_model
 from agnews_dist.model.modeling_gpt2_mean_pooling import GPT2MeanPoolingConfig, GPT2MeanPoolingForSequenceClassification
 from agnews_dist.model.pretrained import can_produce, find_model_directory, read_tokenizer
-from agnews_dist.model.saved_model import TRAINABLE_BLOCKS_KEY, check_config
+from agnews_dist.model.saved_model import TRAIN_EMBEDDINGS_KEY, TRAINABLE_BLOCKS_KEY, check_config
 from agnews_dist.model.suffix import Standard
 from agnews_dist.model.tokenizer_files import write_tokenizer
 from agnews_dist.storage import atomic
@@ -218,12 +218,14 @@ def load_classifier(name: str, *, revision: str | None = None) -> SavedClassifie
         encoding = replace(encoding, pad_id=pad_id)
     num_blocks = len(backbone.model.h)
     stored = getattr(backbone.model.config, TRAINABLE_BLOCKS_KEY, 1)
+    trainable_blocks = stored if type(stored) is int and 0 <= stored <= num_blocks else min(1, num_blocks)
     classifier = split_model(
         backbone,
-        trainable_blocks=stored if type(stored) is int and 0 <= stored <= num_blocks else min(1, num_blocks),
+        trainable_blocks=trainable_blocks,
         num_classes=len(backbone.class_names),
         seed=0,
         pooling=backbone.pooling,
+        train_embeddings=trainable_blocks == num_blocks and getattr(backbone.model.config, TRAIN_EMBEDDINGS_KEY, False) is True,
     )
     max_length = int(min(tokenizer.model_max_length, classifier.config.n_positions))
     return SavedClassifier(classifier, tokenizer, backbone.class_names, max_length, encoding, backbone.notes)
@@ -302,6 +304,7 @@ def _write_model(
     # torch.export and ONNX take tensors alone, no cache object.
     config.use_cache = False
     setattr(config, TRAINABLE_BLOCKS_KEY, len(classifier.suffix.h))
+    setattr(config, TRAIN_EMBEDDINGS_KEY, classifier.suffix.has_embeddings)
     state = _fold_scales(state, config)
     architecture = GPT2ForSequenceClassification
     if classifier.suffix.pooling == "mean":

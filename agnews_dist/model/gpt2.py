@@ -14,10 +14,10 @@ from agnews_dist.data.rows import list_first
 from agnews_dist.errors import ModelError
 from agnews_dist.model.embedded import EMBEDDED_SEED, embedded_config, scale_embeddings
 from agnews_dist.model.pooling import Pooling
-from agnews_dist.model.prefix import Prefix
+from agnews_dist.model.prefix import NoPrefix, Prefix
 from agnews_dist.model.pretrained import CONFIG_FILE, EMBEDDED, TOKENIZER_FILES, locate
 from agnews_dist.model.saved_model import Backbone, read_config, read_weights
-from agnews_dist.model.suffix import Suffix
+from agnews_dist.model.suffix import Embeddings, Suffix
 
 MAX_SPARE_ROWS = 1024
 """Limit of embedding rows beyond the tokenizer's tokens; checkpoints may be padded to a multiple of up to 1024."""
@@ -116,8 +116,9 @@ def split_model(
     class_names: Sequence[str] | None = None,
     dropout: float | None = None,
     pooling: Pooling = "last",
+    train_embeddings: bool = False,
 ) -> Classifier:
-    """Freeze all but the last `trainable_blocks` blocks, the final norm and `out_head`.
+    """Freeze all but the last `trainable_blocks` blocks, the final norm and `out_head`; with `train_embeddings` nothing.
 
     `out_head` is drawn from `seed`, unless the checkpoint has a head of the same shape and pooling for the same classes
     (`class_names`; LABEL_k and None fit any). Both halves are in eval mode until `suffix.train()`. The classifier takes the
@@ -125,7 +126,7 @@ def split_model(
     the config, which is not changed.
 
     Raises:
-        ModelError: `trainable_blocks` is negative or exceeds the model's blocks.
+        ModelError: `trainable_blocks` is negative or exceeds the model's blocks; embeddings without all blocks.
     """
     model, config = backbone.model, backbone.model.config
     num_blocks = len(model.h)
@@ -134,6 +135,11 @@ def split_model(
         raise ModelError(
             f"model.trainable_blocks {num_trainable}: the model has {num_blocks} blocks. "
             f"Set --model.trainable_blocks between 0 and {num_blocks}, or to all."
+        )
+    if train_embeddings and num_trainable < num_blocks:
+        raise ModelError(
+            f"model.train_embeddings true with model.trainable_blocks {num_trainable}: the model has {num_blocks} blocks. "
+            "Set --model.trainable_blocks all."
         )
     # The blocks run without a mask, and only this kernel is causal then.
     model.set_attn_implementation("sdpa")
@@ -150,14 +156,19 @@ def split_model(
     blocks = list(enumerate(model.h))
     boundary = num_blocks - num_trainable
     is_pooled, is_mean = num_trainable == 0, pooling == "mean"
-    prefix = Prefix(
-        model.wte,
-        model.wpe,
-        dict(blocks[:boundary]),
-        last_token_only=is_pooled and not is_mean,
-        mean_eps=model.ln_f.eps if is_pooled and is_mean else None,
+    prefix = (
+        NoPrefix()
+        if train_embeddings
+        else Prefix(
+            model.wte,
+            model.wpe,
+            dict(blocks[:boundary]),
+            last_token_only=is_pooled and not is_mean,
+            mean_eps=model.ln_f.eps if is_pooled and is_mean else None,
+        )
     )
-    suffix = Suffix(dict(blocks[boundary:]), model.ln_f, out_head, pooling=pooling).float().eval()
+    embeddings = Embeddings(model.wte, model.wpe, model.drop) if train_embeddings else None
+    suffix = Suffix(dict(blocks[boundary:]), model.ln_f, out_head, pooling=pooling, embeddings=embeddings).float().eval()
     if dropout is not None:
         set_dropout(suffix, dropout)
     # Moving a module replaces the data of its parameters. These references keep the original data without a copy.
@@ -175,7 +186,8 @@ def set_dropout(suffix: Suffix, rate: float) -> None:
 def count_parameters(classifier: Classifier) -> dict[str, tuple[int, int]]:
     """Count (trainable, frozen) parameters of each part, bottom to top: embeddings, h.0-10, h.11, ln_f, out_head."""
     prefix, suffix = classifier.prefix, classifier.suffix
-    parts: dict[str, list[nn.Module]] = {"embeddings": [prefix.wte, prefix.wpe]}
+    below = suffix if suffix.has_embeddings else prefix
+    parts: dict[str, list[nn.Module]] = {"embeddings": [below.wte, below.wpe]}
     for blocks in (prefix.h, suffix.h):
         numbers = list(blocks)
         if numbers:

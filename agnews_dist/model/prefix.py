@@ -36,7 +36,7 @@ class Features(NamedTuple):
     """Texts at the freeze boundary, right-padded: the input of the suffix."""
 
     hidden_BTD: Tensor
-    """Hidden states; those in the padding have no meaning."""
+    """Hidden states, or tokens_BT where the embeddings are trained; those in the padding have no meaning."""
     lengths_B: Tensor
     """Number of rows of each text, >= 1: its number of tokens, or 1 if the suffix reads only one row per text."""
 
@@ -153,6 +153,23 @@ class Prefix(nn.Module):
     def train(self, mode: bool = True) -> "Prefix":  # noqa: ARG002
         """Ignore `mode` and stay in eval mode: dropout would make features random."""
         return super().train(False)
+
+
+class NoPrefix(Prefix):
+    """The frozen part of a model of which nothing is frozen: its features are the token ids themselves."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.h = nn.ModuleDict()
+        self.fast_path, self.compiled = True, False
+        self._last_token_only, self._mean_eps = False, None
+
+    def choose_compiling(self, *, num_tokens: int, wanted: Literal["auto", "always", "never"]) -> None:
+        """Do nothing: there is nothing to compile."""
+
+    def features(self, tokens_BT: Tensor, lengths_B: Tensor) -> Features:
+        """Return the token ids, on both paths."""
+        return Features(tokens_BT, lengths_B)
 
 
 def uncached_features(prefix: Prefix) -> FeatureSource:

@@ -18,6 +18,8 @@ from agnews_dist.model.pretrained import CONFIG_FILE, EMBEDDED, WEIGHT_FILES, Lo
 
 TRAINABLE_BLOCKS_KEY = "trainable_blocks"
 """Our key of an exported config.json: the number of trained blocks, which are the last ones."""
+TRAIN_EMBEDDINGS_KEY = "train_embeddings"
+"""Another one: true if the embeddings were trained too."""
 _HEAD_FIELDS = ("id2label", "label2id", "num_labels", "problem_type")
 """Keys of config.json that describe a classification head."""
 _FIELDS = (
@@ -25,7 +27,8 @@ _FIELDS = (
     *("max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range", "tie_word_embeddings", "add_cross_attention"),
     *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "architectures", TRAINABLE_BLOCKS_KEY, *_HEAD_FIELDS),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "architectures", *_HEAD_FIELDS),
+    *(TRAINABLE_BLOCKS_KEY, TRAIN_EMBEDDINGS_KEY),
     *("dtype", "torch_dtype"),  # for the memory estimate
 )
 """Keys of config.json that are read. Others say how to run the model elsewhere; some of them would break the export."""

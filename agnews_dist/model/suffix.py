@@ -24,19 +24,39 @@ class Standard(NamedTuple):
         return (inputs_BD - self.mean_D.to(inputs_BD.dtype)) / self.deviation_D.to(inputs_BD.dtype)
 
 
+class Embeddings(NamedTuple):
+    """The embeddings of a GPT-2 and the dropout after them."""
+
+    wte: nn.Embedding
+    wpe: nn.Embedding
+    drop: nn.Dropout
+
+
 class Suffix(nn.Module):
     """The last blocks, the final norm and `out_head`, in fp32, all trainable.
 
     Parameters correspond to those of Hugging Face's GPT2ForSequenceClassification: `h.<number>.*` and `ln_f.*` to
     `transformer.h.<number>.*` and `transformer.ln_f.*`, `out_head.weight` to `score.weight`. `out_head.bias` has no
-    counterpart: export.py folds it into `ln_f.bias`.
+    counterpart: export.py folds it into `ln_f.bias`. With embeddings, `wte.weight` and `wpe.weight` are parameters too.
     """
 
     def __init__(
-        self, blocks: Mapping[int, nn.Module], ln_f: nn.LayerNorm, out_head: nn.Linear, *, pooling: Pooling = "last"
+        self,
+        blocks: Mapping[int, nn.Module],
+        ln_f: nn.LayerNorm,
+        out_head: nn.Linear,
+        *,
+        pooling: Pooling = "last",
+        embeddings: Embeddings | None = None,
     ) -> None:
-        """`blocks`: number of the block in the whole model -> the block, bottom to top; may be empty."""
+        """`blocks`: number of the block in the whole model -> the block, bottom to top; may be empty.
+
+        `embeddings`: are trained too, so the features are token ids.
+        """
         super().__init__()
+        self.has_embeddings = embeddings is not None
+        if embeddings is not None:
+            self.wte, self.wpe, self.drop = embeddings
         last = max(blocks, default=None) if pooling == "last" else None
         modules = {str(i): LastBlock(block) if i == last else block for i, block in blocks.items()}
         self.h = nn.ModuleDict(modules)
@@ -77,6 +97,9 @@ class Suffix(nn.Module):
         `stops_before_head`: return the inputs of `out_head` instead.
         """
         device, dtype = hidden_BTD.device.type, self.autocast_dtype
+        if self.has_embeddings:
+            positions_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+            hidden_BTD = self.drop(self.wte(hidden_BTD) + self.wpe(positions_T))
         # The residual stream has the precision of the weights, even if the frozen part computed in another.
         hidden_BTD = hidden_BTD.to(self.ln_f.weight.dtype)
         row_BD: Tensor | None = None

@@ -43,6 +43,7 @@ def build_memory_setup(config: Config, world: World, gpt2: GPT2Config | None = N
     stored = str(gpt2.dtype or "float32").removeprefix("torch.")
     setup = Setup(
         trainable_blocks=gpt2.n_layer if blocks == "all" else min(blocks, gpt2.n_layer),
+        train_embeddings=config.model.train_embeddings,
         num_ranks=world.num_ranks,
         ranks_per_node=world.ranks_per_node,
         backend=engine.backend,

@@ -208,6 +208,7 @@ def load_training_inputs(
         class_names=names,
         dropout=model.dropout,
         pooling=model.pooling,
+        train_embeddings=model.train_embeddings,
     )
     weight_files = copy_weights(classifier, world.ranks_per_node)
     parameters = count_parameters(classifier)

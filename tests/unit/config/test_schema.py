@@ -181,6 +181,12 @@ def test_config_refuses_fp16_with_fsdp() -> None:
     assert contradictions(engine__backend="ddp", engine__precision="fp16") == []
 
 
+def test_trained_embeddings_need_all_blocks() -> None:
+    [line] = contradictions(model__train_embeddings=True, model__trainable_blocks=2)
+    assert line.startswith("model.train_embeddings true with model.trainable_blocks 2: ")
+    assert contradictions(model__train_embeddings=True, model__trainable_blocks="all") == []
+
+
 def test_recipes_of_the_head_need_a_frozen_model() -> None:
     [line] = contradictions(model__standardize=True)
     assert line.startswith("model.standardize true with model.trainable_blocks 1: ")
