@@ -13,7 +13,7 @@ from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import choose_precision, should_use_cuda
 from agnews_dist.engine.memory import Setup, Shape
 from agnews_dist.model.prefix import CALL_TOKENS
-from agnews_dist.run.setup import read_model_files
+from agnews_dist.run.model_setup import read_model_files
 
 
 def build_shape(gpt2: GPT2Config) -> Shape:
