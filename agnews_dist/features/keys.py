@@ -29,11 +29,19 @@ _CONFIG_FIELDS = (
 
 
 def features_key(
-    *, frozen_weights: str, config: GPT2Config, num_blocks: int, table: TokenTable, layout: Layout, dtype: torch.dtype
+    *,
+    frozen_weights: str,
+    config: GPT2Config,
+    num_blocks: int,
+    table: TokenTable,
+    layout: Layout,
+    dtype: torch.dtype,
+    are_means: bool = False,
 ) -> str:
     """Return the key of one split's features: 64 hexadecimal digits.
 
-    `frozen_weights`: their fingerprint; `num_blocks`: number of frozen blocks; `dtype`: type of the features.
+    `frozen_weights`: their fingerprint; `num_blocks`: number of frozen blocks; `dtype`: type of the features; `are_means`: see
+    `Prefix.computes_means`.
     """
     texts_of_calls = np.array([len(ids) for ids in layout.texts], np.int64)
     numbers = np.concatenate([layout.begin_N, layout.rows_N, layout.bounds_S, texts_of_calls])
@@ -45,6 +53,7 @@ def features_key(
         hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest(),
         [str(dtype), _uses_tf32(dtype)],
         FORMAT,
+        *(["means"] if are_means else []),
     ]
     return hashlib.sha256(json.dumps(parts, allow_nan=False).encode()).hexdigest()
 

@@ -129,7 +129,8 @@ class FeatureCache:
         if not self._classifier.prefix.fast_path:
             return Choice("off", "the plain path computes features at every use")
         if not len(self._classifier.prefix.h):
-            return Choice("off", "only the embeddings are frozen")
+            is_any = any(True for _ in self._classifier.prefix.parameters())
+            return Choice("off", "only the embeddings are frozen" if is_any else "nothing is frozen")
         settings, world, device = self._settings, self._world, self._engine.device
         is_on_disk = settings.requested in ("auto", "disk") and all(
             self._file(name).is_complete for name in self._cached_splits("disk")
@@ -262,6 +263,7 @@ class FeatureCache:
                 table=table,
                 layout=split.layout,
                 dtype=split.dtype,
+                are_means=self._classifier.prefix.computes_means,
             )
         return FeatureFile(
             (directory or settings.directory) / self._keys[name],

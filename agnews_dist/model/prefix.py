@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from agnews_dist.data.batching.batch import Batch
 from agnews_dist.model.last_token import run_last_token_block
 from agnews_dist.model.packed import cut_by_size, make_packed_attention, run_in_threads, run_packed_block
+from agnews_dist.model.pooling import average_packed
 
 CALL_TOKENS = {"cpu": 512, "cuda": 65536}
 """Tokens per packed call: few enough for a CPU core's cache, enough to fill a GPU.
@@ -35,9 +36,9 @@ class Features(NamedTuple):
     """Texts at the freeze boundary, right-padded: the input of the suffix."""
 
     hidden_BTD: Tensor
-    """Hidden states; those in the padding have no meaning."""
+    """Hidden states, or tokens_BT where the embeddings are trained; those in the padding have no meaning."""
     lengths_B: Tensor
-    """Number of rows of each text, >= 1: its number of tokens, or 1 if the suffix reads only the last token."""
+    """Number of rows of each text, >= 1: its number of tokens, or 1 if the suffix reads only one row per text."""
 
 
 FeatureSource = Callable[[Batch], Features]
@@ -54,11 +55,18 @@ class Prefix(nn.Module):
     """Embeddings and the frozen blocks, always in eval mode. Parameter names are Hugging Face's without `transformer.`."""
 
     def __init__(
-        self, wte: nn.Embedding, wpe: nn.Embedding, blocks: Mapping[int, nn.Module], *, last_token_only: bool = False
+        self,
+        wte: nn.Embedding,
+        wpe: nn.Embedding,
+        blocks: Mapping[int, nn.Module],
+        *,
+        last_token_only: bool = False,
+        mean_eps: float | None = None,
     ) -> None:
         """Freeze the modules; `blocks`: number of the block in the whole model -> the block, bottom to top.
 
-        `last_token_only`: no block follows, so the fast path computes the last block for the last token only.
+        `last_token_only`: no block follows, so the fast path computes the last block for the last token only. `mean_eps`: no
+        block follows, and the fast path computes the means of the states that are normalised with this epsilon.
         """
         super().__init__()
         self.wte, self.wpe = wte, wpe
@@ -66,13 +74,19 @@ class Prefix(nn.Module):
         self.fast_path = True
         self.compiled = False
         self._last_token_only = last_token_only and len(blocks) > 0
+        self._mean_eps = mean_eps
         self.requires_grad_(False)
         self.eval()
 
     @property
     def one_row_per_text(self) -> bool:
-        """True if the features of a text are one row, that of its last token."""
-        return self.fast_path and self._last_token_only
+        """True if the features of a text are one row: that of its last token, or the mean of all."""
+        return self.fast_path and (self._last_token_only or self._mean_eps is not None)
+
+    @property
+    def computes_means(self) -> bool:
+        """True if that row is the mean of all normalised hidden states."""
+        return self.fast_path and self._mean_eps is not None
 
     @property
     def row_bytes(self) -> int:
@@ -118,6 +132,8 @@ class Prefix(nn.Module):
             blocks = list(self.h.values())
             for block in blocks[:-1] if self._last_token_only else blocks:
                 hidden_PD = run_packed_block(block, hidden_PD, attend, compiled=self.compiled)
+            if self._mean_eps is not None:
+                return average_packed(hidden_PD, lengths_B, self._mean_eps)
             if not self._last_token_only:
                 return hidden_PD
             padded = nn.utils.rnn.pad_sequence(list(hidden_PD.split(list(lengths_B))), batch_first=True)
@@ -134,13 +150,30 @@ class Prefix(nn.Module):
             for begin, end in cut_by_size(lengths_B.cpu().numpy(), self.call_tokens)
         ]
         rows = torch.cat(run_in_threads(calls, tokens_BT.device))
-        if self._last_token_only:
+        if self.one_row_per_text:
             return Features(rows[:, None], torch.ones_like(lengths_B))
         return Features(nn.utils.rnn.pad_sequence(list(rows.split(lengths)), batch_first=True), lengths_B)
 
     def train(self, mode: bool = True) -> "Prefix":  # noqa: ARG002
         """Ignore `mode` and stay in eval mode: dropout would make features random."""
         return super().train(False)
+
+
+class NoPrefix(Prefix):
+    """The frozen part of a model of which nothing is frozen: its features are the token ids themselves."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.h = nn.ModuleDict()
+        self.fast_path, self.compiled = True, False
+        self._last_token_only, self._mean_eps = False, None
+
+    def choose_compiling(self, *, num_tokens: int, wanted: Literal["auto", "always", "never"]) -> None:
+        """Do nothing: there is nothing to compile."""
+
+    def features(self, tokens_BT: Tensor, lengths_B: Tensor) -> Features:
+        """Return the token ids, on both paths."""
+        return Features(tokens_BT, lengths_B)
 
 
 def uncached_features(prefix: Prefix) -> FeatureSource:

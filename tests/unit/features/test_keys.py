@@ -48,6 +48,7 @@ def key_of(
         table=table,
         layout=layout_of(table, call_tokens),
         dtype=dtype,
+        are_means=classifier.prefix.computes_means,
     )
 
 
@@ -193,3 +194,14 @@ def test_features_key_ignores_labels_and_split_names():
 
 def test_features_key_ignores_other_config_fields():
     assert key_of(id2label={0: "a", 1: "b"}, pad_token_id=3, initializer_range=0.5) == EXPECTED
+
+
+def test_features_key_distinguishes_means_from_last_tokens():
+    of_pooling = {}
+    for blocks in (0, 1):
+        for pooling in ("last", "mean"):
+            backbone = Backbone(toy_model(), None, None)
+            classifier = split_model(backbone, trainable_blocks=blocks, num_classes=CLASSES, seed=5, pooling=pooling)
+            of_pooling[blocks, pooling] = key_of(classifier)
+    assert of_pooling[0, "mean"] != of_pooling[0, "last"]
+    assert of_pooling[1, "mean"] == of_pooling[1, "last"] == EXPECTED, "below a trained block both have the same features"
