@@ -8,6 +8,7 @@ A part imports only parts below it:
     train.py       entry of `torchrun -m agnews_dist.train`
     commands/      one module per command (train, evaluate, predict, report, runs, plan and others)
     api/           the package from Python: fit, load, a whole training as a function
+    experiments/   many trainings or fits on one set of features: sweeps, probes
     preflight/     checks before a job: machine, disks, hub, memory, network, ranks
     run/           one run: objects from settings, directory, resume, status, results
     training/      the loop: steps, optimizer, checkpoints, best weights, diagnostics

@@ -9,6 +9,8 @@ from agnews_dist.errors import did_you_mean
 
 COMMANDS = {
     "train": "fine-tune, evaluate, and write a model that Hugging Face loads",
+    "sweep": "train all combinations of some settings on one set of features, and select one",
+    "clean": "find probable label errors, and train without them",
     "evaluate": "score a split of any source with a saved model",
     "predict": "classify texts from arguments, a file or standard input",
     "report": "write the report of a run again, or compare runs",
@@ -16,6 +18,7 @@ COMMANDS = {
     "export": "write the model of a run as an ONNX file",
     "push": "upload the model of a run to the Hugging Face hub",
     "plan": "show the batches of a training: steps, padding, balance of the ranks",
+    "probe": "score every layer of the frozen model: how many blocks to train",
     "doctor": "check machine, cluster and settings before a job",
     "prepare": "load and tokenise the data before a job, on a machine with a network",
     "restarts": "decide whether to restart a job that has ended (for batch scripts)",

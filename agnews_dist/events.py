@@ -222,6 +222,32 @@ class OverfitChecked:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepRow:
+    """One combination of settings in the table of a sweep."""
+
+    settings: str
+    """Ready to print."""
+    state: str
+    """`finished`, `halved`, `diverged`, or how many of its members have ended: `2 of 5`."""
+    mean: float
+    """Mean validation score over the members that have ended."""
+    deviation: float
+    """Standard deviation over them; NaN for fewer than two."""
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepUpdated:
+    """The settings of a sweep whose members have ended, the best first."""
+
+    metric: str
+    rows: tuple[SweepRow, ...]
+    num_done: int
+    """Members that have ended."""
+    num_members: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunDone:
     """The final panel."""
 
@@ -246,6 +272,7 @@ Event = Union[
     StoppedEarly,
     Profiled,
     OverfitChecked,
+    SweepUpdated,
     RunDone,
 ]
 Emit = Callable[[Event], None]

@@ -13,6 +13,7 @@ from agnews_dist.config.fields import BOOLS, Problems, RawValue, all_sections, a
 from agnews_dist.config.schema import Config, Level, PathText
 from agnews_dist.errors import quote
 from agnews_dist.events import begin_phase
+from agnews_dist.experiments.space import Dimension, split_dimensions
 from agnews_dist.storage.directories import expand_path
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Command:
     """Sections and keys of settings that the short help shows; None: the basic settings."""
     shows_defaults: bool = True
     """False: without a value, some settings are those of a saved model."""
+    takes_lists: bool = False
+    """True if settings may have lists and ranges of values."""
     display: Literal["stdout", "stderr"] | None = None
     """Stream on which people watch the command load PyTorch and work. Lines may be missing from it if it is not read."""
 
@@ -78,6 +81,8 @@ class Loaded:
     """Dotted keys that a YAML file or a flag has set, even to the default."""
     options: Mapping[str, Any]
     """The command's own arguments by name (`split`), with defaults; positional arguments are a tuple of strings."""
+    dimensions: Sequence[Dimension] = ()
+    """Settings with lists and ranges of values; `config` has the first of each."""
     console: "Console | None" = None
     """The sink for people, on rank 0 of a command with a display."""
 
@@ -100,10 +105,10 @@ class HelpRequest(Exception):  # noqa: N818
         self.level = level
 
 
-def load(argv: Sequence[str], options: Sequence[Option] = ()) -> Loaded:
+def load(argv: Sequence[str], options: Sequence[Option] = (), *, takes_lists: bool = False) -> Loaded:
     """Build the configuration. Flags override `--config` files, later files override earlier ones, and all override defaults.
 
-    `options`: arguments that the command takes besides the settings.
+    `options`: arguments that the command takes besides the settings. `takes_lists`: settings may have several values.
 
     Raises:
         ConfigError: everything that is wrong, one line each.
@@ -141,6 +146,7 @@ def load(argv: Sequence[str], options: Sequence[Option] = ()) -> Loaded:
             problems.add(str(error))
     if values.get("--quiet") and values.get("--verbose"):
         problems.add("--quiet and --verbose: they contradict each other. Remove one of them.", "")
+    raw_values, dimensions = split_dimensions(raw_values, problems) if takes_lists else (raw_values, ())
     config = build_config(raw_values, problems)
     if "--print_config" in given:
         from agnews_dist.config.yaml_file import dump
@@ -148,7 +154,7 @@ def load(argv: Sequence[str], options: Sequence[Option] = ()) -> Loaded:
         print(dump(config, only_changed=given["--print_config"][-1] == "changed"), end="")
         raise SystemExit(0)
     own = {option.name.lstrip("-"): values[option.name] for option in options}
-    return Loaded(config, frozenset(raw.name for raw in raw_values), own)
+    return Loaded(config, frozenset(raw.name for raw in raw_values), own, dimensions)
 
 
 def _expand(word: str, problems: Problems) -> str:

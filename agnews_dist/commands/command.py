@@ -119,7 +119,7 @@ def _run_body(
             check_interfaces(os.environ, world)
         # `--print_config` prints and ends the process on every rank; rank 0's output is enough.
         with nullcontext() if world.is_main else redirect_stdout(io.StringIO()):
-            loaded = load(sys.argv[1:] if argv is None else argv, command.options)
+            loaded = load(sys.argv[1:] if argv is None else argv, command.options, takes_lists=command.takes_lists)
         is_loaded = True
         with open_console(command, world, loaded) as console:
             body(world, replace(loaded, console=console))

@@ -252,6 +252,26 @@ def build_config(raw_values: Sequence[RawValue], problems: Problems) -> Config:
     return config
 
 
+def replace_values(config: Config, values: Mapping[str, object]) -> Config:
+    """Return the configuration with some settings replaced. The values are those of `check_value`.
+
+    Raises:
+        ConfigError: the settings contradict each other, one line each.
+    """
+    sections = {section: dict[str, Any]() for section in ("", *all_sections())}
+    for key, value in {**dict(values_of(config)), **values}.items():
+        setting = all_settings()[key]
+        sections[setting.section][setting.name] = value
+    for section, (model, _) in reversed(list(all_sections().items())):
+        outer, _, name = section.rpartition(".")
+        # Without validation of each section: all values have been validated.
+        sections[outer][name] = model.model_construct(**sections[section])
+    try:
+        return Config(**sections[""])
+    except ValidationError as error:
+        raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+
+
 def values_of(config: Config) -> Iterator[tuple[str, object]]:
     """Yield (dotted key, value) of every setting."""
     for key, setting in all_settings().items():

@@ -167,7 +167,7 @@ class OptimConfig(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = setting(0.99, "may be accepted", "free")
     """Share of the average that 'ema' keeps at a step. After n averaged steps it is at most (1 + n) / (10 + n), so that a short
     run forgets its first weights."""
-    best_metric: Literal["accuracy", "macro_f1", "loss"] = setting("accuracy", "may be accepted", "free")
+    best_metric: Literal["accuracy", "macro_f1", "loss"] = setting("accuracy", "may be accepted", "not sweepable")
     """Validation score that chooses the exported weights. The lowest loss, or the highest of the others. Ties go to the lower
     loss, then to the earlier evaluation."""
     evaluate_every: Count | Literal["epoch"] = setting("epoch", "may be accepted", "free")

@@ -12,7 +12,8 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar
@@ -37,8 +38,24 @@ REPEAT_SECONDS = 30.0
 
 
 def is_distributed() -> bool:
-    """Return whether there is a process group."""
-    return dist.is_available() and dist.is_initialized()
+    """Return whether there is a process group, and this rank works with the others."""
+    return dist.is_available() and dist.is_initialized() and not _Solo.is_on
+
+
+class _Solo:
+    """State of `without_others`, one per process like torch's process group."""
+
+    is_on = False
+
+
+@contextmanager
+def without_others() -> Generator[None]:
+    """Make every collective of the block the identity: each rank does work of its own, as if it were the only one."""
+    before, _Solo.is_on = _Solo.is_on, True
+    try:
+        yield
+    finally:
+        _Solo.is_on = before
 
 
 def gather_numbers(values: Sequence[float]) -> list[tuple[float, ...]]:

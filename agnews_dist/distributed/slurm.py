@@ -45,3 +45,12 @@ def is_restarted(environ: Mapping[str, str]) -> bool:
     """Return whether Slurm or torchrun has started this job before, with the same arguments."""
     counts = (slurm_count(environ, name) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     return any(count is not None and count > 0 for count in counts)
+
+
+def find_array_task(environ: Mapping[str, str]) -> tuple[int, int]:
+    """Return (position, number of tasks) of this process's task in a job array; (0, 1) outside of one."""
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT")
+    task, least, step, count = (slurm_count(environ, name) for name in names)
+    if task is None or not count:
+        return 0, 1
+    return (task - (least or 0)) // (step or 1) % count, count

@@ -4,6 +4,7 @@ accelerate receives the model and the optimizer, never a data loader: it would r
 size. Its gradient accumulation, clipping and autocast stay off.
 """
 
+import copy
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -114,6 +115,15 @@ class Engine:
         self._allow_tf32 = allow_tf32
         self.apply_tf32()
 
+    def without_others(self) -> "Engine":
+        """Return an engine of one rank, on this rank's device, for work inside `collectives.without_others`.
+
+        It trains as a process without a launcher does.
+        """
+        alone = copy.copy(self)
+        alone.world, alone.zero, alone._fsdp = World(), None, False
+        return alone
+
     def apply_tf32(self) -> None:
         """Set whether fp32 matrix products of this process may use TF32."""
         if self.device.type == "cuda":
@@ -159,7 +169,8 @@ class Engine:
             )
         if zero is None:
             self._ddp.bucket_cap_mb = choose_bucket_megabytes(4 * num_parameters)
-            module = self._accelerator.prepare_model(suffix)
+            # Of one rank's work alone, accelerate's process group knows nothing.
+            module = suffix if world.num_ranks == 1 else self._accelerator.prepare_model(suffix)
             if self._compress_gradients and isinstance(module, DistributedDataParallel):
                 module.register_comm_hook(None, collectives.average_in_bf16)
             return Strategy(

@@ -5,14 +5,14 @@ on any number of ranks. With equal thread counts they are equal to the last bit.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from agnews_dist.data.batching.loader import TokenTable, evaluation_batches
 from agnews_dist.distributed import collectives
@@ -30,6 +30,7 @@ from agnews_dist.evaluation.metrics import (
 from agnews_dist.events import Emit, EvalDone, Predicted, Progress, Scores, ignore_event
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource, uncached_features
+from agnews_dist.model.suffix import Suffix
 
 NUM_TOP_CLASSES = 5
 """Classes whose probabilities are kept per text if there are more than MAX_DENSE_CLASSES."""
@@ -230,7 +231,6 @@ def evaluate_split(
     """
     start = time.perf_counter()
     labels_N, num_classes = table.labels_N, classifier.suffix.out_head.out_features
-    has_labels = are_labelled(labels_N, num_classes)
 
     def reduce(ids_B: NDArray[np.int64], logits_BC: NDArray[np.float32]) -> RowResults:
         return reduce_logits(ids_B, logits_BC, labels_N[ids_B])
@@ -243,14 +243,55 @@ def evaluate_split(
     parts = [part for part in collectives.all_gather(local) if part is not None]
     if len(parts) < engine.world.num_ranks:
         raise Stopped
-    rows = RowResults.concatenate(parts)
-    rows = rows.take(in_file_order(rows.ids_N, len(table)))
+    return _score_rows(RowResults.concatenate(parts), labels_N, num_classes, seconds=time.perf_counter() - start)
+
+
+def evaluate_together(
+    classifiers: Sequence[Classifier],
+    table: TokenTable,
+    engine: Engine,
+    *,
+    features: FeatureSource | None = None,
+    emit: Emit = ignore_event,
+) -> list[SplitScores]:
+    """Evaluate a split with several classifiers that share their frozen part, whose output is read or computed once.
+
+    The scores are those of `evaluate_split`. For one rank alone.
+    """
+    start, labels_N = time.perf_counter(), table.labels_N
+    first = classifiers[0]
+    num_classes = first.suffix.out_head.out_features
+
+    def reduce(ids_B: NDArray[np.int64], logits_BX: NDArray[np.float32]) -> list[RowResults]:
+        if not len(ids_B):
+            return [reduce_logits(ids_B, np.empty((0, num_classes), np.float32), labels_N[ids_B]) for _ in classifiers]
+        return [reduce_logits(ids_B, logits_BC, labels_N[ids_B]) for logits_BC in np.split(logits_BX, len(classifiers), axis=1)]
+
+    together = replace(first, suffix=cast(Any, _Together([classifier.suffix for classifier in classifiers])))
+    parts = map_rank_logits(reduce, together, table, engine, features=features, emit=emit)
+    seconds = (time.perf_counter() - start) / len(classifiers)
+    return [
+        _score_rows(RowResults.concatenate(list(of)), labels_N, num_classes, seconds=seconds) for of in zip(*parts, strict=True)
+    ]
+
+
+class _Together(nn.Module):
+    """Several suffixes; their logits come next to each other."""
+
+    def __init__(self, suffixes: Sequence[Suffix]) -> None:
+        super().__init__()
+        self.suffixes = nn.ModuleList(suffixes)
+        self.out_head = suffixes[0].out_head
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """Compute logits_BX: all classes of the first suffix, then those of the second."""
+        return torch.cat([suffix(*features).float() for suffix in self.suffixes], dim=1)
+
+
+def _score_rows(rows: RowResults, labels_N: NDArray[np.int64], num_classes: int, *, seconds: float) -> SplitScores:
+    """Score the rows of a split, in any order."""
+    rows = rows.take(in_file_order(rows.ids_N, len(labels_N)))
+    has_labels = are_labelled(labels_N, num_classes)
     scores = compute_scores(labels_N, rows.predictions_N, num_classes, float(rows.losses_N.sum())) if has_labels else None
-    return SplitScores(
-        labels_N,
-        rows.predictions_N,
-        rows.probabilities_NK,
-        scores,
-        seconds=time.perf_counter() - start,
-        classes_NK=rows.classes_NK if rows.classes_NK.size else None,
-    )
+    classes_NK = rows.classes_NK if rows.classes_NK.size else None
+    return SplitScores(labels_N, rows.predictions_N, rows.probabilities_NK, scores, seconds, classes_NK)

@@ -4,8 +4,8 @@ Drawing N rows with replacement is one multinomial draw over the kinds of rows: 
 needs counts and not the rows, and costs the same for a thousand rows and for a million.
 """
 
-from collections.abc import Iterator
-from statistics import NormalDist
+from collections.abc import Iterator, Sequence
+from statistics import NormalDist, fmean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +56,23 @@ def quantile_of_level(level: float) -> float:
     1.96
     """
     return NormalDist().inv_cdf((1 + level) / 2)
+
+
+def student_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Compute Student's interval of a mean, for a few values that are about normally distributed. Needs scipy.
+
+    >>> [round(end, 3) for end in student_interval([0.90, 0.91, 0.92])]
+    [0.885, 0.935]
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    from scipy.stats import t
+
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} value: its mean has no interval")
+    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return Interval(fmean(values) - half, fmean(values) + half)
 
 
 def bootstrap_macro_f1(

@@ -36,6 +36,8 @@ class Classifier:
 
     Weights of a safetensors file are its mapped pages, which the ranks of a node share.
     """
+    has_drawn_head: bool = True
+    """False: `out_head` came with the checkpoint."""
 
     def logits(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Compute logits_BC of right-padded tokens_BT with lengths_B (>= 1)."""
@@ -138,18 +140,34 @@ def split_model(
     with torch.no_grad():
         if has_bias:
             out_head.bias.zero_()
-        if backbone.head_CD is not None and _is_head_of(backbone, num_classes, class_names):
+        has_head = backbone.head_CD is not None and _is_head_of(backbone, num_classes, class_names)
+        if backbone.head_CD is not None and has_head:
             out_head.weight.copy_(backbone.head_CD)
         else:
-            generator = torch.Generator().manual_seed(_stream_seed(seed, _HEAD_STREAM))
-            out_head.weight.normal_(0.0, config.initializer_range, generator=generator)
+            _draw_head(out_head, config, seed)
     blocks = list(enumerate(model.h))
     boundary = num_blocks - num_trainable
     prefix = Prefix(model.wte, model.wpe, dict(blocks[:boundary]), last_token_only=num_trainable == 0)
     suffix = Suffix(dict(blocks[boundary:]), model.ln_f, out_head).float().eval()
     # Moving a module replaces the data of its parameters. These references keep the original data without a copy.
     frozen_state = {f"transformer.{name}": weight.detach() for name, weight in prefix.named_parameters()}
-    return Classifier(prefix, suffix, config, frozen_state)
+    return Classifier(prefix, suffix, config, frozen_state, not has_head)
+
+
+def copy_untrained(classifier: Classifier, seed: int) -> Classifier:
+    """Return a classifier with the same frozen part and a copy of the untrained suffix, its head drawn from `seed`."""
+    suffix = copy.deepcopy(classifier.suffix)
+    if classifier.has_drawn_head:
+        with torch.no_grad():
+            _draw_head(suffix.out_head, classifier.config, seed)
+    return replace(classifier, suffix=suffix)
+
+
+def _draw_head(out_head: nn.Linear, config: GPT2Config, seed: int) -> None:
+    """Draw the weights of `out_head` on the CPU, whatever its device: so they are the same everywhere."""
+    generator = torch.Generator().manual_seed(_stream_seed(seed, _HEAD_STREAM))
+    drawn_CD = torch.empty(out_head.weight.shape).normal_(0.0, config.initializer_range, generator=generator)
+    out_head.weight.copy_(drawn_CD)
 
 
 def count_parameters(classifier: Classifier) -> dict[str, tuple[int, int]]:

@@ -102,14 +102,18 @@ class Prefix(nn.Module):
                 hidden_BTD = run_block(block, hidden_BTD)
             return hidden_BTD
 
+    def embed(self, tokens_P: Tensor, lengths_B: Sequence[int]) -> Tensor:
+        """Return the input of the first block for texts of `lengths_B` tokens, end to end: hidden_PD."""
+        lengths = np.asarray(lengths_B)
+        position_P = np.arange(len(tokens_P)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return self.wte(tokens_P) + self.wpe(torch.from_numpy(position_P).to(tokens_P.device))
+
     def rows(self, tokens_P: Tensor, lengths_B: Sequence[int]) -> Tensor:
         """Run one call of the fast path: texts of `lengths_B` tokens, end to end, to their rows of features, end to end."""
         device = tokens_P.device
         # All tensors have the type of the weights. A caller's autocast would change the result.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            lengths = np.asarray(lengths_B)
-            position_P = np.arange(len(tokens_P)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            hidden_PD: Tensor = self.wte(tokens_P) + self.wpe(torch.from_numpy(position_P).to(device))
+            hidden_PD = self.embed(tokens_P, lengths_B)
             attend = make_packed_attention(lengths_B, device, hidden_PD.dtype)
             blocks = list(self.h.values())
             for block in blocks[:-1] if self._last_token_only else blocks:
@@ -117,7 +121,7 @@ class Prefix(nn.Module):
             if not self._last_token_only:
                 return hidden_PD
             padded = nn.utils.rnn.pad_sequence(list(hidden_PD.split(list(lengths_B))), batch_first=True)
-            return run_last_token_block(blocks[-1], padded, torch.from_numpy(lengths).to(device))
+            return run_last_token_block(blocks[-1], padded, torch.tensor(lengths_B, device=device))
 
     def features(self, tokens_BT: Tensor, lengths_B: Tensor) -> Features:
         """Compute the features of right-padded tokens_BT with `lengths_B` (>= 1), by the path that `fast_path` selects."""

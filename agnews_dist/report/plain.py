@@ -20,6 +20,7 @@ from agnews_dist.report.formatting import (
 )
 from agnews_dist.report.progress import StepProgress
 from agnews_dist.report.running_tasks import SILENT_SECONDS, RunningTasks, format_task, is_complete
+from agnews_dist.report.sweep_table import describe_sweep
 from agnews_dist.storage.capacity import gigabytes, resident_bytes
 
 
@@ -81,6 +82,8 @@ class PlainLines:
             case events.DataChecked():
                 for finding in event.findings:
                     self._print(f"warning: {finding}")
+            case events.SweepUpdated():
+                self._print_sweep(event)
             case events.CheckpointSaved():
                 self._print_checkpoint(event)
             case events.Profiled():
@@ -129,6 +132,13 @@ class PlainLines:
             self._last_line = now
             figures = [*self._steps.format_figures(exact=self._every_step), f"memory {gigabytes(self.measure_memory())}"]
             self._print("  ".join(filter(None, [self._steps.format_step(), *figures, self._steps.format_eta()])))
+
+    def _print_sweep(self, event: events.SweepUpdated) -> None:
+        now = self._clock()
+        is_last = event.num_done == event.num_members
+        if is_last or self._is_verbose or self._last_line is None or now - self._last_line >= self._interval:
+            self._last_line = now
+            self._print(describe_sweep(event))
 
     def _print_checkpoint(self, event: events.CheckpointSaved) -> None:
         now = self._clock()

@@ -27,6 +27,7 @@ from agnews_dist.report.formatting import (
 )
 from agnews_dist.report.progress import LossHistory, StepProgress
 from agnews_dist.report.running_tasks import SILENT_SECONDS, RunningTasks, format_task, is_complete
+from agnews_dist.report.sweep_table import build_sweep_table
 from agnews_dist.storage.capacity import gigabytes, resident_bytes
 
 SECONDS_BETWEEN_REFRESHES = 0.1
@@ -58,6 +59,7 @@ class TerminalDisplay:
         self._saved: float | None = None
         """Time of the last checkpoint."""
         self._evaluations = LatestEvaluations()
+        self._sweep: events.SweepUpdated | None = None
         self._tasks = RunningTasks(out, clock)
         self._live: Live | None = None
         self._refreshed = clock()
@@ -93,6 +95,9 @@ class TerminalDisplay:
                 self._print(self._escape(f"profile written to {event.path}", "bold"))
                 # Lines of a table that is too wide are cut, not folded.
                 self._print(self._escape(event.top_operators.strip("\n")), no_wrap=True)
+            case events.SweepUpdated():
+                self._sweep = event
+                self._refresh(now=True)
             case events.OverfitChecked():
                 self._print(self._escape(describe_event(event), "green" if event.accuracy == 1 else "yellow"))
             case events.RunDone():
@@ -116,6 +121,9 @@ class TerminalDisplay:
             self._is_training = False
             self._print(self._build_training(is_last=True))
             self._evaluations = LatestEvaluations()
+        if self._sweep is not None and self._sweep.num_done == self._sweep.num_members:
+            self._print(build_sweep_table(self._sweep, self._out.encoding))
+            self._sweep = None
 
     def _escape(self, text: str, style: str = "") -> Text:
         return Text(escape_text(text, self._out.encoding), style=style, overflow="fold")
@@ -255,6 +263,8 @@ class TerminalDisplay:
             self._live.refresh()
 
     def _build_live_lines(self) -> RenderableType:
+        if self._sweep is not None:
+            return Group(build_sweep_table(self._sweep, self._out.encoding), self._tasks)
         return Group(self._tasks, self._build_training()) if self._is_training else self._tasks
 
     def _build_training(self, *, is_last: bool = False) -> RenderableType:

@@ -211,21 +211,20 @@ class RunDirectory:
             self._lock = None
 
 
-def check_output(directory: Path, *, overwrite: bool) -> None:
-    """Check that `evaluate` can write its scores to `directory`, before they are computed.
+def check_output(directory: Path, *, overwrite: bool, file: str = "result.json") -> None:
+    """Check that a command can write its scores to `directory`, before they are computed. `file`: their name.
 
     Raises:
         UserError: it cannot be written, is a training run's, or holds other scores and `overwrite` is not set.
     """
     if (directory / CONFIG_FILE).is_file():
         raise UserError(
-            f"--output {directory}: this is a run's directory, whose result.json would be replaced. Set --output to another "
+            f"--output {directory}: this is a run's directory, whose files would be replaced. Set --output to another "
             "directory."
         )
-    if (directory / "result.json").exists() and not overwrite:
+    if (directory / file).exists() and not overwrite:
         raise UserError(
-            f"--output {directory}: holds a result.json of other scores. Set --output to another directory, or pass "
-            "--run.overwrite."
+            f"--output {directory}: holds a {file} of other scores. Set --output to another directory, or pass --run.overwrite."
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)

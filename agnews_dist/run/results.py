@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed import collectives
@@ -86,7 +87,7 @@ def write_results(
         try:
             inputs.weight_files.check(monitors.emit)
             monitors.emit(begin_phase("export the model"))
-            _export(config, inputs, trainer, split_scores, directory)
+            export_trained(config, inputs, trainer.best.weights, split_scores, directory)
         except ModelError as error:
             raise ModelError(
                 f"export of {directory.name}: it failed, and the scores are in {directory}. {error} The same command with "
@@ -116,10 +117,14 @@ def select_scored(splits: Mapping[str, SplitScores]) -> dict[str, Scores]:
     return {name: split.scores for name, split in splits.items() if split.scores is not None}
 
 
-def _export(
-    config: Config, inputs: TrainingInputs, trainer: Trainer, split_scores: Mapping[str, SplitScores], directory: Path
+def export_trained(
+    config: Config,
+    inputs: TrainingInputs,
+    weights: Mapping[str, Tensor],
+    split_scores: Mapping[str, SplitScores],
+    directory: Path,
 ) -> None:
-    """Export the best weights as a directory that Hugging Face loads, with its model card."""
+    """Export trained weights as a directory that Hugging Face loads, with its model card."""
     card = ModelCard(
         name=directory.name,
         base_model=config.model.name,
@@ -136,7 +141,7 @@ def _export(
         directory / "model",
         inputs.classifier,
         inputs.tokenizer,
-        trained=trainer.best.weights,
+        trained=weights,
         class_names=inputs.class_names,
         max_length=config.data.max_length,
         card=card,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
@@ -47,6 +48,8 @@ from agnews_dist.training.diagnostics import dry_run, overfit_one_batch
 from agnews_dist.training.loop import Monitors, Trainer, TrainerSettings
 from agnews_dist.training.losses import StepSettings
 from agnews_dist.training.timing import StageTimer
+
+Loader = TypeVar("Loader", bound=TrainLoader)
 
 
 @dataclass(frozen=True)
@@ -177,11 +180,12 @@ def load_training_inputs(
     *,
     has_checked_export: bool = False,
     read_given: ReadRows | None = None,
+    exports: bool = True,
 ) -> TrainingInputs:
     """Load weights and tokens. The model comes first: it fails fast, and tokenising may take minutes.
 
     `has_checked_export`: an earlier start of this run has checked the tokenizer's export, which takes a second. `read_given`:
-    see `load_text`.
+    see `load_text`. `exports`: the model will be written, so tokenizer and disk are checked for that.
 
     Raises:
         UserError: any fault of the model's or the data's files.
@@ -189,7 +193,7 @@ def load_training_inputs(
     data, model, seed = config.data, config.model, config.run.seed
     emit(begin_phase(f"load {model.name}"))
     files = files or read_model_files(model, data)
-    if world.is_main and not has_checked_export:
+    if world.is_main and exports and not has_checked_export:
         # Rank 0 alone exports. Before training, as a faulty export would lose it.
         check_export(files.tokenizer, data.max_length, name=model.name)
     backbone = load_backbone(
@@ -212,7 +216,7 @@ def load_training_inputs(
     parameters = count_parameters(classifier)
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
-    if world.is_main:
+    if world.is_main and exports:
         # After the tokens: the other ranks wait for them, and they may take space on the same disk.
         check_room(Path(config.run.dir), estimate_run_bytes(config, parameters, corpus.splits, len(names)))
     emit(begin_phase("hash the weights"))
@@ -303,10 +307,12 @@ def plan_settings(batch: BatchConfig, seed: int) -> PlanSettings:
     )
 
 
-def build_loader(config: Config, classifier: Classifier, table: TokenTable, world: World) -> TrainLoader:
+def build_loader(
+    config: Config, classifier: Classifier, table: TokenTable, world: World, *, loader_type: type[Loader] = TrainLoader
+) -> Loader:
     """Build this rank's loader of the training split."""
     num_classes = classifier.suffix.out_head.out_features
-    return TrainLoader(
+    return loader_type(
         table,
         world,
         plan_settings(config.batch, config.run.seed),
@@ -328,7 +334,13 @@ def estimate_epochs(config: Config, lengths_N: Ints) -> int:
 
 
 def open_features(
-    config: Config, inputs: TrainingInputs, tables: Mapping[str, TokenTable], engine: Engine, *, requested: RequestedPlace
+    config: Config,
+    inputs: TrainingInputs,
+    tables: Mapping[str, TokenTable],
+    engine: Engine,
+    *,
+    requested: RequestedPlace,
+    num_trainings: int = 1,
 ) -> FeatureCache:
     """Decide where the frozen part's output is kept, without computing it yet. Collective."""
     num_tokens = sum(int(table.lengths_N.sum()) for table in tables.values())
@@ -336,7 +348,7 @@ def open_features(
     inputs.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=wanted)
     settings = CacheSettings(
         requested=requested,
-        num_epochs=estimate_epochs(config, tables["train"].lengths_N),
+        num_epochs=num_trainings * estimate_epochs(config, tables["train"].lengths_N),
         directory=cache_root(config.data.cache_dir) / "features",
         limit_bytes=int(config.engine.feature_cache_gigabytes * 1e9),
         reserved_bytes=reserve_run_bytes(config, inputs.parameters, inputs.store.splits, len(inputs.class_names)),

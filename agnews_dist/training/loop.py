@@ -6,8 +6,9 @@ the best evaluation outlive a step. Learning rate, order of examples and random 
 """
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -111,6 +112,10 @@ class Trainer:
         self._seconds_before = self._timer.seconds["prefix"]
         self.totals.seconds += self._seconds_before
 
+    def use_soft_targets(self, targets_NC: Tensor) -> None:
+        """Train on the probabilities `targets_NC`, row by row of the training split, in place of the labels."""
+        self._step_settings = replace(self._step_settings, targets_NC=targets_NC.to(self._engine.device))
+
     def load_state(self, state: Mapping[str, Any], tensors: Groups, best_tensors: Groups) -> None:
         """Resume from a checkpoint: position, totals, loss scale, weights, moments and best weights. Collective.
 
@@ -146,25 +151,8 @@ class Trainer:
             SharedError: the ranks' weights differ. They are neither scored nor saved.
         """
         try:
-            if self._is_evaluation_due:
-                self._evaluate(validate)
-                self._save(checkpoints)
-            if not self.is_done:
-                self._emit(begin_phase("first step"))
-            while not self.is_done:
-                for batches in self._loader.steps(self._epoch, self._epoch_step):
-                    result = self._train_step(batches, checkpoints)
-                    after_step()
-                    if result.stop:
-                        raise Stopped
-                    if self._is_evaluation_due:
-                        self._evaluate(validate)
-                    if result.save or self._is_epoch_end or self.is_done:
-                        self._save(checkpoints)
-                    if self.is_done:
-                        break
-                else:
-                    self._epoch, self._epoch_step = self._epoch + 1, 0
+            for _ in self.iterate(validate, checkpoints):
+                after_step()
             checkpoints.wait()
             if self._has_stopped_early:
                 counts = {"step": self.step, "num_worse": self.best.num_worse, "best_step": self.best.step}
@@ -173,6 +161,40 @@ class Trainer:
             self._preemption.begin_exit()
             self._save(checkpoints, wait=True)
             raise
+
+    def iterate(self, validate: Callable[[], SplitScores], checkpoints: CheckpointManager | None = None) -> Generator[None]:
+        """Train to the end, and pause after every step, with its evaluation and checkpoint. Arguments and errors: see `fit`."""
+        if self._is_evaluation_due:
+            self._evaluate(validate)
+            self._save(checkpoints)
+        if not self.is_done:
+            self._emit(begin_phase("first step"))
+        while not self.is_done:
+            for batches in self._loader.steps(self._epoch, self._epoch_step):
+                result = self._train_step(batches, checkpoints)
+                if result.stop:
+                    raise Stopped
+                if self._is_evaluation_due:
+                    self._evaluate(validate)
+                if result.save or self._is_epoch_end or self.is_done:
+                    self._save(checkpoints)
+                yield
+                if self.is_done:
+                    break
+            else:
+                self._epoch, self._epoch_step = self._epoch + 1, 0
+
+    def evaluation_steps(self) -> list[int]:
+        """Return the steps of the whole run after which validation is scored, unless it stops early."""
+        every, ends, epoch = self._settings.evaluate_every, list[int](), 0
+        if every != "epoch":
+            ends = list(range(every, self.num_steps, every))
+        while every == "epoch" and sum(ends) < self.num_steps:
+            ends.append(self._loader.epoch_steps(epoch))
+            epoch += 1
+        if every == "epoch":
+            ends = [end for end in accumulate(ends) if end < self.num_steps]
+        return [*ends, self.num_steps]
 
     @property
     def is_done(self) -> bool:
@@ -208,7 +230,7 @@ class Trainer:
         settings = self._settings
         return is_averaged(self.step, num_steps=self.num_steps, average=settings.average, start=settings.average_start)
 
-    def _train_step(self, batches: StepBatches, checkpoints: CheckpointManager) -> StepResult:
+    def _train_step(self, batches: StepBatches, checkpoints: CheckpointManager | None) -> StepResult:
         begin = time.perf_counter()
         settings, world = self._settings, self._engine.world
         lr = learning_rate(
@@ -233,7 +255,7 @@ class Trainer:
                 dropout_key=key,
                 settings=self._step_settings,
                 stop=self._preemption.is_stopping,
-                save=checkpoints.is_due(self.step + 1),
+                save=checkpoints is not None and checkpoints.is_due(self.step + 1),
             )
         except NonFiniteError as error:
             self._emit(NonFinite(step=self.step + 1, epoch=self._epoch + 1, ids=error.ids))
@@ -277,7 +299,9 @@ class Trainer:
         self._emit(validation.to_event("validation", epoch, self.class_names, step=self.step, is_best=is_best))
         self._scored_step = self.step
 
-    def _save(self, checkpoints: CheckpointManager, *, wait: bool = False) -> None:
+    def _save(self, checkpoints: CheckpointManager | None, *, wait: bool = False) -> None:
+        if checkpoints is None:
+            return
         assert self._features is not None
         self._check_replicas()
         # `prefix` is part of `train`.

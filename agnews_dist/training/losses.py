@@ -26,6 +26,8 @@ class StepSettings:
     r_drop: float = 0.0
     """Weight of the divergence between two passes with different dropout (R-Drop); 0: one pass."""
     nonfinite: Literal["stop", "skip"] = "stop"
+    targets_NC: Tensor | None = None
+    """Probabilities to learn in place of the labels, row by row of the training split, on the device; None: the labels."""
 
 
 PLAIN = StepSettings()
@@ -39,9 +41,15 @@ def example_losses(logits_BC: Tensor, batch: Batch, settings: StepSettings = PLA
     """
     logits_BC = logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32))
     weights_C = None if settings.class_weights_C is None else settings.class_weights_C.to(logits_BC.dtype)
-    losses_B = functional.cross_entropy(
-        logits_BC, batch.labels_B, weights_C, reduction="none", label_smoothing=settings.label_smoothing
-    )
+    if settings.targets_NC is not None:
+        # A filler row has the id -1, and the weight 0.
+        targets_BC = settings.targets_NC[batch.ids_B].to(logits_BC.dtype)
+        losses_B = functional.cross_entropy(logits_BC, targets_BC, reduction="none")
+        losses_B = losses_B if weights_C is None else losses_B * weights_C[batch.labels_B]
+    else:
+        losses_B = functional.cross_entropy(
+            logits_BC, batch.labels_B, weights_C, reduction="none", label_smoothing=settings.label_smoothing
+        )
     return losses_B * batch.weights_B.to(losses_B.dtype)
 
 

@@ -23,7 +23,6 @@ from agnews_dist.report.pages.stored_run import Fields, StoredRun
 from agnews_dist.storage.atomic import new_file
 
 HTML_FILE = "report.html"
-MARKDOWN_FILE = "report.md"
 FIGURES = "figures"
 """Directory of the PNG files of report.md."""
 
@@ -80,8 +79,10 @@ def _list_gaps(run: StoredRun) -> list[str]:
     return found
 
 
-def write_page(page: Page, directory: Path) -> Path:
+def write_page(page: Page, directory: Path, name: str = "report") -> Path:
     """Write a page to a directory, in both formats with its figures; return the path of the HTML file.
+
+    `name`: that of both files, without suffix.
 
     Raises:
         UserError: the directory cannot be written.
@@ -91,15 +92,15 @@ def write_page(page: Page, directory: Path) -> Path:
         for figure in (each for each in page.figures if each.png):
             with new_file(directory / FIGURES / f"{figure.key}.png", is_durable=False) as temporary:
                 temporary.write_bytes(figure.png)
-        for name, template in ((MARKDOWN_FILE, "report.md.j2"), (HTML_FILE, "report.html.j2")):
-            with new_file(directory / name, is_durable=False) as temporary:
-                temporary.write_text(render(page, template), encoding="utf-8", newline="\n")
+        for suffix in ("md", "html"):
+            with new_file(directory / f"{name}.{suffix}", is_durable=False) as temporary:
+                temporary.write_text(render(page, f"report.{suffix}.j2"), encoding="utf-8", newline="\n")
     except OSError as error:
         raise UserError(
             f"report in {directory}: it cannot be written ({error.strerror or error}). Free space there, make it writable, or "
             "set --output."
         ) from error
-    return directory / HTML_FILE
+    return directory / f"{name}.html"
 
 
 def check_output(directory: Path) -> None:

@@ -15,7 +15,7 @@ from agnews_dist.data.quality import find_faults
 from agnews_dist.data.rows import Corpus, RawRows
 from agnews_dist.errors import DataError
 from agnews_dist.evaluation.label_errors import LabelIssue
-from agnews_dist.report.pages.analysis import list_issues
+from agnews_dist.report.pages.analysis import format_label_issues
 from agnews_dist.run.setup import load_text
 
 LABELS = ("a", "b", "c")
@@ -79,7 +79,7 @@ def test_label_errors_of_a_report_are_taken_and_scored_rows_stay(tmp_path):
     before = load(source)
     issues = {name: [LabelIssue(row, 0, 1, 0.1, 0.1, 0.9) for row in (0, 2)] for name in ("validation", "test", "train")}
     path = tmp_path / "label_errors.csv"
-    path.write_text(list_issues(before, issues), encoding="utf-8")
+    path.write_text(format_label_issues(before, issues), encoding="utf-8")
     after = load(source, path)
     assert names_of(after) == [name for row, name in enumerate(names_of(before)) if row not in (0, 2)]
     assert len(after.splits["validation"]) == len(before.splits["validation"])

@@ -1,0 +1,64 @@
+"""`agnews-dist sweep`: lists and ranges of settings, trained on one set of features."""
+
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+from agnews_dist.commands.arguments import Command, Loaded, Option
+from agnews_dist.commands.command import QUIET, VERBOSE, importing, run_command
+from agnews_dist.distributed.preemption import PreemptionHandler
+from agnews_dist.distributed.world import World
+
+COMMAND = Command(
+    "sweep",
+    "Train all combinations of settings with several values, select one on validation, and score it on test.",
+    (
+        "agnews-dist sweep --optim.lr 1e-4,3e-4,1e-3 --run.seed 0..4",
+        "agnews-dist sweep --config my.yaml --optim.lr 1e-4..1e-2 --optim.weight_decay 0,0.01,0.1 --samples 20 --halving 3",
+        "torchrun --nproc_per_node=8 -m agnews_dist sweep --config my.yaml --optim.lr 3e-4,1e-3 --run.seed 0..7 --run.name lr",
+    ),
+    (
+        QUIET,
+        VERBOSE,
+        Option("--samples", "Number of random combinations, in place of all.", int | None),
+        Option("--search", "Source of the combinations of --samples.", Literal["random", "optuna"], "random"),
+        Option("--sample_seed", "Seed of the random combinations.", int, 0, level="advanced"),
+        Option("--halving", "Successive halving: the best 1/N of the combinations survive each rung.", int | None),
+        Option("--ensemble", "Score the mean of the selected setting's seeds.", bool, False),
+        Option("--distil", "Train one member on the probabilities of that mean, and export it.", bool, False),
+    ),
+    takes_lists=True,
+    display="stdout",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, 1 for a failed sweep, 2 for wrong settings, or the exit code of a stop (preemption.py)."""
+    preemption = PreemptionHandler(os.environ)
+    return run_command(COMMAND, argv, partial(sweep, preemption=preemption), preemption)
+
+
+def sweep(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> None:
+    """Train all members of a sweep.
+
+    Raises:
+        UserError: anything that the user can fix.
+    """
+    start = time.perf_counter()
+    with importing():
+        from agnews_dist.experiments import sweep_job
+
+    options = loaded.options
+    wanted = {"distilled": options["distil"], "ensemble": options["ensemble"] or options["distil"]}
+    job = sweep_job.SweepJob(
+        loaded.config,
+        loaded.dimensions,
+        options["samples"],
+        options["search"],
+        options["sample_seed"],
+        frozenset(name for name, is_wanted in wanted.items() if is_wanted),
+        options["halving"],
+    )
+    sweep_job.run_sweep(world, job, preemption=preemption, console=loaded.console, start=start)

@@ -1,0 +1,143 @@
+"""What trainings with the same features share: model, tokens and features, opened once by all ranks."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agnews_dist.config.schema import Config
+from agnews_dist.data.batching.batch import Batch
+from agnews_dist.data.batching.loader import TokenTable
+from agnews_dist.data.rows import Ints
+from agnews_dist.data.token_cache import TokenSplit
+from agnews_dist.distributed import collectives
+from agnews_dist.engine.device import check_compiler
+from agnews_dist.engine.engine import Engine
+from agnews_dist.errors import UserError
+from agnews_dist.features.placement import RequestedPlace
+from agnews_dist.model.prefix import Features, FeatureSource
+from agnews_dist.preflight.memory_check import check_fits
+from agnews_dist.run import setup
+from agnews_dist.run.memory_setup import build_memory_setup
+from agnews_dist.run.setup import TrainingInputs
+from agnews_dist.training.loop import Monitors
+
+
+class SplitSources(Protocol):
+    """Features of several splits."""
+
+    def source(self, split: str) -> FeatureSource:
+        """Return the source of a split's features."""
+        ...
+
+
+@dataclass(frozen=True)
+class FeatureGroup:
+    """Everything that trainings with the same features share, on one rank. The untrained suffix stays untrained."""
+
+    inputs: TrainingInputs
+    tables: Mapping[str, TokenTable]
+    features: SplitSources
+    engine: Engine
+    """The engine of this rank alone."""
+
+    @property
+    def member_bytes(self) -> int:
+        """Memory of one training: weights, two moments, best weights. Gradients exist for one training at a time."""
+        suffix = self.inputs.classifier.suffix
+        return 4 * sum(parameter.numel() * torch.float32.itemsize for parameter in suffix.parameters())
+
+    def select(self, rows: Mapping[str, tuple[str, Ints]]) -> "FeatureGroup":
+        """Return a group of other splits: name -> (split of this group, its rows, in that order).
+
+        A row's number is its position among the selected ones, as if there were no others.
+        """
+        splits, device = self.inputs.store.splits, self.engine.device
+        pad_id = setup.pad_id_of(self.inputs.tokenizer)
+        tables = {
+            name: TokenTable(select_rows(splits[of], rows_N, name), pad_id=pad_id, device=device)
+            for name, (of, rows_N) in rows.items()
+        }
+        sources = {name: _SelectedFeatures(self.features.source(of), rows_N, device) for name, (of, rows_N) in rows.items()}
+        return replace(self, tables=tables, features=_Sources(sources))
+
+
+@dataclass(frozen=True)
+class _Sources:
+    sources: Mapping[str, FeatureSource]
+
+    def source(self, split: str) -> FeatureSource:
+        return self.sources[split]
+
+
+class _SelectedFeatures:
+    """Features of some rows of a split, by their new numbers."""
+
+    def __init__(self, source: FeatureSource, rows_N: Ints, device: torch.device) -> None:
+        self._source = source
+        # The last entry is for filler rows, whose id is -1.
+        self._rows_N: Tensor = torch.from_numpy(np.append(rows_N, -1)).to(device)
+
+    def __call__(self, batch: Batch) -> Features:
+        return self._source(replace(batch, ids_B=self._rows_N[batch.ids_B]))
+
+
+def select_rows(split: TokenSplit, rows_N: Ints, name: str) -> TokenSplit:
+    """Copy the tokens of some rows, in that order."""
+    lengths_N = split.lengths[rows_N]
+    offsets = np.concatenate([[0], np.cumsum(lengths_N)]).astype(np.int64)
+    index_P = np.repeat(split.offsets[rows_N] - offsets[:-1], lengths_N) + np.arange(offsets[-1])
+    return TokenSplit(name, np.asarray(split.tokens)[index_P], offsets, split.labels[rows_N], 0)
+
+
+def open_feature_group(
+    config: Config,
+    engine: Engine,
+    monitors: Monitors,
+    stack: ExitStack,
+    *,
+    num_trainings: int,
+    check: Callable[[TrainingInputs], None] = lambda _: None,
+) -> FeatureGroup:
+    """Load model and tokens, and compute or open the features. Collective. `stack` releases them.
+
+    `num_trainings`: trainings that will read the features. `check`: called with the inputs before the features are computed.
+
+    Raises:
+        UserError: any fault of the files, or features that not every rank can read.
+    """
+    world = engine.world
+    emit = monitors.emit
+
+    def load() -> TrainingInputs:
+        check_compiler(config.engine.compile)
+        files = setup.read_model_files(config.model, config.data)
+        shape, sizes = build_memory_setup(config, world, files.config)
+        check_fits(shape, sizes, world)
+        inputs = setup.load_training_inputs(config, world, emit, monitors.timer, files)
+        check(inputs)
+        return inputs
+
+    inputs = collectives.raise_if_any_failed(collectives.catch(load))
+    collectives.check_equal(inputs.fingerprints)
+    tables = setup.place_inputs(config, inputs, engine)
+    place = _choose_place(config, engine)
+    features = setup.open_features(config, inputs, tables, engine, requested=place, num_trainings=num_trainings)
+    stack.callback(features.close)
+    with monitors.timer.stage("prefix"):
+        features.build(emit)
+    if features.owner_N is not None:
+        raise UserError("engine.feature_cache: no place has room that all ranks can read. Free some memory or disk space.")
+    return FeatureGroup(inputs, tables, features, engine.without_others())
+
+
+def _choose_place(config: Config, engine: Engine) -> RequestedPlace:
+    """Return where features are to be kept: every rank reads all of them, so ranks cannot divide them."""
+    wanted, num_ranks = config.engine.feature_cache, engine.world.num_ranks
+    if num_ranks > 1 and wanted == "device":
+        raise UserError("engine.feature_cache device: each rank would hold a part, and trains alone. Set host, disk or auto.")
+    return "host" if num_ranks > 1 and wanted == "auto" and engine.device.type == "cuda" else wanted

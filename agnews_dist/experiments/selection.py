@@ -1,0 +1,214 @@
+"""The end of a sweep: the selected setting is scored on test, once, over its seeds; its best member is exported."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from agnews_dist.config.fields import replace_values
+from agnews_dist.distributed import collectives
+from agnews_dist.errors import UserError, count_noun
+from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split, evaluate_together
+from agnews_dist.events import RunDone, begin_phase
+from agnews_dist.experiments import ensemble
+from agnews_dist.experiments.feature_group import FeatureGroup
+from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, load_weights, train_in_lock_step
+from agnews_dist.experiments.members import Member
+from agnews_dist.experiments.space import SEED, format_values
+from agnews_dist.experiments.standings import Standing
+from agnews_dist.experiments.sweep_directory import RESULTS
+from agnews_dist.experiments.sweep_results import (
+    SCORES,
+    SplitsOf,
+    compare_ensemble,
+    make_command,
+    spread,
+    summarise_seeds,
+    write_run,
+    write_table,
+)
+from agnews_dist.experiments.sweep_runner import SweepRunner
+from agnews_dist.model.gpt2 import Classifier, copy_untrained
+from agnews_dist.report.result_files import versions, write_json
+
+BEST, DISTILLED = "best", "distilled"
+"""Directories of the best member of the selected setting, and of the distilled one."""
+
+
+def finish_sweep(runner: SweepRunner, wanted: frozenset[str]) -> RunDone | None:
+    """Select a setting, score test, write the results. Collective. Return the last event, on rank 0.
+
+    None elsewhere, and on the rank 0 of a job whose sweep another job finishes. `wanted`: `ensemble`, `distilled` or both.
+
+    Raises:
+        UserError: every setting diverged, or a file cannot be written.
+    """
+    directory, world = runner.directory, runner.engine.world
+    lock = directory.claim_selection() if world.is_main else None
+    try:
+        if not collectives.all_gather(lock is not None and not directory.is_finished(wanted))[0]:
+            return None
+        selected = runner.standings()[0]
+        if selected.state == "diverged":
+            raise UserError(
+                f"{directory.path}: every setting diverged ({selected.results[0].reason}). Lower optim.lr or max_grad_norm."
+            )
+        members = [runner.members[result.member] for result in selected.results]
+        group = runner.open_group(members[0])
+        outcome = None
+        if world.is_main:
+            with collectives.without_others():
+                outcome = collectives.catch(_Finish(runner, group, members, wanted).write)
+        collectives.wait_for_main("scores the test split")
+        return collectives.raise_if_any_failed(outcome)
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+class _Finish:
+    """The last work of a sweep, on rank 0 alone."""
+
+    def __init__(self, runner: SweepRunner, group: FeatureGroup, members: Sequence[Member], wanted: frozenset[str]) -> None:
+        self._runner, self._group, self._members, self._wanted = runner, group, members, wanted
+        self._standings = runner.standings()
+        self._selected = self._standings[0]
+        self._emit = runner.monitors.emit
+        self._splits = [name for name in ("validation", "test") if name in group.tables]
+        self._num_steps = [result.num_steps for result in self._selected.results]
+
+    def write(self) -> RunDone:
+        """Score the selected setting, write all files, and return the last event."""
+        runner, members = self._runner, self._members
+        directory, metric = runner.directory, runner.metric
+        weights = [load_weights(directory.read_tensors(member.index)) for member in members]
+        classifiers = [self._load(member, each) for member, each in zip(members, weights, strict=True)]
+        singles = self._score_together(classifiers)
+        results = self._selected.results
+        best = max(range(len(members)), key=lambda i: (results[i].score(metric), -results[i].loss, -i))
+        self._emit(begin_phase("export the model"))
+        self._write_run(BEST, members[best], weights[best], singles[best], self._num_steps[best])
+        scored = {name: [of[name].scores for of in singles] for name in self._splits}
+        summaries = {
+            name: summarise_seeds([each for each in of if each is not None]) for name, of in scored.items() if of[0] is not None
+        }
+        report: dict[str, Any] = {
+            "format": 1,
+            "metric": metric,
+            "versions": versions(),
+            "settings": [_describe_standing(each) for each in self._standings],
+            "members": [asdict(result) for result in directory.read_results()],
+            "selected": {
+                "setting": self._selected.setting,
+                "values": self._selected.values,
+                "seeds": [member.seed for member in members],
+                "best_member": members[best].index,
+                **summaries,
+            },
+            "command": make_command(members[best].config),
+        }
+        if self._wanted:
+            report["ensemble"] = self._combine(classifiers, singles, best)
+        write_table(directory.path / "sweep.csv", directory.read_results())
+        write_json(directory.path / RESULTS, report)
+        paths = {"model": str(directory.path / BEST / "model")}
+        if "distilled" in self._wanted:
+            paths["distilled model"] = str(directory.path / DISTILLED / "model")
+        paths |= {"table": str(directory.path / "sweep.csv"), "results": str(directory.path / RESULTS)}
+        return RunDone(facts=_facts(runner, self._selected, summaries, members[best], report), paths=paths)
+
+    def _load(self, member: Member, weights: Mapping[str, Tensor]) -> Classifier:
+        classifier = copy_untrained(self._group.inputs.classifier, member.seed)
+        classifier.suffix.load_state_dict(weights)
+        return classifier
+
+    def _score_together(self, classifiers: Sequence[Classifier]) -> list[dict[str, SplitScores]]:
+        """Score all splits; the features of each are read or computed once."""
+        group, scores = self._group, [dict[str, SplitScores]() for _ in classifiers]
+        for name in self._splits:
+            self._emit(begin_phase(f"score {name}"))
+            source = group.features.source(name)
+            found = evaluate_together(classifiers, group.tables[name], group.engine, features=source, emit=self._emit)
+            for split, of_member in zip(found, scores, strict=True):
+                of_member[name] = split
+        return scores
+
+    def _combine(self, classifiers: Sequence[Classifier], singles: Sequence[SplitsOf], best: int) -> list[dict[str, Any]]:
+        """Score the ensemble, and distil it; return the rows of the comparison."""
+        begin = time.perf_counter()
+        together = ensemble.combine(classifiers)
+        group, others = self._group, dict[str, SplitsOf]()
+        others["ensemble"] = {
+            name: evaluate_split(together, group.tables[name], group.engine, features=group.features.source(name))
+            for name in self._splits
+        }
+        seconds = {"ensemble": time.perf_counter() - begin}
+        temperature = None
+        if "distilled" in self._wanted:
+            others["distilled"], temperature = self._distil(together)
+            seconds["distilled"] = time.perf_counter() - begin - seconds["ensemble"]
+        rows = compare_ensemble(singles, best, others)
+        trained = [result.seconds for result in self._selected.results]
+        for row in rows:
+            # The members' own time, and what comes on top of it.
+            own = {"best single": trained[best], "mean single": sum(trained) / len(trained)}
+            row["seconds"] = round(own.get(row["name"], sum(trained) + seconds.get("ensemble", 0.0)), 3)
+            if row["name"] == "distilled":
+                row |= {"seconds": round(row["seconds"] + seconds["distilled"], 3), "temperature": temperature}
+        return rows
+
+    def _distil(self, together: Classifier) -> tuple[SplitsOf, float]:
+        """Train one more member on the ensemble's probabilities; write it as a run; return its scores and temperature."""
+        group, runner = self._group, self._runner
+        self._emit(begin_phase("distil the ensemble"))
+        seed = max(member.seed for member in self._members) + 1
+        config = replace_values(self._members[0].config, {SEED: seed})
+        member = Member(len(runner.members), self._selected.setting, self._selected.values, config)
+        targets_NC = ensemble.compute_targets(together, group.tables["train"], group.engine, group.features.source("train"))
+        training = MemberTraining(member, group, build_shared_loader(group, config), runner.monitors)
+        training.trainer.use_soft_targets(targets_NC)
+        train_in_lock_step([training], after_step=lambda: runner.show_steps([training]))
+        if training.result("finished").state == "diverged":
+            raise UserError(f"--distil: the distilled member diverged ({training.result('finished').reason}). Leave it out.")
+        temperature = ensemble.choose_temperature(training.trainer.best.scores)
+        weights = ensemble.fold_temperature(training.trainer.best.weights, temperature)
+        [scores] = self._score_together([self._load(member, weights)])
+        self._write_run(DISTILLED, member, weights, scores, training.step)
+        return scores, temperature
+
+    def _write_run(self, name: str, member: Member, weights: Mapping[str, Tensor], scores: SplitsOf, num_steps: int) -> None:
+        runner, path = self._runner, self._runner.directory.path / name
+        timer = runner.monitors.timer
+        write_run(path, member.config, self._group.inputs, runner.engine, weights, scores, num_steps=num_steps, timer=timer)
+
+
+def _describe_standing(standing: Standing) -> dict[str, Any]:
+    return {
+        "setting": standing.setting,
+        "values": standing.values,
+        "state": standing.state,
+        "members": [result.member for result in standing.results],
+        "validation": {name: spread([getattr(result, name) for result in standing.results], name) for name in SCORES},
+    }
+
+
+def _facts(
+    runner: SweepRunner, selected: Standing, summaries: Mapping[str, Any], best: Member, report: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return the facts of the last panel."""
+    num_seeds = count_noun(len(selected.results), "seed")
+    facts = {"selected": f"{format_values(selected.values)}, by validation {runner.metric} over {num_seeds}"}
+    for name, summary in summaries.items():
+        of = summary["accuracy"]
+        deviation = f", standard deviation {of['deviation']:.4f}" if of["deviation"] is not None else ""
+        interval = f", 95 % interval {of['interval'][0]:.4f} to {of['interval'][1]:.4f}" if of["interval"] else ""
+        facts[name] = f"mean accuracy {of['mean']:.4f}{deviation}{interval}"
+    for row in report.get("ensemble", []):
+        shown = (f"{split} {row[split]['accuracy']:.4f} (ECE {row[split]['calibration_error']:.4f})" for split in summaries)
+        facts[row["name"]] = ", ".join(shown)
+    facts["best member"] = f"seed {best.seed}, by validation {runner.metric}"
+    facts["time"] = f"{runner.monitors.timer.totals()['total']:.1f} s for {count_noun(len(runner.members), 'member')}"
+    facts["command"] = report["command"]
+    return facts

@@ -1,0 +1,223 @@
+"""A sweep: many trainings on one set of features, the selection on validation, and one look at test for the selected setting.
+
+Every rank trains members by itself, so ranks exchange nothing but files. The processes of a job array share a sweep's directory
+in the same way. A member leaves its result there when it ends; a sweep that is started again trains the others.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agnews_dist.config.schema import Config
+from agnews_dist.distributed import collectives
+from agnews_dist.distributed.preemption import PreemptionHandler
+from agnews_dist.distributed.slurm import find_array_task
+from agnews_dist.distributed.world import World, print_line
+from agnews_dist.engine.engine import Engine
+from agnews_dist.errors import AlreadyFinished, ConfigError, Stopped, count_noun
+from agnews_dist.events import RunStarted
+from agnews_dist.experiments.members import Member, build_members, group_by_features
+from agnews_dist.experiments.search import OptunaSearch, SearchKind, Settings
+from agnews_dist.experiments.selection import finish_sweep
+from agnews_dist.experiments.space import SEED, Dimension, Space, make_space
+from agnews_dist.experiments.sweep_directory import SweepDirectory
+from agnews_dist.experiments.sweep_runner import SweepRunner
+from agnews_dist.report.console import Console, Sinks
+from agnews_dist.run.directory import new_names
+from agnews_dist.run.engine_setup import start_training_engine
+from agnews_dist.run.fingerprints import weight_settings
+from agnews_dist.run.hub_inputs import fetch_inputs, list_requests
+from agnews_dist.training.loop import Monitors
+from agnews_dist.training.timing import StageTimer
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """Everything that a sweep is made of, the same on every rank."""
+
+    config: Config
+    """Settings that all members share; of varied ones, the first values."""
+    dimensions: Sequence[Dimension]
+    num_samples: int | None = None
+    """Random combinations; None: all."""
+    search: SearchKind = "random"
+    """Source of the `num_samples` combinations."""
+    sample_seed: int = 0
+    wanted: frozenset[str] = frozenset()
+    """`ensemble`, `distilled` or both: scored besides the members of the selected setting."""
+    halving: int | None = None
+    """Factor of successive halving: the best 1/factor of the settings survive a rung; None: all are trained to the end."""
+
+    def list_settings(self, space: Space) -> list[Settings]:
+        """Return the combinations of settings in their order, as far as they do not depend on results."""
+        if self.search == "optuna":
+            return []
+        if self.num_samples is None:
+            return list(space.grid())
+        return list(space.sample(self.num_samples, self.sample_seed))
+
+    def describe(self, space: Space) -> dict[str, Any]:
+        """Return what decides the members and their results, as JSON holds it."""
+        varied = {SEED, *(dimension.key for dimension in self.dimensions)}
+        settings = {key: value for key, value in weight_settings(self.config).items() if key not in varied}
+        return {
+            "format": 1,
+            "settings": settings,
+            "varied settings": {each.key: each.describe() for each in space.dimensions},
+            "seeds": list(space.seeds),
+            "samples": None if self.num_samples is None else [self.search, self.num_samples, self.sample_seed],
+            "halving": self.halving,
+        }
+
+
+def check_job(job: SweepJob) -> tuple[Space, list[Member]]:
+    """Check a sweep as far as is possible without data and model; return its space and members.
+
+    Raises:
+        ConfigError: nothing varies, too much varies, or settings contradict each other.
+    """
+    space = make_space(job.dimensions, seed=job.config.run.seed, num_samples=job.num_samples)
+    settings = job.list_settings(space)
+    backend = job.config.engine.backend
+    if backend != "ddp":
+        raise ConfigError(f"engine.backend {backend}: each member of a sweep trains on one rank, unsharded. Leave it out.")
+    if job.halving is not None and job.halving < 2:
+        raise ConfigError(f"--halving {job.halving}: it is the factor by which settings become fewer. Set it to 2 or more.")
+    if job.search == "optuna" and (job.num_samples is None or job.halving is not None):
+        raise ConfigError(
+            "--search optuna: it proposes combinations one after another. Set --samples N, and leave out --halving."
+        )
+    if job.halving is not None and len(settings) < 2:
+        raise ConfigError("--halving: one combination of settings has no rival. Vary another setting than run.seed.")
+    if job.wanted and len(space.seeds) < 2:
+        raise ConfigError("--ensemble: one seed has no mean with others. List several, for example --run.seed 0..4.")
+    return space, build_members(job.config, settings, space.seeds)
+
+
+def run_sweep(
+    world: World, job: SweepJob, *, preemption: PreemptionHandler, console: Console | None = None, start: float | None = None
+) -> Path:
+    """Train all members, select a setting, score test, and export the best member. Collective. Return the directory.
+
+    Raises:
+        UserError: anything that the user can fix.
+        Stopped: the sweep was asked to stop; the same command continues it.
+    """
+    space, members = check_job(job)
+    config, timer = job.config, StageTimer(start or time.perf_counter())
+    engine = start_training_engine(config, world, preemption)
+    sinks = Sinks()
+    with ExitStack() as stack:
+        stack.enter_context(sinks)
+        if console is not None:
+            sinks.add(console)
+        directory = _open_directory(job, space, world)
+        num_members = len(members) or (job.num_samples or 0) * len(space.seeds)
+        preemption.before_exit = _make_last_words(directory, num_members)
+        for group in group_by_features(members or build_members(config, [{}], space.seeds)):
+            fetch_inputs(partial(list_requests, group[0].config), world, sinks)
+        task, num_tasks = find_array_task(os.environ)
+        worker = (task * world.num_ranks + world.rank, num_tasks * world.num_ranks)
+        monitors = Monitors(sinks, timer, preemption)
+        sizes = (num_members, len(space.seeds))
+        runner = SweepRunner(config, *sizes, engine, directory, monitors, worker=worker, halving=job.halving)
+        stack.callback(runner.close)
+        sinks(RunStarted(facts=_describe(job, space, members, directory, engine), parameters={}))
+        try:
+            if job.search == "optuna":
+                _train_proposals(job, space, runner, num_workers=worker[1])
+            else:
+                runner.train(members)
+            done = finish_sweep(runner, job.wanted)
+        except Stopped:
+            raise Stopped(_count_ended(directory, num_members)) from None
+        if done is not None:
+            sinks(done)
+    return directory.path
+
+
+def _train_proposals(job: SweepJob, space: Space, runner: SweepRunner, *, num_workers: int) -> None:
+    """Train the combinations that Optuna proposes, as many at once as keep all workers busy. Collective."""
+    assert job.num_samples is not None
+    per_round = -(-num_workers // len(space.seeds))
+    search = OptunaSearch(space, num_samples=job.num_samples, per_round=per_round, seed=job.sample_seed)
+    num_settings = 0
+    for settings in search.rounds():
+        runner.train(build_members(job.config, settings, space.seeds, first=num_settings))
+        num_settings += len(settings)
+        scores = {standing.setting: standing.mean(runner.metric) for standing in runner.standings()}
+        search.tell([scores[setting] for setting in range(num_settings)])
+
+
+def _open_directory(job: SweepJob, space: Space, world: World) -> SweepDirectory:
+    """Open the directory of a sweep. Collective; a job array needs `run.name`."""
+    run = job.config.run
+
+    def open_on_main() -> str:
+        name = run.name or next(
+            name
+            for name in new_names(f"sweep-{Path(job.config.model.name).name}", datetime.now())
+            if not Path(run.dir, name).exists()
+        )
+        directory = SweepDirectory(Path(run.dir) / name)
+        directory.open(job.describe(space), overwrite=run.overwrite)
+        if directory.is_finished(job.wanted):
+            raise AlreadyFinished(
+                f"{directory.path} is finished: nothing is left to do. Read its sweep.json, or pass --run.overwrite."
+            )
+        return name
+
+    outcome = collectives.catch(open_on_main) if world.is_main else None
+    name = collectives.all_gather(collectives.raise_if_any_failed(outcome))[0]
+    assert name is not None
+    return SweepDirectory(Path(run.dir) / name)
+
+
+def _count_ended(directory: SweepDirectory, num_members: int) -> str:
+    num_ended = len(directory.read_results())
+    return (
+        f"sweep {directory.path}: stopped after {num_ended:,} of {count_noun(num_members, 'member')}. The same command with "
+        f"--run.name {directory.path.name} continues it."
+    )
+
+
+def _make_last_words(directory: SweepDirectory, num_members: int) -> Callable[[str, str], None]:
+    """Return what the thread that ends a stopped process calls."""
+
+    def print_last_words(state: str, reason: str) -> None:
+        if state == "preempted":
+            print_line(f"{reason}: {_count_ended(directory, num_members)}")
+
+    return print_last_words
+
+
+def _describe(
+    job: SweepJob, space: Space, members: Sequence[Member], directory: SweepDirectory, engine: Engine
+) -> dict[str, str]:
+    """Return the facts of the header."""
+    num_settings = len({member.setting for member in members}) or job.num_samples or 0
+    groups, num_seeds = group_by_features(members), len(space.seeds)
+    order = "all" if job.num_samples is None else f"{job.search}, --sample_seed {job.sample_seed}"
+    combinations = f"{count_noun(num_settings, 'combination')} ({order})"
+    facts = {
+        "sweep": str(directory.path),
+        "model": job.config.model.name,
+        "data": job.config.data.source,
+        "members": f"{num_settings * num_seeds:,}: {combinations} x {count_noun(num_seeds, 'seed')}",
+    }
+    facts |= {each.key: ", ".join(map(str, each.describe()[:8])) for each in space.dimensions}
+    if groups:
+        facts["features"] = f"computed {count_noun(len(groups), 'time')}: for members with the same model, texts and cut"
+    if job.halving is not None:
+        facts["halving"] = (
+            f"the best 1/{job.halving} of the combinations survive a rung, by validation {job.config.optim.best_metric}"
+        )
+    facts["ranks"] = f"{engine.world.num_ranks}; each trains members by itself"
+    facts["device"] = f"{engine.description}, {engine.precision}"
+    return facts

@@ -1,0 +1,141 @@
+"""Files of a sweep for people and scripts: tables, scores over seeds, the files of one member, a command line."""
+
+import csv
+import io
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from torch import Tensor
+
+from agnews_dist.config.fields import all_settings, format_value, values_of
+from agnews_dist.config.schema import Config
+from agnews_dist.config.yaml_file import dump
+from agnews_dist.engine.engine import Engine
+from agnews_dist.evaluation.evaluator import SplitScores
+from agnews_dist.evaluation.intervals import student_interval, wilson_interval
+from agnews_dist.events import Scores
+from agnews_dist.experiments.ensemble import calibration_error
+from agnews_dist.experiments.space import SEED
+from agnews_dist.experiments.standings import MemberResult
+from agnews_dist.report.result_files import Result, Seconds, versions, write_json, write_predictions
+from agnews_dist.run.results import export_trained, peak_memory_bytes, select_scored
+from agnews_dist.run.setup import TrainingInputs
+from agnews_dist.storage import atomic
+from agnews_dist.training.timing import StageTimer
+
+SCORES = ("accuracy", "macro_f1", "loss")
+NOT_COPIED = ("run.dir", "run.name", "run.overwrite")
+"""Settings that a command line for copying leaves out."""
+SplitsOf = Mapping[str, SplitScores]
+"""Split -> its scores."""
+
+
+def write_run(
+    directory: Path,
+    config: Config,
+    inputs: TrainingInputs,
+    engine: Engine,
+    weights: Mapping[str, Tensor],
+    scores: SplitsOf,
+    *,
+    num_steps: int,
+    timer: StageTimer,
+) -> None:
+    """Write the files of a run for one member: settings, predictions, result.json, model.
+
+    Raises:
+        UserError: a file cannot be written, or the model cannot be exported.
+    """
+    directory.mkdir(exist_ok=True)
+    atomic.write_text(directory / "config.yaml", [dump(config)])
+    for name, split in scores.items():
+        write_predictions(directory, name, split)
+    result = Result(
+        splits=select_scored(scores),
+        num_steps=num_steps,
+        num_ranks=1,
+        global_batch_size=config.batch.global_batch_size if config.batch.global_token_budget is None else None,
+        global_token_budget=config.batch.global_token_budget,
+        seconds=Seconds(**timer.totals()),
+        peak_memory_bytes=peak_memory_bytes(engine.device),
+        versions=versions(),
+        fingerprints=inputs.fingerprints,
+    )
+    write_json(directory / "result.json", result.to_dict())
+    export_trained(config, inputs, weights, scores, directory)
+
+
+def summarise_seeds(scores: Sequence[Scores]) -> dict[str, Any]:
+    """Summarise the scores of a split over the seeds: mean, standard deviation, 95 % interval of the mean.
+
+    Of one seed the interval is Wilson's, over the rows.
+    """
+    found: dict[str, Any] = {name: spread([getattr(each, name) for each in scores], name) for name in SCORES}
+    found["num_examples"] = scores[0].num_examples
+    if len(scores) == 1:
+        found["accuracy"]["interval"] = list(wilson_interval(scores[0].num_correct, scores[0].num_examples))
+    return found
+
+
+def spread(values: Sequence[float], name: str) -> dict[str, Any]:
+    """Return mean, standard deviation and 95 % interval of the mean; the latter two need two values, the last scipy."""
+    if not all(map(math.isfinite, values)):
+        return {"mean": None, "deviation": None, "interval": None, "values": list(values)}
+    interval = None
+    if len(values) > 1 and find_spec("scipy") is not None:
+        low, high = student_interval(values)
+        interval = [max(0.0, low), high if name == "loss" else min(1.0, high)]
+    return {
+        "mean": fmean(values),
+        "deviation": stdev(values) if len(values) > 1 else None,
+        "interval": interval,
+        "values": list(values),
+    }
+
+
+def compare_ensemble(singles: Sequence[SplitsOf], best: int, others: Mapping[str, SplitsOf]) -> list[dict[str, Any]]:
+    """Compare the best single member, the mean one, and `others` (an ensemble, a distilled member) on every split."""
+    rows: list[dict[str, Any]] = []
+    for name, members in {
+        "best single": [singles[best]],
+        "mean single": singles,
+        **{key: [of] for key, of in others.items()},
+    }.items():
+        row: dict[str, Any] = {"name": name}
+        for split in singles[0]:
+            of_split = [member[split] for member in members]
+            known = [each.scores for each in of_split if each.scores is not None]
+            if known:
+                row[split] = {key: fmean(getattr(each, key) for each in known) for key in SCORES}
+                row[split]["calibration_error"] = fmean(map(calibration_error, of_split))
+        rows.append(row)
+    return rows
+
+
+def write_table(path: Path, results: Sequence[MemberResult]) -> None:
+    """Write one line per member, as csv."""
+    out = io.StringIO()
+    keys = list(dict.fromkeys(key for result in results for key in result.values))
+    columns = ("member", "setting", *keys, SEED, "state", *SCORES, "best_step", "num_steps", "seconds", "reason")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for each in results:
+        values = [format_value(each.values.get(key)) for key in keys]
+        scores = ["" if math.isnan(getattr(each, name)) else repr(getattr(each, name)) for name in SCORES]
+        row = [each.member, each.setting, *values, each.seed, each.state, *scores]
+        writer.writerow([*row, each.best_step, each.num_steps, each.seconds, each.reason])
+    atomic.write_text(path, [out.getvalue()])
+
+
+def make_command(config: Config) -> str:
+    """Make the command line that trains with these settings: all that differ from the defaults."""
+    words = ["agnews-dist", "train"]
+    for key, value in values_of(config):
+        if value != all_settings()[key].default and key not in NOT_COPIED:
+            words += [f"--{key}", format_value(value, escape=True)]
+    return shlex.join(words)

@@ -1,0 +1,165 @@
+"""Sweeps as commands: members are what `train` makes of their settings, on any number of ranks and after a kill."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from support import small_run
+from support.processes import REPOSITORY, TIMEOUT, environment, python, torchrun, wait_until
+from transformers import pipeline
+
+from agnews_dist import load
+
+VARIED = ("--optim.lr", "1e-3,3e-3,1e-2", "--run.seed", "0..1")
+EPOCHS = ("--optim.epochs", "3", "--batch.global_batch_size", "32")
+
+
+def arguments(directory: Path, *more: str) -> list[str]:
+    """Return the settings of a small training of 3 epochs, or of a sweep of them."""
+    settings = small_run.settings() | {"data.limit_validation": 100, "data.limit_test": 100}
+    places = ("--run.dir", str(directory / "runs"), "--data.cache_dir", str(directory / "cache"))
+    return [*(word for key, value in settings.items() for word in (f"--{key}", str(value))), *EPOCHS, *places, *more]
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Read sweep.json and sweep.csv, without times."""
+    rows = list(csv.DictReader((path / "sweep.csv").read_text().splitlines()))
+    for row in rows:
+        del row["seconds"]
+    return json.loads((path / "sweep.json").read_text()), rows
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished sweep on one rank; its directory is runs/lr below."""
+    directory = tmp_path_factory.mktemp("sweep")
+    done = python("-m", "agnews_dist", "sweep", *arguments(directory, *VARIED, "--run.name", "lr"))
+    assert "6 of 6 members; best so far" in done.stdout
+    return directory
+
+
+def test_member_equals_a_training_with_its_settings(swept: Path) -> None:
+    report, rows = read(swept / "runs" / "lr")
+    best = report["selected"]["best_member"]
+    row = rows[best]
+    more = ("--optim.lr", row["optim.lr"], "--run.seed", row["run.seed"], "--run.name", "alone")
+    python("-m", "agnews_dist", "train", *arguments(swept, *more))
+    alone, exported = swept / "runs" / "alone", swept / "runs" / "lr" / "best"
+    assert (alone / "model/model.safetensors").read_bytes() == (exported / "model/model.safetensors").read_bytes()
+    for name in ("predictions-validation.jsonl", "predictions-test.jsonl"):
+        assert (alone / name).read_bytes() == (exported / name).read_bytes()
+    splits = json.loads((alone / "result.json").read_text())["splits"]
+    assert splits == json.loads((exported / "result.json").read_text())["splits"]
+    assert [float(row[key]) for key in ("accuracy", "macro_f1", "loss")] == [
+        splits["validation"][key] for key in ("accuracy", "macro_f1", "loss")
+    ]
+    assert pipeline("text-classification", model=str(exported / "model"))("oil prices rose", truncation=True)
+
+
+def test_selection_is_made_on_validation_and_test_is_scored_for_it_alone(swept: Path) -> None:
+    report, rows = read(swept / "runs" / "lr")
+    means: dict[str, list[float]] = {}
+    for row in rows:
+        means.setdefault(row["optim.lr"], []).append(float(row["accuracy"]))
+    best = max(means, key=lambda lr: sum(means[lr]))
+    assert report["selected"]["values"] == {"optim.lr": float(best)}
+    assert report["settings"][0]["values"] == {"optim.lr": float(best)}
+    assert report["selected"]["seeds"] == [0, 1]
+    test = report["selected"]["test"]["accuracy"]
+    assert len(test["values"]) == 2
+    assert test["mean"] == pytest.approx(sum(test["values"]) / 2)
+    assert "test" not in json.dumps(report["members"])
+    kept = sorted(int(path.stem) for path in (swept / "runs/lr/members").glob("*.safetensors"))
+    assert kept == [index for index, row in enumerate(rows) if row["optim.lr"] == best]
+
+
+def test_two_ranks_give_the_same_table(swept: Path) -> None:
+    torchrun(2, "-m", "agnews_dist", "sweep", *arguments(swept, *VARIED, "--run.name", "ranks"))
+    assert read(swept / "runs/ranks")[1] == read(swept / "runs/lr")[1]
+    left, right = (read(swept / "runs" / name)[0]["selected"] for name in ("lr", "ranks"))
+    assert left == right
+
+
+def test_halving_drops_settings_and_leaves_the_survivors_as_they_are(swept: Path) -> None:
+    torchrun(2, "-m", "agnews_dist", "sweep", *arguments(swept, *VARIED, "--halving", "3", "--run.name", "halved"))
+    full, halved = (read(swept / "runs" / name)[1] for name in ("lr", "halved"))
+    survivors = [row for row in halved if row["state"] == "finished"]
+    assert len(survivors) == 2
+    assert all(row == full[int(row["member"])] for row in survivors)
+    dropped = [row for row in halved if row["state"] == "halved"]
+    assert len(dropped) == 4
+    assert {int(row["num_steps"]) for row in dropped} == {int(full[0]["num_steps"]) // 3}
+
+
+def test_killed_sweep_continues_without_its_finished_members(swept: Path, tmp_path: Path) -> None:
+    words = arguments(tmp_path, *VARIED, "--run.name", "killed", "--batch.bucket_window", "8")
+    command = [sys.executable, "-m", "agnews_dist", "sweep", *words]
+    members = tmp_path / "runs/killed/members"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment(), cwd=REPOSITORY, stdout=log, stderr=log)
+        assert wait_until(lambda: list(members.glob("*.json")), TIMEOUT)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    ended = {path: path.stat().st_mtime_ns for path in members.glob("*.json")}
+    assert 0 < len(ended) < 6
+    python(*command[1:])
+    assert {path: path.stat().st_mtime_ns for path in ended} == ended
+    python("-m", "agnews_dist", "sweep", *arguments(tmp_path, *words[len(arguments(tmp_path)) :], "--run.name", "whole"))
+    assert read(tmp_path / "runs/killed")[1] == read(tmp_path / "runs/whole")[1]
+
+
+def test_member_that_diverges_ends_alone(swept: Path) -> None:
+    more = ("--optim.lr", "1e-3,1e30", "--optim.max_grad_norm", "0", "--run.name", "diverged")
+    done = python("-m", "agnews_dist", "sweep", *arguments(swept, *more))
+    rows = read(swept / "runs/diverged")[1]
+    assert [row["state"] for row in rows] == ["finished", "diverged"]
+    assert rows[1]["reason"]
+    assert "selected" in done.stdout
+
+
+def test_finished_sweep_and_other_settings_are_refused(swept: Path) -> None:
+    again = python("-m", "agnews_dist", "sweep", *arguments(swept, *VARIED, "--run.name", "lr"))
+    assert "is finished: nothing is left to do" in again.stdout
+    for more, message in (
+        ((*VARIED, "--optim.lr", "1e-3,3e-3"), "another sweep (in varied settings)"),
+        ((*VARIED, "--optim.weight_decay", "0.1"), "another sweep (in optim.weight_decay)"),
+        ((*VARIED, "--halving", "2"), "another sweep (in halving)"),
+    ):
+        done = python("-m", "agnews_dist", "sweep", *arguments(swept, *more, "--run.name", "lr"), check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
+    python("-m", "agnews_dist", "train", *arguments(swept, "--run.name", "plain", "--optim.max_steps", "2"))
+    done = python("-m", "agnews_dist", "sweep", *arguments(swept, *VARIED, "--run.name", "plain"), check=False)
+    assert "it exists and is not a sweep's directory" in done.stderr
+    assert load_file(swept / "runs/plain/model/model.safetensors")
+
+
+def test_finished_sweep_is_distilled_without_training_its_members_again(swept: Path, tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "lr"
+    shutil.copytree(swept / "runs" / "lr", path)
+    before = {member: member.read_bytes() for member in (path / "members").glob("*.json")}
+    done = python("-m", "agnews_dist", "sweep", *arguments(tmp_path, *VARIED, "--run.name", "lr", "--distil"))
+    assert {member: member.read_bytes() for member in (path / "members").glob("*.json")} == before
+    rows = {row["name"]: row for row in read(path)[0]["ensemble"]}
+    assert list(rows) == ["best single", "mean single", "ensemble", "distilled"]
+    assert "distilled" in done.stdout
+    # The probabilities of the exported model, its temperature included, are those that were scored.
+    predicted = [json.loads(line) for line in (path / "distilled/predictions-test.jsonl").read_text().splitlines()]
+    accuracy = sum(row["prediction"] == row["label"] for row in predicted) / len(predicted)
+    assert rows["distilled"]["test"]["accuracy"] == pytest.approx(accuracy)
+    texts = [json.loads(line)["text"] for line in (small_run.write_inputs() / "rows/test.jsonl").read_text().splitlines()]
+    with pytest.warns(UserWarning, match="truncated to 64 tokens"):
+        exported_NC = np.stack([each.probabilities for each in load(path / "distilled" / "model").predict(texts)])
+    scored_MC = np.array([row["probabilities"] for row in predicted])
+    assert len(scored_MC) == 100
+    # The test split is a sample of the rows, in another order.
+    nearest_M = np.abs(scored_MC[:, None] - exported_NC[None]).max(axis=2).min(axis=1)
+    assert nearest_M.max() < 1e-5
