@@ -38,7 +38,7 @@ from agnews_dist.training.class_weights import check_class_weights, compute_clas
 from agnews_dist.training.diagnostics import dry_run, overfit_one_batch
 from agnews_dist.training.lbfgs import HeadSolver
 from agnews_dist.training.loop import Monitors, Trainer, TrainerSettings
-from agnews_dist.training.step import StepSettings
+from agnews_dist.training.losses import StepSettings
 from agnews_dist.training.timing import StageTimer
 
 Loader = TypeVar("Loader", bound=TrainLoader)

@@ -31,8 +31,9 @@ from agnews_dist.training.best_weights import BestWeights, Metric, RunningTotals
 from agnews_dist.training.checkpoint import Groups
 from agnews_dist.training.checkpoint_manager import CheckpointManager, load_weights
 from agnews_dist.training.head_inputs import measure_standard
+from agnews_dist.training.losses import StepSettings
 from agnews_dist.training.optim import Average, Schedule, averaging_rate, build_optimizer, is_averaged, learning_rate, set_lr
-from agnews_dist.training.step import NonFiniteError, StepResult, StepSettings, train_step
+from agnews_dist.training.step import NonFiniteError, StepResult, train_step
 from agnews_dist.training.timing import StageTimer, TimedFeatures
 
 

@@ -32,8 +32,9 @@ from agnews_dist.evaluation.evaluator import evaluate_split
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features, FeatureSource, uncached_features
 from agnews_dist.run.engine_setup import place_classifier
+from agnews_dist.training.losses import StepSettings
 from agnews_dist.training.optim import build_optimizer
-from agnews_dist.training.step import NonFiniteError, StepSettings, train_step
+from agnews_dist.training.step import NonFiniteError, train_step
 
 # By default stage 3 keeps small weights whole on every rank.
 SHARD_EVERYTHING = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
