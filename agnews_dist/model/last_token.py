@@ -11,6 +11,7 @@ shift move out in the same way (h_t = gain n_t + shift). Without dropout, sum_t 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from agnews_dist.model.dropout import apply_dropout
-from agnews_dist.model.packed import fuse_activation, score_factor
+from agnews_dist.model.packed import find_runs, fuse_activation, score_factor
 
 ATTENTION_WEIGHTS, ATTENTION_OUTPUT, MLP_OUTPUT = 0, 1, 2
 """Sites of the block's three dropouts (see `apply_dropout`)."""
+TEXTS_PER_GROUP = 8
+"""Texts of equal length that `run_last_tokens` runs at once. The number of texts and the padding move the last bits."""
 
 
 def run_last_token_block(block: Any, hidden_BTD: Tensor, lengths_B: Tensor, keys_B: Tensor | None = None) -> Tensor:
@@ -53,6 +56,22 @@ def run_last_token_block(block: Any, hidden_BTD: Tensor, lengths_B: Tensor, keys
     last_BD = last_BD + _apply_module_dropout(attention.resid_dropout, attended_BD, keys_B, ATTENTION_OUTPUT)
     inner = fuse_activation(mlp.act)(mlp.c_fc(block.ln_2(last_BD)))
     return last_BD + _apply_module_dropout(mlp.dropout, mlp.c_proj(inner), keys_B, MLP_OUTPUT)
+
+
+def run_last_tokens(block: Any, hidden_PD: Tensor, lengths_B: Sequence[int]) -> Tensor:
+    """Run a block in eval mode for the last token of each text of a pack, so that no text depends on its mates; last_BD.
+
+    All shapes depend on the text's own length alone: groups of equal length, filled up with zeros.
+    """
+    groups: list[Tensor] = []
+    begin = 0
+    for num_texts, length in find_runs(lengths_B):
+        lengths_G = torch.full((TEXTS_PER_GROUP,), length, device=hidden_PD.device)
+        for hidden_GTD in hidden_PD[begin : begin + num_texts * length].view(num_texts, length, -1).split(TEXTS_PER_GROUP):
+            filled_GTD = functional.pad(hidden_GTD, (0, 0, 0, 0, 0, TEXTS_PER_GROUP - len(hidden_GTD)))
+            groups.append(run_last_token_block(block, filled_GTD, lengths_G)[: len(hidden_GTD)])
+        begin += num_texts * length
+    return torch.cat(groups)
 
 
 def select_last_rows(hidden_BTD: Tensor, lengths_B: Tensor) -> Tensor:
