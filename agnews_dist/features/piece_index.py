@@ -85,7 +85,7 @@ class PieceIndex:
 
 
 class Located(NamedTuple):
-    """Where the features of distinct texts are."""
+    """Places of the features of distinct texts."""
 
     piece_U: Ints
     """Number of the piece with the features of text u; MISSING: they are to be computed for a new piece."""
