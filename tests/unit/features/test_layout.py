@@ -54,16 +54,19 @@ def check_layout(
     call_tokens=st.integers(1, 2000),
     row_bytes=st.sampled_from([2, ROW_BYTES, 10**6, 10**9]),
     one_row_per_text=st.booleans(),
+    num_segments=st.sampled_from([1, layout_module.NUM_SEGMENTS]),
 )
 def test_lay_out_keeps_its_contract_for_any_input(
-    lengths: list[int], cuts: list[int], call_tokens: int, row_bytes: int, one_row_per_text: bool
+    lengths: list[int], cuts: list[int], call_tokens: int, row_bytes: int, one_row_per_text: bool, num_segments: int
 ) -> None:
     lengths_U = np.array(lengths, np.int64)
     rows_U = np.ones_like(lengths_U) if one_row_per_text else lengths_U
     order = np.random.default_rng(len(lengths)).permutation(len(lengths))
     groups = np.split(order, sorted(min(cut, len(order)) for cut in cuts))
     sizes = {"call_tokens": call_tokens, "row_bytes": row_bytes}
-    layout = lay_out(lengths_U, rows_U, computed=groups[0], copied=groups[1:], **sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout_module, "NUM_SEGMENTS", num_segments)
+        layout = lay_out(lengths_U, rows_U, computed=groups[0], copied=groups[1:], **sizes)
     check_layout(layout, lengths_U, rows_U, groups, **sizes)
 
 
