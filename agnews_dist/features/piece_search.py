@@ -72,12 +72,17 @@ def find_pieces(
 
 
 def _lock(pieces: Sequence[Piece]) -> list[str]:
-    """Lock pieces; return the names of those that cannot be locked, as another process has removed them."""
+    """Lock pieces; return the names of those that another process has removed, or that cannot be locked."""
     removed: list[str] = []
     for piece in pieces:
         try:
             piece.file.lock()
+            # Locking makes a directory that was removed since it was listed.
+            is_there = piece.finished <= piece.file.finished_segments
         except OSError:
+            is_there = False
+        if not is_there:
+            piece.file.close()
             removed.append(piece.file.directory.name)
     return removed
 

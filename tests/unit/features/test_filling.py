@@ -279,6 +279,7 @@ def test_a_piece_that_is_removed_meanwhile_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(manager.FeatureFile, "lock", remove_first)
     found = build(tmp_path, splits)
     assert removed == [piece]
+    assert found.cache.choice.reason.endswith("kB, as requested"), "it counts as missing from the start"
     assert found.num_tokens == count(texts_of(splits))
     check_equal(found, build(tmp_path / "none", splits, "host"))
 
