@@ -26,6 +26,7 @@ from agnews_dist.experiments.sweep_results import (
     make_command,
     spread,
     summarise_seeds,
+    try_to_write_page,
     write_run,
     write_table,
 )
@@ -114,6 +115,8 @@ class _Finish:
         write_table(directory.path / "sweep.csv", directory.read_results())
         write_json(directory.path / RESULTS, report)
         paths = {"model": str(directory.path / BEST / "model")}
+        if page := try_to_write_page(directory.path, report, config=members[best].config, emit=self._emit):
+            paths = {"report": str(page), **paths}
         if "distilled" in self._wanted:
             paths["distilled model"] = str(directory.path / DISTILLED / "model")
         paths |= {"table": str(directory.path / "sweep.csv"), "results": str(directory.path / RESULTS)}
