@@ -18,7 +18,6 @@ from agnews_dist.experiments.member_training import MemberTraining, build_shared
 from agnews_dist.experiments.members import Member
 from agnews_dist.experiments.space import SEED, format_values
 from agnews_dist.experiments.standings import Standing
-from agnews_dist.experiments.sweep_directory import RESULTS
 from agnews_dist.experiments.sweep_results import (
     SCORES,
     SplitsOf,
@@ -33,6 +32,7 @@ from agnews_dist.experiments.sweep_results import (
 from agnews_dist.experiments.sweep_runner import SweepRunner
 from agnews_dist.model.gpt2 import Classifier, copy_untrained
 from agnews_dist.report.result_files import versions, write_json
+from agnews_dist.run.stored_sweeps import RESULTS
 
 BEST, DISTILLED = "best", "distilled"
 """Directories of the best member of the selected setting, and of the distilled one."""

@@ -1,4 +1,4 @@
-"""The report of a finished sweep: the selected setting, all settings, main effects, seeds, the ensemble, members that diverged."""
+"""The report of a finished sweep: the selected setting, all settings, main effects, seeds, ensemble, members that diverged."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ MAX_STRIPS = 8
 """Settings whose seeds are drawn."""
 SCORE_NAMES = {"accuracy": "accuracy", "macro_f1": "macro F1", "loss": "loss"}
 HALVED = (
-    "Settings that halving has ended are shown with the score at which they ended. They were trained for fewer steps than those "
+    "Settings that halving has ended are shown with the score at which they ended. They have fewer steps than those "
     "that finished."
 )
 
@@ -155,8 +155,8 @@ def _parallel_section(rows: Sequence[Row], axes: Sequence[Axis], metric: str) ->
     figure = figures.draw_figure(
         "parallel",
         "Parallel coordinates",
-        f"A line for each combination of settings, through its values to its mean validation {SCORE_NAMES[metric]}. The best one "
-        f"is thick. Colours: fifths by rank, the best is blue and the worst red.",
+        f"A line for each combination of settings, through its values to its mean validation {SCORE_NAMES[metric]}. The best "
+        "one is thick. Colours: fifths by rank, the best is blue and the worst red.",
         lambda plot: draw_parallel(plot, shown, drawn, SCORE_NAMES[metric]),
         height=3.6,
     )
@@ -183,8 +183,8 @@ def _effects_section(rows: Sequence[Row], axes: Sequence[Axis], metric: str) -> 
             cells.append((axis.key, effect.name, count, *scores, str(effect.num_diverged or "-")))
     header = ("setting", "value", "settings", "mean", "deviation", "best", "diverged")
     lead = (
-        "Mean score by the value of each setting, over all values of the others. The deviation is that between settings. A value "
-        "with a small deviation is good whatever the others are."
+        "Mean score by the value of each setting, over all values of the others. The deviation is that between settings. A "
+        "value with a small deviation is good whatever the others are."
     )
     notes = [HALVED] if any(row.state == "halved" for row in rows) else []
     if len(drawn) < (num_scored := sum(row.is_scored for row in rows)):

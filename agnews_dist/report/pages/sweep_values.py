@@ -25,7 +25,7 @@ class Row:
     values: Mapping[str, Any]
     state: str
     scores: tuple[float, ...]
-    """Of every seed; empty if one is not finite."""
+    """Scores of all seeds; empty if one is not finite."""
     deviation: float | None
     interval: Interval | None
     num_members: int
