@@ -10,6 +10,7 @@ from agnews_dist.errors import did_you_mean
 COMMANDS = {
     "train": "fine-tune, evaluate, and write a model that Hugging Face loads",
     "sweep": "train all combinations of some settings on one set of features, and select one",
+    "clean": "find probable label errors, and train without them",
     "evaluate": "score a split of any source with a saved model",
     "predict": "classify texts from arguments, a file or standard input",
     "report": "write the report of a run again, or compare runs",

@@ -87,6 +87,9 @@ class DataConfig(Section):
     """Use only this many validation rows. null: all."""
     limit_test: Count | None = setting(None, "must match", "changes features")
     """Use only this many test rows. null: all."""
+    exclude: PathText | None = setting(None, "ignored", "changes features")
+    """File that names training rows to leave out. An edited label_errors.csv, or lines like 'train.csv row 17'. Held-out
+    rows, limits and the rows of other splits are the same without it."""
     seed: Annotated[int, Field(ge=0)] = setting(0, "must match", "changes features")
     """Seed of the rows in use. It decides the synthetic text, the held-out rows and the limits. It is not run.seed: runs with
     different seeds use the same examples."""
@@ -136,6 +139,9 @@ class OptimConfig(Section):
     and decay follow these steps. null: epochs decide."""
     weight_decay: NonNegative = setting(0.01, "may be accepted", "free")
     """Decoupled weight decay. Per step and unit of learning rate, for matrices only (not for biases and norms)."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = setting(1.0, "may be accepted", "free")
+    """Factor on the learning rate per layer, from the top. Final norm and out_head have lr, the last block lr x layer_decay,
+    the next one lr x layer_decay^2. 1: the same rate everywhere."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = setting(0.0, "may be accepted", "free", "basic")
     """Warm-up, as a share of the steps. The learning rate rises linearly from 0."""
     schedule: Literal["linear", "cosine"] = setting("linear", "may be accepted", "free")
@@ -149,6 +155,18 @@ class OptimConfig(Section):
     """Weights of the classes in the loss: none, balanced, or a list. 'balanced': rows / (classes x rows of the class), over the
     training rows; 1 for a class without rows. A list has one weight per class, in their order. The loss of a step is divided by
     the weights of its labels, over all ranks."""
+    r_drop: NonNegative = setting(0.0, "may be accepted", "free")
+    """Weight of R-Drop: two passes with different dropout should agree. The loss is the mean of both cross-entropies + r_drop x
+    the mean of KL(1 || 2) and KL(2 || 1). It doubles time and activations of the trainable part. 0: one pass."""
+    average: Literal["none", "ema", "swa"] = setting("none", "may be accepted", "free")
+    """Average of the weights of late steps: none, ema or swa. Once it has begun, evaluations and the exported model use it, and
+    training continues with the weights themselves. 'swa': the equal mean of the weights after each step. 'ema': an exponential
+    moving average."""
+    average_start: Annotated[float, Field(ge=0, lt=1)] = setting(0.5, "may be accepted", "free")
+    """Share of the steps after which averaging begins. Later than half, the decayed learning rate leaves little to average."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = setting(0.99, "may be accepted", "free")
+    """Share of the average that 'ema' keeps at a step. After n averaged steps it is at most (1 + n) / (10 + n), so that a short
+    run forgets its first weights."""
     best_metric: Literal["accuracy", "macro_f1", "loss"] = setting("accuracy", "may be accepted", "not sweepable")
     """Validation score that chooses the exported weights. The lowest loss, or the highest of the others. Ties go to the lower
     loss, then to the earlier evaluation."""

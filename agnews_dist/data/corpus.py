@@ -8,6 +8,7 @@ import numpy as np
 
 from agnews_dist.data.classes import Classes, decide_classes, read_class_names
 from agnews_dist.data.columns import Columns, ColumnSettings
+from agnews_dist.data.exclusion import exclude_rows, read_exclusion
 from agnews_dist.data.hub import open_hub
 from agnews_dist.data.local_files import SplitSettings, exists, is_local_path, open_local
 from agnews_dist.data.quality import hash_texts, normalise
@@ -43,6 +44,8 @@ class Source:
     """Names of the classes in index order, or one name of a file with them; None: from the data."""
     cache_dir: Path | None = None
     """Place of texts that do not fit in memory."""
+    exclude: Path | None = None
+    """File that names training rows to leave out (exclusion.py)."""
     read_given: ReadRows | None = None
     """Reader of rows that were given in Python; the name is IN_MEMORY then."""
 
@@ -86,11 +89,18 @@ def load_corpus(
         train, validation = hold_out_validation(splits["train"], fraction=validation_fraction, seed=seed)
         splits = {**splits, "train": train, "validation": validation}
     splits = {name: limit_rows(splits[name], limits, seed=seed) for name in SPLITS if name in splits}
+    excluded, notes = None, tuple[str, ...]()
+    if source.exclude is not None and "train" in splits:
+        # Last: held-out rows and limits are the same with and without it.
+        origins = {name: rows.origin for name, rows in raw.items()}
+        splits, excluded, notes = exclude_rows(splits, origins, read_exclusion(source.exclude), source.name)
     facts, findings = _describe(raw, classes, splits), classes.findings
+    if excluded is not None:
+        facts["left out"] = excluded
     if is_model and classes.names != given:
         facts["classes"] += "; the model names none, and its LABEL_0 is taken for the first, and so on"
     facts |= {name: "without labels: it is predicted, not scored" for name, split in splits.items() if (split.labels < 0).all()}
-    return Corpus(splits, classes.names, hash_corpus(splits, classes.names), facts, findings)
+    return Corpus(splits, classes.names, hash_corpus(splits, classes.names), facts, findings, notes)
 
 
 def _describe(raw: Mapping[str, RawRows], classes: Classes, splits: Mapping[str, Split]) -> dict[str, str]:

@@ -119,6 +119,8 @@ class Corpus:
     """Label -> value for the header of a run: the columns, the classes, how the files were read."""
     findings: tuple[DataFinding, ...] = ()
     """Findings about the values of the labels."""
+    notes: tuple[str, ...] = ()
+    """Warnings about the settings of this start."""
 
 
 def list_first(rows: Sequence[T], name: Callable[[T], str]) -> str:

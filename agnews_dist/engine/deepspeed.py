@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.deepspeed_config import ZeroOptions
-from agnews_dist.engine.strategy import MOMENTS, WEIGHT, Strategy
+from agnews_dist.engine.strategy import AVERAGE, MOMENTS, WEIGHT, Strategy
 from agnews_dist.errors import UserError
 
 _GROUPS = (("deepspeed.comm.comm", "cdb"), ("deepspeed.utils.groups", "_WORLD_GROUP"))
 """(module, name) under which DeepSpeed 0.19 remembers the process group. It fails if that has been destroyed."""
 # Keys in DeepSpeed's optimizer state; None: the fp32 copy of the weight.
-_STATE_KEYS: dict[str, str | None] = {WEIGHT: None, **{moment: moment for moment in MOMENTS}}
+_STATE_KEYS: dict[str, str | None] = {WEIGHT: None, **{kind: kind for kind in (*MOMENTS, AVERAGE)}}
 
 
 def require_deepspeed() -> None:
@@ -180,14 +180,11 @@ class DeepSpeedStrategy(Strategy):
         return cast(Tensor, safe_get_full_optimizer_state(weight, _STATE_KEYS[kind])).detach()
 
     def _scatter(self, weight: Tensor, kind: str, value: Tensor) -> None:
-        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        is_sharded = self._zero.stage == 3
         if kind == WEIGHT:
-            with torch.no_grad(), GatheredParameters([weight], modifier_rank=0, enabled=is_sharded):
-                weight.copy_(value)
-        if not is_sharded:
+            self._show(weight, value)
+        if self._zero.stage < 3:
             if kind != WEIGHT:
                 self._link(weight)
             safe_set_full_optimizer_state(weight, value, _STATE_KEYS[kind])
@@ -197,6 +194,22 @@ class DeepSpeedStrategy(Strategy):
         values = value.flatten()[self._world.rank * size :][:size]
         shard = nn.functional.pad(values, (0, size - values.numel()))
         safe_set_local_optimizer_state(weight, shard, _STATE_KEYS[kind])
+
+    def _show(self, weight: Tensor, value: Tensor) -> None:
+        """Set the weight of the forward pass alone: the optimizer has a copy of its own, from which it updates. Collective."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with torch.no_grad(), GatheredParameters([weight], modifier_rank=0, enabled=self._zero.stage == 3):
+            weight.copy_(value)
+
+    def _show_average(self, weight: Tensor) -> Tensor | None:
+        # In stage 3 the optimizer's copy is enough to restore the weight.
+        kept = weight.detach().clone() if self._zero.stage < 3 else None
+        self._show(weight, self._gather(weight, AVERAGE))
+        return kept
+
+    def _show_weight(self, weight: Tensor, kept: Tensor | None) -> None:
+        self._show(weight, self._gather(weight, WEIGHT) if kept is None else kept)
 
     def _link(self, weight: Tensor) -> None:
         """Link a weight of stage 1 or 2 to its range of this rank's flat moments.

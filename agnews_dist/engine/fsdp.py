@@ -45,6 +45,9 @@ class FSDPStrategy(Strategy):
     def _replicas(self) -> list[Tensor]:
         return []
 
+    def _shard(self, tensor: Tensor) -> Tensor:
+        return cast(DTensor, tensor).to_local()
+
     def _sum_norm(self, norm: Tensor) -> Tensor:
         return cast(DTensor, norm).full_tensor()
 

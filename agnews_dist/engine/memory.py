@@ -81,6 +81,10 @@ class Setup:
     fast_path: bool = True
     activation_checkpointing: bool = False
     compress_gradients: bool = False
+    num_passes: int = 1
+    """Forward passes of a step over each text."""
+    has_average: bool = False
+    """The optimizer also keeps the average of each weight over steps."""
     num_classes: int
     """Classes; before the data is read the fewest possible."""
     cache_bytes: int = 0
@@ -120,7 +124,8 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
     live = min(total, LIVE_WEIGHTS if zero == 3 else 2 * shape.block) if has_sharded_weights else 0
     bucket = 4 * min(total, LARGEST_BUCKET)
 
-    optimizer = 8 * (shard if zero or setup.backend == "fsdp" else total)
+    # Two moments of each weight.
+    optimizer = (12 if setup.has_average else 8) * (shard if zero or setup.backend == "fsdp" else total)
     buffers = 0
     if zero:
         # An fp32 copy of the shard, and a flat copy of its gradients during the update.
@@ -145,8 +150,8 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
         "activations": estimate_activation_bytes(shape, setup),
         "features": setup.cache_bytes,
     }
-    # A checkpoint is written from a copy of weights and moments while training continues.
-    host = {"best weights": 4 * total, "checkpoint": 12 * total}
+    # A checkpoint is written from a copy of weights, moments and averages while training continues.
+    host = {"best weights": 4 * total, "checkpoint": (16 if setup.has_average else 12) * total}
     if setup.offload != "none":
         # The update also holds its gradients and a second copy of the weights on the host.
         host["optimizer"] = device.pop("optimizer") + 8 * shard
@@ -165,6 +170,8 @@ def estimate_activation_bytes(shape: Shape, setup: Setup) -> int:
     """Estimate the larger of a training micro-batch, a call of the frozen part and an evaluation batch."""
     width, product = shape.width, 2 if setup.half else 4
     num_tokens = compute_largest_micro_batch(setup)
+    call = setup.call_tokens if setup.fast_path else num_tokens
+    num_tokens *= setup.num_passes
     scores = SCORES_BYTES * shape.num_heads * setup.max_length if setup.device == "cpu" else 0
     per_block = FULL_BLOCK_BYTES[product] if setup.fast_path else PLAIN_BLOCK_BYTES[product]
     block = num_tokens * (per_block * width + scores) + (CAST_BYTES * width**2 if setup.half else 0)
@@ -176,7 +183,6 @@ def estimate_activation_bytes(shape: Shape, setup: Setup) -> int:
         kept = min(kept, num_full * 4 * width * num_tokens + block)
     last = num_tokens * width * LAST_BLOCK_BYTES
     last += num_tokens // MEAN_TOKENS * width * (16 * shape.num_heads + 24)
-    call = setup.call_tokens if setup.fast_path else num_tokens
     call *= setup.num_threads if setup.fast_path and setup.device == "cpu" else 1
     # Residual stream, normalised input, queries, keys, values, attention output; then the MLP's inner row.
     frozen = call * (6 * width + shape.inner) * product

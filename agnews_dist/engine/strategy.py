@@ -1,8 +1,8 @@
 """The trainable part under an engine: forward, backward, one update, and its whole state. All engines give the same numbers."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -11,10 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World
+from agnews_dist.errors import Stopped
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of AdamW's moments in the optimizer's state."""
+AVERAGE = "average"
+"""Name of the average of a weight over steps. It lies in the optimizer's state, and is sharded as the moments are."""
 
 
 class Strategy:
@@ -40,6 +43,8 @@ class Strategy:
         self._scaler = torch.amp.GradScaler(device.type, init_scale=initial_loss_scale or 1.0, enabled=has_scale)
         self._is_state_just_loaded = False
         self._norm: float | None = None
+        self.num_averaged = 0
+        """Steps whose weights are in the average of the weights; 0: there is none."""
 
     def __call__(self, *features: Tensor) -> Tensor:
         """Compute logits_BC from `Features`."""
@@ -97,6 +102,42 @@ class Strategy:
         """Updates made by AdamW, for its bias correction. Skipped updates do not count."""
         return next((int(state["step"]) for state in self._optimizer.state.values() if "step" in state), 0)
 
+    @torch.no_grad()
+    def average(self, rate: float) -> None:
+        """Move the average of the weights towards the weights by this share of the difference. The first call copies them."""
+        weights, states = self._optimizer_weights(), self._optimizer.state
+        if self.num_averaged == 0:
+            # AdamW creates its moments only for a weight without any state, and fp16 may have skipped all updates so far.
+            self._create_moments(self.num_updates)
+            for weight in weights:
+                states[weight][AVERAGE] = torch.zeros_like(weight)
+        for weight in weights:
+            self._shard(states[weight][AVERAGE]).lerp_(self._shard(weight), rate if self.num_averaged else 1.0)
+        self.num_averaged += 1
+
+    @contextmanager
+    def averaged(self) -> Generator[None]:
+        """Compute with the average of the weights inside the block, if there is one. Collective.
+
+        The block must not change weights. It ends on all ranks together: normally, or by `Stopped`.
+        """
+        if self.num_averaged == 0:
+            yield
+            return
+        weights = list(self.suffix.parameters())
+        kept = [self._show_average(weight) for weight in weights]
+
+        def restore() -> None:
+            for weight, value in zip(weights, kept, strict=True):
+                self._show_weight(weight, value)
+
+        try:
+            yield
+        except Stopped:
+            restore()
+            raise
+        restore()
+
     def check_replicas(self, step: int) -> None:
         """Check that the ranks still hold the same bits of what each of them holds whole. Collective.
 
@@ -110,30 +151,40 @@ class Strategy:
             collectives.check_replicas(collectives.sum_bits(self._replicas()), f"weights after step {step}")
 
     def gather_weights(self) -> dict[str, Tensor]:
-        """Return whole fp32 weights on the CPU by name, on rank 0; an empty mapping elsewhere. Collective."""
-        return {name: weight.clone().cpu() for name, weight in self._gather_all(WEIGHT) if self._world.is_main}
+        """Return whole fp32 weights on the CPU by name, on rank 0; an empty mapping elsewhere. Collective.
+
+        These are the weights to score and to export: the average, if there is one.
+        """
+        kind = AVERAGE if self.num_averaged else WEIGHT
+        return {name: weight.clone().cpu() for name, weight in self._gather_all(kind) if self._world.is_main}
 
     def gather_state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield weights and moments in fp32: 'weight.<name>', then 'exp_avg.<name>', then 'exp_avg_sq.<name>'.
 
+        If there is an average of the weights, 'average.<name>' is last.
         Collective: every rank must iterate to the end. One tensor at a time is gathered, to save memory. Rank 0's may be a view
         of the weight, so copy it before the next step; the others' are unspecified. Before the first update moments are zeros.
         """
-        for kind in (WEIGHT, *MOMENTS):
+        for kind in self._kinds:
             for name, value in self._gather_all(kind):
                 yield f"{kind}.{name}", value
 
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the weights from `gather_weights`. Only rank 0's `state` is read. Collective."""
+        """Restore the weights from `gather_weights`, and drop their average. Only rank 0's `state` is read. Collective."""
+        self.num_averaged = 0
         self._broadcast_all(WEIGHT, {f"{WEIGHT}.{name}": weight for name, weight in state.items()})
 
-    def load_state(self, state: Mapping[str, Tensor], num_updates: int) -> None:
+    def load_state(self, state: Mapping[str, Tensor], num_updates: int, num_averaged: int = 0) -> None:
         """Restore weights and moments from `gather_state`, saved by any engine on any number of ranks.
 
-        Only rank 0's `state` is read; `num_updates` is equal on all ranks. Collective.
+        Only rank 0's `state` is read; the two counts are equal on all ranks. `num_averaged` 0: without an average. Collective.
         """
         self._create_moments(num_updates)
-        for kind in (WEIGHT, *MOMENTS):
+        self.num_averaged = num_averaged
+        if num_averaged:
+            for weight in self._optimizer_weights():
+                self._optimizer.state[weight][AVERAGE] = torch.zeros_like(weight)
+        for kind in self._kinds:
             self._broadcast_all(kind, state)
         self._is_state_just_loaded = True
 
@@ -149,8 +200,13 @@ class Strategy:
         module.require_backward_grad_sync = synchronises
         self._optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """Everything of a weight that a checkpoint holds."""
+        return (WEIGHT, *MOMENTS, AVERAGE) if self.num_averaged else (WEIGHT, *MOMENTS)
+
     def _gather_all(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        exists = kind == WEIGHT or self.num_updates > 0
+        exists = kind not in MOMENTS or self.num_updates > 0
         for name, weight in self.suffix.named_parameters():
             if exists:
                 yield name, self._gather(weight, kind)
@@ -185,10 +241,10 @@ class Strategy:
         return [weight for group in self._optimizer.param_groups for weight in group["params"]]
 
     def _replicas(self) -> list[Tensor]:
-        """Return the weights, and the moments once they exist."""
+        """Return the weights, and moments and average once they exist."""
         states = self._optimizer.state
         found = [states[weight] for weight in self._optimizer_weights() if weight in states]
-        return [*self.suffix.parameters(), *(state[kind] for state in found for kind in MOMENTS if kind in state)]
+        return [*self.suffix.parameters(), *(state[kind] for state in found for kind in (*MOMENTS, AVERAGE) if kind in state)]
 
     def _full_shape(self, weight: Tensor) -> torch.Size:
         return weight.shape
@@ -204,6 +260,22 @@ class Strategy:
     def _scatter(self, weight: Tensor, kind: str, value: Tensor) -> None:
         """Set this rank's shard from the whole `value`, equal on every rank. Collective."""
         self._local(weight, kind).copy_(value)
+
+    def _shard(self, tensor: Tensor) -> Tensor:
+        """Return the memory of this rank's shard of a tensor."""
+        return tensor
+
+    def _show_average(self, weight: Tensor) -> Tensor | None:
+        """Put the average in place of a weight for the next forward passes; return what `_show_weight` needs. Collective."""
+        shown = self._local(weight, WEIGHT)
+        kept = shown.clone()
+        shown.copy_(self._local(weight, AVERAGE))
+        return kept
+
+    def _show_weight(self, weight: Tensor, kept: Tensor | None) -> None:
+        """Restore the weight that `_show_average` has replaced. Collective."""
+        assert kept is not None
+        self._local(weight, WEIGHT).copy_(kept)
 
     def _sum_norm(self, norm: Tensor) -> Tensor:
         """Return the gradient norm over all shards."""

@@ -71,7 +71,7 @@ class MemberTraining:
         silent = replace(monitors, emit=ignore_event)
         self.trainer: Trainer = setup.build_trainer(member.config, inputs, group.engine, loader, silent)
         self.trainer.use_features(loader.features)
-        self._classifier, self._monitors = classifier, monitors
+        self.classifier, self._monitors = classifier, monitors
         self._run = self._iterate()
         self._fault = ""
         self._seconds = 0.0
@@ -134,7 +134,7 @@ class MemberTraining:
     def _validate(self) -> SplitScores:
         group = self._group
         return evaluate_split(
-            self._classifier,
+            self.classifier,
             group.tables["validation"],
             group.engine,
             features=group.features.source("validation"),

@@ -103,12 +103,15 @@ def export_model(
         ) from error
 
 
-def run_bytes(num_trained: int, num_frozen: int, num_checkpoints: int, *, other_bytes: int = 0) -> int:
+def run_bytes(
+    num_trained: int, num_frozen: int, num_checkpoints: int, *, has_average: bool = False, other_bytes: int = 0
+) -> int:
     """Return what a run writes: the model, and checkpoints of the trained weights, two moments for each, and the best weights.
 
-    `num_checkpoints`: those on disk at the same time that are still to be written. `other_bytes`: its other files.
+    `num_checkpoints`: those on disk at the same time that are still to be written. `has_average`: a checkpoint also holds the
+    average of each weight. `other_bytes`: its other files.
     """
-    return 4 * (num_trained + num_frozen) + 16 * num_trained * num_checkpoints + other_bytes
+    return 4 * (num_trained + num_frozen) + (20 if has_average else 16) * num_trained * num_checkpoints + other_bytes
 
 
 def check_room(directory: Path, needed: int) -> None:

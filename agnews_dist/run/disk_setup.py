@@ -29,7 +29,8 @@ def estimate_run_bytes(
     # One checkpoint is written before another one is removed. A run of this name may have its checkpoints already.
     has_run = config.run.name is not None and (Path(config.run.dir) / config.run.name).exists()
     num_checkpoints = 1 if has_run else config.checkpoint.keep + 1
-    return run_bytes(*sum_parameters(parameters), num_checkpoints, other_bytes=lines + STEP_BYTES * num_steps)
+    has_average, other_bytes = config.optim.average != "none", lines + STEP_BYTES * num_steps
+    return run_bytes(*sum_parameters(parameters), num_checkpoints, has_average=has_average, other_bytes=other_bytes)
 
 
 def reserve_run_bytes(

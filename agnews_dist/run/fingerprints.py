@@ -51,9 +51,10 @@ def run_fingerprints(
 ) -> dict[str, str]:
     """Return sha256 of settings, tokenizer, tokens and frozen weights; `tokens`: the token cache's own fingerprint.
 
-    Directories and hub ids are left out of the settings: the other hashes cover what they hold.
+    Paths and hub ids are left out of the settings: the other hashes cover what they hold.
     """
-    named = {key: value for key, value in weight_settings(config).items() if key not in ("data.source", "model.name")}
+    hashed = ("data.source", "data.exclude", "model.name")
+    named = {key: value for key, value in weight_settings(config).items() if key not in hashed}
     return {
         "config": hashlib.sha256(json.dumps(named, sort_keys=True, allow_nan=False).encode()).hexdigest(),
         "tokenizer": tokenizer_fingerprint(tokenizer),

@@ -60,6 +60,8 @@ def build_memory_setup(config: Config, world: World, gpt2: GPT2Config | None = N
         activation_checkpointing=engine.activation_checkpointing,
         num_classes=len(read_class_names(config.data.class_names) or range(2)),
         compress_gradients=engine.gradient_compression == "bf16",
+        num_passes=2 if config.optim.r_drop else 1,
+        has_average=config.optim.average != "none",
         runtime_bytes=psutil.Process().memory_info().rss,
         call_tokens=CALL_TOKENS["cuda" if use_cuda else "cpu"],
         evaluation_tokens=EVALUATION_TOKENS,

@@ -46,6 +46,7 @@ from agnews_dist.storage.directories import cache_root
 from agnews_dist.training.class_weights import check_class_weights, compute_class_weights
 from agnews_dist.training.diagnostics import dry_run, overfit_one_batch
 from agnews_dist.training.loop import Monitors, Trainer, TrainerSettings
+from agnews_dist.training.step import StepSettings
 from agnews_dist.training.timing import StageTimer
 
 Loader = TypeVar("Loader", bound=TrainLoader)
@@ -124,8 +125,10 @@ def load_text(
     """Load the rows of `data.source`.
 
     `hold_out`: for a training: make a validation split if there is none, and take data without names of splits for train, not
-    for test. `model_classes`: the classes that labels are to mean. `read_given`: reads rows given in Python instead.
+    for test. `model_classes`: the classes that labels are to mean; with them nothing is trained, and no row is left out.
+    `read_given`: reads rows given in Python instead.
     """
+    is_training = hold_out and model_classes is None
     source = Source(
         data.source,
         revision=data.revision,
@@ -133,6 +136,7 @@ def load_text(
         columns=column_settings(data),
         class_names=data.class_names,
         cache_dir=cache_root(data.cache_dir),
+        exclude=Path(data.exclude) if data.exclude is not None and is_training else None,
         read_given=read_given,
     )
     return load_corpus(
@@ -199,6 +203,8 @@ def load_training_inputs(
         emit(Warned(message=note))
     emit(begin_phase(f"load {data.source}"))
     corpus = load_text(data, read_given=read_given)
+    for note in corpus.notes:
+        emit(Warned(message=note))
     names = corpus.class_names
     check_class_weights(config.optim.class_weights, names)
     if reason := explain_new_head(backbone, names):
@@ -390,7 +396,7 @@ def check_first_step(
         emit(begin_phase("overfit one batch"))
         emit(overfit_one_batch(classifier, table, engine, lr=config.optim.lr))
     if config.batch.longest_first:
-        dry_run(classifier, loader.largest_step(0), engine, emit)
+        dry_run(classifier, loader.largest_step(0), engine, emit, settings=StepSettings(r_drop=config.optim.r_drop))
 
 
 def build_trainer(config: Config, inputs: TrainingInputs, engine: Engine, loader: TrainLoader, monitors: Monitors) -> Trainer:

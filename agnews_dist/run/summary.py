@@ -84,15 +84,21 @@ def optimizer_text(optim: OptimConfig) -> str:
 
     >>> optimizer_text(OptimConfig(max_steps=2000, patience=3))
     'AdamW, lr 0.001 (linear), 2,000 steps, or 3 evaluations without a better accuracy'
+    >>> optimizer_text(OptimConfig(layer_decay=0.7, average="swa"))
+    'AdamW, lr 0.001 (linear, x 0.7 per layer), 3 epochs, swa of the last 50% of the steps'
     """
     length = count_noun(optim.epochs, "epoch") if optim.max_steps is None else count_noun(optim.max_steps, "step")
     early = f", or {count_noun(optim.patience, 'evaluation')} without a better {optim.best_metric}" if optim.patience else ""
-    return f"AdamW, lr {optim.lr:g} ({optim.schedule}), {length}{early}"
+    rates = "" if optim.layer_decay == 1 else f", x {optim.layer_decay:g} per layer"
+    averaged = "" if optim.average == "none" else f", {optim.average} of the last {1 - optim.average_start:.0%} of the steps"
+    return f"AdamW, lr {optim.lr:g} ({optim.schedule}{rates}), {length}{early}{averaged}"
 
 
 def loss_text(optim: OptimConfig, loader: TrainLoader) -> str:
     """Describe the loss of the training."""
     parts, weights_C = ["cross-entropy"], loader.class_weights_C
+    if optim.r_drop:
+        parts.append(f"R-Drop {optim.r_drop:g}")
     if optim.label_smoothing:
         parts.append(f"label smoothing {optim.label_smoothing:g}")
     if weights_C is not None:

@@ -34,8 +34,8 @@ RETRY_SECONDS = 60.0
 """Shortest interval after a failed write."""
 MAX_WRITING = 0.1
 """Largest share of the time in which checkpoints by `max_overhead` keep the disk busy."""
-WEIGHT = "weight."
-"""Prefix of weights among the names of `Strategy.gather_state`."""
+WEIGHT, AVERAGE = "weight.", "average."
+"""Prefixes of weights and of their averages among the names of `Strategy.gather_state`; the others are moments."""
 
 
 class Cost(NamedTuple):
@@ -203,9 +203,7 @@ class CheckpointManager:
         if best_files is not None and best_files[0] != self._best_on_disk:
             num_bytes += write_checkpoint(self._folder / best_files[0], best_files[1], {"best": None})
             self._best_on_disk = best_files[0]
-        weights = {key.removeprefix(WEIGHT): value for key, value in self._buffers.items() if key.startswith(WEIGHT)}
-        moments = {key: value for key, value in self._buffers.items() if not key.startswith(WEIGHT)}
-        num_bytes += write_checkpoint(self._folder / name, {"weights": weights, "moments": moments}, content)
+        num_bytes += write_checkpoint(self._folder / name, _group_tensors(self._buffers), content)
         keep = self._settings.keep
         prune(self._folder, keep, also={name, *_referenced_best(self._folder, keep)})
         return Cost(num_bytes, time.monotonic() - begin, time.thread_time() - cpu_begin)
@@ -259,10 +257,24 @@ class CheckpointManager:
         self._report()
 
 
-def load_weights(strategy: Strategy, tensors: Groups, num_updates: int) -> None:
-    """Load a checkpoint's weights and moments into `strategy`. Collective; only rank 0's `tensors` are read."""
+def load_weights(strategy: Strategy, tensors: Groups, num_updates: int, num_averaged: int = 0) -> None:
+    """Load a checkpoint's weights, moments and averages into `strategy`. Collective; only rank 0's `tensors` are read."""
     weights = {WEIGHT + name: value for name, value in tensors.get("weights", {}).items()}
-    strategy.load_state({**weights, **tensors.get("moments", {})}, num_updates)
+    averages = {AVERAGE + name: value for name, value in tensors.get("averages", {}).items()}
+    strategy.load_state({**weights, **tensors.get("moments", {}), **averages}, num_updates, num_averaged)
+
+
+def _group_tensors(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Sort the tensors of `Strategy.gather_state` into a checkpoint's groups. Averages have one only if they exist."""
+    groups: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
+    for key, tensor in tensors.items():
+        if key.startswith(WEIGHT):
+            groups["weights"][key.removeprefix(WEIGHT)] = tensor
+        elif key.startswith(AVERAGE):
+            groups.setdefault("averages", {})[key.removeprefix(AVERAGE)] = tensor
+        else:
+            groups["moments"][key] = tensor
+    return groups
 
 
 def _referenced_best(folder: Path, keep: int) -> set[str]:

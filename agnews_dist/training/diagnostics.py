@@ -16,7 +16,7 @@ from agnews_dist.errors import UserError
 from agnews_dist.events import Emit, OverfitChecked, Profiled, Progress, ignore_event
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.training.optim import build_optimizer
-from agnews_dist.training.step import summed_loss
+from agnews_dist.training.step import PLAIN, StepSettings, forward_losses, summed_loss
 
 OVERFIT_EXAMPLES = 8
 OVERFIT_STEPS = 100
@@ -67,8 +67,10 @@ def overfit_one_batch(classifier: Classifier, table: TokenTable, engine: Engine,
     )
 
 
-def dry_run(classifier: Classifier, batches: StepBatches, engine: Engine, emit: Emit = ignore_event) -> None:
-    """Run forward and backward of one step, with memory allocated for the optimizer's moments.
+def dry_run(
+    classifier: Classifier, batches: StepBatches, engine: Engine, emit: Emit = ignore_event, *, settings: StepSettings = PLAIN
+) -> None:
+    """Run forward and backward of one step, with memory allocated for the optimizer's moments. `settings`: of its loss.
 
     Weights, gradients and random state stay as they were. Call it before `engine.prepare`: then no rank communicates, and
     none waits for a rank that ran out of memory.
@@ -81,7 +83,7 @@ def dry_run(classifier: Classifier, batches: StepBatches, engine: Engine, emit: 
 
     def run() -> None:
         try:
-            _forward_and_backward(classifier, batches, engine)
+            _forward_and_backward(classifier, batches, engine, settings)
         except RuntimeError as error:
             # CUDA has its own error class; the CPU allocator and cuBLAS raise a plain RuntimeError.
             words = ("allocate memory", "ALLOC_FAILED")
@@ -97,7 +99,7 @@ def dry_run(classifier: Classifier, batches: StepBatches, engine: Engine, emit: 
     emit(Progress(task=task, done=1, total=1))
 
 
-def _forward_and_backward(classifier: Classifier, batches: StepBatches, engine: Engine) -> None:
+def _forward_and_backward(classifier: Classifier, batches: StepBatches, engine: Engine, settings: StepSettings) -> None:
     suffix, device = classifier.suffix, engine.device
     was_training = suffix.training
     try:
@@ -105,7 +107,8 @@ def _forward_and_backward(classifier: Classifier, batches: StepBatches, engine: 
             suffix.train()
             moments = [torch.zeros_like(parameter) for parameter in suffix.parameters() for _ in range(2)]
             for batch in batches.micro_batches:
-                summed_loss(classifier.logits(batch.tokens_BT, batch.lengths_B), batch).backward()
+                features = classifier.prefix.features(batch.tokens_BT, batch.lengths_B)
+                forward_losses(suffix, features, batch, dropout_key=None, settings=settings).sum().backward()
             del moments
     finally:
         suffix.zero_grad(set_to_none=True)

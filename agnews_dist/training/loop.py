@@ -1,8 +1,8 @@
 """The training loop: from a run's position to its end, or to the step at which all ranks agree to stop.
 
 The position is (epoch, steps done in it, steps done in all, steps done before the last evaluation). An evaluation that is due
-comes before the next step, also after a restart. Besides the position only weights, moments, the loss scale and the best
-evaluation outlive a step. Learning rate, order of examples and random numbers are functions of seed and position.
+comes before the next step, also after a restart. Besides the position only weights, their average, moments, the loss scale and
+the best evaluation outlive a step. Learning rate, order of examples and random numbers are functions of seed and position.
 """
 
 import time
@@ -29,7 +29,7 @@ from agnews_dist.model.prefix import FeatureSource
 from agnews_dist.training.best_weights import BestWeights, Metric, RunningTotals
 from agnews_dist.training.checkpoint import Groups
 from agnews_dist.training.checkpoint_manager import CheckpointManager, load_weights
-from agnews_dist.training.optim import Schedule, build_optimizer, learning_rate, set_lr
+from agnews_dist.training.optim import Average, Schedule, averaging_rate, build_optimizer, is_averaged, learning_rate, set_lr
 from agnews_dist.training.step import NonFiniteError, StepResult, StepSettings, train_step
 from agnews_dist.training.timing import StageTimer, TimedFeatures
 
@@ -55,6 +55,12 @@ class TrainerSettings:
     nonfinite: Literal["stop", "skip"]
     seed: int
     class_names: tuple[str, ...]
+    average: Average = "none"
+    average_start: float = 0.5
+    """Share of the steps after which averaging begins."""
+    ema_decay: float = 0.99
+    layer_decay: float = 1.0
+    r_drop: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,17 @@ class Trainer:
         """Hand the trainable part to the engine. Collective."""
         self._classifier, self._engine, self._loader, self._settings = classifier, engine, loader, settings
         self._emit, self._timer, self._preemption = monitors.emit, monitors.timer, monitors.preemption
-        self._optimizer = build_optimizer(classifier.suffix, lr=settings.lr, weight_decay=settings.weight_decay)
+        self._optimizer = build_optimizer(
+            classifier.suffix, lr=settings.lr, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay
+        )
         self.strategy: Strategy = engine.prepare(classifier.suffix, self._optimizer, max_grad_norm=settings.max_grad_norm)
         self.class_names = settings.class_names
         class_weights_C = None if loader.class_weights_C is None else torch.from_numpy(loader.class_weights_C).to(engine.device)
         self._step_settings = StepSettings(
-            label_smoothing=settings.label_smoothing, class_weights_C=class_weights_C, nonfinite=settings.nonfinite
+            label_smoothing=settings.label_smoothing,
+            class_weights_C=class_weights_C,
+            r_drop=settings.r_drop,
+            nonfinite=settings.nonfinite,
         )
         self.num_steps = loader.num_steps(settings.epochs, settings.max_steps)
         """Steps of the whole run, unless it stops early."""
@@ -118,7 +129,9 @@ class Trainer:
         self._timer.earlier_seconds = dict(state["seconds"])
         if self._engine.precision == state["precision"]:
             self.strategy.load_scaling(*state["scaling"])
-        load_weights(self.strategy, tensors, state["num_updates"])
+        # Other settings may have been accepted: an average that begins later begins from nothing.
+        num_averaged = state.get("num_averaged", 0) if self._is_averaged else 0
+        load_weights(self.strategy, tensors, state["num_updates"], num_averaged)
         if state["best"] is not None:
             scores: dict[str, Tensor] = collectives.all_gather(dict(best_tensors.get("scored", {})))[0]
             self.best.load_state_dict(state["best"], scores, dict(best_tensors.get("weights", {})))
@@ -210,6 +223,12 @@ class Trainer:
         is_due = self.step >= self.num_steps or (self._is_epoch_end if every == "epoch" else self.step % every == 0)
         return is_due and self._scored_step != self.step
 
+    @property
+    def _is_averaged(self) -> bool:
+        """True if the weights after the last step belong to the average."""
+        settings = self._settings
+        return is_averaged(self.step, num_steps=self.num_steps, average=settings.average, start=settings.average_start)
+
     def _train_step(self, batches: StepBatches, checkpoints: CheckpointManager | None) -> StepResult:
         begin = time.perf_counter()
         settings, world = self._settings, self._engine.world
@@ -242,6 +261,9 @@ class Trainer:
             raise
         self.step += 1
         self._epoch_step += 1
+        if self._is_averaged:
+            count = self.strategy.num_averaged
+            self.strategy.average(averaging_rate(count, average=settings.average, ema_decay=settings.ema_decay))
         seconds = time.perf_counter() - begin
         self.totals.add(batches.share, seconds)
         self._emit(
@@ -269,7 +291,8 @@ class Trainer:
     def _evaluate(self, validate: Callable[[], SplitScores]) -> None:
         """Score the validation split, report the scores, and keep the weights if they are the best. Collective."""
         self._check_replicas()
-        epoch, validation = self._epoch + 1, validate()
+        with self.strategy.averaged():
+            epoch, validation = self._epoch + 1, validate()
         self.best.update(epoch, validation, step=self.step)
         is_best = self.best.step == self.step
         self._emit(validation.to_event("validation", epoch, self.class_names, step=self.step, is_best=is_best))
@@ -287,6 +310,7 @@ class Trainer:
             "position": save_position(self._epoch, self._epoch_step, self._loader.fingerprint),
             "scored_step": self._scored_step,
             "num_updates": self.strategy.num_updates,
+            "num_averaged": self.strategy.num_averaged,
             "scaling": self.strategy.scaling,
             "totals": self.totals.state_dict(),
             "seconds": self._timer.totals(),

@@ -19,10 +19,12 @@ from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.prefix import uncached_features
 from agnews_dist.run.engine_setup import place_classifier
-from agnews_dist.training.step import train_step
+from agnews_dist.training.step import StepSettings, train_step
 
 
-def update(world: World, arguments: dict, name: str, max_tokens: int, *, checkpointing: bool) -> tuple[int, dict]:
+def update(
+    world: World, arguments: dict, name: str, max_tokens: int, *, checkpointing: bool, r_drop: float = 0.0
+) -> tuple[int, dict]:
     """Return the number of micro-batches and the change of the weights (complete on rank 0)."""
     engine = start(world, name)
     classifier = toy_classifier(dropout=arguments["p"])
@@ -34,7 +36,8 @@ def update(world: World, arguments: dict, name: str, max_tokens: int, *, checkpo
     before = strategy.gather_weights()
     torch.manual_seed(10 * max_tokens + world.rank)
     key = step_key(arguments["seed"], arguments["step"])
-    train_step(engine, uncached_features(classifier.prefix), strategy, batches, dropout_key=key)
+    settings = StepSettings(r_drop=r_drop)
+    train_step(engine, uncached_features(classifier.prefix), strategy, batches, dropout_key=key, settings=settings)
     after = strategy.gather_weights()
     return len(batches.micro_batches), {key: before[key] - after[key] for key in before}
 
@@ -45,8 +48,13 @@ def main() -> None:
     output, arguments = Path(sys.argv[1]), json.loads(sys.argv[2])
     world, num_micro_batches = detect_world(os.environ), {}
     for name in arguments["engines"]:
-        for what, max_tokens, checkpointing in (("one", 10_000, False), ("several", 60, False), ("again", 60, True)):
-            num, change = update(world, arguments, name, max_tokens, checkpointing=checkpointing)
+        for what, max_tokens, options in (
+            ("one", 10_000, {"checkpointing": False}),
+            ("several", 60, {"checkpointing": False}),
+            ("again", 60, {"checkpointing": True}),
+            ("r_drop", 60, {"checkpointing": False, "r_drop": arguments["r_drop"]}),
+        ):
+            num, change = update(world, arguments, name, max_tokens, **options)
             num_micro_batches[f"{name}-{what}"] = num
             if world.is_main:
                 save_file(change, output / f"{name}-{what}.safetensors")

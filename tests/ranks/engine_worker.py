@@ -64,7 +64,9 @@ def prepare(engine: Engine, settings: dict, *, max_grad_norm: float, sgd: bool =
     optimizer = (
         torch.optim.SGD(suffix.parameters(), lr=settings["lr"])
         if sgd
-        else build_optimizer(suffix, lr=settings["lr"], weight_decay=settings["weight_decay"])
+        else build_optimizer(
+            suffix, lr=settings["lr"], weight_decay=settings["weight_decay"], layer_decay=settings.get("layer_decay", 1.0)
+        )
     )
     return classifier, engine.prepare(suffix, optimizer, max_grad_norm=max_grad_norm)
 

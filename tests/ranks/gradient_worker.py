@@ -16,14 +16,18 @@ from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import detect_world
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
+from agnews_dist.model.dropout import step_key
 from agnews_dist.model.prefix import Features, uncached_features
 from agnews_dist.training.step import NonFiniteError, StepSettings, accumulate_gradients, summed_loss, train_step
 
+R_DROP, DROPOUT, SEED, STEP = 0.7, 0.2, 5, 41
 LOSSES = {
     "plain": StepSettings(),
     "smoothed": StepSettings(label_smoothing=0.1),
     "weighted": StepSettings(class_weights_C=torch.tensor(CLASS_WEIGHTS, dtype=torch.float64)),
     "both": StepSettings(label_smoothing=0.1, class_weights_C=torch.tensor(CLASS_WEIGHTS, dtype=torch.float64)),
+    "r_drop": StepSettings(r_drop=R_DROP),
+    "weighted_r_drop": StepSettings(r_drop=R_DROP, class_weights_C=torch.tensor(CLASS_WEIGHTS, dtype=torch.float64)),
 }
 
 
@@ -38,7 +42,7 @@ def main() -> None:
     output, lengths = Path(sys.argv[1]), [int(length) for length in sys.argv[2].split(",")]
     world = detect_world(os.environ)
     engine = Engine(world, device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
-    classifier = toy_classifier()
+    classifier = toy_classifier(dropout=DROPOUT)
     prefix, suffix = classifier.prefix.double(), classifier.suffix.double().eval()
     optimizer, embed = torch.optim.SGD(suffix.parameters(), lr=1.0), uncached_features(prefix)
     strategy = engine.prepare(suffix, optimizer, max_grad_norm=0.1)
@@ -52,6 +56,12 @@ def main() -> None:
         (batches,) = loader.steps(0)
         return batches
 
+    def accumulate(batches: StepBatches, settings: StepSettings) -> None:
+        """Use dropout with R-Drop only: the references of the other losses have none."""
+        suffix.train(settings.r_drop > 0)
+        accumulate_gradients(engine, embed, strategy, batches, dropout_key=step_key(SEED, STEP), settings=settings)
+        suffix.eval()
+
     def save(name: str) -> None:
         gradients = {key: value.grad.clone() for key, value in suffix.named_parameters()}
         save_file(gradients, output / f"{name}-rank{world.rank}of{world.num_ranks}.safetensors")
@@ -63,11 +73,11 @@ def main() -> None:
         for accumulation in (1, 2, 4):
             batches = one_step(limits[accumulation], settings=settings)
             assert len(batches.micro_batches) == accumulation
-            accumulate_gradients(engine, embed, strategy, batches, settings=settings)
+            accumulate(batches, settings)
             save(f"{loss}-accumulation{accumulation}")
     # One example for all ranks: the other ranks compute a filler row that must not count.
     for loss, settings in LOSSES.items():
-        accumulate_gradients(engine, embed, strategy, one_step(100_000, lengths[:1], settings), settings=settings)
+        accumulate(one_step(100_000, lengths[:1], settings), settings)
         save(f"{loss}-one_example")
     mean_of_means(engine, embed, strategy, one_step(100_000))
     save("mean_of_means")

@@ -8,26 +8,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_worker import ENGINES, SHARD_EVERYTHING, inspect_engine, local_tensors, make_loader, start
+from engine_worker import ENGINES, SHARD_EVERYTHING, check_scored_weights, inspect_engine, local_tensors, make_loader, start
 from safetensors.torch import load_file, save_file
-from support.toy import toy_classifier
+from support.toy import toy_classifier, toy_split
 from torch import Tensor
 
-from agnews_dist.data.batching.loader import StepBatches
+from agnews_dist.data.batching.loader import StepBatches, TokenTable
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.engine import engine as engine_module
 from agnews_dist.engine.deepspeed_config import ZeroOptions
 from agnews_dist.engine.strategy import Strategy
-from agnews_dist.errors import UserError
+from agnews_dist.errors import Stopped, UserError
+from agnews_dist.evaluation.evaluator import evaluate_split
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.prefix import FeatureSource, uncached_features
 from agnews_dist.run.engine_setup import place_classifier
-from agnews_dist.training.optim import build_optimizer
+from agnews_dist.training.optim import averaging_rate, build_optimizer
 from agnews_dist.training.step import train_step
 
 HALF = 4
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+FIRST_AVERAGED = 2
+"""Steps done before the first one that is averaged."""
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "average")
 # Stage 3 with updates in several pieces, and with its default: small weights are whole on every rank.
 ENGINES["zero3-pieces"] = {"zero": ZeroOptions(3, settings={"zero_optimization": {"sub_group_size": 2000}})}
 ENGINES["zero2-dealt"] = {"zero": ZeroOptions(2, settings={"zero_optimization": {"round_robin_gradients": True}})}
@@ -66,7 +69,20 @@ class Run:
             torch.manual_seed(1000 * step + self.world.rank)
             batches = self.batches[step % len(self.batches)]
             losses.append(train_step(self.engine, self.embed, self.strategy, batches, dropout_key=step_key(3, step)).loss)
+            if step >= FIRST_AVERAGED:
+                self.strategy.average(averaging_rate(self.strategy.num_averaged, average="swa", ema_decay=0.0))
         return losses
+
+    def check_evaluation_uses_the_average(self, settings: dict) -> None:
+        """Score the average of the weights, also in an evaluation that stops; the next steps must not notice."""
+        table = TokenTable(toy_split([9, 30, 4, 17, 17]), pad_id=0, device=self.engine.device)
+        with pytest.raises(Stopped), self.strategy.averaged():
+            raise Stopped
+        with self.strategy.averaged():
+            scored = evaluate_split(self.classifier, table, self.engine)
+        weights = self.strategy.gather_weights()
+        if self.world.is_main:
+            check_scored_weights(settings, weights, table, scored.probabilities_NK)
 
     def state(self) -> dict[str, Tensor]:
         """Copy the state, as a checkpoint does; empty except on rank 0."""
@@ -88,8 +104,8 @@ def check_local(name: str, found: list[Tensor], expected: list[Tensor]) -> None:
     assert name.startswith("zero3") or all(map(torch.equal, found, expected)), f"{name}: a rank holds other bits"
 
 
-def check_form(run: Run, state: dict[str, Tensor], where: str) -> None:
-    assert list(state) == [f"{kind}.{name}" for kind in KINDS for name in run.shapes], where
+def check_form(run: Run, state: dict[str, Tensor], where: str, kinds: tuple[str, ...] = KINDS) -> None:
+    assert list(state) == [f"{kind}.{name}" for kind in kinds for name in run.shapes], where
     for key, value in state.items():
         assert (value.shape, value.dtype) == (run.shapes[key.partition(".")[2]], torch.float32), f"{where}: {key}"
         assert not value.requires_grad, f"{where}: {key}"
@@ -108,13 +124,14 @@ def check_resuming(world: World, settings: dict, name: str, output: Path) -> Non
     first_losses = run.train(0, HALF)
     assert run.strategy.num_updates == HALF
     half, weights = run.state(), run.strategy.gather_weights()
+    run.check_evaluation_uses_the_average(settings)
     facts = inspect_engine(run.strategy, run.engine)
     if world.is_main:
-        check_form(run, fresh, f"{name}, before the first step")
+        check_form(run, fresh, f"{name}, before the first step", KINDS[:3])
         assert not any(value.any() for key, value in fresh.items() if not key.startswith("weight.")), name
         check_form(run, half, name)
         assert all(value.any() for value in half.values()), f"{name}: control: there are moments"
-    check_equal({key: half[key] for key in half if key.startswith("weight.")}, under("weight", weights), name)
+    check_equal({key: half[key] for key in half if key.startswith("average.")}, under("average", weights), name)
     assert first_losses + run.train(HALF, 2 * HALF) == losses, f"{name}: saving changed the next steps"
     check_local(name, local_tensors(run.strategy), local)
     done = run.state()
@@ -123,7 +140,7 @@ def check_resuming(world: World, settings: dict, name: str, output: Path) -> Non
     del run
 
     resumed = Run(world, settings, name, is_other=True)
-    resumed.strategy.load_state(half, HALF)
+    resumed.strategy.load_state(half, HALF, HALF - FIRST_AVERAGED)
     resumed.strategy.load_scaling(4.0, 2)
     assert resumed.strategy.scaling == (1.0, 0), "no loss scale without fp16"
     check_equal(resumed.state(), half, f"{name}, loaded")
@@ -154,7 +171,7 @@ def check_crossed(world: World, settings: dict, name: str, source: Path, output:
     """Load the state of another engine, perhaps of another number of ranks, and train to the end."""
     run = Run(world, settings, name, is_other=True)
     state = load_file(source) if world.is_main else {}
-    run.strategy.load_state(state, HALF)
+    run.strategy.load_state(state, HALF, HALF - FIRST_AVERAGED)
     check_equal(run.state(), state, f"{source.stem} in {name}")
     losses = run.train(HALF, 2 * HALF)
     assert run.strategy.num_updates == 2 * HALF
@@ -191,9 +208,10 @@ def record_scales(world: World, settings: dict, name: str) -> dict:
     run.strategy.load_scaling(2.0**24, 1)
     found += [run.strategy.scaling, *train(run, 0, num_steps)]
     updates, state, scaling = run.strategy.num_updates, run.state(), run.strategy.scaling
+    num_averaged = run.strategy.num_averaged
     rest = train(run, num_steps, num_steps + 2 * HALF)
     resumed = make(is_other=True)
-    resumed.strategy.load_state(state, updates)
+    resumed.strategy.load_state(state, updates, num_averaged)
     resumed.strategy.load_scaling(*scaling)
     assert resumed.strategy.scaling == scaling
     assert train(resumed, num_steps, num_steps + 2 * HALF) == rest, f"{name}: another scale after loading"

@@ -30,6 +30,8 @@ RANKS = (1, 2, 3)
 LENGTHS = [30, 30, 28, 28, 27, 26, 25, 25, 24, 20, 20, 18, 17, 16, 12, 9, 8, 7, 7, 5, 5, 4, 3, 3, 2, 1, 1, 1, 1]
 EVALUATION_LENGTHS = [30, 22, 17, 12, 9, 9, 7, 5, 3, 2, 1]
 NUM_STEPS, LR, WEIGHT_DECAY, BATCH = 12, 1e-3, 0.1, 9
+LAYER_DECAY = 0.5
+"""Of the cases that train all blocks."""
 TOLERANCE = 2e-5
 BROKEN = "AGNEWS_MUTANT" in os.environ
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -54,6 +56,7 @@ def cases() -> list[dict]:
         kind = "sgd" if case["sgd"] else "adamw"
         case["name"] = f"{case['engine']}-{case['trainable_blocks']}-{case['max_tokens']}-{kind}"
         case["mean_of_means"] = False
+        case["layer_decay"] = LAYER_DECAY if case["trainable_blocks"] == "all" else 1.0
     # With a mutant the case of its test is enough.
     return [case for case in made if not BROKEN or case["name"] in os.environ["AGNEWS_MUTANT"]]
 
@@ -130,7 +133,8 @@ def reference_training(
     model, tokens_NT, mask_NT = toy_reference_model(LENGTHS, num_blocks, torch.float32)
     labels_N = torch.from_numpy(toy_split(LENGTHS).labels)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    groups = toy_reference_groups(trained.values(), weight_decay)
+    rates = {f"transformer.h.{block}.": LR * LAYER_DECAY ** (3 - block) for block in range(3)} if num_blocks == 3 else {}
+    groups = toy_reference_groups(trained, weight_decay, rates)
     optimizer = torch.optim.SGD(trained.values(), lr=LR) if sgd else torch.optim.AdamW(groups, lr=LR)
     losses, norms = [], []
     for ids in global_batches() if batches is None else batches:

@@ -104,7 +104,7 @@ def train_reference(trainable_blocks: int | str, batches: list[list[int]]) -> tu
     model, tokens_NT, mask_NT = toy_reference_model(LENGTHS["train"], trainable_blocks)
     labels_N = torch.from_numpy(toy_split(LENGTHS["train"]).labels)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    optimizer, losses = torch.optim.AdamW(toy_reference_groups(trained.values(), DECAY), lr=LR), []
+    optimizer, losses = torch.optim.AdamW(toy_reference_groups(trained, DECAY, {}), lr=LR), []
     for ids in batches:
         logits_BC = model(input_ids=tokens_NT[ids], attention_mask=mask_NT[ids]).logits
         loss = torch.nn.functional.cross_entropy(logits_BC, labels_N[ids])

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from gradient_worker import DROPOUT, R_DROP, SEED, STEP
 from safetensors.torch import load_file
 from support import fork_server
+from support.dropout_reference import reference_keys, reference_r_drop, second_pass_keys
 from support.processes import REPOSITORY
 from support.toy import CLASS_WEIGHTS, reference_gradients
 
@@ -20,6 +22,8 @@ LOSSES = {
     "both": {"weight": WEIGHTS_C, "label_smoothing": 0.1},
 }
 """Loss of the worker -> arguments of torch's `cross_entropy`."""
+R_DROP_LOSSES = {"r_drop": None, "weighted_r_drop": WEIGHTS_C}
+"""Loss of the worker -> class weights."""
 
 
 def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
@@ -42,21 +46,29 @@ def reference() -> dict[str, torch.Tensor]:
     return reference_gradients(LENGTHS)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+def gradients_of(loss: str, lengths: list[int]) -> dict[str, torch.Tensor]:
+    """Return the gradients of a reference without code of this package."""
+    if loss in LOSSES:
+        return reference_gradients(lengths, **LOSSES[loss])
+    passes = [keys(SEED, STEP, range(len(lengths))) for keys in (reference_keys, second_pass_keys)]
+    return reference_r_drop(lengths, passes, DROPOUT, R_DROP, R_DROP_LOSSES[loss])
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, *R_DROP_LOSSES])
 def test_gradient_equals_the_reference(saved, reference, loss):
     num_ranks, directory = saved
     files = sorted(directory.glob(f"{loss}-accumulation*.safetensors"))
     assert len(files) == num_ranks * len(ACCUMULATIONS)
-    expected = reference_gradients(LENGTHS, **LOSSES[loss])
+    expected = gradients_of(loss, LENGTHS)
     for file in files:
         assert relative_error(load_file(file), expected) < 1e-12, file.name
     assert loss == "plain" or relative_error(expected, reference) > 1e-2, "the losses differ"
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [*LOSSES, *R_DROP_LOSSES])
 def test_ranks_without_an_example_add_nothing(saved, loss):
     num_ranks, directory = saved
-    expected = reference_gradients(LENGTHS[:1], **LOSSES[loss])
+    expected = gradients_of(loss, LENGTHS[:1])
     for rank in range(num_ranks):
         found = load_file(directory / f"{loss}-one_example-rank{rank}of{num_ranks}.safetensors")
         assert relative_error(found, expected) < 1e-12

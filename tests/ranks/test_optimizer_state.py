@@ -18,13 +18,14 @@ from support import fork_server
 from support.processes import REPOSITORY
 from support.toy import our_name, toy_reference_groups, toy_reference_model, toy_split
 from test_engines import BATCH, LENGTHS, LR, PARTS, TOLERANCE, WEIGHT_DECAY, drop_key_bias, global_batches
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 BROKEN = "AGNEWS_MUTANT" in os.environ
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 CROSSED = ("ddp", "zero2", "zero3", "fsdp")
 RING = dict(zip(CROSSED, (*CROSSED[1:], CROSSED[0]), strict=True))
 """Engine -> the engine that resumes from it. All write one format, so this need not be every pair."""
-HALF, BLOCKS = 4, 2
+HALF, BLOCKS, FIRST_AVERAGED = 4, 2, 2
 # Relative to the largest moment; measured: 7e-7.
 MOMENT_TOLERANCE = 2e-5
 WORKER = REPOSITORY / "tests" / "ranks" / "optimizer_state_worker.py"
@@ -85,8 +86,9 @@ def reference() -> dict:
     model, tokens_NT, mask_NT = toy_reference_model(LENGTHS, BLOCKS, torch.float32)
     labels_N = torch.from_numpy(toy_split(LENGTHS).labels)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    optimizer = torch.optim.AdamW(toy_reference_groups(trained.values(), WEIGHT_DECAY), lr=LR, fused=True)
+    optimizer = torch.optim.AdamW(toy_reference_groups(trained, WEIGHT_DECAY, {}), lr=LR, fused=True)
     losses, states = [], []
+    averaged = AveragedModel(model, multi_avg_fn=get_swa_multi_avg_fn())
     for step, ids in enumerate(global_batches()[: 2 * HALF], start=1):
         optimizer.zero_grad()
         logits_BC = model(input_ids=tokens_NT[ids], attention_mask=mask_NT[ids]).logits
@@ -95,19 +97,23 @@ def reference() -> dict:
         assert torch.nn.utils.clip_grad_norm_(trained.values(), 1.0) > 1, "every step is clipped"
         losses.append(loss.item())
         optimizer.step()
+        if step > FIRST_AVERAGED:
+            averaged.update_parameters(model)
         if step % HALF == 0:
             state = {f"weight.{our_name(name)}": weight.detach().clone() for name, weight in trained.items()}
             for kind in ("exp_avg", "exp_avg_sq"):
                 moments = {name: optimizer.state[weight][kind].clone() for name, weight in trained.items()}
                 state |= {f"{kind}.{our_name(name)}": moment for name, moment in moments.items()}
+            averages = {name: weight.detach().clone() for name, weight in averaged.module.named_parameters()}
+            state |= {f"average.{our_name(name)}": averages[name] for name in trained}
             states.append(state)
     return {"losses": losses, "half": states[0], "done": states[1]}
 
 
 def measure_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Return the largest error of each kind: absolute for weights, relative to the largest moment for moments."""
+    """Return the largest error of each kind: absolute for weights and averages, relative to the largest moment for moments."""
     assert found.keys() == expected.keys()
-    errors = {"weight": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
+    errors = {"weight": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0, "average": 0.0}
     for key, value in found.items():
         kind, _, name = key.partition(".")
         error = float(drop_key_bias(name, value - expected[key]).abs().max())
@@ -119,7 +125,7 @@ def measure_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 def check_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     errors = measure_errors(found, expected)
-    assert errors["weight"] < TOLERANCE
+    assert max(errors["weight"], errors["average"]) < TOLERANCE
     assert max(errors["exp_avg"], errors["exp_avg_sq"]) < MOMENT_TOLERANCE
 
 
@@ -138,7 +144,7 @@ def test_saved_state_equals_that_of_one_process(two, reference, name):
 def test_the_tolerances_detect_another_state(reference):
     """Compare the state after half of the steps with the final one."""
     errors = measure_errors(reference["half"], reference["done"])
-    assert errors["weight"] > 20 * TOLERANCE
+    assert min(errors["weight"], errors["average"]) > 20 * TOLERANCE
     assert min(errors["exp_avg"], errors["exp_avg_sq"]) > 100 * MOMENT_TOLERANCE
 
 

@@ -1,6 +1,6 @@
 """A small GPT-2 with random weights and ragged random examples, the same in every process."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -94,8 +94,14 @@ def reference_gradients(lengths: list[int], trainable_blocks: int = 1, **loss: A
     return {our_name(name): value.grad for name, value in model.named_parameters() if value.requires_grad}
 
 
-def toy_reference_groups(weights: Collection[torch.Tensor], weight_decay: float) -> list[dict]:
-    """Return `weights` in parameter groups for torch's AdamW: only matrices decay."""
-    decayed = {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": weight_decay}
-    others = {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0}
-    return [decayed, others]
+def toy_reference_groups(weights: Mapping[str, torch.Tensor], weight_decay: float, rates: Mapping[str, float]) -> list[dict]:
+    """Return one parameter group per weight for torch's AdamW: only matrices decay.
+
+    `rates`: beginning of Hugging Face's name -> learning rate; the others have the optimizer's.
+    """
+    groups = []
+    for name, weight in weights.items():
+        own_rate = [rate for prefix, rate in rates.items() if name.startswith(prefix)]
+        group = {"params": [weight], "weight_decay": weight_decay if weight.ndim >= 2 else 0.0}
+        groups.append(group | ({"lr": own_rate[0]} if own_rate else {}))
+    return groups

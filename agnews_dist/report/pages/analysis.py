@@ -103,7 +103,7 @@ def analyse(
         analysis["baselines"] = [_baseline_fields(each) for each in baselines]
         check_stop()
         ranked = _find_label_issues(run, rows.corpus, list(details), analysis["notes"], max_seconds=max_seconds / 3)
-        label_errors = _list_issues(rows.corpus, ranked)
+        label_errors = format_label_issues(rows.corpus, ranked)
         for name, issues in ranked.items():
             shown = _with_near_texts(rows.corpus.splits[name], issues[:NUM_LABEL_ISSUES])
             texts.add(name, [issue["row"] for issue in shown])
@@ -270,7 +270,7 @@ def _limit_issues(num_rows: int) -> int:
     return min(MAX_LABEL_ISSUES, max(NUM_LABEL_ISSUES, num_rows // 20))
 
 
-def _list_issues(corpus: Corpus, found: Mapping[str, Sequence[LabelIssue]]) -> str:
+def format_label_issues(corpus: Corpus, found: Mapping[str, Sequence[LabelIssue]]) -> str:
     """Format all ranked rows as csv."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

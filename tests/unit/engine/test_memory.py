@@ -81,6 +81,8 @@ def test_activation_bytes_are_close_to_what_autograd_keeps(blocks: int, half: bo
     estimated = estimate_activation_bytes(build_shape(config), replace(base, half=half, fast_path=fast_path))
     # The estimate includes the backward pass of a block and the features.
     assert 0.9 * sum(kept.values()) < estimated < 2.1 * sum(kept.values())
+    twice = replace(base, half=half, fast_path=fast_path, num_passes=2)
+    assert estimate_activation_bytes(build_shape(config), twice) > 1.8 * estimated
     less = estimate_activation_bytes(
         build_shape(config), replace(base, half=half, fast_path=fast_path, activation_checkpointing=True)
     )
@@ -94,6 +96,7 @@ def test_estimate_shards_what_each_engine_shards() -> None:
     weights, gradients, optimizer = ("weights that train", "gradients", "optimizer")
     ddp = estimate(XL, all_blocks).device
     assert (ddp[weights], ddp[gradients], ddp[optimizer]) == (4 * total, 4 * total, 8 * total)
+    assert estimate(XL, replace(all_blocks, has_average=True)).device[optimizer] == 12 * total
     stages = [estimate(XL, replace(all_blocks, backend="deepspeed", zero_stage=stage)).device for stage in (1, 2, 3)]
     for name, first_stage in ((optimizer, 1), (gradients, 2), (weights, 3)):
         for stage, found in enumerate(stages, 1):

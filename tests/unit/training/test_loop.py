@@ -1,6 +1,6 @@
 """The training loop: stopped and resumed anywhere, it ends with the same bits as without a stop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,8 @@ import pytest
 import torch
 from support.events import recorder
 from support.toy import toy_classifier, toy_split
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader
 from agnews_dist.data.batching.settings import PlanSettings
@@ -100,6 +102,7 @@ class Run:
         self.timer.seconds["prefix"] = 0.5
         self.trainer.use_features(uncached_features(self.classifier.prefix))
         self._log, self._options = EventLog(directory / "events.jsonl"), options
+        self.after_step: Callable[[], object] = lambda: None
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Resume from a checkpoint."""
@@ -119,7 +122,7 @@ class Run:
             **self._options,
         )
         with closing(manager):
-            self.trainer.fit(validate or self.validate, manager)
+            self.trainer.fit(validate or self.validate, manager, self.after_step)
 
     def validate(self) -> SplitScores:
         """Score the training texts."""
@@ -208,7 +211,8 @@ def test_checkpoint_holds_the_state_in_a_fixed_order(tmp_path):
     assert names == [f"step-0000000{end}" for end in ("8-scored", "6", "4-scored", "3")]
     state = read_checkpoint(run.folder / "step-00000006").state
     assert list(state) == [
-        *("precision", "position", "scored_step", "num_updates", "scaling", "totals", "seconds", "step", "log_bytes", "best")
+        *("precision", "position", "scored_step", "num_updates", "num_averaged", "scaling", "totals", "seconds", "step"),
+        *("log_bytes", "best"),
     ]
     assert (state["position"]["epoch"], state["position"]["step"], state["num_updates"]) == (1, 2, 6)
     assert list(state["best"]) == ["name", "epoch", "step", "num_worse", "scores", "seconds"]
@@ -261,8 +265,8 @@ def test_step_with_a_stop_request_saves_before_it_raises(tmp_path):
     assert read_checkpoint(path).state["best"] is None, "no epoch is scored yet"
 
 
-EVERY_3 = {"evaluate_every": 3, "epochs": 3, "best_metric": "loss", "label_smoothing": 0.1}
-"""Twelve steps, with evaluations after 3, 6, 9 and 12, none of which ends an epoch but the last."""
+EVERY_3 = {"evaluate_every": 3, "epochs": 3, "best_metric": "loss", "label_smoothing": 0.1, "average": "ema"}
+"""Twelve steps, with evaluations after 3, 6, 9 and 12, none of which ends an epoch but the last. Averages from step 7 on."""
 WEIGHTS_C = np.array([0.3, 1.0, 7.0, 2.1])
 
 
@@ -443,3 +447,67 @@ def test_checkpoint_of_before_says_by_its_position_whether_it_is_scored(whole, t
     run.fit()
     assert [found[:2] for found in evaluations(run)] == [*pending, (2, 8)]
     assert steps_of(run) == steps_of(whole)[4:]
+
+
+def moving_average(averages: Sequence[Tensor], currents: Sequence[Tensor], num_averaged: Tensor) -> None:
+    """Update averages as `optim.ema_decay` 0.99 describes, for torch's AveragedModel."""
+    decay = min(0.99, (1 + float(num_averaged)) / (10 + float(num_averaged)))
+    for average, current in zip(averages, currents, strict=True):
+        average.mul_(decay).add_(current, alpha=1 - decay)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reference"),
+    [
+        ({"average": "swa"}, get_swa_multi_avg_fn()),
+        ({"average": "ema", "ema_decay": 0.1}, get_ema_multi_avg_fn(0.1)),
+        ({"average": "ema"}, moving_average),
+    ],
+)
+def test_averages_are_torchs_and_leave_the_training_alone(whole, tmp_path, changes, reference):
+    run = Run(tmp_path, changes={**changes, "average_start": 0.3, "best_metric": "loss"})
+    expected = AveragedModel(run.classifier.suffix, multi_avg_fn=reference)
+
+    def after_step() -> None:
+        if run.trainer.step > 2:  # 0.3 x 8 steps
+            expected.update_parameters(run.classifier.suffix)
+
+    run.after_step = after_step
+    run.fit()
+    assert steps_of(run) == steps_of(whole), "training continues with the weights"
+    assert run.trainer.strategy.num_averaged == expected.n_averaged == 6
+    averages, weights = dict(expected.module.named_parameters()), dict(run.classifier.suffix.named_parameters())
+    assert all(not torch.equal(averages[name], weight) for name, weight in weights.items() if not name.endswith("c_attn.bias"))
+    found = run.trainer.strategy.gather_weights()
+    for name, value in averages.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-7)
+    assert all(torch.equal(weight, whole.outcome()["weights"][name]) for name, weight in weights.items())
+    # The last evaluation scored the average, and the best weights are those of an evaluation.
+    run.classifier.suffix.load_state_dict(found)
+    assert run.validate().scores.loss == evaluations(run)[-1][2] != evaluations(whole)[-1][2]
+    assert run.trainer.best.step == 8
+    assert same(run.trainer.best.weights, found)
+
+
+def test_average_follows_settings_that_were_accepted(tmp_path):
+    averaged = {"average": "swa", "average_start": 0.0}
+    with pytest.raises(Stopped):
+        Run(tmp_path, stop_at=4, changes=averaged).fit()
+    assert read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[0]).tensors.keys() == {"weights", "moments", "averages"}
+    counts = {
+        name: resume(tmp_path, changes=changes).trainer.strategy.num_averaged
+        for name, changes in {"same": averaged, "none": {}, "later": {**averaged, "average_start": 0.9}}.items()
+    }
+    assert counts == {"same": 5, "none": 0, "later": 0}
+
+
+def test_checkpoint_of_before_can_be_averaged(tmp_path):
+    with pytest.raises(Stopped):
+        Run(tmp_path, stop_at=5).fit()
+    checkpoint = read_checkpoint(list_checkpoints(tmp_path / "checkpoints")[0])
+    assert checkpoint.tensors.keys() == {"weights", "moments"}
+    del checkpoint.state["num_averaged"]
+    run = Run(tmp_path, changes={"average": "swa"})
+    run.load(checkpoint)
+    run.fit()
+    assert (run.trainer.step, run.trainer.strategy.num_averaged) == (8, 2)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from support.toy import toy_classifier
 from torch import nn
 
 from agnews_dist.training.optim import build_optimizer, learning_rate, set_lr
@@ -48,3 +49,18 @@ def test_optimizer_decays_only_matrices_and_leaves_frozen_parameters_out():
     assert len(plain["params"]) == 4
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.5, 0.0)
     assert {group["lr"] for group in optimizer.param_groups} == {0.2}
+
+
+def test_layer_decay_scales_the_rate_by_the_layers_above():
+    suffix = toy_classifier(2).suffix
+    suffix.add_module("wte", nn.Embedding(7, 24))  # as with trainable embeddings
+    optimizer = build_optimizer(suffix, lr=0.1, weight_decay=0.5, layer_decay=0.5)
+    set_lr(optimizer, 0.8)
+    names = {weight: name for name, weight in suffix.named_parameters()}
+    rates = {names[weight]: group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    assert rates.keys() == set(names.values())
+    for name, rate in rates.items():
+        expected = {"out_head": 0.8, "ln_f": 0.8, "h.2": 0.4, "h.1": 0.2, "wte": 0.1}
+        assert rate == pytest.approx(next(value for prefix, value in expected.items() if name.startswith(prefix))), name
+    for group in optimizer.param_groups:
+        assert {weight.ndim > 1 for weight in group["params"]} == {group["weight_decay"] > 0}

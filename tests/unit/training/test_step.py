@@ -15,6 +15,7 @@ from agnews_dist.data.batching.loader import StepBatches, TokenTable, TrainLoade
 from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
+from agnews_dist.model.dropout import step_key
 from agnews_dist.model.prefix import Features, uncached_features
 from agnews_dist.training.step import NonFiniteError, StepSettings, train_step
 
@@ -128,3 +129,17 @@ def test_reported_loss_is_torchs_weighted_and_smoothed_mean(engine, max_tokens, 
         toy_reference_logits(LENGTHS), labels_N, weights_C.float(), label_smoothing=label_smoothing
     )
     assert result.loss == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_r_drop_without_dropout_is_the_plain_loss(engine, label_smoothing):
+    batches, weights_C = one_step(80, np.array(CLASS_WEIGHTS)), torch.tensor(CLASS_WEIGHTS, dtype=torch.float64)
+    losses = []
+    for r_drop in (0.0, 5.0):
+        classifier = toy_classifier()
+        strategy = engine.prepare(classifier.suffix.train(), torch.optim.SGD(classifier.suffix.parameters()), max_grad_norm=0.0)
+        settings = StepSettings(label_smoothing=label_smoothing, class_weights_C=weights_C, r_drop=r_drop)
+        embed = uncached_features(classifier.prefix)
+        result = train_step(engine, embed, strategy, batches, dropout_key=step_key(0, 0), settings=settings)
+        losses.append((result.loss, result.grad_norm))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -1,0 +1,58 @@
+"""`agnews-dist clean`: probable label errors and near duplicates, and the training without them."""
+
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from agnews_dist.commands.arguments import Command, Loaded, Option
+from agnews_dist.commands.command import QUIET, VERBOSE, importing, run_command
+from agnews_dist.config.schema import PathText
+from agnews_dist.distributed.preemption import PreemptionHandler
+from agnews_dist.distributed.world import World
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+COMMAND = Command(
+    "clean",
+    "Find probable label errors by members that have not seen them, and train without them.",
+    (
+        "agnews-dist clean --config my.yaml",
+        "agnews-dist clean --config my.yaml --share 0.01 --output cleaned",
+        "agnews-dist train --config my.yaml --data.exclude cleaned/exclude.csv",
+    ),
+    (
+        QUIET,
+        VERBOSE,
+        Option("--folds", "Number of folds.", Annotated[int, Field(ge=2, le=100)], 5),
+        Option("--share", "Share of the rows to exclude; default: as many as are estimated to be wrong.", Share),
+        Option("--output", "Directory of the results; default: runs/NAME-clean.", PathText),
+    ),
+    display="stdout",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, 1 for a failure, 2 for wrong settings, or the exit code of a stop (preemption.py)."""
+    preemption = PreemptionHandler(os.environ)
+    return run_command(COMMAND, argv, partial(clean, preemption=preemption), preemption)
+
+
+def clean(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> None:
+    """Clean the labels of a data set.
+
+    Raises:
+        UserError: anything that the user can fix.
+    """
+    start = time.perf_counter()
+    with importing():
+        from agnews_dist.experiments import clean_job
+
+    run, options = loaded.config.run, loaded.options
+    name = run.name or Path(loaded.config.data.source).stem
+    output = Path(options["output"] or Path(run.dir) / f"{name}-clean")
+    job = clean_job.CleanJob(loaded.config, output, options["folds"], options["share"])
+    clean_job.run_clean(world, job, preemption=preemption, console=loaded.console, start=start)

@@ -1,0 +1,108 @@
+"""The directory of a sweep: plans, results, claims."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.processes import environment
+
+from agnews_dist.config.schema import Config
+from agnews_dist.errors import ConfigError, UserError
+from agnews_dist.experiments.members import Wave, build_members
+from agnews_dist.experiments.standings import MemberResult
+from agnews_dist.experiments.sweep_directory import SweepDirectory
+
+PLAN = {"format": 1, "settings": {"optim.epochs": 3, "data.limit_train": None}, "seeds": (0, 1)}
+
+
+def result(member: int, **values: object) -> MemberResult:
+    fields = {"member": member, "setting": member, "values": {"optim.lr": 0.1}, "seed": 0, "state": "finished", **values}
+    return MemberResult(**fields)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> SweepDirectory:
+    made = SweepDirectory(tmp_path / "runs" / "a")
+    made.open(PLAN, overwrite=False)
+    return made
+
+
+def test_equal_plan_continues_and_another_is_named(directory: SweepDirectory) -> None:
+    directory.write_result(result(0))
+    again = SweepDirectory(directory.path)
+    again.open(PLAN, overwrite=False)
+    assert len(again.read_results()) == 1
+    for plan, name in (
+        (PLAN | {"settings": {"optim.epochs": 4, "data.limit_train": None}}, "optim.epochs"),
+        (PLAN | {"seeds": (0,)}, "seeds"),
+    ):
+        with pytest.raises(ConfigError, match=rf"another sweep \(in {name}\)"):
+            again.open(plan, overwrite=False)
+    again.open(PLAN | {"seeds": (0,)}, overwrite=True)
+    assert SweepDirectory(directory.path).read_results() == []
+
+
+def test_other_directories_are_never_taken(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"it exists and is not a sweep's directory"):
+            SweepDirectory(tmp_path).open(PLAN, overwrite=overwrite)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_results_return_with_their_numbers_and_rungs_apart(directory: SweepDirectory) -> None:
+    first = result(1, accuracy=0.1 + 0.2, loss=1 / 3, reason="é")
+    directory.write_result(first)
+    directory.write_result(result(0, accuracy=math.nan, loss=math.inf, state="diverged"))
+    directory.write_result(result(0, accuracy=0.5), rung=0)
+    found = SweepDirectory(directory.path).read_results()
+    assert found[1] == first
+    assert (found[0].state, math.isnan(found[0].accuracy), math.isnan(found[0].loss)) == ("diverged", True, True)
+    assert [each.accuracy for each in directory.read_results(0)] == [0.5]
+    assert directory.read_results(1) == []
+
+
+def test_tensors_of_members_that_are_not_best_are_removed(directory: SweepDirectory) -> None:
+    for member in range(3):
+        directory.write_result(result(member), {"weights.a": torch.full((2,), float(member))})
+    directory.keep_tensors([1], [0, 1])
+    assert directory.read_tensors(1)["weights.a"].tolist() == [1.0, 1.0]
+    assert directory.read_tensors(2)["weights.a"].tolist() == [2.0, 2.0]
+    with pytest.raises(UserError, match=r"00000.safetensors: it cannot be read .* trains it again"):
+        directory.read_tensors(0)
+
+
+CLAIM = """
+import sys
+from pathlib import Path
+from agnews_dist.experiments.members import Wave
+from agnews_dist.experiments.sweep_directory import SweepDirectory
+print(SweepDirectory(Path(sys.argv[1])).claim(Wave(3, ())) is not None)
+"""
+
+
+def test_wave_has_one_owner_until_that_one_ends(directory: SweepDirectory) -> None:
+    def claim_elsewhere() -> str:
+        command = [sys.executable, "-c", CLAIM, str(directory.path)]
+        return subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout.strip()
+
+    wave = Wave(3, tuple(build_members(Config(), [{"optim.lr": 1.0}], (0,))))
+    lock = directory.claim(wave)
+    assert lock is not None
+    assert claim_elsewhere() == "False"
+    lock.close()
+    assert claim_elsewhere() == "True"
+    assert not directory.has_ended(wave)
+    directory.write_result(result(0))
+    assert directory.has_ended(wave)
+
+
+def test_sweep_is_finished_when_all_that_is_wanted_is_there(directory: SweepDirectory) -> None:
+    assert not directory.is_finished()
+    (directory.path / "sweep.json").write_text('{"ensemble": [{"name": "ensemble"}]}')
+    assert directory.is_finished()
+    assert directory.is_finished({"ensemble"})
+    assert not directory.is_finished({"ensemble", "distilled"})
