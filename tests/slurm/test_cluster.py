@@ -344,7 +344,10 @@ def test_tasks_of_an_array_share_a_sweep_and_its_features(
     assert f"job {task}: requeued" in log, log
     # One cache of three splits, whichever task has computed what.
     assert len([path for path in tmp_path.glob("features/*") if path.is_dir()]) == 3
-    print(log, (project / f"agnews-sweep-{lab.client('squeue', '-h', '-t', 'all', '-j', array + '_2', '-o', '%A')}.log").read_text())
+    print(
+        log,
+        (project / f"agnews-sweep-{lab.client('squeue', '-h', '-t', 'all', '-j', array + '_2', '-o', '%A')}.log").read_text(),
+    )
 
 
 def test_train_requeues_a_job_that_is_stopped_during_the_doctor(

@@ -55,7 +55,8 @@ def build_page(run: StoredRun, details: Mapping[str, SplitDetails], analysis: Fi
     settings = run.settings
     return Page(
         title=run.name,
-        subtitle=f"{settings.get('model.name', 'a model')} on {settings.get('data.source', 'texts')}, {_describe_progress(run)}",
+        subtitle=f"{settings.get('model.name', 'a model')} on {settings.get('data.source', 'texts')}, "
+        f"{_describe_progress(run)}",
         badge=run.state,
         headlines=headlines(run, details, analysis),
         warnings=(*_list_gaps(run), *analysis.get("notes", [])),
