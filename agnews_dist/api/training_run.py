@@ -30,6 +30,7 @@ from agnews_dist.run.attempt import Attempt
 from agnews_dist.run.engine_setup import start_training_engine
 from agnews_dist.run.hub_inputs import fetch_inputs, list_requests
 from agnews_dist.run.memory_setup import build_memory_setup
+from agnews_dist.run.model_setup import read_model_files
 from agnews_dist.run.reporting import Reporter
 from agnews_dist.run.results import select_scored, write_results
 from agnews_dist.run.summary import log_summary
@@ -86,7 +87,7 @@ def train(
 
         def load() -> tuple[Estimate, setup.TrainingInputs]:
             check_compiler(config.engine.compile)
-            files = setup.read_model_files(config.model, config.data)
+            files = read_model_files(config.model, config.data)
             shape, sizes = build_memory_setup(config, world, files.config)
             check_fits(shape, sizes, world)
             checked = attempt.has_checked_export

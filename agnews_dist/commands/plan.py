@@ -60,7 +60,8 @@ def run(world: World, loaded: Loaded) -> None:
         from agnews_dist.report.formatting import create_output
         from agnews_dist.report.plan_view import show_plan
         from agnews_dist.run.hub_inputs import fetch_inputs, list_requests
-        from agnews_dist.run.setup import estimate_epochs, load_text, open_tokens, plan_settings, read_model_files
+        from agnews_dist.run.model_setup import read_model_files
+        from agnews_dist.run.setup import estimate_epochs, load_text, open_tokens, plan_settings
         from agnews_dist.storage.atomic import to_json_value
 
     data, model, batch = config.data, config.model, config.batch

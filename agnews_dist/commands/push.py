@@ -57,7 +57,7 @@ def _upload(directory: Path, repository: str, *, private: bool, revision: str | 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     from agnews_dist.data.hugging_face import translate_errors
-    from agnews_dist.model.export import EXPORT_FILES
+    from agnews_dist.model.export import EXPORT_FILES, MODELING_FILE
 
     def make_error(reason: str) -> UserError:
         return UserError(f"push {repository}: {reason}. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE.")
@@ -71,7 +71,7 @@ def _upload(directory: Path, repository: str, *, private: bool, revision: str | 
             done = api.upload_folder(
                 repo_id=created.repo_id,
                 folder_path=directory,
-                allow_patterns=list(EXPORT_FILES),
+                allow_patterns=[*EXPORT_FILES, MODELING_FILE],
                 revision=revision,
                 commit_message="Upload a model of agnews_dist",
             )

@@ -108,7 +108,21 @@ class ModelConfig(Section):
     init: Literal["pretrained", "random"] = setting("pretrained", "must match", "changes features")
     """Start of the weights. 'random' takes only the shape and draws the weights with run.seed, for tests and baselines."""
     trainable_blocks: Annotated[int, Field(ge=0)] | Literal["all"] = setting(1, "must match", "changes features", "basic")
-    """Train the last k blocks. The final norm and out_head are trained too; 0: only these. The embeddings stay frozen."""
+    """Train the last k blocks. The final norm and out_head are trained too; 0: only these. The embeddings stay frozen, unless
+    train_embeddings is true."""
+    train_embeddings: bool = setting(False, "must match", "changes features")
+    """Train the embeddings of tokens and positions too. This is full fine-tuning, so nothing is computed once and kept; needs
+    trainable_blocks all."""
+    pooling: Literal["last", "mean"] = setting("last", "must match", "changes features")
+    """Row of a text that out_head classifies: last or mean. 'last': the last real token's. 'mean': the mean of the final norm's
+    output over all real tokens; the last block then runs for all of them."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = setting(None, "may be accepted", "free")
+    """Dropout rate of the trainable part. It holds for attention weights, attention output and MLP output, and for embeddings
+    that are trained; the exported config keeps the model's own rates. null: those. Without effect with trainable_blocks 0."""
+
+    standardize: bool = setting(False, "must match", "free")
+    """Standardise the inputs of out_head. To mean 0 and variance 1 over the training rows, before the first step; needs
+    trainable_blocks 0. The export folds this into out_head and the final norm."""
 
 
 class BatchConfig(Section):
@@ -128,8 +142,12 @@ class BatchConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its schedule."""
+    """AdamW and its schedule, or L-BFGS for out_head alone."""
 
+    solver: Literal["adamw", "lbfgs"] = setting("adamw", "must match", "free")
+    """Optimizer: adamw or lbfgs. 'lbfgs' solves out_head alone to convergence on all training rows, and evaluates once; needs
+    trainable_blocks 0. It minimises the mean loss plus weight_decay / 2 times the sum of out_head's squared weights, without
+    its bias. lr, epochs, warm-up, schedule, clipping, batches and seed have no effect then."""
     lr: NonNegative = setting(1e-3, "may be accepted", "free", "basic")
     """Peak learning rate. Best of 3e-4, 1e-3 and 3e-3 on a 6-block GPT-2 (tests/bench/RESULTS.md); larger ones not measured."""
     epochs: Count = setting(3, "may be accepted", "free", "basic")
@@ -284,8 +302,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_contradictions(self) -> "Config":
         """Refuse settings that contradict each other. All are checked here, so that all are reported together."""
-        if found := "\n".join(_find_contradictions(self.data, self.batch, self.engine)):
-            raise ValueError(found)
+        lines = [*_find_contradictions(self.data, self.batch, self.engine), *_find_recipe_contradictions(self)]
+        if lines:
+            raise ValueError("\n".join(lines))
         return self
 
 
@@ -310,3 +329,30 @@ def _find_contradictions(data: DataConfig, batch: BatchConfig, engine: EngineCon
     if engine.precision == "fp16" and engine.backend == "fsdp":
         fix = "Set engine.backend deepspeed with zero_stage 3, or engine.precision fp32."
         yield f"engine.precision fp16 with {backend}: ranks would not agree on overflows. {fix}"
+
+
+def _find_recipe_contradictions(config: Config) -> Iterator[str]:
+    """Yield what contradicts the part of the model that is trained, and the way of training it."""
+    model, optim, blocks = config.model, config.optim, f"model.trainable_blocks {config.model.trainable_blocks}"
+    if model.standardize and model.trainable_blocks != 0:
+        fix = "Set model.trainable_blocks 0, or leave it out."
+        yield f"model.standardize true with {blocks}: the inputs of out_head change in training. {fix}"
+    if model.train_embeddings and model.trainable_blocks != "all":
+        yield f"model.train_embeddings true with {blocks}: it trains the whole model. Set model.trainable_blocks all."
+    if optim.solver != "lbfgs":
+        return
+    if model.trainable_blocks != 0:
+        yield f"optim.solver lbfgs with {blocks}: it solves out_head alone. Set model.trainable_blocks 0, or use adamw."
+    for key in ("max_steps", "evaluate_every", "patience"):
+        value = getattr(optim, key)
+        if value != OptimConfig.model_fields[key].default:
+            yield f"optim.{key} {value} with optim.solver lbfgs: it runs to convergence and is evaluated once. Leave it out."
+    for key in ("average", "layer_decay", "r_drop"):
+        value = getattr(optim, key)
+        if value != OptimConfig.model_fields[key].default:
+            yield f"optim.{key} {value} with optim.solver lbfgs: it is for steps of AdamW. Leave it out."
+    if config.engine.backend != "ddp":
+        backend = f"engine.backend {config.engine.backend}"
+        yield f"{backend} with optim.solver lbfgs: out_head alone is not sharded. Set engine.backend ddp."
+    if config.batch.longest_first:
+        yield "batch.longest_first true with optim.solver lbfgs: it has no steps to try. Leave it out."

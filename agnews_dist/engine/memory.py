@@ -47,14 +47,19 @@ class Shape:
         """Number of weights of one block."""
         return 4 * self.width**2 + 2 * self.width * self.inner + 9 * self.width + self.inner
 
-    def count_trainable(self, trainable_blocks: int, num_classes: int) -> int:
+    @property
+    def embeddings(self) -> int:
+        """Number of weights of the embeddings."""
+        return (self.num_rows + self.num_positions) * self.width
+
+    def count_trainable(self, trainable_blocks: int, num_classes: int, *, train_embeddings: bool = False) -> int:
         # The last blocks, the final norm, `out_head`; its bias as in model/gpt2.py.
         has_bias = 2 * num_classes <= self.width
-        return trainable_blocks * self.block + 2 * self.width + num_classes * (self.width + has_bias)
+        above = trainable_blocks * self.block + 2 * self.width + num_classes * (self.width + has_bias)
+        return above + train_embeddings * self.embeddings
 
-    def count_frozen(self, trainable_blocks: int) -> int:
-        embeddings = (self.num_rows + self.num_positions) * self.width
-        return embeddings + (self.num_blocks - trainable_blocks) * self.block
+    def count_frozen(self, trainable_blocks: int, *, train_embeddings: bool = False) -> int:
+        return (not train_embeddings) * self.embeddings + (self.num_blocks - trainable_blocks) * self.block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,7 @@ class Setup:
     """Settings and machine that the estimate depends on."""
 
     trainable_blocks: int
+    train_embeddings: bool = False
     num_ranks: int
     ranks_per_node: int
     backend: Literal["ddp", "fsdp", "deepspeed"]
@@ -79,6 +85,8 @@ class Setup:
     shares_frozen: bool = False
     """The ranks of a node share one copy of the frozen weights."""
     fast_path: bool = True
+    pooling: Literal["last", "mean"] = "last"
+    """mean: the last block runs for all tokens too."""
     activation_checkpointing: bool = False
     compress_gradients: bool = False
     num_passes: int = 1
@@ -116,12 +124,13 @@ class Estimate:
 
 def estimate(shape: Shape, setup: Setup) -> Estimate:
     """Estimate the memory of rank 0, which needs the most: it also copies the best weights and checkpoints."""
-    total = shape.count_trainable(setup.trainable_blocks, setup.num_classes)
+    total = shape.count_trainable(setup.trainable_blocks, setup.num_classes, train_embeddings=setup.train_embeddings)
+    embeddings = setup.train_embeddings * shape.embeddings
     shard = -(-total // setup.num_ranks)
     zero = setup.zero_stage if setup.backend == "deepspeed" else 0
     has_sharded_weights = zero == 3 or (setup.backend == "fsdp" and setup.num_ranks > 1)
     # From the second step on, stage 3 keeps gathered weights until the backward pass has used them.
-    live = min(total, LIVE_WEIGHTS if zero == 3 else 2 * shape.block) if has_sharded_weights else 0
+    live = min(total, LIVE_WEIGHTS if zero == 3 else 2 * shape.block + embeddings) if has_sharded_weights else 0
     bucket = 4 * min(total, LARGEST_BUCKET)
 
     # Two moments of each weight.
@@ -133,13 +142,13 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
         # Stage 3: the bucket, its scattered copy and prefetched weights (measured: 3.4 to 4.1 buckets).
         buffers = bucket * (2 if zero < 3 else 4)
     elif setup.backend == "fsdp" and setup.num_ranks > 1:
-        buffers = 2 * 4 * min(total, shape.block)
+        buffers = 2 * 4 * min(total, max(shape.block, embeddings))
     elif setup.num_ranks > 1 and setup.compress_gradients:
         buffers = 2 * total
-    frozen = (2 if setup.half else 4) * shape.count_frozen(setup.trainable_blocks)
+    frozen = (2 if setup.half else 4) * shape.count_frozen(setup.trainable_blocks, train_embeddings=setup.train_embeddings)
     # Adding [PAD] copies the embedding on every rank.
     embedding = 4 * shape.num_rows * shape.width
-    if setup.shares_frozen:
+    if setup.shares_frozen and not setup.train_embeddings:
         frozen = embedding + (frozen - embedding) // setup.ranks_per_node
     device = {
         "frozen weights": frozen,
@@ -175,7 +184,8 @@ def estimate_activation_bytes(shape: Shape, setup: Setup) -> int:
     scores = SCORES_BYTES * shape.num_heads * setup.max_length if setup.device == "cpu" else 0
     per_block = FULL_BLOCK_BYTES[product] if setup.fast_path else PLAIN_BLOCK_BYTES[product]
     block = num_tokens * (per_block * width + scores) + (CAST_BYTES * width**2 if setup.half else 0)
-    num_full = max(0, setup.trainable_blocks - 1) if setup.fast_path else setup.trainable_blocks
+    has_last = setup.fast_path and setup.pooling == "last"
+    num_full = max(0, setup.trainable_blocks - 1) if has_last else setup.trainable_blocks
     # The backward pass of a block adds about two of its widest tensors.
     backward = 4 * num_tokens * (4 * width) * 2 if num_full else 0
     kept = num_full * block
@@ -188,7 +198,9 @@ def estimate_activation_bytes(shape: Shape, setup: Setup) -> int:
     frozen = call * (6 * width + shape.inner) * product
     # Evaluation keeps no activations. A block of all tokens needs its MLP rows, their activation and the residual stream.
     scored = setup.evaluation_tokens * ((6 * width + 2 * shape.inner) * product if num_full else 4 * width * 4)
-    return max(kept + backward + last, frozen, scored)
+    # The mask of their dropout, and a dense gradient of each micro-batch.
+    embedded = setup.train_embeddings * (num_tokens * width + 4 * shape.embeddings)
+    return max(kept + backward + last + embedded, frozen, scored)
 
 
 def compute_largest_micro_batch(setup: Setup) -> int:
@@ -209,9 +221,12 @@ def propose_settings(setup: Setup) -> list[tuple[str, Setup]]:
         zero = both | {"engine.backend": "deepspeed", "engine.zero_stage": stage, "engine.offload": "none"}
         proposals += [zero, zero | {"engine.offload": "optimizer"}]
     proposals.append(both | {"engine.backend": "deepspeed", "engine.zero_stage": 3, "engine.offload": "all"})
+    frozen: dict[str, Any] = {"model.train_embeddings": False} if setup.train_embeddings else {}
+    proposals += [frozen, both | frozen] if frozen else []
     for blocks in (setup.trainable_blocks // 2, 1):
         if 0 < blocks < setup.trainable_blocks:
-            proposals += [{"model.trainable_blocks": blocks}, both | {"model.trainable_blocks": blocks}]
+            fewer = frozen | {"model.trainable_blocks": blocks}
+            proposals += [fewer, both | fewer]
     found: list[tuple[str, Setup]] = []
     for changes in proposals:
         flags = " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items() if value != "none")
@@ -241,7 +256,8 @@ def explain_misfit(shape: Shape, setup: Setup, *, free_device: int, free_host: i
     if fitting:
         remedy = "Each of these would fit: " + "; ".join(fitting[:3])
     else:
-        least = estimate(shape, replace(setup, trainable_blocks=min(1, setup.trainable_blocks))).device_bytes
+        one_block = replace(setup, trainable_blocks=min(1, setup.trainable_blocks), train_embeddings=False)
+        least = estimate(shape, one_block).device_bytes
         remedy = f"Use a smaller model or more memory: with one trainable block it needs {gigabytes(least)}"
     found = estimate(shape, setup)
     if found.device_bytes * (1 - TOLERANCE) > free_device:

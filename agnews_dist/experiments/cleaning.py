@@ -37,7 +37,8 @@ def answer_out_of_fold(
     """
     found: list[tuple[Ints, NDArray[np.float32]]] = []
     num_folds, (position, num_workers) = int(fold_N.max()) + 1, worker
-    config = replace_values(config, {**FOLD_SETTINGS, "optim.evaluate_every": LAST_STEP_ONLY})
+    if config.optim.solver == "adamw":
+        config = replace_values(config, {**FOLD_SETTINGS, "optim.evaluate_every": LAST_STEP_ONLY})
     for fold in range(position, num_folds, num_workers):
         monitors.emit(Progress(task="train folds", done=fold, total=num_folds, unit="folds"))
         rows_N, others_N = np.flatnonzero(fold_N == fold), np.flatnonzero(fold_N != fold)

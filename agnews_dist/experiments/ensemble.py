@@ -70,8 +70,8 @@ def compute_targets(ensemble: Classifier, table: TokenTable, engine: Engine, fea
 
 
 def fold_temperature(weights: Mapping[str, Tensor], temperature: float) -> dict[str, Tensor]:
-    """Return weights whose logits are those of `weights` divided by a temperature."""
-    heads = {name: weights[name] / temperature for name in weights if name.startswith("out_head.")}
+    """Return weights whose logits are those of `weights` divided by a temperature. Names may have a prefix."""
+    heads = {name: weights[name] / temperature for name in weights if "out_head." in name}
     return {**weights, **heads}
 
 

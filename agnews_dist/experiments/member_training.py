@@ -16,8 +16,9 @@ from agnews_dist.events import ignore_event
 from agnews_dist.experiments.feature_group import FeatureGroup
 from agnews_dist.experiments.members import Member
 from agnews_dist.experiments.standings import MemberResult, State
-from agnews_dist.model.gpt2 import copy_untrained
+from agnews_dist.model.gpt2 import Classifier, copy_untrained, set_dropout
 from agnews_dist.model.prefix import Features, FeatureSource
+from agnews_dist.model.suffix import Standard
 from agnews_dist.run import setup
 from agnews_dist.run.fingerprints import setting_values
 from agnews_dist.training.loop import Monitors, Trainer
@@ -35,7 +36,8 @@ class SharedLoader(TrainLoader):
         self._position = (-1, -1)
         """(epoch, step in it) of the newest batches."""
         self._newest: StepBatches | None = None
-        self._features: dict[int, tuple[Batch, Features]] = {}
+        self._features: dict[int, Features] = {}
+        """Features of its micro-batches, by their places."""
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[StepBatches]:
         """Yield the steps of the epoch from `start`."""
@@ -45,10 +47,13 @@ class SharedLoader(TrainLoader):
     def features(self, batch: Batch) -> Features:
         """Return the features of a micro-batch of the newest step."""
         assert self.source is not None
-        # The batch is kept with its features: an id is only unique while its object exists.
-        if id(batch) not in self._features:
-            self._features[id(batch)] = (batch, self.source(batch))
-        return self._features[id(batch)][1]
+        newest = self._newest.micro_batches if self._newest is not None else ()
+        place = next((i for i, each in enumerate(newest) if each is batch), None)
+        if place is None:
+            return self.source(batch)
+        if place not in self._features:
+            self._features[place] = self.source(batch)
+        return self._features[place]
 
     def _read(self, epoch: int, step: int) -> StepBatches:
         if self._position != (epoch, step) or self._newest is None:
@@ -66,6 +71,8 @@ class MemberTraining:
         """Copy the untrained suffix. `monitors`: get the member's events and see its stop requests."""
         self.member, self._group = member, group
         classifier = copy_untrained(group.inputs.classifier, member.seed)
+        if member.config.model.dropout is not None:
+            set_dropout(classifier.suffix, member.config.model.dropout)
         inputs = replace(group.inputs, classifier=classifier)
         # Its events are those of one member among many: a sweep shows results.
         silent = replace(monitors, emit=ignore_event)
@@ -124,8 +131,10 @@ class MemberTraining:
     def tensors(self) -> dict[str, Tensor]:
         """Return the best weights and the predictions for validation with them, for a file."""
         best = self.trainer.best
-        weights = {f"weights.{name}": weight for name, weight in best.weights.items()}
-        return weights | {f"validation.{name}": tensor for name, tensor in best.scores.tensors().items()}
+        tensors = {f"weights.{name}": weight for name, weight in best.weights.items()}
+        if (standard := self.classifier.suffix.standard) is not None:
+            tensors |= {f"standard.{name}": tensor.cpu() for name, tensor in zip(Standard._fields, standard, strict=True)}
+        return tensors | {f"validation.{name}": tensor for name, tensor in best.scores.tensors().items()}
 
     def _iterate(self) -> Generator[bool]:
         for _ in self.trainer.iterate(self._validate):
@@ -156,9 +165,18 @@ def train_in_lock_step(
         after_step()
 
 
-def load_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of `MemberTraining.tensors` by name."""
-    return {name.removeprefix("weights."): tensor for name, tensor in tensors.items() if name.startswith("weights.")}
+def load_member(group: FeatureGroup, member: Member, tensors: Mapping[str, Tensor]) -> tuple[Classifier, dict[str, Tensor]]:
+    """Return the classifier that `MemberTraining.tensors` are of, and its weights by name."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        parts.setdefault(kind, {})[name] = tensor
+    classifier = copy_untrained(group.inputs.classifier, member.seed)
+    classifier.suffix.load_state_dict(parts["weights"])
+    if "standard" in parts:
+        device = classifier.suffix.out_head.weight.device
+        classifier.suffix.standard = Standard(*(parts["standard"][name].to(device) for name in Standard._fields))
+    return classifier, parts["weights"]
 
 
 def build_shared_loader(group: FeatureGroup, config: Config) -> SharedLoader:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split, evalua
 from agnews_dist.events import RunDone, begin_phase
 from agnews_dist.experiments import ensemble
 from agnews_dist.experiments.feature_group import FeatureGroup
-from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, load_weights, train_in_lock_step
+from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, load_member, train_in_lock_step
 from agnews_dist.experiments.members import Member
 from agnews_dist.experiments.space import SEED, format_values
 from agnews_dist.experiments.standings import Standing
@@ -30,7 +30,7 @@ from agnews_dist.experiments.sweep_results import (
     write_table,
 )
 from agnews_dist.experiments.sweep_runner import SweepRunner
-from agnews_dist.model.gpt2 import Classifier, copy_untrained
+from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.report.result_files import versions, write_json
 from agnews_dist.run.stored_sweeps import RESULTS
 
@@ -84,13 +84,13 @@ class _Finish:
         """Score the selected setting, write all files, and return the last event."""
         runner, members = self._runner, self._members
         directory, metric = runner.directory, runner.metric
-        weights = [load_weights(directory.read_tensors(member.index)) for member in members]
-        classifiers = [self._load(member, each) for member, each in zip(members, weights, strict=True)]
+        loaded = [load_member(self._group, member, directory.read_tensors(member.index)) for member in members]
+        classifiers = [classifier for classifier, _ in loaded]
         singles = self._score_together(classifiers)
         results = self._selected.results
         best = max(range(len(members)), key=lambda i: (results[i].score(metric), -results[i].loss, -i))
         self._emit(begin_phase("export the model"))
-        self._write_run(BEST, members[best], weights[best], singles[best], self._num_steps[best])
+        self._write_run(BEST, members[best], *loaded[best], singles[best], num_steps=self._num_steps[best])
         scored = {name: [of[name].scores for of in singles] for name in self._splits}
         summaries = {
             name: summarise_seeds([each for each in of if each is not None]) for name, of in scored.items() if of[0] is not None
@@ -121,11 +121,6 @@ class _Finish:
             paths["distilled model"] = str(directory.path / DISTILLED / "model")
         paths |= {"table": str(directory.path / "sweep.csv"), "results": str(directory.path / RESULTS)}
         return RunDone(facts=_facts(runner, self._selected, summaries, members[best], report), paths=paths)
-
-    def _load(self, member: Member, weights: Mapping[str, Tensor]) -> Classifier:
-        classifier = copy_untrained(self._group.inputs.classifier, member.seed)
-        classifier.suffix.load_state_dict(weights)
-        return classifier
 
     def _score_together(self, classifiers: Sequence[Classifier]) -> list[dict[str, SplitScores]]:
         """Score all splits; the features of each are read or computed once."""
@@ -176,15 +171,25 @@ class _Finish:
         if training.result("finished").state == "diverged":
             raise UserError(f"--distil: the distilled member diverged ({training.result('finished').reason}). Leave it out.")
         temperature = ensemble.choose_temperature(training.trainer.best.scores)
-        weights = ensemble.fold_temperature(training.trainer.best.weights, temperature)
-        [scores] = self._score_together([self._load(member, weights)])
-        self._write_run(DISTILLED, member, weights, scores, training.step)
+        tensors = ensemble.fold_temperature(training.tensors(), temperature)
+        classifier, weights = load_member(group, member, tensors)
+        [scores] = self._score_together([classifier])
+        self._write_run(DISTILLED, member, classifier, weights, scores, num_steps=training.step)
         return scores, temperature
 
-    def _write_run(self, name: str, member: Member, weights: Mapping[str, Tensor], scores: SplitsOf, num_steps: int) -> None:
+    def _write_run(
+        self,
+        name: str,
+        member: Member,
+        classifier: Classifier,
+        weights: Mapping[str, Tensor],
+        scores: SplitsOf,
+        *,
+        num_steps: int,
+    ) -> None:
         runner, path = self._runner, self._runner.directory.path / name
-        timer = runner.monitors.timer
-        write_run(path, member.config, self._group.inputs, runner.engine, weights, scores, num_steps=num_steps, timer=timer)
+        inputs, timer = replace(self._group.inputs, classifier=classifier), runner.monitors.timer
+        write_run(path, member.config, inputs, runner.engine, weights, scores, num_steps=num_steps, timer=timer)
 
 
 def _describe_standing(standing: Standing) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+from agnews_dist.config.fields import replace_values
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.device import free_device_bytes
@@ -314,7 +315,13 @@ class SweepRunner:
                 check_class_weights(other.config.optim.class_weights, inputs.class_names)
 
         self._groups[key] = open_feature_group(
-            member.config, self.engine, self.monitors, self._stack, num_trainings=len(sharing), check=check
+            # Every member sets its own rate.
+            replace_values(member.config, {"model.dropout": None}),
+            self.engine,
+            self.monitors,
+            self._stack,
+            num_trainings=len(sharing),
+            check=check,
         )
         if self.status is not None:
             self.status.begin()

@@ -20,6 +20,10 @@ from agnews_dist.storage.directories import used_disk_bytes
 from agnews_dist.storage.locks import Lock, is_locked, try_lock
 
 ABOUT = "about.json"
+FROZEN = "frozen"
+"""Entry of about.json: the key of the frozen part (see keys.py)."""
+INDEX = "index.npz"
+"""The texts of the cache (see piece_index.py)."""
 IN_USE = "in-use"
 """File with a shared lock of every process that builds or reads the cache. Its modification time is that of the last use."""
 ROWS = "rows.bin"
@@ -65,6 +69,15 @@ def list_caches(root: Path) -> list[CacheEntry]:
         except FileNotFoundError:
             continue  # another process has removed it
     return sorted(found, key=lambda entry: (entry.last_used, entry.key))
+
+
+def list_of_frozen(root: Path, frozen: str) -> list[Path]:
+    """List the directories of caches of one frozen part, finished or not, by name."""
+    try:
+        directories = [path for path in root.iterdir() if _SHA256.fullmatch(path.name)]
+    except OSError:  # a builder will report it
+        return []
+    return sorted(path for path in directories if read_about(path).get(FROZEN) == frozen)
 
 
 def evict(root: Path, needed_bytes: int, limit_bytes: int, *, keep: Collection[str] = ()) -> list[CacheEntry]:
@@ -143,7 +156,7 @@ def has_all_segments(directory: Path, *, num_segments: int, num_bytes: int) -> b
 
 
 def _read_entry(directory: Path) -> CacheEntry:
-    about = _read_about(directory)
+    about = read_about(directory)
     num_segments, num_bytes = about.get("segments"), about.get("bytes")
     in_use = directory / IN_USE
     return CacheEntry(
@@ -158,7 +171,8 @@ def _read_entry(directory: Path) -> CacheEntry:
     )
 
 
-def _read_about(directory: Path) -> Mapping[str, Any]:
+def read_about(directory: Path) -> Mapping[str, Any]:
+    """Read the facts about a cache; nothing if they cannot be read."""
     try:
         content = json.loads((directory / ABOUT).read_bytes())
     except (OSError, ValueError):

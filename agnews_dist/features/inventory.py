@@ -25,7 +25,7 @@ class CacheFacts:
     key: str
     path: str
     what: str
-    """Model, split and sizes; empty if they cannot be read."""
+    """Model or splits, and sizes; empty if they cannot be read."""
     state: str
     """complete, in use, being built or unfinished."""
     last_used: float
@@ -52,7 +52,7 @@ def _list_features(root: Path) -> list[CacheFacts]:
     found: list[CacheFacts] = []
     for entry in eviction.list_caches(root):
         state, state_in_use = ("complete", "in use") if entry.is_complete else ("unfinished", "being built")
-        what = [str(entry.about[name]) for name in ("model", "split") if name in entry.about]
+        what = [str(entry.about["model"])] if "model" in entry.about else []
         counts = {name: entry.about.get(name) for name in ("texts", "tokens")}
         what += [f"{count:,} {name}" for name, count in counts.items() if isinstance(count, int)]
         facts = (", ".join(what), state_in_use if entry.is_used else state, entry.last_used, entry.disk_bytes)

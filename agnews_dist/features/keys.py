@@ -3,18 +3,17 @@
 import hashlib
 import json
 
-import numpy as np
 import torch
 from transformers import GPT2Config
 
-from agnews_dist.data.batching.loader import TokenTable
-from agnews_dist.features.layout import Layout
+from agnews_dist.features.piece_index import PieceIndex
+from agnews_dist.model.prefix import Prefix
 
-FORMAT = 2
+FORMAT = 3
 """Version of the computation and of the files.
 
-Raise it with every change of code that moves a bit of a feature, the order of the rows, or the files on disk. Caches of other
-versions are then never read; eviction removes them. Version 1 hashed source code instead.
+Raise it with every change of code that moves a bit of a feature, or the files on disk. Caches of other versions are then never
+read; eviction removes them. Version 1 hashed source code instead. Version 2 had one file per split, of use for its texts only.
 """
 _CONFIG_FIELDS = (
     "n_embd",
@@ -28,25 +27,31 @@ _CONFIG_FIELDS = (
 """Fields of the model's config that change what the frozen weights compute."""
 
 
-def features_key(
-    *, frozen_weights: str, config: GPT2Config, num_blocks: int, table: TokenTable, layout: Layout, dtype: torch.dtype
-) -> str:
-    """Return the key of one split's features: 64 hexadecimal digits.
+def frozen_key(*, frozen_weights: str, config: GPT2Config, prefix: Prefix) -> str:
+    """Return the key of the frozen part: all that a text's features depend on, except the text.
 
-    `frozen_weights`: their fingerprint; `num_blocks`: number of frozen blocks; `dtype`: type of the features.
+    `frozen_weights`: fingerprint of the frozen weights, in the type of their file.
     """
-    texts_of_calls = np.array([len(ids) for ids in layout.texts], np.int64)
-    numbers = np.concatenate([layout.begin_N, layout.rows_N, layout.bounds_S, texts_of_calls])
+    dtype = prefix.wte.weight.dtype
     parts: list[object] = [
         frozen_weights,
         [getattr(config, name) for name in _CONFIG_FIELDS],
-        num_blocks,
-        table.fingerprint,
-        hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest(),
+        len(prefix.h),
+        prefix.one_row_per_text,
         [str(dtype), _uses_tf32(dtype)],
+        [prefix.call_tokens, prefix.compiled],
         FORMAT,
+        prefix.computes_means,
     ]
     return hashlib.sha256(json.dumps(parts, allow_nan=False).encode()).hexdigest()
+
+
+def piece_key(frozen: str, index: PieceIndex) -> str:
+    """Return the key of a file of features: 64 hexadecimal digits. `frozen`: see `frozen_key`."""
+    digest = hashlib.sha256(frozen.encode())
+    for array in (index.hashes_I, index.rows_I.astype("<i8"), index.texts_S.astype("<i8")):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def _uses_tf32(dtype: torch.dtype) -> bool:

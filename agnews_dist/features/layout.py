@@ -1,10 +1,10 @@
-"""Order of a split's features, and the pieces in which they are computed: a pure function of the lengths.
+"""Order of texts in a file of features, and the calls that compute them: a pure function of the lengths.
 
 Texts form calls: one call is one run of the packed prefix. Calls form segments: one segment is stored, checked and assigned to
-a process as a whole. Neither depends on the training order, the number of ranks or restarts. So a text's features are the same
-to the last bit on every process.
+a process as a whole. A text's features have the same bits in any call, so files of any layout have the same rows.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,21 +16,17 @@ from agnews_dist.model.packed import cut_by_size
 SEGMENT_BYTES = 64 << 20
 """Largest segment, unless a single call is larger. A killed process loses at most one segment per thread."""
 NUM_SEGMENTS = 256
-"""Approximate number of segments of a small split: enough work for many ranks."""
+"""Approximate number of segments of a small file: enough work for many ranks."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows of features, end to end in the order in which they are computed."""
+    """Rows of features, end to end in the order of their texts."""
 
-    texts: tuple[Ints, ...]
-    """Ids of the texts of each call."""
-    begin_N: Ints
-    """First row of text i; -1 if the layout does not contain it."""
-    rows_N: Ints
-    """Number of rows of text i: its number of tokens, or 1."""
-    calls_S: Ints
-    """Segment s is the calls `calls_S[s]` to `calls_S[s + 1]`: shape (S + 1,)."""
+    order: Ints
+    """Numbers of the texts, in order."""
+    texts_S: Ints
+    """Segment s is the texts `order[texts_S[s]]` to `order[texts_S[s + 1]]`: shape (S + 1,)."""
     bounds_S: Ints
     """Segment s is the rows `bounds_S[s]` to `bounds_S[s + 1]`: shape (S + 1,)."""
 
@@ -42,9 +38,9 @@ class Layout:
     def num_segments(self) -> int:
         return len(self.bounds_S) - 1
 
-    def calls(self, segment: int) -> tuple[Ints, ...]:
-        """Return the ids of the texts of each call of a segment."""
-        return self.texts[self.calls_S[segment] : self.calls_S[segment + 1]]
+    def texts(self, segment: int) -> Ints:
+        """Return the numbers of the texts of a segment."""
+        return self.order[self.texts_S[segment] : self.texts_S[segment + 1]]
 
 
 def order_longest_first(lengths_N: Ints) -> Ints:
@@ -52,25 +48,55 @@ def order_longest_first(lengths_N: Ints) -> Ints:
     return np.argsort(-lengths_N.astype(np.int64), kind="stable")
 
 
-def lay_out(
-    lengths_N: Ints, groups: Sequence[Ints], *, call_tokens: int, row_bytes: int, one_row_per_text: bool = False
-) -> Layout:
-    """Cut texts into calls of at most `call_tokens` tokens and calls into segments; no call contains texts of two groups.
+def pack_calls(lengths_N: Ints, call_tokens: int) -> list[Ints]:
+    """Pack texts into calls of at most `call_tokens` tokens; a longer text is a call of its own. Returns the ids of each call.
 
-    `groups`: disjoint ids, each group in order of length. The training split is one group, longest text first. The groups of an
-    evaluated split are its evaluation micro-batches. Then the calls, and with them the last bits of the scores, are the same
-    with and without a cache.
+    A call takes the longest text that is left and fits, again and again. So calls are nearly full, and texts of equal length
+    are neighbours.
+
+    >>> [ids.tolist() for ids in pack_calls(np.array([3, 9, 2, 5]), 8)]
+    [[1], [3, 0], [2]]
     """
-    texts = tuple(ids[begin:end] for ids in groups for begin, end in cut_by_size(lengths_N[ids], call_tokens))
-    rows_N = np.ones_like(lengths_N) if one_row_per_text else lengths_N.astype(np.int64)
-    order = np.concatenate([np.empty(0, np.int64), *texts])
-    begin_N = np.full(len(lengths_N), -1, np.int64)
-    ends = np.cumsum(rows_N[order])
-    begin_N[order] = ends - rows_N[order]
-    rows_of_calls = np.array([rows_N[ids].sum() for ids in texts], np.int64)
-    limit = max(1, min(SEGMENT_BYTES // row_bytes, -(-int(rows_of_calls.sum()) // NUM_SEGMENTS)))
-    calls_S = np.array([0, *(end for _, end in cut_by_size(rows_of_calls, limit))], np.int64)
-    return Layout(texts, begin_N, rows_N, calls_S, np.concatenate([[0], rows_of_calls.cumsum()])[calls_S])
+    order = order_longest_first(lengths_N)
+    values, counts = np.unique(lengths_N[order], return_counts=True)
+    lengths, left = values.tolist(), counts.tolist()
+    # Ids of equal length are neighbours in `order`, and are taken from the first on.
+    first = (len(order) - np.cumsum(counts)).tolist()
+    calls: list[Ints] = []
+    while lengths:
+        room, taken, at = call_tokens, list[Ints](), len(lengths) - 1
+        while at >= 0:
+            num_texts = min(left[at], max(room // lengths[at], 0 if taken else 1))
+            taken.append(order[first[at] : first[at] + num_texts])
+            room -= num_texts * lengths[at]
+            first[at] += num_texts
+            left[at] -= num_texts
+            if not left[at]:
+                del lengths[at], left[at], first[at]
+            at = bisect_right(lengths, room, hi=min(at, len(lengths))) - 1
+        calls.append(np.concatenate(taken))
+    return calls
+
+
+def lay_out(
+    lengths_U: Ints, rows_U: Ints, *, computed: Ints, copied: Sequence[Ints] = (), call_tokens: int, row_bytes: int
+) -> Layout:
+    """Lay out texts in segments: the `computed` ones by their calls, then each group of `copied` ones in its order.
+
+    `rows_U`: rows of features of each text. No segment contains texts of two groups.
+    """
+    groups = [[computed[ids] for ids in pack_calls(lengths_U[computed], call_tokens)]]
+    groups += [[ids[begin:end] for begin, end in cut_by_size(lengths_U[ids], call_tokens)] for ids in copied]
+    total = sum(int(rows_U[ids].sum()) for ids in (computed, *copied))
+    limit = max(1, min(SEGMENT_BYTES // row_bytes, -(-total // NUM_SEGMENTS)))
+    segments = [
+        np.concatenate(calls[begin:end])
+        for calls in groups
+        for begin, end in cut_by_size(np.array([rows_U[ids].sum() for ids in calls], np.int64), limit)
+    ]
+    texts_S = np.cumsum([0, *map(len, segments)], dtype=np.int64)
+    bounds_S = np.cumsum([0, *(int(rows_U[ids].sum()) for ids in segments)], dtype=np.int64)
+    return Layout(np.concatenate([np.empty(0, np.int64), *segments]), texts_S, bounds_S)
 
 
 def assign_owners(lengths_N: Ints, num_ranks: int) -> Ints:

@@ -1,5 +1,6 @@
 """The placement of a run's features: device, host memory, disk, or none. Decided from sizes alone, without torch."""
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,8 @@ Place = Literal["device", "host", "disk", "off"]
 RequestedPlace = Literal["auto", "device", "host", "disk", "off"]
 MEMORY_SHARE = 0.6
 """Largest share of free memory for features. Training and other processes need the rest."""
+WORTH_EXTENDING = 0.5
+"""Smallest share of the features on disk for which auto computes the others for a single epoch."""
 DISK_SHARE = 0.9
 """Largest share of free disk space for features."""
 
@@ -44,37 +47,40 @@ class Choice:
 
 
 def choose(
-    requested: RequestedPlace,
+    requested: Literal["auto", "device", "host", "disk"],
     num_bytes: int,
     resources: Resources,
     *,
     num_epochs: int,
-    is_on_disk: bool,
+    missing_bytes: int,
+    cached_share: float,
     failed: Collection[Place] = (),
 ) -> Choice:
     """Choose the first place where `num_bytes` of features fit.
 
-    The order of auto: complete files of an earlier run (`is_on_disk`); with a GPU its memory, host memory, disk; without one
+    The order of auto: disk if all features are there (`cached_share`); with a GPU its memory, host memory, disk; without one
     disk, host memory; off. A CPU computes features more slowly than a disk takes them, and files survive a kill.
-    Auto computes features at every use if there is one epoch. Another requested place comes before this order. Places where
-    storing the features has `failed` are left out. `num_bytes` counts the features of all ranks.
+    Auto computes features at every use if there is one epoch and less than half of them are on disk. Another requested place
+    comes before this order. Places where storing the features has `failed` are left out. `num_bytes` counts the features of all
+    ranks, `missing_bytes` those that are not on disk. `cached_share` is the share of tokens that earlier runs left there.
     """
-    if requested == "off":
-        return Choice("off", "as requested, computed at every use")
-    if requested in ("auto", "disk") and is_on_disk and "disk" not in failed:
+    if requested in ("auto", "disk") and cached_share == 1 and "disk" not in failed:
         # The free space does not matter: the files exist.
         return Choice("disk", f"{gigabytes(num_bytes)}, cached by an earlier run")
-    if requested == "auto" and num_epochs == 1:
+    if requested == "auto" and num_epochs == 1 and cached_share < WORTH_EXTENDING:
         return Choice("off", "computed at every use, which is once in one epoch")
     automatic: list[Place] = ["device", "host", "disk"] if resources.has_gpu else ["disk", "host"]
     first: list[Place] = [] if requested == "auto" else [requested]
     misfits: list[str] = []
+    # Rounded down: less than all is never 100%.
+    cached = f", {math.floor(100 * cached_share)}% cached by earlier runs" if 0 < cached_share < 1 else ""
     for place in first + [place for place in automatic if place not in first]:
-        misfit = f"{place} failed" if place in failed else _explain_misfit(place, num_bytes, resources)
+        needed_bytes = missing_bytes if place == "disk" else num_bytes
+        misfit = f"{place} failed" if place in failed else _explain_misfit(place, needed_bytes, resources)
         if misfit is None:
             reason = "as requested" if place == requested else "; ".join(misfits) or "fits"
             refusal = None if requested in ("auto", place) else f"{'; '.join(misfits)}. Features are cached in {place}"
-            return Choice(place, f"{gigabytes(num_bytes)}, {reason}", refusal)
+            return Choice(place, f"{gigabytes(num_bytes)}{cached}, {reason}", refusal)
         misfits.append(misfit)
     reasons = "; ".join(misfits)
     refusal = None if requested == "auto" else f"{reasons}. Features are computed at every use"

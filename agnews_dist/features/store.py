@@ -1,4 +1,4 @@
-"""One split's features as one flat file that any number of processes and threads fill, segment by segment.
+"""Features as one flat file that any number of processes and threads fill, segment by segment.
 
 Processes coordinate through files alone: ranks of a job, two jobs at once, nodes with or without a common file system. Each
 segment has one mark file. While a process computes the segment, the mark is its lock, which the kernel releases if that process
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agnews_dist.features.eviction import ABOUT, IN_USE, MARKS, ROWS, VERIFIED, has_all_segments, mark_path, read_mark
+from agnews_dist.features.eviction import ABOUT, IN_USE, INDEX, MARKS, ROWS, VERIFIED, has_all_segments, mark_path, read_mark
 from agnews_dist.storage.locks import LockWait, Say, acquire, lock_shared, try_lock
 
 _WAIT_SECONDS = 0.05
@@ -45,13 +45,14 @@ class FeatureFile:
         width: int,
         dtype: torch.dtype,
         about: Mapping[str, Any],
+        index: bytes = b"",
         say: Say = lambda _: None,
     ) -> None:
         """Describe the file; nothing is read or written yet.
 
-        `key` (see `features_key`) is part of every checksum, so rows of another key never pass as these. Segment s is the rows
-        `bounds_S[s]` to `bounds_S[s + 1]`, each of `width` numbers. `about` are facts for listings, JSON-ready. `say` gets a
-        line about each long wait for another process.
+        `key` (see `piece_key`) is part of every checksum, so rows of another key never pass as these. Segment s is the rows
+        `bounds_S[s]` to `bounds_S[s + 1]`, each of `width` numbers. `about` are facts for listings, JSON-ready. `index` names
+        the texts (see `PieceIndex`). `say` gets a line about each long wait for another process.
         """
         self.directory = directory
         self._key, self._bounds_S, self._width, self._dtype = key, bounds_S, width, dtype
@@ -59,6 +60,7 @@ class FeatureFile:
         self.num_bytes = self._offset(self.num_segments)
         self._say = say
         self._about = dict(about) | {"bytes": self.num_bytes, "segments": self.num_segments}
+        self._index = index
         self._lock: int | None = None
         self._state_at_start: str | None = None
 
@@ -79,12 +81,12 @@ class FeatureFile:
             OSError: no space, no permission.
         """
         self.lock()
-        if self.is_complete:
+        if self.is_complete and not self._lacks_index():
             return
         (self.directory / MARKS).mkdir(exist_ok=True)
-        staging = self.directory / f".{ABOUT}.{uuid.uuid4().hex}"
-        staging.write_text(json.dumps(self._about, indent=1, allow_nan=False), encoding="utf-8")
-        staging.replace(self.directory / ABOUT)
+        # A directory with a description has an index.
+        self._publish(INDEX, self._index)
+        self._publish(ABOUT, json.dumps(self._about, indent=1, allow_nan=False).encode())
         handle = os.open(self.directory / ROWS, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             # One process at a time: glibc emulates the reservation by writing, which could overwrite another's segments.
@@ -100,6 +102,17 @@ class FeatureFile:
                 raise
         finally:
             os.close(handle)
+
+    def _lacks_index(self) -> bool:
+        try:
+            return (self.directory / INDEX).read_bytes() != self._index
+        except OSError:
+            return True
+
+    def _publish(self, name: str, content: bytes) -> None:
+        staging = self.directory / f".{name}.{uuid.uuid4().hex}"
+        staging.write_bytes(content)
+        staging.replace(self.directory / name)
 
     def lock(self) -> None:
         """Mark the directory as used now, and protect it from eviction until `close` or the end of this process."""
@@ -120,28 +133,32 @@ class FeatureFile:
         compute: Callable[[int], Tensor],
         on_segment: Callable[[int], None] = lambda _: None,
         *,
+        segments: Sequence[int] | None = None,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> Callable[[], None]:
-        """Return a function that completes the file; several threads may run it at once.
+        """Return a function that completes the file, or some `segments` of it; several threads may run it at once.
 
         This rank verifies the finished segments s with s % num_ranks == rank and trusts the other ranks for the rest. It
         verifies none if the file has not changed since `mark_as_verified`. So rows may be read when the workers of all ranks
         have returned. The process that gets the lock of a missing or damaged segment computes its rows. One thread at a time
-        calls `on_segment`, once for every segment.
+        calls `on_segment`, once for every segment. A rank verifies each of `segments`, if they are given.
 
         The function raises:
             OSError: no space, no permission, or a process that has a segment's lock shows no sign of life; finished segments
                 stay.
         """
-        self._state_at_start = self._read_state()
-        is_trusted = self._state_at_start is not None and self._state_at_start == self._read_verified()
-        first = rank * self.num_segments // num_ranks
+        is_trusted = self.begin_verification()
+        wanted = range(self.num_segments) if segments is None else segments
+        first = rank * len(wanted) // num_ranks
         wait, waited_for = self._wait_for(MARKS), -1
-        queue = deque([*range(first, self.num_segments), *range(first)])
+        queue = deque([*wanted[first:], *wanted[:first]])
         guard = threading.Lock()
         failed = threading.Event()
-        num_left = self.num_segments
+        num_left = len(wanted)
+
+        def must_verify(segment: int) -> bool:
+            return segments is not None or (segment % num_ranks == rank and not is_trusted)
 
         def work() -> None:
             nonlocal num_left, wait, waited_for
@@ -153,7 +170,7 @@ class FeatureFile:
                     time.sleep(_WAIT_SECONDS)  # other threads of this process have the rest
                     continue
                 try:
-                    is_finished = self._complete(segment, compute, verify=segment % num_ranks == rank and not is_trusted)
+                    is_finished = self._complete(segment, compute, verify=must_verify(segment))
                 except BaseException:
                     failed.set()
                     raise
@@ -199,10 +216,17 @@ class FeatureFile:
             return torch.empty(0, self._width, dtype=self._dtype)
         # Copy-on-write: torch asks for writable memory, and the file may belong to another user.
         mapped = np.memmap(self.directory / ROWS, dtype=np.uint8, mode="c")
+        # A truncated file has damaged segments, which are not read.
+        mapped = mapped[: len(mapped) - len(mapped) % (self._width * self._dtype.itemsize)]
         return torch.from_numpy(mapped).view(self._dtype).view(-1, self._width)
 
+    def begin_verification(self) -> bool:
+        """Return whether the file has not changed since `mark_as_verified`, so that no row must be read to verify it."""
+        self._state_at_start = self._read_state()
+        return self._state_at_start is not None and self._state_at_start == self._read_verified()
+
     def mark_as_verified(self) -> None:
-        """Let later runs use the file without verifying it, if nothing has written to it since this worker began.
+        """Let later runs use the file without verifying it, if nothing has written to it since the verification began.
 
         The workers of all ranks must have returned.
         """

@@ -23,19 +23,27 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model, P
 from agnews_dist.data.hugging_face import silence_transformers
 from agnews_dist.data.tokens import TRAINING_ENCODING, TextEncoding
 from agnews_dist.errors import ModelError
+from agnews_dist.model import modeling_gpt2_mean_pooling
 from agnews_dist.model.gpt2 import Classifier, check_max_length, load_backbone, split_model
+from agnews_dist.model.modeling_gpt2_mean_pooling import GPT2MeanPoolingConfig, GPT2MeanPoolingForSequenceClassification
 from agnews_dist.model.pretrained import can_produce, find_model_directory, read_tokenizer
-from agnews_dist.model.saved_model import TRAINABLE_BLOCKS_KEY, check_config
+from agnews_dist.model.saved_model import TRAIN_EMBEDDINGS_KEY, TRAINABLE_BLOCKS_KEY, check_config
+from agnews_dist.model.suffix import Standard
 from agnews_dist.model.tokenizer_files import write_tokenizer
 from agnews_dist.storage import atomic
 from agnews_dist.storage.capacity import gigabytes
 
 EXPORT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md")
 """Files of an export."""
+MODELING_FILE = f"{modeling_gpt2_mean_pooling.__name__.rpartition('.')[2]}.py"
+"""Another one, the code of a model with mean pooling."""
 _NUM_INODES = 64
 """Files and directories of a run: its own, those of a few checkpoints, and the export while an older one is there."""
 FOLDING_TOLERANCE = 1e-5
 """Limit of a logit's error by folding, relative to max(1, the largest bias)."""
+
+SMALLEST_SINGULAR = 1e-6
+"""Singular values of the head, relative to the largest, that fp32 does not resolve: a solved head has one of them."""
 
 
 def fold_bias(weight_CD: Tensor, bias_C: Tensor, norm_bias_D: Tensor) -> Tensor:
@@ -51,7 +59,7 @@ def fold_bias(weight_CD: Tensor, bias_C: Tensor, norm_bias_D: Tensor) -> Tensor:
     tolerance = FOLDING_TOLERANCE * max(1.0, bias.abs().max().item())
     residual = float("inf")
     for target_C in (bias, bias - bias.mean()):
-        shift_D = torch.linalg.lstsq(weight, target_C[:, None], driver="gelsd").solution[:, 0]
+        shift_D = torch.linalg.lstsq(weight, target_C[:, None], rcond=SMALLEST_SINGULAR, driver="gelsd").solution[:, 0]
         folded_D = (norm_bias + shift_D).float()
         # Includes the rounding to fp32, which a nearly singular W amplifies.
         residual = (weight @ (folded_D.double() - norm_bias) - target_C).abs().max().item()
@@ -61,6 +69,17 @@ def fold_bias(weight_CD: Tensor, bias_C: Tensor, norm_bias_D: Tensor) -> Tensor:
         f"out_head's bias does not fold into the final norm: residual {residual:.2g} with {len(bias)} classes and width "
         f"{weight.shape[1]}. Use a model wider than its number of classes, or another --run.seed."
     )
+
+
+def fold_standard(weight_CD: Tensor, bias_C: Tensor | None, standard: Standard) -> tuple[Tensor, Tensor | None]:
+    """Fold the standardisation of the head's inputs into its weight and bias, on the CPU: W/s in fp32, c - W/s m in fp64.
+
+    A head without a bias has inputs that are scaled and not centred.
+    """
+    mean_D, deviation_D = (each.cpu().double() for each in standard)
+    folded_CD = (weight_CD.double() / deviation_D).float()
+    # From the rounded weight: its rounding errors then cancel at the mean, which may be large.
+    return folded_CD, None if bias_C is None else bias_C.double() - folded_CD.double() @ mean_D
 
 
 def export_model(
@@ -202,11 +221,14 @@ def load_classifier(name: str, *, revision: str | None = None) -> SavedClassifie
         encoding = replace(encoding, pad_id=pad_id)
     num_blocks = len(backbone.model.h)
     stored = getattr(backbone.model.config, TRAINABLE_BLOCKS_KEY, 1)
+    trainable_blocks = stored if type(stored) is int and 0 <= stored <= num_blocks else min(1, num_blocks)
     classifier = split_model(
         backbone,
-        trainable_blocks=stored if type(stored) is int and 0 <= stored <= num_blocks else min(1, num_blocks),
+        trainable_blocks=trainable_blocks,
         num_classes=len(backbone.class_names),
         seed=0,
+        pooling=backbone.pooling,
+        train_embeddings=trainable_blocks == num_blocks and getattr(backbone.model.config, TRAIN_EMBEDDINGS_KEY, False) is True,
     )
     max_length = int(min(tokenizer.model_max_length, classifier.config.n_positions))
     return SavedClassifier(classifier, tokenizer, backbone.class_names, max_length, encoding, backbone.notes)
@@ -250,6 +272,8 @@ def _huggingface_state(classifier: Classifier, trained: Mapping[str, Tensor]) ->
     state = {name: weight.float() for name, weight in classifier.frozen_state.items()}
     suffix = {name: weight.detach().float().cpu() for name, weight in trained.items()}
     weight_CD, bias_C = suffix.pop("out_head.weight"), suffix.pop("out_head.bias", None)
+    if (standard := classifier.suffix.standard) is not None:
+        weight_CD, bias_C = fold_standard(weight_CD, bias_C, standard)
     if bias_C is not None:
         suffix["ln_f.bias"] = fold_bias(weight_CD, bias_C, suffix["ln_f.bias"])
     return state | {f"transformer.{name}": weight for name, weight in suffix.items()} | {"score.weight": weight_CD}
@@ -283,13 +307,33 @@ def _write_model(
     # torch.export and ONNX take tensors alone, no cache object.
     config.use_cache = False
     setattr(config, TRAINABLE_BLOCKS_KEY, len(classifier.suffix.h))
+    setattr(config, TRAIN_EMBEDDINGS_KEY, classifier.suffix.has_embeddings)
     state = _fold_scales(state, config)
+    architecture = GPT2ForSequenceClassification
+    if classifier.suffix.pooling == "mean":
+        architecture, config = GPT2MeanPoolingForSequenceClassification, _write_mean_pooling(directory, config)
     with silence_transformers(), torch.random.fork_rng(devices=[]):
         # Built without memory. Strict, as a missing name would leave a random tensor in the export.
         with torch.device("meta"):
-            model = GPT2ForSequenceClassification(config)
+            model = architecture(config)
         model.load_state_dict({name: weight.contiguous() for name, weight in state.items()}, strict=True, assign=True)
         # `model.save_pretrained` writes the same bytes, and imports an installed DeepSpeed, which takes half a second.
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(directory)
         save_file(model.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_mean_pooling(directory: Path, config: GPT2Config) -> GPT2MeanPoolingConfig:
+    """Write the code of a model with mean pooling; return its config, which names that code.
+
+    Hugging Face's class would read the last token alone. The other type makes it refuse such a model by name.
+    """
+    code = Path(modeling_gpt2_mean_pooling.__file__).read_text(encoding="utf-8")
+    (directory / MODELING_FILE).write_text(code, encoding="utf-8")
+    mean = GPT2MeanPoolingConfig(**{key: value for key, value in config.to_dict().items() if key != "model_type"})
+    module = MODELING_FILE.removesuffix(".py")
+    mean.auto_map = {
+        "AutoConfig": f"{module}.{GPT2MeanPoolingConfig.__name__}",
+        "AutoModelForSequenceClassification": f"{module}.{GPT2MeanPoolingForSequenceClassification.__name__}",
+    }
+    return mean

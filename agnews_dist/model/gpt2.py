@@ -13,10 +13,11 @@ from agnews_dist.data.hugging_face import silence_transformers
 from agnews_dist.data.rows import list_first
 from agnews_dist.errors import ModelError
 from agnews_dist.model.embedded import EMBEDDED_SEED, embedded_config, scale_embeddings
-from agnews_dist.model.prefix import Prefix
+from agnews_dist.model.pooling import Pooling
+from agnews_dist.model.prefix import NoPrefix, Prefix
 from agnews_dist.model.pretrained import CONFIG_FILE, EMBEDDED, TOKENIZER_FILES, locate
 from agnews_dist.model.saved_model import Backbone, read_config, read_weights
-from agnews_dist.model.suffix import Suffix
+from agnews_dist.model.suffix import Embeddings, Suffix
 
 MAX_SPARE_ROWS = 1024
 """Limit of embedding rows beyond the tokenizer's tokens; checkpoints may be padded to a multiple of up to 1024."""
@@ -115,15 +116,19 @@ def split_model(
     num_classes: int,
     seed: int,
     class_names: Sequence[str] | None = None,
+    dropout: float | None = None,
+    pooling: Pooling = "last",
+    train_embeddings: bool = False,
 ) -> Classifier:
-    """Freeze all but the last `trainable_blocks` blocks, the final norm and `out_head`.
+    """Freeze all but the last `trainable_blocks` blocks, the final norm and `out_head`; with `train_embeddings` nothing.
 
-    `out_head` is drawn from `seed`, unless the checkpoint has a head of the same shape for the same `class_names` (LABEL_k and
-    None fit any). Both halves are in eval mode until `suffix.train()`. The classifier takes the backbone's modules, so another
-    split needs another backbone.
+    `out_head` is drawn from `seed`, unless the checkpoint has a head of the same shape and pooling for the same classes
+    (`class_names`; LABEL_k and None fit any). Both halves are in eval mode until `suffix.train()`. The classifier takes the
+    backbone's modules, so another split needs another backbone. `dropout`: rate of all dropouts of the suffix; None: those of
+    the config, which is not changed.
 
     Raises:
-        ModelError: `trainable_blocks` is negative or exceeds the model's blocks.
+        ModelError: `trainable_blocks` is negative or exceeds the model's blocks; embeddings without all blocks.
     """
     model, config = backbone.model, backbone.model.config
     num_blocks = len(model.h)
@@ -133,6 +138,11 @@ def split_model(
             f"model.trainable_blocks {num_trainable}: the model has {num_blocks} blocks. "
             f"Set --model.trainable_blocks between 0 and {num_blocks}, or to all."
         )
+    if train_embeddings and num_trainable < num_blocks:
+        raise ModelError(
+            f"model.train_embeddings true with model.trainable_blocks {num_trainable}: the model has {num_blocks} blocks. "
+            "Set --model.trainable_blocks all."
+        )
     # The blocks run without a mask, and only this kernel is causal then.
     model.set_attn_implementation("sdpa")
     has_bias = has_head_bias(num_classes, config.n_embd)
@@ -140,15 +150,29 @@ def split_model(
     with torch.no_grad():
         if has_bias:
             out_head.bias.zero_()
-        has_head = backbone.head_CD is not None and _is_head_of(backbone, num_classes, class_names)
+        has_head = backbone.head_CD is not None and _is_head_of(backbone, num_classes, class_names, pooling)
         if backbone.head_CD is not None and has_head:
             out_head.weight.copy_(backbone.head_CD)
         else:
             _draw_head(out_head, config, seed)
     blocks = list(enumerate(model.h))
     boundary = num_blocks - num_trainable
-    prefix = Prefix(model.wte, model.wpe, dict(blocks[:boundary]), last_token_only=num_trainable == 0)
-    suffix = Suffix(dict(blocks[boundary:]), model.ln_f, out_head).float().eval()
+    is_pooled, is_mean = num_trainable == 0, pooling == "mean"
+    prefix = (
+        NoPrefix()
+        if train_embeddings
+        else Prefix(
+            model.wte,
+            model.wpe,
+            dict(blocks[:boundary]),
+            last_token_only=is_pooled and not is_mean,
+            mean_eps=model.ln_f.eps if is_pooled and is_mean else None,
+        )
+    )
+    embeddings = Embeddings(model.wte, model.wpe, model.drop) if train_embeddings else None
+    suffix = Suffix(dict(blocks[boundary:]), model.ln_f, out_head, pooling=pooling, embeddings=embeddings).float().eval()
+    if dropout is not None:
+        set_dropout(suffix, dropout)
     # Moving a module replaces the data of its parameters. These references keep the original data without a copy.
     frozen_state = {f"transformer.{name}": weight.detach() for name, weight in prefix.named_parameters()}
     return Classifier(prefix, suffix, config, frozen_state, not has_head)
@@ -170,10 +194,18 @@ def _draw_head(out_head: nn.Linear, config: GPT2Config, seed: int) -> None:
     out_head.weight.copy_(drawn_CD)
 
 
+def set_dropout(suffix: Suffix, rate: float) -> None:
+    """Set the rate of every dropout of the trainable part."""
+    for module in suffix.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+
+
 def count_parameters(classifier: Classifier) -> dict[str, tuple[int, int]]:
     """Count (trainable, frozen) parameters of each part, bottom to top: embeddings, h.0-10, h.11, ln_f, out_head."""
     prefix, suffix = classifier.prefix, classifier.suffix
-    parts: dict[str, list[nn.Module]] = {"embeddings": [prefix.wte, prefix.wpe]}
+    below = suffix if suffix.has_embeddings else prefix
+    parts: dict[str, list[nn.Module]] = {"embeddings": [below.wte, below.wpe]}
     for blocks in (prefix.h, suffix.h):
         numbers = list(blocks)
         if numbers:
@@ -192,19 +224,25 @@ def check_max_length(max_length: int, num_positions: int) -> None:
         )
 
 
-def explain_new_head(backbone: Backbone, class_names: Sequence[str]) -> str | None:
+def explain_new_head(backbone: Backbone, class_names: Sequence[str], pooling: Pooling = "last") -> str | None:
     """Return why the checkpoint's head is not used for these classes; None: it is used, or there is none."""
     if backbone.head_fault is not None:
         return f"in its config.json, {backbone.head_fault}"
-    if backbone.head_CD is None or _is_head_of(backbone, len(class_names), class_names):
+    if backbone.head_CD is None or _is_head_of(backbone, len(class_names), class_names, pooling):
         return None
+    if pooling != backbone.pooling:
+        return f"it was trained with model.pooling {backbone.pooling}"
     names = f" ({list_first(backbone.class_names, str)})" if backbone.class_names else ""
     return f"its {len(backbone.head_CD)} classes{names} are not those of the data"
 
 
-def _is_head_of(backbone: Backbone, num_classes: int, class_names: Sequence[str] | None) -> bool:
-    """Return whether the checkpoint's head has this shape and these classes, as far as both have names."""
-    if backbone.head_CD is None or backbone.head_CD.shape != (num_classes, backbone.model.config.n_embd):
+def _is_head_of(backbone: Backbone, num_classes: int, class_names: Sequence[str] | None, pooling: Pooling) -> bool:
+    """Return whether the checkpoint's head has this pooling, this shape and these classes, as far as both have names."""
+    if (
+        pooling != backbone.pooling
+        or backbone.head_CD is None
+        or backbone.head_CD.shape != (num_classes, backbone.model.config.n_embd)
+    ):
         return False
     unnamed = tuple(f"LABEL_{i}" for i in range(num_classes))
     names = [tuple(each) for each in (backbone.class_names, class_names) if each is not None]

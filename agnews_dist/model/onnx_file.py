@@ -9,10 +9,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GPT2ForSequenceClassification
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from agnews_dist.data.hugging_face import silence_transformers, translate_errors
 from agnews_dist.errors import ModelError
+from agnews_dist.model.modeling_gpt2_mean_pooling import GPT2MeanPoolingConfig, GPT2MeanPoolingForSequenceClassification
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-5
@@ -45,7 +46,9 @@ def write_onnx(directory: Path, output: Path) -> float:
 
     with warnings.catch_warnings(), translate_errors(make_error), silence_transformers():
         warnings.simplefilter("ignore")
-        model = GPT2ForSequenceClassification.from_pretrained(directory).eval()
+        is_mean = GPT2Config.get_config_dict(directory)[0].get("model_type") == GPT2MeanPoolingConfig.model_type
+        architecture = GPT2MeanPoolingForSequenceClassification if is_mean else GPT2ForSequenceClassification
+        model = architecture.from_pretrained(directory).eval()
         try:
             if output.exists() and not output.is_file():
                 raise ModelError(f"--output {str(output)!r}: it exists and is not a file. Choose another name.")

@@ -42,15 +42,30 @@ class Norm(NamedTuple):
 
 
 def make_packed_attention(lengths_B: Sequence[int], device: torch.device, dtype: torch.dtype) -> Attend:
-    """Return causal attention within each text of a pack, to be used by all blocks.
+    """Return causal attention within each text of a pack, to be used by all blocks. Filler rows after the texts give zeros.
 
     On CUDA in half precision it is one variable-length kernel, otherwise one call per run of texts of equal length.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _find_varlen_kernel() is not None:
         ends = torch.tensor([0, *lengths_B]).cumsum(0).to(device=device, dtype=torch.int32)
-        return lambda qkv_P, num_heads, factor: _attend_by_kernel(qkv_P, ends, max(lengths_B), num_heads, factor)
-    runs = [(sum(1 for _ in run), length) for length, run in groupby(lengths_B)]
+        num_tokens = sum(lengths_B)
+
+        def attend(qkv_P: Tensor, num_heads: int, factor: float) -> Tensor:
+            attended_PD = _attend_by_kernel(qkv_P[:num_tokens], ends, max(lengths_B), num_heads, factor)
+            return functional.pad(attended_PD, (0, 0, 0, len(qkv_P) - num_tokens))
+
+        return attend
+    runs = find_runs(lengths_B)
     return lambda qkv_P, num_heads, factor: _attend_by_runs(qkv_P, runs, num_heads, factor)
+
+
+def find_runs(lengths_B: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the runs of neighbours of equal length: (texts, tokens per text) of each.
+
+    >>> find_runs([5, 5, 2, 5])
+    [(2, 5), (1, 2), (1, 5)]
+    """
+    return [(sum(1 for _ in run), length) for length, run in groupby(lengths_B)]
 
 
 def _attend_by_runs(qkv_P: Tensor, runs: list[tuple[int, int]], num_heads: int, factor: float) -> Tensor:
@@ -64,6 +79,7 @@ def _attend_by_runs(qkv_P: Tensor, runs: list[tuple[int, int]], num_heads: int, 
         query, key, value = (part.transpose(1, 2) for part in heads.unbind(2))
         attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=factor)
         attended_PD[rows].view(num_texts, length, num_heads, -1).copy_(attended.transpose(1, 2))
+    attended_PD[begin:] = 0
     return attended_PD
 
 

@@ -181,7 +181,8 @@ def read_tokenizer(name: str, *, revision: str | None) -> PreTrainedTokenizerFas
             "tokenizer's files there, or set --model.name to a directory with them."
         )
     with reading(location, "tokenizer"):
-        loaded = AutoTokenizer.from_pretrained(str(location.directory))
+        # Otherwise transformers asks at the terminal whether it may run the code of a model with mean pooling.
+        loaded = AutoTokenizer.from_pretrained(str(location.directory), trust_remote_code=False)
     if not getattr(loaded, "is_fast", False):
         raise ModelError(
             f"tokenizer of {name!r} is a {type(loaded).__name__}: only a fast tokenizer can split special tokens in a "

@@ -12,10 +12,14 @@ from torch import Tensor, device, nn, random
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
 
 from agnews_dist.errors import ModelError
+from agnews_dist.model.modeling_gpt2_mean_pooling import GPT2MeanPoolingConfig, GPT2MeanPoolingForSequenceClassification
+from agnews_dist.model.pooling import Pooling
 from agnews_dist.model.pretrained import CONFIG_FILE, EMBEDDED, WEIGHT_FILES, Location, locate, reading
 
 TRAINABLE_BLOCKS_KEY = "trainable_blocks"
 """Our key of an exported config.json: the number of trained blocks, which are the last ones."""
+TRAIN_EMBEDDINGS_KEY = "train_embeddings"
+"""Another one: true if the embeddings were trained too."""
 _HEAD_FIELDS = ("id2label", "label2id", "num_labels", "problem_type")
 """Keys of config.json that describe a classification head."""
 _FIELDS = (
@@ -23,7 +27,8 @@ _FIELDS = (
     *("max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range", "tie_word_embeddings", "add_cross_attention"),
     *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "architectures", TRAINABLE_BLOCKS_KEY, *_HEAD_FIELDS),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "architectures", *_HEAD_FIELDS),
+    *(TRAINABLE_BLOCKS_KEY, TRAIN_EMBEDDINGS_KEY),
     *("dtype", "torch_dtype"),  # for the memory estimate
 )
 """Keys of config.json that are read. Others say how to run the model elsewhere; some of them would break the export."""
@@ -49,6 +54,8 @@ class Backbone:
     """Unusual things about the files, for the user."""
     pad_id: int | None = None
     """Pad token of config.json."""
+    pooling: Pooling = "last"
+    """The rows that its head was trained on."""
 
 
 def read_config(location: Location) -> GPT2Config:
@@ -85,7 +92,7 @@ def _read_raw_config(location: Location) -> dict[str, Any]:
         )
     with reading(location, CONFIG_FILE):
         raw = GPT2Config.get_config_dict(str(location.directory))[0]
-        if raw.get("model_type") != "gpt2":
+        if raw.get("model_type") not in ("gpt2", GPT2MeanPoolingConfig.model_type):
             raise ModelError(
                 f"model {location.name!r} is a {raw.get('model_type')!r} model: only GPT-2 is supported. "
                 "Choose a GPT-2 of any size, such as gpt2, gpt2-medium or distilgpt2."
@@ -150,7 +157,10 @@ def read_weights(location: Location, config: GPT2Config) -> Backbone:
             f"model directory {location.directory}: it has no weights (none of {', '.join(WEIGHT_FILES)}){found}. "
             "Copy the whole model directory, or set --model.init random."
         )
-    has_head = GPT2ForSequenceClassification.__name__ in (config.architectures or [])
+    architectures = config.architectures or []
+    # Both classes have the same weights.
+    is_mean = GPT2MeanPoolingForSequenceClassification.__name__ in architectures
+    has_head = is_mean or GPT2ForSequenceClassification.__name__ in architectures
     raw = _read_raw_config(location) if has_head else {}
 
     config = copy.deepcopy(config)
@@ -188,7 +198,8 @@ def read_weights(location: Location, config: GPT2Config) -> Backbone:
     numbers = raw["label2id"] if isinstance(raw.get("label2id"), dict) else {}
     if any(name in class_names and type(i) is int and names.get(i) != name for name, i in numbers.items()):
         notes += (f"{CONFIG_FILE} of model {location.name!r}: label2id contradicts id2label, which is used.",)
-    return Backbone(loaded.transformer, loaded.score.weight.detach(), class_names, None, notes)
+    head_CD = loaded.score.weight.detach()
+    return Backbone(loaded.transformer, head_CD, class_names, notes=notes, pooling="mean" if is_mean else "last")
 
 
 def _find_new_names(report: dict[str, Any], *, is_tied: bool) -> dict[str, str]:

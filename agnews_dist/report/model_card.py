@@ -56,12 +56,13 @@ class ModelCard:
         ]
         settings = [(f"`{key}`", f"`{_format_value(value)}`") for key, value in self.settings.items()]
         trainable, frozen = sum_parameters(self.parameters)
+        is_mean = self.settings.get("model.pooling") == "mean"
         parts = [(part, f"{trained:,}", f"{fixed:,}") for part, (trained, fixed) in self.parameters.items()]
         body = f"""\
 # {_escape_cell(self.name)}
 
 A GPT-2 text classifier for {_format_classes(classes)}: `{base}` with part of its weights frozen, \
-fine-tuned on `{data}` by `agnews_dist`. It classifies from the hidden state of a text's last token.
+fine-tuned on `{data}` by `agnews_dist`. It classifies from {_ROWS[is_mean]}.
 
 ## Results
 
@@ -75,7 +76,8 @@ fine-tuned on `{data}` by `agnews_dist`. It classifies from the hidden state of 
 Run this in this directory, or replace `.` by its path or hub id:
 
 ```python
-{_SNIPPET}```
+{_SNIPPET.format(trust=", trust_remote_code=True" if is_mean else "")}```
+{_CODE if is_mean else ""}
 
 `truncation=True` cuts a text to its first {self.max_length:,} tokens, as in training. Without it the pipeline crashes on a \
 text longer than the model's positions.
@@ -117,10 +119,15 @@ _LICENCE = "- No licence is stated here for the weights: they derive from the ba
 _SNIPPET = """\
 from transformers import pipeline
 
-classify = pipeline("text-classification", model=".")
+classify = pipeline("text-classification", model="."{trust})
 texts = ["A text to classify", "Another text"]
 for text, answer in zip(texts, classify(texts, truncation=True)):
-    print(f"{answer['label']:>10}  {answer['score']:.3f}  {text}")
+    print(f"{{answer['label']:>10}}  {{answer['score']:.3f}}  {{text}}")
+"""
+_ROWS = ("the hidden state of a text's last token", "the mean of the hidden states of a text's tokens")
+_CODE = """
+Hugging Face's class for GPT-2 reads the last token alone. The code of this model is in \
+`modeling_gpt2_mean_pooling.py`, in this directory; `trust_remote_code=True` allows it to run.
 """
 
 

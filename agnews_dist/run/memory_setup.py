@@ -13,7 +13,7 @@ from agnews_dist.distributed.world import World
 from agnews_dist.engine.device import choose_precision, should_use_cuda
 from agnews_dist.engine.memory import Setup, Shape
 from agnews_dist.model.prefix import CALL_TOKENS
-from agnews_dist.run.setup import read_model_files
+from agnews_dist.run.model_setup import read_model_files
 
 
 def build_shape(gpt2: GPT2Config) -> Shape:
@@ -43,6 +43,7 @@ def build_memory_setup(config: Config, world: World, gpt2: GPT2Config | None = N
     stored = str(gpt2.dtype or "float32").removeprefix("torch.")
     setup = Setup(
         trainable_blocks=gpt2.n_layer if blocks == "all" else min(blocks, gpt2.n_layer),
+        train_embeddings=config.model.train_embeddings,
         num_ranks=world.num_ranks,
         ranks_per_node=world.ranks_per_node,
         backend=engine.backend,
@@ -57,6 +58,7 @@ def build_memory_setup(config: Config, world: World, gpt2: GPT2Config | None = N
         # Weights used in the type they are stored in stay memory-mapped: the ranks of a node share those pages.
         shares_frozen=not (use_cuda or half) and config.model.init == "pretrained" and stored == "float32",
         fast_path=engine.fast_path,
+        pooling=config.model.pooling,
         activation_checkpointing=engine.activation_checkpointing,
         num_classes=len(read_class_names(config.data.class_names) or range(2)),
         compress_gradients=engine.gradient_compression == "bf16",

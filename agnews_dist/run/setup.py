@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from transformers import GPT2Config, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from agnews_dist.config.schema import BatchConfig, Config, DataConfig, ModelConfig
+from agnews_dist.config.schema import BatchConfig, Config, DataConfig
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader
 from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.data.batching.shares import quadratic_weight
@@ -25,39 +25,23 @@ from agnews_dist.events import Emit, Warned, begin_phase
 from agnews_dist.features.manager import CacheSettings, FeatureCache
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.model.export import check_room, limit_length, load_classifier
-from agnews_dist.model.gpt2 import (
-    Classifier,
-    check_max_length,
-    count_parameters,
-    explain_new_head,
-    load_backbone,
-    load_model_config,
-    split_model,
-)
-from agnews_dist.model.pretrained import load_tokenizer
-from agnews_dist.model.saved_model import check_config
+from agnews_dist.model.gpt2 import Classifier, explain_new_head, load_backbone
 from agnews_dist.model.tokenizer_files import check_export
 from agnews_dist.model.weight_files import WeightFiles, copy_weights
 from agnews_dist.run.disk_setup import estimate_run_bytes, reserve_run_bytes
 from agnews_dist.run.engine_setup import place_classifier
 from agnews_dist.run.fingerprints import run_fingerprints
 from agnews_dist.run.hub_inputs import split_settings
+from agnews_dist.run.model_setup import ModelFiles, build_classifier, count_trained, read_model_files
 from agnews_dist.storage.directories import cache_root
 from agnews_dist.training.class_weights import check_class_weights, compute_class_weights
 from agnews_dist.training.diagnostics import dry_run, overfit_one_batch
+from agnews_dist.training.lbfgs import HeadSolver
 from agnews_dist.training.loop import Monitors, Trainer, TrainerSettings
-from agnews_dist.training.step import StepSettings
+from agnews_dist.training.losses import StepSettings
 from agnews_dist.training.timing import StageTimer
 
 Loader = TypeVar("Loader", bound=TrainLoader)
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """The small files of a model: tokenizer and config, read once per process."""
-
-    tokenizer: PreTrainedTokenizerFast
-    config: GPT2Config
 
 
 @dataclass(frozen=True)
@@ -99,19 +83,6 @@ def pad_id_of(tokenizer: PreTrainedTokenizerFast) -> int:
     pad_id = tokenizer.pad_token_id
     assert isinstance(pad_id, int)
     return pad_id
-
-
-def read_model_files(model: ModelConfig, data: DataConfig) -> ModelFiles:
-    """Read tokenizer and config of `model.name`, without its weights.
-
-    Raises:
-        ModelError: they cannot be read, are not GPT-2's, or `data.max_length` is too large for the model.
-    """
-    check_config(model.name, model.revision, is_classifier=False)
-    tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
-    gpt2 = load_model_config(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
-    check_max_length(data.max_length, gpt2.n_positions)
-    return ModelFiles(tokenizer, gpt2)
 
 
 def column_settings(data: DataConfig) -> ColumnSettings:
@@ -207,13 +178,11 @@ def load_training_inputs(
         emit(Warned(message=note))
     names = corpus.class_names
     check_class_weights(config.optim.class_weights, names)
-    if reason := explain_new_head(backbone, names):
+    if reason := explain_new_head(backbone, names, model.pooling):
         emit(Warned(message=f"model {model.name!r}: {reason}. Its head is not used, and a new one is drawn."))
-    classifier = split_model(
-        backbone, trainable_blocks=model.trainable_blocks, num_classes=len(names), seed=seed, class_names=names
-    )
+    classifier = build_classifier(config, backbone, names)
     weight_files = copy_weights(classifier, world.ranks_per_node)
-    parameters = count_parameters(classifier)
+    parameters = count_trained(config, classifier)
     with timer.stage("tokenize"):
         store = open_tokens(corpus, files.tokenizer, data, max_length=data.max_length, emit=emit, world=world)
     if world.is_main and exports:
@@ -403,5 +372,8 @@ def build_trainer(config: Config, inputs: TrainingInputs, engine: Engine, loader
     """Build the training loop, which hands the trainable part to the engine. Collective."""
     monitors.emit(begin_phase(f"start engine {config.engine.backend}"))
     optim = config.optim.model_dump(exclude={"class_weights"})  # the loader has them as numbers
-    settings = TrainerSettings(**optim, seed=config.run.seed, class_names=inputs.class_names)
-    return Trainer(inputs.classifier, engine, loader, settings, monitors)
+    settings = TrainerSettings(
+        **optim, standardize=config.model.standardize, seed=config.run.seed, class_names=inputs.class_names
+    )
+    kind = HeadSolver if settings.solver == "lbfgs" else Trainer
+    return kind(inputs.classifier, engine, loader, settings, monitors)

@@ -16,8 +16,9 @@ from agnews_dist.report.pages.details import SplitDetails, describe_split
 from agnews_dist.report.pages.page import check_output, write_page
 from agnews_dist.report.pages.stored_run import Fields, StoredRun, read_json
 from agnews_dist.run.hub_inputs import fetch_inputs, list_requests
+from agnews_dist.run.model_setup import read_model_files
 from agnews_dist.run.reporting import ANALYSIS_FILE, NO_FEATURES, combine_rows, write_report
-from agnews_dist.run.setup import load_text, open_tokens, read_model_files
+from agnews_dist.run.setup import load_text, open_tokens
 from agnews_dist.run.status import is_sweep
 from agnews_dist.run.stored_runs import read_run, read_run_config
 

@@ -27,7 +27,8 @@ def log_summary(
     emit = attempt.monitors.emit
     emit(begin_phase("plan the batches"))
     expected = loader.expected_efficiency()
-    num_steps = loader.num_steps(config.optim.epochs, config.optim.max_steps)
+    # L-BFGS ends when it has converged.
+    num_steps = loader.num_steps(config.optim.epochs, config.optim.max_steps) if config.optim.solver == "adamw" else 0
     rows = ", ".join(f"{len(split):,} {name}" for name, split in inputs.store.splits.items())
     trainable, frozen = map(sum, zip(*inputs.parameters.values(), strict=True))
     # The first ten are shown without --verbose: two columns of five.
@@ -40,7 +41,9 @@ def log_summary(
         "device": f"{engine.description}, {engine.precision}",
         "ranks": f"{engine.world.num_ranks} ({engine.world.ranks_per_node} per node), {engine_text(config.engine)}",
         "batch": batch_text(config.batch),
-        "plan": f"{count_noun(num_steps, 'step')}, {expected.critical_path:.1%} of the ranks' time goes to real tokens",
+        "plan": f"{count_noun(num_steps, 'step')}, {expected.critical_path:.1%} of the ranks' time goes to real tokens"
+        if num_steps
+        else "all training rows in every iteration",
         "optimizer": optimizer_text(config.optim),
         "memory": format_estimate(memory),
         **inputs.data_facts,
@@ -87,6 +90,8 @@ def optimizer_text(optim: OptimConfig) -> str:
     >>> optimizer_text(OptimConfig(layer_decay=0.7, average="swa"))
     'AdamW, lr 0.001 (linear, x 0.7 per layer), 3 epochs, swa of the last 50% of the steps'
     """
+    if optim.solver == "lbfgs":
+        return f"L-BFGS on out_head alone, to convergence, L2 {optim.weight_decay:g}"
     length = count_noun(optim.epochs, "epoch") if optim.max_steps is None else count_noun(optim.max_steps, "step")
     early = f", or {count_noun(optim.patience, 'evaluation')} without a better {optim.best_metric}" if optim.patience else ""
     rates = "" if optim.layer_decay == 1 else f", x {optim.layer_decay:g} per layer"

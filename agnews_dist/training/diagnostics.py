@@ -15,8 +15,8 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import UserError
 from agnews_dist.events import Emit, OverfitChecked, Profiled, Progress, ignore_event
 from agnews_dist.model.gpt2 import Classifier
+from agnews_dist.training.losses import PLAIN, StepSettings, forward_losses, summed_loss
 from agnews_dist.training.optim import build_optimizer
-from agnews_dist.training.step import PLAIN, StepSettings, forward_losses, summed_loss
 
 OVERFIT_EXAMPLES = 8
 OVERFIT_STEPS = 100

@@ -26,11 +26,14 @@ from agnews_dist.events import Emit, NonFinite, StepDone, StoppedEarly, begin_ph
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource
+from agnews_dist.model.suffix import Standard
 from agnews_dist.training.best_weights import BestWeights, Metric, RunningTotals
 from agnews_dist.training.checkpoint import Groups
 from agnews_dist.training.checkpoint_manager import CheckpointManager, load_weights
+from agnews_dist.training.head_inputs import measure_standard
+from agnews_dist.training.losses import StepSettings
 from agnews_dist.training.optim import Average, Schedule, averaging_rate, build_optimizer, is_averaged, learning_rate, set_lr
-from agnews_dist.training.step import NonFiniteError, StepResult, StepSettings, train_step
+from agnews_dist.training.step import NonFiniteError, StepResult, train_step
 from agnews_dist.training.timing import StageTimer, TimedFeatures
 
 
@@ -61,6 +64,10 @@ class TrainerSettings:
     ema_decay: float = 0.99
     layer_decay: float = 1.0
     r_drop: float = 0.0
+    solver: Literal["adamw", "lbfgs"] = "adamw"
+    """lbfgs: see `lbfgs.HeadSolver`, which has no use for most of these."""
+    standardize: bool = False
+    """Standardise the inputs of `out_head`, which must depend on no trained block."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,8 @@ class Trainer:
         # Other settings may have been accepted: an average that begins later begins from nothing.
         num_averaged = state.get("num_averaged", 0) if self._is_averaged else 0
         load_weights(self.strategy, tensors, state["num_updates"], num_averaged)
+        if (standard := state.get("standard")) is not None:
+            self._classifier.suffix.standard = Standard(*(torch.tensor(each, device=self._engine.device) for each in standard))
         if state["best"] is not None:
             scores: dict[str, Tensor] = collectives.all_gather(dict(best_tensors.get("scored", {})))[0]
             self.best.load_state_dict(state["best"], scores, dict(best_tensors.get("weights", {})))
@@ -163,6 +172,7 @@ class Trainer:
 
     def iterate(self, validate: Callable[[], SplitScores], checkpoints: CheckpointManager | None = None) -> Generator[None]:
         """Train to the end, and pause after every step, with its evaluation and checkpoint. Arguments and errors: see `fit`."""
+        self._standardise()
         if self._is_evaluation_due:
             self._evaluate(validate)
             self._save(checkpoints)
@@ -228,6 +238,15 @@ class Trainer:
         """True if the weights after the last step belong to the average."""
         settings = self._settings
         return is_averaged(self.step, num_steps=self.num_steps, average=settings.average, start=settings.average_start)
+
+    def _standardise(self) -> None:
+        """Measure the inputs of `out_head`, unless the checkpoint had the measures. Collective."""
+        suffix, loader = self._classifier.suffix, self._loader
+        if self._settings.standardize and suffix.standard is None:
+            assert self._features is not None, "use_features comes first"
+            begin = time.perf_counter()
+            suffix.standard = measure_standard(suffix, loader.table, self._features, self._engine, loader.owner_N)
+            self.totals.seconds += time.perf_counter() - begin
 
     def _train_step(self, batches: StepBatches, checkpoints: CheckpointManager | None) -> StepResult:
         begin = time.perf_counter()
@@ -315,4 +334,6 @@ class Trainer:
             "totals": self.totals.state_dict(),
             "seconds": self._timer.totals(),
         }
+        if (standard := self._classifier.suffix.standard) is not None:
+            state["standard"] = [each.tolist() for each in standard]
         checkpoints.save(self.step, state, self.best, is_scored=self._scored_step == self.step, wait=wait)

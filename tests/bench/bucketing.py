@@ -45,8 +45,8 @@ from agnews_dist.events import ignore_event
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.suffix import Suffix
 from agnews_dist.run.setup import TrainingInputs, load_training_inputs
+from agnews_dist.training.losses import summed_loss
 from agnews_dist.training.optim import build_optimizer, learning_rate, set_lr
-from agnews_dist.training.step import summed_loss
 from agnews_dist.training.timing import StageTimer
 
 REPOSITORY = Path(__file__).resolve().parents[2]

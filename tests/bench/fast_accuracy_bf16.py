@@ -9,18 +9,17 @@ import torch
 
 from agnews_dist.config.schema import Config, DataConfig, EngineConfig, ModelConfig, RunConfig
 from agnews_dist.data.batching.batch import Batch
-from agnews_dist.data.batching.loader import TokenTable, TrainLoader, evaluation_batches
+from agnews_dist.data.batching.loader import TokenTable, TrainLoader
 from agnews_dist.data.batching.shares import quadratic_weight
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.evaluation.evaluator import compute_rank_logits, evaluate_split
 from agnews_dist.evaluation.metrics import in_file_order
 from agnews_dist.events import ignore_event
+from agnews_dist.features.distinct_texts import DistinctTexts
+from agnews_dist.features.filling import fill, plan_work
 from agnews_dist.features.gather import CachedFeatures
-from agnews_dist.features.layout import lay_out
-from agnews_dist.features.precompute import SplitFeatures
 from agnews_dist.model.export import load_classifier
-from agnews_dist.model.packed import run_in_threads
 from agnews_dist.model.prefix import Features, FeatureSource
 from agnews_dist.run.setup import TrainingInputs, load_training_inputs, open_features, pad_id_of, plan_settings
 from agnews_dist.training.optim import build_optimizer, learning_rate, set_lr
@@ -115,11 +114,9 @@ class Rows:
     def _computed_in_bf16(self, split: str) -> CachedFeatures:
         """Weights, activations and rows in bf16, as on a GPU; for a split that is scored."""
         prefix, table = copy.deepcopy(self._prefix).bfloat16(), self._tables[split]
-        layout = lay_out(table.lengths_N, evaluation_batches(table), call_tokens=prefix.call_tokens, row_bytes=prefix.row_bytes)
-        computing = SplitFeatures(prefix, table, layout)
-        rows, pieces = computing.prepare_in_memory(torch.device("cpu"), computing.compute_segment, lambda segment: None)
-        run_in_threads(pieces, torch.device("cpu"))
-        return CachedFeatures(rows, layout)
+        texts = DistinctTexts({split: table}, one_row_per_text=prefix.one_row_per_text)
+        work, cpu = plan_work(texts, [], prefix, copies=True), torch.device("cpu")
+        return work.source(split, fill(work, None, prefix, memory=cpu, world=World(), emit=ignore_event))
 
     def _sources(self, seed: int) -> TrainingInputs:
         config = self._config.model_copy(update={"run": RunConfig(seed=seed)})

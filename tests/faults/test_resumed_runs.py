@@ -258,17 +258,8 @@ def test_time_limit_stops_the_run(tmp_path, limit):
 
 STEPWISE = ("--optim.evaluate_every", "5", "--optim.best_metric", "loss", "--optim.patience", "2", "--optim.lr", "0.03")
 STEPWISE = (*STEPWISE, "--optim.class_weights", "balanced", "--optim.label_smoothing", "0.1", "--optim.max_steps", "60")
-STEPWISE = (
-    *STEPWISE,
-    "--optim.average",
-    "ema",
-    "--optim.average_start",
-    "0",
-    "--optim.r_drop",
-    "0.5",
-    "--optim.layer_decay",
-    "0.8",
-)
+STEPWISE = (*STEPWISE, "--optim.average", "ema", "--optim.average_start", "0", "--optim.layer_decay", "0.8")
+STEPWISE = (*STEPWISE, "--optim.r_drop", "0.5")
 
 
 def test_run_stopped_between_evaluations_stops_early_at_the_same_step_with_the_same_bits(tmp_path):

@@ -19,7 +19,8 @@ from agnews_dist.distributed.world import World, detect_world
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.prefix import uncached_features
 from agnews_dist.run.engine_setup import place_classifier
-from agnews_dist.training.step import StepSettings, train_step
+from agnews_dist.training.losses import StepSettings
+from agnews_dist.training.step import train_step
 
 
 def update(

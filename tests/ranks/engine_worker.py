@@ -32,8 +32,9 @@ from agnews_dist.evaluation.evaluator import evaluate_split
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features, FeatureSource, uncached_features
 from agnews_dist.run.engine_setup import place_classifier
+from agnews_dist.training.losses import StepSettings
 from agnews_dist.training.optim import build_optimizer
-from agnews_dist.training.step import NonFiniteError, StepSettings, train_step
+from agnews_dist.training.step import NonFiniteError, train_step
 
 # By default stage 3 keeps small weights whole on every rank.
 SHARD_EVERYTHING = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -54,7 +55,7 @@ def start(world: World, name: str, precision: str = "fp32", **options: bool) -> 
 
 
 def prepare(engine: Engine, settings: dict, *, max_grad_norm: float, sgd: bool = False) -> tuple[Classifier, Strategy]:
-    classifier = toy_classifier(settings["trainable_blocks"])
+    classifier = toy_classifier(settings["trainable_blocks"], **settings.get("options", {}))
     before = [weight.data_ptr() for weight in classifier.prefix.parameters()]
     place_classifier(classifier, engine, fast_path=True)
     if engine.precision == "fp32":
@@ -193,7 +194,7 @@ def check_flipped_bit_is_found(world: World, strategy: Strategy) -> None:
 
 def check_scored_weights(settings: dict, state: dict[str, Tensor], table: TokenTable, expected_NC: np.ndarray) -> None:
     """Check that the saved weights give the same probabilities in a model without an engine."""
-    classifier = toy_classifier(settings["trainable_blocks"])
+    classifier = toy_classifier(settings["trainable_blocks"], **settings.get("options", {}))
     classifier.suffix.eval().load_state_dict(state)
     with torch.no_grad():
         logits_NC = classifier.suffix(*uncached_features(classifier.prefix)(table.batch(np.arange(len(table)))))

@@ -26,7 +26,7 @@ def rows_of(segment: int) -> torch.Tensor:
 
 def feature_file(directory: Path, num_segments: int, key: str = KEY) -> FeatureFile:
     bounds_S = [ROWS_PER_SEGMENT * segment for segment in range(num_segments + 1)]
-    about = {"model": "toy", "split": "train", "texts": 1, "tokens": 1}
+    about = {"model": "toy", "texts": 1, "tokens": 1}
     return FeatureFile(directory, key=key, bounds_S=bounds_S, width=WIDTH, dtype=torch.float32, about=about)
 
 

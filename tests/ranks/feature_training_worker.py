@@ -14,6 +14,7 @@ from support.toy import toy_classifier, toy_split
 from agnews_dist.data.batching import loader as loader_module
 from agnews_dist.data.batching.loader import TokenTable, TrainLoader
 from agnews_dist.data.batching.settings import PlanSettings
+from agnews_dist.data.rows import Ints
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import detect_world
 from agnews_dist.engine.engine import Engine
@@ -21,46 +22,51 @@ from agnews_dist.evaluation.evaluator import compute_rank_logits
 from agnews_dist.evaluation.metrics import in_file_order
 from agnews_dist.events import Event, Warned
 from agnews_dist.features.manager import CacheSettings, FeatureCache
-from agnews_dist.features.precompute import SplitFeatures
+from agnews_dist.features.precompute import FeatureRows
 from agnews_dist.model import prefix as prefix_module
 from agnews_dist.run.fingerprints import weights_fingerprint
 from agnews_dist.training.optim import build_optimizer
 from agnews_dist.training.step import train_step
 
 
-def count_segments(computed: list[str]) -> None:
-    """Append the split's name to `computed` for every segment that this process computes."""
-    compute_segment = SplitFeatures.compute_segment
+def count_tokens(computed: list[int]) -> None:
+    """Append the number of tokens to `computed` whenever this process computes texts."""
+    compute = FeatureRows.compute
 
-    def counted(self: SplitFeatures, segment: int) -> torch.Tensor:
-        computed.append(self.name)
-        return compute_segment(self, segment)
+    def counted(self: FeatureRows, numbers: Ints) -> torch.Tensor:
+        computed.append(self.count_tokens(numbers))
+        return compute(self, numbers)
 
-    SplitFeatures.compute_segment = counted
+    FeatureRows.compute = counted
 
 
-def train(engine: Engine, arguments: dict, case: dict, output: Path, computed: list[str]) -> None:
+def train(engine: Engine, arguments: dict, case: dict, output: Path, computed: list[int]) -> None:
     classifier, world = toy_classifier(case["trainable_blocks"]), engine.world
     classifier.use_fast_path(case["fast_path"])
     splits = {name: replace(toy_split(arguments["lengths"][name]), name=name) for name in ("train", "validation", "test")}
     tables = {name: TokenTable(split, pad_id=0, device=engine.device) for name, split in splits.items()}
     settings = PlanSettings(**arguments["settings"])
     loader = TrainLoader(tables["train"], world, settings, max_tokens_per_rank=arguments["max_tokens_per_rank"], quadratic=0.1)
-    computed.clear()
     events: list[Event] = []
     cache_settings = CacheSettings(
         requested=case["requested"],
         num_epochs=arguments["epochs"],
-        directory=output / f"cache-of-{world.num_ranks}",
+        directory=output / f"cache-of-{world.num_ranks}{case['cache']}",
         limit_bytes=10**9,
         reserved_bytes=0,
         frozen_weights=weights_fingerprint(classifier.frozen_state),
         model_name="toy",
     )
+    if case["earlier"]:
+        # An earlier run on the first texts of the training split.
+        fewer = replace(toy_split(arguments["lengths"]["train"][: case["earlier"]]), name="train")
+        earlier = tables | {"train": TokenTable(fewer, pad_id=0, device=engine.device)}
+        FeatureCache(classifier, earlier, engine, replace(cache_settings, requested="disk")).build(events.append)
+    computed.clear()
     features = FeatureCache(classifier, tables, engine, cache_settings)
     features.build(events.append)
     loader.owner_N = features.owner_N
-    counts = collectives.all_gather({name: computed.count(name) for name in splits})
+    counts = collectives.all_gather(sum(computed))
 
     scored = {}
     for name in ("validation", "test"):
@@ -98,8 +104,8 @@ def main() -> None:
     prefix_module.CALL_TOKENS["cpu"] = arguments["call_tokens"]
     loader_module.EVALUATION_TOKENS = arguments["evaluation_tokens"]
     engine = Engine(detect_world(os.environ), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
-    computed: list[str] = []
-    count_segments(computed)
+    computed: list[int] = []
+    count_tokens(computed)
     for case in arguments["cases"][str(engine.world.num_ranks)]:
         train(engine, arguments, case, output, computed)
 

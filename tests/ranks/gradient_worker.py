@@ -18,7 +18,8 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.prefix import Features, uncached_features
-from agnews_dist.training.step import NonFiniteError, StepSettings, accumulate_gradients, summed_loss, train_step
+from agnews_dist.training.losses import StepSettings, summed_loss
+from agnews_dist.training.step import NonFiniteError, accumulate_gradients, train_step
 
 R_DROP, DROPOUT, SEED, STEP = 0.7, 0.2, 5, 41
 LOSSES = {

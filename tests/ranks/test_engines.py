@@ -52,8 +52,15 @@ def cases() -> list[dict]:
     made += [
         {"engine": engine, "trainable_blocks": 2, "max_tokens": PARTS, "max_grad_norm": 0.0, "sgd": True} for engine in ENGINES
     ]
+    recipes = (("all", {"train_embeddings": True}), (1, {"pooling": "mean"}), (0, {"pooling": "mean"}))
+    plain = {"max_tokens": PARTS, "max_grad_norm": 0.5, "sgd": False}
+    made += [
+        {"engine": engine, "trainable_blocks": blocks, "options": options, **plain}
+        for engine, (blocks, options) in itertools.product(("ddp", "fsdp", "zero2", "zero3"), recipes)
+    ]
     for case in made:
-        kind = "sgd" if case["sgd"] else "adamw"
+        options = case.setdefault("options", {})
+        kind = "-".join(options) or ("sgd" if case["sgd"] else "adamw")
         case["name"] = f"{case['engine']}-{case['trainable_blocks']}-{case['max_tokens']}-{kind}"
         case["mean_of_means"] = False
         case["layer_decay"] = LAYER_DECAY if case["trainable_blocks"] == "all" else 1.0
@@ -68,7 +75,9 @@ def cases_of(num_ranks: int) -> dict[str, dict]:
     """Select all cases on two ranks, otherwise those of two blocks with AdamW."""
     if num_ranks == 2:
         return CASES
-    return {name: case for name, case in CASES.items() if case["trainable_blocks"] == 2 and not case["sgd"]}
+    return {name: case for name, case in CASES.items() if case["trainable_blocks"] == 2 and not case["sgd"]} | (
+        {name: case for name, case in CASES.items() if case["engine"] == "ddp" and case["options"]} if num_ranks == 1 else {}
+    )
 
 
 EVERYWHERE = [(num_ranks, name) for num_ranks in RANKS for name in cases_of(num_ranks)]
@@ -123,6 +132,7 @@ def global_batches() -> list[Ints]:
 def reference_training(
     trainable_blocks: int | str,
     *,
+    options: dict | None = None,
     sgd: bool = False,
     max_grad_norm: float = 1.0,
     weight_decay: float = WEIGHT_DECAY,
@@ -130,7 +140,7 @@ def reference_training(
 ) -> dict:
     """Train Hugging Face's module with torch's optimizer in one process, without code of this package."""
     num_blocks = 3 if trainable_blocks == "all" else int(trainable_blocks)
-    model, tokens_NT, mask_NT = toy_reference_model(LENGTHS, num_blocks, torch.float32)
+    model, tokens_NT, mask_NT = toy_reference_model(LENGTHS, num_blocks, torch.float32, **(options or {}))
     labels_N = torch.from_numpy(toy_split(LENGTHS).labels)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     rates = {f"transformer.h.{block}.": LR * LAYER_DECAY ** (3 - block) for block in range(3)} if num_blocks == 3 else {}
@@ -140,14 +150,14 @@ def reference_training(
     for ids in global_batches() if batches is None else batches:
         optimizer.zero_grad()
         logits_BC = model(input_ids=tokens_NT[ids], attention_mask=mask_NT[ids]).logits
-        options = {"weight": torch.tensor(CLASS_WEIGHTS), "label_smoothing": 0.1} if sgd else {}
-        loss = torch.nn.functional.cross_entropy(logits_BC, labels_N[ids], **options)
+        whole_loss = {"weight": torch.tensor(CLASS_WEIGHTS), "label_smoothing": 0.1} if sgd else {}
+        loss = torch.nn.functional.cross_entropy(logits_BC, labels_N[ids], **whole_loss)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), max_grad_norm or math.inf)))
         losses.append(loss.item())
         optimizer.step()
     weights = {our_name(name): weight.detach() for name, weight in trained.items()}
-    evaluated, ids_NT, mask = toy_reference_model(EVALUATION_LENGTHS, num_blocks, torch.float32)
+    evaluated, ids_NT, mask = toy_reference_model(EVALUATION_LENGTHS, num_blocks, torch.float32, **(options or {}))
     evaluated.load_state_dict(model.state_dict())
     with torch.no_grad():
         logits_NC = evaluated(input_ids=ids_NT, attention_mask=mask).logits
@@ -166,8 +176,17 @@ def reference_training(
 
 @pytest.fixture(scope="module")
 def references() -> dict:
-    wanted = {(case["trainable_blocks"], case["sgd"], case["max_grad_norm"]) for case in CASES.values()}
-    return {(k, sgd): reference_training(k, sgd=sgd, max_grad_norm=limit) for k, sgd, limit in wanted}
+    return {
+        key_of(case): reference_training(
+            case["trainable_blocks"], options=case["options"], sgd=case["sgd"], max_grad_norm=case["max_grad_norm"]
+        )
+        for case in {key_of(case): case for case in CASES.values()}.values()
+    }
+
+
+def key_of(case: dict) -> tuple:
+    """Return what the reference of a case depends on."""
+    return case["trainable_blocks"], case["sgd"], *case["options"]
 
 
 def drop_key_bias(name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -190,7 +209,7 @@ def largest_difference(
 def test_every_engine_trains_the_reference_weights(saved, references, name):
     num_ranks, directory = saved
     case, facts = CASES[name], json.loads((directory / f"{name}.json").read_text())
-    reference = references[case["trainable_blocks"], case["sgd"]]
+    reference = references[key_of(case)]
     assert len(facts["losses"]) == NUM_STEPS
     np.testing.assert_allclose(facts["losses"], reference["losses"], rtol=1e-5)
     np.testing.assert_allclose(facts["norms"], reference["norms"], rtol=1e-5)
@@ -207,7 +226,7 @@ def test_every_engine_trains_the_reference_weights(saved, references, name):
         assert any(len(set(shares)) > 1 for shares in facts["shares"])
     if num_ranks == 3:
         assert any(0 in shares for shares in facts["shares"])
-    assert min(facts["norms"]) > 1.0, "every step is clipped"
+    assert min(facts["norms"]) > (case["max_grad_norm"] or 1.0), "every step is clipped"
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith(f"-2-{PARTS}-adamw")])

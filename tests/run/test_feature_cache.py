@@ -4,21 +4,26 @@ import fcntl
 import glob
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import fork_server, small_run
 from support.events import read_events
 from support.jobs import ForkedJob
 from support.processes import wait_until
 from transformers import GPT2Model
 
+from agnews_dist.data.token_cache import read_tokens
 from agnews_dist.model.embedded import embedded_config, embedded_tokenizer, scale_embeddings
 
 TRAINING = [
@@ -144,22 +149,18 @@ class Places:
 
     directory: Path
     by_place: dict[str, Run]
-    caches: dict[str, Path]
-    """Split -> directory of its features on disk."""
+    cache: Path
+    """Directory of the features on disk."""
     num_segments: int
-    """Number of segments of all splits."""
+    """Number of its segments."""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, train) -> Places:
     directory = tmp_path_factory.mktemp("places")
     found = {place: train(directory, place, "--engine.feature_cache", place) for place in PLACES}
-    caches = {about(path)["split"]: path for path in cache_of(directory).iterdir()}
-    return Places(directory, found, caches, len(finished_segments(directory)))
-
-
-def about(cache: Path) -> dict:
-    return json.loads((cache / "about.json").read_text(encoding="utf-8"))
+    (cache,) = cache_of(directory).iterdir()
+    return Places(directory, found, cache, len(finished_segments(directory)))
 
 
 def check_same(found: Run, expected: Run) -> None:
@@ -183,8 +184,7 @@ def test_every_place_gives_the_same_results(runs):
         assert found[place].warnings == []
     check_same(found["device"], found["host"])
     check_same(found["disk"], found["host"])
-    # Features computed at every use have other calls in training.
-    check_close(found["off"], found["host"])
+    check_same(found["off"], found["host"])
     assert found["host"].scores["test"]["accuracy"] > 0.35, "better than chance"
 
 
@@ -218,15 +218,25 @@ def test_later_runs_reuse_the_files(runs, reused, train, tmp_path):
     before = finished_segments(directory)
     check_same(train(directory, "again", "--engine.feature_cache", "disk"), found["host"])
     assert finished_segments(directory) == before
-    # Fewer rows of one split add a cache and leave the others unchanged.
-    train(directory, "fewer", *ON_DISK, "--data.limit_test", 30, "--optim.epochs", 1)
-    after = finished_segments(directory)
-    assert before.items() < after.items()
-    assert len({name.parts[2] for name in after}) == 4
+    # Fewer rows are there already.
+    train(directory, "fewer", *ON_DISK, "--data.limit_train", 100, "--data.limit_test", 30, "--optim.epochs", 1)
+    assert finished_segments(directory) == before
     # Control: another freeze boundary needs other features.
     other = ("--model.trainable_blocks", 2, "--optim.epochs", 1)
     train(tmp_path, "two-blocks", *ON_DISK, *other, "--data.cache_dir", directory / "cache")
-    assert len({name.parts[2] for name in finished_segments(directory)}) == 7
+    assert len({name.parts[2] for name in finished_segments(directory)}) == 2
+
+
+def test_training_on_grown_data_gives_the_results_of_an_empty_cache(tmp_path, runs, train):
+    shutil.copytree(runs.directory / "cache", tmp_path / "cache")
+    size = ("--data.limit_train", 260)
+    grown = train(tmp_path, "grown", *ON_DISK, *size)
+    scratch = train(tmp_path, "scratch", *ON_DISK, *size, "--data.cache_dir", tmp_path / "empty")
+    check_same(grown, scratch)
+    weights = [load_file(next(run.directory.rglob("model.safetensors"))) for run in (grown, scratch)]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    assert re.search(r"MB, 9\d% cached by earlier runs, as requested$", grown.header)
+    assert scratch.header.endswith("MB, as requested"), "control: an empty cache"
 
 
 def test_run_with_features_in_memory_reads_existing_files(runs, reused, train):
@@ -247,10 +257,9 @@ def flip_bit(path: Path, position: int) -> None:
 @pytest.mark.parametrize("damage", ["one segment", "truncated", "missing"])
 def test_damaged_files_are_repaired_and_results_stay_the_same(runs, reused, train, damage):
     directory, found = runs.directory, runs.by_place
-    train_cache = runs.caches["train"]
-    rows, before = train_cache / "rows.bin", finished_segments(directory)
+    rows, before = runs.cache / "rows.bin", finished_segments(directory)
     content = rows.read_bytes()
-    marks = sorted((train_cache / "marks").iterdir())
+    marks = sorted((runs.cache / "marks").iterdir())
     if damage == "one segment":
         flip_bit(rows, len(content) // 2 + 3)
         marks[3].unlink()
@@ -263,7 +272,7 @@ def test_damaged_files_are_repaired_and_results_stay_the_same(runs, reused, trai
     check_same(run, found["host"])
     assert rows.read_bytes() == content
     again = {name: when for name, when in finished_segments(directory).items() if before[name] != when}
-    assert set(again) <= {name for name in before if train_cache.name in name.parts}
+    assert set(again) <= {name for name in before if runs.cache.name in name.parts}
     expected = {"one segment": 3, "truncated": len(marks) // 4, "missing": len(marks)}[damage]
     assert len(again) == pytest.approx(expected, rel=0.2), "undamaged segments are not computed again"
 
@@ -280,15 +289,25 @@ def test_too_low_limit_is_named_and_another_place_is_used(tmp_path, runs, train)
     assert not list(cache_of(tmp_path).glob("*"))
 
 
+def feature_bytes(runs: Places, splits: tuple[str, ...]) -> int:
+    """Return the size of the features of some splits: one row of 128 numbers per token of a distinct text."""
+    caches = [path for path in cache_of(runs.directory).parent.iterdir() if path.is_dir() and path.name != "features"]
+    # Other tests add token caches with fewer rows.
+    largest = max((read_tokens(path).splits for path in caches), key=lambda found: sum(map(len, found.values())))
+    found = [largest[split] for split in splits]
+    texts = {each.tokens[begin:end].tobytes() for each in found for begin, end in pairwise(each.offsets)}
+    return sum(len(text) // found[0].tokens.itemsize for text in texts) * 128 * 4
+
+
 @pytest.fixture
 def small_disk(tmp_path, runs) -> Iterator[Path]:
     """A file system in memory that is large enough for the training's features, but not for those of the test split too."""
-    sizes = {split: about(cache)["bytes"] for split, cache in runs.caches.items()}
-    needed = sizes["train"] + sizes["validation"]
+    needed, all_bytes = (feature_bytes(runs, splits) for splits in (("train", "validation"), ("train", "validation", "test")))
+    assert all_bytes == json.loads((runs.cache / "about.json").read_text(encoding="utf-8"))["bytes"]
     mount_point = tmp_path / "small"
     mount_point.mkdir()
     size = int(needed / 0.9) + 600_000
-    assert needed + sizes["test"] > size > needed / 0.9
+    assert all_bytes > size > needed / 0.9
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount_point)]
     if os.getuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("mounts a small file system: needs root")
@@ -364,7 +383,7 @@ def test_two_concurrent_trainings_fill_one_cache(tmp_path, runs, arguments):
         run = Run(tmp_path / name, "")
         check_same(run, found["host"])
         assert run.result["feature_cache"] == "disk"
-    assert len(list(cache_of(tmp_path).iterdir())) == 3
+    assert len(list(cache_of(tmp_path).iterdir())) == 1
 
 
 def test_killed_training_loses_no_finished_segment(tmp_path, runs, train, arguments):
@@ -386,9 +405,14 @@ def test_killed_training_loses_no_finished_segment(tmp_path, runs, train, argume
 SHARED_MEMORY = Path("/dev/shm") / f"agnews_dist-{os.getuid()}"
 
 
-def shared_jobs(keys: set[str]) -> set[str]:
-    """Return the jobs of this user with one of these caches in shared memory."""
-    return {path.parent.name for path in match_paths(f"{SHARED_MEMORY}/*/*") if path.name in keys}
+def shared_jobs(model: Path) -> set[str]:
+    """Return the jobs of this user with features of a model in shared memory."""
+    jobs: set[str] = set()
+    for about in match_paths(f"{SHARED_MEMORY}/*/*/about.json"):
+        with suppress(OSError):  # a job has removed it meanwhile
+            if str(model) in about.read_text(encoding="utf-8"):
+                jobs.add(about.parent.parent.name)
+    return jobs
 
 
 @pytest.fixture
@@ -406,16 +430,15 @@ def leftovers() -> Iterator[tuple[Path, Path]]:
         shutil.rmtree(directory.parent, ignore_errors=True)
 
 
-def kill_job(arguments: list[str], keys: set[str], log: Path) -> set[str]:
+def kill_job(arguments: list[str], model: Path, log: Path) -> set[str]:
     """Kill a job of two ranks while its files in shared memory have names; return the jobs that stay there."""
-    before = shared_jobs(keys)
-    kill_when(lambda: bool(shared_jobs(keys) - before), ForkedJob(arguments, log), log)
-    return shared_jobs(keys) - before
+    before = shared_jobs(model)
+    kill_when(lambda: bool(shared_jobs(model) - before), ForkedJob(arguments, log), log)
+    return shared_jobs(model) - before
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no shared memory with names here")
-def test_two_ranks_share_host_memory_and_leave_no_files(tmp_path, runs, arguments, leftovers):
-    keys = {path.name for path in runs.caches.values()}
+def test_two_ranks_share_host_memory_and_leave_no_files(tmp_path, runs, model, arguments, leftovers):
     dead, alive = leftovers
 
     def train_on_two_ranks(place: str) -> Run:
@@ -423,18 +446,18 @@ def test_two_ranks_share_host_memory_and_leave_no_files(tmp_path, runs, argument
         done = fork_server.run_ranks(2, "-m", "agnews_dist.train", *training[1:])
         return Run(tmp_path / place, done.stdout)
 
-    before = shared_jobs(keys)
+    before = shared_jobs(model)
     # With this many rows there is time for the kill.
     rows = shutil.copytree(small_run.write_inputs() / "rows", tmp_path / "rows")
     (rows / "train.jsonl").write_text((rows / "train.jsonl").read_text() * 7)
     many = ("--data.source", rows, "--data.limit_train", 4000, "--engine.feature_cache", "host")
     training = arguments(tmp_path, "killed", *many, "--run.overwrite")[1:]
     # Repeated if a training of another test has removed the directory, as every training does at its start.
-    left = next(filter(None, (kill_job(training, keys, tmp_path / "log.txt") for _ in range(4))), set())
+    left = next(filter(None, (kill_job(training, model, tmp_path / "log.txt") for _ in range(4))), set())
     assert len(left) == 1, "a job was killed before it removed the names"
     host = train_on_two_ranks("host")
     assert host.header.endswith("MB, as requested")
-    assert not shared_jobs(keys) - before, "neither its own files nor those of the killed job"
+    assert not shared_jobs(model) - before, "neither its own files nor those of the killed job"
     assert not dead.parent.exists()
     assert (alive / "rows.bin").exists(), "files of a living job stay"
     check_close(host, runs.by_place["host"])

@@ -1,6 +1,7 @@
 """A small Hugging Face GPT-2 with random weights, our classifier with the same weights, and ragged batches."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +35,13 @@ def random_reference(*, attention: str = "sdpa", **changes: object) -> GPT2ForSe
     return model.eval()
 
 
-def ours_like(reference: GPT2ForSequenceClassification, trainable_blocks: int | str, *, fast_path: bool = True) -> Classifier:
-    """Return a classifier with copies of the reference's weights."""
-    backbone = Backbone(copy.deepcopy(reference.transformer), reference.score.weight.detach().clone(), None)
-    classifier = split_model(backbone, trainable_blocks=trainable_blocks, num_classes=NUM_CLASSES, seed=0)  # type: ignore[arg-type]
+def ours_like(
+    reference: GPT2ForSequenceClassification, trainable_blocks: int | str, *, fast_path: bool = True, **options: Any
+) -> Classifier:
+    """Return a classifier with copies of the reference's weights; `options`: of `split_model`."""
+    pooling = options.get("pooling", "last")
+    backbone = Backbone(copy.deepcopy(reference.transformer), reference.score.weight.detach().clone(), None, pooling=pooling)
+    classifier = split_model(backbone, trainable_blocks=trainable_blocks, num_classes=NUM_CLASSES, seed=0, **options)  # type: ignore[arg-type]
     classifier.use_fast_path(fast_path)
     return classifier
 

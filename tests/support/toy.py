@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
 
 from agnews_dist.data.tokens import TokenSplit
 from agnews_dist.model.gpt2 import Backbone, Classifier, split_model
+from agnews_dist.model.modeling_gpt2_mean_pooling import GPT2MeanPoolingForSequenceClassification
 
 VOCABULARY, CLASSES = 97, 4
 CLASS_WEIGHTS = (0.3, 1.0, 7.0, 2.1)
@@ -32,10 +33,10 @@ def toy_model(dropout: float = 0.0) -> GPT2Model:
     return GPT2Model(config).eval()
 
 
-def toy_classifier(trainable_blocks: int = 1, dropout: float = 0.0, num_classes: int = CLASSES) -> Classifier:
-    classifier = split_model(
-        Backbone(toy_model(dropout), None, None), trainable_blocks=trainable_blocks, num_classes=num_classes, seed=5
-    )
+def toy_classifier(trainable_blocks: int = 1, dropout: float = 0.0, num_classes: int = CLASSES, **options: Any) -> Classifier:
+    """Return our classifier with the weights of `toy_model`; `options`: of `split_model`."""
+    backbone = Backbone(toy_model(dropout), None, None)
+    classifier = split_model(backbone, trainable_blocks=trainable_blocks, num_classes=num_classes, seed=5, **options)
     if classifier.suffix.out_head.bias is not None:
         torch.nn.init.normal_(classifier.suffix.out_head.bias, generator=torch.Generator().manual_seed(3))
     return classifier
@@ -50,12 +51,16 @@ def toy_split(lengths: list[int]) -> TokenSplit:
 
 
 def toy_reference_model(
-    lengths: list[int], trainable_blocks: int = 1, dtype: torch.dtype = torch.float32
+    lengths: list[int], trainable_blocks: int = 1, dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """Return Hugging Face's classifier in eval mode with our weights and trainable parameters, tokens_NT and mask_NT."""
-    classifier, rows = toy_classifier(trainable_blocks), toy_split(lengths)
+    """Return Hugging Face's classifier in eval mode with our weights and trainable parameters, tokens_NT and mask_NT.
+
+    With mean pooling it is the exported one, which tests/unit/model/test_pooling.py compares with plain torch.
+    """
+    classifier, rows = toy_classifier(trainable_blocks, **options), toy_split(lengths)
     config = GPT2Config(**classifier.config.to_dict() | {"num_labels": CLASSES, "pad_token_id": VOCABULARY - 1})
-    model = GPT2ForSequenceClassification(config)
+    is_mean = options.get("pooling") == "mean"
+    model = (GPT2MeanPoolingForSequenceClassification if is_mean else GPT2ForSequenceClassification)(config)
     model.transformer.load_state_dict(toy_model().state_dict())
     # Hugging Face's head has no bias, so it is replaced by one that has.
     model.score = torch.nn.Linear(config.n_embd, CLASSES)

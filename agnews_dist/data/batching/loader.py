@@ -23,6 +23,8 @@ from agnews_dist.distributed.world import World
 
 EVALUATION_TOKENS = 8192
 """Padded tokens per scoring call. A constant, because the size of a call decides the last bits of a result."""
+HASH_BYTES = 16
+"""Size of a text's hash: for a billion texts, the chance that two have the same one is below 1e-20."""
 
 
 class TokenTable:
@@ -42,12 +44,15 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self.lengths_N)
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over the tokens and the first token of each text."""
-        digest = hashlib.sha256(self._tokens.cpu().numpy().tobytes())
-        digest.update(self._begin_N.tobytes())
-        return digest.hexdigest()
+    @cached_property
+    def hashes_N(self) -> NDArray[np.void]:
+        """Hash of the tokens of each text, 16 bytes: texts of equal tokens have equal hashes."""
+        tokens = memoryview(self._tokens.cpu().numpy().astype("<i4").tobytes())
+        bounds = [
+            (begin, begin + length) for begin, length in zip(self._begin_N.tolist(), self.lengths_N.tolist(), strict=True)
+        ]
+        digests = (hashlib.blake2b(tokens[4 * begin : 4 * end], digest_size=HASH_BYTES).digest() for begin, end in bounds)
+        return np.frombuffer(b"".join(digests), dtype=f"V{HASH_BYTES}")
 
     def batch(self, ids_B: Ints) -> Batch:
         """Gather the examples `ids_B`, right-padded to the longest; without ids, one filler row (see `Batch`)."""
@@ -105,14 +110,14 @@ class TrainLoader:
         """Weight of each class in the loss; None: all count the same."""
         self.owner_N: Ints | None = None
         """Rank that holds each text's features, if every rank holds a part of them; None: shares of equal cost."""
-        self._table, self._world, self._settings = table, world, settings
+        self.table, self._world, self._settings = table, world, settings
         self._max_tokens_per_rank, self._quadratic, self._max_length = max_tokens_per_rank, quadratic, max_length
         self._newest_plan: tuple[int, Plan] | None = None
 
     @cached_property
     def fingerprint(self) -> dict[str, int | str | None]:
         """Fingerprint of the plan, independent of the number of ranks: see `fingerprint_plan`."""
-        return fingerprint_plan(self._table.lengths_N, self._settings)
+        return fingerprint_plan(self.table.lengths_N, self._settings)
 
     def num_steps(self, num_epochs: int, max_steps: int | None = None) -> int:
         """Count the steps of a run: `max_steps`, or those of `num_epochs` epochs, which can differ under a token budget."""
@@ -140,12 +145,12 @@ class TrainLoader:
     def _plan(self, epoch: int) -> Plan:
         # The loop asks for the plan of its epoch at every step.
         if self._newest_plan is None or self._newest_plan[0] != epoch:
-            self._newest_plan = (epoch, plan(self._table.lengths_N, self._settings, epoch=epoch, max_length=self._max_length))
+            self._newest_plan = (epoch, plan(self.table.lengths_N, self._settings, epoch=epoch, max_length=self._max_length))
         return self._newest_plan[1]
 
     def _share(self, ids: Ints) -> tuple[Ints, Share]:
         """Split a global batch among the ranks; returns the ids in the order of the share's slices, and the share."""
-        lengths_B, num_ranks = self._table.lengths_N[ids], self._world.num_ranks
+        lengths_B, num_ranks = self.table.lengths_N[ids], self._world.num_ranks
         limit, quadratic = self._max_tokens_per_rank, self._quadratic
         if self.owner_N is None:
             return ids, share_batch(lengths_B, num_ranks=num_ranks, max_tokens_per_rank=limit, quadratic=quadratic)
@@ -157,9 +162,9 @@ class TrainLoader:
     def _step_batches(self, ids: Ints) -> StepBatches:
         weights_C = self.class_weights_C
         # Exactly rounded, so that it depends on neither the order of the examples nor the host.
-        divisor = float(len(ids)) if weights_C is None else math.fsum(weights_C[self._table.labels_N[ids]])
+        divisor = float(len(ids)) if weights_C is None else math.fsum(weights_C[self.table.labels_N[ids]])
         ids, share = self._share(ids)
-        micro_batches = tuple(self._table.batch(ids[rows]) for rows in share.slices(self._world.rank))
+        micro_batches = tuple(self.table.batch(ids[rows]) for rows in share.slices(self._world.rank))
         return StepBatches(micro_batches, len(ids), divisor, share)
 
 

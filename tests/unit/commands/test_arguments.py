@@ -267,7 +267,7 @@ def test_lists_are_values_of_options() -> None:
     [line] = errors_of(["--sizes", "1,x"], options)
     assert line.startswith("--sizes '1,x', 'x': it takes a list a,b,... of a whole number or null.")
     [line] = errors_of(["--accept", "optim.lr,optim.lrr"], TRAINING_OPTIONS)
-    assert line.startswith("--accept 'optim.lr,optim.lrr', 'optim.lrr': it takes a list a,b,... of optim.lr, ")
+    assert line.startswith("--accept 'optim.lr,optim.lrr', 'optim.lrr': it takes a list a,b,... of model.dropout, optim.lr, ")
     assert line.endswith(" Did you mean 'optim.lr'? Correct it.")
 
 

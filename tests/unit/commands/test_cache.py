@@ -20,7 +20,7 @@ FEATURES, UNFINISHED, TOKENS = "a1" * 32, "a2" * 32, "b3" * 32
 
 
 def make_features(root: Path, key: str, *, is_whole: bool = True) -> FeatureFile:
-    about = {"model": "gpt2", "split": "train", "texts": 1200, "tokens": 34567}
+    about = {"model": "gpt2", "texts": 1200, "tokens": 34567}
     file = FeatureFile(root / "features" / key, key=key, bounds_S=[0, 4, 8], width=1024, dtype=torch.float32, about=about)
     file.allocate()
     if is_whole:
@@ -74,7 +74,7 @@ def test_json_has_all_facts(root, capsys):
     assert {each["last_used"] for each in found.values()} == {1e9}
     whole = found[FEATURES]
     assert (whole["kind"], whole["path"]) == ("features", str(root / "features" / FEATURES))
-    assert whole["what"] == "gpt2, train, 1,200 texts, 34,567 tokens"
+    assert whole["what"] == "gpt2, 1,200 texts, 34,567 tokens"
     assert whole["disk_bytes"] >= 8 * 1024 * 4
     assert (found[TOKENS]["kind"], found[TOKENS]["path"]) == ("tokens", str(root / TOKENS))
     assert found[TOKENS]["what"] == "train: 2 texts, 5 tokens"
@@ -85,7 +85,7 @@ def test_json_has_all_facts(root, capsys):
 def test_a_pipe_gets_lines(root, capsys):
     *lines, total = run_cache(capsys, root).splitlines()
     assert len(lines) == 3
-    assert re.match(rf"features  {FEATURES[:12]}  \d+ kB  2001-09-0\d \d\d:\d\d  complete  gpt2, train, 1,200 texts", lines[0])
+    assert re.match(rf"features  {FEATURES[:12]}  \d+ kB  2001-09-0\d \d\d:\d\d  complete  gpt2, 1,200 texts", lines[0])
     assert "  unfinished  " in lines[1]
     assert lines[2].endswith(f"complete  train: 2 texts, 5 tokens  {root / TOKENS}")
     assert re.match(rf"\d+ kB below {re.escape(str(root))}; features \d+ kB of the 100\.0 GB that engine", total)
@@ -98,7 +98,7 @@ def test_a_terminal_gets_a_table(root):
     written = in_a_terminal("-m", "agnews_dist", "cache", "--data.cache_dir", str(root), COLUMNS="120")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
     assert re.search(r"cache +key +size +last used +state +of", text)
-    assert re.search(rf"features +{FEATURES[:12]} +\d+ kB +2001-09-0\d .*complete +gpt2, train", text)
+    assert re.search(rf"features +{FEATURES[:12]} +\d+ kB +2001-09-0\d .*complete +gpt2, 1,200", text)
     # Control: a pipe gets no table.
     piped = python("-m", "agnews_dist", "cache", "--data.cache_dir", str(root)).stdout
     assert "last used" not in piped
@@ -198,7 +198,7 @@ def test_control_characters_are_escaped(root, capsys):
     about.write_text(json.dumps({**json.loads(about.read_text()), "model": "gpt2\x1b[31m"}))
     out = run_cache(capsys, root)
     assert "\x1b" not in out
-    assert r"gpt2\x1b[31m, train" in out
+    assert r"gpt2\x1b[31m, 1,200" in out
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_levels_resume_and_sweep_are_set_for_every_field() -> None:
         ("data__validation_fraction", 1.0),
         ("data__validation_fraction", math.nan),
         *(("optim__lr", value) for value in (-1e-3, math.inf, math.nan)),
+        ("model__dropout", 1.0),
         ("optim__weight_decay", -0.1),
         ("optim__max_grad_norm", math.inf),
         ("optim__warmup_ratio", 1.5),
@@ -178,3 +179,28 @@ def test_config_refuses_fp16_with_fsdp() -> None:
     assert "engine.precision fp16 with engine.backend fsdp" in line
     assert "Set engine.backend deepspeed with zero_stage 3, or engine.precision fp32." in line
     assert contradictions(engine__backend="ddp", engine__precision="fp16") == []
+
+
+def test_trained_embeddings_need_all_blocks() -> None:
+    [line] = contradictions(model__train_embeddings=True, model__trainable_blocks=2)
+    assert line.startswith("model.train_embeddings true with model.trainable_blocks 2: ")
+    assert contradictions(model__train_embeddings=True, model__trainable_blocks="all") == []
+
+
+def test_recipes_of_the_head_need_a_frozen_model() -> None:
+    [line] = contradictions(model__standardize=True)
+    assert line.startswith("model.standardize true with model.trainable_blocks 1: ")
+    [line] = contradictions(optim__solver="lbfgs")
+    assert line.startswith("optim.solver lbfgs with model.trainable_blocks 1: ")
+    alone = {"optim__solver": "lbfgs", "model__trainable_blocks": 0}
+    assert contradictions(**alone, model__standardize=True, optim__lr=0.1) == []
+    lines = contradictions(**alone, optim__max_steps=5, optim__patience=2, optim__evaluate_every=3)
+    assert [line.partition(" with ")[0] for line in lines] == [
+        "optim.max_steps 5",
+        "optim.evaluate_every 3",
+        "optim.patience 2",
+    ]
+    [line] = contradictions(**alone, engine__backend="fsdp")
+    assert line.startswith("engine.backend fsdp with optim.solver lbfgs: ")
+    lines = contradictions(**alone, batch__longest_first=True)
+    assert lines == ["batch.longest_first true with optim.solver lbfgs: it has no steps to try. Leave it out."]

@@ -56,6 +56,28 @@ def test_shape_counts_the_weights_of_the_model(blocks: int, inner: int | None) -
     assert shape.count_frozen(blocks) == sum(weight.numel() for weight in classifier.prefix.parameters()) + pad_row
 
 
+def test_shape_counts_trained_embeddings() -> None:
+    config = gpt2()
+    shape, backbone = build_shape(config), Backbone(GPT2Model(config), None, None)
+    classifier = split_model(backbone, trainable_blocks="all", num_classes=7, seed=0, train_embeddings=True)
+    pad_row = config.n_embd
+    trained = sum(weight.numel() for weight in classifier.suffix.parameters())
+    assert shape.count_trainable(4, 7, train_embeddings=True) == trained + pad_row
+    assert shape.count_frozen(4, train_embeddings=True) == sum(weight.numel() for weight in classifier.prefix.parameters()) == 0
+    full, frozen = (estimate(XL, setup(trainable_blocks=48, train_embeddings=each)) for each in (True, False))
+    assert full.device["optimizer"] - frozen.device["optimizer"] == 8 * XL.embeddings
+    assert "frozen weights" not in full.device
+    assert any("--model.train_embeddings false" in flags for flags, _ in propose_settings(setup(train_embeddings=True)))
+
+
+def test_mean_pooling_runs_the_last_block_for_all_tokens() -> None:
+    last, mean = (
+        estimate_activation_bytes(XL, setup(pooling=pooling, evaluation_tokens=64, call_tokens=64))
+        for pooling in ("last", "mean")
+    )
+    assert mean > 2 * last
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fast_path", [True, False])
 @pytest.mark.parametrize("half", [False, True])

@@ -16,7 +16,7 @@ from agnews_dist.evaluation.evaluator import compute_rank_logits, evaluate_split
 from agnews_dist.experiments import ensemble
 from agnews_dist.model.gpt2 import Classifier, copy_untrained
 from agnews_dist.model.prefix import uncached_features
-from agnews_dist.training.step import StepSettings, example_losses
+from agnews_dist.training.losses import StepSettings, example_losses
 
 LENGTHS = [int(length) for length in np.random.default_rng(5).integers(1, 30, 40)]
 

@@ -39,7 +39,7 @@ def key(number: int) -> str:
 
 def build_cache(root: Path, number: int, *, last_used: float, is_complete: bool = True) -> FeatureFile:
     """Build a cache that no process uses."""
-    about = {"model": "gpt2", "split": "train", "texts": 3}
+    about = {"model": "gpt2", "texts": 3}
     bounds = [0, ROWS // 2, ROWS]
     file = FeatureFile(root / key(number), key=key(number), bounds_S=bounds, width=8, dtype=torch.float32, about=about)
     file.allocate()

@@ -10,11 +10,13 @@ from support.toy import toy_classifier, toy_split
 
 from agnews_dist.data.batching.loader import TokenTable, evaluation_batches
 from agnews_dist.data.rows import Ints
+from agnews_dist.distributed.world import World
+from agnews_dist.events import ignore_event
+from agnews_dist.features.distinct_texts import DistinctTexts
+from agnews_dist.features.filling import Work, fill, plan_work
 from agnews_dist.features.gather import CachedFeatures
-from agnews_dist.features.layout import assign_owners, lay_out, order_longest_first
-from agnews_dist.features.precompute import SplitFeatures
+from agnews_dist.features.layout import assign_owners
 from agnews_dist.model import prefix as prefix_module
-from agnews_dist.model.packed import run_in_threads
 from agnews_dist.model.prefix import Prefix, uncached_features
 
 CPU = torch.device("cpu")
@@ -34,21 +36,12 @@ def table() -> TokenTable:
     return TokenTable(toy_split(LENGTHS), pad_id=0, device=CPU)
 
 
-def split_features(prefix: Prefix, table: TokenTable, groups: list[Ints]) -> SplitFeatures:
-    layout = lay_out(
-        table.lengths_N,
-        groups,
-        call_tokens=prefix.call_tokens,
-        row_bytes=prefix.row_bytes,
-        one_row_per_text=prefix.one_row_per_text,
-    )
-    return SplitFeatures(prefix, table, layout)
-
-
-def cache_in_memory(split: SplitFeatures) -> CachedFeatures:
-    rows, tasks = split.prepare_in_memory(CPU, split.compute_segment, lambda _: None)
-    run_in_threads(tasks, CPU)
-    return CachedFeatures(rows, split.layout)
+def cache_in_memory(prefix: Prefix, table: TokenTable, chosen: Ints | None = None) -> tuple[CachedFeatures, Work]:
+    rows = None if chosen is None else {table.name: chosen}
+    texts = DistinctTexts({table.name: table}, one_row_per_text=prefix.one_row_per_text, chosen=rows)
+    work = plan_work(texts, [], prefix, copies=True)
+    written = fill(work, None, prefix, memory=CPU, world=World(), emit=ignore_event)
+    return work.source(table.name, written), work
 
 
 def real_rows(found: Any) -> list[list[list[float]]]:
@@ -57,45 +50,38 @@ def real_rows(found: Any) -> list[list[list[float]]]:
 
 
 @pytest.mark.parametrize("trainable_blocks", [0, 1, 2])
-def test_cached_features_of_an_evaluated_split_equal_uncached_ones(table, trainable_blocks):
+def test_cached_features_equal_uncached_ones(table, trainable_blocks):
+    """A text's rows have the same bits in every call, so any batch has the same features with and without a cache."""
     prefix = toy_classifier(trainable_blocks).prefix
+    source, work = cache_in_memory(prefix, table)
+    reference = uncached_features(prefix)
     batches = evaluation_batches(table)
-    split = split_features(prefix, table, batches)
-    assert (len(batches) > 3, split.layout.num_segments > len(batches)) == (True, True), "many batches, of many calls each"
-    source, reference = cache_in_memory(split), uncached_features(prefix)
-    for ids in batches:
+    assert (len(batches) > 3, work.layout.num_segments > len(batches)) == (True, True), "many batches, of many calls each"
+    rng = np.random.default_rng(0)
+    for ids in [*batches, *(rng.permutation(len(table))[:size] for size in (1, 2, 7, 60))]:
         found, expected = source(table.batch(ids)), reference(table.batch(ids))
         assert torch.equal(found.lengths_B, expected.lengths_B)
         assert real_rows(found) == real_rows(expected)
-    assert bool(split.layout.rows_N.max() == 1) == (trainable_blocks == 0), "one row per text if only the last token is read"
-
-
-@pytest.mark.parametrize("trainable_blocks", [0, 1, 2])
-def test_cached_features_of_a_training_batch_are_the_rows_of_its_texts(table, trainable_blocks):
-    """Each text's rows are those of its call, whatever the batch. Other calls differ in the last bits."""
-    prefix = toy_classifier(trainable_blocks).prefix
-    split = split_features(prefix, table, [order_longest_first(table.lengths_N)])
-    of_text: dict[int, list[list[float]]] = {}
-    for ids in split.layout.texts:
-        rows = prefix.rows(*table.pack(ids)).split(split.layout.rows_N[ids].tolist())
-        of_text |= {int(row): part.tolist() for row, part in zip(ids, rows, strict=True)}
-    assert len(of_text) == len(table)
-    source, reference = cache_in_memory(split), uncached_features(prefix)
-    rng = np.random.default_rng(0)
-    for size in (1, 2, 7, 60):
-        ids = rng.permutation(len(table))[:size]
-        found, expected = source(table.batch(ids)), reference(table.batch(ids))
-        assert real_rows(found) == [of_text[row] for row in ids.tolist()]
-        assert torch.equal(found.lengths_B, expected.lengths_B)
-        for cached, uncached in zip(real_rows(found), real_rows(expected), strict=True):
-            assert cached == pytest.approx(np.array(uncached), abs=1e-5)
+    assert bool(found.lengths_B.max() == 1) == (trainable_blocks == 0), "one row per text if only the last token is read"
     # The control: the rows of another text are different.
     assert real_rows(source(table.batch(np.array([3])))) != real_rows(source(table.batch(np.array([4]))))
 
 
+@pytest.mark.parametrize("trainable_blocks", [0, 1])
+def test_features_do_not_depend_on_the_size_of_the_calls_beyond_rounding(table, monkeypatch, trainable_blocks):
+    """Control: a product of another shape may have other last bits, so all calls of a cache have one."""
+    prefix = toy_classifier(trainable_blocks).prefix
+    small = cache_in_memory(prefix, table)[0]
+    monkeypatch.setitem(prefix_module.CALL_TOKENS, "cpu", 512)
+    large = cache_in_memory(prefix, table)[0]
+    batch = table.batch(np.arange(len(table)))
+    for found, expected in zip(real_rows(small(batch)), real_rows(large(batch)), strict=True):
+        assert found == pytest.approx(np.array(expected), abs=1e-5)
+
+
 def test_cached_features_give_a_filler_row_one_row_and_change_no_other(table):
     prefix = toy_classifier().prefix
-    source = cache_in_memory(split_features(prefix, table, [order_longest_first(table.lengths_N)]))
+    source, _ = cache_in_memory(prefix, table)
     alone = source(table.batch(NO_IDS))
     assert (tuple(alone.hidden_BTD.shape), alone.lengths_B.tolist()) == ((1, 1, 24), [1])
     assert bool(alone.hidden_BTD.isfinite().all())
@@ -108,23 +94,34 @@ def test_cached_features_give_a_filler_row_one_row_and_change_no_other(table):
 def test_sharded_caches_contain_every_text_once(table, trainable_blocks):
     prefix = toy_classifier(trainable_blocks).prefix
     owner_N = assign_owners(table.lengths_N, 3)
-    order = order_longest_first(table.lengths_N)
     for rank in range(3):
-        own = order[owner_N[order] == rank]
-        split = split_features(prefix, table, [own])
-        source, reference = cache_in_memory(split), uncached_features(prefix)
-        assert split.layout.num_rows == (len(own) if trainable_blocks == 0 else int(table.lengths_N[own].sum()))
+        own = np.flatnonzero(owner_N == rank)
+        (source, work), reference = cache_in_memory(prefix, table, own), uncached_features(prefix)
+        assert work.layout.num_rows == (len(own) if trainable_blocks == 0 else int(table.lengths_N[own].sum()))
         for row in own.tolist():
             batch = table.batch(np.array([row]))
-            for found, expected in zip(real_rows(source(batch)), real_rows(reference(batch)), strict=True):
-                assert found == pytest.approx(np.array(expected), abs=1e-5)
-        other = int(order[owner_N[order] != rank][0])
+            assert real_rows(source(batch)) == real_rows(reference(batch))
+        other = int(np.flatnonzero(owner_N != rank)[0])
         with pytest.raises(IndexError):
             source(table.batch(np.array([other])))
 
 
 def test_cached_features_without_rows_serve_filler_rows(table):
-    split = split_features(toy_classifier().prefix, table, [NO_IDS])
-    assert (split.layout.num_rows, split.layout.num_segments, split.num_tokens) == (0, 0, 0)
-    found = cache_in_memory(split)(table.batch(NO_IDS))
+    source, work = cache_in_memory(toy_classifier().prefix, table, NO_IDS)
+    assert (work.layout.num_rows, work.layout.num_segments, work.texts.num_tokens) == (0, 0, 0)
+    found = source(table.batch(NO_IDS))
     assert (found.hidden_BTD.tolist(), found.lengths_B.tolist()) == ([[[0.0] * 24]], [1])
+
+
+def test_cached_features_of_several_parts_are_those_of_one(table):
+    source, _ = cache_in_memory(toy_classifier().prefix, table)
+    (rows,), begin_N, rows_N = source._parts, source._begin_N.numpy(), table.lengths_N.astype(np.int64)
+    part_N = np.arange(len(table)) % 3
+    parts = CachedFeatures([rows, rows.clone(), rows.clone()], part_N=part_N, begin_N=begin_N, rows_N=rows_N)
+    for number in (1, 2):
+        parts._parts[number] += number
+    batch = replace(table.batch(np.arange(9)), ids_B=torch.tensor([3, 1, 2, 5, 4, 8, 6, 7, -1]))
+    found, expected = parts(batch), source(batch)
+    assert torch.equal(found.lengths_B, expected.lengths_B)
+    added = torch.tensor([0, 1, 2, 2, 1, 2, 0, 1, 0])
+    assert torch.equal(found.hidden_BTD, expected.hidden_BTD + added[:, None, None])

@@ -1,4 +1,4 @@
-"""The layout of a split's features: every text once, calls within the limit and one group, segments that cover the calls."""
+"""The layout of features: every text once, calls that are nearly full, segments that cover the calls."""
 
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from agnews_dist.data.rows import Ints
 from agnews_dist.features import layout as layout_module
-from agnews_dist.features.layout import Layout, assign_owners, lay_out, order_longest_first
+from agnews_dist.features.layout import Layout, assign_owners, lay_out, order_longest_first, pack_calls
 from agnews_dist.model.packed import cut_by_size
 
 ROW_BYTES = 1536
@@ -19,122 +19,105 @@ def random_lengths(num: int, dtype: type = np.int64) -> Ints:
     return np.random.default_rng(num).integers(1, 200, num).astype(dtype)
 
 
-def cut_into(order: Ints, num_groups: int) -> list[Ints]:
-    return [group for group in np.array_split(order, num_groups) if len(group)]
+def news_lengths(num: int) -> Ints:
+    """Return lengths that are spread like those of AG News: mean 44."""
+    return np.clip(np.random.default_rng(0).lognormal(np.log(42), 0.35, num), 8, 128).astype(np.int64)
 
 
 def check_layout(
-    layout: Layout, lengths_N: Ints, groups: list[Ints], *, call_tokens: int, row_bytes: int, one_row_per_text: bool
+    layout: Layout, lengths_U: Ints, rows_U: Ints, groups: list[Ints], *, call_tokens: int, row_bytes: int
 ) -> None:
-    present = np.concatenate([np.empty(0, np.int64), *groups])
-    order = np.concatenate([np.empty(0, np.int64), *layout.texts])
-    assert order.tolist() == present.tolist(), "every text of the groups once, in their order"
-
-    rows_of_texts = np.ones(len(lengths_N), int) if one_row_per_text else lengths_N.astype(int)
-    assert layout.rows_N[order].tolist() == rows_of_texts[order].tolist()
-    begins = np.concatenate([[0], np.cumsum(rows_of_texts[order])])
-    assert layout.begin_N[order].tolist() == begins[:-1].tolist(), "end to end in the order computed"
-    assert layout.num_rows == begins[-1]
-    absent = np.setdiff1d(np.arange(len(lengths_N)), present)
-    assert (layout.begin_N[absent] == -1).all()
-
-    group_of = {int(text): number for number, group in enumerate(groups) for text in group}
-    tokens = [int(lengths_N[ids].astype(int).sum()) for ids in layout.texts]
-    for ids, num_tokens in zip(layout.texts, tokens, strict=True):
-        assert len(ids) == 1 or num_tokens <= call_tokens
-        assert len({group_of[int(text)] for text in ids}) == 1, "a call crosses the border of two groups"
-    for (ids, num_tokens), (next_ids, _) in pairwise(zip(layout.texts, tokens, strict=True)):
-        if group_of[int(ids[0])] == group_of[int(next_ids[0])]:
-            assert num_tokens + int(lengths_N[next_ids[0]]) > call_tokens, "a call ends although the next text fits"
-
-    assert layout.calls_S[0] == 0
-    assert layout.calls_S[-1] == len(layout.texts)
-    assert (np.diff(layout.calls_S) >= 1).all()
-    assert len(layout.bounds_S) == len(layout.calls_S) == layout.num_segments + 1
-    found = [ids for segment in range(layout.num_segments) for ids in layout.calls(segment)]
-    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in layout.texts]
-    for segment in range(layout.num_segments):
-        num_rows = sum(int(rows_of_texts[ids].sum()) for ids in layout.calls(segment))
+    computed, *copied = groups
+    num_computed = len(computed)
+    assert sorted(layout.order[:num_computed].tolist()) == sorted(computed.tolist()), "the computed texts come first"
+    assert layout.order[num_computed:].tolist() == [number for ids in copied for number in ids.tolist()], "in their order"
+    assert layout.texts_S[0] == layout.bounds_S[0] == 0
+    assert layout.texts_S[-1] == len(layout.order)
+    assert layout.num_rows == rows_U[layout.order].sum()
+    borders = set(np.cumsum([len(ids) for ids in groups]).tolist())
+    for segment, (begin, end) in enumerate(pairwise(layout.texts_S.tolist())):
+        numbers = layout.texts(segment)
+        assert numbers.tolist() == layout.order[begin:end].tolist()
+        assert len(numbers) > 0
+        assert not borders & set(range(begin + 1, end)), "a segment has texts of two groups"
+        num_rows = int(rows_U[numbers].sum())
         assert layout.bounds_S[segment + 1] - layout.bounds_S[segment] == num_rows
-        assert len(layout.calls(segment)) == 1 or num_rows * row_bytes <= layout_module.SEGMENT_BYTES
+        # The calls are found again from the order alone.
+        num_calls = len(cut_by_size(lengths_U[numbers], call_tokens))
+        assert num_calls == 1 or num_rows * row_bytes <= layout_module.SEGMENT_BYTES
 
 
-@pytest.mark.parametrize("one_row_per_text", [False, True])
-@pytest.mark.parametrize("num", [0, 1, 2, 3, 17, 400])
-@pytest.mark.parametrize("num_groups", [1, 2, 7])
-@pytest.mark.parametrize("call_tokens", [1, 150, 512, 10**6])
-def test_lay_out_keeps_its_contract(num: int, num_groups: int, call_tokens: int, one_row_per_text: bool) -> None:
-    lengths_N = random_lengths(num)
-    groups = cut_into(order_longest_first(lengths_N), num_groups)
-    options = {"call_tokens": call_tokens, "row_bytes": ROW_BYTES, "one_row_per_text": one_row_per_text}
-    check_layout(lay_out(lengths_N, groups, **options), lengths_N, groups, **options)
-
-
-def random_groups(lengths: list[int], cuts: list[int]) -> list[Ints]:
-    lengths_N = np.array(lengths)
-    return [
-        group for group in np.split(order_longest_first(lengths_N), sorted(cut % len(lengths) for cut in cuts)) if len(group)
-    ]
-
-
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=150)
 @given(
-    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=60),
-    cuts=st.lists(st.integers(0, 100), max_size=4),
-    left_out=st.integers(0, 5),
+    lengths=st.lists(st.integers(1, 300), max_size=60),
+    cuts=st.lists(st.integers(0, 60), max_size=3),
     call_tokens=st.integers(1, 2000),
     row_bytes=st.sampled_from([2, ROW_BYTES, 10**6, 10**9]),
     one_row_per_text=st.booleans(),
+    num_segments=st.sampled_from([1, layout_module.NUM_SEGMENTS]),
 )
 def test_lay_out_keeps_its_contract_for_any_input(
-    lengths: list[int], cuts: list[int], left_out: int, call_tokens: int, row_bytes: int, one_row_per_text: bool
+    lengths: list[int], cuts: list[int], call_tokens: int, row_bytes: int, one_row_per_text: bool, num_segments: int
 ) -> None:
-    groups = random_groups(lengths, cuts)[left_out:]
-    lengths_N = np.array(lengths)
-    options = {"call_tokens": call_tokens, "row_bytes": row_bytes, "one_row_per_text": one_row_per_text}
-    check_layout(lay_out(lengths_N, groups, **options), lengths_N, groups, **options)
+    lengths_U = np.array(lengths, np.int64)
+    rows_U = np.ones_like(lengths_U) if one_row_per_text else lengths_U
+    order = np.random.default_rng(len(lengths)).permutation(len(lengths))
+    groups = np.split(order, sorted(min(cut, len(order)) for cut in cuts))
+    sizes = {"call_tokens": call_tokens, "row_bytes": row_bytes}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout_module, "NUM_SEGMENTS", num_segments)
+        layout = lay_out(lengths_U, rows_U, computed=groups[0], copied=groups[1:], **sizes)
+    check_layout(layout, lengths_U, rows_U, groups, **sizes)
 
 
-def test_lay_out_marks_absent_texts() -> None:
-    lengths_N = np.array([3, 9, 1, 4])
-    layout = lay_out(lengths_N, [np.array([1, 0])], call_tokens=10, row_bytes=ROW_BYTES)
-    assert layout.begin_N.tolist() == [9, 0, -1, -1]
-    assert [ids.tolist() for ids in layout.texts] == [[1], [0]]
+@settings(deadline=None, max_examples=150)
+@given(lengths=st.lists(st.integers(1, 300), max_size=80), limit=st.integers(1, 700))
+def test_pack_calls_takes_the_longest_text_that_fits(lengths: list[int], limit: int) -> None:
+    lengths_N = np.array(lengths, np.int64)
+    left = sorted(lengths)
+    seen: list[int] = []
+    for ids in pack_calls(lengths_N, limit):
+        room = limit
+        for number, length in enumerate(lengths_N[ids].tolist()):
+            assert length == (max(each for each in left if each <= room) if number else left[-1])
+            left.remove(length)
+            room -= length
+        assert not [each for each in left if each <= room], "a call ends although a text fits"
+        seen += ids.tolist()
+    assert sorted(seen) == list(range(len(lengths)))
+    # So the calls can be found again from their order.
+    order = np.array(seen, np.int64)
+    calls = [order[begin:end].tolist() for begin, end in cut_by_size(lengths_N[order], limit)]
+    assert calls == [ids.tolist() for ids in pack_calls(lengths_N, limit)]
 
 
-def test_lay_out_never_mixes_groups_in_a_call() -> None:
-    lengths_N = np.array([4, 3, 2, 1])
-    layout = lay_out(lengths_N, [np.array([0, 1]), np.array([2, 3])], call_tokens=100, row_bytes=ROW_BYTES)
-    assert [ids.tolist() for ids in layout.texts] == [[0, 1], [2, 3]]
-    whole = lay_out(lengths_N, [np.arange(4)], call_tokens=100, row_bytes=ROW_BYTES)
-    assert [ids.tolist() for ids in whole.texts] == [[0, 1, 2, 3]], "control: one group, one call"
+def test_pack_calls_fills_calls_of_real_lengths() -> None:
+    """All calls are computed at their full size, so what they leave empty costs time."""
+    lengths_N = news_lengths(2500)
+    assert lengths_N.sum() / (512 * len(pack_calls(lengths_N, 512))) > 0.985
+    in_order = cut_by_size(lengths_N[order_longest_first(lengths_N)], 512)
+    assert lengths_N.sum() / (512 * len(in_order)) < 0.96, "control: texts in order of length leave more"
 
 
-def test_lay_out_cuts_small_splits_into_256_segments_and_large_ones_into_64_mib() -> None:
-    lengths_N = random_lengths(4000)
-    order = [order_longest_first(lengths_N)]
-    small = lay_out(lengths_N, order, call_tokens=300, row_bytes=ROW_BYTES)
-    assert len(small.texts) > 1000, "there are more calls than segments"
+def test_lay_out_cuts_small_files_into_256_segments_and_large_ones_into_64_mib() -> None:
+    lengths_U = random_lengths(4000)
+    computed = np.arange(4000)
+    small = lay_out(lengths_U, lengths_U, computed=computed, call_tokens=300, row_bytes=ROW_BYTES)
     assert 256 <= small.num_segments <= 2 * 256
-    large = lay_out(lengths_N, order, call_tokens=300, row_bytes=ROW_BYTES * 50)
+    large = lay_out(lengths_U, lengths_U, computed=computed, call_tokens=300, row_bytes=ROW_BYTES * 50)
     sizes = np.diff(large.bounds_S) * ROW_BYTES * 50
     assert large.num_segments > 400
     assert sizes.max() <= 64 << 20
     assert sizes[:-1].min() > (64 << 20) - 300 * ROW_BYTES * 50, "no segment has room for the next call"
-    huge_rows = lay_out(lengths_N, order, call_tokens=300, row_bytes=1 << 30)
-    assert huge_rows.num_segments == len(huge_rows.texts), "a segment has at least one call"
+    huge_rows = lay_out(lengths_U, lengths_U, computed=computed, call_tokens=300, row_bytes=1 << 30)
+    assert huge_rows.num_segments == len(pack_calls(lengths_U, 300)), "a segment has at least one call"
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_lay_out_does_not_overflow_narrow_integers(dtype: type) -> None:
+def test_layout_does_not_overflow_narrow_integers(dtype: type) -> None:
     narrow_N = random_lengths(3000, dtype)
     assert int(narrow_N.astype(int).sum()) > np.iinfo(np.uint16).max
-    wide_N = narrow_N.astype(np.int64)
-    options = {"call_tokens": 70_000, "row_bytes": ROW_BYTES}
-    narrow, wide = (lay_out(lengths, [order_longest_first(lengths)], **options) for lengths in (narrow_N, wide_N))
-    check_layout(narrow, wide_N, [order_longest_first(wide_N)], **options, one_row_per_text=False)
-    assert narrow.begin_N.tolist() == wide.begin_N.tolist()
-    assert assign_owners(narrow_N, 3).tolist() == assign_owners(wide_N, 3).tolist()
+    assert assign_owners(narrow_N, 3).tolist() == assign_owners(narrow_N.astype(np.int64), 3).tolist()
 
 
 def test_order_longest_first_keeps_file_order_among_equal_lengths() -> None:

@@ -27,9 +27,12 @@ EIGHT_GPUS = replace(PLENTY, num_ranks=8, ranks_per_node=8, has_gpu=True)
 
 
 def decide(requested: Any = "auto", resources: Resources = PLENTY, num_bytes: int = NEEDED, **facts: Any) -> Choice:
-    return choose(requested, num_bytes, resources, **{"num_epochs": 3, "is_on_disk": False, **facts})
+    sizes = {"missing_bytes": num_bytes, "cached_share": 0.0}
+    return choose(requested, num_bytes, resources, **{"num_epochs": 3, **sizes, **facts})
 
 
+ON_DISK = {"missing_bytes": 0, "cached_share": 1.0}
+NEARLY_ON_DISK = {"missing_bytes": GB // 10, "cached_share": 0.9899}
 NO_HOST = "6.0 GB exceed 60% of the free host memory (600 MB)"
 NO_DEVICE = "6.0 GB exceed 60% of the free device memory per rank (600 MB)"
 NO_PART = NO_DEVICE.replace("6.0 GB", "3.0 GB")
@@ -49,18 +52,22 @@ NO_LIMIT = "6.0 GB exceed engine.feature_cache_gigabytes (1.0 GB)"
         ({"resources": replace(WITH_GPU, device_bytes=GB, host_bytes=GB)}, "disk", f"6.0 GB, {NO_DEVICE}; {NO_HOST}"),
         ({"resources": SCARCE}, "off", f"computed at every use: 6.0 GB fit nowhere ({NO_DISK}; {NO_HOST})"),
         # Complete files come first, even for one epoch and on a full disk.
-        ({"is_on_disk": True, "resources": WITH_GPU}, "disk", "6.0 GB, cached by an earlier run"),
-        ({"is_on_disk": True, "num_epochs": 1, "resources": SCARCE}, "disk", "6.0 GB, cached by an earlier run"),
-        ({"is_on_disk": True, "requested": "disk", "resources": SCARCE}, "disk", "6.0 GB, cached by an earlier run"),
-        ({"is_on_disk": True, "failed": frozenset({"disk"})}, "host", "6.0 GB, disk failed"),
+        ({**ON_DISK, "resources": WITH_GPU}, "disk", "6.0 GB, cached by an earlier run"),
+        ({**ON_DISK, "num_epochs": 1, "resources": SCARCE}, "disk", "6.0 GB, cached by an earlier run"),
+        ({**ON_DISK, "requested": "disk", "resources": SCARCE}, "disk", "6.0 GB, cached by an earlier run"),
+        ({**ON_DISK, "failed": frozenset({"disk"})}, "host", "6.0 GB, disk failed"),
+        # Features that are there in part: the disk needs space for the others only.
+        ({**NEARLY_ON_DISK, "resources": SCARCE}, "disk", "6.0 GB, 98% cached by earlier runs, fits"),
+        ({**NEARLY_ON_DISK, "resources": WITH_GPU}, "device", "6.0 GB, 98% cached by earlier runs, fits"),
+        ({**NEARLY_ON_DISK, "num_epochs": 1}, "disk", "6.0 GB, 98% cached by earlier runs, fits"),
+        ({**NEARLY_ON_DISK, "cached_share": 0.4, "num_epochs": 1}, "off", "computed at every use, which is once in one epoch"),
         # With one epoch, auto caches nothing; another requested place is taken.
         ({"num_epochs": 1}, "off", "computed at every use, which is once in one epoch"),
         ({"num_epochs": 1, "requested": "disk"}, "disk", "6.0 GB, as requested"),
         ({"num_epochs": 2}, "disk", "6.0 GB, fits"),
         # A requested place comes before a GPU and before complete files.
-        ({"requested": "off", "is_on_disk": True, "resources": WITH_GPU}, "off", "as requested, computed at every use"),
         ({"requested": "device"}, "device", "6.0 GB, as requested"),
-        ({"requested": "host", "is_on_disk": True, "resources": WITH_GPU}, "host", "6.0 GB, as requested"),
+        ({"requested": "host", **ON_DISK, "resources": WITH_GPU}, "host", "6.0 GB, as requested"),
         ({"requested": "disk", "resources": WITH_GPU}, "disk", "6.0 GB, as requested"),
         # Several ranks of a node need shared memory.
         ({"resources": replace(TWO_GPUS, shared_bytes=GB)}, "disk", f"6.0 GB, {NO_PART}; {NO_SHARED}"),

@@ -516,3 +516,25 @@ def test_torch_export_takes_the_model_as_it_is(embedded: Exported) -> None:
         outputs = model(**other)
         assert list(outputs) == ["logits"], "no cache"
         torch.testing.assert_close(program(**other).logits, outputs.logits)
+
+
+def test_trained_embeddings_are_exported_and_loaded_as_trained(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("embedded", revision=None, pad_token="new")
+    backbone = load_backbone("embedded", revision=None, init="pretrained", seed=0, tokenizer=tokenizer)
+    before = backbone.model.wte.weight.detach().clone()
+    classifier = split_model(backbone, trainable_blocks="all", num_classes=4, seed=0, train_embeddings=True)
+    disturb(classifier)
+    export_model(tmp_path / "model", classifier, tokenizer, class_names=CLASS_NAMES, max_length=MAX_LENGTH, card="# x\n")
+    ours = our_logits(classifier, tokenizer, TEXTS)
+    assert_same_logits(huggingface_logits(tmp_path / "model", TEXTS), ours)
+    saved = load_file(tmp_path / "model" / "model.safetensors")["transformer.wte.weight"]
+    assert torch.equal(saved, classifier.suffix.wte.weight)
+    assert (saved - before).abs().max() > 0.05
+    loaded = load_classifier(str(tmp_path / "model")).classifier
+    assert loaded.suffix.has_embeddings, "under bf16 what was trained stays in fp32"
+    assert_same_logits(our_logits(loaded, tokenizer, TEXTS), ours)
+    # Another training may freeze them again.
+    again = load_backbone(str(tmp_path / "model"), revision=None, init="pretrained", seed=0, tokenizer=tokenizer)
+    frozen = split_model(again, trainable_blocks="all", num_classes=4, seed=0)
+    export_model(tmp_path / "next", frozen, tokenizer, class_names=CLASS_NAMES, max_length=MAX_LENGTH, card="# x\n")
+    assert json.loads((tmp_path / "next" / "config.json").read_text())["train_embeddings"] is False

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.toy import toy_classifier, toy_model
 from transformers import (
     BertConfig,
     BertModel,
@@ -412,3 +413,25 @@ def test_split_model_keeps_a_head_of_the_right_shape(checkpoints: dict[str, Path
     assert torch.equal(kept.suffix.out_head.weight, saved)
     other = split_model(load(checkpoints["classifier"], tokenizer), trainable_blocks=1, num_classes=5, seed=0)
     assert other.suffix.out_head.weight.shape == (5, 16)
+
+
+def test_split_model_sets_the_dropout_of_the_suffix_alone() -> None:
+    backbone = Backbone(toy_model(0.1), None, None)
+    classifier = split_model(backbone, trainable_blocks=2, num_classes=4, seed=5, dropout=0.2)
+
+    def rates(part: torch.nn.Module) -> list[float]:
+        return [module.p for module in part.modules() if isinstance(module, torch.nn.Dropout)]
+
+    assert (rates(classifier.suffix), rates(classifier.prefix)) == ([0.2] * 6, [0.1] * 3)
+    config = classifier.config
+    assert (config.attn_pdrop, config.resid_pdrop) == (0.1, 0.1), "the export keeps the model's own rates"
+    # The masks are those of a model that has this rate.
+    kept, keys_B = toy_classifier(2, dropout=0.2), torch.tensor([5, 6])
+    hidden_BTD, lengths_B = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1)), torch.tensor([7, 3])
+    classifier.suffix.load_state_dict(kept.suffix.state_dict())
+    outputs = []
+    for suffix, is_training in ((kept.suffix, True), (classifier.suffix, True), (classifier.suffix, False)):
+        torch.manual_seed(3)
+        outputs.append(suffix.train(is_training)(hidden_BTD, lengths_B, keys_B))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2]), "control: dropout has an effect"

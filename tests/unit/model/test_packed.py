@@ -68,6 +68,23 @@ def test_rows_equal_hugging_face_hidden_states(lengths: list[int], trainable_blo
     assert_close(rows, expected_features(reference, half, tokens_BT, lengths_B), "rows", EXACT)
 
 
+@every_boundary
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_text_have_the_same_bits_in_any_call(dtype: torch.dtype, trainable_blocks: int | str) -> None:
+    """Neither its place, nor its mates, nor the size of the call moves a bit, also of texts of one to three tokens."""
+    half = ours_like(random_reference(n_positions=128), trainable_blocks).prefix.to(dtype)
+    rng = np.random.default_rng(3)
+    lengths = [1, 1, 2, 2, 3, 3, *rng.integers(1, 60, 12).tolist(), 100]
+    texts = [torch.from_numpy(rng.integers(1, 97, length)) for length in lengths]
+    row_counts = [1 if half.one_row_per_text else length for length in lengths]
+    alone = [half.rows(text, [len(text)]) for text in texts]
+    for min_rows, num_calls in ((0, 3), (512, 1), (512, 5), (64, len(texts))):
+        for ids in np.array_split(rng.permutation(len(texts)), num_calls):
+            rows = half.rows(torch.cat([texts[i] for i in ids]), [lengths[i] for i in ids], min_rows=min_rows)
+            for i, found in zip(ids, rows.split([row_counts[i] for i in ids]), strict=True):
+                assert torch.equal(found, alone[i]), f"text of {lengths[i]} tokens"
+
+
 def test_attention_across_texts_is_detected() -> None:
     """Control: the same tokens with other boundaries are other texts."""
     reference = random_reference(pad_token_id=0).double()

@@ -82,6 +82,47 @@ def test_random_gpt2_equals_huggingface(trainable_blocks: int | str, pad_id: int
     check_parity(reference, ours_like(reference, trainable_blocks), batch, fast_path=fast_path)
 
 
+@BOTH_PATHS
+@pytest.mark.parametrize("pad_id", [0, 96], ids=["pad is end-of-text", "pad is a new last row"])
+def test_trained_embeddings_equal_huggingface(pad_id: int, fast_path: bool) -> None:
+    """Check the gradient of every parameter of the whole model, without any frozen part."""
+    reference = random_reference(pad_token_id=pad_id)
+    tokens_BT, lengths_B = ragged_batch(list(range(1, 18)), low=1, high=96, pad_id=pad_id)
+    classifier = ours_like(reference, "all", fast_path=fast_path, train_embeddings=True)
+    labels_B = torch.arange(len(lengths_B)) % NUM_CLASSES
+    expected = reference(input_ids=tokens_BT, attention_mask=mask_of(tokens_BT, lengths_B), labels=labels_B)
+    expected.loss.backward()
+    logits_BC = classifier.logits(tokens_BT, lengths_B)
+    functional.cross_entropy(logits_BC, labels_B).backward()
+    assert_close(logits_BC.detach(), expected.logits.detach(), "logits")
+    trained = {huggingface_name(name): weight for name, weight in classifier.suffix.named_parameters()}
+    trained.pop("transformer.out_head.bias")
+    gradients = {name: weight.grad for name, weight in reference.named_parameters()}
+    assert trained.keys() == gradients.keys(), "all of Hugging Face's parameters, under their names"
+    for name, weight in trained.items():
+        assert_close(weight.grad, gradients[name], name)  # type: ignore[arg-type]
+    gradient_VD = classifier.suffix.wte.weight.grad
+    assert gradient_VD is not None
+    assert not gradient_VD[pad_id].any(), "padding has no gradient"
+    assert gradient_VD.abs().amax(dim=1).count_nonzero() > 40
+    assert not list(classifier.prefix.parameters())
+
+
+def test_dropout_after_trained_embeddings_is_gpt2s() -> None:
+    """Check it against Hugging Face's own, by the same random state: it is the first draw of a forward pass."""
+    reference = random_reference(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.3, pad_token_id=0)
+    classifier = ours_like(reference, "all", train_embeddings=True)
+    tokens_BT, lengths_B = ragged_batch([6, 6, 6], low=1, high=97, pad_id=0)
+    outputs = []
+    for module in (reference.train(), classifier.suffix.train()):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            outputs.append(module(input_ids=tokens_BT).logits if module is reference else module(tokens_BT, lengths_B))
+    assert_close(outputs[1], outputs[0], "logits")
+    other = ours_like(reference, "all", train_embeddings=True, dropout=0.0)
+    assert not torch.allclose(other.suffix.train()(tokens_BT, lengths_B), outputs[0]), "control: dropout has an effect"
+
+
 SAME_FUNCTION: list[dict[str, object]] = [{"reorder_and_upcast_attn": True}, {"activation_function": "gelu_pytorch_tanh"}]
 
 

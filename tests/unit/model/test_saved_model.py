@@ -14,7 +14,7 @@ from agnews_dist.model.export import load_classifier
 from agnews_dist.model.gpt2 import Backbone, explain_new_head, load_backbone, split_model
 from agnews_dist.model.pretrained import load_tokenizer, locate
 from agnews_dist.model.saved_model import read_config
-from agnews_dist.run.setup import read_model_files
+from agnews_dist.run.model_setup import read_model_files
 
 pytestmark = pytest.mark.slow
 NAMES = {"0": "World", "1": "Sports", "2": "Business", "3": "Sci/Tech"}

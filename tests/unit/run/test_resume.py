@@ -143,7 +143,7 @@ def test_differing_setting_is_refused_by_name_with_both_values(tmp_path, key):
         assert warning.startswith(f"{key} was {format_value(SETTINGS[key])}, is {format_value(REFUSED[key])}, as accepted")
     else:
         (line,) = errors_of(["--accept", key], TRAINING_OPTIONS)
-        assert line.startswith(f"--accept '{key}': it takes a list a,b,... of optim.lr, ")
+        assert line.startswith(f"--accept '{key}': it takes a list a,b,... of model.dropout, optim.lr, ")
 
 
 @pytest.mark.parametrize(

@@ -67,12 +67,13 @@ class Run:
         stop_at: int | None = None,
         batch_size: int = 6,
         changes: dict[str, Any] | None = None,
+        model: dict[str, Any] | None = None,
         class_weights_C: np.ndarray | None = None,
         **options: Any,
     ) -> None:
         directory.mkdir(exist_ok=True)
         self.engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
-        self.classifier, self.events = toy_classifier(dropout=0.2), list[Event]()
+        self.classifier, self.events = toy_classifier(dropout=0.2, **model or {}), list[Event]()
         self.preemption = FakePreemptionHandler(self.events, stop_at)
         self.timer, self.folder = StageTimer(0.0), directory / "checkpoints"
         self.table = TokenTable(toy_split(LENGTHS), pad_id=0, device=self.engine.device)
@@ -191,6 +192,26 @@ def test_resumed_training_equals_an_uninterrupted_one(whole, tmp_path, at):
     assert not same(second.outcome(), {**whole.outcome(), "step": 0}), "the comparison finds a difference"
     scored = [path.name for path in list_checkpoints(second.folder) if path.name.endswith("-scored")]
     assert scored == ["step-00000008-scored", "step-00000004-scored"]
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ({"trainable_blocks": "all", "train_embeddings": True}, {}),
+        ({"pooling": "mean"}, {}),
+        ({"trainable_blocks": 0}, {"standardize": True}),
+    ],
+    ids=["embeddings", "mean", "standardised"],
+)
+def test_resumed_recipe_equals_an_uninterrupted_one(tmp_path, model, changes):
+    of_whole = Run(tmp_path / "whole", model=model, changes=changes)
+    of_whole.fit()
+    first = Run(tmp_path, stop_at=2, model=model, changes=changes)
+    stop(first, 2)
+    second = resume(tmp_path, model=model, changes=changes)
+    second.fit()
+    assert same(second.outcome(), of_whole.outcome())
+    assert steps_of(first) + steps_of(second) == steps_of(of_whole)
 
 
 def test_stop_again_at_the_resumed_checkpoint_keeps_it(tmp_path):

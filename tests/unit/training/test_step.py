@@ -17,7 +17,8 @@ from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.prefix import Features, uncached_features
-from agnews_dist.training.step import NonFiniteError, StepSettings, train_step
+from agnews_dist.training.losses import StepSettings
+from agnews_dist.training.step import NonFiniteError, train_step
 
 LENGTHS = [int(length) for length in np.random.default_rng(1).integers(1, 31, 24)]
 
