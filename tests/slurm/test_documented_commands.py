@@ -75,7 +75,7 @@ def test_documented_commands_run(lab: Lab, environ: dict[str, str], config: Path
     commands = "".join((clone / f"agnews-{name}.log").read_text() for name in (f"train-{train}", f"sweep-{sweep}"))
     one, other, swept = re.findall(r"torch\.distributed\.run .* -m agnews_dist (.*?) *$", commands, re.MULTILINE)
     assert one == other == f"train --run.name agnews-train-{train} --config my.yaml --optim.lr 1e-3"
-    assert swept == f"sweep --run.name agnews-sweep-{sweep} --config my.yaml --optim.lr 3e-4,1e-3 --run.seed 0..4"
+    assert swept == f"sweep --run.name agnews-sweep-{sweep} --config my.yaml --optim.lr 3e-4\\,1e-3 --run.seed 0..4"
     # The doctor ran before the small training.
     log = (clone / f"agnews-debug-{debug}.log").read_text()
     assert log.index("failure(s)") < log.index("run started on")
