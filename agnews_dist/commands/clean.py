@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def clean(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> None:
-    """Clean the labels of a data set.
+    """Find label errors, and train without them.
 
     Raises:
         UserError: anything that the user can fix.

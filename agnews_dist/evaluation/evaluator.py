@@ -231,6 +231,8 @@ def evaluate_split(
     """
     start = time.perf_counter()
     labels_N, num_classes = table.labels_N, classifier.suffix.out_head.out_features
+    # Before any batch: a label outside the classes is an error.
+    are_labelled(labels_N, num_classes)
 
     def reduce(ids_B: NDArray[np.int64], logits_BC: NDArray[np.float32]) -> RowResults:
         return reduce_logits(ids_B, logits_BC, labels_N[ids_B])

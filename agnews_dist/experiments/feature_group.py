@@ -1,4 +1,4 @@
-"""What trainings with the same features share: model, tokens and features, opened once by all ranks."""
+"""Model, tokens and features that many trainings share, opened once by all ranks."""
 
 import os
 from collections.abc import Callable, Mapping

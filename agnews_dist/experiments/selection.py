@@ -1,21 +1,23 @@
 """The end of a sweep: the selected setting is scored on test, once, over its seeds; its best member is exported."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from agnews_dist.config.fields import replace_values
 from agnews_dist.distributed import collectives
+from agnews_dist.distributed.world import World
 from agnews_dist.errors import UserError, count_noun
 from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split, evaluate_together
 from agnews_dist.events import RunDone, begin_phase
 from agnews_dist.experiments import ensemble
 from agnews_dist.experiments.feature_group import FeatureGroup
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, load_member, train_in_lock_step
-from agnews_dist.experiments.members import Member
+from agnews_dist.experiments.members import Member, group_by_features
 from agnews_dist.experiments.space import SEED, format_values
 from agnews_dist.experiments.standings import Standing
 from agnews_dist.experiments.sweep_results import (
@@ -34,6 +36,7 @@ from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.report.result_files import versions, write_json
 from agnews_dist.run.stored_sweeps import RESULTS
 
+T = TypeVar("T")
 BEST, DISTILLED = "best", "distilled"
 """Directories of the best member of the selected setting, and of the distilled one."""
 
@@ -56,76 +59,94 @@ def finish_sweep(runner: SweepRunner, wanted: frozenset[str]) -> RunDone | None:
             raise UserError(
                 f"{directory.path}: every setting diverged ({selected.results[0].reason}). Lower optim.lr or max_grad_norm."
             )
-        members = [runner.members[result.member] for result in selected.results]
-        group = runner.open_group(members[0])
-        outcome = None
-        if world.is_main:
-            with collectives.without_others():
-                outcome = collectives.catch(_Finish(runner, group, members, wanted).write)
-        collectives.wait_for_main("scores the test split")
-        return collectives.raise_if_any_failed(outcome)
+        finish = _Finish(runner, wanted)
+        # With drawn weights every seed has a frozen part of its own.
+        for part in group_by_features(finish.members):
+            _run_on_main(world, partial(finish.score, runner.open_group(part[0]), part))
+        return _run_on_main(world, partial(finish.write, runner.open_group(finish.best)))
     finally:
         if lock is not None:
             lock.close()
 
 
-class _Finish:
-    """The last work of a sweep, on rank 0 alone."""
+def _run_on_main(world: World, work: Callable[[], T]) -> T | None:
+    """Run `work` on rank 0 while the others wait; its errors are raised on all. Collective."""
+    outcome = None
+    if world.is_main:
+        with collectives.without_others():
+            outcome = collectives.catch(work)
+    collectives.wait_for_main("scores the selected members")
+    return collectives.raise_if_any_failed(outcome)
 
-    def __init__(self, runner: SweepRunner, group: FeatureGroup, members: Sequence[Member], wanted: frozenset[str]) -> None:
-        self._runner, self._group, self._members, self._wanted = runner, group, members, wanted
+
+class _Finish:
+    """The last work of a sweep, on rank 0 alone: `score` for each group of features, then `write`."""
+
+    def __init__(self, runner: SweepRunner, wanted: frozenset[str]) -> None:
+        self._runner, self._wanted, self._emit = runner, wanted, runner.monitors.emit
         self._standings = runner.standings()
         self._selected = self._standings[0]
-        self._emit = runner.monitors.emit
-        self._splits = [name for name in ("validation", "test") if name in group.tables]
-        self._num_steps = [result.num_steps for result in self._selected.results]
+        results, metric = self._selected.results, runner.metric
+        self.members = [runner.members[result.member] for result in results]
+        """Members of the selected setting."""
+        self._best = max(range(len(results)), key=lambda i: (results[i].score(metric), -results[i].loss, -i))
+        self._classifiers: dict[int, tuple[Classifier, dict[str, Tensor]]] = {}
+        self._scores: dict[int, dict[str, SplitScores]] = {}
 
-    def write(self) -> RunDone:
-        """Score the selected setting, write all files, and return the last event."""
-        runner, members = self._runner, self._members
-        directory, metric = runner.directory, runner.metric
-        loaded = [load_member(self._group, member, directory.read_tensors(member.index)) for member in members]
-        classifiers = [classifier for classifier, _ in loaded]
-        singles = self._score_together(classifiers)
-        results = self._selected.results
-        best = max(range(len(members)), key=lambda i: (results[i].score(metric), -results[i].loss, -i))
+    @property
+    def best(self) -> Member:
+        """The member with the best validation score."""
+        return self.members[self._best]
+
+    def score(self, group: FeatureGroup, members: Sequence[Member]) -> None:
+        """Score all splits with members that share their features, which are read or computed once."""
+        loaded = [load_member(group, member, self._runner.directory.read_tensors(member.index)) for member in members]
+        scores = self._score_together(group, [classifier for classifier, _ in loaded])
+        for member, each, of_member in zip(members, loaded, scores, strict=True):
+            self._classifiers[member.index], self._scores[member.index] = each, of_member
+
+    def write(self, group: FeatureGroup) -> RunDone:
+        """Export the best member, whose group it is, write all files, and return the last event."""
+        runner, directory, best = self._runner, self._runner.directory, self._best
+        singles = [self._scores[member.index] for member in self.members]
+        num_steps = self._selected.results[best].num_steps
         self._emit(begin_phase("export the model"))
-        self._write_run(BEST, members[best], *loaded[best], singles[best], num_steps=self._num_steps[best])
-        scored = {name: [of[name].scores for of in singles] for name in self._splits}
+        self._write_run(BEST, group, self.best, *self._classifiers[self.best.index], singles[best], num_steps=num_steps)
+        scored = {name: [of[name].scores for of in singles] for name in singles[best]}
         summaries = {
             name: summarise_seeds([each for each in of if each is not None]) for name, of in scored.items() if of[0] is not None
         }
         report: dict[str, Any] = {
             "format": 1,
-            "metric": metric,
+            "metric": runner.metric,
             "versions": versions(),
             "settings": [_describe_standing(each) for each in self._standings],
             "members": [asdict(result) for result in directory.read_results()],
             "selected": {
                 "setting": self._selected.setting,
                 "values": self._selected.values,
-                "seeds": [member.seed for member in members],
-                "best_member": members[best].index,
+                "seeds": [member.seed for member in self.members],
+                "best_member": self.best.index,
                 **summaries,
             },
-            "command": make_command(members[best].config),
+            "command": make_command(self.best.config),
         }
         if self._wanted:
-            report["ensemble"] = self._combine(classifiers, singles, best)
+            report["ensemble"] = self._combine(group, singles)
         write_table(directory.path / "sweep.csv", directory.read_results())
         write_json(directory.path / RESULTS, report)
         paths = {"model": str(directory.path / BEST / "model")}
-        if page := try_to_write_page(directory.path, report, config=members[best].config, emit=self._emit):
+        if page := try_to_write_page(directory.path, report, config=self.best.config, emit=self._emit):
             paths = {"report": str(page), **paths}
         if "distilled" in self._wanted:
             paths["distilled model"] = str(directory.path / DISTILLED / "model")
         paths |= {"table": str(directory.path / "sweep.csv"), "results": str(directory.path / RESULTS)}
-        return RunDone(facts=_facts(runner, self._selected, summaries, members[best], report), paths=paths)
+        return RunDone(facts=_facts(runner, self._selected, summaries, self.best, report), paths=paths)
 
-    def _score_together(self, classifiers: Sequence[Classifier]) -> list[dict[str, SplitScores]]:
+    def _score_together(self, group: FeatureGroup, classifiers: Sequence[Classifier]) -> list[dict[str, SplitScores]]:
         """Score all splits; the features of each are read or computed once."""
-        group, scores = self._group, [dict[str, SplitScores]() for _ in classifiers]
-        for name in self._splits:
+        scores = [dict[str, SplitScores]() for _ in classifiers]
+        for name in _scored_splits(group):
             self._emit(begin_phase(f"score {name}"))
             source = group.features.source(name)
             found = evaluate_together(classifiers, group.tables[name], group.engine, features=source, emit=self._emit)
@@ -133,36 +154,36 @@ class _Finish:
                 of_member[name] = split
         return scores
 
-    def _combine(self, classifiers: Sequence[Classifier], singles: Sequence[SplitsOf], best: int) -> list[dict[str, Any]]:
+    def _combine(self, group: FeatureGroup, singles: Sequence[SplitsOf]) -> list[dict[str, Any]]:
         """Score the ensemble, and distil it; return the rows of the comparison."""
         begin = time.perf_counter()
-        together = ensemble.combine(classifiers)
-        group, others = self._group, dict[str, SplitsOf]()
+        together = ensemble.combine([self._classifiers[member.index][0] for member in self.members])
+        others = dict[str, SplitsOf]()
         others["ensemble"] = {
             name: evaluate_split(together, group.tables[name], group.engine, features=group.features.source(name))
-            for name in self._splits
+            for name in _scored_splits(group)
         }
         seconds = {"ensemble": time.perf_counter() - begin}
         temperature = None
         if "distilled" in self._wanted:
-            others["distilled"], temperature = self._distil(together)
+            others["distilled"], temperature = self._distil(group, together)
             seconds["distilled"] = time.perf_counter() - begin - seconds["ensemble"]
-        rows = compare_ensemble(singles, best, others)
+        rows = compare_ensemble(singles, self._best, others)
         trained = [result.seconds for result in self._selected.results]
         for row in rows:
             # The members' own time, and what comes on top of it.
-            own = {"best single": trained[best], "mean single": sum(trained) / len(trained)}
+            own = {"best single": trained[self._best], "mean single": sum(trained) / len(trained)}
             row["seconds"] = round(own.get(row["name"], sum(trained) + seconds.get("ensemble", 0.0)), 3)
             if row["name"] == "distilled":
                 row |= {"seconds": round(row["seconds"] + seconds["distilled"], 3), "temperature": temperature}
         return rows
 
-    def _distil(self, together: Classifier) -> tuple[SplitsOf, float]:
+    def _distil(self, group: FeatureGroup, together: Classifier) -> tuple[SplitsOf, float]:
         """Train one more member on the ensemble's probabilities; write it as a run; return its scores and temperature."""
-        group, runner = self._group, self._runner
+        runner = self._runner
         self._emit(begin_phase("distil the ensemble"))
-        seed = max(member.seed for member in self._members) + 1
-        config = replace_values(self._members[0].config, {SEED: seed})
+        seed = max(member.seed for member in self.members) + 1
+        config = replace_values(self.members[0].config, {SEED: seed})
         member = Member(len(runner.members), self._selected.setting, self._selected.values, config)
         targets_NC = ensemble.compute_targets(together, group.tables["train"], group.engine, group.features.source("train"))
         training = MemberTraining(member, group, build_shared_loader(group, config), runner.monitors)
@@ -173,13 +194,14 @@ class _Finish:
         temperature = ensemble.choose_temperature(training.trainer.best.scores)
         tensors = ensemble.fold_temperature(training.tensors(), temperature)
         classifier, weights = load_member(group, member, tensors)
-        [scores] = self._score_together([classifier])
-        self._write_run(DISTILLED, member, classifier, weights, scores, num_steps=training.step)
+        [scores] = self._score_together(group, [classifier])
+        self._write_run(DISTILLED, group, member, classifier, weights, scores, num_steps=training.step)
         return scores, temperature
 
     def _write_run(
         self,
         name: str,
+        group: FeatureGroup,
         member: Member,
         classifier: Classifier,
         weights: Mapping[str, Tensor],
@@ -188,8 +210,12 @@ class _Finish:
         num_steps: int,
     ) -> None:
         runner, path = self._runner, self._runner.directory.path / name
-        inputs, timer = replace(self._group.inputs, classifier=classifier), runner.monitors.timer
+        inputs, timer = replace(group.inputs, classifier=classifier), runner.monitors.timer
         write_run(path, member.config, inputs, runner.engine, weights, scores, num_steps=num_steps, timer=timer)
+
+
+def _scored_splits(group: FeatureGroup) -> list[str]:
+    return [name for name in ("validation", "test") if name in group.tables]
 
 
 def _describe_standing(standing: Standing) -> dict[str, Any]:

@@ -99,6 +99,8 @@ def check_job(job: SweepJob) -> tuple[Space, list[Member]]:
         raise ConfigError("--halving: one combination of settings has no rival. Vary another setting than run.seed.")
     if job.wanted and len(space.seeds) < 2:
         raise ConfigError("--ensemble: one seed has no mean with others. List several, for example --run.seed 0..4.")
+    if job.wanted and job.config.model.init == "random":
+        raise ConfigError("--ensemble with model.init random: seeds have other frozen parts. Set model.init pretrained.")
     return space, build_members(job.config, settings, space.seeds)
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -66,6 +67,27 @@ def test_member_equals_a_training_with_its_settings(swept: Path) -> None:
         splits["validation"][key] for key in ("accuracy", "macro_f1", "loss")
     ]
     assert pipeline("text-classification", model=str(exported / "model"))("oil prices rose", truncation=True)
+
+
+RECIPES = {
+    "a solved head": ("--optim.weight_decay 0.01,0.1 --optim.solver lbfgs --model.standardize true --model.trainable_blocks 0"),
+    "two blocks": (
+        "--optim.average none,ema --optim.r_drop 0.5 --model.dropout 0.2 --model.trainable_blocks 2 --optim.layer_decay 0.7"
+    ),
+    "drawn weights": "--run.seed 0..1 --model.init random --model.pooling mean",
+    "all weights": "--optim.lr 1e-3,3e-3 --model.trainable_blocks all --model.train_embeddings true",
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_member_with_a_recipe_equals_a_training(swept: Path, tmp_path: Path, recipe: str) -> None:
+    words = arguments(swept, "--optim.epochs", "2", "--data.limit_train", "200", "--run.dir", str(tmp_path))
+    done = python("-m", "agnews_dist", "sweep", *words, *recipe.split(), "--run.name", "swept")
+    # The command line for copying makes the same model.
+    [command] = re.findall(r" command +agnews-dist train (.*)", done.stdout)
+    python("-m", "agnews_dist", "train", *shlex.split(command), "--run.dir", str(tmp_path), "--run.name", "alone")
+    for name in ("model/model.safetensors", "predictions-validation.jsonl", "predictions-test.jsonl"):
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "swept/best" / name).read_bytes()
 
 
 def test_selection_is_made_on_validation_and_test_is_scored_for_it_alone(swept: Path) -> None:

@@ -155,7 +155,7 @@ def banned_words(path: Path) -> Iterator[Violation]:
 
 def misplaced_entries(package: Path) -> list[Violation]:
     """Entries that the top of the package has but should not have, or should have but has not."""
-    folders = "api commands config data distributed engine evaluation features model preflight report run storage training"
+    folders = "api commands config data distributed engine evaluation experiments features model preflight report run storage training"
     modules = "__init__.py __main__.py errors.py events.py py.typed train.py"
     entries = {path.name for path in package.iterdir() if path.name != "__pycache__"}
     return sorted(entries ^ {*folders.split(), *modules.split()})
