@@ -10,7 +10,7 @@
 #
 # NODES, NODE, HEAD  number of nodes, number of this node (from 0), name or address of the first node
 # PORT               port of the first node for the rendezvous; default: 29400, under Slurm derived from the job's number
-# COMMAND            train (default), evaluate, prepare or doctor
+# COMMAND            train (default), sweep, evaluate, prepare or doctor
 # NPROC              ranks per node; default: one per GPU, or one without GPUs, where torch's threads already use all cores
 # OMP_NUM_THREADS    threads per rank; default: the cores divided among the ranks
 # LOGS               directory for one log per rank (rank.sh), and one of torchrun per node

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Shared by the batch scripts: they source it and call `run_command` or `run_training`. README.md in this folder explains it.
+# Shared by the batch scripts: they source it and call `run_command` or `run_to_end`. README.md in this folder explains it.
 #
 # TERM  Slurm takes the job away (preemption, requeue, scancel). Slurm itself signals the ranks and requeues the job.
 # USR1  The time limit is near (`--signal=B:USR1@...`), or the site announces a preemption. The script passes the signal on to
@@ -24,7 +24,7 @@ set -uo pipefail
 unset NODES NODE HEAD
 export INTERPRETER CONTAINER DRY_RUN PREFLIGHT NPROC MAX_RESTARTS
 # One task of an array has the array's own number, which means all tasks to Slurm's clients.
-job=$SLURM_JOB_ID
+job=$SLURM_JOB_ID run_name=$SLURM_JOB_NAME-$SLURM_JOB_ID
 if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 fi
@@ -84,12 +84,16 @@ run_command() {
     return "$status"
 }
 
-# run_training ARGUMENTS...: run one start of a training, then exit; requeues the job until the training is finished.
-run_training() {
+# run_to_end train|sweep ARGUMENTS...: run one start of the command, then exit; requeues the job until the command is finished.
+run_to_end() {
+    local command=$1
+    shift
+    # The tasks of an array work on one sweep.
+    [[ $command != sweep ]] || run_name=$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
     # All starts of this job share the name; a --run.name in the arguments comes later and wins.
-    set -- --run.name "$SLURM_JOB_NAME-$SLURM_JOB_ID" "$@"
+    set -- --run.name "$run_name" "$@"
     if [[ -n ${DRY_RUN:-} ]]; then
-        run_command train "$@"
+        run_command "$command" "$@"
         exit
     fi
     if [[ -n ${DOCTOR:-} && ${SLURM_RESTART_COUNT:-0} == 0 ]] && ! run_command doctor "$@"; then
@@ -101,10 +105,10 @@ run_training() {
     echo "job $job: ${answer#* }"
     [[ $answer != give_up* ]] || exit 1
     [[ -z $was_stopped ]] || requeue_job
-    run_command train "$@" || status=$?
+    run_command "$command" "$@" || status=$?
     is_preempted && was_stopped=1
     answer=$(decide_restart end ${was_stopped:+--was_stopped} "$@") || exit
-    echo "job $job: the training exited with status $status; ${answer%% *}: ${answer#* }"
+    echo "job $job: $command exited with status $status; ${answer%% *}: ${answer#* }"
     case $answer in
     finished*) exit 0 ;;
     again*) requeue_job ;;
@@ -138,6 +142,6 @@ requeue_job() {
         echo "job $job: requeued"
         exit 75
     fi
-    echo "error: job $job: Slurm refused to requeue it. Submit it again with --run.name $SLURM_JOB_NAME-$SLURM_JOB_ID to resume." >&2
+    echo "error: job $job: Slurm refused to requeue it. Submit it again with --run.name $run_name to resume." >&2
     exit 75
 }

@@ -38,8 +38,18 @@ TRAINING_OPTIONS = (
     Option("--accept", "Settings that may differ on resume.", tuple[Literal[ACCEPTABLE], ...], ()),
 )
 """Options of a training."""
+SWEEP_OPTIONS = (
+    Option("--samples", "Number of random combinations, in place of all.", int | None),
+    Option("--search", "Source of the combinations of --samples.", Literal["random", "optuna"], "random"),
+    Option("--sample_seed", "Seed of the random combinations.", int, 0, level="advanced"),
+    Option("--halving", "Successive halving: the best 1/N of the combinations survive each rung.", int | None),
+    Option("--ensemble", "Score the mean of the selected setting's seeds.", bool, False),
+    Option("--distil", "Train one member on the probabilities of that mean, and export it.", bool, False),
+)
+"""Options of a sweep, besides its output."""
 PASSED_ON = tuple(replace(option, level="advanced") for option in TRAINING_OPTIONS)
 """The same for commands that run before or after a training and take its arguments."""
+PASSED_ON_OF_SWEEPS = tuple(replace(option, level="advanced") for option in SWEEP_OPTIONS)
 Body = Callable[[World, Loaded], None]
 
 

@@ -1,7 +1,8 @@
 """Check whether a training would run here: `python -m agnews_dist doctor`, alone or under torchrun.
 
 Every rank checks its machine, the disks and the model's config. Then the ranks meet, compare facts and measure each other.
-Loads no weights and no data. Exit code 1: the run would fail. Takes the options of a training, and its own.
+Loads no weights and no data. Exit code 1: the run would fail. Takes the options of a training or
+sweep, and its own; of several values it checks the first.
 """
 
 import os
@@ -10,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import PASSED_ON, importing, run_command
+from agnews_dist.commands.command import PASSED_ON, PASSED_ON_OF_SWEEPS, importing, run_command
 from agnews_dist.config.schema import Count
 from agnews_dist.distributed.world import World, is_launched
 from agnews_dist.errors import ConfigError
@@ -25,10 +26,12 @@ COMMAND = Command(
     ),
     (
         *PASSED_ON,
+        *PASSED_ON_OF_SWEEPS,
         Option("--ranks", "Ranks of the training, or to expect here.", Count | None),
         Option("--ranks_per_node", "Ranks on one node; default: all.", Count | None),
         Option("--json", "Print one JSON object.", bool, False),
     ),
+    takes_lists=True,
 )
 
 

@@ -1,4 +1,4 @@
-"""`agnews-dist runs`: all runs below a directory, with state, scores, settings that differ, age and size."""
+"""`agnews-dist runs`: all runs and sweeps below a directory, with state, scores, settings that differ, age and size."""
 
 import json
 from collections.abc import Sequence
@@ -47,10 +47,12 @@ def list_runs(world: World, loaded: Loaded) -> None:
     with importing():
         from agnews_dist.report.run_list import runs_to_json, show_runs, sort_runs
         from agnews_dist.run.stored_runs import find_runs, list_facts
+        from agnews_dist.run.stored_sweeps import find_sweeps, list_sweep_facts
         from agnews_dist.storage.atomic import to_json_value
 
     directory = Path(given[0] if given else loaded.config.run.dir)
-    runs = sort_runs([asdict(list_facts(path)) for path in find_runs(directory)], loaded.options["sort"])
+    found = [*map(list_facts, find_runs(directory)), *map(list_sweep_facts, find_sweeps(directory))]
+    runs = sort_runs([asdict(facts) for facts in found], loaded.options["sort"])
     if loaded.options["json"]:
         print(json.dumps(to_json_value(runs_to_json(directory, runs)), indent=2, allow_nan=False))
     else:

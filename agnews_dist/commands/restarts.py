@@ -1,6 +1,6 @@
 """`agnews-dist restarts`: decide whether a job is started again.
 
-Batch scripts call it (slurm/job.sh) with the arguments of the training. The first word of the output is for them:
+Batch scripts call it (slurm/job.sh) with the arguments of the training or sweep. The first word of the output is for them:
 
 again     the run was stopped before its end, or failed after it had saved new steps
 finished  the run is complete
@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Literal
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import PASSED_ON, run_command
+from agnews_dist.commands.command import PASSED_ON, PASSED_ON_OF_SWEEPS, run_command
 from agnews_dist.config.schema import Count, PathText
 from agnews_dist.distributed.slurm import identify_job
 from agnews_dist.distributed.world import World
 from agnews_dist.run.restart_policy import decide_at_begin, decide_at_end, read_starts, start_from_status, write_starts
-from agnews_dist.run.status import read_status, runs_of_job
+from agnews_dist.run.status import read_status, runs_of_job, status_file
 
 COMMAND = Command(
     "restarts",
-    "Decide whether a job that has ended is started again, for batch scripts. Give it the arguments of the training.",
+    "Decide whether a job that has ended is started again, for batch scripts. Give it the arguments of the training or sweep.",
     (
         "agnews-dist restarts --at begin --starts starts.jsonl --config my.yaml",
         "agnews-dist restarts --at end --starts starts.jsonl --config my.yaml",
@@ -30,12 +30,14 @@ COMMAND = Command(
     ),
     (
         *PASSED_ON,
+        *PASSED_ON_OF_SWEEPS,
         Option("--at", "Whether a start begins or has ended.", Literal["begin", "end"], "end"),
         Option("--starts", "File that counts the job's starts.", PathText, "starts.jsonl"),
         Option("--limit", "Starts in a row that may save nothing new.", Count, 3),
         Option("--was_stopped", "With --at end: the job was asked to stop.", bool, False),
     ),
     ("run.dir", "run.name"),
+    takes_lists=True,
 )
 
 
@@ -53,7 +55,7 @@ def decide_restart(_: World, loaded: Loaded) -> None:
     config, options = loaded.config, loaded.options
     runs = Path(config.run.dir)
     name = config.run.name or next(iter(runs_of_job(runs, identify_job(os.environ))), None)
-    status = read_status(runs / name) if name is not None else None
+    status = read_status(runs / name, status_file(runs / name, os.environ)) if name is not None else None
     file = Path(options["starts"])
     if options["at"] == "begin":
         starts = [*read_starts(file), start_from_status(status)]

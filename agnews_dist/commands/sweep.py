@@ -4,10 +4,9 @@ import os
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
-from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import QUIET, VERBOSE, importing, run_command
+from agnews_dist.commands.arguments import Command, Loaded
+from agnews_dist.commands.command import QUIET, SWEEP_OPTIONS, VERBOSE, importing, run_command
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.world import World
 
@@ -19,16 +18,7 @@ COMMAND = Command(
         "agnews-dist sweep --config my.yaml --optim.lr 1e-4..1e-2 --optim.weight_decay 0,0.01,0.1 --samples 20 --halving 3",
         "torchrun --nproc_per_node=8 -m agnews_dist sweep --config my.yaml --optim.lr 3e-4,1e-3 --run.seed 0..7 --run.name lr",
     ),
-    (
-        QUIET,
-        VERBOSE,
-        Option("--samples", "Number of random combinations, in place of all.", int | None),
-        Option("--search", "Source of the combinations of --samples.", Literal["random", "optuna"], "random"),
-        Option("--sample_seed", "Seed of the random combinations.", int, 0, level="advanced"),
-        Option("--halving", "Successive halving: the best 1/N of the combinations survive each rung.", int | None),
-        Option("--ensemble", "Score the mean of the selected setting's seeds.", bool, False),
-        Option("--distil", "Train one member on the probabilities of that mean, and export it.", bool, False),
-    ),
+    (QUIET, VERBOSE, *SWEEP_OPTIONS),
     takes_lists=True,
     display="stdout",
 )

@@ -1,5 +1,6 @@
 """Model, tokens and features that many trainings share, opened once by all ranks."""
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from agnews_dist.data.batching.loader import TokenTable
 from agnews_dist.data.rows import Ints
 from agnews_dist.data.token_cache import TokenSplit
 from agnews_dist.distributed import collectives
+from agnews_dist.distributed.slurm import find_array_task
 from agnews_dist.engine.device import check_compiler
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import UserError
@@ -140,4 +142,6 @@ def _choose_place(config: Config, engine: Engine) -> RequestedPlace:
     wanted, num_ranks = config.engine.feature_cache, engine.world.num_ranks
     if num_ranks > 1 and wanted == "device":
         raise UserError("engine.feature_cache device: each rank would hold a part, and trains alone. Set host, disk or auto.")
+    if wanted == "auto" and find_array_task(os.environ)[1] > 1:
+        return "disk"  # the tasks of a job array share them
     return "host" if num_ranks > 1 and wanted == "auto" and engine.device.type == "cuda" else wanted

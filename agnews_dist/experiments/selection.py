@@ -20,7 +20,6 @@ from agnews_dist.experiments.member_training import MemberTraining, build_shared
 from agnews_dist.experiments.members import Member, group_by_features
 from agnews_dist.experiments.space import SEED, format_values
 from agnews_dist.experiments.standings import Standing
-from agnews_dist.experiments.sweep_directory import RESULTS
 from agnews_dist.experiments.sweep_results import (
     SCORES,
     SplitsOf,
@@ -28,12 +27,14 @@ from agnews_dist.experiments.sweep_results import (
     make_command,
     spread,
     summarise_seeds,
+    try_to_write_page,
     write_run,
     write_table,
 )
 from agnews_dist.experiments.sweep_runner import SweepRunner
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.report.result_files import versions, write_json
+from agnews_dist.run.stored_sweeps import RESULTS
 
 T = TypeVar("T")
 BEST, DISTILLED = "best", "distilled"
@@ -135,6 +136,8 @@ class _Finish:
         write_table(directory.path / "sweep.csv", directory.read_results())
         write_json(directory.path / RESULTS, report)
         paths = {"model": str(directory.path / BEST / "model")}
+        if page := try_to_write_page(directory.path, report, config=self.best.config, emit=self._emit):
+            paths = {"report": str(page), **paths}
         if "distilled" in self._wanted:
             paths["distilled model"] = str(directory.path / DISTILLED / "model")
         paths |= {"table": str(directory.path / "sweep.csv"), "results": str(directory.path / RESULTS)}

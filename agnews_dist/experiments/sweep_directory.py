@@ -6,6 +6,8 @@
     members/00003.safetensors   best weights and validation predictions, of the best settings only
     members/wave-00001.lock lock of the process that trains a wave; the kernel releases it when that process dies
     sweep.json, sweep.csv   all results, when all members have ended
+    sweep.html, sweep.md    the report
+    status.json             state of the sweep's job; status-1.json and so on of the other tasks of a job array
     best/                   the best member of the selected setting, as a run leaves it
 
 A file is written under a hidden name and renamed. Members can be trained again, so nothing waits for the disk.
@@ -27,12 +29,10 @@ from agnews_dist.errors import ConfigError, UserError
 from agnews_dist.experiments.members import Wave
 from agnews_dist.experiments.standings import MemberResult
 from agnews_dist.report.result_files import write_json
+from agnews_dist.run.status import PLAN
+from agnews_dist.run.stored_sweeps import MEMBERS, RESULTS
 from agnews_dist.storage import atomic
 from agnews_dist.storage.locks import Lock, try_lock
-
-PLAN = "plan.json"
-RESULTS = "sweep.json"
-MEMBERS = "members"
 
 
 class SweepDirectory:

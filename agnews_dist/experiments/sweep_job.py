@@ -6,8 +6,8 @@ in the same way. A member leaves its result there when it ends; a sweep that is 
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -17,10 +17,10 @@ from typing import Any
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
-from agnews_dist.distributed.slurm import find_array_task
+from agnews_dist.distributed.slurm import find_array_task, identify_job
 from agnews_dist.distributed.world import World, print_line
 from agnews_dist.engine.engine import Engine
-from agnews_dist.errors import AlreadyFinished, ConfigError, Stopped, count_noun
+from agnews_dist.errors import AlreadyFinished, ConfigError, Stopped, UserError, count_noun
 from agnews_dist.events import RunStarted
 from agnews_dist.experiments.members import Member, build_members, group_by_features
 from agnews_dist.experiments.search import OptunaSearch, SearchKind, Settings
@@ -28,11 +28,13 @@ from agnews_dist.experiments.selection import finish_sweep
 from agnews_dist.experiments.space import SEED, Dimension, Space, make_space
 from agnews_dist.experiments.sweep_directory import SweepDirectory
 from agnews_dist.experiments.sweep_runner import SweepRunner
+from agnews_dist.experiments.sweep_status import SweepStatus
 from agnews_dist.report.console import Console, Sinks
 from agnews_dist.run.directory import new_names
 from agnews_dist.run.engine_setup import start_training_engine
 from agnews_dist.run.fingerprints import weight_settings
 from agnews_dist.run.hub_inputs import fetch_inputs, list_requests
+from agnews_dist.run.status import runs_of_job
 from agnews_dist.training.loop import Monitors
 from agnews_dist.training.timing import StageTimer
 
@@ -121,7 +123,8 @@ def run_sweep(
             sinks.add(console)
         directory = _open_directory(job, space, world)
         num_members = len(members) or (job.num_samples or 0) * len(space.seeds)
-        preemption.before_exit = _make_last_words(directory, num_members)
+        status = stack.enter_context(SweepStatus(directory)) if world.is_main else None
+        preemption.before_exit = _make_last_words(directory, num_members, status)
         for group in group_by_features(members or build_members(config, [{}], space.seeds)):
             fetch_inputs(partial(list_requests, group[0].config), world, sinks)
         task, num_tasks = find_array_task(os.environ)
@@ -129,6 +132,7 @@ def run_sweep(
         monitors = Monitors(sinks, timer, preemption)
         sizes = (num_members, len(space.seeds))
         runner = SweepRunner(config, *sizes, engine, directory, monitors, worker=worker, halving=job.halving)
+        runner.status = status
         stack.callback(runner.close)
         sinks(RunStarted(facts=_describe(job, space, members, directory, engine), parameters={}))
         try:
@@ -162,14 +166,13 @@ def _open_directory(job: SweepJob, space: Space, world: World) -> SweepDirectory
     run = job.config.run
 
     def open_on_main() -> str:
-        name = run.name or next(
-            name
-            for name in new_names(f"sweep-{Path(job.config.model.name).name}", datetime.now())
-            if not Path(run.dir, name).exists()
-        )
-        directory = SweepDirectory(Path(run.dir) / name)
-        directory.open(job.describe(space), overwrite=run.overwrite)
+        runs, plan = Path(run.dir), job.describe(space)
+        names = new_names(f"sweep-{Path(job.config.model.name).name}", datetime.now())
+        name = run.name or _find_unfinished(runs, plan) or next(name for name in names if not (runs / name).exists())
+        directory = SweepDirectory(runs / name)
+        directory.open(plan, overwrite=run.overwrite)
         if directory.is_finished(job.wanted):
+            SweepStatus(directory).end("finished", "all members have ended")
             raise AlreadyFinished(
                 f"{directory.path} is finished: nothing is left to do. Read its sweep.json, or pass --run.overwrite."
             )
@@ -181,6 +184,15 @@ def _open_directory(job: SweepJob, space: Space, world: World) -> SweepDirectory
     return SweepDirectory(Path(run.dir) / name)
 
 
+def _find_unfinished(runs: Path, plan: Mapping[str, Any]) -> str | None:
+    """Return the name of the sweep that an earlier start of this job began without a `run.name`."""
+    for name in runs_of_job(runs, identify_job(os.environ), sweeps=True):
+        with suppress(UserError):  # another sweep of the job
+            SweepDirectory(runs / name).open(plan, overwrite=False)
+            return name
+    return None
+
+
 def _count_ended(directory: SweepDirectory, num_members: int) -> str:
     num_ended = len(directory.read_results())
     return (
@@ -189,10 +201,12 @@ def _count_ended(directory: SweepDirectory, num_members: int) -> str:
     )
 
 
-def _make_last_words(directory: SweepDirectory, num_members: int) -> Callable[[str, str], None]:
+def _make_last_words(directory: SweepDirectory, num_members: int, status: SweepStatus | None) -> Callable[[str, str], None]:
     """Return what the thread that ends a stopped process calls."""
 
     def print_last_words(state: str, reason: str) -> None:
+        if status is not None:
+            status.end_early("preempted" if state == "preempted" else "failed", reason)
         if state == "preempted":
             print_line(f"{reason}: {_count_ended(directory, num_members)}")
 

@@ -18,11 +18,12 @@ from agnews_dist.config.yaml_file import dump
 from agnews_dist.engine.engine import Engine
 from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.evaluation.intervals import student_interval, wilson_interval
-from agnews_dist.events import Scores
+from agnews_dist.events import Emit, Scores, Warned, begin_phase
 from agnews_dist.experiments.ensemble import calibration_error
 from agnews_dist.experiments.space import SEED
 from agnews_dist.experiments.standings import MemberResult
 from agnews_dist.report.result_files import Result, Seconds, versions, write_json, write_predictions
+from agnews_dist.run.reporting import check_packages
 from agnews_dist.run.results import export_trained, peak_memory_bytes, select_scored
 from agnews_dist.run.setup import TrainingInputs
 from agnews_dist.storage import atomic
@@ -130,6 +131,24 @@ def write_table(path: Path, results: Sequence[MemberResult]) -> None:
         row = [each.member, each.setting, *values, each.seed, each.state, *scores]
         writer.writerow([*row, each.best_step, each.num_steps, each.seconds, each.reason])
     atomic.write_text(path, [out.getvalue()])
+
+
+def try_to_write_page(directory: Path, report: Mapping[str, Any], *, config: Config, emit: Emit) -> Path | None:
+    """Write sweep.html, sweep.md and figures, or warn why there are none: the sweep is complete without them."""
+    if not config.report.write:
+        return None
+    emit(begin_phase("write the report"))
+    try:
+        check_packages()
+        from agnews_dist.report.pages.page import write_page
+        from agnews_dist.report.pages.sweep_page import build_sweep_page
+
+        subtitle = f"{config.model.name} on {config.data.source}"
+        page = build_sweep_page(atomic.to_json_value(report), name=directory.name, subtitle=subtitle)
+        return write_page(page, directory, "sweep")
+    except Exception as error:
+        emit(Warned(message=f"no sweep.html: {str(error) or type(error).__name__}"))
+        return None
 
 
 def make_command(config: Config) -> str:

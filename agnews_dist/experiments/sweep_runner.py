@@ -18,6 +18,7 @@ from agnews_dist.experiments.members import Key, Member, Wave, cut_waves, group_
 from agnews_dist.experiments.space import format_values
 from agnews_dist.experiments.standings import Standing, choose_survivors, count_rungs, place_rungs, rank_settings
 from agnews_dist.experiments.sweep_directory import SweepDirectory
+from agnews_dist.experiments.sweep_status import SweepStatus
 from agnews_dist.run.setup import TrainingInputs
 from agnews_dist.storage.capacity import free_host_bytes, gigabytes
 from agnews_dist.storage.locks import Lock
@@ -63,6 +64,8 @@ class SweepRunner:
         self.engine, self.directory, self.monitors = engine, directory, monitors
         self.members: list[Member] = []
         """All members so far, in the order of their numbers."""
+        self.status: SweepStatus | None = None
+        """Status to write once features are there; on rank 0."""
         self._worker, self._halving = worker, halving
         self.metric: Metric = config.optim.best_metric
         self.num_members, self.num_seeds = num_members, num_seeds
@@ -320,4 +323,6 @@ class SweepRunner:
             num_trainings=len(sharing),
             check=check,
         )
+        if self.status is not None:
+            self.status.begin()
         return self._groups[key]

@@ -19,6 +19,7 @@ from agnews_dist.run.hub_inputs import fetch_inputs, list_requests
 from agnews_dist.run.model_setup import read_model_files
 from agnews_dist.run.reporting import ANALYSIS_FILE, NO_FEATURES, combine_rows, write_report
 from agnews_dist.run.setup import load_text, open_tokens
+from agnews_dist.run.status import is_sweep
 from agnews_dist.run.stored_runs import read_run, read_run_config
 
 
@@ -48,9 +49,11 @@ def _find_source(run: StoredRun) -> dict[str, object]:
     found: dict[str, object] = {}
     runs = Path(str(run.settings.get("run.dir", "runs")))
     parents = run.directory.resolve().parents
-    if not runs.is_absolute() and ".." not in runs.parts and len(parents) > len(runs.parts):
+    # A member of a sweep is in the sweep's directory.
+    depth = len(runs.parts) + is_sweep(parents[0])
+    if not runs.is_absolute() and ".." not in runs.parts and len(parents) > depth:
         for key in ("data.source", "model.name"):
-            path = parents[len(runs.parts)] / str(run.settings.get(key))
+            path = parents[depth] / str(run.settings.get(key))
             if path.exists() and not Path(str(run.settings.get(key))).exists():
                 found[key] = str(path)
     return found

@@ -1,14 +1,11 @@
 """Runs on disk: find them below a directory, read one for its report, list their states and scores."""
 
 import os
-import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from agnews_dist.config.fields import Problems, all_sections, all_settings, build_config, check_value, make_config, values_of
 from agnews_dist.config.schema import Config
@@ -24,7 +21,7 @@ from agnews_dist.report.pages.stored_run import (
     read_result,
 )
 from agnews_dist.run.directory import CONFIG_FILE, is_in_use
-from agnews_dist.run.status import Status, read_status
+from agnews_dist.run.status import has_process, is_sweep, read_status
 
 OWN_SETTINGS = ("run.name", "run.dir", "run.overwrite")
 """Settings that differ between any two runs and say nothing about them."""
@@ -66,9 +63,17 @@ def find_runs(directory: Path) -> list[Path]:
     Raises:
         UserError: it cannot be listed.
     """
+    return list_names(directory, is_run)
+
+
+def list_names(directory: Path, is_wanted: Callable[[Path], bool]) -> list[Path]:
+    """List the directories that `is_wanted` accepts directly below another one, sorted by name.
+
+    Raises:
+        UserError: it cannot be listed.
+    """
     try:
-        found = {path.resolve() for path in directory.iterdir() if not path.name.startswith(".") and is_run(path)}
-        return sorted(found)
+        return sorted({path.resolve() for path in directory.iterdir() if not path.name.startswith(".") and is_wanted(path)})
     except OSError as error:
         raise UserError(
             f"{directory}: it cannot be listed ({error.strerror or error}). Give the directory of the runs (run.dir)."
@@ -81,6 +86,8 @@ def read_run(directory: Path) -> StoredRun:
     Raises:
         UserError: the directory is not a run's, or a file of predictions is damaged.
     """
+    if is_sweep(directory):
+        raise UserError(f"{directory}: it is a sweep, whose report is its sweep.html. Give one of its runs, {directory}/best.")
     if not is_run(directory):
         names = [path.name for path in directory.parent.iterdir() if is_run(path)] if directory.parent.is_dir() else []
         raise UserError(
@@ -150,14 +157,9 @@ def _read_state(directory: Path) -> tuple[str, str, Fields]:
         datetime.fromisoformat(status.time)
     except (ValueError, TypeError):
         fields["time"] = None
-    if status.state == "running" and not (is_in_use(directory.parent, directory.name) or _has_process(status)):
+    if status.state == "running" and not (is_in_use(directory.parent, directory.name) or has_process(status)):
         return "killed", "its process is gone", fields
     return status.state, status.reason, fields
-
-
-def _has_process(status: Status) -> bool:
-    """Return whether the process of a run is on this host: a directory that was moved has its lock elsewhere."""
-    return status.host == socket.gethostname() and psutil.pid_exists(status.pid)
 
 
 def list_facts(directory: Path, now: datetime | None = None) -> RunFacts:
@@ -185,11 +187,12 @@ def list_facts(directory: Path, now: datetime | None = None) -> RunFacts:
         changed=read_settings(directory)[1],
         time=changed_at,
         age_seconds=age,
-        size_bytes=_sum_bytes(directory),
+        size_bytes=sum_bytes(directory),
     )
 
 
-def _sum_bytes(directory: Path) -> int:
+def sum_bytes(directory: Path) -> int:
+    """Sum up the sizes of all files below a directory."""
     total = 0
     for folder, _, names in os.walk(directory):
         for name in names:

@@ -98,11 +98,11 @@ def test_is_preempted_reads_the_jobs_record(slurm: FakeSlurm, answer: str, expec
     assert slurm.run("is_preempted && echo yes || echo no", scontrol=f"a=1 {answer} b=2")[1] == f"{expected}\n"
 
 
-def test_run_training_requeues_a_job_that_is_stopped_before_the_ranks_start(slurm: FakeSlurm) -> None:
+def test_run_to_end_requeues_a_job_that_is_stopped_before_the_ranks_start(slurm: FakeSlurm) -> None:
     # While the environment is set up, no rank handles signals yet.
     environ = {"INTERPRETER": f"{REPOSITORY}/.venv/bin/python", "OMP_NUM_THREADS": "1"}
     arguments = f"--run.dir {slurm.directory}/runs"
-    code, out, calls = slurm.run("kill -USR1 $$", f"run_training {arguments}", squeue="RUNNING", **environ)
+    code, out, calls = slurm.run("kill -USR1 $$", f"run_to_end train {arguments}", squeue="RUNNING", **environ)
     assert code == 75, out
     assert out.splitlines() == ["job 7: start 1, 0 steps are saved", "job 7: requeued"]
     assert calls[-1] == "scontrol requeue 7"

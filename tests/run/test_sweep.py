@@ -16,9 +16,11 @@ import pytest
 from safetensors.torch import load_file
 from support import small_run
 from support.processes import REPOSITORY, TIMEOUT, environment, python, torchrun, wait_until
+from support.report_page import open_browser, show
 from transformers import pipeline
 
 from agnews_dist import load
+from agnews_dist.run.stored_sweeps import list_sweep_facts
 
 VARIED = ("--optim.lr", "1e-3,3e-3,1e-2", "--run.seed", "0..1")
 EPOCHS = ("--optim.epochs", "3", "--batch.global_batch_size", "32")
@@ -27,7 +29,7 @@ EPOCHS = ("--optim.epochs", "3", "--batch.global_batch_size", "32")
 def arguments(directory: Path, *more: str) -> list[str]:
     """Return the settings of a small training of 3 epochs, or of a sweep of them."""
     settings = small_run.settings() | {"data.limit_validation": 100, "data.limit_test": 100}
-    places = ("--run.dir", str(directory / "runs"), "--data.cache_dir", str(directory / "cache"))
+    places = ("--run.dir", str(directory / "runs"), "--data.cache_dir", str(directory / "cache"), "--report.write", "false")
     return [*(word for key, value in settings.items() for word in (f"--{key}", str(value))), *EPOCHS, *places, *more]
 
 
@@ -43,8 +45,9 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished sweep on one rank; its directory is runs/lr below."""
     directory = tmp_path_factory.mktemp("sweep")
-    done = python("-m", "agnews_dist", "sweep", *arguments(directory, *VARIED, "--run.name", "lr"))
+    done = python("-m", "agnews_dist", "sweep", *arguments(directory, *VARIED, "--run.name", "lr", "--report.write", "true"))
     assert "6 of 6 members; best so far" in done.stdout
+    assert re.search(rf"report +{directory}/runs/lr/sweep.html", done.stdout)
     return directory
 
 
@@ -104,6 +107,39 @@ def test_selection_is_made_on_validation_and_test_is_scored_for_it_alone(swept: 
     assert kept == [index for index, row in enumerate(rows) if row["optim.lr"] == best]
 
 
+def test_page_shows_the_settings_and_their_figures(swept: Path) -> None:
+    path = swept / "runs" / "lr" / "sweep.html"
+    report, _ = read(path.parent)
+    with open_browser() as browser:
+        for width, scheme in ((1280, "light"), (360, "dark")):
+            shown = show(browser, path, width=width, scheme=scheme)
+            assert shown.messages == []
+            assert shown.requests == [path.as_uri()]
+            assert shown.measure("document.documentElement.scrollWidth") == width
+            texts = "[...document.querySelectorAll('svg text')]"
+            assert min(shown.measure(f"{texts}.map(t => t.getBoundingClientRect().height)")) > 7
+            assert shown.measure("[...document.querySelectorAll('section')].map(s => s.id)") == [
+                *("selected", "settings", "effects", "seeds")
+            ]
+            means = [f"{each['validation']['accuracy']['mean']:.4f}" for each in report["settings"]]
+            assert [row[2] for row in shown.table("settings")] == means
+            assert shown.page.locator("#selected pre").inner_text() == report["command"]
+    assert "figures/seeds.png" in path.with_suffix(".md").read_text()
+
+
+def test_sweep_is_one_line_of_the_runs_and_its_best_member_has_a_report(swept: Path) -> None:
+    lines = python("-m", "agnews_dist", "runs", str(swept / "runs"), "--sort", "size").stdout.splitlines()
+    report, _ = read(swept / "runs" / "lr")
+    [line] = [line for line in lines if line.startswith("lr ")]
+    score = report["selected"]["test"]["accuracy"]["mean"]
+    assert re.match(rf"lr  finished  \d+  \S+  {score:.4f}  .*optim.lr {{0.001, 0.003, 0.01}}  run.seed {{0, 1}}", line)
+    best = swept / "runs" / "lr" / "best"
+    python("-m", "agnews_dist", "report", str(best))
+    assert f"step {report['members'][report['selected']['best_member']]['num_steps']}" in (best / "report.html").read_text()
+    done = python("-m", "agnews_dist", "report", str(best.parent), check=False)
+    assert done.stderr.endswith(f"it is a sweep, whose report is its sweep.html. Give one of its runs, {best}.\n")
+
+
 def test_two_ranks_give_the_same_table(swept: Path) -> None:
     torchrun(2, "-m", "agnews_dist", "sweep", *arguments(swept, *VARIED, "--run.name", "ranks"))
     assert read(swept / "runs/ranks")[1] == read(swept / "runs/lr")[1]
@@ -133,6 +169,7 @@ def test_killed_sweep_continues_without_its_finished_members(swept: Path, tmp_pa
         process.wait()
     ended = {path: path.stat().st_mtime_ns for path in members.glob("*.json")}
     assert 0 < len(ended) < 6
+    assert list_sweep_facts(members.parent).state == "killed"
     python(*command[1:])
     assert {path: path.stat().st_mtime_ns for path in ended} == ended
     python("-m", "agnews_dist", "sweep", *arguments(tmp_path, *words[len(arguments(tmp_path)) :], "--run.name", "whole"))

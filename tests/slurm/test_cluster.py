@@ -1,5 +1,6 @@
 """The batch scripts on a real Slurm of two nodes: time limits, preemption and dead nodes leave the same bits."""
 
+import csv
 import json
 import re
 import signal
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.timeout(3600)
 SCRIPTS = REPOSITORY / "slurm"
 LONG = ("--optim.epochs", "10")
 """380 steps: long enough to be stopped twice."""
+SWEPT = ("--optim.lr", "1e-3,2e-3", "--run.seed", "0..3", "--report.write", "false", *LONG)
+"""A sweep of four waves, one per seed."""
 SECONDS = 600.0
 """Limit for a state of a job, many times what an idle machine needs."""
 
@@ -149,16 +152,15 @@ def test_batch_scripts_print_their_commands_in_a_dry_run(lab: Lab, submit: Calla
         settings = {"DRY_RUN": "1"}
         jobs[name] = submit(*options, SCRIPTS / f"{name}.sbatch", "--config", "my file.yaml", **settings)
     debug = f"--debug --run.name agnews-debug-{jobs['debug']} --config my\\ file.yaml"
-    (sweep,) = lab.client("squeue", "-h", "-t", "all", "-j", jobs["sweep"], "-o", "%A").split()
     expected = {
         "debug": [f"doctor {debug}", f"train {debug}"],
-        "sweep": [f"train --run.name agnews-sweep-5-{sweep} --config my\\ file.yaml --run.seed 5"],
+        "sweep": [f"sweep --run.name agnews-sweep-{jobs['sweep']} --config my\\ file.yaml"],
         "evaluate": ["evaluate --config my\\ file.yaml"],
         "prepare": ["prepare --config my\\ file.yaml"],
     }
     for name, job in jobs.items():
         assert lab.ends(job, SECONDS) == "COMPLETED", lab.describe_job(job)
-        log = read_log(project, f"agnews-{name}", f"{job}_5" if name == "sweep" else job)
+        log = read_log(project, f"agnews-{name}", job)
         commands = re.findall(r"torch\.distributed\.run --nproc_per_node (\d) .* -m agnews_dist (.*) $", log, re.MULTILINE)
         assert commands == [(str(ranks[name]), command) for command in expected[name] for _ in lab.nodes], log
     assert not (project / "runs").exists()
@@ -205,7 +207,7 @@ def test_train_is_requeued_and_resumes_after_every_interruption(
     log = read_log(project, "agnews-train", interrupted)
     assert "stopped (SIGUSR1) at step" in log, log
     assert f"job {interrupted}: requeued" in log
-    assert f"job {interrupted}: the training exited with status 0; finished: after 4 attempt(s)" in log
+    assert f"job {interrupted}: train exited with status 0; finished: after 4 attempt(s)" in log
 
 
 def test_train_appends_to_one_log_per_rank(interrupted: str, project: Path) -> None:
@@ -283,29 +285,65 @@ def test_train_does_not_start_if_the_doctor_fails(lab: Lab, submit: Callable[...
     assert not (project / "logs" / f"agnews-train-{job}" / "starts.jsonl").exists()
 
 
-def test_sweep_takes_lines_of_settings_and_requeues_one_task(
-    lab: Lab, submit: Callable[..., str], config: Path, project: Path
+@pytest.fixture(scope="module")
+def swept(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """The table of an undisturbed sweep in one process."""
+    directory = tmp_path_factory.mktemp("swept")
+    own = ("--run.dir", str(directory), "--run.name", "whole", "--data.cache_dir", str(directory / "cache"))
+    fork_server.run_python("-m", "agnews_dist", "sweep", "--config", str(config), *SWEPT, *own)
+    return read_table(directory / "whole")
+
+
+def read_table(sweep: Path) -> list[list[str]]:
+    """Return the rows of sweep.csv without times."""
+    rows = [*csv.reader((sweep / "sweep.csv").read_text().splitlines())]
+    seconds = rows[0].index("seconds")
+    return [row[:seconds] + row[seconds + 1 :] for row in rows]
+
+
+def count_members(sweep: Path) -> int:
+    return len(list((sweep / "members").glob("*.json")))
+
+
+def test_sweep_continues_after_a_requeue(
+    lab: Lab, submit: Callable[..., str], config: Path, project: Path, swept: list[list[str]]
 ) -> None:
-    long = " ".join(LONG)
-    (project / "rates.txt").write_text(f"--optim.lr 1e-3 {long}\n\n--optim.lr 2e-3  {long}\n")
-    array = submit("--array=2-3", SCRIPTS / "sweep.sbatch", "--config", config, SETTINGS="rates.txt")
-    lab.wait_for(lambda: lab.state(f"{array}_2") == "FAILED", SECONDS, lambda: lab.describe_job(array))
+    job = submit("--nodes=2", SCRIPTS / "sweep.sbatch", "--config", config, *SWEPT)
+    sweep = project / "runs" / f"agnews-sweep-{job}"
+    lab.wait_for(lambda: count_members(sweep) > 0, SECONDS, lambda: lab.describe_job(job))
+    lab.client("scancel", "--signal=USR1", "--batch", job)
+    lab.wait_for(lambda: restarts(lab, job) == 1, SECONDS, lambda: lab.describe_job(job))
+    ended = {path: path.stat().st_mtime_ns for path in (sweep / "members").glob("*.json")}
+    assert read_status(sweep)["state"] == "preempted", lab.describe_job(job)
+    assert len(ended) < len(swept) - 1
+    assert lab.ends(job, SECONDS) == "COMPLETED", lab.describe_job(job)
+    assert {path: path.stat().st_mtime_ns for path in ended} == ended
+    assert read_table(sweep) == swept
+    assert (read_status(sweep)["state"], read_status(sweep)["attempt"]) == ("finished", 2)
+    log = read_log(project, "agnews-sweep", job)
+    assert f"job {job}: requeued" in log
+    assert f"job {job}: sweep exited with status 0; finished: after 2 attempt(s)" in log
+
+
+def test_tasks_of_an_array_share_a_sweep_and_its_features(
+    lab: Lab, submit: Callable[..., str], config: Path, project: Path, swept: list[list[str]], tmp_path: Path
+) -> None:
+    own = ("--data.cache_dir", str(tmp_path))
+    array = submit("--array=2-3", SCRIPTS / "sweep.sbatch", "--config", config, *SWEPT, *own)
+    sweep = project / "runs" / f"agnews-sweep-{array}"
+    both = (sweep / "status-1.json", sweep / "members" / "00002.json")  # the first member of the second task
+    lab.wait_for(lambda: all(path.is_file() for path in both), SECONDS, lambda: lab.describe_job(array))
     # The last task has the array's own number, which means all tasks to Slurm's clients.
     task = f"{array}_3"
     assert lab.client("squeue", "-h", "-j", task, "-o", "%A") == array
-    wait_for_step(lab, task, project / "runs" / f"agnews-sweep-3-{array}", 20)
     lab.client("scancel", "--signal=USR1", "--batch", task)
-    assert lab.ends(array, SECONDS) == "COMPLETED FAILED", lab.describe_job(array)
-    assert (restarts(lab, task), restarts(lab, f"{array}_2")) == (1, 0)
-    log = (project / f"agnews-sweep-{task}.log").read_text()
-    assert f"job {task}: requeued" in log
-    assert f"job {task}: the training exited with status 0; finished: after 2 attempt(s)" in log
-    rates = {
-        re.search(r"sweep-(\d)", path.parent.name)[1]: re.search(r"lr: (\S+)", path.read_text())[1]  # pyright: ignore[reportOptionalSubscript]
-        for path in project.glob("runs/agnews-sweep-*/config.yaml")
-    }
-    assert rates == {"3": "0.002"}
-    assert "error: rates.txt has no line 2" in (project / f"agnews-sweep-{array}_2.log").read_text()
+    assert lab.ends(array, SECONDS) == "COMPLETED", lab.describe_job(array)
+    assert (restarts(lab, f"{array}_2"), restarts(lab, task)) == (0, 1)
+    assert read_table(sweep) == swept
+    assert [json.loads((sweep / name).read_text())["state"] for name in ("status.json", "status-1.json")] == ["finished"] * 2
+    log = read_log(project, "agnews-sweep", array)
+    assert f"job {task}: requeued" in log, log
+    assert any((tmp_path / "features").iterdir())
 
 
 def test_train_requeues_a_job_that_is_stopped_during_the_doctor(

@@ -72,10 +72,10 @@ def test_documented_commands_run(lab: Lab, environ: dict[str, str], config: Path
     results = {path.parent.name: json.loads(path.read_text()) for path in clone.glob("runs/*/result.json")}
     ranks = {name: result["num_ranks"] for name, result in results.items()}
     assert ranks == {f"agnews-debug-{debug}": 1, "first": 2}
-    commands = "".join((clone / f"agnews-{name}.log").read_text() for name in (f"train-{train}", f"sweep-{sweep}_1"))
+    commands = "".join((clone / f"agnews-{name}.log").read_text() for name in (f"train-{train}", f"sweep-{sweep}"))
     one, other, swept = re.findall(r"torch\.distributed\.run .* -m agnews_dist (.*?) *$", commands, re.MULTILINE)
     assert one == other == f"train --run.name agnews-train-{train} --config my.yaml --optim.lr 1e-3"
-    assert re.fullmatch(r"train --run\.name agnews-sweep-1-\d+ --config my\.yaml --run\.seed 1", swept)
+    assert swept == f"sweep --run.name agnews-sweep-{sweep} --config my.yaml --optim.lr 3e-4\\,1e-3 --run.seed 0..4"
     # The doctor ran before the small training.
     log = (clone / f"agnews-debug-{debug}.log").read_text()
     assert log.index("failure(s)") < log.index("run started on")

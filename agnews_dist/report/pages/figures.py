@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SIZE = (4.5, 2.8)
 """Inches. A phone shows such a figure in its natural size."""
 COLOURS = {
+    "paper": "#ffffff",
     "ink": "#21252b",
     "faint": "#8a9099",
     "line": "#d9dce1",

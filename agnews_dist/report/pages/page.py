@@ -55,13 +55,20 @@ def build_page(run: StoredRun, details: Mapping[str, SplitDetails], analysis: Fi
     settings = run.settings
     return Page(
         title=run.name,
-        subtitle=f"{settings.get('model.name', 'a model')} on {settings.get('data.source', 'texts')}, step "
-        f"{run.status.get('step', '?')}, attempt {run.status.get('attempt', '?')}",
+        subtitle=f"{settings.get('model.name', 'a model')} on {settings.get('data.source', 'texts')}, "
+        f"{_describe_progress(run)}",
         badge=run.state,
         headlines=headlines(run, details, analysis),
         warnings=(*_list_gaps(run), *analysis.get("notes", [])),
         sections=tuple(section for section in sections if section is not None),
     )
+
+
+def _describe_progress(run: StoredRun) -> str:
+    """Describe how far the run has come. A member of a sweep has no attempts of its own."""
+    if run.status:
+        return f"step {run.status.get('step', '?')}, attempt {run.status.get('attempt', '?')}"
+    return f"step {run.result.get('num_steps', '?')}" if run.result is not None else "step ?"
 
 
 def _list_gaps(run: StoredRun) -> list[str]:

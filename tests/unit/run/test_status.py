@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agnews_dist.errors import UserError
-from agnews_dist.run.status import StatusFile, read_status, runs_of_job
+from agnews_dist.run.status import StatusFile, read_status, runs_of_job, status_file
 
 
 def leave(directory: Path, state: str, *, job: str | None = None, time: str | None = None) -> None:
@@ -56,3 +56,19 @@ def test_runs_of_job_are_its_unfinished_ones_newest_first(tmp_path):
     assert runs_of_job(tmp_path, "slurm 8") == ["other"]
     assert runs_of_job(tmp_path, "slurm 9") == []
     assert runs_of_job(tmp_path, None) == []
+
+
+def test_runs_of_job_are_runs_or_sweeps(tmp_path):
+    for name in ("run", "sweep"):
+        leave(tmp_path / name, "preempted", job="slurm 7")
+    (tmp_path / "sweep" / "plan.json").write_text("{}")
+    assert runs_of_job(tmp_path, "slurm 7") == ["run"]
+    assert runs_of_job(tmp_path, "slurm 7", sweeps=True) == ["sweep"]
+
+
+def test_status_file_of_a_sweep_is_that_of_the_task_of_an_array(tmp_path):
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP", "SLURM_ARRAY_TASK_COUNT")
+    first, third = (dict(zip(names, values, strict=True)) for values in (("2", "2", "3", "4"), ("8", "2", "3", "4")))
+    assert status_file(tmp_path, third) == "status.json"
+    (tmp_path / "plan.json").write_text("{}")
+    assert [status_file(tmp_path, environ) for environ in ({}, first, third)] == ["status.json", "status.json", "status-2.json"]

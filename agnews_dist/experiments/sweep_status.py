@@ -1,0 +1,62 @@
+"""status.json of a sweep: what its job, or this task of its job array, has come to. See run/status.py.
+
+`agnews-dist restarts` and `runs` read it. Every task has a file of its own, so that a task that is stopped or killed is started
+again by itself. The steps are those of all members that have ended, whichever task has trained them.
+"""
+
+import os
+from contextlib import suppress
+from types import TracebackType
+
+from agnews_dist.distributed.slurm import identify_job
+from agnews_dist.errors import Stopped
+from agnews_dist.experiments.sweep_directory import SweepDirectory
+from agnews_dist.run.status import State, StatusFile, lock_name, read_status, status_file
+from agnews_dist.storage.locks import try_lock
+
+
+class SweepStatus:
+    """Writer of the status, on rank 0: a context around the work, which the first `begin` starts."""
+
+    def __init__(self, directory: SweepDirectory) -> None:
+        """Read the former status. `directory` exists."""
+        path, file = directory.path, status_file(directory.path, os.environ)
+        former = read_status(path, file)
+        self._directory, self._lock_path = directory, path / lock_name(file)
+        self._file = StatusFile(
+            lambda: path, attempt=former.attempt if former else 0, step=0, job=identify_job(os.environ), file=file
+        )
+        self._has_begun = False
+
+    def begin(self) -> None:
+        """Record that the sweep runs: model and features are there."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._file.attempt += 1
+            self.end("running", "it began")
+
+    def end(self, state: State, reason: str) -> None:
+        """Record a state. Errors are ignored: the members' results count."""
+        self._file.step = sum(result.num_steps for result in self._directory.read_results())
+        self._file.try_to_write(state, reason)
+
+    def end_early(self, state: State, reason: str) -> None:
+        """Record that the process is about to be ended. A failure before the beginning leaves the status as it is."""
+        if state != "failed" or self._has_begun:
+            self.end(state, reason)
+
+    def __enter__(self) -> "SweepStatus":
+        self._lock = None
+        with suppress(OSError):  # it only shows others that the process lives
+            self._lock = try_lock(self._lock_path)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.end("finished", "all members have ended")
+        elif isinstance(error, Stopped):
+            self.end_early("preempted", str(error))
+        else:
+            self.end_early("failed", str(error).split("\n")[0] or type(error).__name__)
+        if self._lock is not None:
+            self._lock.close()

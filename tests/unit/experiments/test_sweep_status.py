@@ -1,0 +1,61 @@
+"""The status of a sweep: written from its beginning on, with the steps of all members that have ended."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agnews_dist.errors import Stopped, UserError
+from agnews_dist.experiments.standings import MemberResult
+from agnews_dist.experiments.sweep_directory import SweepDirectory
+from agnews_dist.experiments.sweep_status import SweepStatus
+from agnews_dist.storage.locks import is_locked
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> SweepDirectory:
+    found = SweepDirectory(tmp_path / "lr")
+    found.open({"format": 1}, overwrite=False)
+    return found
+
+
+def read(directory: SweepDirectory) -> tuple[Any, ...]:
+    content = json.loads((directory.path / "status.json").read_text())
+    return content["state"], content["attempt"], content["step"], content["reason"]
+
+
+def test_sweep_status_counts_attempts_and_steps_of_ended_members(directory: SweepDirectory) -> None:
+    with suppress(Stopped), SweepStatus(directory) as status:
+        assert not (directory.path / "status.json").exists()
+        status.begin()
+        status.begin()
+        assert read(directory) == ("running", 1, 0, "it began")
+        assert is_locked(directory.path / ".status.json.lock")
+        for member in range(2):
+            result = MemberResult(member=member, setting=0, values={}, seed=member, state="finished", num_steps=30)
+            directory.write_result(result)
+        raise Stopped("SIGUSR1")
+    assert read(directory) == ("preempted", 1, 60, "SIGUSR1")
+    assert not is_locked(directory.path / ".status.json.lock")
+    with SweepStatus(directory) as status:
+        status.begin()
+    assert read(directory) == ("finished", 2, 60, "all members have ended")
+
+
+def test_sweep_that_fails_before_its_beginning_has_no_new_status(directory: SweepDirectory) -> None:
+    with suppress(UserError), SweepStatus(directory):
+        raise UserError("data.source")
+    assert not (directory.path / "status.json").exists()
+    with suppress(UserError), SweepStatus(directory) as status:
+        status.begin()
+        raise UserError("a file\ncannot be read")
+    assert read(directory) == ("failed", 1, 0, "a file")
+
+
+def test_sweep_that_is_stopped_before_its_beginning_says_so(directory: SweepDirectory) -> None:
+    SweepStatus(directory).end_early("failed", "unknown")
+    assert not (directory.path / "status.json").exists()
+    SweepStatus(directory).end_early("preempted", "SIGTERM")
+    assert read(directory)[0] == "preempted"
