@@ -18,7 +18,7 @@ from agnews_dist.distributed.world import World
 Share = Annotated[float, Field(ge=0, lt=1)]
 COMMAND = Command(
     "clean",
-    "Find probable label errors by members that have not seen them, and train without them.",
+    "Find probable label errors by models that have not seen them. Then train without them, and compare.",
     (
         "agnews-dist clean --config my.yaml",
         "agnews-dist clean --config my.yaml --share 0.01 --output cleaned",
@@ -28,8 +28,22 @@ COMMAND = Command(
         QUIET,
         VERBOSE,
         Option("--folds", "Number of folds.", Annotated[int, Field(ge=2, le=100)], 5),
-        Option("--share", "Share of the rows to exclude; default: as many as are estimated to be wrong.", Share),
+        Option("--share", "Share of rows to exclude; default: as estimated.", Share),
         Option("--output", "Directory of the results; default: runs/NAME-clean.", PathText),
+    ),
+    (
+        "data.source",
+        "data.limit_train",
+        "model.name",
+        "model.trainable_blocks",
+        "optim.lr",
+        "optim.epochs",
+        "engine.device",
+        "engine.precision",
+        "run.dir",
+        "run.name",
+        "run.overwrite",
+        "report.max_seconds",
     ),
     display="stdout",
 )

@@ -39,12 +39,12 @@ TRAINING_OPTIONS = (
 )
 """Options of a training."""
 SWEEP_OPTIONS = (
-    Option("--samples", "Number of random combinations, in place of all.", int | None),
-    Option("--search", "Source of the combinations of --samples.", Literal["random", "optuna"], "random"),
+    Option("--samples", "Random combinations, in place of all.", int | None),
+    Option("--search", "Source of --samples.", Literal["random", "optuna"], "random"),
     Option("--sample_seed", "Seed of the random combinations.", int, 0, level="advanced"),
-    Option("--halving", "Successive halving: the best 1/N of the combinations survive each rung.", int | None),
-    Option("--ensemble", "Score the mean of the selected setting's seeds.", bool, False),
-    Option("--distil", "Train one member on the probabilities of that mean, and export it.", bool, False),
+    Option("--halving", "Successive halving: a share of 1/N survives a rung.", int | None),
+    Option("--ensemble", "Score the mean of the best setting's seeds.", bool, False),
+    Option("--distil", "Train and export one member on that mean.", bool, False),
 )
 """Options of a sweep, besides its output."""
 PASSED_ON = tuple(replace(option, level="advanced") for option in TRAINING_OPTIONS)

@@ -12,13 +12,28 @@ from agnews_dist.distributed.world import World
 
 COMMAND = Command(
     "sweep",
-    "Train all combinations of settings with several values, select one on validation, and score it on test.",
+    "Train all combinations of settings with several values. The best on validation is scored on test.",
     (
         "agnews-dist sweep --optim.lr 1e-4,3e-4,1e-3 --run.seed 0..4",
-        "agnews-dist sweep --config my.yaml --optim.lr 1e-4..1e-2 --optim.weight_decay 0,0.01,0.1 --samples 20 --halving 3",
-        "torchrun --nproc_per_node=8 -m agnews_dist sweep --config my.yaml --optim.lr 3e-4,1e-3 --run.seed 0..7 --run.name lr",
+        "agnews-dist sweep --config my.yaml --optim.lr 1e-4..1e-2 --samples 20",
+        "torchrun --nproc_per_node=8 -m agnews_dist sweep --run.seed 0..7 --distil",
     ),
     (QUIET, VERBOSE, *SWEEP_OPTIONS),
+    (
+        "data.source",
+        "data.limit_train",
+        "model.name",
+        "model.trainable_blocks",
+        "batch.global_batch_size",
+        "optim.lr",
+        "optim.epochs",
+        "engine.device",
+        "engine.precision",
+        "run.dir",
+        "run.name",
+        "run.seed",
+        "run.overwrite",
+    ),
     takes_lists=True,
     display="stdout",
 )
