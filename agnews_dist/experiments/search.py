@@ -4,6 +4,7 @@ Every process of a sweep proposes by itself. From the same results each proposes
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -30,9 +31,10 @@ class OptunaSearch:
         except ImportError:
             raise UserError("--search optuna: it is not installed. Run pip install agnews_dist[sweep].") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler = optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, constant_liar=per_round > 1, warn_independent_sampling=False
-        )
+        with warnings.catch_warnings():
+            # Of Optuna 4, where this option is an experiment.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=per_round > 1)
         self._study: Any = optuna.create_study(sampler=sampler, direction="maximize")
         self._space, self._num_samples, self._per_round = space, num_samples, per_round
         self._trials: list[Any] = []
