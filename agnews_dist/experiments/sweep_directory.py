@@ -43,6 +43,8 @@ class SweepDirectory:
         self.path = path
         self._members = path / MEMBERS
         self._results: dict[str, MemberResult] = {}
+        self._removed: set[int] = set()
+        """Members whose tensors are removed."""
 
     def is_finished(self, wanted: Collection[str] = ()) -> bool:
         """Return whether all results are there, with rows `wanted` in the comparison of an ensemble."""
@@ -143,9 +145,10 @@ class SweepDirectory:
 
     def keep_tensors(self, kept: Collection[int], ended: Iterable[int]) -> None:
         """Remove the tensors of members that have `ended`, but for those of `kept`."""
-        for member in set(ended) - set(kept):
+        for member in set(ended) - set(kept) - self._removed:
             with suppress(OSError):
                 (self._members / f"{member:05}.safetensors").unlink(missing_ok=True)
+                self._removed.add(member)
 
 
 def _list_differences(found: Mapping[str, Any], plan: Mapping[str, Any]) -> set[str]:

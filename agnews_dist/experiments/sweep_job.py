@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from agnews_dist.distributed.slurm import find_array_task, identify_job
 from agnews_dist.distributed.world import World, print_line
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, ConfigError, Stopped, UserError, count_noun
-from agnews_dist.events import RunStarted
+from agnews_dist.events import RunStarted, Warned
 from agnews_dist.experiments.members import Member, build_members, group_by_features
 from agnews_dist.experiments.search import OptunaSearch, SearchKind, Settings
 from agnews_dist.experiments.selection import finish_sweep
@@ -51,6 +51,8 @@ class SweepJob:
     search: SearchKind = "random"
     """Source of the `num_samples` combinations."""
     sample_seed: int = 0
+    per_round: int = 1
+    """Combinations that Optuna proposes before it knows the results of the former ones. `run_sweep` sets it."""
     wanted: frozenset[str] = frozenset()
     """`ensemble`, `distilled` or both: scored besides the members of the selected setting."""
     halving: int | None = None
@@ -74,6 +76,8 @@ class SweepJob:
             "varied settings": {each.key: each.describe() for each in space.dimensions},
             "seeds": list(space.seeds),
             "samples": None if self.num_samples is None else [self.search, self.num_samples, self.sample_seed],
+            # Other rounds would give other proposals.
+            **({"proposals per round": self.per_round} if self.search == "optuna" else {}),
             "halving": self.halving,
         }
 
@@ -114,6 +118,10 @@ def run_sweep(
         Stopped: the sweep was asked to stop; the same command continues it.
     """
     space, members = check_job(job)
+    task, num_tasks = find_array_task(os.environ)
+    worker = (task * world.num_ranks + world.rank, num_tasks * world.num_ranks)
+    # As many as keep all workers busy.
+    job = replace(job, per_round=-(-worker[1] // len(space.seeds)))
     config, timer = job.config, StageTimer(start or time.perf_counter())
     engine = start_training_engine(config, world, preemption)
     sinks = Sinks()
@@ -127,17 +135,18 @@ def run_sweep(
         preemption.before_exit = _make_last_words(directory, num_members, status)
         for group in group_by_features(members or build_members(config, [{}], space.seeds)):
             fetch_inputs(partial(list_requests, group[0].config), world, sinks)
-        task, num_tasks = find_array_task(os.environ)
-        worker = (task * world.num_ranks + world.rank, num_tasks * world.num_ranks)
         monitors = Monitors(sinks, timer, preemption)
         sizes = (num_members, len(space.seeds))
         runner = SweepRunner(config, *sizes, engine, directory, monitors, worker=worker, halving=job.halving)
         runner.status = status
         stack.callback(runner.close)
+        if config.report.trackers:
+            message = "report.trackers: the members of a sweep are not tracked. Their table is sweep.csv."
+            sinks(Warned(message=message))
         sinks(RunStarted(facts=_describe(job, space, members, directory, engine), parameters={}))
         try:
             if job.search == "optuna":
-                _train_proposals(job, space, runner, num_workers=worker[1])
+                _train_proposals(job, space, runner)
             else:
                 runner.train(members)
             done = finish_sweep(runner, job.wanted)
@@ -148,11 +157,10 @@ def run_sweep(
     return directory.path
 
 
-def _train_proposals(job: SweepJob, space: Space, runner: SweepRunner, *, num_workers: int) -> None:
-    """Train the combinations that Optuna proposes, as many at once as keep all workers busy. Collective."""
+def _train_proposals(job: SweepJob, space: Space, runner: SweepRunner) -> None:
+    """Train the combinations that Optuna proposes. Collective."""
     assert job.num_samples is not None
-    per_round = -(-num_workers // len(space.seeds))
-    search = OptunaSearch(space, num_samples=job.num_samples, per_round=per_round, seed=job.sample_seed)
+    search = OptunaSearch(space, num_samples=job.num_samples, per_round=job.per_round, seed=job.sample_seed)
     num_settings = 0
     for settings in search.rounds():
         runner.train(build_members(job.config, settings, space.seeds, first=num_settings))
