@@ -13,12 +13,15 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
 
 from agnews_dist import __version__
 from agnews_dist.api.named_settings import ACCEPTABLE
 from agnews_dist.commands.arguments import Command, HelpRequest, Loaded, Option, load
 from agnews_dist.commands.help import format_help
+from agnews_dist.config.schema import Count
 from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
 from agnews_dist.distributed.world import World, check_interfaces, detect_world, print_line
 from agnews_dist.errors import SharedError, Stopped, UserError, shorten
@@ -39,10 +42,10 @@ TRAINING_OPTIONS = (
 )
 """Options of a training."""
 SWEEP_OPTIONS = (
-    Option("--samples", "Random combinations, in place of all.", int | None),
+    Option("--samples", "Random combinations, in place of all.", Count),
     Option("--search", "Source of --samples.", Literal["random", "optuna"], "random"),
     Option("--sample_seed", "Seed of the random combinations.", int, 0, level="advanced"),
-    Option("--halving", "Successive halving: a share of 1/N survives a rung.", int | None),
+    Option("--halving", "Successive halving: a share of 1/N survives a rung.", Annotated[int, Field(ge=2)]),
     Option("--ensemble", "Score the mean of the best setting's seeds.", bool, False),
     Option("--distil", "Train and export one member on that mean.", bool, False),
 )

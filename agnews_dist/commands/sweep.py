@@ -60,10 +60,10 @@ def sweep(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> Non
     job = sweep_job.SweepJob(
         loaded.config,
         loaded.dimensions,
-        options["samples"],
-        options["search"],
-        options["sample_seed"],
-        frozenset(name for name, is_wanted in wanted.items() if is_wanted),
-        options["halving"],
+        num_samples=options["samples"],
+        search=options["search"],
+        sample_seed=options["sample_seed"],
+        wanted=frozenset(name for name, is_wanted in wanted.items() if is_wanted),
+        halving=options["halving"],
     )
     sweep_job.run_sweep(world, job, preemption=preemption, console=loaded.console, start=start)

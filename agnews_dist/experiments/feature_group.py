@@ -48,10 +48,9 @@ class FeatureGroup:
     """The engine of this rank alone."""
 
     @property
-    def member_bytes(self) -> int:
-        """Memory of one training: weights, two moments, best weights. Gradients exist for one training at a time."""
-        suffix = self.inputs.classifier.suffix
-        return 4 * sum(parameter.numel() * torch.float32.itemsize for parameter in suffix.parameters())
+    def trained_bytes(self) -> int:
+        """Size of the trainable part."""
+        return sum(parameter.numel() * torch.float32.itemsize for parameter in self.inputs.classifier.suffix.parameters())
 
     def select(self, rows: Mapping[str, tuple[str, Ints]]) -> "FeatureGroup":
         """Return a group of other splits: name -> (split of this group, its rows, in that order).
@@ -112,8 +111,9 @@ def open_feature_group(
     Raises:
         UserError: any fault of the files, or features that not every rank can read.
     """
-    world = engine.world
-    emit = monitors.emit
+    world, emit = engine.world, monitors.emit
+    if config.engine.backend != "ddp":
+        raise UserError(f"engine.backend {config.engine.backend}: each training is on one rank, unsharded. Leave it out.")
 
     def load() -> TrainingInputs:
         check_compiler(config.engine.compile)

@@ -38,9 +38,9 @@ class Member:
 
     @property
     def plan_key(self) -> Key:
-        """Values that the global batches depend on: members with equal ones read the same batches in lock step."""
-        batch = _values_where(self.config, lambda key: key.startswith("batch."))
-        return (self.seed, self.config.optim.class_weights, *batch)
+        """Values that batches and evaluations depend on: members with equal ones read the same batches in lock step."""
+        batch, optim = _values_where(self.config, lambda key: key.startswith("batch.")), self.config.optim
+        return (self.seed, optim.class_weights, optim.epochs, optim.max_steps, optim.evaluate_every, *batch)
 
 
 @dataclass(frozen=True)

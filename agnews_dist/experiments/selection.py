@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -31,10 +32,11 @@ from agnews_dist.experiments.sweep_results import (
     write_run,
     write_table,
 )
-from agnews_dist.experiments.sweep_runner import SweepRunner
+from agnews_dist.experiments.sweep_runner import POLL_SECONDS, SweepRunner
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.report.result_files import versions, write_json
 from agnews_dist.run.stored_sweeps import RESULTS
+from agnews_dist.storage.locks import Lock
 
 T = TypeVar("T")
 BEST, DISTILLED = "best", "distilled"
@@ -50,15 +52,13 @@ def finish_sweep(runner: SweepRunner, wanted: frozenset[str]) -> RunDone | None:
         UserError: every setting diverged, or a file cannot be written.
     """
     directory, world = runner.directory, runner.engine.world
-    lock = directory.claim_selection() if world.is_main else None
+    lock = _wait_for_selection(runner, wanted) if world.is_main else None
+    # Another process may select for a long time.
+    collectives.wait_for_main("waits for another process that selects")
     try:
-        if not collectives.all_gather(lock is not None and not directory.is_finished(wanted))[0]:
-            return None
-        selected = runner.standings()[0]
-        if selected.state == "diverged":
-            raise UserError(
-                f"{directory.path}: every setting diverged ({selected.results[0].reason}). Lower optim.lr or max_grad_norm."
-            )
+        if not collectives.all_gather(lock is not None)[0]:
+            return RunDone(paths=_list_paths(directory.path)) if world.is_main else None
+        _check_results(runner)
         finish = _Finish(runner, wanted)
         # With drawn weights every seed has a frozen part of its own.
         for part in group_by_features(finish.members):
@@ -67,6 +67,42 @@ def finish_sweep(runner: SweepRunner, wanted: frozenset[str]) -> RunDone | None:
     finally:
         if lock is not None:
             lock.close()
+
+
+def _wait_for_selection(runner: SweepRunner, wanted: frozenset[str]) -> Lock | None:
+    """Return the lock of the selection; None: another process has finished it."""
+    runner.monitors.emit(begin_phase("select the best settings"))
+    while not runner.directory.is_finished(wanted):
+        lock = runner.directory.claim_selection()
+        if lock is not None:
+            return lock
+        time.sleep(POLL_SECONDS)
+    return None
+
+
+def _check_results(runner: SweepRunner) -> None:
+    """Check that the results belong to the members, and that one setting can be selected.
+
+    Raises:
+        UserError: every setting diverged, or a result is another member's.
+    """
+    path, selected = runner.directory.path, runner.standings()[0]
+    for result in runner.directory.read_results():
+        member = runner.members[result.member]
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in member.values.items()}
+        if (dict(result.values), result.seed) != (values, member.seed):
+            raise UserError(f"{path}: member {result.member} has other settings than its result. Set another --run.name.")
+    if selected.state == "diverged":
+        reason = selected.results[0].reason
+        raise UserError(f"{path}: every setting diverged ({reason}). Lower optim.lr or max_grad_norm.")
+
+
+def _list_paths(path: Path) -> dict[str, str]:
+    """Return the files of a finished sweep that a person opens."""
+    models = {name: path / name / "model" for name in (BEST, DISTILLED)}
+    files = {"report": path / "sweep.html", "model": models[BEST], "distilled model": models[DISTILLED]}
+    files |= {"table": path / "sweep.csv", "results": path / RESULTS}
+    return {name: str(file) for name, file in files.items() if file.exists()}
 
 
 def _run_on_main(world: World, work: Callable[[], T]) -> T | None:
@@ -100,10 +136,19 @@ class _Finish:
 
     def score(self, group: FeatureGroup, members: Sequence[Member]) -> None:
         """Score all splits with members that share their features, which are read or computed once."""
-        loaded = [load_member(group, member, self._runner.directory.read_tensors(member.index)) for member in members]
+        loaded = [load_member(group, member, self._read_or_train(group, member)) for member in members]
         scores = self._score_together(group, [classifier for classifier, _ in loaded])
         for member, each, of_member in zip(members, loaded, scores, strict=True):
             self._classifiers[member.index], self._scores[member.index] = each, of_member
+
+    def _read_or_train(self, group: FeatureGroup, member: Member) -> dict[str, Tensor]:
+        """Read a member's weights. Those that were not kept are made again by the same training."""
+        tensors = self._runner.directory.read_tensors(member.index)
+        if tensors is not None:
+            return tensors
+        training = MemberTraining(member, group, build_shared_loader(group, member.config), self._runner.monitors)
+        train_in_lock_step([training], after_step=lambda: self._runner.show_steps([training]))
+        return training.tensors()
 
     def write(self, group: FeatureGroup) -> RunDone:
         """Export the best member, whose group it is, write all files, and return the last event."""
@@ -135,13 +180,9 @@ class _Finish:
             report["ensemble"] = self._combine(group, singles)
         write_table(directory.path / "sweep.csv", directory.read_results())
         write_json(directory.path / RESULTS, report)
-        paths = {"model": str(directory.path / BEST / "model")}
-        if page := try_to_write_page(directory.path, report, config=self.best.config, emit=self._emit):
-            paths = {"report": str(page), **paths}
-        if "distilled" in self._wanted:
-            paths["distilled model"] = str(directory.path / DISTILLED / "model")
-        paths |= {"table": str(directory.path / "sweep.csv"), "results": str(directory.path / RESULTS)}
-        return RunDone(facts=_facts(runner, self._selected, summaries, self.best, report), paths=paths)
+        try_to_write_page(directory.path, report, config=self.best.config, emit=self._emit)
+        facts = _facts(runner, self._selected, summaries, self.best, report)
+        return RunDone(facts=facts, paths=_list_paths(directory.path))
 
     def _score_together(self, group: FeatureGroup, classifiers: Sequence[Classifier]) -> list[dict[str, SplitScores]]:
         """Score all splits; the features of each are read or computed once."""
@@ -234,10 +275,11 @@ def _facts(
     """Return the facts of the last panel."""
     num_seeds = count_noun(len(selected.results), "seed")
     facts = {"selected": f"{format_values(selected.values)}, by validation {runner.metric} over {num_seeds}"}
+    over = "rows" if len(selected.results) == 1 else "seeds"
     for name, summary in summaries.items():
         of = summary["accuracy"]
         deviation = f", standard deviation {of['deviation']:.4f}" if of["deviation"] is not None else ""
-        interval = f", 95 % interval {of['interval'][0]:.4f} to {of['interval'][1]:.4f}" if of["interval"] else ""
+        interval = f", 95 % interval over {over} {of['interval'][0]:.4f} to {of['interval'][1]:.4f}" if of["interval"] else ""
         facts[name] = f"mean accuracy {of['mean']:.4f}{deviation}{interval}"
     for row in report.get("ensemble", []):
         shown = (f"{split} {row[split]['accuracy']:.4f} (ECE {row[split]['calibration_error']:.4f})" for split in summaries)

@@ -101,10 +101,13 @@ def _order(metric: Metric) -> Callable[[Standing], tuple[Any, ...]]:
 
 
 def choose_survivors(results: Sequence[MemberResult], num_seeds: int, metric: Metric, *, factor: int) -> set[int]:
-    """Return the settings that stay after a rung: the best 1/factor of those that compete, at least one."""
+    """Return the settings that stay after a rung: the best 1/factor of those that compete, at least one.
+
+    A setting with a member that diverged never stays; there may be none that does.
+    """
     standings = rank_settings(results, num_seeds, metric)
     num_kept = max(1, -(-len(standings) // factor))
-    return {standing.setting for standing in standings[:num_kept]}
+    return {standing.setting for standing in standings[:num_kept] if standing.state != "diverged"}
 
 
 def count_rungs(num_settings: int, factor: int) -> int:
@@ -119,16 +122,21 @@ def count_rungs(num_settings: int, factor: int) -> int:
     return rungs
 
 
-def place_rungs(num_rungs: int, factor: int, num_steps: int, evaluations: Sequence[int]) -> list[int]:
-    """Return the steps of a member's rungs: evaluations at about 1/factor of its steps, 1/factor^2 and so on, earliest first.
+def place_rungs(num_rungs: int, factor: int, evaluations: Sequence[int]) -> list[int]:
+    """Return the steps of a member's rungs, each an evaluation of its own before the end.
 
-    Two rungs may be at one evaluation if there are few; none is at the end, where nothing can be saved.
+    With enough evaluations they are at 1/factor of the steps, 1/factor^2 and so on, the earliest first. With few of them there
+    are fewer rungs.
 
-    >>> place_rungs(2, 3, 27, [9, 18, 27]), place_rungs(1, 3, 27, [9, 18, 27]), place_rungs(2, 3, 27, [27])
-    ([9, 9], [9], [])
+    >>> place_rungs(2, 3, [1, 2, 3, 6, 9]), place_rungs(3, 3, [9, 18, 27]), place_rungs(1, 3, [9])
+    ([1, 3], [9, 18], [])
     """
-    early = [step for step in evaluations if step < num_steps]
-    if not early:
-        return []
-    targets = [num_steps / factor**power for power in range(num_rungs, 0, -1)]
-    return [next((step for step in early if step >= math.floor(target)), early[-1]) for target in targets]
+    *early, num_steps = evaluations
+    found: list[int] = []
+    for power in range(num_rungs, 0, -1):
+        target = num_steps // factor**power
+        later = [step for step in early if step >= target and (not found or step > found[-1])]
+        if not later:
+            break
+        found.append(later[0])
+    return found

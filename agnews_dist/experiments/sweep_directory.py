@@ -4,6 +4,7 @@
     members/00003.json      result of a member that has ended
     members/00003.rung1     result of a member at a rung of successive halving
     members/00003.safetensors   best weights and validation predictions, of the best settings only
+    members/inputs-*.txt    hashes of data, tokenizer and frozen weights
     members/wave-00001.lock lock of the process that trains a wave; the kernel releases it when that process dies
     sweep.json, sweep.csv   all results, when all members have ended
     sweep.html, sweep.md    the report
@@ -13,8 +14,10 @@
 A file is written under a hidden name and renamed. Members can be trained again, so nothing waits for the disk.
 """
 
+import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -22,9 +25,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from agnews_dist.distributed.world import print_line
 from agnews_dist.errors import ConfigError, UserError
 from agnews_dist.experiments.members import Wave
 from agnews_dist.experiments.standings import MemberResult
@@ -32,7 +37,10 @@ from agnews_dist.report.result_files import write_json
 from agnews_dist.run.status import PLAN
 from agnews_dist.run.stored_sweeps import MEMBERS, RESULTS
 from agnews_dist.storage import atomic
-from agnews_dist.storage.locks import Lock, try_lock
+from agnews_dist.storage.locks import Lock, LockWait, lock_shared, locked_or_bypassed, try_lock
+
+INPUTS = ("tokens", "tokenizer", "frozen_weights", "precision")
+"""Inputs of a member besides its settings. They must not change between two starts of a sweep."""
 
 
 class SweepDirectory:
@@ -45,42 +53,87 @@ class SweepDirectory:
         self._results: dict[str, MemberResult] = {}
         self._removed: set[int] = set()
         """Members whose tensors are removed."""
+        self._in_use: int | None = None
+        """Handle of the lock that says that this process works here."""
+
+    def close(self) -> None:
+        """Let other processes replace the sweep."""
+        if self._in_use is not None:
+            os.close(self._in_use)
+            self._in_use = None
 
     def is_finished(self, wanted: Collection[str] = ()) -> bool:
         """Return whether all results are there, with rows `wanted` in the comparison of an ensemble."""
         try:
             found = json.loads((self.path / RESULTS).read_bytes())
             return {*wanted} <= {row["name"] for row in found.get("ensemble", [])}
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return False
 
     def open(self, plan: Mapping[str, Any], *, overwrite: bool) -> None:
-        """Create the directory, or continue the sweep of the same plan in it. `overwrite`: replace a finished or other one.
+        """Create the directory, or continue the sweep of the same plan in it, and keep it from others that would replace it.
+
+        `overwrite`: replace a finished or other one.
 
         Raises:
-            UserError: the directory is not a sweep's, cannot be written, or holds a sweep with another plan.
+            UserError: the directory is not a sweep's, cannot be written, is in use, or holds a sweep with another plan.
         """
-        plan = atomic.to_json_value(plan)
+        plan, lock_path = atomic.to_json_value(plan), self.path.with_name(f".{self.path.name}.sweep")
         try:
-            found = self._read_plan()
-            if overwrite and found is not None and (found != plan or self.is_finished()):
-                shutil.rmtree(self.path)
-                found = None
-            if found is None:
-                if self.path.is_dir() and any(self.path.iterdir()):
-                    raise UserError(f"{self.path}: it exists and is not a sweep's directory. Choose another --run.name.")
-                self._members.mkdir(parents=True, exist_ok=True)
-                write_json(self.path / PLAN, plan)
-            elif found != plan:
-                differing = ", ".join(sorted(_list_differences(found, plan)))
-                raise ConfigError(
-                    f"{self.path}: it has another sweep (in {differing}). Set another --run.name, or pass --run.overwrite."
-                )
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            wait = LockWait(lock_path, f"sweep {self.path}", print_line)
+            with locked_or_bypassed(self.path.with_name(f".{self.path.name}.opening"), f"sweep {self.path}", print_line):
+                self._create(plan, overwrite=overwrite, lock_path=lock_path)
+                self._in_use = lock_shared(lock_path, wait)
         except OSError as error:
             raise UserError(
                 f"run.dir {self.path.parent}: {self.path} cannot be written ({error.strerror or error}). Set --run.dir to a "
                 "writable directory."
             ) from error
+
+    def _create(self, plan: Mapping[str, Any], *, overwrite: bool, lock_path: Path) -> None:
+        found = self._read_plan()
+        if overwrite and found is not None and (found != plan or self.is_finished()):
+            lock = try_lock(lock_path)
+            if lock is None:
+                raise UserError(f"{self.path}: another process works in it. Wait for its end, or choose another --run.name.")
+            lock.close()
+            shutil.rmtree(self.path)
+            found = None
+        if found is None:
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise UserError(f"{self.path}: it exists and is not a sweep's directory. Choose another --run.name.")
+            self.path.mkdir(exist_ok=True)
+            write_json(self.path / PLAN, plan)
+        elif found != plan:
+            differing = ", ".join(sorted(_list_differences(found, plan)))
+            raise ConfigError(
+                f"{self.path}: it has another sweep (in {differing}). Set another --run.name, or pass --run.overwrite."
+            )
+        self._members.mkdir(exist_ok=True)
+
+    def check_inputs(self, key: object, fingerprints: Mapping[str, str]) -> None:
+        """Check that data, tokenizer, frozen weights and precision are those of the members before; record them at first.
+
+        `key`: settings that the features depend on.
+
+        Raises:
+            UserError: they differ.
+        """
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        path = self._members / f"inputs-{name}.txt"
+        now = {part: fingerprints[part] for part in INPUTS}
+        try:
+            before: dict[str, str] = json.loads(path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            with atomic.new_file(path, is_durable=False) as temporary:
+                temporary.write_text(json.dumps(now, allow_nan=False), encoding="utf-8")
+            return
+        differing = [part.replace("_", " ") for part in INPUTS if before.get(part) != now[part]]
+        if differing:
+            raise UserError(
+                f"{self.path}: {', '.join(differing)} changed since its first members. Restore them, or set another --run.name."
+            )
 
     def _read_plan(self) -> dict[str, Any] | None:
         try:
@@ -99,37 +152,55 @@ class SweepDirectory:
         for name in names:
             if name not in self._results:
                 # Another process may replace a file by an equal one, never by another.
-                fields: dict[str, Any] = json.loads((self._members / name).read_bytes())
-                # A number that is not finite is null in JSON.
-                fields |= {key: math.nan for key, value in fields.items() if value is None}
-                self._results[name] = MemberResult(**fields)
-        return [self._results[name] for name in names]
+                with suppress(FileNotFoundError):
+                    self._read_result(self._members / name)
+        return [self._results[name] for name in names if name in self._results]
+
+    def _read_result(self, path: Path) -> None:
+        """Read a file, or remove it if it is damaged: the member is trained again."""
+        try:
+            fields: dict[str, Any] = json.loads(path.read_bytes())
+            # A number that is not finite is null in JSON.
+            fields |= {key: math.nan for key, value in fields.items() if value is None}
+            self._results[path.name] = MemberResult(**fields)
+        except (ValueError, TypeError, AttributeError):
+            path.unlink(missing_ok=True)
 
     def write_result(
         self, result: MemberResult, tensors: Mapping[str, Tensor] | None = None, *, rung: int | None = None
     ) -> None:
-        """Write the result of a member, its tensors first. `rung`: it pauses there."""
-        stem = f"{result.member:05}"
-        if tensors is not None:
-            with atomic.new_file(self._members / f"{stem}.safetensors", is_durable=False) as temporary:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        suffix = ".json" if rung is None else f".rung{rung}"
-        with atomic.new_file(self._members / f"{stem}{suffix}", is_durable=False) as temporary:
-            temporary.write_text(json.dumps(atomic.to_json_value(asdict(result)), allow_nan=False), encoding="utf-8")
-
-    def read_tensors(self, member: int) -> dict[str, Tensor]:
-        """Read the tensors of a member.
+        """Write the result of a member, its tensors first. `rung`: it pauses there.
 
         Raises:
-            UserError: they are missing or damaged.
+            UserError: they cannot be written.
         """
-        path = self._members / f"{member:05}.safetensors"
         try:
-            return load_file(path)
-        except Exception as error:
+            if tensors is not None:
+                self.write_tensors(result.member, tensors)
+            path = self._members / f"{result.member:05}{'.json' if rung is None else f'.rung{rung}'}"
+            with atomic.new_file(path, is_durable=False) as temporary:
+                temporary.write_text(json.dumps(atomic.to_json_value(asdict(result)), allow_nan=False), encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"{path}: it cannot be read ({error}). Remove {path.with_suffix('.json')}: the same command trains it again."
+                f"{self.path}: member {result.member} cannot be written ({reason}). Free some space, and run it again."
             ) from error
+
+    def write_tensors(self, member: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the tensors of a member.
+
+        Raises:
+            OSError, SafetensorError: they cannot be written.
+        """
+        with atomic.new_file(self._members / f"{member:05}.safetensors", is_durable=False) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+
+    def read_tensors(self, member: int) -> dict[str, Tensor] | None:
+        """Read the tensors of a member; None: they were not kept, or are damaged."""
+        try:
+            return load_file(self._members / f"{member:05}.safetensors")
+        except (OSError, SafetensorError):
+            return None
 
     def has_ended(self, wave: Wave) -> bool:
         """Return whether every member of a wave has a result."""

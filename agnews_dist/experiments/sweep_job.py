@@ -22,6 +22,7 @@ from agnews_dist.distributed.world import World, print_line
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, ConfigError, Stopped, UserError, count_noun
 from agnews_dist.events import RunStarted, Warned
+from agnews_dist.experiments.halving import HalvingRunner
 from agnews_dist.experiments.members import Member, build_members, group_by_features
 from agnews_dist.experiments.search import OptunaSearch, SearchKind, Settings
 from agnews_dist.experiments.selection import finish_sweep
@@ -82,8 +83,8 @@ class SweepJob:
         }
 
 
-def check_job(job: SweepJob) -> tuple[Space, list[Member]]:
-    """Check a sweep as far as is possible without data and model; return its space and members.
+def check_job(job: SweepJob, num_tasks: int = 1) -> tuple[Space, list[Member]]:
+    """Check a sweep as far as is possible without data and model; return its space and members. `num_tasks`: of a job array.
 
     Raises:
         ConfigError: nothing varies, too much varies, or settings contradict each other.
@@ -93,8 +94,6 @@ def check_job(job: SweepJob) -> tuple[Space, list[Member]]:
     backend = job.config.engine.backend
     if backend != "ddp":
         raise ConfigError(f"engine.backend {backend}: each member of a sweep trains on one rank, unsharded. Leave it out.")
-    if job.halving is not None and job.halving < 2:
-        raise ConfigError(f"--halving {job.halving}: it is the factor by which settings become fewer. Set it to 2 or more.")
     if job.search == "optuna" and (job.num_samples is None or job.halving is not None):
         raise ConfigError(
             "--search optuna: it proposes combinations one after another. Set --samples N, and leave out --halving."
@@ -105,7 +104,14 @@ def check_job(job: SweepJob) -> tuple[Space, list[Member]]:
         raise ConfigError("--ensemble: one seed has no mean with others. List several, for example --run.seed 0..4.")
     if job.wanted and job.config.model.init == "random":
         raise ConfigError("--ensemble with model.init random: seeds have other frozen parts. Set model.init pretrained.")
-    return space, build_members(job.config, settings, space.seeds)
+    members = build_members(job.config, settings, space.seeds)
+    if any(member.config.optim.solver == "lbfgs" for member in members) or job.config.optim.solver == "lbfgs":
+        for option, is_given in (("--halving", job.halving is not None), ("--distil", "distilled" in job.wanted)):
+            if is_given:
+                raise ConfigError(f"{option} with optim.solver lbfgs: it is for steps of AdamW. Leave one of them out.")
+    if num_tasks > 1 and job.config.run.name is None:
+        raise ConfigError("run.name: the tasks of a job array need one name for all. Set --run.name.")
+    return space, members
 
 
 def run_sweep(
@@ -117,8 +123,8 @@ def run_sweep(
         UserError: anything that the user can fix.
         Stopped: the sweep was asked to stop; the same command continues it.
     """
-    space, members = check_job(job)
     task, num_tasks = find_array_task(os.environ)
+    space, members = check_job(job, num_tasks)
     worker = (task * world.num_ranks + world.rank, num_tasks * world.num_ranks)
     # As many as keep all workers busy.
     job = replace(job, per_round=-(-worker[1] // len(space.seeds)))
@@ -137,9 +143,13 @@ def run_sweep(
             fetch_inputs(partial(list_requests, group[0].config), world, sinks)
         monitors = Monitors(sinks, timer, preemption)
         sizes = (num_members, len(space.seeds))
-        runner = SweepRunner(config, *sizes, engine, directory, monitors, worker=worker, halving=job.halving)
+        kind = SweepRunner if job.halving is None else HalvingRunner
+        runner = kind(config, *sizes, engine, directory, monitors, worker=worker)
+        if isinstance(runner, HalvingRunner) and job.halving is not None:
+            runner.factor = job.halving
         runner.status = status
         stack.callback(runner.close)
+        stack.callback(directory.close)
         if config.report.trackers:
             message = "report.trackers: the members of a sweep are not tracked. Their table is sweep.csv."
             sinks(Warned(message=message))
@@ -173,7 +183,7 @@ def _open_directory(job: SweepJob, space: Space, world: World) -> SweepDirectory
     """Open the directory of a sweep. Collective; a job array needs `run.name`."""
     run = job.config.run
 
-    def open_on_main() -> str:
+    def open_on_main() -> SweepDirectory:
         runs, plan = Path(run.dir), job.describe(space)
         names = new_names(f"sweep-{Path(job.config.model.name).name}", datetime.now())
         name = run.name or _find_unfinished(runs, plan) or next(name for name in names if not (runs / name).exists())
@@ -184,12 +194,14 @@ def _open_directory(job: SweepJob, space: Space, world: World) -> SweepDirectory
             raise AlreadyFinished(
                 f"{directory.path} is finished: nothing is left to do. Read its sweep.json, or pass --run.overwrite."
             )
-        return name
+        return directory
 
     outcome = collectives.catch(open_on_main) if world.is_main else None
-    name = collectives.all_gather(collectives.raise_if_any_failed(outcome))[0]
-    assert name is not None
-    return SweepDirectory(Path(run.dir) / name)
+    collectives.wait_for_main("opens the directory of the sweep")
+    directory = collectives.raise_if_any_failed(outcome)
+    path = collectives.all_gather(directory.path if directory is not None else None)[0]
+    assert path is not None
+    return directory or SweepDirectory(path)
 
 
 def _find_unfinished(runs: Path, plan: Mapping[str, Any]) -> str | None:

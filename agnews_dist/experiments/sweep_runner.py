@@ -1,26 +1,24 @@
 """The waves of a sweep on one rank: features of a group opened by all ranks, waves claimed one by one, pauses at rungs."""
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 
 from agnews_dist.config.fields import replace_values
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.device import free_device_bytes
 from agnews_dist.engine.engine import Engine
-from agnews_dist.errors import ConfigError, UserError
 from agnews_dist.events import Progress, SweepRow, SweepUpdated
 from agnews_dist.experiments.feature_group import FeatureGroup, open_feature_group
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, train_in_lock_step
 from agnews_dist.experiments.members import Key, Member, Wave, cut_waves, group_by_features
 from agnews_dist.experiments.space import format_values
-from agnews_dist.experiments.standings import Standing, choose_survivors, count_rungs, place_rungs, rank_settings
+from agnews_dist.experiments.standings import Standing, rank_settings
 from agnews_dist.experiments.sweep_directory import SweepDirectory
 from agnews_dist.experiments.sweep_status import SweepStatus
 from agnews_dist.run.setup import TrainingInputs
-from agnews_dist.storage.capacity import free_host_bytes, gigabytes
+from agnews_dist.storage.capacity import free_host_bytes
 from agnews_dist.storage.locks import Lock
 from agnews_dist.training.best_weights import Metric
 from agnews_dist.training.class_weights import check_class_weights
@@ -31,22 +29,17 @@ MAX_WAVE = 8
 MEMORY_SHARE = 0.6
 """Largest share of the free memory for members in training."""
 POLL_SECONDS = 0.2
+NUM_KEPT = 3
+"""Settings whose members' weights are kept on disk."""
 SHOW_SECONDS = 0.5
 """Time between two looks at the results of other ranks, for the table."""
 
 
-@dataclass
-class _HeldWave:
-    """A wave whose members wait at a rung in this process, with the lock that keeps it from others."""
-
-    lock: Lock
-    trainings: list[MemberTraining]
-    rungs: dict[int, list[int]]
-    """Member -> steps of its rungs, and its last step."""
-
-
 class SweepRunner:
     """Trains members on this rank. Every rank has one and calls its methods at the same points."""
+
+    keeps_groups = False
+    """True if the features of several groups are open at the same time."""
 
     def __init__(
         self,
@@ -58,7 +51,6 @@ class SweepRunner:
         monitors: Monitors,
         *,
         worker: tuple[int, int],
-        halving: int | None,
     ) -> None:
         """Prepare. `worker`: this rank's position among all ranks of all jobs of the sweep, and their number."""
         self.engine, self.directory, self.monitors = engine, directory, monitors
@@ -66,10 +58,9 @@ class SweepRunner:
         """All members so far, in the order of their numbers."""
         self.status: SweepStatus | None = None
         """Status to write once features are there; on rank 0."""
-        self._worker, self._halving = worker, halving
+        self._worker = worker
         self.metric: Metric = config.optim.best_metric
         self.num_members, self.num_seeds = num_members, num_seeds
-        self._alone = engine.without_others()
         self._groups: dict[Key, FeatureGroup] = {}
         self._stack = ExitStack()
         self._looked, self._num_shown = 0.0, -1
@@ -92,9 +83,10 @@ class SweepRunner:
             waves_of.append((group[0], waves))
             first += len(waves)
         self.show()
-        if self._halving is not None:
-            self._train_by_halving([wave for _, waves in waves_of for wave in waves], self._halving)
-            return
+        self._train_groups(waves_of)
+
+    def _train_groups(self, waves_of: Sequence[tuple[Member, Sequence[Wave]]]) -> None:
+        """Train the waves of each group of features, one group after the other."""
         for member, waves in waves_of:
             # Another process may train the last one now: all ranks must decide alike.
             if not collectives.all_gather(all(map(self.directory.has_ended, waves)))[0]:
@@ -133,7 +125,7 @@ class SweepRunner:
         """Train the members of a wave that have no result, as many at once as fit in memory."""
         ended = {result.member for result in self.directory.read_results()}
         left = [member for member in wave.members if member.index not in ended]
-        limit = max(1, int(MEMORY_SHARE * self._free_bytes()) // group.member_bytes)
+        limit = max(1, int(MEMORY_SHARE * self._free_bytes()) // self._member_bytes(group))
         loader = build_shared_loader(group, wave.members[0].config)
         for begin in range(0, len(left), limit):
             trainings = [MemberTraining(member, group, loader, self.monitors) for member in left[begin : begin + limit]]
@@ -146,111 +138,15 @@ class SweepRunner:
             result = training.result("finished")
             self.directory.write_result(result, training.tensors() if result.state == "finished" else None)
 
-    def _train_by_halving(self, waves: Sequence[Wave], factor: int) -> None:
-        """Train all settings to a rung, the best of them to the next one, and so on. Groups of features stay open."""
-        groups = {key: self.open_group(members[0]) for key, members in self._by_group().items()}
-        with collectives.without_others():
-            self._check_memory(groups)
-            competing = {member.setting for member in self.members}
-            held = dict[int, _HeldWave]()
-            for rung in range(count_rungs(len(competing), factor)):
-                self._reach(rung, waves, groups, competing, held)
-                results = [each for each in self.directory.read_results(rung) if each.setting in competing]
-                survivors = choose_survivors(results, self.num_seeds, self.metric, factor=factor)
-                for result in results:
-                    if result.setting not in survivors and result.state == "finished":
-                        # Every process writes the same.
-                        self.directory.write_result(replace(result, state="halved", reason=f"left at rung {rung + 1}"))
-                competing = survivors
-                self.show(now=True)
-            self._reach(None, waves, groups, competing, held)
-            self.prune()
-        self.show(now=True)
-
-    def _reach(
-        self,
-        rung: int | None,
-        waves: Sequence[Wave],
-        groups: Mapping[Key, FeatureGroup],
-        competing: Collection[int],
-        held: dict[int, _HeldWave],
-    ) -> None:
-        """Train until all members of the competing settings have a result for a rung; None: until they have ended."""
-        while True:
-            there = {result.member for result in self.directory.read_results(rung)}
-            left = [
-                wave
-                for wave in self._rotate(waves)
-                if any(member.setting in competing and member.index not in there for member in wave.members)
-            ]
-            if not left:
-                return
-            has_worked = False
-            for wave in left:
-                if wave.number not in held:
-                    claimed = self._claim(wave)
-                    if claimed is None:
-                        continue
-                    held[wave.number] = self._hold(wave, claimed[1], groups[wave.members[0].feature_key])
-                self._advance(held[wave.number], rung, competing)
-                has_worked = True
-                self.show(now=True)
-            if not has_worked:
-                time.sleep(POLL_SECONDS)
-                self.show()
-
-    def _hold(self, wave: Wave, lock: Lock, group: FeatureGroup) -> _HeldWave:
-        """Set up the members of a wave that have not ended, from their beginning."""
-        assert self._halving is not None
-        num_rungs = count_rungs(len({member.setting for member in self.members}), self._halving)
-        ended = {result.member for result in self.directory.read_results()}
-        loader = build_shared_loader(group, wave.members[0].config)
-        members = [member for member in wave.members if member.index not in ended]
-        trainings = [MemberTraining(member, group, loader, self.monitors) for member in members]
-        rungs = dict[int, list[int]]()
-        for training in trainings:
-            trainer, index = training.trainer, training.member.index
-            steps = place_rungs(num_rungs, self._halving, trainer.num_steps, trainer.evaluation_steps())
-            if not steps:
-                raise ConfigError(
-                    f"--halving {self._halving}: a member is evaluated at its end only. Set more optim.epochs, or "
-                    "optim.evaluate_every."
-                )
-            rungs[index] = [*steps, trainer.num_steps]
-        return _HeldWave(lock, trainings, rungs)
-
-    def _advance(self, held: _HeldWave, rung: int | None, competing: Collection[int]) -> None:
-        """Train the competing members of a wave to a rung or to their ends, and write their results there."""
-        held.trainings = [training for training in held.trainings if training.member.setting in competing]
-        position = -1 if rung is None else rung
-        until = {index: steps[position] for index, steps in held.rungs.items()}
-        train_in_lock_step(held.trainings, until, after_step=lambda: self.show_steps(held.trainings))
-        if rung is None:
-            self._write(held.trainings)
-            held.trainings.clear()
-            held.lock.close()
-        else:
-            for training in held.trainings:
-                self.directory.write_result(training.result("finished"), rung=rung)
-                if training.result("finished").state == "diverged":
-                    self.directory.write_result(training.result("finished"))
-
-    def _check_memory(self, groups: Mapping[Key, FeatureGroup]) -> None:
-        """Check that the members that wait at a rung fit in memory."""
-        num_members = -(-len(self.members) // self._worker[1])
-        needed, free = num_members * max(group.member_bytes for group in groups.values()), self._free_bytes()
-        if needed > MEMORY_SHARE * free:
-            raise UserError(
-                f"--halving: {num_members:,} members wait in memory, {gigabytes(needed)}, and {gigabytes(free)} are free. List "
-                "fewer values, or start more ranks on more machines."
-            )
+    def _member_bytes(self, group: FeatureGroup) -> int:
+        """Return the memory of one member in training, besides the gradients, which exist for one at a time."""
+        has_average = any(member.config.optim.average != "none" for member in self.members)
+        # Weights, two moments, the best weights, perhaps an average.
+        return (5 if has_average else 4) * group.trained_bytes
 
     def _free_bytes(self) -> int:
         world = self.engine.world
         return min(free_device_bytes(self.engine.device, world.ranks_per_node), free_host_bytes() // world.ranks_per_node)
-
-    def _by_group(self) -> dict[Key, list[Member]]:
-        return {members[0].feature_key: members for members in group_by_features(self.members)}
 
     def _rotate(self, waves: Sequence[Wave]) -> list[Wave]:
         """Return the waves from this worker's own first one on, so that workers rarely ask for the same."""
@@ -263,12 +159,10 @@ class SweepRunner:
         return rank_settings(self.directory.read_results(), self.num_seeds, self.metric)
 
     def prune(self) -> None:
-        """Remove the weights of settings that are not the best complete one."""
+        """Remove the weights of all settings but the few best so far. Those that are missed are trained again at the end."""
         standings = self.standings()
-        complete = [standing for standing in standings if standing.is_complete]
-        if complete:
-            kept = [result.member for result in complete[0].results]
-            self.directory.keep_tensors(kept, [result.member for each in complete for result in each.results])
+        kept = [result.member for standing in standings[:NUM_KEPT] for result in standing.results]
+        self.directory.keep_tensors(kept, [result.member for standing in standings for result in standing.results])
 
     def show(self, *, now: bool = False) -> None:
         """Show the table of the settings, on rank 0, if more members have ended. `now`: look without a pause."""
@@ -297,8 +191,9 @@ class SweepRunner:
         """Show the steps of the members that train on rank 0 now."""
         done, total = (sum(getattr(training.trainer, name) for training in trainings) for name in ("step", "num_steps"))
         if trainings:
-            first, last = (trainings[i].member.index for i in (0, -1))
-            self.monitors.emit(Progress(task=f"train members {first} to {last}", done=done, total=total, unit="steps"))
+            first, more = trainings[0].member.index, len(trainings) - 1
+            task = f"train member {first}" + (f" and {more} more" if more else "")
+            self.monitors.emit(Progress(task=task, done=done, total=total, unit="steps"))
         self.show()
 
     def open_group(self, member: Member) -> FeatureGroup:
@@ -306,7 +201,7 @@ class SweepRunner:
         key = member.feature_key
         if key in self._groups:
             return self._groups[key]
-        if self._halving is None:
+        if not self.keeps_groups:
             self.close()
         sharing = [other for other in self.members if other.feature_key == key]
 
@@ -323,6 +218,12 @@ class SweepRunner:
             num_trainings=len(sharing),
             check=check,
         )
+        group = self._groups[key]
+        precision = {"precision": self.engine.precision, **group.inputs.fingerprints}
+        outcome = None
+        if self.engine.world.is_main:
+            outcome = collectives.catch(lambda: self.directory.check_inputs(key, precision))
+        collectives.raise_if_any_failed(outcome)
         if self.status is not None:
             self.status.begin()
         return self._groups[key]

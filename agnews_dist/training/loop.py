@@ -8,7 +8,6 @@ the best evaluation outlive a step. Learning rate, order of examples and random 
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -193,18 +192,6 @@ class Trainer:
             else:
                 self._epoch, self._epoch_step = self._epoch + 1, 0
 
-    def evaluation_steps(self) -> list[int]:
-        """Return the steps of the whole run after which validation is scored, unless it stops early."""
-        every, ends, epoch = self._settings.evaluate_every, list[int](), 0
-        if every != "epoch":
-            ends = list(range(every, self.num_steps, every))
-        while every == "epoch" and sum(ends) < self.num_steps:
-            ends.append(self._loader.epoch_steps(epoch))
-            epoch += 1
-        if every == "epoch":
-            ends = [end for end in accumulate(ends) if end < self.num_steps]
-        return [*ends, self.num_steps]
-
     @property
     def is_done(self) -> bool:
         """True if the last evaluation was the end of the training: all steps are done, or nothing improves any more."""
@@ -337,3 +324,14 @@ class Trainer:
         if (standard := self._classifier.suffix.standard) is not None:
             state["standard"] = [each.tolist() for each in standard]
         checkpoints.save(self.step, state, self.best, is_scored=self._scored_step == self.step, wait=wait)
+
+
+def list_evaluations(loader: TrainLoader, epochs: int, max_steps: int | None, every: int | Literal["epoch"]) -> list[int]:
+    """Return the steps of a whole run after which validation is scored, unless it stops early. The last is the end."""
+    num_steps, ends, epoch = loader.num_steps(epochs, max_steps), list[int](), 0
+    if every != "epoch":
+        ends = list(range(every, num_steps, every))
+    while every == "epoch" and (ends[-1] if ends else 0) < num_steps:
+        ends.append((ends[-1] if ends else 0) + loader.epoch_steps(epoch))
+        epoch += 1
+    return [*(end for end in ends if end < num_steps), num_steps]

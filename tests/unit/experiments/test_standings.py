@@ -65,7 +65,14 @@ def test_halving_ends_with_one_setting(num_settings: int, factor: int) -> None:
     assert left == {num_settings - 1}
 
 
-def test_rungs_are_evaluations_before_the_end() -> None:
-    assert place_rungs(3, 2, 80, [10, 20, 30, 40, 80]) == [10, 20, 40]
-    assert place_rungs(2, 3, 90, [45, 90]) == [45, 45]
-    assert place_rungs(2, 3, 90, [90]) == []
+def test_diverged_settings_never_survive() -> None:
+    results = [result(0, 0, 0.5), *(result(setting, 0, math.nan, loss=math.nan, state="diverged") for setting in (1, 2))]
+    assert choose_survivors(results, 1, "accuracy", factor=2) == {0}
+    assert choose_survivors(results[1:], 1, "accuracy", factor=2) == set()
+
+
+def test_rungs_are_evaluations_of_their_own_before_the_end() -> None:
+    assert place_rungs(3, 2, [10, 20, 30, 40, 80]) == [10, 20, 40]
+    assert place_rungs(2, 3, [9, 18, 27]) == [9, 18]
+    assert place_rungs(2, 3, [45, 90]) == [45]
+    assert place_rungs(2, 3, [90]) == []

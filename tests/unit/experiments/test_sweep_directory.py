@@ -41,6 +41,10 @@ def test_equal_plan_continues_and_another_is_named(directory: SweepDirectory) ->
     ):
         with pytest.raises(ConfigError, match=rf"another sweep \(in {name}\)"):
             again.open(plan, overwrite=False)
+    with pytest.raises(UserError, match="another process works in it"):
+        again.open(PLAN | {"seeds": (0,)}, overwrite=True)
+    directory.close()
+    again.close()
     again.open(PLAN | {"seeds": (0,)}, overwrite=True)
     assert SweepDirectory(directory.path).read_results() == []
 
@@ -65,14 +69,32 @@ def test_results_return_with_their_numbers_and_rungs_apart(directory: SweepDirec
     assert directory.read_results(1) == []
 
 
+def test_damaged_result_is_a_missing_one(directory: SweepDirectory) -> None:
+    directory.write_result(result(0))
+    for content in (b"", b"{}", b"[1]", b'{"member": 1, "unknown": 2}'):
+        (directory.path / "members/00001.json").write_bytes(content)
+        assert [each.member for each in SweepDirectory(directory.path).read_results()] == [0]
+        assert not (directory.path / "members/00001.json").exists()
+
+
+def test_inputs_must_not_change_between_starts(directory: SweepDirectory) -> None:
+    inputs = {"tokens": "a", "tokenizer": "b", "frozen_weights": "c", "precision": "fp32", "config": "d"}
+    directory.check_inputs(("gpt2", 1), inputs)
+    directory.check_inputs(("gpt2", 1), inputs | {"config": "other seeds"})
+    directory.check_inputs(("gpt2", 2), inputs | {"frozen_weights": "x"})
+    with pytest.raises(UserError, match="frozen weights, precision changed since its first members"):
+        SweepDirectory(directory.path).check_inputs(("gpt2", 1), inputs | {"frozen_weights": "x", "precision": "bf16"})
+
+
 def test_tensors_of_members_that_are_not_best_are_removed(directory: SweepDirectory) -> None:
     for member in range(3):
         directory.write_result(result(member), {"weights.a": torch.full((2,), float(member))})
     directory.keep_tensors([1], [0, 1])
     assert directory.read_tensors(1)["weights.a"].tolist() == [1.0, 1.0]
     assert directory.read_tensors(2)["weights.a"].tolist() == [2.0, 2.0]
-    with pytest.raises(UserError, match=r"00000.safetensors: it cannot be read .* trains it again"):
-        directory.read_tensors(0)
+    assert directory.read_tensors(0) is None
+    (directory.path / "members/00002.safetensors").write_bytes(b"damaged")
+    assert directory.read_tensors(2) is None
 
 
 CLAIM = """
