@@ -17,11 +17,10 @@ from agnews_dist.config.schema import Config
 from agnews_dist.data.rows import Corpus
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
-from agnews_dist.distributed.world import World
+from agnews_dist.distributed.world import World, print_line
 from agnews_dist.errors import DataError, count_noun
 from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.evaluation.label_errors import (
-    LabelIssue,
     assign_folds,
     count_label_issues,
     find_near_duplicates,
@@ -82,6 +81,7 @@ def run_clean(
                 check_output(job.output, overwrite=config.run.overwrite, file=RESULTS)
 
         collectives.raise_if_any_failed(collectives.catch(prepare))
+        preemption.before_exit = _print_last_words
         fetch_inputs(partial(list_requests, config), world, sinks)
         monitors = Monitors(sinks, timer, preemption)
         group = open_feature_group(config, engine, monitors, stack, num_trainings=job.num_folds + 2)
@@ -104,6 +104,11 @@ def run_clean(
         if done is not None:
             sinks(done)
     return job.output
+
+
+def _print_last_words(state: str, reason: str) -> None:
+    if state == "preempted":
+        print_line(f"clean: stopped ({reason}). It has written nothing; the same command begins again.")
 
 
 def _assign_folds(job: CleanJob, world: World) -> tuple[Corpus | None, NDArray[np.int64]]:
@@ -167,8 +172,12 @@ class _Cleaning:
         excluded = issues["train"][:num_excluded]
         self._emit(begin_phase("train with all rows"))
         before = self._train(np.arange(len(self._labels_N)))
+        notes = [words_note, *self._explain_unsearched(before)]
         for name in self._scored:
-            issues[name] = self._rank_scored(before[name])
+            if before[name].classes_NK is None:
+                issues[name] = rank_label_issues(
+                    before[name].labels_N, before[name].probabilities_NK, limit=len(before[name].labels_N)
+                )
         self._emit(begin_phase("train without the excluded rows"))
         kept_N = np.setdiff1d(np.arange(len(self._labels_N)), [issue.row for issue in excluded])
         after = self._train(kept_N)
@@ -185,14 +194,14 @@ class _Cleaning:
             "folds": job.num_folds,
             "rows": len(self._labels_N),
             "judged_rows": len(rows_N),
-            "issues": {name: len(found) for name, found in issues.items()},
+            "issues": {name: len(issues[name]) if name in issues else None for name in ("train", *self._scored)},
             "estimated_errors": num_wrong,
             "excluded": len(excluded),
             "comparison": comparison,
             "seconds": {"folds": round(fold_seconds, 3), "trainings": round(training_seconds, 3)},
         }
         write_json(output / RESULTS, report)
-        for each in filter(None, (words_note, note)):
+        for each in filter(None, (*notes, note)):
             self._emit(Warned(message=each))
         return RunDone(facts=self._facts(report), paths={name: str(output / name) for name in (ISSUES, EXCLUDE, DUPLICATES)})
 
@@ -225,11 +234,15 @@ class _Cleaning:
         training = train_member(part, self._job.config, self._monitors)
         return score_splits(training, part, [name for name in ("validation", "test") if name in group.tables])
 
-    def _rank_scored(self, split: SplitScores) -> list[LabelIssue]:
-        """Rank the rows of a scored split, which no training has seen."""
-        if split.classes_NK is not None:  # the less probable classes are not kept
-            return []
-        return rank_label_issues(split.labels_N, split.probabilities_NK, limit=len(split.labels_N))
+    def _explain_unsearched(self, scored: Mapping[str, SplitScores]) -> list[str]:
+        """Return why the labels of some splits are not searched."""
+        notes: list[str] = []
+        for name, split in scored.items():
+            if not self._is_labelled(name):
+                notes.append(f"{name}: it has no labels, so none are searched.")
+            elif split.classes_NK is not None:
+                notes.append(f"{name}: with so large a number of classes its labels are not searched.")
+        return notes
 
     def _find_duplicates(self) -> tuple[str, str]:
         """Return the rows of other splits with nearly the same text as a training row, as csv; and a note on rows left out."""
@@ -256,7 +269,7 @@ class _Cleaning:
         return out.getvalue(), f"near duplicates: {count_noun(missing, 'row')} not compared, for time. {fix}" if missing else ""
 
     def _facts(self, report: Mapping[str, Any]) -> dict[str, str]:
-        issues = ", ".join(f"{number:,} {name}" for name, number in report["issues"].items())
+        issues = ", ".join(f"{number:,} {name}" for name, number in report["issues"].items() if number is not None)
         facts = {
             "issues": f"labels that another class beats: {issues}",
             "excluded": f"{report['excluded']:,} of {report['rows']:,} training rows",
