@@ -14,7 +14,7 @@ from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import UserError, count_noun
 from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split, evaluate_together
-from agnews_dist.events import RunDone, begin_phase
+from agnews_dist.events import Progress, RunDone, begin_phase
 from agnews_dist.experiments import ensemble
 from agnews_dist.experiments.feature_group import FeatureGroup
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, load_member, train_in_lock_step
@@ -191,6 +191,8 @@ class _Finish:
             self._emit(begin_phase(f"score {name}"))
             source = group.features.source(name)
             found = evaluate_together(classifiers, group.tables[name], group.engine, features=source, emit=self._emit)
+            num_rows = len(group.tables[name])
+            self._emit(Progress(task=f"score {name}", done=num_rows, total=num_rows, unit="rows"))
             for split, of_member in zip(found, scores, strict=True):
                 of_member[name] = split
         return scores
