@@ -58,7 +58,7 @@ class Engine:
                 is configured for another engine, or the size of the process group differs from WORLD_SIZE.
         """
         use_cuda = should_use_cuda(world, device)
-        self.world, self.zero = world, zero
+        self.world, self.zero, self._is_alone = world, zero, False
         # With one rank there is nothing to shard.
         self._fsdp = fsdp and world.num_ranks > 1
         self.precision = choose_precision(precision, use_cuda=use_cuda)
@@ -121,7 +121,7 @@ class Engine:
         It trains as a process without a launcher does.
         """
         alone = copy.copy(self)
-        alone.world, alone.zero, alone._fsdp = World(), None, False
+        alone.world, alone.zero, alone._fsdp, alone._is_alone = World(), None, False, True
         return alone
 
     def apply_tf32(self) -> None:
@@ -170,7 +170,7 @@ class Engine:
         if zero is None:
             self._ddp.bucket_cap_mb = choose_bucket_megabytes(4 * num_parameters)
             # Of one rank's work alone, accelerate's process group knows nothing.
-            module = suffix if world.num_ranks == 1 else self._accelerator.prepare_model(suffix)
+            module = suffix if self._is_alone else self._accelerator.prepare_model(suffix)
             if self._compress_gradients and isinstance(module, DistributedDataParallel):
                 module.register_comm_hook(None, collectives.average_in_bf16)
             return Strategy(

@@ -144,6 +144,7 @@ def reference_training(
     labels_N = torch.from_numpy(toy_split(LENGTHS).labels)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     rates = {f"transformer.h.{block}.": LR * LAYER_DECAY ** (3 - block) for block in range(3)} if num_blocks == 3 else {}
+    rates |= {f"transformer.{name}.": LR * LAYER_DECAY**4 for name in ("wte", "wpe")}
     groups = toy_reference_groups(trained, weight_decay, rates)
     optimizer = torch.optim.SGD(trained.values(), lr=LR) if sgd else torch.optim.AdamW(groups, lr=LR)
     losses, norms = [], []

@@ -116,7 +116,7 @@ def test_nonfinite_skip_lets_all_ranks_skip_the_update(tmp_path):
     assert all(weight.isfinite().all() for weight in exported.values())
 
 
-HANGS = r"^\[rank 0/2\] error: rank 1 hangs or is slow, in training/step.py line \d+: rank 0 waited 8 s for it\. .*$"
+HANGS = r"^\[rank 0/2\] error: rank 1 hangs or is slow, in training/losses.py line \d+: rank 0 waited 8 s for it\. .*$"
 
 
 @pytest.mark.parametrize(("fault", "message"), [("vanish", r"error: .*rank 1"), ("hang", HANGS)], ids=["vanish", "hang"])
