@@ -114,7 +114,9 @@ def _cause(fault: str) -> None:
         if "TO" in os.environ:
             Path(os.environ["FROM"]).rename(os.environ["TO"])
         else:
-            shutil.rmtree(os.environ["FROM"])
+            # Again: meanwhile the run may write or rename a file in it.
+            while Path(os.environ["FROM"]).exists():
+                shutil.rmtree(os.environ["FROM"], ignore_errors=True)
     elif fault == "cut":
         os.truncate(os.environ["CUT"], 0)
     elif fault == "fill":
