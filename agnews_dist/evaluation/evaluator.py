@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from agnews_dist.data.batching.loader import TokenTable, evaluation_batches
 from agnews_dist.distributed import collectives
@@ -30,7 +30,7 @@ from agnews_dist.evaluation.metrics import (
 from agnews_dist.events import Emit, EvalDone, Predicted, Progress, Scores, ignore_event
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource, uncached_features
-from agnews_dist.model.suffix import Suffix
+from agnews_dist.model.suffix import SuffixList
 
 NUM_TOP_CLASSES = 5
 """Classes whose probabilities are kept per text if there are more than MAX_DENSE_CLASSES."""
@@ -277,17 +277,12 @@ def evaluate_together(
     ]
 
 
-class _Together(nn.Module):
-    """Several suffixes; their logits come next to each other."""
-
-    def __init__(self, suffixes: Sequence[Suffix]) -> None:
-        super().__init__()
-        self.suffixes = nn.ModuleList(suffixes)
-        self.out_head = suffixes[0].out_head
+class _Together(SuffixList):
+    """Several suffixes, whose logits come next to each other."""
 
     def forward(self, *features: Tensor) -> Tensor:
         """Compute logits_BX: all classes of the first suffix, then those of the second."""
-        return torch.cat([suffix(*features).float() for suffix in self.suffixes], dim=1)
+        return torch.cat([logits_BC.float() for logits_BC in self.each(*features)], dim=1)
 
 
 def _score_rows(rows: RowResults, labels_N: NDArray[np.int64], num_classes: int, *, seconds: float) -> SplitScores:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from agnews_dist.data.batching.loader import TokenTable
 from agnews_dist.engine.engine import Engine
@@ -21,24 +21,19 @@ from agnews_dist.evaluation.calibration import calibration_curve, expected_calib
 from agnews_dist.evaluation.evaluator import SplitScores, map_rank_logits
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource
-from agnews_dist.model.suffix import Suffix
+from agnews_dist.model.suffix import SuffixList
 from agnews_dist.storage.capacity import free_host_bytes, gigabytes
 
 TARGET_SHARE = 0.25
 """Largest share of the free memory for the probabilities of all training rows."""
 
 
-class Ensemble(nn.Module):
+class Ensemble(SuffixList):
     """Several suffixes as one, whose logits are the logarithms of the mean probabilities."""
-
-    def __init__(self, suffixes: Sequence[Suffix]) -> None:
-        super().__init__()
-        self.suffixes = nn.ModuleList(suffixes)
-        self.out_head = suffixes[0].out_head
 
     def forward(self, *features: Tensor) -> Tensor:
         """Compute log-probabilities in the place of logits_BC, in float64."""
-        logs = [suffix(*features).double().log_softmax(dim=1) for suffix in self.suffixes]
+        logs = [logits_BC.double().log_softmax(dim=1) for logits_BC in self.each(*features)]
         return torch.stack(logs).logsumexp(dim=0) - np.log(len(logs))
 
 

@@ -31,7 +31,7 @@ LENGTHS = [30, 30, 28, 28, 27, 26, 25, 25, 24, 20, 20, 18, 17, 16, 12, 9, 8, 7, 
 EVALUATION_LENGTHS = [30, 22, 17, 12, 9, 9, 7, 5, 3, 2, 1]
 NUM_STEPS, LR, WEIGHT_DECAY, BATCH = 12, 1e-3, 0.1, 9
 LAYER_DECAY = 0.5
-"""Of the cases that train all blocks."""
+"""Layer decay of the cases that train all blocks."""
 TOLERANCE = 2e-5
 BROKEN = "AGNEWS_MUTANT" in os.environ
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")

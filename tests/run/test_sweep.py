@@ -190,6 +190,22 @@ def test_killed_sweep_continues_without_its_finished_members(swept: Path, tmp_pa
     assert read(tmp_path / "runs/killed")[1] == read(tmp_path / "runs/whole")[1]
 
 
+def test_sweep_does_not_continue_over_other_rows(tmp_path: Path) -> None:
+    rows = tmp_path / "rows"
+    shutil.copytree(small_run.write_inputs() / "rows", rows)
+    more = ("--data.source", str(rows), "--optim.lr", "1e-3,3e-3", "--optim.epochs", "1", "--run.name", "rows")
+    python("-m", "agnews_dist", "sweep", *arguments(tmp_path, *more))
+    path = tmp_path / "runs/rows"
+    for file in (path / "sweep.json", path / "members/00001.json"):
+        file.unlink()
+    train = (rows / "train.jsonl").read_text().splitlines()
+    (rows / "train.jsonl").write_text("\n".join(train[:-40]) + "\n")
+    done = python("-m", "agnews_dist", "sweep", *arguments(tmp_path, *more), check=False)
+    assert done.returncode == 1
+    assert "tokens changed since its first members. Restore them, or set another --run.name." in done.stderr
+    assert not (path / "members/00001.json").exists()
+
+
 def test_member_that_diverges_ends_alone(swept: Path) -> None:
     more = ("--optim.lr", "1e-3,1e30", "--optim.max_grad_norm", "0", "--run.name", "diverged")
     done = python("-m", "agnews_dist", "sweep", *arguments(swept, *more))
