@@ -67,11 +67,12 @@ def student_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     Raises:
         ValueError: fewer than two values.
     """
-    from scipy.stats import t
+    # scipy.stats has the same, and takes half a second to import.
+    from scipy.special import stdtrit
 
     if len(values) < 2:
         raise ValueError(f"{len(values)} value: its mean has no interval")
-    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * stdev(values) / len(values) ** 0.5
     return Interval(fmean(values) - half, fmean(values) + half)
 
 

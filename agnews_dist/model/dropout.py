@@ -19,7 +19,7 @@ _ROW_STRIDE = 2**32
 
 def step_key(seed: int, step: int) -> int:
     """Return the key of one optimiser step (int64). Both arguments must fit in int64; `seed` may itself be a key."""
-    return int(_splitmix64(_splitmix64(torch.zeros((), dtype=torch.int64), seed), step))
+    return _mix_number(_mix_number(0, seed), step)
 
 
 def example_keys(step_key: int, ids_B: Tensor) -> Tensor:
@@ -57,6 +57,15 @@ def _splitmix64(keys: Tensor, numbers: Tensor | int) -> Tensor:
     mixed = _xor_shift(mixed, 30) * _MULTIPLIER_1
     mixed = _xor_shift(mixed, 27) * _MULTIPLIER_2
     return _xor_shift(mixed, 31)
+
+
+def _mix_number(key: int, number: int) -> int:
+    """Return `_splitmix64` of two numbers, without torch's overhead."""
+    mixed = (key + (number + 1) * _GOLDEN_GAMMA) % 2**64
+    mixed = (mixed ^ (mixed >> 30)) * _MULTIPLIER_1 % 2**64
+    mixed = (mixed ^ (mixed >> 27)) * _MULTIPLIER_2 % 2**64
+    mixed ^= mixed >> 31
+    return mixed - 2**64 if mixed >= 2**63 else mixed
 
 
 def _xor_shift(mixed: Tensor, bits: int) -> Tensor:
