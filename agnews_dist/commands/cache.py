@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import importing, run_command
+from agnews_dist.commands.command import importing
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
 
@@ -21,12 +21,7 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, manage_caches)
-
-
-def manage_caches(world: World, loaded: Loaded) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """List the caches, or clear the named ones and list the outcomes. Only rank 0 does anything."""
     names: Sequence[str] = loaded.options["what"]
     is_clearing: bool = loaded.options["clear"]

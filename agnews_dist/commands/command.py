@@ -78,8 +78,11 @@ def run_command(command: Command, argv: Sequence[str] | None, body: Body, preemp
     A user error is printed without a traceback. Rank 0 prints an error that all ranks raise together. One rank per node prints
     an error in the arguments or the launcher's variables, as all ranks have it. Every other error is printed by its own rank.
 
-    `argv`: arguments after the command; None: those of the process. `preemption`: handler of signals while the command runs.
+    `argv`: arguments after the command; None: those of the process. `preemption`: handler of signals while the command runs,
+    by default one for a command that handles stops.
     """
+    if preemption is None and command.handles_stops:
+        preemption = PreemptionHandler(os.environ)
     open_missing_streams()
     if not faulthandler.is_enabled():
         # A mapped file that another process truncates, or a disk that fails under it, ends this one by SIGBUS.
@@ -135,7 +138,7 @@ def _run_body(
             loaded = load(sys.argv[1:] if argv is None else argv, command.options, takes_lists=command.takes_lists)
         is_loaded = True
         with open_console(command, world, loaded) as console:
-            body(world, replace(loaded, console=console))
+            body(world, replace(loaded, console=console, preemption=preemption))
     except HelpRequest as request:
         if world.is_main:
             print(format_help(command, everything=request.level == "all"), end="")

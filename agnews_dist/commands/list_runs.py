@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import importing, run_command
+from agnews_dist.commands.command import importing
 from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
@@ -31,12 +31,7 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, list_runs)
-
-
-def list_runs(world: World, loaded: Loaded) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Print the list on rank 0."""
     given: Sequence[str] = loaded.options["directory"]
     if len(given) > 1:

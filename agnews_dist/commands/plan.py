@@ -6,12 +6,11 @@ standard output is one JSON object and everything else goes to standard error.
 
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import importing, run_command
+from agnews_dist.commands.command import importing
 from agnews_dist.config.schema import Count
 from agnews_dist.distributed.world import World
 
@@ -38,11 +37,6 @@ COMMAND = Command(
         "run.seed",
     ),
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, run)
 
 
 def run(world: World, loaded: Loaded) -> None:

@@ -5,14 +5,13 @@ and writes the answers.
 """
 
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import QUIET, importing, run_command
+from agnews_dist.commands.command import QUIET, importing
 from agnews_dist.config.schema import Count, PathText
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
@@ -45,12 +44,7 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, predict)
-
-
-def predict(world: World, loaded: Loaded) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Classify the texts chunk by chunk, and print or write the answers of each chunk at once."""
     config, options = loaded.config, loaded.options
     _check_options(loaded)
