@@ -1,6 +1,5 @@
 """`agnews-dist cache`: list the caches below data.cache_dir, of tokens and of features, or clear some of them."""
 
-import json
 from collections.abc import Sequence
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
@@ -35,7 +34,7 @@ def run(world: World, loaded: Loaded) -> None:
     with importing():
         from agnews_dist.features.inventory import choose_caches, clear_caches, list_all_caches
         from agnews_dist.report.cache_view import caches_to_json, show_caches
-        from agnews_dist.storage.atomic import to_json_value
+        from agnews_dist.report.result_files import print_json
         from agnews_dist.storage.directories import cache_root
 
     root = cache_root(loaded.config.data.cache_dir)
@@ -44,7 +43,6 @@ def run(world: World, loaded: Loaded) -> None:
     chosen = choose_caches(caches, names) if is_clearing else caches
     outcomes = clear_caches(root, chosen) if is_clearing else None
     if loaded.options["json"]:
-        found = caches_to_json(root, limit_bytes, caches, outcomes)
-        print(json.dumps(to_json_value(found), indent=2, allow_nan=False))
+        print_json(caches_to_json(root, limit_bytes, caches, outcomes))
     else:
         show_caches(root, limit_bytes, chosen, outcomes)

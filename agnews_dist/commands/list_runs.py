@@ -1,6 +1,5 @@
 """`agnews-dist runs`: all runs and sweeps below a directory, with state, scores, settings that differ, age and size."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,6 @@ from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
 
-ORDERS = ("time", "name", "test", "validation", "size")
 COMMAND = Command(
     "runs",
     "List all runs of a directory. Each with state, scores, settings that differ from the defaults, age and size.",
@@ -40,15 +38,15 @@ def run(world: World, loaded: Loaded) -> None:
         return
     # Imported here, so that --help does not wait for numpy.
     with importing():
+        from agnews_dist.report.result_files import print_json
         from agnews_dist.report.run_list import runs_to_json, show_runs, sort_runs
         from agnews_dist.run.stored_runs import find_runs, list_facts
         from agnews_dist.run.stored_sweeps import find_sweeps, list_sweep_facts
-        from agnews_dist.storage.atomic import to_json_value
 
     directory = Path(given[0] if given else loaded.config.run.dir)
     found = [*map(list_facts, find_runs(directory)), *map(list_sweep_facts, find_sweeps(directory))]
     runs = sort_runs([asdict(facts) for facts in found], loaded.options["sort"])
     if loaded.options["json"]:
-        print(json.dumps(to_json_value(runs_to_json(directory, runs)), indent=2, allow_nan=False))
+        print_json(runs_to_json(directory, runs))
     else:
         show_runs(directory, runs)
