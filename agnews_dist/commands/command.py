@@ -149,7 +149,7 @@ def _run_body(
             # torchrun shows last the failure with the earliest second.
             _record(str(error) if world.is_main else "See the error of rank 0.", delay_seconds=int(not world.is_main))
             if world.is_main:
-                print_line(f"{_label(error.rank, world)}error: {error}")
+                print_line(f"{world.prefix_of(error.rank)}error: {error}")
         return error.exit_code, True
     except Stopped as stopped:
         if world.is_main:
@@ -161,7 +161,7 @@ def _run_body(
             preemption.report_failure(str(error), is_own=True)
         _record(str(error))
         if is_loaded or world.local_rank == 0:
-            print_line(f"{_label(world.rank, world)}error: {error}")
+            print_line(f"{world.prefix_of(world.rank)}error: {error}")
         return error.exit_code, False
     except KeyboardInterrupt:
         if world.is_main:
@@ -187,7 +187,3 @@ def _record(text: str, delay_seconds: int = 0) -> None:
         with suppress(OSError):
             content = json.dumps({"message": {"message": text, "extraInfo": details}}, allow_nan=False)
             Path(path).write_text(content, encoding="utf-8")
-
-
-def _label(rank: int, world: World) -> str:
-    return f"[rank {rank}/{world.num_ranks}] " if world.num_ranks > 1 else ""

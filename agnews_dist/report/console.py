@@ -147,7 +147,6 @@ class Observer:
         self._function, self._emit, self._has_failed = function, emit, False
 
     def __call__(self, event: Event) -> None:
-        """Call the function."""
         try:
             self._function(event)
         except Exception as error:

@@ -56,7 +56,7 @@ def fetch_inputs(find_requests: Callable[[], Sequence[Request]], world: World, e
     while True:
         # A download takes as long as it needs, so the ranks poll instead of waiting in a collective with a time limit.
         states = collectives.all_gather((job.is_alive(), job.notice) if job is not None else (False, ""))
-        notice = next((f"{_label(rank, world)}{text}" for rank, (_, text) in enumerate(states) if text), "")
+        notice = next((f"{world.prefix_of(rank)}{text}" for rank, (_, text) in enumerate(states) if text), "")
         if world.is_main and notice != announced:
             announced = notice
             print_line(notice)
@@ -69,10 +69,6 @@ def fetch_inputs(find_requests: Callable[[], Sequence[Request]], world: World, e
     warnings = dict.fromkeys(each.warning for each in fetched if each is not None and each.warning)
     if world.is_main and warnings:
         emit(Warned(message=" ".join(warnings)))
-
-
-def _label(rank: int, world: World) -> str:
-    return f"[rank {rank}/{world.num_ranks}] " if world.num_ranks > 1 else ""
 
 
 class _Job(Thread):
@@ -88,7 +84,6 @@ class _Job(Thread):
         self.start()
 
     def run(self) -> None:
-        """Fetch the files."""
         try:
             self._outcome = collectives.catch(lambda: fetch(self._requests, notify=self._set_notice))
         except BaseException as error:  # a bug: raised in the main thread

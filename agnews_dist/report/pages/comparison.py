@@ -1,6 +1,7 @@
 """Comparison of runs on the same rows: scores next to each other, paired tests, texts whose answer changed."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -216,13 +217,9 @@ def _curve_section(runs: Sequence[StoredRun]) -> Section:
         ("accuracies", "Validation accuracy", scores, "accuracy"),
     ):
         if series:
-            draw = _line_drawer(series, label)
+            draw = partial(figures.draw_lines, series=series, x_label="step", y_label=label)
             drawn.append(figures.draw_figure(key, title, f"{title} by step.", draw))
     return Section("curves", "Training", "", (), tuple(drawn))
-
-
-def _line_drawer(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: str) -> figures.Draw:
-    return lambda axes: figures.draw_lines(axes, series, x_label="step", y_label=label)
 
 
 def _class_section(runs: Sequence[StoredRun], details: Mapping[str, SplitDetails]) -> Section:
