@@ -54,9 +54,7 @@ def run(world: World, loaded: Loaded) -> None:
 
     config, output, timer = loaded.config, loaded.options["output"], StageTimer(start)
     should_use_cuda(world, config.engine.device)
-    with Sinks() as emit:
-        if loaded.console is not None:
-            emit.add(loaded.console)
+    with Sinks(loaded.console) as emit:
         loaded.begin_phase(f"connect {count_noun(world.num_ranks, 'rank')}")
         engine = engine_setup.start_engine(config.engine, world, is_training=False)
         if output is not None:

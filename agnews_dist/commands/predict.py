@@ -97,9 +97,7 @@ def run(world: World, loaded: Loaded) -> None:
             weights = {**model.classifier.frozen_state, **model.classifier.suffix.state_dict()}
             collectives.check_equal({"weights": weights_fingerprint(weights)})
         predictor = prediction.build_predictor(model, engine, num_best, fast_path=config.engine.fast_path)
-        emit = stack.enter_context(Sinks())
-        if loaded.console is not None and not shows_answers:
-            emit.add(loaded.console)
+        emit = stack.enter_context(Sinks(None if shows_answers else loaded.console))
         chunks, num_texts = (texts.chunks(predictor.texts_per_chunk), texts.num_texts) if texts is not None else ((), 0)
         num_done, num_cut = predict_chunks(chunks, write, predictor, num_texts=num_texts, emit=emit)
     if num_cut:

@@ -38,9 +38,7 @@ def run(world: World, loaded: Loaded) -> None:
         from agnews_dist.training.timing import StageTimer
 
     config = loaded.config
-    with Sinks() as emit:
-        if loaded.console is not None:
-            emit.add(loaded.console)
+    with Sinks(loaded.console) as emit:
         fetch_inputs(partial(list_requests, config), World(), emit)
         inputs = load_training_inputs(config, world, emit, StageTimer(start))
         store = inputs.store

@@ -108,10 +108,13 @@ class Sinks(ExitStack):
     If a sink cannot write, for example to a full disk, the run continues, and the other sinks get one warning.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *sinks: Sink | None) -> None:
         super().__init__()
         self._sinks: list[Sink] = []
         self._failing: set[Sink] = set()
+        for sink in sinks:
+            if sink is not None:
+                self.add(sink)
 
     def add(self, sink: Sink) -> None:
         """Add a sink. It gets every later event."""

@@ -66,13 +66,13 @@ def format_age(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 59.5 else format_duration(seconds)
 
 
-def format_ratio(value: float) -> str:
-    """Format a number between 0 and 1 with three decimals; NaN as `-`.
+def format_ratio(value: float | None) -> str:
+    """Format a number between 0 and 1 with three decimals; None and NaN as `-`.
 
     >>> format_ratio(0.5), format_ratio(float("nan"))
     ('0.500', '-')
     """
-    return "-" if math.isnan(value) else f"{value:.3f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def select_facts(facts: Mapping[str, str]) -> dict[str, str]:
