@@ -29,7 +29,7 @@ COMMANDS = {
 _RENAMED = {"schema": "print_schema", "export": "export_run", "report": "build_report", "runs": "list_runs"}
 """Names of modules are unique in the package, and other parts have these."""
 MODULES = {name: f"agnews_dist.commands.{_RENAMED.get(name, name)}" for name in COMMANDS}
-"""Name -> module with COMMAND and `main`."""
+"""Name -> module with COMMAND and `run`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
     if name in COMMANDS:
-        return importlib.import_module(MODULES[name]).main(arguments[1:])
+        from agnews_dist.commands.command import run_command  # late: a list of the commands needs none of them
+
+        module = importlib.import_module(MODULES[name])
+        return run_command(module.COMMAND, arguments[1:], module.run)
     if name.partition("=")[0] in ("--install_completion", "--print_completion"):
         return importlib.import_module("agnews_dist.commands.completion").main(arguments, MODULES)
     if name == "--version":

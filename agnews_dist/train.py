@@ -2,7 +2,8 @@
 
 import sys
 
-from agnews_dist.commands.train import main
+from agnews_dist.commands import train
+from agnews_dist.commands.command import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(train.COMMAND, None, train.run))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from agnews_dist.distributed.world import detect_world
 from agnews_dist.errors import Stopped, UserError
+from agnews_dist.storage.atomic import new_file
 
 JOB, RESULT, CRASH, ERROR = "job.pickle", "result.pickle", "crash.txt", "error-{}.pickle"
 """Files of the folder: the job, what rank 0 returns, which rank was killed, and (class, message) of a rank's."""
@@ -67,10 +68,8 @@ def run_rank(folder: Path) -> int:
 
 
 def _write(path: Path, value: object) -> None:
-    """Write a pickled value to a file, whole or not at all."""
-    staging = path.with_suffix(".staging")
-    staging.write_bytes(pickle.dumps(value))
-    staging.rename(path)
+    with new_file(path, is_durable=False) as temporary:
+        temporary.write_bytes(pickle.dumps(value))
 
 
 if __name__ == "__main__":

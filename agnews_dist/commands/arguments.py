@@ -17,6 +17,7 @@ from agnews_dist.experiments.space import Dimension, split_dimensions
 from agnews_dist.storage.directories import expand_path
 
 if TYPE_CHECKING:
+    from agnews_dist.distributed.preemption import PreemptionHandler
     from agnews_dist.report.console import Console, Verbosity  # rich, which most commands need later or never
 
 
@@ -64,6 +65,8 @@ class Command:
     """True if settings may have lists and ranges of values."""
     display: Literal["stdout", "stderr"] | None = None
     """Stream on which people watch the command load PyTorch and work. Lines may be missing from it if it is not read."""
+    handles_stops: bool = False
+    """True if the command saves and ends when it is asked to stop (preemption.py)."""
 
     def shows(self, key: str) -> bool:
         """Return whether the short help shows a setting."""
@@ -85,6 +88,8 @@ class Loaded:
     """Settings with lists and ranges of values; `config` has the first of each."""
     console: "Console | None" = None
     """The sink for people, on rank 0 of a command with a display."""
+    preemption: "PreemptionHandler | None" = None
+    """The handler of signals, of a command that handles stops."""
 
     @property
     def verbosity(self) -> "Verbosity":

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import importing, run_command
+from agnews_dist.commands.command import importing
 from agnews_dist.config.fields import values_of
 from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.world import World
@@ -31,12 +31,7 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, build_report)
-
-
-def build_report(world: World, loaded: Loaded) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Write the page on rank 0, and print its path."""
     runs: Sequence[str] = loaded.options["run"]
     if not runs:

@@ -1,10 +1,9 @@
 """`agnews-dist cache`: list the caches below data.cache_dir, of tokens and of features, or clear some of them."""
 
-import json
 from collections.abc import Sequence
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import importing, run_command
+from agnews_dist.commands.command import importing
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
 
@@ -21,12 +20,7 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, manage_caches)
-
-
-def manage_caches(world: World, loaded: Loaded) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """List the caches, or clear the named ones and list the outcomes. Only rank 0 does anything."""
     names: Sequence[str] = loaded.options["what"]
     is_clearing: bool = loaded.options["clear"]
@@ -40,7 +34,7 @@ def manage_caches(world: World, loaded: Loaded) -> None:
     with importing():
         from agnews_dist.features.inventory import choose_caches, clear_caches, list_all_caches
         from agnews_dist.report.cache_view import caches_to_json, show_caches
-        from agnews_dist.storage.atomic import to_json_value
+        from agnews_dist.report.result_files import print_json
         from agnews_dist.storage.directories import cache_root
 
     root = cache_root(loaded.config.data.cache_dir)
@@ -49,7 +43,6 @@ def manage_caches(world: World, loaded: Loaded) -> None:
     chosen = choose_caches(caches, names) if is_clearing else caches
     outcomes = clear_caches(root, chosen) if is_clearing else None
     if loaded.options["json"]:
-        found = caches_to_json(root, limit_bytes, caches, outcomes)
-        print(json.dumps(to_json_value(found), indent=2, allow_nan=False))
+        print_json(caches_to_json(root, limit_bytes, caches, outcomes))
     else:
         show_caches(root, limit_bytes, chosen, outcomes)

@@ -1,18 +1,14 @@
 """`agnews-dist clean`: probable label errors and near duplicates, and the training without them."""
 
-import os
 import time
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import QUIET, VERBOSE, importing, run_command
+from agnews_dist.commands.command import QUIET, VERBOSE, importing
 from agnews_dist.config.schema import PathText
-from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.world import World
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -46,22 +42,19 @@ COMMAND = Command(
         "report.max_seconds",
     ),
     display="stdout",
+    handles_stops=True,
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, 1 for a failure, 2 for wrong settings, or the exit code of a stop (preemption.py)."""
-    preemption = PreemptionHandler(os.environ)
-    return run_command(COMMAND, argv, partial(clean, preemption=preemption), preemption)
-
-
-def clean(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Find label errors, and train without them.
 
     Raises:
         UserError: anything that the user can fix.
     """
     start = time.perf_counter()
+    preemption = loaded.preemption
+    assert preemption is not None
     with importing():
         from agnews_dist.experiments import clean_job
 

@@ -78,8 +78,11 @@ def run_command(command: Command, argv: Sequence[str] | None, body: Body, preemp
     A user error is printed without a traceback. Rank 0 prints an error that all ranks raise together. One rank per node prints
     an error in the arguments or the launcher's variables, as all ranks have it. Every other error is printed by its own rank.
 
-    `argv`: arguments after the command; None: those of the process. `preemption`: handler of signals while the command runs.
+    `argv`: arguments after the command; None: those of the process. `preemption`: handler of signals while the command runs,
+    by default one for a command that handles stops.
     """
+    if preemption is None and command.handles_stops:
+        preemption = PreemptionHandler(os.environ)
     open_missing_streams()
     if not faulthandler.is_enabled():
         # A mapped file that another process truncates, or a disk that fails under it, ends this one by SIGBUS.
@@ -135,7 +138,7 @@ def _run_body(
             loaded = load(sys.argv[1:] if argv is None else argv, command.options, takes_lists=command.takes_lists)
         is_loaded = True
         with open_console(command, world, loaded) as console:
-            body(world, replace(loaded, console=console))
+            body(world, replace(loaded, console=console, preemption=preemption))
     except HelpRequest as request:
         if world.is_main:
             print(format_help(command, everything=request.level == "all"), end="")
@@ -146,7 +149,7 @@ def _run_body(
             # torchrun shows last the failure with the earliest second.
             _record(str(error) if world.is_main else "See the error of rank 0.", delay_seconds=int(not world.is_main))
             if world.is_main:
-                print_line(f"{_label(error.rank, world)}error: {error}")
+                print_line(f"{world.prefix_of(error.rank)}error: {error}")
         return error.exit_code, True
     except Stopped as stopped:
         if world.is_main:
@@ -158,7 +161,7 @@ def _run_body(
             preemption.report_failure(str(error), is_own=True)
         _record(str(error))
         if is_loaded or world.local_rank == 0:
-            print_line(f"{_label(world.rank, world)}error: {error}")
+            print_line(f"{world.prefix_of(world.rank)}error: {error}")
         return error.exit_code, False
     except KeyboardInterrupt:
         if world.is_main:
@@ -184,7 +187,3 @@ def _record(text: str, delay_seconds: int = 0) -> None:
         with suppress(OSError):
             content = json.dumps({"message": {"message": text, "extraInfo": details}}, allow_nan=False)
             Path(path).write_text(content, encoding="utf-8")
-
-
-def _label(rank: int, world: World) -> str:
-    return f"[rank {rank}/{world.num_ranks}] " if world.num_ranks > 1 else ""

@@ -6,12 +6,11 @@ sweep, and its own; of several values it checks the first.
 """
 
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import PASSED_ON, PASSED_ON_OF_SWEEPS, importing, run_command
+from agnews_dist.commands.command import PASSED_ON, PASSED_ON_OF_SWEEPS, importing
 from agnews_dist.config.schema import Count
 from agnews_dist.distributed.world import World, is_launched
 from agnews_dist.errors import ConfigError
@@ -33,11 +32,6 @@ COMMAND = Command(
     ),
     takes_lists=True,
 )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, run)
 
 
 def run(world: World, loaded: Loaded) -> None:

@@ -6,13 +6,12 @@ split without labels is predicted: --output gets the predictions and no scores.
 """
 
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import QUIET, VERBOSE, importing, run_command
+from agnews_dist.commands.command import QUIET, VERBOSE, importing
 from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import DataError, count_noun
@@ -37,12 +36,7 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, evaluate)
-
-
-def evaluate(world: World, loaded: Loaded) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Score one split, and show or write the result."""
     start = time.perf_counter()
     # Imported here, so that --help and wrong settings do not wait for torch.
@@ -60,9 +54,7 @@ def evaluate(world: World, loaded: Loaded) -> None:
 
     config, output, timer = loaded.config, loaded.options["output"], StageTimer(start)
     should_use_cuda(world, config.engine.device)
-    with Sinks() as emit:
-        if loaded.console is not None:
-            emit.add(loaded.console)
+    with Sinks(loaded.console) as emit:
         loaded.begin_phase(f"connect {count_noun(world.num_ranks, 'rank')}")
         engine = engine_setup.start_engine(config.engine, world, is_training=False)
         if output is not None:

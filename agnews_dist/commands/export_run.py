@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import importing, run_command
+from agnews_dist.commands.command import importing
 from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
@@ -27,12 +27,7 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, export_run)
-
-
-def export_run(world: World, loaded: Loaded) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Write the file on rank 0."""
     runs: Sequence[str] = loaded.options["run"]
     if len(runs) != 1:

@@ -1,18 +1,16 @@
 """`agnews-dist runs`: all runs and sweeps below a directory, with state, scores, settings that differ, age and size."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import importing, run_command
+from agnews_dist.commands.command import importing
 from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
 
-ORDERS = ("time", "name", "test", "validation", "size")
 COMMAND = Command(
     "runs",
     "List all runs of a directory. Each with state, scores, settings that differ from the defaults, age and size.",
@@ -31,12 +29,7 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, list_runs)
-
-
-def list_runs(world: World, loaded: Loaded) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Print the list on rank 0."""
     given: Sequence[str] = loaded.options["directory"]
     if len(given) > 1:
@@ -45,15 +38,15 @@ def list_runs(world: World, loaded: Loaded) -> None:
         return
     # Imported here, so that --help does not wait for numpy.
     with importing():
+        from agnews_dist.report.result_files import print_json
         from agnews_dist.report.run_list import runs_to_json, show_runs, sort_runs
         from agnews_dist.run.stored_runs import find_runs, list_facts
         from agnews_dist.run.stored_sweeps import find_sweeps, list_sweep_facts
-        from agnews_dist.storage.atomic import to_json_value
 
     directory = Path(given[0] if given else loaded.config.run.dir)
     found = [*map(list_facts, find_runs(directory)), *map(list_sweep_facts, find_sweeps(directory))]
     runs = sort_runs([asdict(facts) for facts in found], loaded.options["sort"])
     if loaded.options["json"]:
-        print(json.dumps(to_json_value(runs_to_json(directory, runs)), indent=2, allow_nan=False))
+        print_json(runs_to_json(directory, runs))
     else:
         show_runs(directory, runs)

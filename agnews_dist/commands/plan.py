@@ -4,14 +4,12 @@ Takes the configuration of the training. Needs the text and the model's config a
 standard output is one JSON object and everything else goes to standard error.
 """
 
-import json
 import sys
-from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import importing, run_command
+from agnews_dist.commands.command import importing
 from agnews_dist.config.schema import Count
 from agnews_dist.distributed.world import World
 
@@ -40,11 +38,6 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, run)
-
-
 def run(world: World, loaded: Loaded) -> None:
     """Open or build the token cache and show the forecast, on rank 0 only."""
     config, as_json = loaded.config, loaded.options["json"]
@@ -59,10 +52,10 @@ def run(world: World, loaded: Loaded) -> None:
         from agnews_dist.report.console import create_console
         from agnews_dist.report.formatting import create_output
         from agnews_dist.report.plan_view import show_plan
+        from agnews_dist.report.result_files import print_json
         from agnews_dist.run.hub_inputs import fetch_inputs, list_requests
         from agnews_dist.run.model_setup import read_model_files
         from agnews_dist.run.setup import estimate_epochs, load_text, open_tokens, plan_settings
-        from agnews_dist.storage.atomic import to_json_value
 
     data, model, batch = config.data, config.model, config.batch
     settings = plan_settings(batch, config.run.seed)
@@ -88,7 +81,7 @@ def run(world: World, loaded: Loaded) -> None:
         emit.close()
         if as_json:
             fields = {**estimate.to_dict(), "num_truncated": split.num_truncated, "max_length": data.max_length}
-            print(json.dumps(to_json_value(fields), indent=2, allow_nan=False))
+            print_json(fields)
         else:
             show_plan(
                 estimate,

@@ -5,14 +5,13 @@ and writes the answers.
 """
 
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import QUIET, importing, run_command
+from agnews_dist.commands.command import QUIET, importing
 from agnews_dist.config.schema import Count, PathText
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
@@ -45,12 +44,7 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, predict)
-
-
-def predict(world: World, loaded: Loaded) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Classify the texts chunk by chunk, and print or write the answers of each chunk at once."""
     config, options = loaded.config, loaded.options
     _check_options(loaded)
@@ -103,9 +97,7 @@ def predict(world: World, loaded: Loaded) -> None:
             weights = {**model.classifier.frozen_state, **model.classifier.suffix.state_dict()}
             collectives.check_equal({"weights": weights_fingerprint(weights)})
         predictor = prediction.build_predictor(model, engine, num_best, fast_path=config.engine.fast_path)
-        emit = stack.enter_context(Sinks())
-        if loaded.console is not None and not shows_answers:
-            emit.add(loaded.console)
+        emit = stack.enter_context(Sinks(None if shows_answers else loaded.console))
         chunks, num_texts = (texts.chunks(predictor.texts_per_chunk), texts.num_texts) if texts is not None else ((), 0)
         num_done, num_cut = predict_chunks(chunks, write, predictor, num_texts=num_texts, emit=emit)
     if num_cut:

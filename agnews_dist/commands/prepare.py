@@ -4,11 +4,10 @@ Takes the arguments of the training. Model and data go to the caches of their li
 """
 
 import time
-from collections.abc import Sequence
 from functools import partial
 
 from agnews_dist.commands.arguments import Command, Loaded
-from agnews_dist.commands.command import PASSED_ON, importing, run_command
+from agnews_dist.commands.command import PASSED_ON, importing
 from agnews_dist.distributed.world import World
 
 COMMAND = Command(
@@ -25,12 +24,7 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, prepare)
-
-
-def prepare(world: World, loaded: Loaded) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Fetch model and data, and open or build the token cache: on the first rank of a node, for all of them."""
     start = time.perf_counter()
     if world.local_rank != 0:
@@ -44,9 +38,7 @@ def prepare(world: World, loaded: Loaded) -> None:
         from agnews_dist.training.timing import StageTimer
 
     config = loaded.config
-    with Sinks() as emit:
-        if loaded.console is not None:
-            emit.add(loaded.console)
+    with Sinks(loaded.console) as emit:
         fetch_inputs(partial(list_requests, config), World(), emit)
         inputs = load_training_inputs(config, world, emit, StageTimer(start))
         store = inputs.store

@@ -1,11 +1,10 @@
 """`agnews-dist schema`: the JSON schema of configuration files, for editors, or all settings as a page (docs/settings.md)."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import run_command
 from agnews_dist.config.fields import all_sections, all_settings, describe_type, format_value
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed.world import World
@@ -23,12 +22,7 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, print_schema)
-
-
-def print_schema(world: World, loaded: Loaded) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Print the schema or the page, on rank 0."""
     if world.is_main:
         print(

@@ -5,11 +5,10 @@ training is accepted; `model.trainable_blocks` and those of the optimizer have n
 """
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import QUIET, importing, run_command
+from agnews_dist.commands.command import QUIET, importing
 from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.world import World
 
@@ -38,12 +37,7 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, probe)
-
-
-def probe(world: World, loaded: Loaded) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Probe the model over all ranks, and print the table on rank 0."""
     start = time.perf_counter()
     # Imported here, so that --help and wrong settings do not wait for torch.

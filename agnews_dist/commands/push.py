@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import importing, run_command
+from agnews_dist.commands.command import importing
 from agnews_dist.config.schema import PathText
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError, UserError
@@ -27,12 +27,7 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code."""
-    return run_command(COMMAND, argv, push)
-
-
-def push(world: World, loaded: Loaded) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Send the files of the model to the hub in one commit, on rank 0."""
     what: Sequence[str] = loaded.options["what"]
     if len(what) != 2:

@@ -8,12 +8,11 @@ give_up   the run failed before it began, or several starts in a row saved nothi
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from agnews_dist.commands.arguments import Command, Loaded, Option
-from agnews_dist.commands.command import PASSED_ON, PASSED_ON_OF_SWEEPS, run_command
+from agnews_dist.commands.command import PASSED_ON, PASSED_ON_OF_SWEEPS
 from agnews_dist.config.schema import Count, PathText
 from agnews_dist.distributed.slurm import identify_job
 from agnews_dist.distributed.world import World
@@ -41,12 +40,7 @@ COMMAND = Command(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0 for every answer, or 2 for wrong settings."""
-    return run_command(COMMAND, argv, decide_restart)
-
-
-def decide_restart(_: World, loaded: Loaded) -> None:
+def run(_: World, loaded: Loaded) -> None:
     """Count the start or judge its end, and print the answer.
 
     Raises:

@@ -1,13 +1,9 @@
 """`agnews-dist sweep`: lists and ranges of settings, trained on one set of features."""
 
-import os
 import time
-from collections.abc import Sequence
-from functools import partial
 
 from agnews_dist.commands.arguments import Command, Loaded
-from agnews_dist.commands.command import QUIET, SWEEP_OPTIONS, VERBOSE, importing, run_command
-from agnews_dist.distributed.preemption import PreemptionHandler
+from agnews_dist.commands.command import QUIET, SWEEP_OPTIONS, VERBOSE, importing
 from agnews_dist.distributed.world import World
 
 COMMAND = Command(
@@ -36,22 +32,19 @@ COMMAND = Command(
     ),
     takes_lists=True,
     display="stdout",
+    handles_stops=True,
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, 1 for a failed sweep, 2 for wrong settings, or the exit code of a stop (preemption.py)."""
-    preemption = PreemptionHandler(os.environ)
-    return run_command(COMMAND, argv, partial(sweep, preemption=preemption), preemption)
-
-
-def sweep(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Train all members of a sweep.
 
     Raises:
         UserError: anything that the user can fix.
     """
     start = time.perf_counter()
+    preemption = loaded.preemption
+    assert preemption is not None
     with importing():
         from agnews_dist.experiments import sweep_job
 

@@ -3,14 +3,10 @@
 `agnews_dist.api.training_run` is the training itself, which the Python API calls too.
 """
 
-import os
 import time
-from collections.abc import Sequence
-from functools import partial
 
 from agnews_dist.commands.arguments import Command, Loaded
-from agnews_dist.commands.command import TRAINING_OPTIONS, importing, run_command
-from agnews_dist.distributed.preemption import PreemptionHandler
+from agnews_dist.commands.command import TRAINING_OPTIONS, importing
 from agnews_dist.distributed.world import World
 
 COMMAND = Command(
@@ -23,22 +19,19 @@ COMMAND = Command(
     ),
     TRAINING_OPTIONS,
     display="stdout",
+    handles_stops=True,
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, 1 for a failed run, 2 for wrong settings, or the exit code of a stop (preemption.py)."""
-    preemption = PreemptionHandler(os.environ)
-    return run_command(COMMAND, argv, partial(train, preemption=preemption), preemption)
-
-
-def train(world: World, loaded: Loaded, *, preemption: PreemptionHandler) -> None:
+def run(world: World, loaded: Loaded) -> None:
     """Train one classifier.
 
     Raises:
         Stopped: the run was asked to stop before its end.
     """
     start = time.perf_counter()
+    preemption = loaded.preemption
+    assert preemption is not None
     # Imported here: --help and wrong settings must not wait seconds for torch.
     with importing():
         from agnews_dist.api import training_run

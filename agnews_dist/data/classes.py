@@ -193,8 +193,7 @@ def _names_of_data(labelled: Mapping[str, RawRows], kinds: set[str], source: str
         where = rows.first_of(rows.values.index(decimals[0]))
         raise DataError(
             f"label {decimals[0]!r} in {where} is {A_DECIMAL}: a label is one text, integer or boolean. Write the "
-            "labels so, set "
-            "--data.label_column, or name the classes with --data.class_names."
+            "labels so, set --data.label_column, or name the classes with --data.class_names."
         )
     by_fold: dict[str, list[str]] = {}
     for name in names:
@@ -288,8 +287,7 @@ def _names_for_model(of_data: tuple[str, ...], of_model: tuple[str, ...], source
     if len(of_data) != len(of_model):
         raise DataError(
             f"{source} has {len(of_data)} classes ({list_first(of_data, str)}), the model {len(of_model)} without "
-            "names: labels "
-            "would not match. Name the model's classes, in its order, with --data.class_names."
+            "names: labels would not match. Name the model's classes, in its order, with --data.class_names."
         )
     return of_data
 

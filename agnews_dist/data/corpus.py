@@ -227,8 +227,7 @@ def hold_out_validation(train: Split, *, fraction: float, seed: int) -> tuple[Sp
     if not len(unique):
         raise DataError(
             f"no class of train ({train.origin.name(0)} and {len(train) - 1} more) has two rows with different "
-            "texts: a held-out "
-            "row would leave its class without any. Add rows, or a validation file."
+            "texts: a held-out row would leave its class without any. Add rows, or a validation file."
         )
     num_held_out = min(max(1, round(fraction * len(train))), len(train) - 1)
     # A class whose other rows are all duplicates keeps them; only a class of unique rows must keep one.

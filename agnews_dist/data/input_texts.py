@@ -51,7 +51,6 @@ class InputChunk:
         return len(self.texts)
 
     def column(self, name: str) -> Sequence[object]:
-        """Return the values of a column."""
         return self.rows.columns[name][self.begin : self.begin + len(self)]
 
     @property
@@ -224,10 +223,7 @@ def _open_file(path: Path, input_format: Format | None) -> Table:
             f"--file {str(path)!r}: no reader knows the suffix {suffix!r} (known: {', '.join(known)}, also with "
             f"{', '.join(COMPRESSIONS)}).{did_you_mean(suffix, known)} Rename it, or set --input_format."
         )
-    try:
-        return READERS[suffix](path, path.name) if input_format else open_table(path, path.name)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path and its permissions.") from error
+    return open_table(path, path.name, suffix if input_format else None)
 
 
 def _open_directory(path: Path, splits: SplitSettings) -> Sequence[Table]:

@@ -286,8 +286,7 @@ class _Reader:
             kind = A_DECIMAL if isinstance(label, float) else f"a {type(label).__name__}"
             raise DataError(
                 f"label {quote_value(label)} in {where} is {kind}: a label is one text, integer or boolean. Write "
-                "the labels so, "
-                "or set --data.label_column."
+                "the labels so, or set --data.label_column."
             )
         if isinstance(label, str) and (found := UNREADABLE.search(label)):
             raise DataError(
@@ -297,21 +296,18 @@ class _Reader:
         if len(self._code_of) >= MAX_CLASSES:
             raise DataError(
                 f"{where} has the {MAX_CLASSES + 1:,}th different label, {quote_value(label)}: at most "
-                f"{MAX_CLASSES:,} classes are "
-                "possible. Set --data.label_column to the column of the classes."
+                f"{MAX_CLASSES:,} classes are possible. Set --data.label_column to the column of the classes."
             )
         self._code_of[(type(label), label)] = len(self._code_of)
         return len(self._code_of) - 1
 
     def finish(self) -> RawRows:
-        """Return all rows."""
         assert self._first is not None
         table, columns = self._first
         if not sum(self._sizes):
             raise DataError(
                 f"split {self._split!r} ({list_first(self._files, str)}) has no rows: at least one is needed. "
-                "Check how the file "
-                f"was written, remove it, or leave the split out with --data.splits.{self._split} none."
+                f"Check how the file was written, remove it, or leave the split out with --data.splits.{self._split} none."
             )
         values = tuple(value for _, value in self._code_of)
         self._checker.check(values)

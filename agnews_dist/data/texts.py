@@ -120,7 +120,6 @@ class TextWriter:
             self._flush()
 
     def finish(self) -> Texts:
-        """Return all texts."""
         self._pack_ends()
         offsets = np.concatenate(self._ends)
         if self._file is None:
@@ -141,8 +140,7 @@ class TextWriter:
             place = self._directory or tempfile.gettempdir()
             raise DataError(
                 f"texts of {self._num_bytes / 1e9:.1f} GB cannot be kept in {place}: {error.strerror or error}. "
-                "Free space there, "
-                "or set another --data.cache_dir."
+                "Free space there, or set another --data.cache_dir."
             ) from error
         self._pending = bytearray()
 

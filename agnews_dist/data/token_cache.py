@@ -201,7 +201,6 @@ class TokenWriter:
         self._file.close()
 
     def add(self, tokens: NDArray[Any]) -> None:
-        """Append tokens."""
         self._file.write(tokens.astype(self._dtype, copy=False).tobytes())
         self._num_tokens += len(tokens)
 

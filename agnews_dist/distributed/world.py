@@ -44,6 +44,10 @@ class World:
         """Prefix of this rank's messages: `[rank 3/8]`."""
         return f"[rank {self.rank}/{self.num_ranks}]"
 
+    def prefix_of(self, rank: int) -> str:
+        """Return the prefix of a message about a rank: `[rank 3/8] `; empty where there is only one."""
+        return f"[rank {rank}/{self.num_ranks}] " if self.num_ranks > 1 else ""
+
 
 def detect_world(environ: Mapping[str, str]) -> World:
     """Read the launcher's variables.

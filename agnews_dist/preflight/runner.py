@@ -1,6 +1,5 @@
 """All checks of the doctor: of each rank alone, then of the ranks together, with their output. Collective."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from agnews_dist.preflight.findings import (
 from agnews_dist.preflight.hub_check import check_hub_on_node
 from agnews_dist.preflight.machine import PlannedRun, RankReport, check_rank
 from agnews_dist.report.formatting import escape_text
-from agnews_dist.storage.atomic import to_json_value
+from agnews_dist.report.result_files import print_json
 
 MEETING_SECONDS = 120
 """Time for all ranks to come. Nodes with a cold file system load Python minutes apart."""
@@ -120,7 +119,7 @@ def print_findings(findings: Sequence[Finding], report: RankReport, num_ranks: i
     """Print one line per finding, or a JSON object with rank 0's memory estimate."""
     if as_json:
         result = {"verdict": worst_verdict(findings), "findings": findings, **report.memory}
-        print(json.dumps(to_json_value(result), indent=2, allow_nan=False))
+        print_json(result)
         return
     for finding in findings:
         who = "" if len(finding.ranks) in (0, num_ranks) else f" ({format_ranks(finding.ranks)})"

@@ -7,11 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from agnews_dist.features.inventory import SHORT_KEY, CacheFacts
-from agnews_dist.report.formatting import can_draw, create_output, escape_text
+from agnews_dist.report.formatting import can_draw, create_output, create_table, escape_text
 from agnews_dist.storage.capacity import gigabytes
 
 
@@ -42,12 +39,8 @@ def show_caches(root: Path, limit_bytes: int, caches: Sequence[CacheFacts], outc
         for cache in caches
     ]
     if can_draw(out):
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-        for name in ("cache", "key", "size", "last used", "state" if outcomes is None else "outcome", "of"):
-            table.add_column(Text(name), justify="right" if name == "size" else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        out.print(table)
+        header = ("cache", "key", "size", "last used", "state" if outcomes is None else "outcome", "of")
+        out.print(create_table(header, rows, right=("size",)))
     else:
         for cache, row in zip(caches, rows, strict=True):
             print("  ".join((*row, escape_text(cache.path, out.encoding))))

@@ -108,10 +108,13 @@ class Sinks(ExitStack):
     If a sink cannot write, for example to a full disk, the run continues, and the other sinks get one warning.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *sinks: Sink | None) -> None:
         super().__init__()
         self._sinks: list[Sink] = []
         self._failing: set[Sink] = set()
+        for sink in sinks:
+            if sink is not None:
+                self.add(sink)
 
     def add(self, sink: Sink) -> None:
         """Add a sink. It gets every later event."""
@@ -147,7 +150,6 @@ class Observer:
         self._function, self._emit, self._has_failed = function, emit, False
 
     def __call__(self, event: Event) -> None:
-        """Call the function."""
         try:
             self._function(event)
         except Exception as error:

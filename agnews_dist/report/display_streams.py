@@ -49,11 +49,9 @@ class DisplayStream(io.TextIOBase):
         return self._stream.fileno()
 
     def isatty(self) -> bool:
-        """Return whether it is a terminal."""
         return self._stream.isatty()
 
     def writable(self) -> bool:
-        """Return True."""
         return True
 
     def write(self, text: str) -> int:

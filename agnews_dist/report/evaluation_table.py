@@ -4,7 +4,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agnews_dist.events import EvalDone
-from agnews_dist.report.formatting import format_duration
+from agnews_dist.report.formatting import create_table, format_duration
 
 NUM_ROWS = 5
 """Evaluations in the table, at most."""
@@ -31,9 +31,7 @@ class LatestEvaluations:
 
     def build_table(self) -> Table:
         """Build the table, oldest first."""
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-        for name in COLUMNS:
-            table.add_column(Text(name), justify="left" if name in ("split", "") else "right", overflow="fold")
+        table = create_table(COLUMNS, right=set(COLUMNS) - {"split", ""})
         for event in self._events:
             scores, is_best = event.scores, event is self._best
             ratios = (scores.accuracy, scores.macro_f1, scores.loss)

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TextIO
 
 import rich.console
@@ -66,13 +66,13 @@ def format_age(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 59.5 else format_duration(seconds)
 
 
-def format_ratio(value: float) -> str:
-    """Format a number between 0 and 1 with three decimals; NaN as `-`.
+def format_ratio(value: float | None) -> str:
+    """Format a number between 0 and 1 with three decimals; None and NaN as `-`.
 
     >>> format_ratio(0.5), format_ratio(float("nan"))
     ('0.500', '-')
     """
-    return "-" if math.isnan(value) else f"{value:.3f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def select_facts(facts: Mapping[str, str]) -> dict[str, str]:
@@ -89,6 +89,16 @@ def lay_out_facts(facts: Mapping[str, str], encoding: str) -> Table:
         # As Text: rich would interpret [brackets] in a string as markup.
         rows.add_row(*(Text(escape_text(text, encoding)) for text in pair))
     return rows
+
+
+def create_table(header: Sequence[str], rows: Iterable[Sequence[str]] = (), *, right: Collection[str] = ()) -> Table:
+    """Create a table without lines. Columns named in `right` are on the right; a long text is folded."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for name in header:
+        table.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def sum_parameters(parameters: Mapping[str, tuple[int, int]]) -> tuple[int, int]:

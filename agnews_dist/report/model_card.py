@@ -47,7 +47,6 @@ class ModelCard:
     """Input of the run -> its hash."""
 
     def to_markdown(self) -> str:
-        """Render the card."""
         front = _build_metadata(self).to_yaml()
         base, data, classes = _display_name(self.base_model), _display_name(self.dataset), self.class_names
         scores = [

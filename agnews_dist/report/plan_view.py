@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agnews_dist.data.batching.forecast import Bin, Forecast, Spread
-from agnews_dist.report.formatting import can_draw, escape_text, format_ratio, lay_out_facts
+from agnews_dist.report.formatting import can_draw, create_table, escape_text, format_ratio, lay_out_facts
 
 _MIN_BAR_WIDTH = 4
 """Fewer columns are too few for bars."""
@@ -61,9 +61,7 @@ def _draw_bars(bins: Sequence[Bin], *, width: int, in_blocks: bool) -> Table:
     labels = [(f"{each.first:,}-{each.last:,}", f"{each.num_texts:,}") for each in bins]
     bar_width = width - sum(max(map(len, column)) + 2 for column in zip(("tokens", "texts"), *labels, strict=True))
     most = max((each.num_texts for each in bins), default=0)
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column(Text("tokens"), justify="right", overflow="fold")
-    table.add_column(Text("texts"), justify="right", overflow="fold")
+    table = create_table(("tokens", "texts"), right=("tokens", "texts"))
     has_bars = bar_width >= _MIN_BAR_WIDTH
     if has_bars:
         table.add_column(no_wrap=True, style="cyan")

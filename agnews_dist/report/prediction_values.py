@@ -1,11 +1,10 @@
 """Values of answers and of input columns, as JSON and csv hold them."""
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
-from typing import Any, cast
+from typing import Any
 from uuid import UUID
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from agnews_dist.errors import DataError
 from agnews_dist.evaluation.predictor import Answers
+from agnews_dist.storage.atomic import to_json_value
 
 
 def to_digits(values: NDArray[np.float32]) -> list[float]:
@@ -33,20 +33,14 @@ def to_json(value: object) -> Any:
     Raises:
         DataError: a value has no JSON form: bytes, for example.
     """
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, np.generic):
-        return to_json(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    return to_json_value(value, _to_plain)
+
+
+def _to_plain(value: object) -> str:
     if isinstance(value, (datetime, date, time)):
         return value.isoformat()
     if isinstance(value, (Decimal, UUID, timedelta)):
         return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in cast("Mapping[object, object]", value).items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in cast("list[object] | tuple[object, ...]", value)]
     raise DataError(
         f"a column holds {type(value).__name__}: it has no text form. Write --output as parquet, or drop the column."
     )

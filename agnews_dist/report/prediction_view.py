@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from rich import box
 from rich.table import Table
@@ -17,24 +16,23 @@ from agnews_dist.report.prediction_values import to_json, to_probabilities
 
 Write = Callable[[InputChunk, Answers], bool]
 """Consumer of the answers for a chunk; returns False to stop."""
-Show = Callable[[InputChunk, Answers, Sequence[str]], None]
 
 
 def create_printer(class_names: Sequence[str], *, is_table: bool) -> Write:
     """Return a function that prints the answers for a chunk; it returns False once nothing reads them."""
-    return partial(_print, print_table if is_table else print_lines, class_names)
+    show = print_table if is_table else print_lines
 
+    def write(chunk: InputChunk, answers: Answers) -> bool:
+        try:
+            show(chunk, answers, class_names)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader has closed the pipe (`| head`). Buffered output must not raise again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return False
+        return True
 
-def _print(show: Show, names: Sequence[str], chunk: InputChunk, answers: Answers) -> bool:
-    """Print answers; return False if the reader has closed the pipe."""
-    try:
-        show(chunk, answers, names)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has closed the pipe (`| head`). Buffered output must not raise again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
+    return write
 
 
 def print_lines(chunk: InputChunk, answers: Answers, class_names: Sequence[str]) -> None:

@@ -104,6 +104,11 @@ def find_commit() -> str:
     return f"{commit}, changed" if changes else commit
 
 
+def print_json(content: object) -> None:
+    """Print strict, indented JSON; NaN and infinities are null."""
+    print(json.dumps(to_json_value(content), indent=2, allow_nan=False))
+
+
 def write_json(path: Path, obj: Mapping[str, object]) -> None:
     """Write `obj` as strict, indented JSON, whole or not at all. NaN and infinities become null, lists of integers lines."""
     text = json.dumps(to_json_value(obj), indent=2, allow_nan=False)

@@ -5,11 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from agnews_dist.errors import shorten
-from agnews_dist.report.formatting import can_draw, create_output, escape_text, format_duration
+from agnews_dist.report.formatting import can_draw, create_output, create_table, escape_text, format_duration
 from agnews_dist.storage.capacity import gigabytes
 
 JSON_FORMAT = 1
@@ -49,13 +46,7 @@ def show_runs(directory: Path, runs: Sequence[Facts]) -> None:
         for row in rows:
             print("  ".join(row))
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for name in COLUMNS:
-        is_number = name in ("step", "validation", "test", "size")
-        table.add_column(Text(name), justify="right" if is_number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    out.print(table)
+    out.print(create_table(COLUMNS, rows, right=("step", "validation", "test", "size")))
     if common:
         print(
             "in all of them: " + escape_text("  ".join(f"{key} {_show(value)}" for key, value in common.items()), out.encoding)

@@ -85,7 +85,6 @@ class CountColumn(ProgressColumn):
     """The work done, `1,000/6,000`, or the seconds of a phase."""
 
     def render(self, task: Task) -> Text:
-        """Render one cell."""
         return Text(format_duration(task.elapsed or 0.0) if is_phase(task) else format_count(task))
 
 
@@ -93,7 +92,6 @@ class RateColumn(ProgressColumn):
     """The rate, `12,345 tokens/s`, or only the unit while the rate is unknown."""
 
     def render(self, task: Task) -> Text:
-        """Render one cell."""
         return Text(format_rate(task) or task.fields["unit"])
 
 
@@ -101,7 +99,6 @@ class EtaColumn(TimeRemainingColumn):
     """The time left, if it is known."""
 
     def render(self, task: Task) -> Text:
-        """Render one cell."""
         return (
             Text.assemble("ETA ", super().render(task)) if task.time_remaining is not None and not is_complete(task) else Text()
         )

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from agnews_dist.errors import shorten
 from agnews_dist.events import SweepRow, SweepUpdated
-from agnews_dist.report.formatting import escape_text
+from agnews_dist.report.formatting import create_table, escape_text
 
 NUM_ROWS = 10
 """Combinations in the table, at most."""
@@ -17,9 +17,8 @@ MAX_SETTINGS = 60
 
 def build_sweep_table(event: SweepUpdated, encoding: str) -> Table:
     """Build the table of the best combinations so far."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for name in ("", "settings", f"validation {event.metric}", "deviation", "loss", "members"):
-        table.add_column(Text(name), justify="left" if name in ("settings", "members") else "right", overflow="fold")
+    scores = (f"validation {event.metric}", "deviation", "loss")
+    table = create_table(("", "settings", *scores, "members"), right=("", *scores))
     for place, row in enumerate(event.rows[:NUM_ROWS], 1):
         settings = escape_text(shorten(row.settings, MAX_SETTINGS), encoding)
         cells = (str(place), settings, *_format_scores(row, event.metric), row.state)

@@ -65,7 +65,6 @@ class TerminalDisplay:
         self._refreshed = clock()
 
     def __call__(self, event: events.Event) -> None:
-        """Show one event."""
         match event:
             case events.Loading():
                 self._print(self._escape(f"{event.program}: loading {event.what} ...", "bold"))

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from agnews_dist.config.fields import all_settings, values_of
 from agnews_dist.config.schema import Config
+from agnews_dist.data.token_cache import hash_json
 from agnews_dist.model.gpt2 import Classifier
 
 
@@ -43,7 +44,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     # State of the last call, not of the tokenizer.
     content["padding"] = content["truncation"] = None
-    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return hash_json(content)
 
 
 def run_fingerprints(
@@ -56,7 +57,7 @@ def run_fingerprints(
     hashed = ("data.source", "data.exclude", "model.name")
     named = {key: value for key, value in weight_settings(config).items() if key not in hashed}
     return {
-        "config": hashlib.sha256(json.dumps(named, sort_keys=True, allow_nan=False).encode()).hexdigest(),
+        "config": hash_json(named),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "tokens": tokens,
         "frozen_weights": weights_fingerprint(classifier.frozen_state),

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from threading import Thread
 
 from agnews_dist.config.schema import Config, DataConfig
@@ -49,21 +50,21 @@ def fetch_inputs(find_requests: Callable[[], Sequence[Request]], world: World, e
         SharedError: on all ranks, if a node lacks files; it has the message of the lowest such rank.
     """
     requests = collectives.catch(find_requests)
-    job = _Job(requests) if world.local_rank == 0 and not isinstance(requests, UserError) else None
-    announced = ""
+    notices, announced = [""], ""
+    job = _start(requests, notices) if world.local_rank == 0 and not isinstance(requests, UserError) else None
     if world.is_main and job is not None and requests:
         emit(begin_phase("fetch files of the hub"))
     while True:
         # A download takes as long as it needs, so the ranks poll instead of waiting in a collective with a time limit.
-        states = collectives.all_gather((job.is_alive(), job.notice) if job is not None else (False, ""))
-        notice = next((f"{_label(rank, world)}{text}" for rank, (_, text) in enumerate(states) if text), "")
+        states = collectives.all_gather((job is not None and not job.done(), notices[-1]))
+        notice = next((f"{world.prefix_of(rank)}{text}" for rank, (_, text) in enumerate(states) if text), "")
         if world.is_main and notice != announced:
             announced = notice
             print_line(notice)
         if not any(is_running for is_running, _ in states):
             break
         time.sleep(_POLL_SECONDS)
-    outcome = job.outcome() if job is not None else requests if isinstance(requests, UserError) else None
+    outcome = job.result() if job is not None else requests if isinstance(requests, UserError) else None
     fetched = collectives.all_gather(collectives.raise_if_any_failed(outcome))
     share_directories(fetched, world)
     warnings = dict.fromkeys(each.warning for each in fetched if each is not None and each.warning)
@@ -71,35 +72,15 @@ def fetch_inputs(find_requests: Callable[[], Sequence[Request]], world: World, e
         emit(Warned(message=" ".join(warnings)))
 
 
-def _label(rank: int, world: World) -> str:
-    return f"[rank {rank}/{world.num_ranks}] " if world.num_ranks > 1 else ""
+def _start(requests: Sequence[Request], notices: list[str]) -> Future[Fetched | UserError]:
+    """Fetch in a thread, so that its rank can take part in collectives meanwhile. `notices` gets lines about waits."""
+    job: Future[Fetched | UserError] = Future()
 
-
-class _Job(Thread):
-    """A `fetch` in a thread, so that its rank can take part in collectives meanwhile."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        super().__init__(name="hub inputs", daemon=True)
-        self._requests = requests
-        self._outcome: Fetched | UserError | None = None
-        self._fault: BaseException | None = None
-        self.notice = ""
-        """The last line about a wait."""
-        self.start()
-
-    def run(self) -> None:
-        """Fetch the files."""
+    def work() -> None:
         try:
-            self._outcome = collectives.catch(lambda: fetch(self._requests, notify=self._set_notice))
+            job.set_result(collectives.catch(lambda: fetch(requests, notify=notices.append)))
         except BaseException as error:  # a bug: raised in the main thread
-            self._fault = error
+            job.set_exception(error)
 
-    def outcome(self) -> Fetched | UserError:
-        """Return the result, once the thread has ended."""
-        if self._fault is not None:
-            raise self._fault
-        assert self._outcome is not None
-        return self._outcome
-
-    def _set_notice(self, text: str) -> None:
-        self.notice = text
+    Thread(target=work, name="hub inputs", daemon=True).start()
+    return job

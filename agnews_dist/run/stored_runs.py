@@ -114,9 +114,18 @@ def read_run(directory: Path) -> StoredRun:
 def read_settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the settings of a run, and those that differ from the defaults. Unknown ones, of another version, are left out."""
     values = _read_values(directory)
-    defaults = {key: list(s.default) if isinstance(s.default, tuple) else s.default for key, s in all_settings().items()}
-    changed = {key: value for key, value in values.items() if value != defaults[key] and key not in OWN_SETTINGS}
-    return {**defaults, **values}, changed
+    return {**default_values(), **values}, select_changed(values)
+
+
+def default_values() -> dict[str, Any]:
+    """Return dotted key -> default of every setting, as JSON holds it."""
+    return {key: list(s.default) if isinstance(s.default, tuple) else s.default for key, s in all_settings().items()}
+
+
+def select_changed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the settings that differ from the defaults and from run to run. Unknown ones are left out."""
+    defaults = {key: default for key, default in default_values().items() if key not in OWN_SETTINGS}
+    return {key: value for key, value in values.items() if key in defaults and value != defaults[key]}
 
 
 def _read_values(directory: Path) -> dict[str, Any]:
@@ -162,7 +171,14 @@ def _read_state(directory: Path) -> tuple[str, str, Fields]:
     return status.state, status.reason, fields
 
 
-def list_facts(directory: Path, now: datetime | None = None) -> RunFacts:
+def seconds_since(time: str | None, now: datetime | None = None) -> float | None:
+    """Return the age of a time in ISO 8601; None without one."""
+    if time is None:
+        return None
+    return max(0.0, ((now or datetime.now(timezone.utc)) - datetime.fromisoformat(time)).total_seconds())
+
+
+def list_facts(directory: Path) -> RunFacts:
     """Collect the facts of one run. A damaged file counts as absent."""
     state, reason, status = _read_state(directory)
     result = read_result(directory / "result.json") or {}
@@ -171,10 +187,6 @@ def list_facts(directory: Path, now: datetime | None = None) -> RunFacts:
         for name, fields in result.get("splits", {}).items()
         if isinstance(fields, dict)
     }
-    changed_at = status.get("time")
-    age = None
-    if changed_at is not None:
-        age = max(0.0, ((now or datetime.now(timezone.utc)) - datetime.fromisoformat(changed_at)).total_seconds())
     return RunFacts(
         name=directory.name,
         path=str(directory),
@@ -185,8 +197,8 @@ def list_facts(directory: Path, now: datetime | None = None) -> RunFacts:
         scores=scores,
         seconds=result.get("seconds", {}).get("total"),
         changed=read_settings(directory)[1],
-        time=changed_at,
-        age_seconds=age,
+        time=status.get("time"),
+        age_seconds=seconds_since(status.get("time")),
         size_bytes=sum_bytes(directory),
     )
 

@@ -4,15 +4,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from agnews_dist.config.fields import all_settings
 from agnews_dist.report.pages.stored_run import Fields, read_json
 from agnews_dist.run.status import FILE, PLAN, Status, has_process, is_sweep, lock_name, read_status
-from agnews_dist.run.stored_runs import OWN_SETTINGS, RunFacts, list_names, sum_bytes
+from agnews_dist.run.stored_runs import RunFacts, default_values, list_names, seconds_since, select_changed, sum_bytes
 from agnews_dist.storage.locks import is_locked
 
 RESULTS = "sweep.json"
@@ -36,10 +35,6 @@ def list_sweep_facts(directory: Path, now: datetime | None = None) -> RunFacts:
     state, reason, newest = _read_state(directory, is_finished=report is not None)
     if state != "finished":
         reason = f"{len(members):,} of {_count_members(plan):,} members have ended; {reason}"
-    age = None
-    if newest is not None:
-        passed = (now or datetime.now(timezone.utc)) - datetime.fromisoformat(newest.time)
-        age = max(0.0, passed.total_seconds())
     return RunFacts(
         name=directory.name,
         path=str(directory),
@@ -51,7 +46,7 @@ def list_sweep_facts(directory: Path, now: datetime | None = None) -> RunFacts:
         seconds=sum(member["seconds"] for member in members),
         changed=_list_changed(plan),
         time=newest.time if newest is not None else None,
-        age_seconds=age,
+        age_seconds=seconds_since(newest.time, now) if newest is not None else None,
         size_bytes=sum_bytes(directory),
     )
 
@@ -110,16 +105,10 @@ def _find_best(plan: Fields, members: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 def _list_changed(plan: Fields) -> dict[str, Any]:
     """Return the settings that differ from the defaults; of varied ones a text with all values."""
-    defaults = {key: list(s.default) if isinstance(s.default, tuple) else s.default for key, s in all_settings().items()}
-    varied = {**plan.get("varied settings", {}), "run.seed": plan.get("seeds", [])}
-    fixed = {
-        key: value
-        for key, value in plan.get("settings", {}).items()
-        if key in defaults and value != defaults[key] and key not in OWN_SETTINGS
-    }
+    varied, defaults = {**plan.get("varied settings", {}), "run.seed": plan.get("seeds", [])}, default_values()
     listed = {key: f"{{{', '.join(map(_format, values))}}}" for key, values in varied.items() if len(values) > 1}
     single = {key: values[0] for key, values in varied.items() if len(values) == 1 and values[0] != defaults.get(key)}
-    return {**listed, **single, **fixed}
+    return {**listed, **single, **select_changed(plan.get("settings", {}))}
 
 
 def _format(value: object) -> str:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from errno import EINVAL
@@ -164,23 +164,25 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def to_json_value(value: object) -> Any:
+def to_json_value(value: object, convert_other: Callable[[object], Any] | None = None) -> Any:
     """Convert to what strict JSON can hold: tuples become lists, numpy scalars numbers, NaN and infinities null.
 
-    Records (dataclasses) become objects.
+    Records (dataclasses) become objects. `convert_other`: converts values that have no JSON form.
     """
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, np.generic):
-        return to_json_value(value.item())
+        return to_json_value(value.item(), convert_other)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): to_json_value(item) for key, item in cast(Mapping[object, object], value).items()}
+        return {str(key): to_json_value(item, convert_other) for key, item in cast(Mapping[object, object], value).items()}
     if isinstance(value, (list, tuple)):
-        return [to_json_value(item) for item in cast("list[object] | tuple[object, ...]", value)]
+        return [to_json_value(item, convert_other) for item in cast("list[object] | tuple[object, ...]", value)]
     if is_dataclass(value):
-        return to_json_value(vars(value))
+        return to_json_value(vars(value), convert_other)
+    if convert_other is not None:
+        return convert_other(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -47,7 +47,6 @@ class Lock:
         _Heartbeat.add(self.handle)
 
     def close(self) -> None:
-        """Release the lock."""
         _Heartbeat.remove(self.handle)
         if self._path.name.endswith(_HELD) and is_open_at(self.handle, self._path):
             self._path.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ from agnews_dist.training.checkpoint import list_checkpoints
 
 
 def imports_of_training() -> str:
-    """Return the import statements of the command, those of its function `train` included."""
+    """Return the import statements of the command, those of its function `run` included."""
     tree = ast.parse(inspect.getsource(train))
     return "\n".join(ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)))
 

@@ -94,7 +94,7 @@ def test_display_that_is_not_read_delays_no_step(tmp_path):
 
 TWO_STARTS = """
 import datetime, sys
-from agnews_dist.commands import train
+from agnews_dist.__main__ import main
 from agnews_dist.run import attempt
 
 class StandingClock(datetime.datetime):
@@ -103,7 +103,7 @@ class StandingClock(datetime.datetime):
         return cls(2026, 11, 29, tzinfo=tz)
 
 attempt.datetime = StandingClock
-sys.exit(train.main(sys.argv[1:] + ["--report.write", "false"]))
+sys.exit(main(["train", *sys.argv[1:], "--report.write", "false"]))
 """
 
 

@@ -66,8 +66,8 @@ def test_failed_overfit_check_stops_the_run(tmp_path):
     # The process reports which switches its debug mode has set.
     code = f"""if True:
         import torch
-        from agnews_dist.commands.train import main
-        code = main({words})
+        from agnews_dist.__main__ import main
+        code = main(["train", *{words}])
         print(torch.are_deterministic_algorithms_enabled(), torch.is_anomaly_enabled())
         raise SystemExit(code)
     """

@@ -115,9 +115,9 @@ def test_two_healthy_ranks(tmp_path: Path) -> None:
 
 ON_ITS_OWN_HOST = """
 import os, socket, sys
-from agnews_dist.commands import doctor
+from agnews_dist.__main__ import main
 socket.gethostname = lambda: f"host{os.environ['RANK']}"
-sys.exit(doctor.main(sys.argv[1:]))
+sys.exit(main(["doctor", *sys.argv[1:]]))
 """
 
 
@@ -206,7 +206,7 @@ def bind(core: int) -> Callable[[int], object]:
 
 ON_BAD_DISKS = """
 import ctypes, pathlib, subprocess, sys
-from agnews_dist.commands import doctor
+from agnews_dist.__main__ import main
 full, fixed = sys.argv[1:3]
 CLONE_NEWNS = 0x20000
 assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
@@ -214,7 +214,7 @@ subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", full], check=True)
 pathlib.Path(full, "filler").write_bytes(bytes(1900 * 1024))
 subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=2m", "none", fixed], check=True)
-sys.exit(doctor.main(sys.argv[3:]))
+sys.exit(main(["doctor", *sys.argv[3:]]))
 """
 
 
@@ -235,8 +235,8 @@ def test_unwritable_disks(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
-    impatient = "import sys; from agnews_dist.commands import doctor; from agnews_dist.preflight import runner; "
-    impatient += "runner.MEETING_SECONDS = 4; sys.exit(doctor.main(sys.argv[1:]))"
+    impatient = "import sys; from agnews_dist.__main__ import main; from agnews_dist.preflight import runner; "
+    impatient += "runner.MEETING_SECONDS = 4; sys.exit(main(['doctor', *sys.argv[1:]]))"
     environ = fork_server.rank_variables(2)[0]
     report = run_doctor(Rank(environ=environ), folder=tmp_path, program=("-c", impatient))
     assert report.codes == [1]
@@ -312,7 +312,7 @@ def test_gpus_that_torch_does_not_see(tmp_path: Path) -> None:
 
 BROKEN_NETWORK = """
 import os, sys, time
-from agnews_dist.commands import doctor
+from agnews_dist.__main__ import main
 from agnews_dist.distributed import collectives
 from agnews_dist.preflight import network
 network.SUM_SECONDS = 3.0
@@ -321,7 +321,7 @@ def broken(*_):
         time.sleep(600)
     raise RuntimeError("NCCL error: unhandled system error\\nmore")
 setattr(collectives, sys.argv[2], broken)
-sys.exit(doctor.main(sys.argv[3:]))
+sys.exit(main(["doctor", *sys.argv[3:]]))
 """
 
 
@@ -357,9 +357,9 @@ def test_an_interface_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_dies_during_the_measurements(tmp_path: Path) -> None:
-    dies = "import os, sys; from agnews_dist.commands import doctor; from agnews_dist.preflight import network\n"
+    dies = "import os, sys; from agnews_dist.__main__ import main; from agnews_dist.preflight import network\n"
     dies += "if os.environ['RANK'] == '1': network.check_pairs = lambda *_: os._exit(9)\n"
-    report = run_doctor(Rank(), Rank(), folder=tmp_path, program=("-c", dies + "sys.exit(doctor.main(sys.argv[1:]))"))
+    report = run_doctor(Rank(), Rank(), folder=tmp_path, program=("-c", dies + "sys.exit(main(['doctor', *sys.argv[1:]]))"))
     assert report.codes == [1, 9]
     found = report.found("fail")
     assert set(found) == {"rendezvous"}

@@ -411,9 +411,9 @@ def begin(*arguments):
     return baselines(*arguments)
 
 analysis.majority_baseline = begin
-from agnews_dist.commands.train import main
+from agnews_dist.__main__ import main
 
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 

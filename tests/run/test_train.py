@@ -214,8 +214,8 @@ def test_a_failing_export_loses_no_scores_and_can_be_repeated(tmp_path: Path) ->
             raise ModelError("the disk is full.")
 
         export.export_model = fail
-        from agnews_dist.commands.train import main
-        sys.exit(main([*sys.argv[1:], "--report.write", "false"]))
+        from agnews_dist.__main__ import main
+        sys.exit(main(["train", *sys.argv[1:], "--report.write", "false"]))
     """
     limits = [word for split in ("train", "validation", "test") for word in (f"--data.limit_{split}", "16")]
     arguments = ["--data.source", "synthetic", "--model.name", "embedded", "--optim.epochs", "1", *limits]

@@ -13,8 +13,8 @@ from support.fork_server import run_ranks
 COMMAND = """
 import sys
 from dataclasses import replace
-from importlib import import_module
 
+from agnews_dist.__main__ import main
 from agnews_dist.data.rows import Corpus, hash_corpus
 from agnews_dist.run import setup
 
@@ -27,8 +27,7 @@ def load_without_test_labels(*arguments, **options):
     return Corpus(splits, corpus.class_names, hash_corpus(splits, corpus.class_names))
 
 setup.load_corpus = load_without_test_labels
-name, *arguments = sys.argv[1:]
-sys.exit(import_module(f"agnews_dist.commands.{name}").main(arguments))
+sys.exit(main(sys.argv[1:]))
 """
 
 

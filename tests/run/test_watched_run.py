@@ -154,7 +154,7 @@ def test_training_in_a_pipe(tmp_path: Path) -> None:
 
 PHASES = """
 import sys
-from agnews_dist.commands.train import main
+from agnews_dist.__main__ import main
 from agnews_dist.events import Progress
 from agnews_dist.report.plain import PlainLines
 
@@ -166,7 +166,7 @@ def record(self, event):
     show(self, event)
 
 PlainLines.__call__ = record
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
@@ -197,7 +197,7 @@ def test_every_part_of_a_training_is_a_phase(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_training_in_a_notebook(tmp_path: Path) -> None:
     cells = [
-        f"from agnews_dist.commands.train import main\nassert main({[*TRAIN, *PLACE]}) == 0",
+        f"from agnews_dist.__main__ import main\nassert main({['train', *TRAIN, *PLACE]}) == 0",
         "import sys\n!{sys.executable} -m agnews_dist evaluate --quiet --model.name runs/news " + " ".join(DATA),
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])

@@ -20,9 +20,9 @@ fault, *arguments = sys.argv[1:]
 if fault:
     module, function = fault.split(":")
     getattr(importlib.import_module(module), function)()
-from agnews_dist.commands import train
+from agnews_dist.__main__ import main
 
-sys.exit(train.main(arguments))
+sys.exit(main(["train", *arguments]))
 """
 
 

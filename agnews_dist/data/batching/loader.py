@@ -124,7 +124,6 @@ class TrainLoader:
         return max_steps or sum(self.epoch_steps(epoch) for epoch in range(num_epochs))
 
     def epoch_steps(self, epoch: int) -> int:
-        """Return the steps of one epoch."""
         return self._plan(epoch).num_steps
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[StepBatches]:

@@ -232,7 +232,6 @@ class Tally:
     """Sum over the steps of ranks x tokens of the slowest rank."""
 
     def add(self, share: Share) -> None:
-        """Add one step."""
         self.real += share.num_real_tokens
         self.padded += int(share.tokens_MR.sum())
         self.slowest += share.critical_tokens * share.tokens_MR.shape[1]

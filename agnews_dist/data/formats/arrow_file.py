@@ -57,7 +57,6 @@ class _ArrowTable(Table):
     """Column -> type of the `datasets` library, as JSON; None: as the file's metadata says."""
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
-        """Yield the rows; see `Table`."""
         check_unique(self.name, self.columns, wanted)
         start = 1
         batches = self._batches(list(wanted))
@@ -93,7 +92,6 @@ class ParquetTable(_ArrowTable):
     """A parquet file."""
 
     def __init__(self, path: Path, name: str) -> None:
-        """Read the schema."""
         from pyarrow.parquet import ParquetFile
 
         self._path, self.name = path, name

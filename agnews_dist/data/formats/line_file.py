@@ -95,11 +95,9 @@ class ArgumentTable(Table):
     name, unit = "text", "argument"
 
     def __init__(self, texts: Sequence[str]) -> None:
-        """Remember the texts."""
         self._texts = list(texts)
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
-        """Yield all texts; see `Table`."""
         yield Chunk(dict.fromkeys(wanted, self._texts), np.arange(1, len(self._texts) + 1, dtype=np.int32))
 
 
@@ -122,8 +120,7 @@ class JsonTable(Table):
         if keys and one is not None and _holds_rows(one):
             raise DataError(
                 f"{name} is one object with the fields {list_columns(tuple(keys))}, which hold the rows: a file "
-                "has one object per "
-                "row. Write an array of objects, or one per line (pandas: orient='records')."
+                "has one object per row. Write an array of objects, or one per line (pandas: orient='records')."
             )
         if not keys:
             raise DataError(f"{name} has no rows: at least one is needed. Check how it was written, or remove it.")
@@ -131,7 +128,6 @@ class JsonTable(Table):
         self.late_columns = {}
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
-        """Yield the rows; see `Table`."""
         rows = self._rows()
         known = frozenset(self.columns)
         while part := list(islice(rows, CHUNK_ROWS)):

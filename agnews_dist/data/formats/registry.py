@@ -44,13 +44,13 @@ def format_of(path: Path, name: str = "") -> str:
     return ".jsonl" if first.lstrip().startswith("{") else ".csv"
 
 
-def open_table(path: Path, name: str) -> Table:
-    """Open a file by its suffix; `name`: the file's name in messages.
+def open_table(path: Path, name: str, suffix: str | None = None) -> Table:
+    """Open a file by its suffix, or as the format of another one; `name`: the file's name in messages.
 
     Raises:
         DataError: no reader knows the suffix, or the file cannot be read, is empty or malformed.
     """
-    suffix, compression = format_of(path, name), split_suffix(path)[1]
+    suffix, compression = suffix or format_of(path, name), split_suffix(path)[1]
     if compression and not suffix:
         raise DataError(
             f"{path} has no suffix of a format before {compression!r}: no reader is known. Rename it as in "

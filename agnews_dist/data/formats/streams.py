@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 from agnews_dist.errors import DataError, UserError
 
@@ -82,27 +82,11 @@ def _open(path: Path, name: str) -> BinaryIO:
     if compression == ".zst":
         import pyarrow as pa
 
-        return cast(BinaryIO, io.BufferedReader(_Raw(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")), _READ_BYTES))
+        # pyarrow's own stream is slow at reading lines.
+        return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"), _READ_BYTES))
     if compression == ".zip":
         return _open_zip(path, name)
     return path.open("rb", buffering=_READ_BYTES)
-
-
-class _Raw(io.RawIOBase):
-    """A stream of pyarrow as a raw stream of Python: its own is slow at reading lines."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Fill the buffer as far as possible."""
-        content = self._stream.read(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
 
 
 class _Decompressed(io.RawIOBase):
@@ -113,16 +97,13 @@ class _Decompressed(io.RawIOBase):
         self._stream = make()
 
     def readable(self) -> bool:
-        """Return True."""
         return True
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
         super().close()
 
     def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Fill the buffer as far as possible."""
         while True:
             content = b""
             if self._stream.eof:

@@ -1,12 +1,14 @@
 """Comparison of runs on the same rows: scores next to each other, paired tests, texts whose answer changed."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from agnews_dist.errors import UserError, count_noun
 from agnews_dist.evaluation.intervals import MIN_ROWS_PER_CLASS, Interval
 from agnews_dist.evaluation.paired import bootstrap_differences, mcnemar_exact
+from agnews_dist.report.formatting import format_ratio
 from agnews_dist.report.pages import figures
 from agnews_dist.report.pages.details import SplitDetails
 from agnews_dist.report.pages.parts import (
@@ -16,7 +18,6 @@ from agnews_dist.report.pages.parts import (
     Table,
     format_interval,
     format_percent,
-    format_probability,
     format_score,
     make_table,
 )
@@ -216,13 +217,9 @@ def _curve_section(runs: Sequence[StoredRun]) -> Section:
         ("accuracies", "Validation accuracy", scores, "accuracy"),
     ):
         if series:
-            draw = _line_drawer(series, label)
+            draw = partial(figures.draw_lines, series=series, x_label="step", y_label=label)
             drawn.append(figures.draw_figure(key, title, f"{title} by step.", draw))
     return Section("curves", "Training", "", (), tuple(drawn))
-
-
-def _line_drawer(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: str) -> figures.Draw:
-    return lambda axes: figures.draw_lines(axes, series, x_label="step", y_label=label)
 
 
 def _class_section(runs: Sequence[StoredRun], details: Mapping[str, SplitDetails]) -> Section:
@@ -276,8 +273,8 @@ def _changed_sections(runs: Sequence[StoredRun], analyses: Analyses, split: str)
             (
                 str(row),
                 name_class(first, int(one.labels_N[row])),
-                f"{name_class(first, int(one.predictions_N[row]))} ({format_probability(float(one.confidence_N[row]))})",
-                f"{name_class(run, int(other.predictions_N[row]))} ({format_probability(float(other.confidence_N[row]))})",
+                f"{name_class(first, int(one.predictions_N[row]))} ({format_ratio(float(one.confidence_N[row]))})",
+                f"{name_class(run, int(other.predictions_N[row]))} ({format_ratio(float(other.confidence_N[row]))})",
                 _find_text(analyses, split, row),
             )
             for row in order_N[:MAX_CHANGED].tolist()

@@ -109,11 +109,6 @@ def format_percent(value: float | None) -> str:
     return "-" if value is None or value != value else f"{100 * value:.1f} %"
 
 
-def format_probability(value: float | None) -> str:
-    """Format a probability with three decimals; None (not kept) and NaN as `-`."""
-    return "-" if value is None or value != value else f"{value:.3f}"
-
-
 def escape_markdown(text: str) -> str:
     """Escape what would end a cell of a Markdown table, or be read as HTML, emphasis, a formula, a link or a mention.
 

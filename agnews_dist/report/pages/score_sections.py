@@ -8,6 +8,7 @@ from agnews_dist.errors import count_noun, shorten
 from agnews_dist.evaluation.calibration import is_at_bound
 from agnews_dist.evaluation.intervals import MIN_ROWS_PER_CLASS, Interval, wilson_interval
 from agnews_dist.evaluation.metrics import MAX_LISTED_CLASSES
+from agnews_dist.report.formatting import format_ratio
 from agnews_dist.report.pages import figures
 from agnews_dist.report.pages.details import NUM_PAIR_ROWS, Calibration, SplitDetails
 from agnews_dist.report.pages.parts import (
@@ -17,7 +18,6 @@ from agnews_dist.report.pages.parts import (
     Table,
     format_interval,
     format_percent,
-    format_probability,
     format_score,
     make_table,
 )
@@ -260,15 +260,15 @@ def mistake_section(run: StoredRun, main: SplitDetails, analysis: Fields) -> Sec
         first = (*names, f"{pair.num_examples:,}", format_percent(pair.share))
         for number, row in enumerate(pair.rows):
             probabilities = (stored.confidence_N[row], stored.probability_of(row, pair.label))
-            numbers = (format_probability(value) for value in probabilities)
+            numbers = (format_ratio(value) for value in probabilities)
             pairs.append((*(("", "", "", "") if number else first), *numbers, show_text(analysis, main.split, row)))
     mistakes = [
         (
             str(row),
             name_class(run, int(stored.labels_N[row])),
             name_class(run, int(stored.predictions_N[row])),
-            format_probability(stored.confidence_N[row]),
-            format_probability(stored.probability_of(row, int(stored.labels_N[row]))),
+            format_ratio(stored.confidence_N[row]),
+            format_ratio(stored.probability_of(row, int(stored.labels_N[row]))),
             show_text(analysis, main.split, row),
         )
         for row in main.mistakes

@@ -90,11 +90,11 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="engine.fast_path false")
     args = parser.parse_args()
     import_everything()
-    from agnews_dist.commands.train import main as train
+    from agnews_dist.__main__ import main as run_command
 
     job, known = jobs.load(args.job), set(sys.modules)
     start = time.perf_counter()
-    exit_code = train(arguments(args.job, args.output, args.epochs, plain=args.plain))
+    exit_code = run_command(["train", *arguments(args.job, args.output, args.epochs, plain=args.plain)])
     wall = time.perf_counter() - start
     if exit_code:
         sys.exit(exit_code)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from agnews_dist.commands import export_run
+from agnews_dist.__main__ import main
 from agnews_dist.model import onnx_file
 from agnews_dist.model.export import export_model
 from agnews_dist.model.gpt2 import load_backbone, split_model
@@ -33,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_onnx_file_answers_as_the_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
-    assert export_run.main([str(run), "--format", "onnx"]) == 0
+    assert main(["export", str(run), "--format", "onnx"]) == 0
     file = run / "model.onnx"
     assert f"{file} written: checked, logits differ by at most" in capsys.readouterr().out
     assert sorted(path.name for path in run.iterdir()) == ["model", "model.onnx"]
@@ -59,20 +59,20 @@ def test_outputs_that_are_not_an_onnx_file_are_refused(run: Path, tmp_path: Path
         ("folder.onnx", r"it exists and is not a file\. Choose another name"),
         ("file/model.onnx", r"it cannot be written \((File exists|Not a directory)\)\. Set it to a writable place"),
     ):
-        assert export_run.main([str(run), "--output", str(tmp_path / name)]) == 1
+        assert main(["export", str(run), "--output", str(tmp_path / name)]) == 1
         assert re.search(rf"--output '{tmp_path / name}': {reason}", capfd.readouterr().err)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.onnx", "pipe.onnx"]
 
 
 def test_refusals(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    assert export_run.main([]) == 2
+    assert main(["export"]) == 2
     assert "export of 0 runs: it takes one. Write agnews-dist export RUN." in capfd.readouterr().err
-    assert export_run.main([str(tmp_path / "none")]) == 1
+    assert main(["export", str(tmp_path / "none")]) == 1
     assert "none' does not exist: " in capfd.readouterr().err
-    assert export_run.main([str(tmp_path)]) == 1
+    assert main(["export", str(tmp_path)]) == 1
     assert "it has no exported model (config.json is missing). Finish its training first." in capfd.readouterr().err
     monkeypatch.setattr(onnx_file, "PACKAGES", ("torch", "onnx_of_tomorrow"))
-    assert export_run.main([str(run)]) == 1
+    assert main(["export", str(run)]) == 1
     assert (
         "--format onnx: onnx_of_tomorrow not installed. Install with: pip install onnx_of_tomorrow." in capfd.readouterr().err
     )
@@ -82,6 +82,6 @@ def test_a_file_with_other_answers_does_not_appear(run: Path, tmp_path: Path, mo
     pytest.importorskip("onnxruntime")
     (tmp_path / "news.onnx").write_text("the one before")
     monkeypatch.setattr(onnx_file, "TOLERANCE", -1.0)  # no difference is small enough
-    assert export_run.main([str(run), "--output", str(tmp_path / "news.onnx")]) == 1
+    assert main(["export", str(run), "--output", str(tmp_path / "news.onnx")]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["news.onnx"]
     assert (tmp_path / "news.onnx").read_text() == "the one before"

@@ -8,7 +8,7 @@ import pytest
 from support.hub_server import TOKEN, HubServer, serve_hub
 from support.processes import python
 
-from agnews_dist.commands.push import main
+from agnews_dist.__main__ import main
 from agnews_dist.model.export import EXPORT_FILES
 
 pytestmark = pytest.mark.slow
@@ -76,7 +76,7 @@ def test_push_without_network_or_token(run: Path, tmp_path: Path) -> None:
 
 def test_push_without_model_or_repository(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "model" / "model.safetensors").unlink()
-    assert main([str(run), "owner/news"]) == 1
+    assert main(["push", str(run), "owner/news"]) == 1
     assert "it has no exported model (model.safetensors is missing)" in capsys.readouterr().err
-    assert main([str(run)]) == 2
+    assert main(["push", str(run)]) == 2
     assert "push with 1 arguments: it takes two" in capsys.readouterr().err

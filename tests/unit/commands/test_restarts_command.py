@@ -2,7 +2,7 @@
 
 import pytest
 
-from agnews_dist.commands import restarts
+from agnews_dist.__main__ import main
 from agnews_dist.run.restart_policy import read_starts
 
 
@@ -11,14 +11,14 @@ def test_restarts_counts_starts_and_gives_up(tmp_path, capsys, monkeypatch, limi
     monkeypatch.chdir(tmp_path)
     words = ("--starts", "starts.jsonl", "--limit", str(limit), "--run.name", "absent")
     for start in range(limit):
-        assert restarts.main([*words, "--at", "begin"]) == 0
+        assert main(["restarts", *words, "--at", "begin"]) == 0
         assert capsys.readouterr().out == f"again start {start + 1}, 0 steps are saved\n"
-    assert restarts.main([*words, "--at", "begin"]) == 0
+    assert main(["restarts", *words, "--at", "begin"]) == 0
     assert capsys.readouterr().out.startswith(f"give_up {limit} starts in a row have saved nothing beyond step 0")
     assert len(read_starts(tmp_path / "starts.jsonl")) == limit + 1
 
 
 def test_restarts_refuses_settings_that_train_refuses(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert restarts.main(["--optim.lr", "-1"]) == 2
+    assert main(["restarts", "--optim.lr", "-1"]) == 2
     assert "optim.lr" in capsys.readouterr().err

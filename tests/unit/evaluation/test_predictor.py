@@ -18,7 +18,7 @@ from support.processes import TIMEOUT
 from support.saved_model import save_classifier
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from agnews_dist.commands import predict
+from agnews_dist.__main__ import main
 from agnews_dist.config.schema import Config, EngineConfig, ModelConfig
 from agnews_dist.data import input_texts
 from agnews_dist.data.columns import ColumnSettings
@@ -77,7 +77,7 @@ def expected_probabilities(run_directory: Path, texts: list[str]) -> torch.Tenso
 
 
 def run_predict(model: Path | str, *arguments: str) -> int:
-    return predict.main([*arguments, "--model.name", str(model), "--engine.device", "cpu"])
+    return main(["predict", *arguments, "--model.name", str(model), "--engine.device", "cpu"])
 
 
 def set_stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
@@ -225,7 +225,7 @@ def test_refused_settings(run_directory: Path, shared: Path, tmp_path: Path, cap
         capsys,
         r"--file 'gone.txt': the file cannot be read \(no such file\).*Check the path",
     )
-    check_refused(predict.main(["a"]), capsys, "model.name is not set: .*Set --model.name to a run's directory")
+    check_refused(main(["predict", "a"]), capsys, "model.name is not set: .*Set --model.name to a run's directory")
     check_refused(
         run_predict(shared / "checkpoints" / "gpt2-mini", "a"), capsys, "no classification head: .*Set --model.name to a run's"
     )
