@@ -16,6 +16,7 @@ from agnews_dist.events import ignore_event
 from agnews_dist.experiments.feature_group import FeatureGroup
 from agnews_dist.experiments.members import Member
 from agnews_dist.experiments.standings import MemberResult, State
+from agnews_dist.features.extension import GrowingFeatures
 from agnews_dist.model.gpt2 import Classifier, copy_untrained, set_dropout
 from agnews_dist.model.prefix import Features, FeatureSource
 from agnews_dist.model.suffix import Standard
@@ -77,7 +78,10 @@ class MemberTraining:
         # Its events are those of one member among many: a sweep shows results.
         silent = replace(monitors, emit=ignore_event)
         self.trainer: Trainer = setup.build_trainer(member.config, inputs, group.engine, loader, silent)
-        self.trainer.use_features(loader.features)
+        # Blocks that are frozen run at every use: kept for each member, their output would take too much memory.
+        base = {"train": loader.features, "validation": group.features.source("validation")}
+        self._features = GrowingFeatures(classifier, base.__getitem__)
+        self.trainer.use_features(self._features.source("train"), self._features.extend)
         self.classifier, self._monitors = classifier, monitors
         self._run = self._iterate()
         self._fault = ""
@@ -146,7 +150,7 @@ class MemberTraining:
             self.classifier,
             group.tables["validation"],
             group.engine,
-            features=group.features.source("validation"),
+            features=self._features.source("validation"),
             is_stopping=lambda: self._monitors.preemption.is_stopping,
         )
 

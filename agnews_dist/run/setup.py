@@ -22,6 +22,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import DataError
 from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
 from agnews_dist.events import Emit, Warned, begin_phase
+from agnews_dist.features.extension import SplitSources
 from agnews_dist.features.manager import CacheSettings, FeatureCache
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.model.export import check_room, limit_length, load_classifier
@@ -337,7 +338,7 @@ def build_features(features: FeatureCache, loader: TrainLoader, monitors: Monito
 
 
 def build_evaluation(
-    inputs: TrainingInputs, tables: Mapping[str, TokenTable], engine: Engine, features: FeatureCache, monitors: Monitors
+    inputs: TrainingInputs, tables: Mapping[str, TokenTable], engine: Engine, features: SplitSources, monitors: Monitors
 ) -> Callable[[str], SplitScores]:
     """Return a function that scores a split by its name. Collective; it raises `Stopped` when the run must stop."""
 
@@ -373,7 +374,11 @@ def build_trainer(config: Config, inputs: TrainingInputs, engine: Engine, loader
     monitors.emit(begin_phase(f"start engine {config.engine.backend}"))
     optim = config.optim.model_dump(exclude={"class_weights"})  # the loader has them as numbers
     settings = TrainerSettings(
-        **optim, standardize=config.model.standardize, seed=config.run.seed, class_names=inputs.class_names
+        **optim,
+        freeze_schedule=config.model.freeze_schedule,
+        standardize=config.model.standardize,
+        seed=config.run.seed,
+        class_names=inputs.class_names,
     )
     kind = HeadSolver if settings.solver == "lbfgs" else Trainer
     return kind(inputs.classifier, engine, loader, settings, monitors)
