@@ -110,9 +110,9 @@ def train(
         trainer = setup.build_trainer(config, inputs, engine, loader, monitors)
         setup.build_features(features, loader, monitors)
         keeper = features if config.engine.feature_cache != "off" else None
-        growing = GrowingFeatures(inputs.classifier, features.source, keeper)
-        trainer.use_features(growing.source("train"), growing.extend)
-        evaluate = setup.build_evaluation(inputs, tables, engine, growing, monitors)
+        growing = GrowingFeatures(inputs.classifier, features.source("train"), keeper)
+        trainer.use_features(growing, growing.extend)
+        evaluate = setup.build_evaluation(inputs, tables, engine, features, monitors)
         checkpoints = attempt.open_checkpoints(trainer, inputs.fingerprints, features.choice.place)
         has_profile = job.profile and world.is_main
         with (

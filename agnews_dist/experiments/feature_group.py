@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from agnews_dist.distributed.slurm import find_array_task
 from agnews_dist.engine.device import check_compiler
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import UserError
-from agnews_dist.features.extension import SplitSources
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.model.prefix import Features, FeatureSource
 from agnews_dist.preflight.memory_check import check_fits
@@ -27,6 +27,14 @@ from agnews_dist.run import setup
 from agnews_dist.run.memory_setup import build_memory_setup
 from agnews_dist.run.setup import TrainingInputs
 from agnews_dist.training.loop import Monitors
+
+
+class SplitSources(Protocol):
+    """Features of several splits."""
+
+    def source(self, split: str) -> FeatureSource:
+        """Return the source of a split's features."""
+        ...
 
 
 @dataclass(frozen=True)

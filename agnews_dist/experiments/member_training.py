@@ -78,10 +78,9 @@ class MemberTraining:
         # Its events are those of one member among many: a sweep shows results.
         silent = replace(monitors, emit=ignore_event)
         self.trainer: Trainer = setup.build_trainer(member.config, inputs, group.engine, loader, silent)
-        # Blocks that are frozen run at every use: kept for each member, their output would take too much memory.
-        base = {"train": loader.features, "validation": group.features.source("validation")}
-        self._features = GrowingFeatures(classifier, base.__getitem__)
-        self.trainer.use_features(self._features.source("train"), self._features.extend)
+        # The output of frozen blocks is computed at every use: kept for each member, it would take too much memory.
+        growing = GrowingFeatures(classifier, loader.features)
+        self.trainer.use_features(growing, growing.extend)
         self.classifier, self._monitors = classifier, monitors
         self._run = self._iterate()
         self._fault = ""
@@ -150,7 +149,7 @@ class MemberTraining:
             self.classifier,
             group.tables["validation"],
             group.engine,
-            features=self._features.source("validation"),
+            features=group.features.source("validation"),
             is_stopping=lambda: self._monitors.preemption.is_stopping,
         )
 

@@ -5,10 +5,8 @@ as features are, or else computed at every use.
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
 
 from agnews_dist.data.batching.batch import Batch
 from agnews_dist.features.manager import FeatureCache
@@ -16,47 +14,27 @@ from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import Features, FeatureSource, FrozenBlocks
 from agnews_dist.model.suffix import LastBlock
 
-SPLITS = ("train", "validation")
-"""Splits that a training reads again and again. Others are scored with the best weights."""
-
-
-class SplitSources(Protocol):
-    """Features of several splits."""
-
-    def source(self, split: str) -> FeatureSource:
-        """Return the source of a split's features."""
-        ...
-
 
 class GrowingFeatures:
-    """Features for a suffix of which more and more blocks are frozen.
+    """Source of the training split's features, for a suffix of which more and more blocks are frozen."""
 
-    While `num_frozen` of the suffix is 0 they are those below all its blocks: at first, and once the best weights are restored.
-    """
+    def __init__(self, classifier: Classifier, base: FeatureSource, cache: FeatureCache | None = None) -> None:
+        """`base`: features below the suffix. `cache`: keeps the output of blocks; None: it is computed at every use."""
+        self._classifier, self._cache = classifier, cache
+        self._source, self._num_frozen = base, 0
 
-    def __init__(self, classifier: Classifier, base: Callable[[str], FeatureSource], cache: FeatureCache | None = None) -> None:
-        """`base`: from a split to the features below the suffix. `cache`: keeps the output of blocks; None: it is not kept."""
-        self._classifier, self._base, self._cache = classifier, base, cache
-        self._sources = {split: base(split) for split in SPLITS}
-        self._num_frozen = 0
-
-    def source(self, split: str) -> FeatureSource:
-        """Return the source of a split's features. It follows the suffix."""
-        return partial(self._read, split)
+    def __call__(self, batch: Batch) -> Features:
+        return self._source(batch)
 
     def extend(self) -> None:
         """Run the features through the blocks of the suffix that are frozen now and were not before. Collective."""
         blocks = self._copy_new_blocks()
-        kept = self._cache.extend(replace(self._classifier, prefix=blocks), self._sources) if self._cache is not None else None
-        for split, below in self._sources.items():
-            self._sources[split] = partial(_run_blocks, blocks, below) if kept is None else kept.source(split)
-
-    def _read(self, split: str, batch: Batch) -> Features:
-        source = self._sources[split] if self._classifier.suffix.num_frozen else self._base(split)
-        return source(batch)
+        classifier = replace(self._classifier, prefix=blocks)
+        kept = None if self._cache is None else self._cache.extend(classifier, self._source)
+        self._source = kept or partial(_run_blocks, blocks, self._source)
 
     def _copy_new_blocks(self) -> FrozenBlocks:
-        """Copy the blocks: when the best weights are restored, those of the suffix change."""
+        """Copy the blocks: in evaluations, those of the suffix may hold other weights."""
         suffix, begin = self._classifier.suffix, self._num_frozen
         self._num_frozen = suffix.num_frozen
         blocks = list(suffix.h.items())[begin : suffix.num_frozen]

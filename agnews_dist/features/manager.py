@@ -131,11 +131,11 @@ class FeatureCache:
                 if not file.is_complete:
                     remove(file.directory)
 
-    def extend(self, classifier: Classifier, sources: Mapping[str, FeatureSource]) -> "FeatureCache | None":
-        """Compute the output of newly frozen blocks, and keep it in memory; None: it has no room. Collective.
+    def extend(self, classifier: Classifier, below: FeatureSource) -> FeatureSource | None:
+        """Compute the output of newly frozen blocks for the training texts, and keep it in memory. Collective.
 
-        The blocks are the frozen part of `classifier`, and `sources` are the features of splits below them. On disk the output
-        would be of no use to later runs, whose weights differ.
+        The blocks are the frozen part of `classifier`, and `below` is the source of the features below them. Return None if
+        there is no room in memory. On disk the output would be of no use to later runs, whose weights differ.
         """
         is_on_device = self.choice.place == "device" or (self._engine.device.type == "cuda" and self._world.num_ranks == 1)
         settings = replace(
@@ -144,12 +144,12 @@ class FeatureCache:
             excluded=frozenset(("device", "host", "disk")),
             frozen_weights="trained",
         )
-        tables = {name: FeatureTable(self._tables[name], source) for name, source in sources.items()}
-        extension = FeatureCache(classifier, tables, self._engine, settings)
+        table = FeatureTable(self._tables["train"], below)
+        extension = FeatureCache(classifier, {table.name: table}, self._engine, settings)
         extension.build(self._emit)
         # Rows in memory stay readable.
         extension.close()
-        return None if extension.choice.place == "off" else extension
+        return None if extension.choice.place == "off" else extension.source(table.name)
 
     def close(self) -> None:
         """Release the files: they may be evicted from now on. Sources stay readable."""

@@ -1,6 +1,7 @@
 """The trainable part: hidden states at the freeze boundary in, class logits of a text out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,15 @@ class Suffix(nn.Module):
         """Freeze the lowest blocks, so that their output must be the features from now on; return the weights of them all."""
         self.num_frozen = num_frozen
         return [weight for block in list(self.h.values())[:num_frozen] for weight in block.parameters()]
+
+    @contextmanager
+    def whole(self) -> Generator[None]:
+        """Run all blocks inside the `with` block, from the features below them."""
+        num_frozen, self.num_frozen = self.num_frozen, 0
+        try:
+            yield
+        finally:
+            self.num_frozen = num_frozen
 
     def forward(
         self, hidden_BTD: Tensor, lengths_B: Tensor, keys_B: Tensor | None = None, *, stops_before_head: bool = False

@@ -22,7 +22,6 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import DataError
 from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
 from agnews_dist.events import Emit, Warned, begin_phase
-from agnews_dist.features.extension import SplitSources
 from agnews_dist.features.manager import CacheSettings, FeatureCache
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.model.export import check_room, limit_length, load_classifier
@@ -338,7 +337,7 @@ def build_features(features: FeatureCache, loader: TrainLoader, monitors: Monito
 
 
 def build_evaluation(
-    inputs: TrainingInputs, tables: Mapping[str, TokenTable], engine: Engine, features: SplitSources, monitors: Monitors
+    inputs: TrainingInputs, tables: Mapping[str, TokenTable], engine: Engine, features: FeatureCache, monitors: Monitors
 ) -> Callable[[str], SplitScores]:
     """Return a function that scores a split by its name. Collective; it raises `Stopped` when the run must stop."""
 

@@ -178,7 +178,6 @@ class Trainer:
         """Train to the end, and pause after every step, with its evaluation and checkpoint. Arguments and errors: see `fit`."""
         self._standardise()
         if self._is_evaluation_due:
-            self._freeze()
             self._evaluate(validate)
             self._save(checkpoints)
         if not self.is_done:
@@ -324,7 +323,8 @@ class Trainer:
     def _evaluate(self, validate: Callable[[], SplitScores]) -> None:
         """Score the validation split, report the scores, and keep the weights if they are the best. Collective."""
         self._check_replicas()
-        with self.strategy.averaged():
+        # All blocks run, as they do in the exported model.
+        with self.strategy.averaged(), self._classifier.suffix.whole():
             epoch, validation = self._epoch + 1, validate()
         self.best.update(epoch, validation, step=self.step)
         is_best = self.best.step == self.step

@@ -56,7 +56,7 @@ def build(classifier: Classifier, table: TokenTable, directory: Path, requested:
 
 def logits(classifier: Classifier, features: GrowingFeatures, batch: Batch) -> Tensor:
     with torch.no_grad():
-        return classifier.suffix(*features.source("train")(batch))
+        return classifier.suffix(*features(batch))
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -65,7 +65,7 @@ def test_extended_features_have_the_same_bits_when_kept(table, tmp_path, pooling
     classifier = toy_classifier(blocks, pooling=pooling)
     # With three blocks only the embeddings are below, and nothing is kept.
     cache, _ = build(classifier, table, tmp_path, place)
-    kept, computed = (GrowingFeatures(classifier, cache.source, each) for each in (cache, None))
+    kept, computed = (GrowingFeatures(classifier, cache.source("train"), each) for each in (cache, None))
     whole = [logits(classifier, kept, batch) for batch in batches(table)]
     for num_frozen in range(1, blocks + 1):
         classifier.suffix.freeze(num_frozen)
@@ -76,15 +76,15 @@ def test_extended_features_have_the_same_bits_when_kept(table, tmp_path, pooling
             is_real = batch.weights_B > 0
             assert torch.equal(found[is_real], other[is_real])
             torch.testing.assert_close(found[is_real], expected[is_real], rtol=0, atol=1e-5)
-    assert (kept.source("train")(batches(table)[0]).hidden_BTD.shape[1] == 1) == (blocks == num_frozen)
-    classifier.suffix.freeze(0)
-    assert torch.equal(logits(classifier, kept, batches(table)[0]), whole[0])
+    assert (kept(batches(table)[0]).hidden_BTD.shape[1] == 1) == (blocks == num_frozen)
+    with classifier.suffix.whole():
+        assert torch.equal(logits(classifier, GrowingFeatures(classifier, cache.source("train")), batches(table)[0]), whole[0])
 
 
 def test_extended_features_are_those_of_the_weights_at_the_freezing(table, tmp_path):
     classifier = toy_classifier(2)
     cache, _ = build(classifier, table, tmp_path, "host")
-    features, batch = GrowingFeatures(classifier, cache.source), batches(table)[0]
+    features, batch = GrowingFeatures(classifier, cache.source("train")), batches(table)[0]
     for weight in classifier.suffix.freeze(1):
         torch.nn.init.constant_(weight, 0.01)
     features.extend()
@@ -92,7 +92,7 @@ def test_extended_features_are_those_of_the_weights_at_the_freezing(table, tmp_p
     for weight in classifier.suffix.freeze(1):
         torch.nn.init.constant_(weight, 0.5)
     assert torch.equal(logits(classifier, features, batch), before)
-    assert not torch.equal(features.source("train")(batch).hidden_BTD, cache.source("train")(batch).hidden_BTD)
+    assert not torch.equal(features(batch).hidden_BTD, cache.source("train")(batch).hidden_BTD)
 
 
 def test_extended_features_without_room_are_computed_at_every_use(table, tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_extended_features_without_room_are_computed_at_every_use(table, tmp_pat
     cache, events = build(classifier, table, tmp_path, "disk")
     files = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(capacity, "free_host_bytes", lambda: 1000)
-    features = GrowingFeatures(classifier, cache.source, cache)
+    features = GrowingFeatures(classifier, cache.source("train"), cache)
     classifier.suffix.freeze(1)
     features.extend()
     [message] = [event.message for event in events if isinstance(event, Warned)]
@@ -117,8 +117,7 @@ def test_plain_path_extends_padded_features(table):
     plain.use_fast_path(False)
     found = list[Tensor]()
     for each in (classifier, plain):
-        prefix = each.prefix
-        features = GrowingFeatures(each, lambda _, prefix=prefix: prefix_module.uncached_features(prefix))
+        features = GrowingFeatures(each, prefix_module.uncached_features(each.prefix))
         each.suffix.freeze(1)
         features.extend()
         found.append(logits(each, features, batches(table)[0]))
