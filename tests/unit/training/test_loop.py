@@ -581,6 +581,8 @@ def test_best_weights_from_before_a_freezing_run_through_the_whole_suffix(tmp_pa
 
     run.fit(validate)
     assert run.trainer.best.epoch == 1
+    with run.classifier.suffix.whole():
+        assert run.validate().scores == scored[1].scores, "every evaluation runs all blocks"
     run.trainer.restore_best()
     assert run.validate().scores == scored[0].scores
     assert scored[1].scores != scored[0].scores
