@@ -135,7 +135,7 @@ class FeatureCache:
         """Compute the output of newly frozen blocks for the training texts, and keep it in memory. Collective.
 
         The blocks are the frozen part of `classifier`, and `below` is the source of the features below them. Return None if
-        there is no room in memory. On disk the output would be of no use to later runs, whose weights differ.
+        memory has too little room. On disk the output would be of no use to later runs, whose weights differ.
         """
         is_on_device = self.choice.place == "device" or (self._engine.device.type == "cuda" and self._world.num_ranks == 1)
         settings = replace(
