@@ -3,9 +3,10 @@
     python tests/bench/freezing.py --output DIR [--seeds 0 1 2 3 4] [--what 2 2,1] [--vary optim.epochs=4 ...]
 
 Every run is a process of its own on the shared small GPT-2, with the settings of accuracy.py. `2,1` trains two blocks in the
-first epoch and one in the others. Features are kept in memory, so every run computes its own. `train` counts that, and so does
-`features`, together with the output of blocks that were frozen. The order of the runs changes with the seed. One JSON line per
-run goes to DIR/log.jsonl and to the screen, and a table of means and standard errors ends it. Differences are paired by seed.
+first epoch and one in the others. Features are kept in memory, so every run computes its own: `train` counts that, and so does
+`features`. Evaluations run all blocks that are trained in the first epoch. The order of the runs changes with the seed. One
+JSON line per run goes to DIR/log.jsonl and to the screen, and a table of means and standard errors ends it. Differences are
+paired by seed.
 """
 
 import argparse
@@ -50,13 +51,13 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         + " | ".join(f"{name} accuracy | gain over {schedules[0]}" for name in splits)
         + " | train s | features s |"
     )
-    print("|---" * (2 * len(splits) + 3) + "|")
+    print("|---" * (2 * len(splits) + 4) + "|")
     for schedule in sorted(schedules, key=schedules.index):
         cells = [schedule]
         for name in splits:
             own, base = ([of[each, seed]["accuracy"][name] for seed in seeds] for each in (schedule, schedules[0]))
             cells += [format_mean(own, 4), format_mean([a - b for a, b in zip(own, base, strict=True)], 4)]
-        for stage in ("train", "prefix"):
+        for stage in ("train", "prefix", "eval"):
             cells.append(format_mean([of[schedule, seed]["seconds"][stage] for seed in seeds], 2))
         print("| " + " | ".join(cells) + " |")
 
