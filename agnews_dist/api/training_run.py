@@ -23,6 +23,7 @@ from agnews_dist.engine.device import check_compiler
 from agnews_dist.engine.memory import Estimate, estimate
 from agnews_dist.errors import count_noun
 from agnews_dist.events import Emit, Scores, begin_phase
+from agnews_dist.features.extension import GrowingFeatures
 from agnews_dist.preflight.memory_check import check_fits
 from agnews_dist.report.console import Console, Verbosity, create_console
 from agnews_dist.run import setup
@@ -108,7 +109,9 @@ def train(
         reporter = Reporter(config, inputs, engine, features, read_given)
         trainer = setup.build_trainer(config, inputs, engine, loader, monitors)
         setup.build_features(features, loader, monitors)
-        trainer.use_features(features.source("train"))
+        keeper = features if config.engine.feature_cache != "off" else None
+        growing = GrowingFeatures(inputs.classifier, features.source("train"), keeper)
+        trainer.use_features(growing, growing.extend)
         evaluate = setup.build_evaluation(inputs, tables, engine, features, monitors)
         checkpoints = attempt.open_checkpoints(trainer, inputs.fingerprints, features.choice.place)
         has_profile = job.profile and world.is_main
@@ -118,7 +121,7 @@ def train(
         ):
             trainer.fit(lambda: evaluate("validation"), checkpoints, on_step)
 
-        trainer.best.restore()
+        trainer.restore_best()
         scores = {"validation": trainer.best.scores}
         if "test" in tables:
             scores["test"] = evaluate("test")

@@ -5,6 +5,7 @@ and `run` read a `Config`; other parts take plain arguments.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -29,6 +30,7 @@ DirectoryName = Annotated[str, AfterValidator(check_directory_name)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 ClassWeights = Annotated[tuple[Annotated[float, Field(ge=1e-6, le=1_000_000)], ...], Field(min_length=1)]
+FreezeSchedule = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Field(min_length=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Minutes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -110,6 +112,10 @@ class ModelConfig(Section):
     trainable_blocks: Annotated[int, Field(ge=0)] | Literal["all"] = setting(1, "must match", "changes features", "basic")
     """Train the last k blocks. The final norm and out_head are trained too; 0: only these. The embeddings stay frozen, unless
     train_embeddings is true."""
+    freeze_schedule: FreezeSchedule | None = setting(None, "must match", "free")
+    """Numbers of trained blocks, one per epoch. The last one repeats: 2,1 trains two blocks in epoch 1, and then the upper one
+    only. The lower ones keep their weights from there on, and their output is kept as the features are. The first number is
+    trainable_blocks. null: trainable_blocks throughout."""
     train_embeddings: bool = setting(False, "must match", "changes features")
     """Train the embeddings of tokens and positions too. This is full fine-tuning, so nothing is computed once and kept; needs
     trainable_blocks all."""
@@ -339,6 +345,14 @@ def _find_recipe_contradictions(config: Config) -> Iterator[str]:
         yield f"model.standardize true with {blocks}: the inputs of out_head change in training. {fix}"
     if model.train_embeddings and model.trainable_blocks != "all":
         yield f"model.train_embeddings true with {blocks}: it trains the whole model. Set model.trainable_blocks all."
+    if model.freeze_schedule is not None:
+        numbers, schedule = model.freeze_schedule, f"model.freeze_schedule {','.join(map(str, model.freeze_schedule))}"
+        if numbers[0] != model.trainable_blocks:
+            yield f"{schedule} with {blocks}: it begins with that number. Set model.trainable_blocks {numbers[0]}."
+        if any(later > earlier for earlier, later in pairwise(numbers)):
+            yield f"{schedule}: a frozen block stays frozen. List numbers that never rise, such as 3,2,1."
+        if config.engine.backend != "ddp":
+            yield f"{schedule} with engine.backend {config.engine.backend}: shards are not frozen. Set engine.backend ddp."
     if optim.solver != "lbfgs":
         return
     if model.trainable_blocks != 0:

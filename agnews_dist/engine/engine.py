@@ -6,9 +6,10 @@ size. Its gradient accumulation, clipping and autocast stay off.
 
 import copy
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -168,11 +169,7 @@ class Engine:
                 world, suffix, optimizer, self.device, max_grad_norm=max_grad_norm, compress_gradients=self._compress_gradients
             )
         if zero is None:
-            self._ddp.bucket_cap_mb = choose_bucket_megabytes(4 * num_parameters)
-            # Of one rank's work alone, accelerate's process group knows nothing.
-            module = suffix if self._is_alone else self._accelerator.prepare_model(suffix)
-            if self._compress_gradients and isinstance(module, DistributedDataParallel):
-                module.register_comm_hook(None, collectives.average_in_bf16)
+            module = self._wrap(suffix)
             return Strategy(
                 world, module, suffix, optimizer, self.device, max_grad_norm=max_grad_norm, initial_loss_scale=scale
             )
@@ -193,6 +190,24 @@ class Engine:
         return DeepSpeedStrategy(
             world, module, suffix, optimizer, self.device, zero=zero, max_grad_norm=max_grad_norm, initial_loss_scale=scale
         )
+
+    def freeze(self, strategy: Strategy, weights: Iterable[nn.Parameter]) -> None:
+        """Take weights out of the training of an unsharded strategy. Collective."""
+        # It keeps what it has wrapped, and a wrapper has buckets for all gradients.
+        self._accelerator.free_memory()
+        strategy.freeze(weights, self._wrap)
+
+    def _wrap(self, suffix: nn.Module) -> nn.Module:
+        """Wrap the trainable part in DDP if there are several ranks."""
+        # Of one rank's work alone, accelerate's process group knows nothing.
+        if self._is_alone:
+            return suffix
+        num_trained = sum(parameter.numel() for parameter in suffix.parameters() if parameter.requires_grad)
+        self._ddp.bucket_cap_mb = choose_bucket_megabytes(4 * num_trained)
+        module = cast(nn.Module, self._accelerator.prepare_model(suffix))
+        if self._compress_gradients and isinstance(module, DistributedDataParallel):
+            module.register_comm_hook(None, collectives.average_in_bf16)
+        return module
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The trainable part under an engine: forward, backward, one update, and its whole state. All engines give the same numbers."""
 
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -41,16 +41,17 @@ class Strategy:
         self._device = device
         has_scale = initial_loss_scale is not None
         self._scaler = torch.amp.GradScaler(device.type, init_scale=initial_loss_scale or 1.0, enabled=has_scale)
-        self._is_state_just_loaded = False
+        self._must_order_buckets = False
+        """True if DDP has not made a pass since a state was loaded, or since it was wrapped again."""
         self._norm: float | None = None
         self.num_averaged = 0
         """Steps whose weights are in the average of the weights; 0: there is none."""
 
     def __call__(self, *features: Tensor) -> Tensor:
         """Compute logits_BC from `Features`."""
-        if self._is_state_just_loaded and isinstance(self.module, DistributedDataParallel):
+        if self._must_order_buckets and isinstance(self.module, DistributedDataParallel):
             self._order_buckets(self.module, *features)
-        self._is_state_just_loaded = False
+        self._must_order_buckets = False
         return cast(Tensor, self.module(*features))
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[object]:
@@ -186,7 +187,23 @@ class Strategy:
                 self._optimizer.state[weight][AVERAGE] = torch.zeros_like(weight)
         for kind in self._kinds:
             self._broadcast_all(kind, state)
-        self._is_state_just_loaded = True
+        self._must_order_buckets = True
+
+    def freeze(self, weights: Iterable[nn.Parameter], wrap: Callable[[nn.Module], nn.Module]) -> None:
+        """Take weights out of the training: they get neither gradient nor update, and lose their moments and average.
+
+        `wrap` wraps the suffix again, as DDP waits for the gradients of all weights that had one at its start. Collective.
+        """
+        for weight in weights:
+            weight.requires_grad_(False)
+            self._optimizer.state.pop(weight, None)
+        for group in self._optimizer.param_groups:
+            group["params"] = [weight for weight in group["params"] if weight.requires_grad]
+        # The old wrapper ends first: its hooks are on the weights.
+        self.module = self.suffix
+        self.module = wrap(self.suffix)
+        # A run that resumes from here orders them too.
+        self._must_order_buckets = True
 
     def _order_buckets(self, module: DistributedDataParallel, *features: Tensor) -> None:
         """Make DDP order its buckets as it does after the first backward pass of a run.
@@ -208,7 +225,8 @@ class Strategy:
     def _gather_all(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         exists = kind not in MOMENTS or self.num_updates > 0
         for name, weight in self.suffix.named_parameters():
-            if exists:
+            # The moments of a frozen weight are zeros.
+            if exists and (kind not in MOMENTS or weight.requires_grad):
                 yield name, self._gather(weight, kind)
             else:
                 yield name, torch.zeros(self._full_shape(weight), dtype=weight.dtype, device=self._device)
@@ -250,8 +268,9 @@ class Strategy:
         return weight.shape
 
     def _local(self, weight: Tensor, kind: str) -> Tensor:
-        """Return this rank's shard of the weight or of one of its moments."""
-        return weight.detach() if kind == WEIGHT else self._optimizer.state[weight][kind]
+        """Return this rank's shard of the weight or of one of its moments. A frozen weight is its own average."""
+        is_weight = kind == WEIGHT or (kind == AVERAGE and not weight.requires_grad)
+        return weight.detach() if is_weight else self._optimizer.state[weight][kind]
 
     def _gather(self, weight: Tensor, kind: str) -> Tensor:
         """Return the whole weight or moment. Collective."""

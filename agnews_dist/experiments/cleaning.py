@@ -62,7 +62,7 @@ def train_member(group: FeatureGroup, config: Config, monitors: Monitors) -> Mem
     result = training.result("finished")
     if result.state == "diverged":
         raise UserError(f"clean: a training diverged ({result.reason}). Lower optim.lr or optim.max_grad_norm.")
-    training.trainer.best.restore()
+    training.trainer.restore_best()
     return training
 
 

@@ -16,6 +16,7 @@ from agnews_dist.events import ignore_event
 from agnews_dist.experiments.feature_group import FeatureGroup
 from agnews_dist.experiments.members import Member
 from agnews_dist.experiments.standings import MemberResult, State
+from agnews_dist.features.extension import GrowingFeatures
 from agnews_dist.model.gpt2 import Classifier, copy_untrained, set_dropout
 from agnews_dist.model.prefix import Features, FeatureSource
 from agnews_dist.model.suffix import Standard
@@ -77,7 +78,9 @@ class MemberTraining:
         # Its events are those of one member among many: a sweep shows results.
         silent = replace(monitors, emit=ignore_event)
         self.trainer: Trainer = setup.build_trainer(member.config, inputs, group.engine, loader, silent)
-        self.trainer.use_features(loader.features)
+        # The output of frozen blocks is computed at every use: kept for each member, it would take too much memory.
+        growing = GrowingFeatures(classifier, loader.features)
+        self.trainer.use_features(growing, growing.extend)
         self.classifier, self._monitors = classifier, monitors
         self._run = self._iterate()
         self._fault = ""

@@ -7,8 +7,25 @@ import torch
 from torch import Tensor
 
 from agnews_dist.data.batching.batch import Batch
+from agnews_dist.data.batching.loader import TokenTable
 from agnews_dist.data.rows import Ints
-from agnews_dist.model.prefix import Features
+from agnews_dist.model.prefix import Features, FeatureSource
+
+
+class FeatureTable(TokenTable):
+    """The texts of a split, with rows of features in the place of tokens."""
+
+    def __init__(self, table: TokenTable, source: FeatureSource) -> None:
+        """`source`: features of the split's texts, one row per token."""
+        vars(self).update(vars(table))
+        self._source = source
+
+    def pack(self, ids_B: Ints) -> tuple[Tensor, list[int]]:
+        """Gather the features of the examples `ids_B` end to end without padding; returns rows_PD and the lengths."""
+        batch = self.batch(ids_B)
+        hidden_BTD, lengths_B = self._source(batch)
+        columns_T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)
+        return hidden_BTD[columns_T < lengths_B[:, None]], self.lengths_N[ids_B].tolist()
 
 
 class CachedFeatures:

@@ -3,7 +3,7 @@
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from agnews_dist.events import Emit, Warned, ignore_event
 from agnews_dist.features.distinct_texts import DistinctTexts
 from agnews_dist.features.eviction import FROZEN, evict, job_directory, read_about, remove
 from agnews_dist.features.filling import Work, fill, plan_work
-from agnews_dist.features.gather import CachedFeatures
+from agnews_dist.features.gather import CachedFeatures, FeatureTable
 from agnews_dist.features.keys import frozen_key, piece_key
 from agnews_dist.features.layout import assign_owners
 from agnews_dist.features.piece_index import MISSING, PieceIndex
@@ -52,6 +52,8 @@ class CacheSettings:
     """Fingerprint of the frozen weights."""
     model_name: str
     """For listings of the caches."""
+    excluded: frozenset[Place] = frozenset()
+    """Places that are not tried, unless one is requested."""
 
 
 class FeatureCache:
@@ -129,6 +131,26 @@ class FeatureCache:
                 if not file.is_complete:
                     remove(file.directory)
 
+    def extend(self, classifier: Classifier, below: FeatureSource) -> FeatureSource | None:
+        """Compute the output of newly frozen blocks for the training texts, and keep it in memory. Collective.
+
+        The blocks are the frozen part of `classifier`, and `below` is the source of the features below them. Return None if
+        memory has too little room. On disk the output would be of no use to later runs, whose weights differ.
+        """
+        is_on_device = self.choice.place == "device" or (self._engine.device.type == "cuda" and self._world.num_ranks == 1)
+        settings = replace(
+            self._settings,
+            requested="device" if is_on_device else "host",
+            excluded=frozenset(("device", "host", "disk")),
+            frozen_weights="trained",
+        )
+        table = FeatureTable(self._tables["train"], below)
+        extension = FeatureCache(classifier, {table.name: table}, self._engine, settings)
+        extension.build(self._emit)
+        # Rows in memory stay readable.
+        extension.close()
+        return None if extension.choice.place == "off" else extension.source(table.name)
+
     def close(self) -> None:
         """Release the files: they may be evicted from now on. Sources stay readable."""
         self._close_pieces()
@@ -185,6 +207,7 @@ class FeatureCache:
             missing_bytes=missing_bytes,
             cached_share=share,
             failed=self._failed,
+            excluded=settings.excluded,
         )
 
     def _find_on_disk(self) -> tuple[int, float]:

@@ -55,6 +55,7 @@ def choose(
     missing_bytes: int,
     cached_share: float,
     failed: Collection[Place] = (),
+    excluded: Collection[Place] = (),
 ) -> Choice:
     """Choose the first place where `num_bytes` of features fit.
 
@@ -63,6 +64,7 @@ def choose(
     Auto computes features at every use if there is one epoch and less than half of them are on disk. Another requested place
     comes before this order. Places where storing the features has `failed` are left out. `num_bytes` counts the features of all
     ranks, `missing_bytes` those that are not on disk. `cached_share` is the share of tokens that earlier runs left there.
+    Places that are `excluded` are not mentioned.
     """
     if requested in ("auto", "disk") and cached_share == 1 and "disk" not in failed:
         # The free space does not matter: the files exist.
@@ -74,7 +76,7 @@ def choose(
     misfits: list[str] = []
     # Rounded down: less than all is never 100%.
     cached = f", {math.floor(100 * cached_share)}% cached by earlier runs" if 0 < cached_share < 1 else ""
-    for place in first + [place for place in automatic if place not in first]:
+    for place in first + [place for place in automatic if place not in {*first, *excluded}]:
         needed_bytes = missing_bytes if place == "disk" else num_bytes
         misfit = f"{place} failed" if place in failed else _explain_misfit(place, needed_bytes, resources)
         if misfit is None:

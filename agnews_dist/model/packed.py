@@ -179,8 +179,14 @@ def score_factor(attention: Any) -> float:
 
 
 def fuse_activation(activation: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return one kernel for `gelu_new`, which Hugging Face computes in several steps; any other activation unchanged."""
-    return gelu_tanh if isinstance(activation, NewGELUActivation) else cast("Callable[[Tensor], Tensor]", activation)
+    """Return one kernel for `gelu_new`, which Hugging Face computes in several steps; any other activation unchanged.
+
+    The trainable part has a module of that kernel in its place (see `Suffix.use_fast_path`).
+    """
+    is_fused = isinstance(activation, nn.GELU) and activation.approximate == "tanh"
+    if is_fused or isinstance(activation, NewGELUActivation):
+        return gelu_tanh
+    return cast("Callable[[Tensor], Tensor]", activation)
 
 
 def gelu_tanh(inner: Tensor) -> Tensor:

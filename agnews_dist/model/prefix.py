@@ -8,7 +8,7 @@ Neither uses an attention mask: attention is causal and padding is on the right,
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -115,16 +115,18 @@ class Prefix(nn.Module):
         saves_time = num_operations >= MIN_COMPILED_OPERATIONS[self.wte.weight.device.type]
         self.compiled = wanted == "always" or (wanted == "auto" and saves_time)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor, /) -> Tensor:
         """Run the plain path: right-padded tokens_BT to hidden_BTD. Hidden states in the padding have no meaning."""
         with torch.no_grad():
             position_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-            hidden_BTD: Tensor = self.wte(tokens_BT) + self.wpe(position_T)
-            for block in self.h.values():
-                hidden_BTD = run_block(block, hidden_BTD)
-            return hidden_BTD
+            return self._run_blocks(self.wte(tokens_BT) + self.wpe(position_T))
 
-    def embed(self, tokens_P: Tensor, lengths_B: Sequence[int], *, num_filler: int = 0) -> Tensor:
+    def _run_blocks(self, hidden_BTD: Tensor) -> Tensor:
+        for block in self.h.values():
+            hidden_BTD = run_block(block, hidden_BTD)
+        return hidden_BTD
+
+    def embed(self, tokens_P: Tensor, /, lengths_B: Sequence[int], *, num_filler: int = 0) -> Tensor:
         """Return the input of the first block for texts of `lengths_B` tokens, end to end, then filler rows: hidden_PD."""
         lengths = np.asarray(lengths_B)
         position_P = np.arange(len(tokens_P)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -186,6 +188,25 @@ class NoPrefix(Prefix):
     def features(self, tokens_BT: Tensor, lengths_B: Tensor) -> Features:
         """Return the token ids, on both paths."""
         return Features(tokens_BT, lengths_B)
+
+
+class FrozenBlocks(Prefix):
+    """Blocks that are frozen during training: features of the frozen part below them take the place of token ids."""
+
+    def __init__(self, below: Prefix, blocks: Mapping[int, nn.Module], **options: Any) -> None:
+        """`below`: the frozen part, whose precision and path the blocks take; `options`: see `Prefix`."""
+        super().__init__(below.wte, below.wpe, blocks, **options)
+        self.h.to(below.wte.weight.dtype)
+        self.fast_path = below.fast_path
+
+    def forward(self, hidden_BTD: Tensor, /) -> Tensor:
+        """Run the plain path on the features of right-padded texts."""
+        with torch.no_grad():
+            return self._run_blocks(hidden_BTD)
+
+    def embed(self, rows_PD: Tensor, /, lengths_B: Sequence[int], *, num_filler: int = 0) -> Tensor:  # noqa: ARG002
+        """Return a copy of the texts' rows of features, then filler rows: hidden_PD."""
+        return functional.pad(rows_PD, (0, 0, 0, num_filler))
 
 
 def uncached_features(prefix: Prefix) -> FeatureSource:

@@ -1,6 +1,7 @@
 """The trainable part: hidden states at the freeze boundary in, class logits of a text out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +69,8 @@ class Suffix(nn.Module):
         """Type of the products; None is the type of the weights. Set here, as DeepSpeed disables a caller's autocast."""
         self.standard: Standard | None = None
         """Standardises the inputs of `out_head`; None: they stay as they are. Not trained, and folded away by the export."""
+        self.num_frozen = 0
+        """Lowest blocks that are frozen during training: the features are their output, and they do not run here."""
         self.checkpointing = False
         """True if the backward pass recomputes the blocks' activations (activation checkpointing)."""
         self.requires_grad_(True)
@@ -84,8 +87,22 @@ class Suffix(nn.Module):
 
     @property
     def reads_means(self) -> bool:
-        """True if the features are means of normalised hidden states: no block is trained, and the frozen part pools."""
-        return self.pooling == "mean" and self.fast_path and not len(self.h)
+        """True if the features are means of normalised hidden states: no block runs here, and the frozen part pools."""
+        return self.pooling == "mean" and self.fast_path and len(self.h) == self.num_frozen
+
+    def freeze(self, num_frozen: int) -> list[nn.Parameter]:
+        """Freeze the lowest blocks, so that their output must be the features from now on; return the weights of them all."""
+        self.num_frozen = num_frozen
+        return [weight for block in list(self.h.values())[:num_frozen] for weight in block.parameters()]
+
+    @contextmanager
+    def whole(self) -> Generator[None]:
+        """Run all blocks inside the `with` block, from the features below them."""
+        num_frozen, self.num_frozen = self.num_frozen, 0
+        try:
+            yield
+        finally:
+            self.num_frozen = num_frozen
 
     def forward(
         self, hidden_BTD: Tensor, lengths_B: Tensor, keys_B: Tensor | None = None, *, stops_before_head: bool = False
@@ -104,7 +121,7 @@ class Suffix(nn.Module):
         hidden_BTD = hidden_BTD.to(self.ln_f.weight.dtype)
         row_BD: Tensor | None = None
         with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-            for block in self.h.values():
+            for block in list(self.h.values())[self.num_frozen :]:
                 if isinstance(block, LastBlock):
                     row_BD = self._run(block, hidden_BTD, lengths_B, self.fast_path, keys_B)
                 else:

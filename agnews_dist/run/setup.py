@@ -373,7 +373,11 @@ def build_trainer(config: Config, inputs: TrainingInputs, engine: Engine, loader
     monitors.emit(begin_phase(f"start engine {config.engine.backend}"))
     optim = config.optim.model_dump(exclude={"class_weights"})  # the loader has them as numbers
     settings = TrainerSettings(
-        **optim, standardize=config.model.standardize, seed=config.run.seed, class_names=inputs.class_names
+        **optim,
+        freeze_schedule=config.model.freeze_schedule,
+        standardize=config.model.standardize,
+        seed=config.run.seed,
+        class_names=inputs.class_names,
     )
     kind = HeadSolver if settings.solver == "lbfgs" else Trainer
     return kind(inputs.classifier, engine, loader, settings, monitors)

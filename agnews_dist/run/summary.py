@@ -31,10 +31,11 @@ def log_summary(
     num_steps = loader.num_steps(config.optim.epochs, config.optim.max_steps) if config.optim.solver == "adamw" else 0
     rows = ", ".join(f"{len(split):,} {name}" for name, split in inputs.store.splits.items())
     trainable, frozen = map(sum, zip(*inputs.parameters.values(), strict=True))
+    blocks = config.model.freeze_schedule or (config.model.trainable_blocks,)
     # The first ten are shown without --verbose: two columns of five.
     facts = {
         "run": str(attempt.directory),
-        "model": f"{config.model.name} ({config.model.init}), trainable blocks: {config.model.trainable_blocks}",
+        "model": f"{config.model.name} ({config.model.init}), trainable blocks: {', '.join(map(str, blocks))}",
         "trainable": f"{trainable:,} of {trainable + frozen:,} parameters ({trainable / (trainable + frozen):.1%})",
         "data": f"{config.data.source}: {rows}; {len(inputs.class_names):,} classes",
         "features": f"{features.choice.place}: {features.choice.reason}",

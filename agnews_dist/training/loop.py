@@ -65,6 +65,8 @@ class TrainerSettings:
     r_drop: float = 0.0
     solver: Literal["adamw", "lbfgs"] = "adamw"
     """lbfgs: see `lbfgs.HeadSolver`, which has no use for most of these."""
+    freeze_schedule: tuple[int, ...] | None = None
+    """Trained blocks in each epoch, which never rise; the last number holds for all later epochs. None: always all."""
     standardize: bool = False
     """Standardise the inputs of `out_head`, which must depend on no trained block."""
 
@@ -111,9 +113,12 @@ class Trainer:
         self.best, self.totals = BestWeights(self.strategy, settings.best_metric), RunningTotals()
         self._features: TimedFeatures | None = None
 
-    def use_features(self, source: FeatureSource) -> None:
-        """Train on the features of `source`. The time that computing them took so far counts as training."""
-        self._features = TimedFeatures(source)
+    def use_features(self, source: FeatureSource, extend: Callable[[], object] = lambda: None) -> None:
+        """Train on the features of `source`. The time that computing them took so far counts as training.
+
+        `extend`: called when blocks have been frozen; from then on `source` returns their output. Collective.
+        """
+        self._features, self._extend = TimedFeatures(source), extend
         self._seconds_before = self._timer.seconds["prefix"]
         self.totals.seconds += self._seconds_before
 
@@ -178,6 +183,8 @@ class Trainer:
         if not self.is_done:
             self._emit(begin_phase("first step"))
         while not self.is_done:
+            if not self._is_epoch_end:
+                self._freeze()
             for batches in self._loader.steps(self._epoch, self._epoch_step):
                 result = self._train_step(batches, checkpoints)
                 if result.stop:
@@ -225,6 +232,25 @@ class Trainer:
         """True if the weights after the last step belong to the average."""
         settings = self._settings
         return is_averaged(self.step, num_steps=self.num_steps, average=settings.average, start=settings.average_start)
+
+    def restore_best(self) -> None:
+        """Load the best weights, for a suffix that runs all its blocks again. Collective."""
+        self.best.restore()
+        self._classifier.suffix.num_frozen = 0
+
+    def _freeze(self) -> None:
+        """Freeze the blocks that this epoch does not train, and extend the features by them. Collective."""
+        suffix, schedule = self._classifier.suffix, self._settings.freeze_schedule
+        num_frozen = 0 if schedule is None else len(suffix.h) - schedule[min(self._epoch, len(schedule) - 1)]
+        if num_frozen == suffix.num_frozen:
+            return
+        begin = time.perf_counter()
+        self._emit(begin_phase(f"freeze {count_noun(num_frozen - suffix.num_frozen, 'block')}"))
+        self._engine.freeze(self.strategy, suffix.freeze(num_frozen))
+        self._extend()
+        seconds = time.perf_counter() - begin
+        self._seconds_before += seconds
+        self.totals.seconds += seconds
 
     def _standardise(self) -> None:
         """Measure the inputs of `out_head`, unless the checkpoint had the measures. Collective."""
@@ -297,7 +323,8 @@ class Trainer:
     def _evaluate(self, validate: Callable[[], SplitScores]) -> None:
         """Score the validation split, report the scores, and keep the weights if they are the best. Collective."""
         self._check_replicas()
-        with self.strategy.averaged():
+        # All blocks run, as they do in the exported model.
+        with self.strategy.averaged(), self._classifier.suffix.whole():
             epoch, validation = self._epoch + 1, validate()
         self.best.update(epoch, validation, step=self.step)
         is_best = self.best.step == self.step

@@ -295,6 +295,17 @@ def test_fsdp_with_two_blocks_resumes_bit_for_bit(tmp_path):
     assert_same_as(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.parametrize(("at_step", "num_ranks"), [(EPOCH_STEPS, 2), (2 * EPOCH_STEPS + 9, 3)])
+def test_run_with_frozen_blocks_resumes_bit_for_bit(tmp_path, at_step, num_ranks):
+    """Stop at the end of an epoch, before the lower blocks are frozen; and after a second freezing."""
+    more = ("--model.trainable_blocks", "3", "--model.freeze_schedule", "3,2,1", "--optim.epochs", "3")
+    finish(tmp_path / "whole", *more, num_ranks=num_ranks)
+    stop(tmp_path / "cut", *more, at_step=at_step, num_ranks=num_ranks)
+    assert read_status(tmp_path / "cut")["step"] == at_step
+    finish(tmp_path / "cut", *more, num_ranks=num_ranks)
+    assert_same_as(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_requeued_job_without_a_run_name_finds_its_run(whole, tmp_path):
     more, environ = ("--run.name", "null"), {"SLURM_JOB_ID": "4711"}
     job = start(tmp_path, *more, fault=INJECT, AT_STEP="30", FAULT="vote", **environ)

@@ -74,6 +74,9 @@ RECIPES = {
     "two blocks": (
         "--optim.average none,ema --optim.r_drop 0.5 --model.dropout 0.2 --model.trainable_blocks 2 --optim.layer_decay 0.7"
     ),
+    "frozen blocks": (
+        "--optim.lr 1e-3,3e-3 --model.trainable_blocks 3 --model.freeze_schedule 3,1 --optim.epochs 3 --model.dropout 0.1"
+    ),
     "drawn weights": "--run.seed 0..1 --model.init random --model.pooling mean",
     "all weights": "--optim.lr 1e-3,3e-3 --model.trainable_blocks all --model.train_embeddings true",
 }

@@ -204,3 +204,17 @@ def test_recipes_of_the_head_need_a_frozen_model() -> None:
     assert line.startswith("engine.backend fsdp with optim.solver lbfgs: ")
     lines = contradictions(**alone, batch__longest_first=True)
     assert lines == ["batch.longest_first true with optim.solver lbfgs: it has no steps to try. Leave it out."]
+
+
+def test_freeze_schedule_begins_with_all_blocks_and_never_rises() -> None:
+    assert contradictions(model__trainable_blocks=3, model__freeze_schedule=(3, 3, 1, 0)) == []
+    [line] = contradictions(model__freeze_schedule=(2, 1))
+    assert line.startswith("model.freeze_schedule 2,1 with model.trainable_blocks 1: ")
+    assert line.endswith("Set model.trainable_blocks 2.")
+    [line] = contradictions(model__trainable_blocks="all", model__freeze_schedule=(12, 1))
+    assert line.startswith("model.freeze_schedule 12,1 with model.trainable_blocks all: ")
+    [line] = contradictions(model__trainable_blocks=2, model__freeze_schedule=(2, 1, 2))
+    assert line.startswith("model.freeze_schedule 2,1,2: a frozen block stays frozen.")
+    for backend in ("fsdp", "deepspeed"):
+        [line] = contradictions(model__trainable_blocks=2, model__freeze_schedule=(2, 1), engine__backend=backend)
+        assert line.startswith(f"model.freeze_schedule 2,1 with engine.backend {backend}: ")

@@ -21,6 +21,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import SharedError, Stopped
 from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
 from agnews_dist.events import EvalDone, Event, StepDone, StoppedEarly
+from agnews_dist.features.extension import GrowingFeatures
 from agnews_dist.model.prefix import uncached_features
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.training.checkpoint import Checkpoint, best_name, list_checkpoints, read_checkpoint
@@ -101,7 +102,8 @@ class Run:
         monitors = Monitors(recorder(self.events), self.timer, self.preemption)
         self.trainer = Trainer(self.classifier, self.engine, loader, settings, monitors)
         self.timer.seconds["prefix"] = 0.5
-        self.trainer.use_features(uncached_features(self.classifier.prefix))
+        features = GrowingFeatures(self.classifier, uncached_features(self.classifier.prefix))
+        self.trainer.use_features(features, features.extend)
         self._log, self._options = EventLog(directory / "events.jsonl"), options
         self.after_step: Callable[[], object] = lambda: None
 
@@ -532,3 +534,55 @@ def test_checkpoint_of_before_can_be_averaged(tmp_path):
     run.load(checkpoint)
     run.fit()
     assert (run.trainer.step, run.trainer.strategy.num_averaged) == (8, 2)
+
+
+FREEZING = {"freeze_schedule": (3, 2, 0), "epochs": 4, "average": "ema", "average_start": 0.1, "layer_decay": 0.8}
+"""Sixteen steps, of which epochs 3 and 4 train the final norm and the head. Averages from step 2 on."""
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_resumed_freezing_equals_an_uninterrupted_one(tmp_path, pooling):
+    options: dict[str, Any] = {"model": {"trainable_blocks": 3, "pooling": pooling}, "changes": FREEZING}
+    whole = Run(tmp_path / "whole", **options)
+    whole.fit()
+    for at in (2, 3, 9):
+        stop(Run(tmp_path / str(at), stop_at=at, **options), at)
+        second = resume(tmp_path / str(at), **options)
+        second.fit()
+        assert same(second.outcome(), whole.outcome()), at
+        assert evaluations(second) == evaluations(whole)[-len(evaluations(second)) :]
+
+
+def test_frozen_blocks_keep_their_weights_and_lose_moments_and_average(tmp_path):
+    run, seen = Run(tmp_path, model={"trainable_blocks": 3}, changes=FREEZING), list[dict[str, Tensor]]()
+    run.after_step = lambda: seen.append({name: w.detach().clone() for name, w in run.classifier.suffix.named_parameters()})
+    run.fit()
+    for block, last_step in ((0, EPOCH_STEPS), (1, 2 * EPOCH_STEPS), (2, 2 * EPOCH_STEPS)):
+        name = f"h.{block}.mlp.c_fc.weight"
+        assert [torch.equal(seen[step][name], seen[-1][name]) for step in range(last_step - 2, 16)] == [
+            False,
+            *[True] * (17 - last_step),
+        ]
+        state = dict(run.trainer.strategy.gather_state())
+        assert not state[f"exp_avg.{name}"].any()
+        assert torch.equal(state[f"average.{name}"], seen[-1][name])
+    assert not torch.equal(state["average.out_head.weight"], seen[-1]["out_head.weight"])
+    assert state["exp_avg.out_head.weight"].any()
+
+
+def test_best_weights_from_before_a_freezing_run_through_the_whole_suffix(tmp_path):
+    run = Run(tmp_path, model={"trainable_blocks": 3}, changes={"freeze_schedule": (3, 1)})
+    scored = list[SplitScores]()
+
+    def validate() -> SplitScores:
+        scored.append(run.validate())
+        assert scored[-1].scores is not None
+        return scored[0] if len(scored) == 1 else replace(scored[-1], scores=replace(scored[-1].scores, num_correct=-1))
+
+    run.fit(validate)
+    assert run.trainer.best.epoch == 1
+    with run.classifier.suffix.whole():
+        assert run.validate().scores == scored[1].scores, "every evaluation runs all blocks"
+    run.trainer.restore_best()
+    assert run.validate().scores == scored[0].scores
+    assert scored[1].scores != scored[0].scores

@@ -1,0 +1,51 @@
+"""Features of a training that freezes more blocks at the begin of an epoch: the old features, run through these blocks.
+
+The blocks run as the frozen part does: in its precision, packed, without dropout and autograd. Their output is kept in memory,
+as features are, or else computed at every use.
+"""
+
+import copy
+from dataclasses import replace
+from functools import partial
+
+from agnews_dist.data.batching.batch import Batch
+from agnews_dist.features.manager import FeatureCache
+from agnews_dist.model.gpt2 import Classifier
+from agnews_dist.model.prefix import Features, FeatureSource, FrozenBlocks
+from agnews_dist.model.suffix import LastBlock
+
+
+class GrowingFeatures:
+    """Source of the training split's features, for a suffix of which more and more blocks are frozen."""
+
+    def __init__(self, classifier: Classifier, base: FeatureSource, cache: FeatureCache | None = None) -> None:
+        """`base`: features below the suffix. `cache`: keeps the output of blocks; None: it is computed at every use."""
+        self._classifier, self._cache = classifier, cache
+        self._source, self._num_frozen = base, 0
+
+    def __call__(self, batch: Batch) -> Features:
+        return self._source(batch)
+
+    def extend(self) -> None:
+        """Run the features through the blocks of the suffix that are frozen now and were not before. Collective."""
+        blocks = self._copy_new_blocks()
+        classifier = replace(self._classifier, prefix=blocks)
+        kept = None if self._cache is None else self._cache.extend(classifier, self._source)
+        self._source = kept or partial(_run_blocks, blocks, self._source)
+
+    def _copy_new_blocks(self) -> FrozenBlocks:
+        """Copy the blocks: in evaluations, those of the suffix may hold other weights."""
+        suffix, begin = self._classifier.suffix, self._num_frozen
+        self._num_frozen = suffix.num_frozen
+        blocks = list(suffix.h.items())[begin : suffix.num_frozen]
+        is_end = suffix.num_frozen == len(suffix.h)
+        return FrozenBlocks(
+            self._classifier.prefix,
+            {int(number): copy.deepcopy(block.block if isinstance(block, LastBlock) else block) for number, block in blocks},
+            last_token_only=is_end and suffix.pooling == "last",
+            mean_eps=suffix.ln_f.eps if is_end and suffix.pooling == "mean" else None,
+        )
+
+
+def _run_blocks(blocks: FrozenBlocks, below: FeatureSource, batch: Batch) -> Features:
+    return blocks.features(*below(batch))
