@@ -60,7 +60,7 @@ def _splitmix64(keys: Tensor, numbers: Tensor | int) -> Tensor:
 
 
 def _mix_number(key: int, number: int) -> int:
-    """Return `_splitmix64` of two numbers, without torch's overhead."""
+    """Compute `_splitmix64` of two numbers without the overhead of torch."""
     mixed = (key + (number + 1) * _GOLDEN_GAMMA) % 2**64
     mixed = (mixed ^ (mixed >> 30)) * _MULTIPLIER_1 % 2**64
     mixed = (mixed ^ (mixed >> 27)) * _MULTIPLIER_2 % 2**64

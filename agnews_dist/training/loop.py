@@ -354,7 +354,7 @@ class Trainer:
 
 
 def _seed(device: torch.device, seed: int) -> None:
-    """Seed torch's random state on this device. `torch.manual_seed` visits every kind of device, which takes 1 to 2 ms."""
+    """Set torch's random state on this device. `torch.manual_seed` visits every kind of device, which takes 1 to 2 ms."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
