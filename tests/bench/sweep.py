@@ -3,9 +3,9 @@
     python tests/bench/sweep.py --output DIR [--rounds 2] [--trainers 3] [--quick]
 
 The job is that of fast_path (GPT-2 small's shape, 256 AG News texts, batch 32, fp32, three epochs). Its weights are on disk, so
-that all members share them. Each measurement is a process of its own, timed from its start to its end, imports included.
-Trainer's seconds are its own figure, without imports; the trainings that are not run are extrapolated from those that are. Each
-line of DIR/log.jsonl is written when its process has ended. `--quick` runs everything small, to see that it works.
+that all members share them. Each measurement is a process of its own, timed from its start to its end, imports included. Trainings of
+Trainer that are not run are extrapolated from those that are. So are trials of its search with Optuna, with the imports once.
+Each line of DIR/log.jsonl is written when its process has ended. `--quick` runs everything small, to see that it works.
 """
 
 import argparse
@@ -111,9 +111,22 @@ class Benchmark:
         """Measure Hugging Face Trainer with group_by_length."""
         work = self._options.output / "work"
         command = [sys.executable, str(BENCH / "fast_path/trainer.py"), str(self._job), str(work), "--epochs", "3"]
-        _, peak, out = measure([*command, "--batches", "length"], self._environment)
+        seconds, peak, out = measure([*command, "--batches", "length"], self._environment)
         shutil.rmtree(work, ignore_errors=True)
-        self.record("Trainer", seconds=json.loads(out.splitlines()[-1])["seconds"], peak_rss_bytes=peak, number=number)
+        without_imports = json.loads(out.splitlines()[-1])["seconds"]
+        figures = {"seconds": round(seconds, 3), "without_imports": without_imports, "peak_rss_bytes": peak}
+        self.record("Trainer", **figures, number=number)
+
+    def trainer_search(self, num_trials: int) -> None:
+        """Measure Trainer's search with Optuna."""
+        work = self._options.output / "work"
+        script = str(BENCH / "fast_path/optuna_trainer.py")
+        command = [sys.executable, script, str(self._job), str(work), "--epochs", "3", "--trials", str(num_trials)]
+        seconds, peak, out = measure(command, self._environment)
+        shutil.rmtree(work, ignore_errors=True)
+        trials = json.loads(out.splitlines()[-1])["trial_seconds"]
+        fixed = round(seconds - sum(trials), 3)
+        self.record("Trainer with Optuna", seconds=round(seconds, 3), trial_seconds=trials, fixed=fixed, peak_rss_bytes=peak)
 
     def run(self) -> None:
         """Run everything, one process after the other."""
@@ -123,7 +136,7 @@ class Benchmark:
         )
         save_weights(self._job / "model")
         for number in range(self._options.rounds):
-            caches = [self._options.output / f"cache-{number}-{kind}" for kind in ("run", "sweep", "halving")]
+            caches = [self._options.output / f"cache-{number}-{kind}" for kind in ("run", "sweep", "halving", "optuna")]
             sweep = ("sweep", "--optim.lr", RATES, "--run.seed", SEEDS)
             self.ours("one run", caches[0], "train", "--optim.lr", "1e-3")
             self.ours("15 members", caches[1], *sweep)
@@ -131,11 +144,15 @@ class Benchmark:
             self.ours("15 members kept features", caches[1], *sweep)
             self.ours("3 members kept features", caches[1], "sweep", "--optim.lr", RATES)
             self.ours("15 members distilled", caches[1], *sweep, "--distil")
+            search = ("sweep", "--optim.lr", "3e-4..3e-3", "--samples", str(NUM_MEMBERS), "--search", "optuna")
+            self.ours("15 members by Optuna", caches[3], *search)
             for cache in caches:
                 shutil.rmtree(cache, ignore_errors=True)
             shutil.rmtree(self._options.output / "runs", ignore_errors=True)
         for number in range(self._options.trainers):
             self.trainer(number)
+        if self._options.trainers:
+            self.trainer_search(self._options.trainers)
 
     def table(self) -> str:
         """Return the least seconds of each measurement, and the ratios."""
@@ -159,6 +176,10 @@ class Benchmark:
             lines.append(f"15 Trainer trainings, from {measured} measured: {total:.0f} s")
             for key in ("15 members", "15 members halving"):
                 lines.append(f"{key}: {total / best[key]['seconds']:.1f} times as fast")
+            (search,) = self.rows["Trainer with Optuna"]
+            total = search["fixed"] + NUM_MEMBERS * statistics.mean(search["trial_seconds"])
+            lines.append(f"15 trials of Trainer with Optuna, from {len(search['trial_seconds'])} measured: {total:.0f} s")
+            lines.append(f"15 members by Optuna: {total / best['15 members by Optuna']['seconds']:.1f} times as fast")
         return "\n".join(lines)
 
 
