@@ -3,9 +3,9 @@
     python tests/bench/sweep.py --output DIR [--rounds 2] [--trainers 3] [--quick]
 
 The job is that of fast_path (GPT-2 small's shape, 256 AG News texts, batch 32, fp32, three epochs). Its weights are on disk, so
-that all members share them. Each measurement is a process of its own, timed from its start to its end, imports included. Trainings
-of Trainer that are not run are extrapolated from those that are. So are trials of its search with Optuna, with the imports once.
-Each line of DIR/log.jsonl is written when its process has ended. `--quick` runs everything small, to see that it works.
+that all members share them. Each measurement is a process of its own, timed from its start to its end, imports included.
+Trainings of Trainer that are not run are extrapolated from those that are. So are trials of its search with Optuna, with the
+imports once. Each line of DIR/log.jsonl is written when its process has ended. `--quick` runs everything small.
 """
 
 import argparse
