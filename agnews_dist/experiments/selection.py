@@ -35,7 +35,9 @@ from agnews_dist.experiments.sweep_results import (
 from agnews_dist.experiments.sweep_runner import POLL_SECONDS, SweepRunner
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.report.result_files import versions, write_json
+from agnews_dist.run.results import peak_memory_bytes
 from agnews_dist.run.stored_sweeps import RESULTS
+from agnews_dist.storage.capacity import gigabytes
 from agnews_dist.storage.locks import Lock
 
 T = TypeVar("T")
@@ -175,6 +177,7 @@ class _Finish:
                 **summaries,
             },
             "command": make_command(self.best.config),
+            "memory": {"expected_bytes": runner.stated_bytes, "peak_bytes": peak_memory_bytes(runner.engine.device)},
         }
         if self._wanted:
             report["ensemble"] = self._combine(group, singles)
@@ -288,5 +291,7 @@ def _facts(
         facts[row["name"]] = ", ".join(shown)
     facts["best member"] = f"seed {best.seed}, by validation {runner.metric}"
     facts["time"] = f"{runner.monitors.timer.totals()['total']:.1f} s for {count_noun(len(runner.members), 'member')}"
+    expected, peak = report["memory"].values()
+    facts["memory"] = f"{gigabytes(peak)} at most on rank 0; {gigabytes(expected)} were expected"
     facts["command"] = report["command"]
     return facts

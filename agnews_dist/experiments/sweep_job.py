@@ -21,7 +21,7 @@ from agnews_dist.distributed.slurm import find_array_task, identify_job
 from agnews_dist.distributed.world import World, print_line
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, ConfigError, Stopped, UserError, count_noun
-from agnews_dist.events import RunStarted, Warned
+from agnews_dist.events import Warned
 from agnews_dist.experiments.halving import HalvingRunner
 from agnews_dist.experiments.members import Member, build_members, group_by_features
 from agnews_dist.experiments.search import OptunaSearch, SearchKind, Settings
@@ -153,7 +153,7 @@ def run_sweep(
         if config.report.trackers:
             message = "report.trackers: the members of a sweep are not tracked. Their table is sweep.csv."
             sinks(Warned(message=message))
-        sinks(RunStarted(facts=_describe(job, space, members, directory, engine), parameters={}))
+        runner.facts = _describe(job, space, members, directory, engine)
         try:
             if job.search == "optuna":
                 _train_proposals(job, space, runner)

@@ -3,13 +3,17 @@
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 
 from agnews_dist.config.fields import replace_values
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.device import free_device_bytes
 from agnews_dist.engine.engine import Engine
-from agnews_dist.events import Progress, SweepRow, SweepUpdated
+from agnews_dist.engine.memory import Estimate, estimate_members, format_estimate
+from agnews_dist.errors import count_noun
+from agnews_dist.events import Progress, RunStarted, SweepRow, SweepUpdated, begin_phase
 from agnews_dist.experiments.feature_group import FeatureGroup, open_feature_group
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, train_in_lock_step
 from agnews_dist.experiments.members import Key, Member, Wave, cut_waves, group_by_features
@@ -17,6 +21,7 @@ from agnews_dist.experiments.space import format_values
 from agnews_dist.experiments.standings import Standing, rank_settings
 from agnews_dist.experiments.sweep_directory import SweepDirectory
 from agnews_dist.experiments.sweep_status import SweepStatus
+from agnews_dist.run.memory_setup import describe_steps
 from agnews_dist.run.setup import TrainingInputs
 from agnews_dist.storage.capacity import free_host_bytes
 from agnews_dist.storage.locks import Lock
@@ -58,6 +63,12 @@ class SweepRunner:
         """All members so far, in the order of their numbers."""
         self.status: SweepStatus | None = None
         """Status to write once features are there; on rank 0."""
+        self.facts: dict[str, str] = {}
+        """Header, which waits for the memory of the first group."""
+        self.stated_bytes = 0
+        """Expected peak memory of a rank."""
+        self._limit, self._waiting_bytes = 1, 0
+        """Members that train at once on this rank, and the memory of those that wait meanwhile."""
         self._worker = worker
         self.metric: Metric = config.optim.best_metric
         self.num_members, self.num_seeds = num_members, num_seeds
@@ -125,10 +136,9 @@ class SweepRunner:
         """Train the members of a wave that have no result, as many at once as fit in memory."""
         ended = {result.member for result in self.directory.read_results()}
         left = [member for member in wave.members if member.index not in ended]
-        limit = max(1, int(MEMORY_SHARE * self._free_bytes()) // self._member_bytes(group))
         loader = build_shared_loader(group, wave.members[0].config)
-        for begin in range(0, len(left), limit):
-            trainings = [MemberTraining(member, group, loader, self.monitors) for member in left[begin : begin + limit]]
+        for begin in range(0, len(left), self._limit):
+            trainings = [MemberTraining(member, group, loader, self.monitors) for member in left[begin : begin + self._limit]]
             train_in_lock_step(trainings, after_step=lambda trainings=trainings: self.show_steps(trainings))
             self._write(trainings)
         self.prune()
@@ -138,11 +148,31 @@ class SweepRunner:
             result = training.result("finished")
             self.directory.write_result(result, training.tensors() if result.state == "finished" else None)
 
-    def _member_bytes(self, group: FeatureGroup) -> int:
-        """Return the memory of one member in training, besides the gradients, which exist for one at a time."""
-        has_average = any(member.config.optim.average != "none" for member in self.members)
-        # Weights, two moments, the best weights, perhaps an average.
-        return (5 if has_average else 4) * group.trained_bytes
+    def _state_memory(self, group: FeatureGroup, sharing: Sequence[Member]) -> None:
+        """Choose how many members train at once, and show the memory expected: in the header, of later groups in a line."""
+        alone = partial(describe_steps, world=group.engine.world, use_cuda=group.memory.device == "cuda")
+        configs = {replace(group.memory, **alone(member.config)): member.config for member in sharing}
+        setups = [group.measure_steps(sizes, config) for sizes, config in configs.items()]
+
+        def estimate(num_members: int) -> Estimate:
+            return max((estimate_members(group.shape, each, num_members) for each in setups), key=lambda of: of.device_bytes)
+
+        one, two = estimate(1), estimate(2)
+        member_bytes = two.device_bytes - one.device_bytes + two.host_bytes - one.host_bytes
+        # Model, tokens and libraries are in memory already.
+        free = MEMORY_SHARE * self._free_bytes() - group.memory.cache_bytes - one.device["activations"] - self._waiting_bytes
+        self._limit = self._choose_limit(sharing, int(free), member_bytes)
+        found = estimate(self._limit)
+        self.stated_bytes = max(self.stated_bytes, found.device_bytes + self._waiting_bytes)
+        self._waiting_bytes += self.keeps_groups * self._limit * member_bytes
+        text = f"{format_estimate(found)}; {count_noun(self._limit, 'member')} at a time"
+        self.monitors.emit(RunStarted(facts=self.facts | {"memory": text}, parameters={}) if self.facts else begin_phase(text))
+        self.facts = {}
+
+    def _choose_limit(self, sharing: Sequence[Member], free: int, member_bytes: int) -> int:
+        """Return the members of the largest wave, or as many as fit."""
+        waves = cut_waves(sharing, limit=MAX_WAVE, num_workers=self._worker[1])
+        return max(1, min(free // member_bytes, max(len(wave.members) for wave in waves)))
 
     def _free_bytes(self) -> int:
         world = self.engine.world
@@ -217,6 +247,7 @@ class SweepRunner:
             self._stack,
             num_trainings=len(sharing),
             check=check,
+            announce=partial(self._state_memory, sharing=sharing),
         )
         group = self._groups[key]
         precision = {"precision": self.engine.precision, **group.inputs.fingerprints}
