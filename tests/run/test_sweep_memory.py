@@ -27,19 +27,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_peak_memory_is_that_which_was_stated(tmp_path: Path, model: Path, num_members: int, more: tuple[str, ...]) -> None:
     settings = small_run.settings() | {
         **{"model.name": model, "model.init": "random", "model.trainable_blocks": "all", "optim.epochs": 2},
-        **{
-            "optim.lr": ",".join(RATES[:num_members]),
-            "data.limit_train": 64,
-            "data.limit_validation": 40,
-            "data.limit_test": 40,
-        },
-        **{
-            "run.dir": tmp_path,
-            "run.name": "s",
-            "data.cache_dir": tmp_path / "cache",
-            "report.write": "false",
-            "data.limit_test": 40,
-        },
+        **{"optim.lr": ",".join(RATES[:num_members]), "data.limit_train": 64, "data.limit_validation": 40},
+        **{"run.dir": tmp_path, "run.name": "s", "data.cache_dir": tmp_path / "cache"},
+        **{"report.write": "false", "data.limit_test": 40},
     }
     done = python("-m", "agnews_dist", "sweep", *(f"--{key}={value}" for key, value in settings.items()), *more)
     memory = json.loads((tmp_path / "s" / "sweep.json").read_text())["memory"]
