@@ -5,6 +5,7 @@
     members/00003.rung1     result of a member at a rung of successive halving
     members/00003.safetensors   best weights and validation predictions, of the best settings only
     members/inputs-*.txt    hashes of data, tokenizer and frozen weights
+    members/workers.txt     number of ranks of the newest start
     members/wave-00001.lock lock of the process that trains a wave; the kernel releases it when that process dies
     sweep.json, sweep.csv   all results, when all members have ended
     sweep.html, sweep.md    the report
@@ -70,10 +71,10 @@ class SweepDirectory:
         except (FileNotFoundError, ValueError):
             return False
 
-    def open(self, plan: Mapping[str, Any], *, overwrite: bool) -> None:
+    def open(self, plan: Mapping[str, Any], *, overwrite: bool, num_workers: int = 1) -> None:
         """Create the directory, or continue the sweep of the same plan in it, and keep it from others that would replace it.
 
-        `overwrite`: replace a finished or other one.
+        `overwrite`: replace a finished or other one. `num_workers`: ranks of all jobs that share it, which decides the waves.
 
         Raises:
             UserError: the directory is not a sweep's, cannot be written, is in use, or holds a sweep with another plan.
@@ -84,6 +85,7 @@ class SweepDirectory:
             wait = LockWait(lock_path, f"sweep {self.path}", print_line)
             with locked_or_bypassed(self.path.with_name(f".{self.path.name}.opening"), f"sweep {self.path}", print_line):
                 self._create(plan, overwrite=overwrite, lock_path=lock_path)
+                self._check_workers(num_workers, lock_path)
                 self._in_use = lock_shared(lock_path, wait)
         except OSError as error:
             raise UserError(
@@ -111,6 +113,18 @@ class SweepDirectory:
                 f"{self.path}: it has another sweep (in {differing}). Set another --run.name, or pass --run.overwrite."
             )
         self._members.mkdir(exist_ok=True)
+
+    def _check_workers(self, num_workers: int, lock_path: Path) -> None:
+        """Check that all processes in the directory have cut the same waves, whose locks keep them apart."""
+        path, lock = self._members / "workers.txt", try_lock(lock_path)
+        if lock is not None:
+            lock.close()
+            path.write_text(f"{num_workers}\n")
+        elif (found := path.read_text().strip()) != str(num_workers):
+            raise UserError(
+                f"{self.path}: a job of {found} rank(s) works in it, and this one has {num_workers}: members would be trained "
+                "twice. Wait for its end, or start as many ranks."
+            )
 
     def check_inputs(self, key: object, fingerprints: Mapping[str, str]) -> None:
         """Check that data, tokenizer, frozen weights and precision are those of the members before; record them at first.

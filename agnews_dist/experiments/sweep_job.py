@@ -135,7 +135,7 @@ def run_sweep(
         stack.enter_context(sinks)
         if console is not None:
             sinks.add(console)
-        directory = _open_directory(job, space, world)
+        directory = _open_directory(job, space, world, num_workers=worker[1])
         num_members = len(members) or (job.num_samples or 0) * len(space.seeds)
         status = stack.enter_context(SweepStatus(directory)) if world.is_main else None
         preemption.before_exit = _make_last_words(directory, num_members, status)
@@ -179,16 +179,18 @@ def _train_proposals(job: SweepJob, space: Space, runner: SweepRunner) -> None:
         search.tell([scores[setting] for setting in range(num_settings)])
 
 
-def _open_directory(job: SweepJob, space: Space, world: World) -> SweepDirectory:
+def _open_directory(job: SweepJob, space: Space, world: World, *, num_workers: int) -> SweepDirectory:
     """Open the directory of a sweep. Collective; a job array needs `run.name`."""
     run = job.config.run
 
     def open_on_main() -> SweepDirectory:
         runs, plan = Path(run.dir), job.describe(space)
         names = new_names(f"sweep-{Path(job.config.model.name).name}", datetime.now())
-        name = run.name or _find_unfinished(runs, plan) or next(name for name in names if not (runs / name).exists())
+        name = (
+            run.name or _find_unfinished(runs, plan, num_workers) or next(name for name in names if not (runs / name).exists())
+        )
         directory = SweepDirectory(runs / name)
-        directory.open(plan, overwrite=run.overwrite)
+        directory.open(plan, overwrite=run.overwrite, num_workers=num_workers)
         if directory.is_finished(job.wanted):
             SweepStatus(directory).end("finished", "all members have ended")
             raise AlreadyFinished(
@@ -204,11 +206,11 @@ def _open_directory(job: SweepJob, space: Space, world: World) -> SweepDirectory
     return directory or SweepDirectory(path)
 
 
-def _find_unfinished(runs: Path, plan: Mapping[str, Any]) -> str | None:
+def _find_unfinished(runs: Path, plan: Mapping[str, Any], num_workers: int) -> str | None:
     """Return the name of the sweep that an earlier start of this job began without a `run.name`."""
     for name in runs_of_job(runs, identify_job(os.environ), sweeps=True):
         with suppress(UserError):  # another sweep of the job
-            SweepDirectory(runs / name).open(plan, overwrite=False)
+            SweepDirectory(runs / name).open(plan, overwrite=False, num_workers=num_workers)
             return name
     return None
 

@@ -49,6 +49,17 @@ def test_equal_plan_continues_and_another_is_named(directory: SweepDirectory) ->
     assert SweepDirectory(directory.path).read_results() == []
 
 
+def test_jobs_with_other_numbers_of_ranks_do_not_work_at_the_same_time(directory: SweepDirectory) -> None:
+    other = SweepDirectory(directory.path)
+    with pytest.raises(UserError, match=r"a job of 1 rank\(s\) works in it, and this one has 2"):
+        other.open(PLAN, overwrite=False, num_workers=2)
+    directory.close()
+    other.open(PLAN, overwrite=False, num_workers=2)
+    with pytest.raises(UserError, match=r"a job of 2 rank\(s\) works in it, and this one has 1"):
+        directory.open(PLAN, overwrite=False)
+    SweepDirectory(directory.path).open(PLAN, overwrite=False, num_workers=2)
+
+
 def test_other_directories_are_never_taken(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for overwrite in (False, True):
