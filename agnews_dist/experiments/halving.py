@@ -52,7 +52,7 @@ class HalvingRunner(SweepRunner):
                 competing = survivors
                 self.show(now=True)
             self._reach(None, {}, waves, groups, competing, held)
-            self.prune()
+            self.prune(now=True)
         self.show(now=True)
 
     def _place_rungs(self, groups: Mapping[Key, FeatureGroup]) -> dict[int, list[int]]:
@@ -113,14 +113,14 @@ class HalvingRunner(SweepRunner):
                     held[wave.number] = self._hold(wave, claimed[1], groups[wave.members[0].feature_key])
                 self._advance(held[wave.number], rung, steps, competing)
                 has_worked = True
-                self.show(now=True)
+                self.show()
             if not has_worked:
                 time.sleep(POLL_SECONDS)
                 self.show()
 
     def _hold(self, wave: Wave, lock: Lock, group: FeatureGroup) -> _HeldWave:
         """Set up the members of a wave that have not ended, from their beginning."""
-        ended = {result.member for result in self.directory.read_results()}
+        ended = self.directory.find_ended(wave.members)
         loader = build_shared_loader(group, wave.members[0].config)
         members = [member for member in wave.members if member.index not in ended]
         return _HeldWave(lock, [MemberTraining(member, group, loader, self.monitors) for member in members])

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from agnews_dist.distributed.world import print_line
 from agnews_dist.errors import ConfigError, UserError
-from agnews_dist.experiments.members import Wave
+from agnews_dist.experiments.members import Member, Wave
 from agnews_dist.experiments.standings import MemberResult
 from agnews_dist.report.result_files import write_json
 from agnews_dist.run.status import PLAN
@@ -51,7 +51,8 @@ class SweepDirectory:
         """Touch nothing on disk yet."""
         self.path = path
         self._members = path / MEMBERS
-        self._results: dict[str, MemberResult] = {}
+        self._results: dict[str, dict[int, MemberResult]] = {}
+        """Suffix of a file -> member -> its result. Results never change, so a file is read once."""
         self._removed: set[int] = set()
         """Members whose tensors are removed."""
         self._in_use: int | None = None
@@ -161,22 +162,26 @@ class SweepDirectory:
 
     def read_results(self, rung: int | None = None) -> list[MemberResult]:
         """Read the results of all members that have ended, or that have reached a rung, in the order of their numbers."""
-        suffix = ".json" if rung is None else f".rung{rung}"
-        names = sorted(path.name for path in self._members.iterdir() if path.suffix == suffix)
-        for name in names:
-            if name not in self._results:
+        known = self._results_of(suffix := ".json" if rung is None else f".rung{rung}")
+        with os.scandir(self._members) as entries:
+            stems = [entry.name.removesuffix(suffix) for entry in entries if entry.name.endswith(suffix)]
+        for member in (int(stem) for stem in stems if stem.isdigit()):
+            if member not in known:
                 # Another process may replace a file by an equal one, never by another.
                 with suppress(FileNotFoundError):
-                    self._read_result(self._members / name)
-        return [self._results[name] for name in names if name in self._results]
+                    self._read_result(self._members / f"{member:05}{suffix}", known)
+        return [known[member] for member in sorted(known)]
 
-    def _read_result(self, path: Path) -> None:
+    def _results_of(self, suffix: str) -> dict[int, MemberResult]:
+        return self._results.setdefault(suffix, {})
+
+    def _read_result(self, path: Path, known: dict[int, MemberResult]) -> None:
         """Read a file, or remove it if it is damaged: the member is trained again."""
         try:
             fields: dict[str, Any] = json.loads(path.read_bytes())
             # A number that is not finite is null in JSON.
             fields |= {key: math.nan for key, value in fields.items() if value is None}
-            self._results[path.name] = MemberResult(**fields)
+            known[int(path.stem)] = MemberResult(**fields)
         except (ValueError, TypeError, AttributeError):
             path.unlink(missing_ok=True)
 
@@ -191,9 +196,11 @@ class SweepDirectory:
         try:
             if tensors is not None:
                 self.write_tensors(result.member, tensors)
-            path = self._members / f"{result.member:05}{'.json' if rung is None else f'.rung{rung}'}"
+            suffix = ".json" if rung is None else f".rung{rung}"
+            path = self._members / f"{result.member:05}{suffix}"
             with atomic.new_file(path, is_durable=False) as temporary:
                 temporary.write_text(json.dumps(atomic.to_json_value(asdict(result)), allow_nan=False), encoding="utf-8")
+            self._read_result(path, self._results_of(suffix))
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
@@ -216,9 +223,19 @@ class SweepDirectory:
         except (OSError, SafetensorError):
             return None
 
+    def find_ended(self, members: Collection[Member]) -> set[int]:
+        """Return the numbers of those members that have a result; only files that were not there before are looked for."""
+        known = self._results_of(".json")
+        for member in members:
+            if member.index not in known:
+                with suppress(FileNotFoundError):
+                    self._read_result(self._members / f"{member.index:05}.json", known)
+        return {member.index for member in members if member.index in known}
+
     def has_ended(self, wave: Wave) -> bool:
         """Return whether every member of a wave has a result."""
-        return all((self._members / f"{member.index:05}.json").is_file() for member in wave.members)
+        known = self._results_of(".json")
+        return all(member.index in known or self.find_ended([member]) for member in wave.members)
 
     def claim(self, wave: Wave) -> Lock | None:
         """Lock a wave without waiting; None: another process trains it."""

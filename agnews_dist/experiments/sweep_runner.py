@@ -37,7 +37,9 @@ POLL_SECONDS = 0.2
 NUM_KEPT = 3
 """Settings whose members' weights are kept on disk."""
 SHOW_SECONDS = 0.5
-"""Time between two looks at the results of other ranks, for the table."""
+"""Least time between two looks at the results of all ranks, for the table."""
+REST = 20
+"""Time between two looks at all results, in times of what one takes: in a large sweep it grows with the members."""
 
 
 class SweepRunner:
@@ -74,7 +76,7 @@ class SweepRunner:
         self.num_members, self.num_seeds = num_members, num_seeds
         self._groups: dict[Key, FeatureGroup] = {}
         self._stack = ExitStack()
-        self._looked, self._num_shown = 0.0, -1
+        self._next_look, self._next_prune, self._num_shown = 0.0, 0.0, -1
 
     def close(self) -> None:
         """Release the features of all groups."""
@@ -108,17 +110,24 @@ class SweepRunner:
     def _train_waves(self, group: FeatureGroup, waves: Sequence[Wave]) -> None:
         """Train the waves of a group that no other process trains, until all have ended."""
         left = self._rotate(waves)
-        while left := [wave for wave in left if not self.directory.has_ended(wave)]:
-            lock = next(filter(None, map(self._claim, left)), None)
-            if lock is None:
-                time.sleep(POLL_SECONDS)
-            else:
-                wave, held = lock
+        while left:
+            has_worked, passed, left = False, left, []
+            for wave in passed:
+                if self.directory.has_ended(wave):
+                    continue
+                if (claimed := self._claim(wave)) is None:
+                    left.append(wave)
+                    continue
                 try:
                     self._train_wave(group, wave)
                 finally:
-                    held.close()
-            self.show(now=lock is not None)
+                    claimed[1].close()
+                has_worked = True
+                self.show()
+            if left and not has_worked:
+                time.sleep(POLL_SECONDS)
+                self.show()
+        self.prune(now=True)
         self.show(now=True)
 
     def _claim(self, wave: Wave) -> tuple[Wave, Lock] | None:
@@ -134,7 +143,7 @@ class SweepRunner:
 
     def _train_wave(self, group: FeatureGroup, wave: Wave) -> None:
         """Train the members of a wave that have no result, as many at once as fit in memory."""
-        ended = {result.member for result in self.directory.read_results()}
+        ended = self.directory.find_ended(wave.members)
         left = [member for member in wave.members if member.index not in ended]
         loader = build_shared_loader(group, wave.members[0].config)
         for begin in range(0, len(left), self._limit):
@@ -188,19 +197,26 @@ class SweepRunner:
         """Rank the settings by what has ended so far."""
         return rank_settings(self.directory.read_results(), self.num_seeds, self.metric)
 
-    def prune(self) -> None:
-        """Remove the weights of all settings but the few best so far. Those that are missed are trained again at the end."""
+    def prune(self, *, now: bool = False) -> None:
+        """Remove the weights of all settings but the few best so far. Those that are missed are trained again at the end.
+
+        `now`: also if that takes a large part of the time.
+        """
+        begin = time.monotonic()
+        if not now and begin < self._next_prune:
+            return
         standings = self.standings()
         kept = [result.member for standing in standings[:NUM_KEPT] for result in standing.results]
         self.directory.keep_tensors(kept, [result.member for standing in standings for result in standing.results])
+        self._next_prune = time.monotonic() + REST * (time.monotonic() - begin)
 
     def show(self, *, now: bool = False) -> None:
         """Show the table of the settings, on rank 0, if more members have ended. `now`: look without a pause."""
         clock = time.monotonic()
-        if not self.engine.world.is_main or (not now and clock - self._looked < SHOW_SECONDS):
+        if not self.engine.world.is_main or (not now and clock < self._next_look):
             return
-        self._looked = clock
         standings = self.standings()
+        self._next_look = time.monotonic() + max(SHOW_SECONDS, REST * (time.monotonic() - clock))
         num_done = sum(len(each.results) for each in standings)
         if num_done == self._num_shown:
             return
