@@ -167,7 +167,7 @@ class _Finish:
             "format": 1,
             "metric": runner.metric,
             "versions": versions(),
-            "settings": [_describe_standing(each) for each in self._standings],
+            "settings": [_describe_standing(each, len(group.tables["validation"])) for each in self._standings],
             "members": [asdict(result) for result in directory.read_results()],
             "selected": {
                 "setting": self._selected.setting,
@@ -264,13 +264,13 @@ def _scored_splits(group: FeatureGroup) -> list[str]:
     return [name for name in ("validation", "test") if name in group.tables]
 
 
-def _describe_standing(standing: Standing) -> dict[str, Any]:
+def _describe_standing(standing: Standing, num_rows: int) -> dict[str, Any]:
     return {
         "setting": standing.setting,
         "values": standing.values,
         "state": standing.state,
         "members": [result.member for result in standing.results],
-        "validation": {name: spread([getattr(result, name) for result in standing.results], name) for name in SCORES},
+        "validation": {name: spread([getattr(result, name) for result in standing.results], name, num_rows) for name in SCORES},
     }
 
 
@@ -280,11 +280,14 @@ def _facts(
     """Return the facts of the last panel."""
     num_seeds = count_noun(len(selected.results), "seed")
     facts = {"selected": f"{format_values(selected.values)}, by validation {runner.metric} over {num_seeds}"}
-    over = "rows" if len(selected.results) == 1 else "seeds"
     for name, summary in summaries.items():
         of = summary["accuracy"]
         deviation = f", standard deviation {of['deviation']:.4f}" if of["deviation"] is not None else ""
-        interval = f", 95 % interval over {over} {of['interval'][0]:.4f} to {of['interval'][1]:.4f}" if of["interval"] else ""
+        interval = (
+            f", 95 % interval over {of['interval_over']} {of['interval'][0]:.4f} to {of['interval'][1]:.4f}"
+            if of["interval"]
+            else ""
+        )
         facts[name] = f"mean accuracy {of['mean']:.4f}{deviation}{interval}"
     for row in report.get("ensemble", []):
         shown = (f"{split} {row[split]['accuracy']:.4f} (ECE {row[split]['calibration_error']:.4f})" for split in summaries)

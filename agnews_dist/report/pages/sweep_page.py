@@ -27,6 +27,10 @@ MAX_AXES = 6
 MAX_STRIPS = 8
 """Settings whose seeds are drawn."""
 SCORE_NAMES = {"accuracy": "accuracy", "macro_f1": "macro F1", "loss": "loss"}
+INTERVALS = (
+    "The 95 % interval is that of the mean over the seeds (Student's t). Where all seeds have the same score, that of an "
+    "accuracy is Wilson's, over the texts."
+)
 HALVED = (
     "Settings that halving has ended are shown with the score at which they ended. They have fewer steps than those "
     "that finished."
@@ -102,11 +106,8 @@ def _selected_section(report: Mapping[str, Any], best: Row) -> Section:
                 deviation, values = _score(of["deviation"]), "  ".join(map(_score, of["values"][:10]))
                 cells.append((split, title, _score(of["mean"]), deviation, format_interval(_interval(of)), values))
     seeds = selected["seeds"]
-    if len(seeds) == 1:
-        note = f"One seed, {seeds[0]}: the interval of the accuracy is Wilson's, over the texts."
-    else:
-        listed = ", ".join(map(str, seeds[:10])) + (", ..." if len(seeds) > 10 else "")
-        note = f"Over seeds {listed}. The interval is that of the mean (Student's t)."
+    listed = ", ".join(map(str, seeds[:10])) + (", ..." if len(seeds) > 10 else "")
+    note = f"Over seeds {listed}. {INTERVALS}"
     best_seed = next(member["seed"] for member in report["members"] if member["member"] == selected["best_member"])
     return Section(
         "selected",
@@ -130,7 +131,7 @@ def _settings_section(rows: Sequence[Row], metric: str) -> Section:
         reason = "see below" if row.state == "diverged" else row.reason
         ending = (str(row.num_members), row.state, f"{row.num_steps:,}", *([reason] if has_reasons else []))
         cells.append((str(row.rank), *own, *scores, *ending))
-    note = "Sorted by the mean over the seeds, the best first. sweep.csv has every member."
+    note = f"Sorted by the mean over the seeds, the best first. {INTERVALS} sweep.csv has every member."
     if len(rows) > MAX_ROWS:
         note += f" {len(rows) - MAX_ROWS:,} more settings are there too."
     notes = (HALVED,) if any(row.state == "halved" for row in rows) else ()
