@@ -55,14 +55,32 @@ class SweepDirectory:
         """Suffix of a file -> member -> its result. Results never change, so a file is read once."""
         self._removed: set[int] = set()
         """Members whose tensors are removed."""
+        self._is_new = False
         self._in_use: int | None = None
         """Handle of the lock that says that this process works here."""
 
     def close(self) -> None:
-        """Let other processes replace the sweep."""
-        if self._in_use is not None:
-            os.close(self._in_use)
-            self._in_use = None
+        """Let other processes replace the sweep; remove it if this process made it and ends before any work."""
+        if self._in_use is None:
+            return
+        os.close(self._in_use)
+        self._in_use = None
+        if self._is_new and not self._has_work():
+            with suppress(OSError):
+                lock = try_lock(self._lock_path)
+                # None: another process works in it.
+                if lock is not None:
+                    shutil.rmtree(self.path)
+                    self._lock_path.unlink()
+                    lock.close()
+
+    def _has_work(self) -> bool:
+        """Return whether a member or a status was written: a sweep that was stopped is continued."""
+        return any(self._members.glob("*.json")) or any(self.path.glob("status*.json"))
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.sweep")
 
     def is_finished(self, wanted: Collection[str] = ()) -> bool:
         """Return whether all results are there, with rows `wanted` in the comparison of an ensemble."""
@@ -80,7 +98,7 @@ class SweepDirectory:
         Raises:
             UserError: the directory is not a sweep's, cannot be written, is in use, or holds a sweep with another plan.
         """
-        plan, lock_path = atomic.to_json_value(plan), self.path.with_name(f".{self.path.name}.sweep")
+        plan, lock_path = atomic.to_json_value(plan), self._lock_path
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             wait = LockWait(lock_path, f"sweep {self.path}", print_line)
@@ -103,6 +121,7 @@ class SweepDirectory:
             lock.close()
             shutil.rmtree(self.path)
             found = None
+        self._is_new = found is None
         if found is None:
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise UserError(f"{self.path}: it exists and is not a sweep's directory. Choose another --run.name.")

@@ -136,6 +136,8 @@ def run_sweep(
         if console is not None:
             sinks.add(console)
         directory = _open_directory(job, space, world, num_workers=worker[1])
+        # After the status is written.
+        stack.callback(directory.close)
         num_members = len(members) or (job.num_samples or 0) * len(space.seeds)
         status = stack.enter_context(SweepStatus(directory)) if world.is_main else None
         preemption.before_exit = _make_last_words(directory, num_members, status)
@@ -149,7 +151,6 @@ def run_sweep(
             runner.factor = job.halving
         runner.status = status
         stack.callback(runner.close)
-        stack.callback(directory.close)
         if config.report.trackers:
             message = "report.trackers: the members of a sweep are not tracked. Their table is sweep.csv."
             sinks(Warned(message=message))
