@@ -135,7 +135,9 @@ def test_sweep_is_one_line_of_the_runs_and_its_best_member_has_a_report(swept: P
     assert re.match(rf"lr  finished  \d+  \S+  {score:.4f}  .*optim.lr {{0.001, 0.003, 0.01}}  run.seed {{0, 1}}", line)
     best = swept / "runs" / "lr" / "best"
     python("-m", "agnews_dist", "report", str(best))
-    assert f"step {report['members'][report['selected']['best_member']]['num_steps']}" in (best / "report.html").read_text()
+    page = (best / "report.html").read_text()
+    assert f"step {report['members'][report['selected']['best_member']]['num_steps']}" in page
+    assert "events.jsonl cannot be read" not in page
     done = python("-m", "agnews_dist", "report", str(best.parent), check=False)
     assert done.stderr.endswith(f"it is a sweep, whose report is its sweep.html. Give one of its runs, {best}.\n")
 
