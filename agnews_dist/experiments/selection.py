@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from agnews_dist.experiments.feature_group import FeatureGroup
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, load_member, train_in_lock_step
 from agnews_dist.experiments.members import Member, group_by_features
 from agnews_dist.experiments.space import SEED, format_values
-from agnews_dist.experiments.standings import Standing
+from agnews_dist.experiments.standings import MemberResult, Standing
 from agnews_dist.experiments.sweep_results import (
     SCORES,
     SplitsOf,
@@ -39,6 +40,7 @@ from agnews_dist.run.results import peak_memory_bytes
 from agnews_dist.run.stored_sweeps import RESULTS
 from agnews_dist.storage.capacity import gigabytes
 from agnews_dist.storage.locks import Lock
+from agnews_dist.training.best_weights import Metric
 
 T = TypeVar("T")
 BEST, DISTILLED = "best", "distilled"
@@ -163,11 +165,15 @@ class _Finish:
         summaries = {
             name: summarise_seeds([each for each in of if each is not None]) for name, of in scored.items() if of[0] is not None
         }
+        early = _average_first_rung(directory.read_results(0), runner.metric)
         report: dict[str, Any] = {
             "format": 1,
             "metric": runner.metric,
             "versions": versions(),
-            "settings": [_describe_standing(each, len(group.tables["validation"])) for each in self._standings],
+            "settings": [
+                _describe_standing(each, len(group.tables["validation"])) | early.get(each.setting, {})
+                for each in self._standings
+            ],
             "members": [asdict(result) for result in directory.read_results()],
             "selected": {
                 "setting": self._selected.setting,
@@ -272,6 +278,14 @@ def _describe_standing(standing: Standing, num_rows: int) -> dict[str, Any]:
         "members": [result.member for result in standing.results],
         "validation": {name: spread([getattr(result, name) for result in standing.results], name, num_rows) for name in SCORES},
     }
+
+
+def _average_first_rung(results: Sequence[MemberResult], metric: Metric) -> dict[int, dict[str, float]]:
+    """Return setting -> its mean score at the first rung of halving, where all have had the same share of training."""
+    scores = dict[int, list[float]]()
+    for result in results:
+        scores.setdefault(result.setting, []).append(getattr(result, metric))
+    return {setting: {"first_rung": fmean(of)} for setting, of in scores.items()}
 
 
 def _facts(

@@ -36,6 +36,11 @@ HALVED = (
     "that finished."
 )
 
+FIRST_RUNG = (
+    "Scores are those at the first rung of halving, where all settings have had the same share of training. Later scores of "
+    "those that survived would not be comparable with those of the others."
+)
+
 
 def build_sweep_page(report: Mapping[str, Any], *, name: str = "sweep", subtitle: str = "") -> Page:
     """Build the page. `report`: the content of sweep.json. `name`: of the sweep; `subtitle`: model and data."""
@@ -187,7 +192,7 @@ def _effects_section(rows: Sequence[Row], axes: Sequence[Axis], metric: str) -> 
         "Mean score by the value of each setting, over all values of the others. The deviation is that between settings. A "
         "value with a small deviation is good whatever the others are."
     )
-    notes = [HALVED] if any(row.state == "halved" for row in rows) else []
+    notes = [FIRST_RUNG] if any(row.first_rung is not None for row in rows) else []
     if len(drawn) < (num_scored := sum(row.is_scored for row in rows)):
         notes.append(f"{MAX_LINES} of {num_scored:,} dots, an even choice by rank. Means are those of all settings.")
     return Section("effects", "Main effects", lead, (make_table(header, cells),), tuple(found), tuple(notes))
