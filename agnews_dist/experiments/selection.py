@@ -165,15 +165,13 @@ class _Finish:
         summaries = {
             name: summarise_seeds([each for each in of if each is not None]) for name, of in scored.items() if of[0] is not None
         }
+        num_rows = len(group.tables["validation"])
         early = _average_first_rung(directory.read_results(0), runner.metric)
         report: dict[str, Any] = {
             "format": 1,
             "metric": runner.metric,
             "versions": versions(),
-            "settings": [
-                _describe_standing(each, len(group.tables["validation"])) | early.get(each.setting, {})
-                for each in self._standings
-            ],
+            "settings": [_describe_standing(each, num_rows) | early.get(each.setting, {}) for each in self._standings],
             "members": [asdict(result) for result in directory.read_results()],
             "selected": {
                 "setting": self._selected.setting,

@@ -149,7 +149,7 @@ def run_sweep(
         runner = kind(config, *sizes, engine, directory, monitors, worker=worker)
         if isinstance(runner, HalvingRunner) and job.halving is not None:
             runner.factor = job.halving
-        runner.status = status
+        runner.status, runner.returns_to_groups = status, job.search == "optuna"
         stack.callback(runner.close)
         if config.report.trackers:
             message = "report.trackers: the members of a sweep are not tracked. Their table is sweep.csv."

@@ -13,7 +13,7 @@ from agnews_dist.engine.device import free_device_bytes
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.memory import Estimate, estimate_members, format_estimate
 from agnews_dist.errors import count_noun
-from agnews_dist.events import Progress, RunStarted, SweepRow, SweepUpdated, begin_phase
+from agnews_dist.events import Progress, RunStarted, SweepRow, SweepUpdated
 from agnews_dist.experiments.feature_group import FeatureGroup, open_feature_group
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, train_in_lock_step
 from agnews_dist.experiments.members import Key, Member, Wave, cut_waves, group_by_features
@@ -65,12 +65,16 @@ class SweepRunner:
         """All members so far, in the order of their numbers."""
         self.status: SweepStatus | None = None
         """Status to write once features are there; on rank 0."""
+        self.returns_to_groups = False
+        """True if later calls of `train` need the groups again, as Optuna's do: they stay open while they fit."""
         self.facts: dict[str, str] = {}
         """Header, which waits for the memory of the first group."""
         self.stated_bytes = 0
         """Expected peak memory of a rank."""
-        self._limit, self._waiting_bytes = 1, 0
-        """Members that train at once on this rank, and the memory of those that wait meanwhile."""
+        self._limits: dict[Key, int] = {}
+        """Members of a group that train at once on this rank."""
+        self._waiting_bytes = 0
+        """Memory of members that wait meanwhile."""
         self._worker = worker
         self.metric: Metric = config.optim.best_metric
         self.num_members, self.num_seeds = num_members, num_seeds
@@ -146,8 +150,9 @@ class SweepRunner:
         ended = self.directory.find_ended(wave.members)
         left = [member for member in wave.members if member.index not in ended]
         loader = build_shared_loader(group, wave.members[0].config)
-        for begin in range(0, len(left), self._limit):
-            trainings = [MemberTraining(member, group, loader, self.monitors) for member in left[begin : begin + self._limit]]
+        limit = self._limits[wave.members[0].feature_key]
+        for begin in range(0, len(left), limit):
+            trainings = [MemberTraining(member, group, loader, self.monitors) for member in left[begin : begin + limit]]
             train_in_lock_step(trainings, after_step=lambda trainings=trainings: self.show_steps(trainings))
             self._write(trainings)
         self.prune()
@@ -170,12 +175,12 @@ class SweepRunner:
         member_bytes = two.device_bytes - one.device_bytes + two.host_bytes - one.host_bytes
         # Model, tokens and libraries are in memory already.
         free = MEMORY_SHARE * self._free_bytes() - group.memory.cache_bytes - one.device["activations"] - self._waiting_bytes
-        self._limit = self._choose_limit(sharing, int(free), member_bytes)
-        found = estimate(self._limit)
+        limit = self._limits[sharing[0].feature_key] = self._choose_limit(sharing, int(free), member_bytes)
+        found = estimate(limit)
         self.stated_bytes = max(self.stated_bytes, found.device_bytes + self._waiting_bytes)
-        self._waiting_bytes += self.keeps_groups * self._limit * member_bytes
-        text = f"{format_estimate(found)}; {count_noun(self._limit, 'member')} at a time"
-        self.monitors.emit(RunStarted(facts=self.facts | {"memory": text}, parameters={}) if self.facts else begin_phase(text))
+        self._waiting_bytes += self.keeps_groups * limit * member_bytes
+        text = f"{format_estimate(found)}; {count_noun(limit, 'member')} at a time"
+        self.monitors.emit(RunStarted(facts=self.facts | {"memory": text}, parameters={}))
         self.facts = {}
 
     def _choose_limit(self, sharing: Sequence[Member], free: int, member_bytes: int) -> int:
@@ -186,6 +191,10 @@ class SweepRunner:
     def _free_bytes(self) -> int:
         world = self.engine.world
         return min(free_device_bytes(self.engine.device, world.ranks_per_node), free_host_bytes() // world.ranks_per_node)
+
+    def _has_room(self) -> bool:
+        """Return whether the ranks have room for another group as large as the largest so far. Collective."""
+        return all(collectives.all_gather(MEMORY_SHARE * self._free_bytes() > self.stated_bytes))
 
     def _rotate(self, waves: Sequence[Wave]) -> list[Wave]:
         """Return the waves from this worker's own first one on, so that workers rarely ask for the same."""
@@ -247,7 +256,7 @@ class SweepRunner:
         key = member.feature_key
         if key in self._groups:
             return self._groups[key]
-        if not self.keeps_groups:
+        if not self.keeps_groups and not (self.returns_to_groups and self._has_room()):
             self.close()
         sharing = [other for other in self.members if other.feature_key == key]
 

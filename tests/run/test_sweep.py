@@ -1,6 +1,7 @@
 """Sweeps as commands: members are what `train` makes of their settings, on any number of ranks and after a kill."""
 
 import csv
+import itertools
 import json
 import re
 import shlex
@@ -147,6 +148,14 @@ def test_two_ranks_give_the_same_table(swept: Path) -> None:
     assert read(swept / "runs/ranks")[1] == read(swept / "runs/lr")[1]
     left, right = (read(swept / "runs" / name)[0]["selected"] for name in ("lr", "ranks"))
     assert left == right
+
+
+def test_optuna_computes_the_features_of_each_cut_once(swept: Path) -> None:
+    more = ("--model.trainable_blocks", "1,2", "--optim.lr", "1e-4..1e-2", "--samples", "8", "--search", "optuna")
+    done = python("-m", "agnews_dist", "sweep", *arguments(swept, *more, "--run.name", "cuts", "--optim.epochs", "1"))
+    cuts = [row["model.trainable_blocks"] for row in read(swept / "runs/cuts")[1]]
+    assert sum(left != right for left, right in itertools.pairwise(cuts)) > 1, "the proposals alternate"
+    assert done.stdout.count("per rank: ") == 2
 
 
 def test_halving_drops_settings_and_leaves_the_survivors_as_they_are(swept: Path) -> None:

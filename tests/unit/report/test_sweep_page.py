@@ -193,6 +193,5 @@ def test_main_effects_of_halving_compare_all_settings_at_the_first_rung() -> Non
     [section] = [each for each in page.sections if each.key == "effects"]
     assert "at the first rung of halving" in section.notes[0]
     plain = read_rows(make_report(settings, by_rate))
-    assert [effect.mean for effect in compute_effects(axis, plain)] == pytest.approx(
-        [row.mean for row in sorted(plain, key=lambda row: row.setting)]
-    )
+    means = {row.values["optim.lr"]: row.mean for row in plain}
+    assert [effect.mean for effect in compute_effects(axis, plain)] == pytest.approx([means[rate] for rate in RATES])
