@@ -17,8 +17,8 @@ HEADER = ("layer", "pooling", "accuracy", "95 %", "macro F1", "p", "against the 
 POOLING_NAMES = {"last": "last token", "mean": "mean of all tokens"}
 RULE = (
     "Each layer is compared with the best one of its pooling by McNemar's exact test on the same texts. It is worse if p is "
-    f"below {SIGNIFICANT}. The one-standard-error rule chooses the fewest blocks: the cut is the highest layer whose accuracy is "
-    "within one standard error of the best, that of the paired difference."
+    f"below {SIGNIFICANT}. The one-standard-error rule chooses the fewest blocks: the cut is the highest layer whose accuracy "
+    "is within one standard error of the best, that of the paired difference."
 )
 CAVEAT = (
     "This is a guide. A probe reads the frozen model, and blocks that are trained change their features. Compare short "
@@ -54,11 +54,9 @@ def explain(conclusion: Conclusion, num_rows: int) -> str:
         return f"{features} {what} after the last of {num_blocks} layers. Keep the default, --model.trainable_blocks 1."
     if not cut.view.layer:
         return f"{features} are best in the embeddings, and worse in all layers. The probe suggests nothing."
-    what = (
-        f"have their best accuracy, {format_score(cut.accuracy)},"
-        if cut.is_best
-        else f"are within {error}, of the best ({found})"
-    )
+    what = f"are within {error}, of the best ({found})"
+    if cut.is_best:
+        what = f"have their best accuracy, {format_score(cut.accuracy)},"
     blocks = "block above it is a candidate" if above == 1 else f"{above} blocks above it are candidates"
     return (
         f"{features} {what} at layer {cut.view.layer} of {num_blocks}, and at no higher one. The {blocks} for training: "
