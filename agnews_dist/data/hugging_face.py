@@ -44,10 +44,8 @@ def translate_errors(make_error: Callable[[str], UserError]) -> Generator[None]:
     """
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         lines = str(error).strip().splitlines()
         details = lines[0].rstrip(".:") if lines else "no details"

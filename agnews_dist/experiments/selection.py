@@ -21,7 +21,7 @@ from agnews_dist.experiments.feature_group import FeatureGroup
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, load_member, train_in_lock_step
 from agnews_dist.experiments.members import Member, group_by_features
 from agnews_dist.experiments.space import SEED, format_values
-from agnews_dist.experiments.standings import MemberResult, Standing
+from agnews_dist.experiments.standings import Standing
 from agnews_dist.experiments.sweep_results import (
     SCORES,
     SplitsOf,
@@ -40,7 +40,6 @@ from agnews_dist.run.results import peak_memory_bytes
 from agnews_dist.run.stored_sweeps import RESULTS
 from agnews_dist.storage.capacity import gigabytes
 from agnews_dist.storage.locks import Lock
-from agnews_dist.training.best_weights import Metric
 
 T = TypeVar("T")
 BEST, DISTILLED = "best", "distilled"
@@ -166,12 +165,12 @@ class _Finish:
             name: summarise_seeds([each for each in of if each is not None]) for name, of in scored.items() if of[0] is not None
         }
         num_rows = len(group.tables["validation"])
-        early = _average_first_rung(directory.read_results(0), runner.metric)
+        rung = {result.member: getattr(result, runner.metric) for result in directory.read_results(0)}
         report: dict[str, Any] = {
             "format": 1,
             "metric": runner.metric,
             "versions": versions(),
-            "settings": [_describe_standing(each, num_rows) | early.get(each.setting, {}) for each in self._standings],
+            "settings": [_describe_standing(each, num_rows, rung) for each in self._standings],
             "members": [asdict(result) for result in directory.read_results()],
             "selected": {
                 "setting": self._selected.setting,
@@ -268,22 +267,18 @@ def _scored_splits(group: FeatureGroup) -> list[str]:
     return [name for name in ("validation", "test") if name in group.tables]
 
 
-def _describe_standing(standing: Standing, num_rows: int) -> dict[str, Any]:
+def _describe_standing(standing: Standing, num_rows: int, rung: Mapping[int, float]) -> dict[str, Any]:
+    """Describe a setting. `rung`: member -> score at the first rung of halving, where all had the same share of training."""
+    members, results = [result.member for result in standing.results], standing.results
+    early = [rung[member] for member in members if member in rung]
     return {
         "setting": standing.setting,
         "values": standing.values,
         "state": standing.state,
-        "members": [result.member for result in standing.results],
-        "validation": {name: spread([getattr(result, name) for result in standing.results], name, num_rows) for name in SCORES},
+        "members": members,
+        "validation": {name: spread([getattr(result, name) for result in results], name, num_rows) for name in SCORES},
+        **({"first_rung": fmean(early)} if early else {}),
     }
-
-
-def _average_first_rung(results: Sequence[MemberResult], metric: Metric) -> dict[int, dict[str, float]]:
-    """Return setting -> its mean score at the first rung of halving, where all have had the same share of training."""
-    scores = dict[int, list[float]]()
-    for result in results:
-        scores.setdefault(result.setting, []).append(getattr(result, metric))
-    return {setting: {"first_rung": fmean(of)} for setting, of in scores.items()}
 
 
 def _facts(
@@ -295,11 +290,8 @@ def _facts(
     for name, summary in summaries.items():
         of = summary["accuracy"]
         deviation = f", standard deviation {of['deviation']:.4f}" if of["deviation"] is not None else ""
-        interval = (
-            f", 95 % interval over {of['interval_over']} {of['interval'][0]:.4f} to {of['interval'][1]:.4f}"
-            if of["interval"]
-            else ""
-        )
+        low, high = of["interval"] or (0.0, 0.0)
+        interval = f", 95 % interval over {of['interval_over']} {low:.4f} to {high:.4f}" if of["interval"] else ""
         facts[name] = f"mean accuracy {of['mean']:.4f}{deviation}{interval}"
     for row in report.get("ensemble", []):
         shown = (f"{split} {row[split]['accuracy']:.4f} (ECE {row[split]['calibration_error']:.4f})" for split in summaries)

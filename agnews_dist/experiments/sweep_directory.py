@@ -65,7 +65,8 @@ class SweepDirectory:
             return
         os.close(self._in_use)
         self._in_use = None
-        if self._is_new and not self._has_work():
+        # A sweep that was stopped has a status, and is continued.
+        if self._is_new and not any(self._members.glob("*.json")) and not any(self.path.glob("status*.json")):
             with suppress(OSError):
                 lock = try_lock(self._lock_path)
                 # None: another process works in it.
@@ -73,10 +74,6 @@ class SweepDirectory:
                     shutil.rmtree(self.path)
                     self._lock_path.unlink()
                     lock.close()
-
-    def _has_work(self) -> bool:
-        """Return whether a member or a status was written: a sweep that was stopped is continued."""
-        return any(self._members.glob("*.json")) or any(self.path.glob("status*.json"))
 
     @property
     def _lock_path(self) -> Path:
@@ -253,8 +250,7 @@ class SweepDirectory:
 
     def has_ended(self, wave: Wave) -> bool:
         """Return whether every member of a wave has a result."""
-        known = self._results_of(".json")
-        return all(member.index in known or self.find_ended([member]) for member in wave.members)
+        return len(self.find_ended(wave.members)) == len(wave.members)
 
     def claim(self, wave: Wave) -> Lock | None:
         """Lock a wave without waiting; None: another process trains it."""
