@@ -57,12 +57,12 @@ class WithoutTraining(SweepRunner):
 
 
 def count_file_calls(path: Path, members: Sequence[Member], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Return the calls of `stat` and the names of directories that are read while all members train."""
+    """Return how many files are looked for, read or listed while all members train."""
     directory, count = SweepDirectory(path), 0
     directory.open({"format": 1}, overwrite=False)
     unused: Any = SimpleNamespace(world=World(), emit=lambda _: None)
     runner = WithoutTraining(Config(), len(members), 1, unused, directory, unused, worker=(0, 1))
-    stat, scandir = os.stat, os.scandir
+    stat, scandir, read_bytes = os.stat, os.scandir, Path.read_bytes
 
     def counted(*arguments: Any, **options: Any) -> os.stat_result:
         nonlocal count
@@ -74,7 +74,13 @@ def count_file_calls(path: Path, members: Sequence[Member], monkeypatch: pytest.
         count += sum(1 for _ in scandir(*arguments))
         return scandir(*arguments)
 
+    def read(path: Path) -> bytes:
+        nonlocal count
+        count += 1
+        return read_bytes(path)
+
     with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", read)
         patched.setattr(os, "stat", counted)
         patched.setattr(os, "scandir", listed)
         runner._train_waves(unused, cut_waves(members, limit=1, num_workers=1))
