@@ -89,7 +89,7 @@ def count_file_calls(path: Path, members: Sequence[Member], monkeypatch: pytest.
 
 
 def test_file_calls_grow_with_the_members_and_not_with_their_square(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = [{"optim.lr": 0.001 * number} for number in range(1, 1601)]
+    settings = [{"optim.lr": 0.001 * number} for number in range(1, 801)]
     few, many = (
         count_file_calls(tmp_path / str(n), build_members(Config(), settings[:n], (0,)), monkeypatch) for n in (200, 1600)
     )
