@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 
 from agnews_dist.errors import UserError
+from agnews_dist.storage.capacity import is_out_of_memory
 
 
 @contextmanager
@@ -39,13 +40,13 @@ def translate_errors(make_error: Callable[[str], UserError]) -> Generator[None]:
     """Replace any exception inside the block by `make_error(reason)`; `reason`: its type and first line.
 
     Raises:
-        UserError: the block failed. UserError and MemoryError pass unchanged.
+        UserError: the block failed. UserError and errors of memory pass unchanged.
     """
     try:
         yield
-    except (UserError, MemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
         lines = str(error).strip().splitlines()
         details = lines[0].rstrip(".:") if lines else "no details"
         raise make_error(f"{type(error).__name__}: {details}") from error

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from agnews_dist.evaluation.intervals import Interval, quantile_of_level, wilson_interval
+from agnews_dist.evaluation.intervals import Interval, wilson_interval
 from agnews_dist.evaluation.layer_features import Floats, Pooling, View
 from agnews_dist.evaluation.linear_model import (
     MAX_CELLS,
@@ -69,15 +69,15 @@ class LayerScore:
 
 
 class Conclusion(NamedTuple):
-    """The end of the rise, for one pooling."""
+    """The layer to cut at, for one pooling."""
 
     best: LayerScore
-    first: LayerScore
-    """The lowest layer from which on, up to the best, none is worse."""
+    cut: LayerScore
+    """The highest layer within one standard error of the best."""
     num_above: int
-    """Blocks above `first`."""
-    smallest: float
-    """Difference in accuracy between `first` and the best that would just be significant."""
+    """Blocks above `cut`."""
+    standard_error: float
+    """Standard error of the difference in accuracy between `cut` and the best."""
 
 
 def split_rows(labels_N: Integers, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -160,13 +160,17 @@ def compare_views(views: Sequence[View], fits: Sequence[ProbeFit], labels_N: Int
     return scores
 
 
-def find_end_of_rise(scores: Sequence[LayerScore], pooling: Pooling, *, num_blocks: int, num_rows: int) -> Conclusion:
-    """Find the lowest layer from which on, up to the best, none is worse. A lower one may be close by chance."""
+def choose_cut(scores: Sequence[LayerScore], pooling: Pooling, *, num_blocks: int, num_rows: int) -> Conclusion:
+    """Choose the highest layer whose accuracy is within one standard error of the best: the fewest blocks to train.
+
+    The error is that of the difference on the same rows. This is the one-standard-error rule of Breiman et al. 1984.
+    """
     own = [score for score in scores if score.view.pooling == pooling]
-    first = best = next(score for score in own if score.is_best)
-    for score in reversed(own[: own.index(best)]):
-        if not score.is_close:
-            break
-        first = score
-    smallest = quantile_of_level(1 - SIGNIFICANT) * first.num_different**0.5 / num_rows
-    return Conclusion(best, first, num_blocks - first.view.layer, smallest)
+    best = next(score for score in own if score.is_best)
+
+    def error(score: LayerScore) -> float:
+        difference = best.num_correct - score.num_correct
+        return (score.num_different - difference**2 / num_rows) ** 0.5 / num_rows
+
+    cut = next(score for score in reversed(own) if best.num_correct - score.num_correct <= num_rows * error(score))
+    return Conclusion(best, cut, num_blocks - cut.view.layer, error(cut))

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -19,13 +20,15 @@ from agnews_dist.distributed import collectives
 from agnews_dist.distributed.slurm import find_array_task
 from agnews_dist.engine.device import check_compiler
 from agnews_dist.engine.engine import Engine
+from agnews_dist.engine.memory import Setup, Shape
 from agnews_dist.errors import UserError
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.model.prefix import Features, FeatureSource
 from agnews_dist.preflight.memory_check import check_fits
 from agnews_dist.run import setup
-from agnews_dist.run.memory_setup import build_memory_setup
+from agnews_dist.run.memory_setup import build_memory_setup, describe_steps
 from agnews_dist.run.setup import TrainingInputs
+from agnews_dist.storage.capacity import resident_bytes
 from agnews_dist.training.loop import Monitors
 
 
@@ -47,10 +50,15 @@ class FeatureGroup:
     engine: Engine
     """The engine of this rank alone."""
 
-    @property
-    def trained_bytes(self) -> int:
-        """Size of the trainable part."""
-        return sum(parameter.numel() * torch.float32.itemsize for parameter in self.inputs.classifier.suffix.parameters())
+    shape: Shape
+    memory: Setup
+    """Sizes of a training with the features and classes; `runtime_bytes` with the model in memory."""
+
+    def measure_steps(self, sizes: Setup, config: Config) -> Setup:
+        """Return `sizes` with the largest micro-batch that the texts make."""
+        loader = setup.build_loader(config, self.inputs.classifier, self.tables["train"], self.engine.world)
+        rows, tokens = max((each.tokens_BT.shape for each in loader.largest_step(0).micro_batches), key=lambda of: of.numel())
+        return replace(sizes, max_tokens_per_rank=rows * tokens, texts_per_rank=rows, max_length=tokens)
 
     def select(self, rows: Mapping[str, tuple[str, Ints]]) -> "FeatureGroup":
         """Return a group of other splits: name -> (split of this group, its rows, in that order).
@@ -103,38 +111,47 @@ def open_feature_group(
     *,
     num_trainings: int,
     check: Callable[[TrainingInputs], None] = lambda _: None,
+    announce: Callable[[FeatureGroup], None] = lambda _: None,
 ) -> FeatureGroup:
     """Load model and tokens, and compute or open the features. Collective. `stack` releases them.
 
-    `num_trainings`: trainings that will read the features. `check`: called with the inputs before the features are computed.
+    `num_trainings`: trainings that will read the features. `check`: called with the inputs. `announce`: called before the
+    features are computed, when their size is known.
 
     Raises:
         UserError: any fault of the files, or features that not every rank can read.
     """
-    world, emit = engine.world, monitors.emit
+    world, emit, alone = engine.world, monitors.emit, engine.without_others()
     if config.engine.backend != "ddp":
         raise UserError(f"engine.backend {config.engine.backend}: each training is on one rank, unsharded. Leave it out.")
 
-    def load() -> TrainingInputs:
+    def load() -> tuple[Shape, Setup, TrainingInputs]:
         check_compiler(config.engine.compile)
         files = setup.read_model_files(config.model, config.data)
         shape, sizes = build_memory_setup(config, world, files.config)
+        sizes = replace(sizes, **describe_steps(config, alone.world, use_cuda=sizes.device == "cuda"))
         check_fits(shape, sizes, world)
         inputs = setup.load_training_inputs(config, world, emit, monitors.timer, files)
         check(inputs)
-        return inputs
+        return shape, sizes, inputs
 
-    inputs = collectives.raise_if_any_failed(collectives.catch(load))
+    shape, sizes, inputs = collectives.raise_if_any_failed(collectives.catch(load))
     collectives.check_equal(inputs.fingerprints)
     tables = setup.place_inputs(config, inputs, engine)
     place = _choose_place(config, engine)
     features = setup.open_features(config, inputs, tables, engine, requested=place, num_trainings=num_trainings)
     stack.callback(features.close)
+    # On a CPU also the pages of a file count that the rank has read.
+    cache_bytes = features.num_bytes if features.choice.place == "device" or sizes.device == "cpu" else 0
+    own = {"num_classes": len(inputs.class_names), "cache_bytes": cache_bytes, "runtime_bytes": resident_bytes()}
+    sizes = replace(sizes, **own)
+    group = FeatureGroup(inputs, tables, features, alone, shape, sizes)
+    collectives.raise_if_any_failed(collectives.catch(partial(announce, group)))
     with monitors.timer.stage("prefix"):
         features.build(emit)
     if features.owner_N is not None:
         raise UserError("engine.feature_cache: no place has room that all ranks can read. Free some memory or disk space.")
-    return FeatureGroup(inputs, tables, features, engine.without_others())
+    return group
 
 
 def _choose_place(config: Config, engine: Engine) -> RequestedPlace:

@@ -14,7 +14,7 @@ from agnews_dist.experiments.feature_group import FeatureGroup
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, train_in_lock_step
 from agnews_dist.experiments.members import Key, Member, Wave
 from agnews_dist.experiments.standings import MemberResult, choose_survivors, count_rungs, place_rungs
-from agnews_dist.experiments.sweep_runner import MEMORY_SHARE, POLL_SECONDS, SweepRunner
+from agnews_dist.experiments.sweep_runner import POLL_SECONDS, SweepRunner
 from agnews_dist.storage.capacity import gigabytes
 from agnews_dist.storage.locks import Lock
 from agnews_dist.training.loop import list_evaluations
@@ -39,7 +39,6 @@ class HalvingRunner(SweepRunner):
         groups = {member.feature_key: self.open_group(member) for member, _ in waves_of}
         waves = [wave for _, of_group in waves_of for wave in of_group]
         with collectives.without_others():
-            self._check_memory(groups)
             rungs = self._place_rungs(groups)
             competing, held = {member.setting for member in self.members}, dict[int, _HeldWave]()
             for rung in range(min(map(len, rungs.values()))):
@@ -53,7 +52,7 @@ class HalvingRunner(SweepRunner):
                 competing = survivors
                 self.show(now=True)
             self._reach(None, {}, waves, groups, competing, held)
-            self.prune()
+            self.prune(now=True)
         self.show(now=True)
 
     def _place_rungs(self, groups: Mapping[Key, FeatureGroup]) -> dict[int, list[int]]:
@@ -114,14 +113,14 @@ class HalvingRunner(SweepRunner):
                     held[wave.number] = self._hold(wave, claimed[1], groups[wave.members[0].feature_key])
                 self._advance(held[wave.number], rung, steps, competing)
                 has_worked = True
-                self.show(now=True)
+                self.show()
             if not has_worked:
                 time.sleep(POLL_SECONDS)
                 self.show()
 
     def _hold(self, wave: Wave, lock: Lock, group: FeatureGroup) -> _HeldWave:
         """Set up the members of a wave that have not ended, from their beginning."""
-        ended = {result.member for result in self.directory.read_results()}
+        ended = self.directory.find_ended(wave.members)
         loader = build_shared_loader(group, wave.members[0].config)
         members = [member for member in wave.members if member.index not in ended]
         return _HeldWave(lock, [MemberTraining(member, group, loader, self.monitors) for member in members])
@@ -140,12 +139,16 @@ class HalvingRunner(SweepRunner):
             result = training.result("finished")
             self.directory.write_result(result, rung=None if result.state == "diverged" else rung)
 
-    def _check_memory(self, groups: Mapping[Key, FeatureGroup]) -> None:
-        """Check that the members that wait at a rung fit in memory."""
-        num_members = -(-len(self.members) // self._worker[1])
-        needed, free = num_members * max(map(self._member_bytes, groups.values())), self._free_bytes()
-        if needed > MEMORY_SHARE * free:
+    def _choose_limit(self, sharing: Sequence[Member], free: int, member_bytes: int) -> int:
+        """Return the members of a group that wait at a rung on this rank.
+
+        Raises:
+            UserError: they do not fit in memory.
+        """
+        num_members = -(-len(sharing) // self._worker[1])
+        if num_members * member_bytes > free:
             raise UserError(
-                f"--halving: {num_members:,} members wait in memory, {gigabytes(needed)}, and {gigabytes(free)} are free. List "
-                "fewer values, or start more ranks on more machines."
+                f"--halving: {num_members:,} members wait in memory, {gigabytes(num_members * member_bytes)}, and "
+                f"{gigabytes(max(0, free))} are left for them. List fewer values, or start more ranks on more machines."
             )
+        return num_members

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -35,7 +36,9 @@ from agnews_dist.experiments.sweep_results import (
 from agnews_dist.experiments.sweep_runner import POLL_SECONDS, SweepRunner
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.report.result_files import versions, write_json
+from agnews_dist.run.results import peak_memory_bytes
 from agnews_dist.run.stored_sweeps import RESULTS
+from agnews_dist.storage.capacity import gigabytes
 from agnews_dist.storage.locks import Lock
 
 T = TypeVar("T")
@@ -161,11 +164,13 @@ class _Finish:
         summaries = {
             name: summarise_seeds([each for each in of if each is not None]) for name, of in scored.items() if of[0] is not None
         }
+        num_rows = len(group.tables["validation"])
+        rung = {result.member: getattr(result, runner.metric) for result in directory.read_results(0)}
         report: dict[str, Any] = {
             "format": 1,
             "metric": runner.metric,
             "versions": versions(),
-            "settings": [_describe_standing(each) for each in self._standings],
+            "settings": [_describe_standing(each, num_rows, rung) for each in self._standings],
             "members": [asdict(result) for result in directory.read_results()],
             "selected": {
                 "setting": self._selected.setting,
@@ -175,6 +180,7 @@ class _Finish:
                 **summaries,
             },
             "command": make_command(self.best.config),
+            "memory": {"expected_bytes": runner.stated_bytes, "peak_bytes": peak_memory_bytes(runner.engine.device)},
         }
         if self._wanted:
             report["ensemble"] = self._combine(group, singles)
@@ -261,13 +267,17 @@ def _scored_splits(group: FeatureGroup) -> list[str]:
     return [name for name in ("validation", "test") if name in group.tables]
 
 
-def _describe_standing(standing: Standing) -> dict[str, Any]:
+def _describe_standing(standing: Standing, num_rows: int, rung: Mapping[int, float]) -> dict[str, Any]:
+    """Describe a setting. `rung`: member -> score at the first rung of halving, where all had the same share of training."""
+    members, results = [result.member for result in standing.results], standing.results
+    early = [rung[member] for member in members if member in rung]
     return {
         "setting": standing.setting,
         "values": standing.values,
         "state": standing.state,
-        "members": [result.member for result in standing.results],
-        "validation": {name: spread([getattr(result, name) for result in standing.results], name) for name in SCORES},
+        "members": members,
+        "validation": {name: spread([getattr(result, name) for result in results], name, num_rows) for name in SCORES},
+        **({"first_rung": fmean(early)} if early else {}),
     }
 
 
@@ -277,16 +287,18 @@ def _facts(
     """Return the facts of the last panel."""
     num_seeds = count_noun(len(selected.results), "seed")
     facts = {"selected": f"{format_values(selected.values)}, by validation {runner.metric} over {num_seeds}"}
-    over = "rows" if len(selected.results) == 1 else "seeds"
     for name, summary in summaries.items():
         of = summary["accuracy"]
         deviation = f", standard deviation {of['deviation']:.4f}" if of["deviation"] is not None else ""
-        interval = f", 95 % interval over {over} {of['interval'][0]:.4f} to {of['interval'][1]:.4f}" if of["interval"] else ""
+        low, high = of["interval"] or (0.0, 0.0)
+        interval = f", 95 % interval over {of['interval_over']} {low:.4f} to {high:.4f}" if of["interval"] else ""
         facts[name] = f"mean accuracy {of['mean']:.4f}{deviation}{interval}"
     for row in report.get("ensemble", []):
         shown = (f"{split} {row[split]['accuracy']:.4f} (ECE {row[split]['calibration_error']:.4f})" for split in summaries)
         facts[row["name"]] = ", ".join(shown)
     facts["best member"] = f"seed {best.seed}, by validation {runner.metric}"
     facts["time"] = f"{runner.monitors.timer.totals()['total']:.1f} s for {count_noun(len(runner.members), 'member')}"
+    expected, peak = report["memory"].values()
+    facts["memory"] = f"{gigabytes(peak)} at most on rank 0; {gigabytes(expected)} were expected"
     facts["command"] = report["command"]
     return facts

@@ -5,6 +5,7 @@
     members/00003.rung1     result of a member at a rung of successive halving
     members/00003.safetensors   best weights and validation predictions, of the best settings only
     members/inputs-*.txt    hashes of data, tokenizer and frozen weights
+    members/workers.txt     number of ranks of the newest start
     members/wave-00001.lock lock of the process that trains a wave; the kernel releases it when that process dies
     sweep.json, sweep.csv   all results, when all members have ended
     sweep.html, sweep.md    the report
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from agnews_dist.distributed.world import print_line
 from agnews_dist.errors import ConfigError, UserError
-from agnews_dist.experiments.members import Wave
+from agnews_dist.experiments.members import Member, Wave
 from agnews_dist.experiments.standings import MemberResult
 from agnews_dist.report.result_files import write_json
 from agnews_dist.run.status import PLAN
@@ -50,17 +51,33 @@ class SweepDirectory:
         """Touch nothing on disk yet."""
         self.path = path
         self._members = path / MEMBERS
-        self._results: dict[str, MemberResult] = {}
+        self._results: dict[str, dict[int, MemberResult]] = {}
+        """Suffix of a file -> member -> its result. Results never change, so a file is read once."""
         self._removed: set[int] = set()
         """Members whose tensors are removed."""
+        self._is_new = False
         self._in_use: int | None = None
         """Handle of the lock that says that this process works here."""
 
     def close(self) -> None:
-        """Let other processes replace the sweep."""
-        if self._in_use is not None:
-            os.close(self._in_use)
-            self._in_use = None
+        """Let other processes replace the sweep; remove it if this process made it and ends before any work."""
+        if self._in_use is None:
+            return
+        os.close(self._in_use)
+        self._in_use = None
+        # A sweep that was stopped has a status, and is continued.
+        if self._is_new and not any(self._members.glob("*.json")) and not any(self.path.glob("status*.json")):
+            with suppress(OSError):
+                lock = try_lock(self._lock_path)
+                # None: another process works in it.
+                if lock is not None:
+                    shutil.rmtree(self.path)
+                    self._lock_path.unlink()
+                    lock.close()
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.sweep")
 
     def is_finished(self, wanted: Collection[str] = ()) -> bool:
         """Return whether all results are there, with rows `wanted` in the comparison of an ensemble."""
@@ -70,20 +87,21 @@ class SweepDirectory:
         except (FileNotFoundError, ValueError):
             return False
 
-    def open(self, plan: Mapping[str, Any], *, overwrite: bool) -> None:
+    def open(self, plan: Mapping[str, Any], *, overwrite: bool, num_workers: int = 1) -> None:
         """Create the directory, or continue the sweep of the same plan in it, and keep it from others that would replace it.
 
-        `overwrite`: replace a finished or other one.
+        `overwrite`: replace a finished or other one. `num_workers`: ranks of all jobs that share it, which decides the waves.
 
         Raises:
             UserError: the directory is not a sweep's, cannot be written, is in use, or holds a sweep with another plan.
         """
-        plan, lock_path = atomic.to_json_value(plan), self.path.with_name(f".{self.path.name}.sweep")
+        plan, lock_path = atomic.to_json_value(plan), self._lock_path
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             wait = LockWait(lock_path, f"sweep {self.path}", print_line)
             with locked_or_bypassed(self.path.with_name(f".{self.path.name}.opening"), f"sweep {self.path}", print_line):
                 self._create(plan, overwrite=overwrite, lock_path=lock_path)
+                self._check_workers(num_workers, lock_path)
                 self._in_use = lock_shared(lock_path, wait)
         except OSError as error:
             raise UserError(
@@ -100,6 +118,7 @@ class SweepDirectory:
             lock.close()
             shutil.rmtree(self.path)
             found = None
+        self._is_new = found is None
         if found is None:
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise UserError(f"{self.path}: it exists and is not a sweep's directory. Choose another --run.name.")
@@ -111,6 +130,18 @@ class SweepDirectory:
                 f"{self.path}: it has another sweep (in {differing}). Set another --run.name, or pass --run.overwrite."
             )
         self._members.mkdir(exist_ok=True)
+
+    def _check_workers(self, num_workers: int, lock_path: Path) -> None:
+        """Check that all processes in the directory have cut the same waves, whose locks keep them apart."""
+        path, lock = self._members / "workers.txt", try_lock(lock_path)
+        if lock is not None:
+            lock.close()
+            path.write_text(f"{num_workers}\n")
+        elif (found := path.read_text().strip()) != str(num_workers):
+            raise UserError(
+                f"{self.path}: a job of {found} rank(s) works in it, and this one has {num_workers}: members would be trained "
+                "twice. Wait for its end, or start as many ranks."
+            )
 
     def check_inputs(self, key: object, fingerprints: Mapping[str, str]) -> None:
         """Check that data, tokenizer, frozen weights and precision are those of the members before; record them at first.
@@ -147,22 +178,26 @@ class SweepDirectory:
 
     def read_results(self, rung: int | None = None) -> list[MemberResult]:
         """Read the results of all members that have ended, or that have reached a rung, in the order of their numbers."""
-        suffix = ".json" if rung is None else f".rung{rung}"
-        names = sorted(path.name for path in self._members.iterdir() if path.suffix == suffix)
-        for name in names:
-            if name not in self._results:
+        known = self._results_of(suffix := ".json" if rung is None else f".rung{rung}")
+        with os.scandir(self._members) as entries:
+            stems = [entry.name.removesuffix(suffix) for entry in entries if entry.name.endswith(suffix)]
+        for member in (int(stem) for stem in stems if stem.isdigit()):
+            if member not in known:
                 # Another process may replace a file by an equal one, never by another.
                 with suppress(FileNotFoundError):
-                    self._read_result(self._members / name)
-        return [self._results[name] for name in names if name in self._results]
+                    self._read_result(self._members / f"{member:05}{suffix}", known)
+        return [known[member] for member in sorted(known)]
 
-    def _read_result(self, path: Path) -> None:
+    def _results_of(self, suffix: str) -> dict[int, MemberResult]:
+        return self._results.setdefault(suffix, {})
+
+    def _read_result(self, path: Path, known: dict[int, MemberResult]) -> None:
         """Read a file, or remove it if it is damaged: the member is trained again."""
         try:
             fields: dict[str, Any] = json.loads(path.read_bytes())
             # A number that is not finite is null in JSON.
             fields |= {key: math.nan for key, value in fields.items() if value is None}
-            self._results[path.name] = MemberResult(**fields)
+            known[int(path.stem)] = MemberResult(**fields)
         except (ValueError, TypeError, AttributeError):
             path.unlink(missing_ok=True)
 
@@ -177,9 +212,11 @@ class SweepDirectory:
         try:
             if tensors is not None:
                 self.write_tensors(result.member, tensors)
-            path = self._members / f"{result.member:05}{'.json' if rung is None else f'.rung{rung}'}"
+            suffix = ".json" if rung is None else f".rung{rung}"
+            path = self._members / f"{result.member:05}{suffix}"
             with atomic.new_file(path, is_durable=False) as temporary:
                 temporary.write_text(json.dumps(atomic.to_json_value(asdict(result)), allow_nan=False), encoding="utf-8")
+            self._read_result(path, self._results_of(suffix))
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
@@ -202,9 +239,18 @@ class SweepDirectory:
         except (OSError, SafetensorError):
             return None
 
+    def find_ended(self, members: Collection[Member]) -> set[int]:
+        """Return the numbers of those members that have a result; only files that were not there before are looked for."""
+        known = self._results_of(".json")
+        for member in members:
+            if member.index not in known:
+                with suppress(FileNotFoundError):
+                    self._read_result(self._members / f"{member.index:05}.json", known)
+        return {member.index for member in members if member.index in known}
+
     def has_ended(self, wave: Wave) -> bool:
         """Return whether every member of a wave has a result."""
-        return all((self._members / f"{member.index:05}.json").is_file() for member in wave.members)
+        return len(self.find_ended(wave.members)) == len(wave.members)
 
     def claim(self, wave: Wave) -> Lock | None:
         """Lock a wave without waiting; None: another process trains it."""

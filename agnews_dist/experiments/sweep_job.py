@@ -21,7 +21,7 @@ from agnews_dist.distributed.slurm import find_array_task, identify_job
 from agnews_dist.distributed.world import World, print_line
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, ConfigError, Stopped, UserError, count_noun
-from agnews_dist.events import RunStarted, Warned
+from agnews_dist.events import Warned
 from agnews_dist.experiments.halving import HalvingRunner
 from agnews_dist.experiments.members import Member, build_members, group_by_features
 from agnews_dist.experiments.search import OptunaSearch, SearchKind, Settings
@@ -135,7 +135,9 @@ def run_sweep(
         stack.enter_context(sinks)
         if console is not None:
             sinks.add(console)
-        directory = _open_directory(job, space, world)
+        directory = _open_directory(job, space, world, num_workers=worker[1])
+        # After the status is written.
+        stack.callback(directory.close)
         num_members = len(members) or (job.num_samples or 0) * len(space.seeds)
         status = stack.enter_context(SweepStatus(directory)) if world.is_main else None
         preemption.before_exit = _make_last_words(directory, num_members, status)
@@ -147,13 +149,12 @@ def run_sweep(
         runner = kind(config, *sizes, engine, directory, monitors, worker=worker)
         if isinstance(runner, HalvingRunner) and job.halving is not None:
             runner.factor = job.halving
-        runner.status = status
+        runner.status, runner.returns_to_groups = status, job.search == "optuna"
         stack.callback(runner.close)
-        stack.callback(directory.close)
         if config.report.trackers:
             message = "report.trackers: the members of a sweep are not tracked. Their table is sweep.csv."
             sinks(Warned(message=message))
-        sinks(RunStarted(facts=_describe(job, space, members, directory, engine), parameters={}))
+        runner.facts = _describe(job, space, members, directory, engine)
         try:
             if job.search == "optuna":
                 _train_proposals(job, space, runner)
@@ -179,16 +180,18 @@ def _train_proposals(job: SweepJob, space: Space, runner: SweepRunner) -> None:
         search.tell([scores[setting] for setting in range(num_settings)])
 
 
-def _open_directory(job: SweepJob, space: Space, world: World) -> SweepDirectory:
+def _open_directory(job: SweepJob, space: Space, world: World, *, num_workers: int) -> SweepDirectory:
     """Open the directory of a sweep. Collective; a job array needs `run.name`."""
     run = job.config.run
 
     def open_on_main() -> SweepDirectory:
         runs, plan = Path(run.dir), job.describe(space)
         names = new_names(f"sweep-{Path(job.config.model.name).name}", datetime.now())
-        name = run.name or _find_unfinished(runs, plan) or next(name for name in names if not (runs / name).exists())
+        name = (
+            run.name or _find_unfinished(runs, plan, num_workers) or next(name for name in names if not (runs / name).exists())
+        )
         directory = SweepDirectory(runs / name)
-        directory.open(plan, overwrite=run.overwrite)
+        directory.open(plan, overwrite=run.overwrite, num_workers=num_workers)
         if directory.is_finished(job.wanted):
             SweepStatus(directory).end("finished", "all members have ended")
             raise AlreadyFinished(
@@ -204,11 +207,11 @@ def _open_directory(job: SweepJob, space: Space, world: World) -> SweepDirectory
     return directory or SweepDirectory(path)
 
 
-def _find_unfinished(runs: Path, plan: Mapping[str, Any]) -> str | None:
+def _find_unfinished(runs: Path, plan: Mapping[str, Any], num_workers: int) -> str | None:
     """Return the name of the sweep that an earlier start of this job began without a `run.name`."""
     for name in runs_of_job(runs, identify_job(os.environ), sweeps=True):
         with suppress(UserError):  # another sweep of the job
-            SweepDirectory(runs / name).open(plan, overwrite=False)
+            SweepDirectory(runs / name).open(plan, overwrite=False, num_workers=num_workers)
             return name
     return None
 

@@ -72,29 +72,30 @@ def write_run(
 
 
 def summarise_seeds(scores: Sequence[Scores]) -> dict[str, Any]:
-    """Summarise the scores of a split over the seeds: mean, standard deviation, 95 % interval of the mean.
+    """Summarise the scores of a split over the seeds, as `spread` does."""
+    num_rows = scores[0].num_examples
+    found: dict[str, Any] = {name: spread([getattr(each, name) for each in scores], name, num_rows) for name in SCORES}
+    return found | {"num_examples": num_rows}
 
-    Of one seed the interval is Wilson's, over the rows.
+
+def spread(values: Sequence[float], name: str, num_rows: int) -> dict[str, Any]:
+    """Return mean, standard deviation and 95 % interval: Student's over different values, or Wilson's over the rows.
+
+    One value, or equal ones, do not vary with the seed: of an accuracy then the rows are the sample. Student's needs scipy.
     """
-    found: dict[str, Any] = {name: spread([getattr(each, name) for each in scores], name) for name in SCORES}
-    found["num_examples"] = scores[0].num_examples
-    if len(scores) == 1:
-        found["accuracy"]["interval"] = list(wilson_interval(scores[0].num_correct, scores[0].num_examples))
-    return found
-
-
-def spread(values: Sequence[float], name: str) -> dict[str, Any]:
-    """Return mean, standard deviation and 95 % interval of the mean; the latter two need two values, the last scipy."""
     if not all(map(math.isfinite, values)):
         return {"mean": None, "deviation": None, "interval": None, "values": list(values)}
-    interval = None
-    if len(values) > 1 and find_spec("scipy") is not None:
+    interval, over = None, "rows" if len({*values}) == 1 else "seeds"
+    if over == "rows" and name == "accuracy":
+        interval = list(wilson_interval(round(values[0] * num_rows), num_rows))
+    elif over == "seeds" and find_spec("scipy") is not None:
         low, high = student_interval(values)
         interval = [max(0.0, low), high if name == "loss" else min(1.0, high)]
     return {
         "mean": fmean(values),
         "deviation": stdev(values) if len(values) > 1 else None,
         "interval": interval,
+        "interval_over": over,
         "values": list(values),
     }
 

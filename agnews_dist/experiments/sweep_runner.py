@@ -3,13 +3,17 @@
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 
 from agnews_dist.config.fields import replace_values
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.device import free_device_bytes
 from agnews_dist.engine.engine import Engine
-from agnews_dist.events import Progress, SweepRow, SweepUpdated
+from agnews_dist.engine.memory import Estimate, estimate_members, format_estimate
+from agnews_dist.errors import count_noun
+from agnews_dist.events import Progress, RunStarted, SweepRow, SweepUpdated
 from agnews_dist.experiments.feature_group import FeatureGroup, open_feature_group
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, train_in_lock_step
 from agnews_dist.experiments.members import Key, Member, Wave, cut_waves, group_by_features
@@ -17,6 +21,7 @@ from agnews_dist.experiments.space import format_values
 from agnews_dist.experiments.standings import Standing, rank_settings
 from agnews_dist.experiments.sweep_directory import SweepDirectory
 from agnews_dist.experiments.sweep_status import SweepStatus
+from agnews_dist.run.memory_setup import describe_steps
 from agnews_dist.run.setup import TrainingInputs
 from agnews_dist.storage.capacity import free_host_bytes
 from agnews_dist.storage.locks import Lock
@@ -32,7 +37,9 @@ POLL_SECONDS = 0.2
 NUM_KEPT = 3
 """Settings whose members' weights are kept on disk."""
 SHOW_SECONDS = 0.5
-"""Time between two looks at the results of other ranks, for the table."""
+"""Least time between two looks at the results of all ranks, for the table."""
+REST = 20
+"""Time between two looks at all results, in times of what one takes: in a large sweep it grows with the members."""
 
 
 class SweepRunner:
@@ -58,12 +65,22 @@ class SweepRunner:
         """All members so far, in the order of their numbers."""
         self.status: SweepStatus | None = None
         """Status to write once features are there; on rank 0."""
+        self.returns_to_groups = False
+        """True if later calls of `train` need the groups again, as Optuna's do: they stay open while they fit."""
+        self.facts: dict[str, str] = {}
+        """Header, which waits for the memory of the first group."""
+        self.stated_bytes = 0
+        """Expected peak memory of a rank."""
+        self._limits: dict[Key, int] = {}
+        """Members of a group that train at once on this rank."""
+        self._waiting_bytes = 0
+        """Memory of members that wait meanwhile."""
         self._worker = worker
         self.metric: Metric = config.optim.best_metric
         self.num_members, self.num_seeds = num_members, num_seeds
         self._groups: dict[Key, FeatureGroup] = {}
         self._stack = ExitStack()
-        self._looked, self._num_shown = 0.0, -1
+        self._next_look, self._next_prune, self._num_shown = 0.0, 0.0, -1
 
     def close(self) -> None:
         """Release the features of all groups."""
@@ -97,17 +114,24 @@ class SweepRunner:
     def _train_waves(self, group: FeatureGroup, waves: Sequence[Wave]) -> None:
         """Train the waves of a group that no other process trains, until all have ended."""
         left = self._rotate(waves)
-        while left := [wave for wave in left if not self.directory.has_ended(wave)]:
-            lock = next(filter(None, map(self._claim, left)), None)
-            if lock is None:
-                time.sleep(POLL_SECONDS)
-            else:
-                wave, held = lock
+        while left:
+            has_worked, passed, left = False, left, []
+            for wave in passed:
+                if self.directory.has_ended(wave):
+                    continue
+                if (claimed := self._claim(wave)) is None:
+                    left.append(wave)
+                    continue
                 try:
                     self._train_wave(group, wave)
                 finally:
-                    held.close()
-            self.show(now=lock is not None)
+                    claimed[1].close()
+                has_worked = True
+                self.show()
+            if left and not has_worked:
+                time.sleep(POLL_SECONDS)
+                self.show()
+        self.prune(now=True)
         self.show(now=True)
 
     def _claim(self, wave: Wave) -> tuple[Wave, Lock] | None:
@@ -123,10 +147,10 @@ class SweepRunner:
 
     def _train_wave(self, group: FeatureGroup, wave: Wave) -> None:
         """Train the members of a wave that have no result, as many at once as fit in memory."""
-        ended = {result.member for result in self.directory.read_results()}
+        ended = self.directory.find_ended(wave.members)
         left = [member for member in wave.members if member.index not in ended]
-        limit = max(1, int(MEMORY_SHARE * self._free_bytes()) // self._member_bytes(group))
         loader = build_shared_loader(group, wave.members[0].config)
+        limit = self._limits[wave.members[0].feature_key]
         for begin in range(0, len(left), limit):
             trainings = [MemberTraining(member, group, loader, self.monitors) for member in left[begin : begin + limit]]
             train_in_lock_step(trainings, after_step=lambda trainings=trainings: self.show_steps(trainings))
@@ -138,15 +162,39 @@ class SweepRunner:
             result = training.result("finished")
             self.directory.write_result(result, training.tensors() if result.state == "finished" else None)
 
-    def _member_bytes(self, group: FeatureGroup) -> int:
-        """Return the memory of one member in training, besides the gradients, which exist for one at a time."""
-        has_average = any(member.config.optim.average != "none" for member in self.members)
-        # Weights, two moments, the best weights, perhaps an average.
-        return (5 if has_average else 4) * group.trained_bytes
+    def _state_memory(self, group: FeatureGroup, sharing: Sequence[Member]) -> None:
+        """Choose how many members train at once, and show the memory expected: in the header, of later groups in a line."""
+        alone = partial(describe_steps, world=group.engine.world, use_cuda=group.memory.device == "cuda")
+        configs = {replace(group.memory, **alone(member.config)): member.config for member in sharing}
+        setups = [group.measure_steps(sizes, config) for sizes, config in configs.items()]
+
+        def estimate(num_members: int) -> Estimate:
+            return max((estimate_members(group.shape, each, num_members) for each in setups), key=lambda of: of.device_bytes)
+
+        one, two = estimate(1), estimate(2)
+        member_bytes = two.device_bytes - one.device_bytes + two.host_bytes - one.host_bytes
+        # Model, tokens and libraries are in memory already.
+        free = MEMORY_SHARE * self._free_bytes() - group.memory.cache_bytes - one.device["activations"] - self._waiting_bytes
+        limit = self._limits[sharing[0].feature_key] = self._choose_limit(sharing, int(free), member_bytes)
+        found = estimate(limit)
+        self.stated_bytes = max(self.stated_bytes, found.device_bytes + self._waiting_bytes)
+        self._waiting_bytes += self.keeps_groups * limit * member_bytes
+        text = f"{format_estimate(found)}; {count_noun(limit, 'member')} at a time"
+        self.monitors.emit(RunStarted(facts=self.facts | {"memory": text}, parameters={}))
+        self.facts = {}
+
+    def _choose_limit(self, sharing: Sequence[Member], free: int, member_bytes: int) -> int:
+        """Return the members of the largest wave, or as many as fit."""
+        waves = cut_waves(sharing, limit=MAX_WAVE, num_workers=self._worker[1])
+        return max(1, min(free // member_bytes, max(len(wave.members) for wave in waves)))
 
     def _free_bytes(self) -> int:
         world = self.engine.world
         return min(free_device_bytes(self.engine.device, world.ranks_per_node), free_host_bytes() // world.ranks_per_node)
+
+    def _has_room(self) -> bool:
+        """Return whether the ranks have room for another group as large as the largest so far. Collective."""
+        return all(collectives.all_gather(MEMORY_SHARE * self._free_bytes() > self.stated_bytes))
 
     def _rotate(self, waves: Sequence[Wave]) -> list[Wave]:
         """Return the waves from this worker's own first one on, so that workers rarely ask for the same."""
@@ -158,19 +206,26 @@ class SweepRunner:
         """Rank the settings by what has ended so far."""
         return rank_settings(self.directory.read_results(), self.num_seeds, self.metric)
 
-    def prune(self) -> None:
-        """Remove the weights of all settings but the few best so far. Those that are missed are trained again at the end."""
+    def prune(self, *, now: bool = False) -> None:
+        """Remove the weights of all settings but the few best so far. Those that are missed are trained again at the end.
+
+        `now`: also if that takes a large part of the time.
+        """
+        begin = time.monotonic()
+        if not now and begin < self._next_prune:
+            return
         standings = self.standings()
         kept = [result.member for standing in standings[:NUM_KEPT] for result in standing.results]
         self.directory.keep_tensors(kept, [result.member for standing in standings for result in standing.results])
+        self._next_prune = time.monotonic() + REST * (time.monotonic() - begin)
 
     def show(self, *, now: bool = False) -> None:
         """Show the table of the settings, on rank 0, if more members have ended. `now`: look without a pause."""
         clock = time.monotonic()
-        if not self.engine.world.is_main or (not now and clock - self._looked < SHOW_SECONDS):
+        if not self.engine.world.is_main or (not now and clock < self._next_look):
             return
-        self._looked = clock
         standings = self.standings()
+        self._next_look = time.monotonic() + max(SHOW_SECONDS, REST * (time.monotonic() - clock))
         num_done = sum(len(each.results) for each in standings)
         if num_done == self._num_shown:
             return
@@ -201,7 +256,7 @@ class SweepRunner:
         key = member.feature_key
         if key in self._groups:
             return self._groups[key]
-        if not self.keeps_groups:
+        if not self.keeps_groups and not (self.returns_to_groups and self._has_room()):
             self.close()
         sharing = [other for other in self.members if other.feature_key == key]
 
@@ -217,6 +272,7 @@ class SweepRunner:
             self._stack,
             num_trainings=len(sharing),
             check=check,
+            announce=partial(self._state_memory, sharing=sharing),
         )
         group = self._groups[key]
         precision = {"precision": self.engine.precision, **group.inputs.fingerprints}

@@ -1,6 +1,7 @@
 """The arguments of the memory estimate: the model's shape, and how a rank of this run uses it."""
 
 import math
+from typing import Any
 
 import psutil
 import torch
@@ -49,9 +50,8 @@ def build_memory_setup(config: Config, world: World, gpt2: GPT2Config | None = N
         backend=engine.backend,
         zero_stage=engine.zero_stage,
         offload=engine.offload,
-        max_tokens_per_rank=config.batch.max_tokens_per_rank,
         max_length=config.data.max_length,
-        texts_per_rank=count_texts_per_rank(config, world, use_cuda=use_cuda),
+        **describe_steps(config, world, use_cuda=use_cuda),
         num_threads=torch.get_num_threads(),
         device="cuda" if use_cuda else "cpu",
         half=half,
@@ -62,13 +62,21 @@ def build_memory_setup(config: Config, world: World, gpt2: GPT2Config | None = N
         activation_checkpointing=engine.activation_checkpointing,
         num_classes=len(read_class_names(config.data.class_names) or range(2)),
         compress_gradients=engine.gradient_compression == "bf16",
-        num_passes=2 if config.optim.r_drop else 1,
-        has_average=config.optim.average != "none",
         runtime_bytes=psutil.Process().memory_info().rss,
         call_tokens=CALL_TOKENS["cuda" if use_cuda else "cpu"],
         evaluation_tokens=EVALUATION_TOKENS,
     )
     return build_shape(gpt2), setup
+
+
+def describe_steps(config: Config, world: World, *, use_cuda: bool) -> dict[str, Any]:
+    """Return the fields of `Setup` that members of a sweep with the same features may differ in."""
+    return {
+        "max_tokens_per_rank": config.batch.max_tokens_per_rank,
+        "texts_per_rank": count_texts_per_rank(config, world, use_cuda=use_cuda),
+        "num_passes": 2 if config.optim.r_drop else 1,
+        "has_average": config.optim.average != "none",
+    }
 
 
 def count_texts_per_rank(config: Config, world: World, *, use_cuda: bool) -> int | None:

@@ -27,9 +27,9 @@ from agnews_dist.evaluation.layer_probes import (
     LayerScore,
     ProbeFit,
     check_rows,
+    choose_cut,
     choose_probe_rows,
     compare_views,
-    find_end_of_rise,
     fit_probe,
 )
 from agnews_dist.evaluation.linear_model import TooCostlyError, order_stratified
@@ -111,7 +111,7 @@ def run_probe(config: Config, world: World, *, output: Path | None, console: Con
             emit(begin_phase("write the probe"))
             scores = compare_views(views, fits, labels["validation"], len(inputs.class_names))
             num_blocks, num_rows = views[-1].layer, len(labels["validation"])
-            conclusions = [find_end_of_rise(scores, each, num_blocks=num_blocks, num_rows=num_rows) for each in POOLINGS]
+            conclusions = [choose_cut(scores, each, num_blocks=num_blocks, num_rows=num_rows) for each in POOLINGS]
             counts = {"train": len(tables["train"]), "validation": len(tables["validation"])}
             done = Probed(scores, conclusions, num_rows)
             facts = {"rows": counts, "fitted": len(fitted_R), "scored": num_rows, "ranks": world.num_ranks}
@@ -274,9 +274,9 @@ def _write(directory: Path, config: Config, inputs: TrainingInputs, done: Probed
     conclusions = {
         each.best.view.pooling: {
             "best": each.best.view.layer_name,
-            "end_of_rise": each.first.view.layer_name,
+            "cut": each.cut.view.layer_name,
             "blocks_above": each.num_above,
-            "smallest_significant_difference": each.smallest,
+            "standard_error": each.standard_error,
         }
         for each in done.conclusions
     }

@@ -14,6 +14,13 @@ _CGROUPS = (
 )
 """(root, file of the limit, file of the usage) of versions 2 and 1."""
 _OWN_CGROUP = Path("/proc/self/cgroup")
+_NO_MEMORY = ("allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
+"""Words of torch's errors without memory: CPU allocator, C++ standard library, CUDA, cuBLAS."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that an allocation failed: Python's own, or a RuntimeError of torch."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(map(str(error).__contains__, _NO_MEMORY)))
 
 
 def free_host_bytes() -> int:

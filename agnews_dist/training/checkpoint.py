@@ -24,6 +24,7 @@ from torch import Tensor
 
 from agnews_dist.errors import UserError
 from agnews_dist.storage import atomic
+from agnews_dist.storage.capacity import is_out_of_memory
 
 MANIFEST = "MANIFEST"
 STATE = "state.json"
@@ -103,9 +104,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         # `pop` frees each file's bytes as soon as its tensors exist.
         groups = sorted(contents)
         tensors = {name.removesuffix(SUFFIX): safetensors.torch.load(contents.pop(name)) for name in groups}
-    except MemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # The checksums are right, so another program or version wrote this; the parsers may raise anything.
         raise _damaged(path, f"its content has another format, {type(error).__name__}") from error
     return Checkpoint(path, tensors, dict[str, Any](state))

@@ -15,6 +15,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import UserError
 from agnews_dist.events import Emit, OverfitChecked, Profiled, Progress, ignore_event
 from agnews_dist.model.gpt2 import Classifier
+from agnews_dist.storage.capacity import is_out_of_memory
 from agnews_dist.training.losses import PLAIN, StepSettings, forward_losses, summed_loss
 from agnews_dist.training.optim import build_optimizer
 
@@ -84,10 +85,8 @@ def dry_run(
     def run() -> None:
         try:
             _forward_and_backward(classifier, batches, engine, settings)
-        except RuntimeError as error:
-            # CUDA has its own error class; the CPU allocator and cuBLAS raise a plain RuntimeError.
-            words = ("allocate memory", "ALLOC_FAILED")
-            if not isinstance(error, torch.OutOfMemoryError) and not any(word in str(error) for word in words):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             raise UserError(
                 f"largest step ({rows} x {tokens} tokens at once): out of memory. Lower batch.max_tokens_per_rank, "

@@ -91,9 +91,9 @@ def test_results_say_what_was_measured(probed: tuple[Path, str]) -> None:
     assert found["settings"]["data.max_length"] == small_run.MAX_LENGTH
     assert found["conclusion"] in output
     last = found["poolings"]["last"]
-    assert last["blocks_above"] == NUM_BLOCKS - int(last["end_of_rise"].split()[0])
+    assert last["blocks_above"] == NUM_BLOCKS - int(last["cut"].split()[0])
     suggested = f"--model.trainable_blocks {last['blocks_above'] or 1}"
-    assert (suggested in found["conclusion"]) == (last["end_of_rise"] != "0")
+    assert (suggested in found["conclusion"]) == (last["cut"] != "0")
     assert set(found["fingerprints"]) == {"tokenizer", "tokens", "frozen_weights", "rows"}
     assert "per rank for features and fits" in output
 

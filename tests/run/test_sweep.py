@@ -1,6 +1,7 @@
 """Sweeps as commands: members are what `train` makes of their settings, on any number of ranks and after a kill."""
 
 import csv
+import itertools
 import json
 import re
 import shlex
@@ -138,7 +139,9 @@ def test_sweep_is_one_line_of_the_runs_and_its_best_member_has_a_report(swept: P
     assert re.match(rf"lr  finished  \d+  \S+  {score:.4f}  .*optim.lr {{0.001, 0.003, 0.01}}  run.seed {{0, 1}}", line)
     best = swept / "runs" / "lr" / "best"
     python("-m", "agnews_dist", "report", str(best))
-    assert f"step {report['members'][report['selected']['best_member']]['num_steps']}" in (best / "report.html").read_text()
+    page = (best / "report.html").read_text()
+    assert f"step {report['members'][report['selected']['best_member']]['num_steps']}" in page
+    assert "events.jsonl cannot be read" not in page
     done = python("-m", "agnews_dist", "report", str(best.parent), check=False)
     assert done.stderr.endswith(f"it is a sweep, whose report is its sweep.html. Give one of its runs, {best}.\n")
 
@@ -148,6 +151,14 @@ def test_two_ranks_give_the_same_table(swept: Path) -> None:
     assert read(swept / "runs/ranks")[1] == read(swept / "runs/lr")[1]
     left, right = (read(swept / "runs" / name)[0]["selected"] for name in ("lr", "ranks"))
     assert left == right
+
+
+def test_optuna_computes_the_features_of_each_cut_once(swept: Path) -> None:
+    more = ("--model.trainable_blocks", "1,2", "--optim.lr", "1e-4..1e-2", "--samples", "8", "--search", "optuna")
+    done = python("-m", "agnews_dist", "sweep", *arguments(swept, *more, "--run.name", "cuts", "--optim.epochs", "1"))
+    cuts = [row["model.trainable_blocks"] for row in read(swept / "runs/cuts")[1]]
+    assert sum(left != right for left, right in itertools.pairwise(cuts)) > 1, "the proposals alternate"
+    assert done.stdout.count("per rank: ") == 2
 
 
 def test_halving_drops_settings_and_leaves_the_survivors_as_they_are(swept: Path) -> None:

@@ -79,7 +79,9 @@ def _list_gaps(run: StoredRun) -> list[str]:
         found.append(f"The run is {run.state} ({run.reason}){scores}.")
     elif not run.predictions:
         found.append("There are no files of predictions: scores, calibration and mistakes are left out.")
-    if not run.events:
+    # A member of a sweep is one of many trainings, without events and status of its own.
+    is_member = not run.status and run.result is not None
+    if not run.events and not is_member:
         found.append("events.jsonl cannot be read: curves and facts are left out.")
     if run.result is None and run.state == "finished":
         found.append("result.json cannot be read: times and batches are left out.")

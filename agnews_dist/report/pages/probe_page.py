@@ -17,7 +17,8 @@ HEADER = ("layer", "pooling", "accuracy", "95 %", "macro F1", "p", "against the 
 POOLING_NAMES = {"last": "last token", "mean": "mean of all tokens"}
 RULE = (
     "Each layer is compared with the best one of its pooling by McNemar's exact test on the same texts. It is worse if p is "
-    f"below {SIGNIFICANT}. The rise ends at the lowest layer from which on, up to the best, none is worse."
+    f"below {SIGNIFICANT}. The one-standard-error rule chooses the fewest blocks: the cut is the highest layer whose accuracy "
+    "is within one standard error of the best, that of the paired difference."
 )
 CAVEAT = (
     "This is a guide. A probe reads the frozen model, and blocks that are trained change their features. Compare short "
@@ -43,22 +44,23 @@ def list_cells(scores: Sequence[LayerScore]) -> list[tuple[str, ...]]:
 
 
 def explain(conclusion: Conclusion, num_rows: int) -> str:
-    """Explain from which layer on the features no longer improve, and how many blocks that suggests to train."""
-    first, best, above = conclusion.first, conclusion.best, conclusion.num_above
-    features, num_blocks = f"Features of the {POOLING_NAMES[first.view.pooling]}", first.view.layer + above
+    """Explain which layer is the highest with features as good as the best, and how many blocks that suggests to train."""
+    cut, best, above = conclusion.cut, conclusion.best, conclusion.num_above
+    features, num_blocks = f"Features of the {POOLING_NAMES[cut.view.pooling]}", cut.view.layer + above
+    error = f"one standard error, {conclusion.standard_error:.4f} on {num_rows:,} texts"
+    found = f"{format_score(cut.accuracy)} against {format_score(best.accuracy)} at layer {best.view.layer_name}"
     if not above:
-        return f"{features} improve up to the last of {num_blocks} layers. Keep the default, --model.trainable_blocks 1."
-    if not first.view.layer:
-        return f"{features} are not measurably better in any layer than in the embeddings. The probe suggests nothing."
-    value = format_score(first.accuracy)
-    reason, limit = f"{value} is the best accuracy", ""
-    if not first.is_best:
-        reason = f"{value} against {format_score(best.accuracy)} at layer {best.view.layer_name}, p = {first.p_value:.2g}"
-        limit = f" On {num_rows:,} texts, a difference below {conclusion.smallest:.3f} between these two is not significant."
+        what = "are best" if cut.is_best else f"are within {error}, of the best ({found})"
+        return f"{features} {what} after the last of {num_blocks} layers. Keep the default, --model.trainable_blocks 1."
+    if not cut.view.layer:
+        return f"{features} are best in the embeddings, and worse in all layers. The probe suggests nothing."
+    what = f"are within {error}, of the best ({found})"
+    if cut.is_best:
+        what = f"have their best accuracy, {format_score(cut.accuracy)},"
     blocks = "block above it is a candidate" if above == 1 else f"{above} blocks above it are candidates"
     return (
-        f"{features} do not improve measurably from layer {first.view.layer} of {num_blocks} on ({reason}). The {blocks} for "
-        f"training: --model.trainable_blocks {above}.{limit}"
+        f"{features} {what} at layer {cut.view.layer} of {num_blocks}, and at no higher one. The {blocks} for training: "
+        f"--model.trainable_blocks {above}."
     )
 
 
@@ -77,7 +79,7 @@ def build_probe_page(
         figure = figures.draw_figure(
             "layers",
             "Accuracy by layer",
-            f"Accuracy of a probe on {num_rows:,} validation texts, with 95 % intervals. The line marks the end of the rise.",
+            f"Accuracy of a probe on {num_rows:,} validation texts, with 95 % intervals. The line marks the cut.",
             lambda axes: _draw_layers(axes, scores, main),
         )
     note = "C: inverse strength of the penalty, chosen on training texts held out. norm: after the final norm."
@@ -99,7 +101,7 @@ def build_probe_page(
                 )
                 for each in conclusions
             ),
-            Headline("blocks above the rise", str(main.num_above), f"the rise ends at layer {main.first.view.layer_name}"),
+            Headline("blocks above the cut", str(main.num_above), f"the cut is at layer {main.cut.view.layer_name}"),
         ),
         sections=sections,
     )
@@ -121,7 +123,7 @@ def _draw_layers(axes: "Axes", scores: Sequence[LayerScore], main: Conclusion) -
             elinewidth=1,
             label=POOLING_NAMES[pooling],
         )
-    axes.axvline(names.index(main.first.view.layer_name), color=figures.COLOURS["faint"], linestyle=":")
+    axes.axvline(names.index(main.cut.view.layer_name), color=figures.COLOURS["faint"], linestyle=":")
     step = -(-len(names) // 14)
     shown = [place for place in range(len(names)) if place % step == 0 and place < len(names) - step] + [len(names) - 1]
     axes.set_xticks(shown, [names[place].replace(" + ", "\n+ ") for place in shown])

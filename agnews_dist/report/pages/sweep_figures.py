@@ -89,7 +89,7 @@ def draw_effects(plot: "Axes", axis: Axis, effects: Sequence[Effect], rows: Sequ
     """Draw the settings' scores by the value of one setting, and the mean of each value with its standard deviation."""
     plot.plot(
         [axis.place(row.values[axis.key]) for row in rows],
-        [row.mean for row in rows],
+        [row.compared for row in rows],
         linestyle="none",
         marker="o",
         markersize=3,

@@ -27,9 +27,18 @@ MAX_AXES = 6
 MAX_STRIPS = 8
 """Settings whose seeds are drawn."""
 SCORE_NAMES = {"accuracy": "accuracy", "macro_f1": "macro F1", "loss": "loss"}
+INTERVALS = (
+    "The 95 % interval is that of the mean over the seeds (Student's t). Where all seeds have the same score, that of an "
+    "accuracy is Wilson's, over the texts."
+)
 HALVED = (
     "Settings that halving has ended are shown with the score at which they ended. They have fewer steps than those "
     "that finished."
+)
+
+FIRST_RUNG = (
+    "Scores are those at the first rung of halving, where all settings have had the same share of training. Later scores of "
+    "those that survived would not be comparable with those of the others."
 )
 
 
@@ -102,11 +111,8 @@ def _selected_section(report: Mapping[str, Any], best: Row) -> Section:
                 deviation, values = _score(of["deviation"]), "  ".join(map(_score, of["values"][:10]))
                 cells.append((split, title, _score(of["mean"]), deviation, format_interval(_interval(of)), values))
     seeds = selected["seeds"]
-    if len(seeds) == 1:
-        note = f"One seed, {seeds[0]}: the interval of the accuracy is Wilson's, over the texts."
-    else:
-        listed = ", ".join(map(str, seeds[:10])) + (", ..." if len(seeds) > 10 else "")
-        note = f"Over seeds {listed}. The interval is that of the mean (Student's t)."
+    listed = ", ".join(map(str, seeds[:10])) + (", ..." if len(seeds) > 10 else "")
+    note = f"Over seeds {listed}. {INTERVALS}"
     best_seed = next(member["seed"] for member in report["members"] if member["member"] == selected["best_member"])
     return Section(
         "selected",
@@ -130,7 +136,7 @@ def _settings_section(rows: Sequence[Row], metric: str) -> Section:
         reason = "see below" if row.state == "diverged" else row.reason
         ending = (str(row.num_members), row.state, f"{row.num_steps:,}", *([reason] if has_reasons else []))
         cells.append((str(row.rank), *own, *scores, *ending))
-    note = "Sorted by the mean over the seeds, the best first. sweep.csv has every member."
+    note = f"Sorted by the mean over the seeds, the best first. {INTERVALS} sweep.csv has every member."
     if len(rows) > MAX_ROWS:
         note += f" {len(rows) - MAX_ROWS:,} more settings are there too."
     notes = (HALVED,) if any(row.state == "halved" for row in rows) else ()
@@ -186,7 +192,7 @@ def _effects_section(rows: Sequence[Row], axes: Sequence[Axis], metric: str) -> 
         "Mean score by the value of each setting, over all values of the others. The deviation is that between settings. A "
         "value with a small deviation is good whatever the others are."
     )
-    notes = [HALVED] if any(row.state == "halved" for row in rows) else []
+    notes = [FIRST_RUNG] if any(row.first_rung is not None for row in rows) else []
     if len(drawn) < (num_scored := sum(row.is_scored for row in rows)):
         notes.append(f"{MAX_LINES} of {num_scored:,} dots, an even choice by rank. Means are those of all settings.")
     return Section("effects", "Main effects", lead, (make_table(header, cells),), tuple(found), tuple(notes))

@@ -33,11 +33,18 @@ class Row:
     """Largest number of steps of its members."""
     reason: str
     """Cause of an early end."""
+    first_rung: float | None = None
+    """Mean score at the first rung of halving; None without halving."""
 
     @property
     def mean(self) -> float:
         """Mean over the seeds; NaN if one is not finite."""
         return fmean(self.scores) if self.scores else math.nan
+
+    @property
+    def compared(self) -> float:
+        """Mean score after the same share of training for all settings: at the first rung of halving, or at the end."""
+        return self.mean if self.first_rung is None else self.first_rung
 
     @property
     def is_scored(self) -> bool:
@@ -62,6 +69,7 @@ def read_rows(report: Mapping[str, Any]) -> list[Row]:
                 num_members=len(own),
                 num_steps=max(member["num_steps"] for member in own),
                 reason=next((member["reason"] for member in own if member["reason"]), ""),
+                first_rung=each.get("first_rung"),
             )
         )
     return rows
@@ -196,7 +204,7 @@ def compute_effects(axis: Axis, rows: Sequence[Row]) -> list[Effect]:
         Effect(
             number,
             axis.group_name(number),
-            tuple(row.mean for row in groups[number] if row.is_scored),
+            tuple(row.compared for row in groups[number] if row.is_scored),
             sum(not row.is_scored for row in groups[number]),
         )
         for number in sorted(groups)

@@ -41,7 +41,7 @@ def test_translate_errors_gives_type_and_first_line(error: Exception, reason: st
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize("error", [DataError("x: wrong. Fix it."), MemoryError()], ids=["user", "memory"])
+@pytest.mark.parametrize("error", [DataError("x: wrong. Fix it."), MemoryError(), RuntimeError("std::bad_alloc")])
 def test_translate_errors_passes_user_and_memory_errors(error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, translate_errors(DataError):
         raise error

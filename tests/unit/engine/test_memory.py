@@ -21,6 +21,7 @@ from agnews_dist.engine.memory import (
     Shape,
     estimate,
     estimate_activation_bytes,
+    estimate_members,
     explain_misfit,
     format_estimate,
     propose_settings,
@@ -134,6 +135,19 @@ def test_estimate_shards_what_each_engine_shards() -> None:
     assert offloaded.host[optimizer] == stages[2][optimizer] + 8 * -(-total // 8)
     assert offloaded.host["weights that train"] == 4 * -(-total // 8)
     assert offloaded.device_bytes < estimate(XL, replace(all_blocks, backend="deepspeed", zero_stage=3)).device_bytes
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_estimate_of_members_counts_what_each_of_them_keeps(device: str) -> None:
+    total = XL.count_trainable(1, 4)
+    one, eight = (estimate_members(XL, setup(device=device, has_average=True, runtime_bytes=9), number) for number in (1, 8))
+    # Weights, two moments and an average; on the host of a GPU the best weights.
+    on_device = (5 if device == "cpu" else 4) * 4 * total
+    assert eight.device_bytes - one.device_bytes == 7 * on_device
+    assert eight.host == ({} if device == "cpu" else {"best weights": 8 * 4 * total})
+    assert "checkpoint" not in eight.device
+    # On a CPU the measured bytes hold the model.
+    assert ("frozen weights" in one.device) is (device == "cuda")
 
 
 def test_estimate_on_a_cpu_has_one_memory() -> None:

@@ -1,4 +1,4 @@
-"""Probes against scikit-learn's own steps, and the rule that finds the end of the rise."""
+"""Probes against scikit-learn's own steps, and the rule that chooses the cut."""
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ from agnews_dist.evaluation.layer_probes import (
     LayerScore,
     ProbeFit,
     check_rows,
+    choose_cut,
     choose_probe_rows,
     compare_views,
-    find_end_of_rise,
     fit_probe,
     split_rows,
 )
@@ -88,26 +88,40 @@ def test_compare_views_tests_each_layer_against_the_best_of_its_pooling() -> Non
     assert found[2].interval == pytest.approx((wilson.low, wilson.high))
 
 
-def make_scores(p_values: list[float], best: int) -> list[LayerScore]:
+def make_scores(num_correct: list[int], num_different: list[int]) -> list[LayerScore]:
     """Return scores of layers 0 to 3, then of layer 3 after the norm."""
     views = [*(View(layer, "last") for layer in range(4)), View(3, "last", is_normed=True)]
+    best = num_correct.index(max(num_correct))
     return [
-        LayerScore(view, 0.1, 50, 0.5, Interval(0.4, 0.6), 0.5, p, 16, is_best=number == best)
-        for number, (view, p) in enumerate(zip(views, p_values, strict=True))
+        LayerScore(view, 0.1, right, right / 100, Interval(0.4, 0.6), 0.5, 1.0, different, is_best=number == best)
+        for number, (view, right, different) in enumerate(zip(views, num_correct, num_different, strict=True))
     ]
 
 
 @pytest.mark.parametrize(
-    ("p_values", "best", "first", "above"),
+    ("num_correct", "num_different", "cut", "above"),
     [
-        ([0.001, 0.01, 0.2, 0.9, 1.0], 4, "2", 1),
-        ([0.001, 0.01, 0.02, 0.03, 1.0], 4, "3 + norm", 0),
-        ([0.001, 0.01, 1.0, 0.001, 0.001], 2, "2", 1),
-        ([0.2, 0.01, 0.3, 1.0, 0.2], 3, "2", 1),  # layer 0 is close by chance
-        ([1.0, 0.5, 0.5, 0.5, 0.5], 0, "0", 3),
+        ([40, 50, 60, 70, 80], [40, 30, 20, 10, 0], "3 + norm", 0),
+        ([40, 50, 80, 60, 50], [40, 30, 0, 20, 30], "2", 1),
+        # 4 worse, 16 rows apart: an error of 3.98 rows; 3 worse: one of 3.99.
+        ([40, 80, 76, 50, 50], [40, 0, 16, 30, 30], "1", 2),
+        ([40, 80, 77, 50, 50], [40, 0, 16, 30, 30], "2", 1),
+        ([80, 79, 78, 79, 50], [0, 9, 9, 9, 30], "3", 0),
+        ([80, 60, 50, 50, 50], [0, 20, 30, 30, 30], "0", 3),
     ],
 )
-def test_the_rise_ends_where_no_layer_up_to_the_best_is_worse(p_values: list[float], best: int, first: str, above: int) -> None:
-    found = find_end_of_rise(make_scores(p_values, best), "last", num_blocks=3, num_rows=100)
-    assert (found.first.view.layer_name, found.num_above) == (first, above)
-    assert found.smallest == pytest.approx(1.96 * 4 / 100, abs=1e-3)
+def test_the_cut_is_the_highest_layer_within_one_paired_error(
+    num_correct: list[int], num_different: list[int], cut: str, above: int
+) -> None:
+    found = choose_cut(make_scores(num_correct, num_different), "last", num_blocks=3, num_rows=100)
+    assert (found.cut.view.layer_name, found.num_above) == (cut, above)
+
+
+def test_the_error_is_that_of_the_paired_difference() -> None:
+    truth = np.zeros(100, np.int64)
+    left, right = (np.where(np.isin(np.arange(100), wrong), 1, 0) for wrong in (range(12), range(8, 22)))
+    scores = compare_views([View(0, "last"), View(1, "last")], [ProbeFit(0.1, each, 0.0) for each in (left, right)], truth, 3)
+    found = choose_cut(scores, "last", num_blocks=1, num_rows=100)
+    differences = (left == truth).astype(float) - (right == truth)
+    assert found.cut.view.layer == 1
+    assert found.standard_error == pytest.approx(differences.std() / 10)

@@ -1,6 +1,7 @@
 """The directory of a sweep: plans, results, claims."""
 
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,38 @@ def test_equal_plan_continues_and_another_is_named(directory: SweepDirectory) ->
     again.close()
     again.open(PLAN | {"seeds": (0,)}, overwrite=True)
     assert SweepDirectory(directory.path).read_results() == []
+
+
+def test_jobs_with_other_numbers_of_ranks_do_not_work_at_the_same_time(directory: SweepDirectory) -> None:
+    other = SweepDirectory(directory.path)
+    with pytest.raises(UserError, match=r"a job of 1 rank\(s\) works in it, and this one has 2"):
+        other.open(PLAN, overwrite=False, num_workers=2)
+    directory.close()
+    other.open(PLAN, overwrite=False, num_workers=2)
+    with pytest.raises(UserError, match=r"a job of 2 rank\(s\) works in it, and this one has 1"):
+        directory.open(PLAN, overwrite=False)
+    SweepDirectory(directory.path).open(PLAN, overwrite=False, num_workers=2)
+
+
+def test_new_directory_without_work_is_removed(directory: SweepDirectory) -> None:
+    again = SweepDirectory(directory.path)
+    again.open(PLAN, overwrite=False)
+    again.close()
+    assert directory.path.is_dir(), "another process made it"
+    directory.close()
+    assert not directory.path.exists()
+    for name in ("members/00000.json", "status.json", "status-1.json"):
+        directory.open(PLAN, overwrite=False)
+        (directory.path / name).write_text("{}")
+        directory.close()
+        assert (directory.path / name).exists()
+        shutil.rmtree(directory.path)
+
+
+def test_directory_in_which_another_process_works_stays(directory: SweepDirectory) -> None:
+    SweepDirectory(directory.path).open(PLAN, overwrite=False)
+    directory.close()
+    assert directory.path.is_dir()
 
 
 def test_other_directories_are_never_taken(tmp_path: Path) -> None:

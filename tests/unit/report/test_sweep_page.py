@@ -178,3 +178,20 @@ def test_ensemble_is_compared_with_its_members(wanted: tuple[str, ...]) -> None:
     assert texts_of(page, "ensemble")[2] == ["ensemble", "0.8100", "3.1 %", "0.8100", "3.1 %", "12.3"]
     notes = next(section.notes for section in page.sections if section.key == "ensemble")
     assert any("temperature of 1.250" in note for note in notes) == ("distilled" in wanted)
+
+
+def test_main_effects_of_halving_compare_all_settings_at_the_first_rung() -> None:
+    settings = grid(optim_lr=RATES)
+    report = make_report(settings, by_rate, num_halved=2)
+    for row in report["settings"]:
+        # The survivor has learnt more since, as the others would have.
+        row["first_rung"] = 0.5 + 0.01 * row["setting"]
+    rows = read_rows(report)
+    [axis] = find_axes(rows)
+    assert [effect.mean for effect in compute_effects(axis, rows)] == pytest.approx([0.50, 0.51, 0.52])
+    page = build(report)
+    [section] = [each for each in page.sections if each.key == "effects"]
+    assert "at the first rung of halving" in section.notes[0]
+    plain = read_rows(make_report(settings, by_rate))
+    means = {row.values["optim.lr"]: row.mean for row in plain}
+    assert [effect.mean for effect in compute_effects(axis, plain)] == pytest.approx([means[rate] for rate in RATES])

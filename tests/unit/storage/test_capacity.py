@@ -113,3 +113,32 @@ def test_free_shared_bytes_is_limited_by_file_system_and_host(tree, tmp_path, mo
     assert capacity.free_shared_bytes() == 9000
     monkeypatch.setattr(capacity, "SHARED_MEMORY", tmp_path / "absent")
     assert capacity.free_shared_bytes() == 0
+
+
+def allocate_with_torch():
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def allocate_with_python():
+    bytearray(2**62)
+
+
+@pytest.mark.parametrize("allocate", [allocate_with_torch, allocate_with_python])
+def test_failed_allocation_is_out_of_memory(allocate):
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        allocate()
+    assert capacity.is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x5 and 4x4)"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_other_errors_without_memory_have_known_texts(error, expected):
+    assert capacity.is_out_of_memory(error) is expected

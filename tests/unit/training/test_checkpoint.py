@@ -473,3 +473,10 @@ def test_sweep_removes_only_leftovers_of_killed_saves(path):
     sweep(folder)
     assert names(folder) == sorted(others)
     assert read_checkpoint(path).state == STATE
+
+
+def test_checkpoint_that_does_not_fit_in_memory_is_not_damaged(path, monkeypatch):
+    # A file that large would take minutes to write.
+    monkeypatch.setattr(safetensors.torch, "load", lambda _: torch.empty(2**60))
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        read_checkpoint(path)

@@ -12,6 +12,7 @@ from agnews_dist.data.batching.loader import TokenTable, TrainLoader
 from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
+from agnews_dist.errors import UserError
 from agnews_dist.model.prefix import uncached_features
 from agnews_dist.training.diagnostics import dry_run
 from agnews_dist.training.step import train_step
@@ -130,6 +131,20 @@ def test_dry_run_reports_a_step_that_does_not_fit():
     done = run_python("-c", OUT_OF_MEMORY, PYTHONPATH="tests:tests/ranks:.")
     assert "largest step (20000 x 32 tokens at once): out of memory." in done.stdout
     assert "Lower batch.max_tokens_per_rank" in done.stdout
+
+
+CPU_ALLOCATOR = "[enforce fail at alloc_cpu.cpp:129] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+
+
+@pytest.mark.parametrize("error", [RuntimeError(CPU_ALLOCATOR), RuntimeError("std::bad_alloc"), MemoryError()])
+def test_dry_run_knows_every_error_without_memory(engine, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    classifier = toy_classifier()
+    classifier.suffix.out_head.register_forward_hook(fail)
+    with pytest.raises(UserError, match=r"tokens at once\): out of memory"):
+        dry_run(classifier, make_loader(engine).largest_step(0), engine)
 
 
 def test_dry_run_passes_other_errors_on(engine):

@@ -1,0 +1,40 @@
+"""The memory that a sweep states before it trains, against the peak of its process."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from support import small_run
+from support.processes import python
+from transformers import AutoTokenizer, GPT2Config
+
+RATES = ("1e-5", "2e-5", "3e-5", "4e-5", "5e-5", "6e-5")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of which a member takes 100 MB: weights, two moments, best weights."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(small_run.write_inputs() / "model")
+    tokenizer.save_pretrained(directory)
+    shape = {"n_positions": small_run.MAX_LENGTH, "n_embd": 512, "n_layer": 2, "n_head": 4}
+    GPT2Config(vocab_size=len(tokenizer), **shape, bos_token_id=0, eos_token_id=0).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(("num_members", "more"), [(2, ("--optim.average", "ema")), (6, ("--halving", "2"))])
+def test_peak_memory_is_that_which_was_stated(tmp_path: Path, model: Path, num_members: int, more: tuple[str, ...]) -> None:
+    settings = small_run.settings() | {
+        **{"model.name": model, "model.init": "random", "model.trainable_blocks": "all", "optim.epochs": 2},
+        **{"optim.lr": ",".join(RATES[:num_members]), "data.limit_train": 64, "data.limit_validation": 40},
+        **{"run.dir": tmp_path, "run.name": "s", "data.cache_dir": tmp_path / "cache"},
+        **{"report.write": "false", "data.limit_test": 40},
+    }
+    done = python("-m", "agnews_dist", "sweep", *(f"--{key}={value}" for key, value in settings.items()), *more)
+    memory = json.loads((tmp_path / "s" / "sweep.json").read_text())["memory"]
+    stated = re.search(rf"memory +about (\S+) (MB|GB) per rank: .*; {num_members} members at a time\n", done.stdout)
+    assert stated is not None
+    assert done.stdout.index(stated[0]) < done.stdout.index("train member 0")
+    assert float(stated[1]) * {"MB": 1e6, "GB": 1e9}[stated[2]] == pytest.approx(memory["expected_bytes"], rel=0.05)
+    assert memory["expected_bytes"] == pytest.approx(memory["peak_bytes"], rel=0.15)
