@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from agnews_dist.distributed import collectives
 from agnews_dist.errors import UserError
 from agnews_dist.experiments.feature_group import FeatureGroup
-from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, train_in_lock_step
+from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, list_evaluations, train_in_lock_step
 from agnews_dist.experiments.members import Key, Member, Wave
 from agnews_dist.experiments.standings import MemberResult, choose_survivors, count_rungs, place_rungs
 from agnews_dist.experiments.sweep_runner import POLL_SECONDS, SweepRunner
 from agnews_dist.storage.capacity import gigabytes
 from agnews_dist.storage.locks import Lock
-from agnews_dist.training.loop import list_evaluations
 
 
 @dataclass

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -188,3 +188,14 @@ def build_shared_loader(group: FeatureGroup, config: Config) -> SharedLoader:
     loader = setup.build_loader(config, group.inputs.classifier, table, world, loader_type=SharedLoader)
     loader.source = group.features.source("train")
     return loader
+
+
+def list_evaluations(loader: TrainLoader, epochs: int, max_steps: int | None, every: int | Literal["epoch"]) -> list[int]:
+    """Return the steps of a whole run after which validation is scored, unless it stops early. The last is the end."""
+    num_steps, ends, epoch = loader.num_steps(epochs, max_steps), list[int](), 0
+    if every != "epoch":
+        ends = list(range(every, num_steps, every))
+    while every == "epoch" and (ends[-1] if ends else 0) < num_steps:
+        ends.append((ends[-1] if ends else 0) + loader.epoch_steps(epoch))
+        epoch += 1
+    return [*(end for end in ends if end < num_steps), num_steps]

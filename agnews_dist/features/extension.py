@@ -5,14 +5,39 @@ as features are, or else computed at every use.
 """
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 from agnews_dist.data.batching.batch import Batch
 from agnews_dist.features.manager import FeatureCache
 from agnews_dist.model.gpt2 import Classifier
-from agnews_dist.model.prefix import Features, FeatureSource, FrozenBlocks
+from agnews_dist.model.prefix import Features, FeatureSource, Prefix
 from agnews_dist.model.suffix import LastBlock
+
+
+class FrozenBlocks(Prefix):
+    """Blocks that are frozen during training: features of the frozen part below them take the place of token ids."""
+
+    def __init__(self, below: Prefix, blocks: Mapping[int, nn.Module], **options: Any) -> None:
+        """`below`: the frozen part, whose precision and path the blocks take; `options`: see `Prefix`."""
+        super().__init__(below.wte, below.wpe, blocks, **options)
+        self.h.to(below.wte.weight.dtype)
+        self.fast_path = below.fast_path
+
+    def forward(self, hidden_BTD: Tensor, /) -> Tensor:
+        """Run the plain path on the features of right-padded texts."""
+        with torch.no_grad():
+            return self._run_blocks(hidden_BTD)
+
+    def embed(self, rows_PD: Tensor, /, lengths_B: Sequence[int], *, num_filler: int = 0) -> Tensor:  # noqa: ARG002
+        """Return a copy of the texts' rows of features, then filler rows: hidden_PD."""
+        return functional.pad(rows_PD, (0, 0, 0, num_filler))
 
 
 class GrowingFeatures:

@@ -8,7 +8,7 @@ Neither uses an attention mask: attention is causal and padding is on the right,
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -188,25 +188,6 @@ class NoPrefix(Prefix):
     def features(self, tokens_BT: Tensor, lengths_B: Tensor) -> Features:
         """Return the token ids, on both paths."""
         return Features(tokens_BT, lengths_B)
-
-
-class FrozenBlocks(Prefix):
-    """Blocks that are frozen during training: features of the frozen part below them take the place of token ids."""
-
-    def __init__(self, below: Prefix, blocks: Mapping[int, nn.Module], **options: Any) -> None:
-        """`below`: the frozen part, whose precision and path the blocks take; `options`: see `Prefix`."""
-        super().__init__(below.wte, below.wpe, blocks, **options)
-        self.h.to(below.wte.weight.dtype)
-        self.fast_path = below.fast_path
-
-    def forward(self, hidden_BTD: Tensor, /) -> Tensor:
-        """Run the plain path on the features of right-padded texts."""
-        with torch.no_grad():
-            return self._run_blocks(hidden_BTD)
-
-    def embed(self, rows_PD: Tensor, /, lengths_B: Sequence[int], *, num_filler: int = 0) -> Tensor:  # noqa: ARG002
-        """Return a copy of the texts' rows of features, then filler rows: hidden_PD."""
-        return functional.pad(rows_PD, (0, 0, 0, num_filler))
 
 
 def uncached_features(prefix: Prefix) -> FeatureSource:

@@ -37,9 +37,10 @@ from agnews_dist.storage.directories import cache_root
 from agnews_dist.training.class_weights import check_class_weights, compute_class_weights
 from agnews_dist.training.diagnostics import dry_run, overfit_one_batch
 from agnews_dist.training.lbfgs import HeadSolver
-from agnews_dist.training.loop import Monitors, Trainer, TrainerSettings
+from agnews_dist.training.loop import Monitors, Trainer
 from agnews_dist.training.losses import StepSettings
 from agnews_dist.training.timing import StageTimer
+from agnews_dist.training.trainer_settings import TrainerSettings
 
 Loader = TypeVar("Loader", bound=TrainLoader)
 

@@ -8,7 +8,7 @@ the best evaluation outlive a step. Learning rate, order of examples and random 
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,49 +26,15 @@ from agnews_dist.model.dropout import step_key
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource
 from agnews_dist.model.suffix import Standard
-from agnews_dist.training.best_weights import BestWeights, Metric, RunningTotals
+from agnews_dist.training.best_weights import BestWeights, RunningTotals
 from agnews_dist.training.checkpoint import Groups
 from agnews_dist.training.checkpoint_manager import CheckpointManager, load_weights
 from agnews_dist.training.head_inputs import measure_standard
 from agnews_dist.training.losses import StepSettings
-from agnews_dist.training.optim import Average, Schedule, averaging_rate, build_optimizer, is_averaged, learning_rate, set_lr
+from agnews_dist.training.optim import averaging_rate, build_optimizer, is_averaged, learning_rate, set_lr
 from agnews_dist.training.step import NonFiniteError, StepResult, train_step
 from agnews_dist.training.timing import StageTimer, TimedFeatures
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerSettings:
-    """The settings of the optimisation. `run.setup` fills them in from the configuration."""
-
-    epochs: int
-    max_steps: int | None
-    """Steps of the run, in place of `epochs`."""
-    lr: float
-    weight_decay: float
-    warmup_ratio: float
-    schedule: Schedule
-    max_grad_norm: float
-    label_smoothing: float
-    best_metric: Metric
-    evaluate_every: int | Literal["epoch"]
-    """Steps between evaluations, counted over the whole run; 'epoch': at the end of every epoch."""
-    patience: int | None
-    """Evaluations in a row without improvement after which the training ends; None: it never ends early."""
-    nonfinite: Literal["stop", "skip"]
-    seed: int
-    class_names: tuple[str, ...]
-    average: Average = "none"
-    average_start: float = 0.5
-    """Share of the steps after which averaging begins."""
-    ema_decay: float = 0.99
-    layer_decay: float = 1.0
-    r_drop: float = 0.0
-    solver: Literal["adamw", "lbfgs"] = "adamw"
-    """lbfgs: see `lbfgs.HeadSolver`, which has no use for most of these."""
-    freeze_schedule: tuple[int, ...] | None = None
-    """Trained blocks in each epoch, which never rise; the last number holds for all later epochs. None: always all."""
-    standardize: bool = False
-    """Standardise the inputs of `out_head`, which must depend on no trained block."""
+from agnews_dist.training.trainer_settings import TrainerSettings
 
 
 @dataclass(frozen=True)
@@ -274,7 +240,7 @@ class Trainer:
         set_lr(self._optimizer, lr)
         key = step_key(settings.seed, self.step)
         # Blocks below the last one, and the plain path, draw dropout from torch: seed it per step and rank.
-        _seed(self._engine.device, step_key(key, world.rank) % 2**63)
+        self._engine.set_random_state(step_key(key, world.rank) % 2**63)
         self._classifier.suffix.train()
         assert self._features is not None, "use_features comes first"
         try:
@@ -351,21 +317,3 @@ class Trainer:
         if (standard := self._classifier.suffix.standard) is not None:
             state["standard"] = [each.tolist() for each in standard]
         checkpoints.save(self.step, state, self.best, is_scored=self._scored_step == self.step, wait=wait)
-
-
-def _seed(device: torch.device, seed: int) -> None:
-    """Set torch's random state on this device. `torch.manual_seed` visits every kind of device, which takes 1 to 2 ms."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-
-
-def list_evaluations(loader: TrainLoader, epochs: int, max_steps: int | None, every: int | Literal["epoch"]) -> list[int]:
-    """Return the steps of a whole run after which validation is scored, unless it stops early. The last is the end."""
-    num_steps, ends, epoch = loader.num_steps(epochs, max_steps), list[int](), 0
-    if every != "epoch":
-        ends = list(range(every, num_steps, every))
-    while every == "epoch" and (ends[-1] if ends else 0) < num_steps:
-        ends.append((ends[-1] if ends else 0) + loader.epoch_steps(epoch))
-        epoch += 1
-    return [*(end for end in ends if end < num_steps), num_steps]

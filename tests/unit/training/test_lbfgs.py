@@ -26,8 +26,9 @@ from agnews_dist.training.checkpoint import Checkpoint, list_checkpoints, read_c
 from agnews_dist.training.checkpoint_manager import CheckpointManager, CheckpointSettings
 from agnews_dist.training.head_inputs import measure_standard
 from agnews_dist.training.lbfgs import GRADIENT_TOLERANCE, HeadSolver
-from agnews_dist.training.loop import Monitors, Trainer, TrainerSettings
+from agnews_dist.training.loop import Monitors, Trainer
 from agnews_dist.training.timing import StageTimer
+from agnews_dist.training.trainer_settings import TrainerSettings
 
 LENGTHS = np.random.default_rng(4).integers(1, 31, 150).tolist()
 WEIGHT_DECAY = 0.02

@@ -26,8 +26,9 @@ from agnews_dist.model.prefix import uncached_features
 from agnews_dist.report.event_log import EventLog
 from agnews_dist.training.checkpoint import Checkpoint, best_name, list_checkpoints, read_checkpoint
 from agnews_dist.training.checkpoint_manager import CheckpointManager, CheckpointSettings, OnDisk
-from agnews_dist.training.loop import Monitors, Trainer, TrainerSettings
+from agnews_dist.training.loop import Monitors, Trainer
 from agnews_dist.training.timing import StageTimer
+from agnews_dist.training.trainer_settings import TrainerSettings
 
 LENGTHS = np.random.default_rng(4).integers(1, 31, 24).tolist()
 EPOCHS, EPOCH_STEPS = 2, 4
