@@ -4,8 +4,8 @@
 
 The texts are AG News', fp32, on a CPU: few of them through random weights of GPT-2 small's shape, and more through the shared
 small checkpoint. `--shared` is the directory with `data/ag_news`, `tokenizers/gpt2` and `checkpoints/gpt2-mini`. 0 texts leave
-a model out. Each round has a new directory. Prints tables; `--log` gets one JSON line per round. The features of the grown corpus
-must equal those from scratch to the last bit, or the script fails.
+a model out. Each round has a new directory. Prints tables; `--log` gets one JSON line per round. The features of the grown
+corpus must equal those from scratch to the last bit, or the script fails.
 
 New texts cost whole calls of 512 tokens, each on one thread. So 1 % of few texts costs more than 1 %.
 """
