@@ -4,6 +4,7 @@
 
 Every row is `agnews-dist sweep` on the shared real rows and checkpoint (held_out.py) with the settings of accuracy.py and those
 of the row. One JSON line per row goes to DIR/log.jsonl, the table of docs/sweeps.md ends it. The same command continues.
+rows.yaml of the shown commands is that of docs/sweeps.md.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def measure(number: int, rows: Path, output: Path) -> dict[str, Any]:
     test, selected = report["selected"]["test"], report["selected"]["values"]
     scores = {key: test[key]["values"] for key in ("accuracy", "macro_f1", "loss")}
     validation = report["settings"][0]["validation"]["accuracy"]["values"]
-    fields = {"number": number, "what": what, "command": f"agnews-dist sweep {words}", "selected": selected}
+    fields = {"number": number, "what": what, "command": f"agnews-dist sweep --config rows.yaml {words}", "selected": selected}
     summary = {"mean": test["accuracy"]["mean"], "deviation": test["accuracy"]["deviation"]}
     return {**fields, **summary, "test": scores, "validation": validation, "versions": report["versions"]}
 
