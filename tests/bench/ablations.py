@@ -20,7 +20,7 @@ HEAD = "--model.trainable_blocks 0 --model.standardize true"
 SOLVER = f"{HEAD} --optim.solver lbfgs --optim.weight_decay 1e-4,1e-3,1e-2"
 ROWS = [
     ("defaults: last token, one block, new `[PAD]`, rate 1e-3", SEEDS),
-    ("`<|endoftext|>` as pad token", f"--data.pad_token eos {SEEDS}"),
+    ("the end-of-text token as pad token", f"--data.pad_token eos {SEEDS}"),
     ("rate 3e-4", f"--optim.lr 3e-4 {SEEDS}"),
     ("rate 3e-3", f"--optim.lr 3e-3 {SEEDS}"),
     ("no block", f"--model.trainable_blocks 0 {SEEDS}"),
