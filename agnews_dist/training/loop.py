@@ -214,8 +214,7 @@ class Trainer:
         self._emit(begin_phase(f"freeze {count_noun(num_frozen - suffix.num_frozen, 'block')}"))
         self._engine.freeze(self.strategy, suffix.freeze(num_frozen))
         self._extend()
-        seconds = time.perf_counter() - begin
-        self._seconds_before += seconds
+        self._seconds_before += (seconds := time.perf_counter() - begin)
         self.totals.seconds += seconds
 
     def _standardise(self) -> None:
