@@ -347,10 +347,14 @@ def _find_recipe_contradictions(config: Config) -> Iterator[str]:
         yield f"model.train_embeddings true with {blocks}: it trains the whole model. Set model.trainable_blocks all."
     if model.freeze_schedule is not None:
         numbers, schedule = model.freeze_schedule, f"model.freeze_schedule {','.join(map(str, model.freeze_schedule))}"
-        if numbers[0] != model.trainable_blocks:
+        if model.train_embeddings:
+            yield f"{schedule} with model.train_embeddings true: all is trained throughout. Leave one of them out."
+        elif numbers[0] != model.trainable_blocks:
             yield f"{schedule} with {blocks}: it begins with that number. Set model.trainable_blocks {numbers[0]}."
         if any(later > earlier for earlier, later in pairwise(numbers)):
             yield f"{schedule}: a frozen block stays frozen. List numbers that never rise, such as 3,2,1."
+        elif all(number == numbers[0] for number in (numbers if optim.max_steps else numbers[: optim.epochs])):
+            yield f"{schedule} with optim.epochs {optim.epochs}: it freezes nothing. List a smaller number, or leave it out."
         if config.engine.backend != "ddp":
             yield f"{schedule} with engine.backend {config.engine.backend}: shards are not frozen. Set engine.backend ddp."
     if optim.solver != "lbfgs":

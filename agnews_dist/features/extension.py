@@ -28,7 +28,7 @@ class FrozenBlocks(Prefix):
         """`below`: the frozen part, whose precision and path the blocks take; `options`: see `Prefix`."""
         super().__init__(below.wte, below.wpe, blocks, **options)
         self.h.to(below.wte.weight.dtype)
-        self.fast_path = below.fast_path
+        self.fast_path, self.compiled = below.fast_path, below.compiled
 
     def forward(self, hidden_BTD: Tensor, /) -> Tensor:
         """Run the plain path on the features of right-padded texts."""

@@ -118,7 +118,6 @@ class FeatureCache:
             if place == "disk":
                 self._unfinished = work.files_to_fill(self._file)
             self.close()
-            self._pieces, self._file = [], None
             self.choice = self._choose()
             remedy = "Free some space, or set another --data.cache_dir or --engine.feature_cache."
             fault = f"features cannot be cached in {place} ({failure})"
@@ -137,25 +136,34 @@ class FeatureCache:
         The blocks are the frozen part of `classifier`, and `below` is the source of the features below them. Return None if
         memory has too little room. On disk the output would be of no use to later runs, whose weights differ.
         """
-        is_on_device = self.choice.place == "device" or (self._engine.device.type == "cuda" and self._world.num_ranks == 1)
+        is_alone = self._world.num_ranks == 1
+        is_on_device = self.choice.place == "device" or (self._engine.device.type == "cuda" and is_alone)
         settings = replace(
             self._settings,
             requested="device" if is_on_device else "host",
-            excluded=frozenset(("device", "host", "disk")),
+            # Several ranks must divide all features alike.
+            excluded=frozenset(("disk",) if is_alone else ("device", "host", "disk")),
             frozen_weights="trained",
         )
         table = FeatureTable(self._tables["train"], below)
         extension = FeatureCache(classifier, {table.name: table}, self._engine, settings)
-        extension.build(self._emit)
+        # Its warnings speak of a setting that is not the one to change.
+        extension.build(lambda event: None if isinstance(event, Warned) else self._emit(event))
         # Rows in memory stay readable.
         extension.close()
-        return None if extension.choice.place == "off" else extension.source(table.name)
+        if extension.choice.place != "off":
+            return extension.source(table.name)
+        fault = f"output of frozen blocks is {extension.choice.reason}"
+        self._emit(Warned(message=f"model.freeze_schedule: {fault}. Free some memory to keep it."))
+        return None
 
     def close(self) -> None:
         """Release the files: they may be evicted from now on. Sources stay readable."""
         self._close_pieces()
         if self._file is not None:
             self._file.close()
+        # A file knows this object: in the cycle, features below an extension would keep their memory.
+        self._pieces, self._file = [], None
 
     def _close_pieces(self) -> None:
         for piece in self._pieces:

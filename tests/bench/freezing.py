@@ -25,7 +25,8 @@ SCHEDULES = ("1", "2", "3", "2,1", "3,2,1")
 
 def measure(shared: Path, output: Path, schedule: str, seed: int, settings: dict[str, str], ranks: int) -> dict[str, Any]:
     """Train once; return scores and seconds."""
-    blocks = {"model.trainable_blocks": schedule.split(",")[0], "model.freeze_schedule": schedule}
+    blocks = {"model.trainable_blocks": schedule.split(",")[0]}
+    blocks |= {"model.freeze_schedule": schedule} if "," in schedule else {}
     places = {"engine.feature_cache": "host", "data.cache_dir": str(output / "cache")}
     begin = time.perf_counter()
     found = accuracy.ours(shared, output / schedule, "pretrained", seed, ranks, settings | blocks | places)

@@ -117,7 +117,9 @@ def test_train_equals_a_plain_loop(tmp_path: Path, schedule: str, num_ranks: int
     words = [str(word) for key, value in OPTIONS.items() for word in (f"--{key}", value)]
     files = ("--model.name", str(model), "--data.source", str(rows))
     blocks = [int(number) for number in schedule.split(",")]
-    freezing = ("--model.trainable_blocks", str(blocks[0]), "--model.freeze_schedule", schedule)
+    freezing = ("--model.trainable_blocks", str(blocks[0]))
+    if len(blocks) > 1:
+        freezing = (*freezing, "--model.freeze_schedule", schedule)
     run = small_run.finish(tmp_path, *files, *words, *freezing, num_ranks=num_ranks)
     of_train, of_test = (read_rows(rows / f"{split}.jsonl") for split in ("train", "test"))
     losses, expected_NC, weights = train_reference(model, of_train, of_test, blocks)

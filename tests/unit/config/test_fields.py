@@ -233,6 +233,6 @@ def test_lists_in_yaml_and_on_the_command_line_are_tuples() -> None:
     assert convert(tuple[int, ...] | None, ["1", "2"]) == (1, 2)
     assert convert(tuple[str, ...], []) == ()
     assert format_value(("a", "b, c")) == "[a, 'b, c']"
-    for wrong in (None, {}, ["1", ["2"]], [Quoted("1")]):
+    for wrong in (None, {}, ["1", ["2"]], [Quoted("1")], "1,,2", "1,", ","):
         with pytest.raises((ValueError, TypeError)):
             convert(tuple[int, ...], wrong)

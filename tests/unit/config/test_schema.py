@@ -213,8 +213,13 @@ def test_freeze_schedule_begins_with_all_blocks_and_never_rises() -> None:
     assert line.endswith("Set model.trainable_blocks 2.")
     [line] = contradictions(model__trainable_blocks="all", model__freeze_schedule=(12, 1))
     assert line.startswith("model.freeze_schedule 12,1 with model.trainable_blocks all: ")
+    [line] = contradictions(model__trainable_blocks="all", model__train_embeddings=True, model__freeze_schedule=(4, 1))
+    assert line.startswith("model.freeze_schedule 4,1 with model.train_embeddings true: ")
     [line] = contradictions(model__trainable_blocks=2, model__freeze_schedule=(2, 1, 2))
     assert line.startswith("model.freeze_schedule 2,1,2: a frozen block stays frozen.")
+    for numbers, epochs in (((2,), 3), ((2, 2), 3), ((2, 2, 1), 2)):
+        [line] = contradictions(model__trainable_blocks=2, model__freeze_schedule=numbers, optim__epochs=epochs)
+        assert f" with optim.epochs {epochs}: it freezes nothing." in line
     for backend in ("fsdp", "deepspeed"):
         [line] = contradictions(model__trainable_blocks=2, model__freeze_schedule=(2, 1), engine__backend=backend)
         assert line.startswith(f"model.freeze_schedule 2,1 with engine.backend {backend}: ")

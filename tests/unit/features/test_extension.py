@@ -1,5 +1,7 @@
 """Features extended by blocks that a training freezes: the same bits kept in memory and computed at every use."""
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,11 +106,25 @@ def test_extended_features_without_room_are_computed_at_every_use(table, tmp_pat
     classifier.suffix.freeze(1)
     features.extend()
     [message] = [event.message for event in events if isinstance(event, Warned)]
+    assert message.startswith("model.freeze_schedule: output of frozen blocks is computed at every use: ")
     assert "of the free host memory" in message
-    assert message.endswith("Features are computed at every use.")
+    assert message.endswith("Free some memory to keep it.")
     assert "disk" not in message
     assert sorted(tmp_path.rglob("*")) == files, "nothing is left on disk"
     assert logits(classifier, features, batches(table)[0]).isfinite().all()
+
+
+def test_closed_cache_is_freed_at_once(table, tmp_path):
+    """Its tables may hold the features below: a reference cycle would keep them until a collection, which may never come."""
+    cache, _ = build(toy_classifier(2), table, tmp_path, "disk")
+    cache.close()
+    reference = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_plain_path_extends_padded_features(table):
