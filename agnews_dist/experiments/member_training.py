@@ -99,7 +99,11 @@ class MemberTraining:
         """
         begin = time.perf_counter()
         try:
-            return next(self._run, None) is not None and not self.trainer.is_done
+            is_left = next(self._run, None) is not None and not self.trainer.is_done
+            if not is_left:
+                # It knows this object: in the cycle, the weights of all members so far would keep their memory.
+                self._run.close()
+            return is_left
         except NonFiniteError as error:
             # The end of this member alone.
             self._fault = str(error)

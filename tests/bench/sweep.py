@@ -100,6 +100,9 @@ class Benchmark:
         ]
         seconds, peak, _ = measure([*command, *words[1:]], self._environment)
         figures: dict[str, Any] = {"seconds": round(seconds, 3), "peak_rss_bytes": peak, "command": " ".join(words)}
+        report = self._options.output / "runs" / name / "sweep.json"
+        if report.exists():
+            figures["memory"] = json.loads(report.read_bytes())["memory"]
         results = sorted((self._options.output / "runs" / name / "members").glob("*.json"))
         if results:
             members = [json.loads(path.read_bytes()) for path in results]
