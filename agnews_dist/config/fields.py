@@ -174,11 +174,9 @@ def convert(type_: Any, value: object) -> Any:
     for member, _ in split_type(type_):
         if get_origin(member) is tuple and isinstance(value, (str, list)):
             text = value.removeprefix("[").removesuffix("]") if isinstance(value, str) else ""
-            parts: list[Any] = value
-            if isinstance(value, str):
-                parts = [part.strip() for part in text.split(",")] if text.strip() else []
-                if "" in parts:
-                    raise ValueError(value)
+            parts: list[Any] = [part.strip() for part in text.split(",") if text.strip()] if isinstance(value, str) else value
+            if isinstance(value, str) and "" in parts:
+                raise ValueError(value)
             return tuple(convert(get_args(member)[0], part) for part in parts)
         if value is None and member is type(None):
             return None

@@ -221,7 +221,7 @@ def test_basic_settings_are_few_and_config_is_small() -> None:
     settings = sum(isinstance(node, ast.AnnAssign) and "setting(" in ast.unparse(node) for node in ast.walk(schema))
     assert settings == len(all_settings())
     num_lines = sum(path.read_text(encoding="utf-8").count("\n") for path in (PACKAGE / "config").glob("*.py"))
-    assert num_lines - texts - settings <= 575
+    assert num_lines - texts - settings <= 580
 
 
 def test_light_imports() -> None:
