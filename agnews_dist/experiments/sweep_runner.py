@@ -23,7 +23,7 @@ from agnews_dist.experiments.sweep_directory import SweepDirectory
 from agnews_dist.experiments.sweep_status import SweepStatus
 from agnews_dist.run.memory_setup import describe_steps
 from agnews_dist.run.setup import TrainingInputs
-from agnews_dist.storage.capacity import free_host_bytes
+from agnews_dist.storage.capacity import free_host_bytes, return_freed_memory
 from agnews_dist.storage.locks import Lock
 from agnews_dist.training.best_weights import Metric
 from agnews_dist.training.class_weights import check_class_weights
@@ -152,10 +152,15 @@ class SweepRunner:
         loader = build_shared_loader(group, wave.members[0].config)
         limit = self._limits[wave.members[0].feature_key]
         for begin in range(0, len(left), limit):
-            trainings = [MemberTraining(member, group, loader, self.monitors) for member in left[begin : begin + limit]]
-            train_in_lock_step(trainings, after_step=lambda trainings=trainings: self.show_steps(trainings))
-            self._write(trainings)
+            self._train_together(
+                [MemberTraining(member, group, loader, self.monitors) for member in left[begin : begin + limit]]
+            )
+            return_freed_memory()
         self.prune()
+
+    def _train_together(self, trainings: Sequence[MemberTraining]) -> None:
+        train_in_lock_step(trainings, after_step=lambda: self.show_steps(trainings))
+        self._write(trainings)
 
     def _write(self, trainings: Sequence[MemberTraining]) -> None:
         for training in trainings:

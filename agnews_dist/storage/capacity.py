@@ -1,5 +1,7 @@
 """Free memory of a node: the system's, or what control groups (Slurm, containers) leave of it."""
 
+import ctypes
+import sys
 from pathlib import Path
 
 import psutil
@@ -31,6 +33,13 @@ def free_host_bytes() -> int:
 def resident_bytes() -> int:
     """Return the memory of this process."""
     return psutil.Process().memory_info().rss
+
+
+def return_freed_memory() -> None:
+    """Return memory that this process has freed to the system. glibc keeps it in pieces, which large tensors may not fit in."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def free_shared_bytes() -> int:

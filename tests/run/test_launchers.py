@@ -53,8 +53,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 from agnews_dist.distributed.world import detect_world
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+def run(argv):
     facts = {"pid": os.getpid(), "argv": argv, "world": vars(detect_world(os.environ)), "cwd": os.getcwd()}
     facts |= {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "MASTER_PORT")}
     file = Path(os.environ["FACTS"], f"{facts['world']['rank']}.part")
@@ -65,11 +64,15 @@ def main(argv=None):
     while os.getppid() == parent:
         time.sleep(0.1)
     file.with_suffix(".orphan").touch()
+
+# Of `agnews_dist train` the first word is the command.
+run(sys.argv[2:] if sys.argv[0].endswith("__main__.py") else sys.argv[1:])
+sys.exit()
 """
 
 
 def make_clone(directory: Path, training: str, interpreter: str) -> Path:
-    """Copy what a launch needs, with other code for the command train and a script in the interpreter's place."""
+    """Copy what a launch needs, with code that runs in place of the command train, and a script in the interpreter's place."""
     clone = directory / "clone"
     for folder in ("launch", "configs", "agnews_dist"):
         shutil.copytree(REPOSITORY / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -128,7 +131,7 @@ import os, sys, time
 from pathlib import Path
 from agnews_dist.distributed.preemption import PreemptionHandler, preempted_exit_code
 
-def main(argv=None):
+def run():
     file = Path(os.environ["FACTS"], os.environ.get("RANK", "0"))
     handler = PreemptionHandler(os.environ)
     handler.start()
@@ -140,6 +143,8 @@ def main(argv=None):
     file.with_suffix(".saved").write_text(handler.stop_reason)
     handler.close()
     return preempted_exit_code(os.environ)
+
+sys.exit(run())
 """
 RECORDER = """#!/bin/sh
 case "$*" in
