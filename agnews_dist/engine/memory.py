@@ -26,8 +26,6 @@ MEAN_TOKENS = 50
 """Tokens of an average text (AG News: 52)."""
 TOLERANCE = 0.15
 """Allowed error of the estimate. A run that is too large by less starts. Measured errors: tests/bench/RESULTS.md."""
-LIVE_GRADIENTS = 1
-"""Members in lock step whose gradients exist at the same time."""
 LIVE_WEIGHTS = 10**9
 """Elements that stage 3 keeps gathered between forward and backward pass (stage3_max_live_parameters)."""
 
@@ -178,7 +176,9 @@ def estimate(shape: Shape, setup: Setup) -> Estimate:
 
 
 def estimate_members(shape: Shape, setup: Setup, num_members: int) -> Estimate:
-    """Estimate the memory of a rank that trains members of a sweep in lock step. They write no checkpoints.
+    """Estimate the memory of a rank that trains members of a sweep in lock step.
+
+    They write no checkpoints. Gradients exist for one member at a time.
 
     `setup.runtime_bytes`: on a CPU measured when the model is in memory.
     """
@@ -188,7 +188,6 @@ def estimate_members(shape: Shape, setup: Setup, num_members: int) -> Estimate:
     del on_host["checkpoint"]
     on_host["best weights"] *= num_members
     device["optimizer"] *= num_members
-    device["gradients"] *= min(num_members, LIVE_GRADIENTS)
     # Members are copies of the untrained weights, which are part of the model.
     device["weights that train"] *= num_members + (on_host is host)
     if on_host is device:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import job as jobs
-from trainer import build_model, tokenised
-from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+from trainer import build_model, tokenised, training_arguments
+from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer
 
 
 def main() -> None:
@@ -34,22 +34,13 @@ def main() -> None:
 
     trainer = Trainer(
         model_init=lambda _: build_model(args.job / "model", tokenizer, attention="sdpa", activation=None),
-        args=TrainingArguments(
-            output_dir=str(args.output),
-            per_device_train_batch_size=jobs.BATCH,
-            per_device_eval_batch_size=jobs.BATCH,
-            num_train_epochs=args.epochs,
-            lr_scheduler_type="linear",
-            warmup_steps=0,
-            weight_decay=jobs.WEIGHT_DECAY,
-            max_grad_norm=jobs.MAX_GRAD_NORM,
+        args=training_arguments(
+            args.output,
+            args.epochs,
             optim="adamw_torch_fused",
             train_sampling_strategy="group_by_length",
+            per_device_eval_batch_size=jobs.BATCH,
             eval_strategy="epoch",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
         ),
         train_dataset=rows,
         # A few rows, as ours has for validation.

@@ -79,6 +79,24 @@ def without_dropout_where_frozen(model: Any) -> None:
                 module.p = 0.0
 
 
+def training_arguments(output: Path, epochs: int, **more: Any) -> TrainingArguments:
+    """The settings of the job, and `more`."""
+    return TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=jobs.BATCH,
+        num_train_epochs=epochs,
+        lr_scheduler_type="linear",
+        warmup_steps=0,
+        weight_decay=jobs.WEIGHT_DECAY,
+        max_grad_norm=jobs.MAX_GRAD_NORM,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **more,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", type=Path)
@@ -107,15 +125,10 @@ def main() -> None:
         without_dropout_where_frozen(model)
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(args.output),
-            per_device_train_batch_size=jobs.BATCH,
-            num_train_epochs=args.epochs,
+        args=training_arguments(
+            args.output,
+            args.epochs,
             learning_rate=jobs.LR,
-            lr_scheduler_type="linear",
-            warmup_steps=0,
-            weight_decay=jobs.WEIGHT_DECAY,
-            max_grad_norm=jobs.MAX_GRAD_NORM,
             optim=args.optim,
             seed=jobs.SEED,
             train_sampling_strategy="group_by_length" if args.batches == "length" else "random",
@@ -123,12 +136,8 @@ def main() -> None:
             dataloader_persistent_workers=args.workers > 0,
             torch_compile=args.compile,
             eval_strategy="no",
-            save_strategy="no",
             logging_strategy="epoch",
             logging_nan_inf_filter=False,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
         ),
         train_dataset=rows,
         data_collator=default_data_collator if args.batches == "fixed" else DataCollatorWithPadding(tokenizer),

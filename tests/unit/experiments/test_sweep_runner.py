@@ -1,4 +1,4 @@
-"""How many members of a sweep a rank trains at once, and what it does between them."""
+"""The number of members that a rank trains at once, and the work between them."""
 
 import os
 from collections.abc import Sequence
