@@ -45,3 +45,33 @@ def test_peak_memory_is_that_which_was_stated(
     assert done.stdout.index(stated[0]) < done.stdout.index("train member 0")
     assert float(stated[1]) * {"MB": 1e6, "GB": 1e9}[stated[2]] == pytest.approx(memory["expected_bytes"], rel=0.05)
     assert memory["expected_bytes"] == pytest.approx(memory["peak_bytes"], rel=0.15)
+
+
+COUNTING = """
+import gc, sys, weakref
+from agnews_dist.__main__ import main
+from agnews_dist.experiments.member_training import MemberTraining
+
+class Counted(MemberTraining):
+    all = []
+
+    def __init__(self, *arguments):
+        gc.disable()
+        super().__init__(*arguments)
+        self.all.append(weakref.ref(self))
+        print("alive:", sum(each() is not None for each in self.all))
+
+import agnews_dist.experiments.sweep_runner
+agnews_dist.experiments.sweep_runner.MemberTraining = Counted
+sys.exit(main(["sweep", *sys.argv[1:]]))
+"""
+
+
+def test_ended_members_are_freed_without_a_collection(tmp_path: Path) -> None:
+    """A collection of cycles comes seldom: it counts objects, and not the gigabytes that they hold."""
+    settings = small_run.settings() | {
+        **{"optim.lr": "1e-5,2e-5", "batch.global_batch_size": "16,8,4", "data.limit_train": 64},
+        **{"run.dir": tmp_path, "run.name": "s", "data.cache_dir": tmp_path / "cache", "report.write": "false"},
+    }
+    done = python("-c", COUNTING, *(f"--{key}={value}" for key, value in settings.items()))
+    assert re.findall(r"alive: (\d+)", done.stdout) == ["1", "2"] * 3
