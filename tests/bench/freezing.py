@@ -50,7 +50,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     print(
         "| schedule | "
         + " | ".join(f"{name} accuracy | gain over {schedules[0]}" for name in splits)
-        + " | train s | features s |"
+        + " | train s | features s | evaluation s |"
     )
     print("|---" * (2 * len(splits) + 4) + "|")
     for schedule in sorted(schedules, key=schedules.index):
