@@ -21,7 +21,7 @@ from support.report_page import open_browser, show
 from transformers import pipeline
 
 from agnews_dist import load
-from agnews_dist.run.stored_sweeps import list_sweep_facts
+from agnews_dist.experiments.stored_sweeps import list_sweep_facts
 
 VARIED = ("--optim.lr", "1e-3,3e-3,1e-2", "--run.seed", "0..1")
 EPOCHS = ("--optim.epochs", "3", "--batch.global_batch_size", "32")

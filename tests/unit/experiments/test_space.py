@@ -68,7 +68,7 @@ def test_config_has_the_first_value_of_each_list() -> None:
         (["--optim.lr", "1e-3,"], "a value is empty"),
         (["--optim.lr", "1e-3,fast"], "it takes a number"),
         (["--optim.lr", "1e-4..1e-2,1"], "a range of real numbers is alone"),
-        (["--engine.timeout_seconds", "1,2"], "it is the same for all members of a sweep. Give it one value."),
+        (["--engine.timeout_seconds", "1,2"], "it is the same for all members of a sweep. Give it one value, or run one sweep for each."),
         (["--optim.best_metric", "loss,accuracy"], "it is the same for all members of a sweep"),
         (["--run.seed", "0..100000"], "more than 100,000 values"),
         (["--optim.lrr", "1,2"], "Did you mean 'optim.lr'?"),

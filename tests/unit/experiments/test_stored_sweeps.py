@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from agnews_dist.experiments.stored_sweeps import find_sweeps, list_sweep_facts
 from agnews_dist.run.status import StatusFile
 from agnews_dist.run.stored_runs import find_runs
-from agnews_dist.run.stored_sweeps import find_sweeps, list_sweep_facts
 
 NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
 PLAN = {
