@@ -44,15 +44,14 @@ def run(world: World, loaded: Loaded) -> None:
         UserError: anything that the user can fix.
     """
     start = time.perf_counter()
-    preemption = loaded.preemption
+    preemption, options = loaded.preemption, loaded.options
     assert preemption is not None
-    with importing():
-        from agnews_dist.experiments import sweep_job
-
-    options = loaded.options
     for name in ("search", "sample_seed"):
         if options["samples"] is None and options[name] is not None:
             raise ConfigError(f"--{name} {options[name]}: all combinations are trained. Set --samples N, or leave it out.")
+    with importing():
+        from agnews_dist.experiments import sweep_job
+
     wanted = {"distilled": options["distil"], "ensemble": options["ensemble"] or options["distil"]}
     job = sweep_job.SweepJob(
         loaded.config,
