@@ -150,7 +150,7 @@ def run_sweep(
         preemption.before_exit = _make_last_words(directory, num_members, status)
         if ignored := list_ignored(config):
             sinks(Warned(message=f"{', '.join(ignored)}: without effect in a sweep."))
-        fetch_inputs(partial(_list_requests, job, space, members), world, sinks)
+        fetch_inputs(partial(list_hub_requests, job, space, members), world, sinks)
         monitors = Monitors(sinks, timer, preemption)
         sizes = (num_members, len(space.seeds))
         kind = SweepRunner if job.halving is None else HalvingRunner
@@ -189,7 +189,7 @@ def _train_proposals(job: SweepJob, space: Space, runner: SweepRunner) -> None:
         runner.monitors.emit(Warned(message=f"{message}. The first: {search.refused[0]}"))
 
 
-def _list_requests(job: SweepJob, space: Space, members: Sequence[Member]) -> list[Request]:
+def list_hub_requests(job: SweepJob, space: Space, members: Sequence[Member]) -> list[Request]:
     """Return the requests for all that members read from the hub; with Optuna for all models that it may propose."""
     listed = tuple(each for each in space.dimensions if each.key in ("model.name", "model.revision", "model.init"))
     proposed = [replace_values(job.config, values) for values in Space(listed, space.seeds).grid()]

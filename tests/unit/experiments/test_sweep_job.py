@@ -1,6 +1,7 @@
 """Sweeps that are refused before anything is loaded, and settings that have no effect on members."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import ConfigError
 from agnews_dist.experiments.members import list_ignored
-from agnews_dist.experiments.sweep_job import SweepJob, check_job
+from agnews_dist.experiments.sweep_job import SweepJob, check_job, list_hub_requests
 
 HEADS = ("--model.trainable_blocks", "0", "--run.seed", "0..1")
 OPTUNA = {"search": "optuna", "num_samples": 4}
@@ -39,6 +40,16 @@ def test_solved_heads_are_neither_distilled_nor_halved(search: dict[str, Any], s
 def test_drawn_weights_have_no_ensemble(search: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"--ensemble with model\.init random"):
         check_job(make_job("--model.init", "pretrained,random", "--run.seed", "0..1", **search, **DISTILLED))
+
+
+@pytest.mark.parametrize("search", [{}, OPTUNA])
+def test_list_hub_requests_has_every_model_with_its_weights(search: dict[str, Any], tmp_path: Path) -> None:
+    job = make_job("--model.name", "gpt2,some/other", "--model.init", "pretrained,random", "--optim.lr", "1e-3,1e-2", **search)
+    requests = list_hub_requests(job, *check_job(job))
+    assert {each.repository.name for each in requests} == {"gpt2", "some/other", "fancyzhx/ag_news"}
+    models = [each for each in requests if each.repository.kind == "model"]
+    assert len(models) == 2
+    assert all("model.safetensors" in each.choose(tmp_path) for each in models)
 
 
 @pytest.mark.parametrize("option", [("--search", "optuna"), ("--search", "random"), ("--sample_seed", "0")])
