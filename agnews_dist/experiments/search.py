@@ -45,7 +45,7 @@ class OptunaSearch:
         self._num_scored = 0
         self._tried: set[tuple[Any, ...]] = set()
         self.refused: list[str] = []
-        """Why combinations were refused."""
+        """Reasons of refused combinations."""
 
     def rounds(self) -> Iterator[list[Settings]]:
         """Yield the combinations of each round. Call `tell` before the next one.
