@@ -185,7 +185,7 @@ def _train_proposals(job: SweepJob, space: Space, runner: SweepRunner) -> None:
         scores = {standing.setting: standing.mean(runner.metric) for standing in runner.standings()}
         search.tell([scores[setting] for setting in range(num_settings)])
     if search.refused:
-        message = f"optuna: {count_noun(len(search.refused), 'proposal')} left out as they contradict themselves"
+        message = f"optuna: {count_noun(len(search.refused), 'proposal')} left out for contradicting settings"
         runner.monitors.emit(Warned(message=f"{message}. The first: {search.refused[0]}"))
 
 

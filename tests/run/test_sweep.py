@@ -161,7 +161,7 @@ def test_optuna_computes_the_features_of_each_cut_once(swept: Path) -> None:
     assert sum(left != right for left, right in itertools.pairwise(cuts)) > 1, "the proposals alternate"
     assert done.stdout.count("per rank: ") == 2
     # Blocks whose inputs of out_head change cannot be standardised: Optuna proposes others.
-    assert re.search(r"warning: optuna: \d+ proposals? left out as they contradict themselves", done.stdout + done.stderr)
+    assert re.search(r"warning: optuna: \d+ proposals? left out for contradicting settings", done.stdout + done.stderr)
     assert "warning: checkpoint.resume: without effect in a sweep." in done.stdout + done.stderr
 
 
