@@ -6,7 +6,11 @@ sinks.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Union
+from typing import Literal, Union
+
+Metric = Literal["accuracy", "macro_f1", "loss"]
+SCORES: Mapping[str, str] = {"accuracy": "accuracy", "macro_f1": "macro F1", "loss": "loss"}
+"""The scores among the fields of `Scores`, with their names for people."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,10 +41,12 @@ TRAINING_OPTIONS = (
     Option("--accept", "Settings that may differ on resume.", tuple[Literal[ACCEPTABLE], ...], ()),
 )
 """Options of a training."""
+# What Optuna's generator takes.
+SampleSeed = Annotated[int, Field(ge=0, lt=2**32)]
 SWEEP_OPTIONS = (
     Option("--samples", "Random combinations, in place of all.", Count),
-    Option("--search", "Source of --samples.", Literal["random", "optuna"], "random"),
-    Option("--sample_seed", "Seed of the random combinations.", int, 0, level="advanced"),
+    Option("--search", "Source of --samples; default: random.", Literal["random", "optuna"]),
+    Option("--sample_seed", "Seed of the random combinations; default: 0.", SampleSeed, level="advanced"),
     Option("--halving", "Successive halving: a share of 1/N survives a rung.", Annotated[int, Field(ge=2)]),
     Option("--ensemble", "Score the mean of the best setting's seeds.", bool, False),
     Option("--distil", "Train and export one member on that mean.", bool, False),

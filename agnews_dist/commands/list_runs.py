@@ -38,10 +38,10 @@ def run(world: World, loaded: Loaded) -> None:
         return
     # Imported here, so that --help does not wait for numpy.
     with importing():
+        from agnews_dist.experiments.stored_sweeps import find_sweeps, list_sweep_facts
         from agnews_dist.report.result_files import print_json
         from agnews_dist.report.run_list import runs_to_json, show_runs, sort_runs
         from agnews_dist.run.stored_runs import find_runs, list_facts
-        from agnews_dist.run.stored_sweeps import find_sweeps, list_sweep_facts
 
     directory = Path(given[0] if given else loaded.config.run.dir)
     found = [*map(list_facts, find_runs(directory)), *map(list_sweep_facts, find_sweeps(directory))]

@@ -55,7 +55,8 @@ def _lines_of_page() -> Iterator[str]:
     yield "(*may be accepted*), or does not compare it (*ignored*). What a path or hub id holds is compared by its content."
     yield ""
     yield "**In a sweep**: members may differ in it (*free*), may differ, but each value needs a feature cache of its own"
-    yield "(*changes features*), or may not (*not sweepable*)."
+    yield "(*changes features*), or may not (*not sweepable*; *decides scored rows*: scores of other rows cannot be compared)."
+    yield "*Ignored*: without effect on members."
     for section, (_, text) in all_sections().items():
         yield from ("", f"## {section}", "", text, "")
         yield "| setting | takes | default | on resume | in a sweep | what it does |"

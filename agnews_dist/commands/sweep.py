@@ -5,6 +5,7 @@ import time
 from agnews_dist.commands.arguments import Command, Loaded
 from agnews_dist.commands.command import QUIET, SWEEP_OPTIONS, VERBOSE, importing
 from agnews_dist.distributed.world import World
+from agnews_dist.errors import ConfigError
 
 COMMAND = Command(
     "sweep",
@@ -43,19 +44,21 @@ def run(world: World, loaded: Loaded) -> None:
         UserError: anything that the user can fix.
     """
     start = time.perf_counter()
-    preemption = loaded.preemption
+    preemption, options = loaded.preemption, loaded.options
     assert preemption is not None
+    for name in ("search", "sample_seed"):
+        if options["samples"] is None and options[name] is not None:
+            raise ConfigError(f"--{name} {options[name]}: all combinations are trained. Set --samples N, or leave it out.")
     with importing():
         from agnews_dist.experiments import sweep_job
 
-    options = loaded.options
     wanted = {"distilled": options["distil"], "ensemble": options["ensemble"] or options["distil"]}
     job = sweep_job.SweepJob(
         loaded.config,
         loaded.dimensions,
         num_samples=options["samples"],
-        search=options["search"],
-        sample_seed=options["sample_seed"],
+        search=options["search"] or "random",
+        sample_seed=options["sample_seed"] or 0,
         wanted=frozenset(name for name, is_wanted in wanted.items() if is_wanted),
         halving=options["halving"],
     )

@@ -14,8 +14,9 @@ from agnews_dist.storage.directories import check_directory_name, expand_path
 
 Resume = Literal["must match", "may be accepted", "ignored"]
 """A resumed run refuses another value; refuses it unless `--accept` names the setting; does not compare it."""
-Sweep = Literal["free", "changes features", "not sweepable"]
-"""Members of a sweep may differ in it; each value needs a feature cache of its own; they may not differ."""
+Sweep = Literal["free", "changes features", "not sweepable", "decides scored rows", "ignored"]
+"""Members of a sweep may differ in it; each value needs a feature cache of its own; they may not differ; their scores could not
+be compared; it has no effect on them."""
 Level = Literal["basic", "advanced"]
 """Shown by `--help`; shown by `--help all` only."""
 
@@ -47,52 +48,52 @@ class Section(BaseModel):
 class SplitsConfig(Section):
     """Names of the splits in the source, where they are not the usual ones; none leaves a split out."""
 
-    train: Name | None = setting(None, "ignored", "changes features")
+    train: Name | None = setting(None, "ignored", "decides scored rows")
     """Name of the training split. A split of the hub, or a word in the names of files or folders. null: train, training."""
-    validation: Name | None = setting(None, "ignored", "changes features")
+    validation: Name | None = setting(None, "ignored", "decides scored rows")
     """Name of the validation split. null: validation, valid, val, dev. 'none': rows of train are held out."""
-    test: Name | None = setting(None, "ignored", "changes features")
+    test: Name | None = setting(None, "ignored", "decides scored rows")
     """Name of the test split. null: test, testing. 'none': nothing is scored at the end."""
 
 
 class DataConfig(Section):
     """Data set and tokens."""
 
-    source: PathText = setting("fancyzhx/ag_news", "ignored", "changes features", "basic")
+    source: PathText = setting("fancyzhx/ag_news", "ignored", "decides scored rows", "basic")
     """Hub id, folder or file. Files are csv, tsv, jsonl, json, parquet or arrow, also compressed. 'synthetic': generated
     headlines, without a network."""
-    revision: Name | None = setting(None, "ignored", "changes features")
+    revision: Name | None = setting(None, "ignored", "decides scored rows")
     """Commit or tag of the data set on the hub. null: the newest."""
-    subset: Name | None = setting(None, "ignored", "changes features")
+    subset: Name | None = setting(None, "ignored", "decides scored rows")
     """Subset of the data set (configuration on the hub). In a directory, one that its README.md names, or a folder."""
     splits: SplitsConfig = Field(default_factory=SplitsConfig)
-    text_column: Names | None = setting(None, "ignored", "changes features")
+    text_column: Names | None = setting(None, "ignored", "decides scored rows")
     """Column of the text. Several are joined: title,description. null: text, sentence, content, utterance or
     title,description, if only one of these is there."""
-    text_separator: str = setting(" ", "ignored", "changes features")
+    text_separator: str = setting(" ", "ignored", "decides scored rows")
     """Text between the joined columns. An empty or missing column is left out."""
-    label_column: Name | None = setting(None, "ignored", "changes features")
+    label_column: Name | None = setting(None, "ignored", "decides scored rows")
     """Column of the label. null: label, labels, class, category, intent or target, if only one of these is there."""
-    class_names: Names | None = setting(None, "ignored", "changes features")
+    class_names: Names | None = setting(None, "ignored", "decides scored rows")
     """Names of the classes, in index order. A list, or a file with one name per line. null: from the data, sorted by name."""
     max_length: Count = setting(256, "must match", "changes features", "basic")
     """Tokens per text, at most. Longer texts are truncated and counted. AG News: mean 52, longest about 323."""
     pad_token: Literal["new", "eos"] = setting("new", "must match", "changes features")
     """Token for padding. 'new' keeps one that no text can contain, or adds [PAD] as a frozen row of the embedding; 'eos' reuses
     <|endoftext|>. The logits do not depend on it."""
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = setting(0.05, "must match", "changes features")
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = setting(0.05, "must match", "decides scored rows")
     """Share of training rows to hold out. They are stratified by label, and held out only if the source has no validation
     split."""
     limit_train: Count | None = setting(None, "must match", "changes features", "basic")
     """Use only this many training rows. They are a seeded and stratified sample; null: all."""
-    limit_validation: Count | None = setting(None, "must match", "changes features")
+    limit_validation: Count | None = setting(None, "must match", "decides scored rows")
     """Use only this many validation rows. null: all."""
-    limit_test: Count | None = setting(None, "must match", "changes features")
+    limit_test: Count | None = setting(None, "must match", "decides scored rows")
     """Use only this many test rows. null: all."""
     exclude: PathText | None = setting(None, "ignored", "changes features")
     """File that names training rows to leave out. An edited label_errors.csv, or lines like 'train.csv row 17'. Held-out
     rows, limits and the rows of other splits are the same without it."""
-    seed: Annotated[int, Field(ge=0)] = setting(0, "must match", "changes features")
+    seed: Annotated[int, Field(ge=0)] = setting(0, "must match", "decides scored rows")
     """Seed of the rows in use. It decides the synthetic text, the held-out rows and the limits. It is not run.seed: runs with
     different seeds use the same examples."""
     cache_dir: PathText | None = setting(None, "ignored", "not sweepable")
@@ -142,7 +143,7 @@ class BatchConfig(Section):
     """Padded tokens of a micro-batch. A larger share of a rank is split (gradient accumulation)."""
     bucket_window: Count | Literal["epoch"] = setting(256, "must match", "free")
     """Global batches sorted by length together. 1 gives random batches, more means less padding, 'epoch' sorts all examples."""
-    longest_first: bool = setting(False, "ignored", "not sweepable")
+    longest_first: bool = setting(False, "ignored", "ignored")
     """Run the largest step first, as a trial. It is the largest step of the first epoch; its result is discarded. The run fails
     early if memory is too small."""
 
@@ -221,15 +222,15 @@ class EngineConfig(Section):
     deepspeed_config: PathText | None = setting(None, "ignored", "not sweepable")
     """JSON file with DeepSpeed's own settings. Bucket sizes and overlap, for example. One that contradicts a setting here is an
     error."""
-    gradient_compression: Literal["none", "bf16"] = setting("none", "may be accepted", "free")
+    gradient_compression: Literal["none", "bf16"] = setting("none", "may be accepted", "ignored")
     """Rounding of exchanged gradients. 'bf16' halves their size; sums within a rank stay fp32."""
     activation_checkpointing: bool = setting(False, "ignored", "not sweepable")
     """Recompute activations in the backward pass. This takes less memory, and a third more time for the trainable blocks."""
-    precision: Literal["auto", "bf16", "fp32", "fp16"] = setting("auto", "may be accepted", "changes features", "basic")
+    precision: Literal["auto", "bf16", "fp32", "fp16"] = setting("auto", "may be accepted", "not sweepable", "basic")
     """Precision: auto, bf16, fp32 or fp16. 'auto' is bf16 on GPUs that have it, else fp32. bf16: autocast with fp32 master
     weights for the trainable part, bf16 weights for the frozen part. fp16: the same with loss scaling, for GPUs without
     bf16."""
-    allow_tf32: bool = setting(True, "may be accepted", "changes features")
+    allow_tf32: bool = setting(True, "may be accepted", "not sweepable")
     """Use TF32 for fp32 matrix products on CUDA."""
     fast_path: bool = setting(True, "may be accepted", "not sweepable")
     """Compute the frozen part the fast way. Without padding and autograd, and the last block for the last token only. false:
@@ -249,16 +250,16 @@ class EngineConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints and resuming."""
 
-    max_overhead: Annotated[float, Field(gt=0, le=1)] | None = setting(0.01, "ignored", "not sweepable")
+    max_overhead: Annotated[float, Field(gt=0, le=1)] | None = setting(0.01, "ignored", "ignored")
     """Share of the time that checkpoints may cost. The measured cost decides how often one is made, at most once a second;
     every_steps or every_minutes replace this. The end of every epoch and of the training is always saved."""
-    every_steps: Count | None = setting(None, "ignored", "not sweepable")
+    every_steps: Count | None = setting(None, "ignored", "ignored")
     """Save after this many steps. null: see max_overhead."""
-    every_minutes: Minutes | None = setting(None, "ignored", "not sweepable")
+    every_minutes: Minutes | None = setting(None, "ignored", "ignored")
     """Save this many minutes after the last checkpoint. null: see max_overhead."""
-    keep: Count = setting(2, "ignored", "not sweepable")
+    keep: Count = setting(2, "ignored", "ignored")
     """Number of checkpoints to keep. The newest ones, besides the best weights."""
-    resume: PathText = setting("auto", "ignored", "not sweepable", "basic")
+    resume: PathText = setting("auto", "ignored", "ignored", "basic")
     """Resume: auto, never, or a path. 'auto' resumes the unfinished run of this name, or without a name that of this job.
     'never' starts from the beginning. A path of a checkpoint or a run starts from there."""
 
@@ -287,9 +288,9 @@ class ReportConfig(Section):
 
     write: bool = setting(True, "ignored", "not sweepable")
     """Write report.html and report.md. They are written at the end of the run and at a stop. They need agnews_dist[report]."""
-    max_seconds: NonNegative = setting(60.0, "ignored", "not sweepable")
+    max_seconds: NonNegative = setting(60.0, "ignored", "ignored")
     """Time for baselines and label errors, at most. They take fewer rows, or are left out, where it is too short."""
-    trackers: Trackers | None = setting(None, "ignored", "not sweepable")
+    trackers: Trackers | None = setting(None, "ignored", "ignored")
     """Experiment trackers that get steps, scores and settings. Each needs its package: pip install agnews_dist[NAME]."""
 
 

@@ -72,6 +72,13 @@ def build_members(base: Config, settings: Iterable[Mapping[str, Any]], seeds: Se
     return members
 
 
+def list_ignored(config: Config) -> list[str]:
+    """List settings that are not the defaults, and have no effect on members."""
+    settings = all_settings()
+    found = [key for key, value in values_of(config) if settings[key].sweep == "ignored" and value != settings[key].default]
+    return found + ["the first check of run.debug"] * config.run.debug
+
+
 def group_by_features(members: Sequence[Member]) -> list[list[Member]]:
     """Group members that share features, in the order of their first members."""
     groups: dict[Key, list[Member]] = {}

@@ -5,23 +5,27 @@ Every process of a sweep proposes by itself. From the same results each proposes
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from agnews_dist.errors import UserError
+from agnews_dist.errors import ConfigError, UserError
 from agnews_dist.experiments.space import Dimension, Space
 
 SearchKind = Literal["random", "optuna"]
 MAX_REPEATED = 50
-"""Proposals in a row that were tried before, after which Optuna's search ends."""
+"""Proposals in a row that were tried before or are refused, after which Optuna's search ends."""
 Settings = Mapping[str, Any]
 
 
 class OptunaSearch:
     """Proposals of Optuna's tree-structured Parzen estimator, in rounds."""
 
-    def __init__(self, space: Space, *, num_samples: int, per_round: int, seed: int) -> None:
+    def __init__(
+        self, space: Space, *, num_samples: int, per_round: int, seed: int, check: Callable[[Settings], object] = lambda _: None
+    ) -> None:
         """Start a study in memory. `per_round`: combinations to propose before the results of the former ones are known.
+
+        `check`: raises ConfigError for a combination that contradicts itself. It is a failed trial, and another is proposed.
 
         Raises:
             UserError: Optuna is not installed.
@@ -36,48 +40,64 @@ class OptunaSearch:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=per_round > 1)
         self._study: Any = optuna.create_study(sampler=sampler, direction="maximize")
-        self._space, self._num_samples, self._per_round = space, num_samples, per_round
+        self._space, self._num_samples, self._per_round, self._check = space, num_samples, per_round, check
         self._trials: list[Any] = []
-        self._tried: dict[tuple[Any, ...], int] = {}
+        self._num_scored = 0
+        self._tried: set[tuple[Any, ...]] = set()
+        self.refused: list[str] = []
+        """Reasons of refused combinations."""
 
     def rounds(self) -> Iterator[list[Settings]]:
-        """Yield the combinations of each round. Call `tell` before the next one."""
+        """Yield the combinations of each round. Call `tell` before the next one.
+
+        Raises:
+            ConfigError: every proposal of the first round is refused.
+        """
         while len(self._trials) < self._num_samples:
             proposed = self._propose(min(self._per_round, self._num_samples - len(self._trials)))
+            if not proposed and not self._trials:
+                raise ConfigError(f"--search optuna: every proposal contradicts itself. The first: {self.refused[0]}")
             if not proposed:
                 return
             yield proposed
 
     def tell(self, scores: Sequence[float]) -> None:
         """Report the scores of all combinations so far, in their order; minus infinity for one that diverged."""
+        # Those of former rounds have theirs.
+        for trial, score in zip(self._trials[self._num_scored :], scores[self._num_scored :], strict=True):
+            self._end(trial, score)
+        self._num_scored = len(self._trials)
+
+    def _end(self, trial: Any, score: float = -math.inf) -> None:
         import optuna
 
-        for trial, score in zip(self._trials, scores, strict=True):
-            if self._study.trials[trial.number].state == optuna.trial.TrialState.RUNNING:
-                is_finite = math.isfinite(score)
-                state = optuna.trial.TrialState.COMPLETE if is_finite else optuna.trial.TrialState.FAIL
-                self._study.tell(trial, score if is_finite else None, state=state)
+        is_finite = math.isfinite(score)
+        state = optuna.trial.TrialState.COMPLETE if is_finite else optuna.trial.TrialState.FAIL
+        self._study.tell(trial, score if is_finite else None, state=state)
 
     def _propose(self, number: int) -> list[Settings]:
-        found, num_repeated = list[Settings](), 0
-        while len(found) < number and num_repeated < MAX_REPEATED:
+        found, num_failed = list[Settings](), 0
+        while len(found) < number and num_failed < MAX_REPEATED:
             trial = self._study.ask()
             settings = {dimension.key: _suggest(trial, dimension) for dimension in self._space.dimensions}
             values = tuple(settings.values())
-            if values in self._tried:
-                num_repeated += 1
-                self._study.tell(trial, state=_failed())
-                continue
-            self._tried[values], num_repeated = len(self._trials), 0
-            self._trials.append(trial)
-            found.append(settings)
+            if values in self._tried or not self._admits(settings):
+                num_failed += 1
+                self._end(trial)
+            else:
+                num_failed = 0
+                self._trials.append(trial)
+                found.append(settings)
+            self._tried.add(values)
         return found
 
-
-def _failed() -> Any:
-    import optuna
-
-    return optuna.trial.TrialState.FAIL
+    def _admits(self, settings: Settings) -> bool:
+        try:
+            self._check(settings)
+        except ConfigError as error:
+            self.refused.append(str(error))
+            return False
+        return True
 
 
 def _suggest(trial: Any, dimension: Dimension) -> Any:

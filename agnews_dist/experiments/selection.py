@@ -15,15 +15,15 @@ from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import UserError, count_noun
 from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split, evaluate_together
-from agnews_dist.events import Progress, RunDone, begin_phase
+from agnews_dist.events import SCORES, Progress, RunDone, begin_phase
 from agnews_dist.experiments import ensemble
 from agnews_dist.experiments.feature_group import FeatureGroup
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, load_member, train_in_lock_step
 from agnews_dist.experiments.members import Member, group_by_features
 from agnews_dist.experiments.space import SEED, format_values
 from agnews_dist.experiments.standings import Standing
+from agnews_dist.experiments.stored_sweeps import RESULTS
 from agnews_dist.experiments.sweep_results import (
-    SCORES,
     SplitsOf,
     compare_ensemble,
     make_command,
@@ -37,7 +37,6 @@ from agnews_dist.experiments.sweep_runner import POLL_SECONDS, SweepRunner
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.report.result_files import versions, write_json
 from agnews_dist.run.results import peak_memory_bytes
-from agnews_dist.run.stored_sweeps import RESULTS
 from agnews_dist.storage.capacity import gigabytes
 from agnews_dist.storage.locks import Lock
 

@@ -164,7 +164,7 @@ def _split(raw: RawValue, setting: Setting) -> list[object] | None:
     Raises:
         ValueError: a range is empty or too long; the text is the whole message.
     """
-    if setting.sweep == "not sweepable" and any(member is str for member, _ in split_type(setting.type)):
+    if setting.sweep in ("not sweepable", "ignored") and any(member is str for member, _ in split_type(setting.type)):
         return None
     if isinstance(raw.value, list):  # from YAML
         items = cast("list[object]", raw.value)
@@ -225,9 +225,11 @@ def _expand_range(raw: RawValue, low: str, high: str, *, is_whole: bool) -> Iter
 
 def _check_dimension(raw: RawValue, setting: Setting, parts: list[object]) -> tuple[Dimension, RawValue]:
     """Check every value; return the dimension, and its first value as a raw value."""
-    if setting.sweep == "not sweepable":
-        raise ValueError(f"{raw.source}: it is the same for all members of a sweep. Give it one value.")
     intervals = [part for part in parts if isinstance(part, Interval)]
+    if setting.sweep not in ("free", "changes features") and (len(parts) > 1 or intervals):
+        why = "scores of different rows cannot be compared" * (setting.sweep == "decides scored rows")
+        rule = why or "it is the same for all members of a sweep"
+        raise ValueError(f"{raw.source}: {rule}. Give it one value, or run one sweep for each.")
     if intervals and len(parts) > 1:
         raise ValueError(f"{raw.source}: a range of real numbers is alone. Leave out the other values.")
     texts = parts if not intervals else [repr(intervals[0].low), repr(intervals[0].high)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from agnews_dist.training.best_weights import Metric
+from agnews_dist.events import Metric
 
 State = Literal["finished", "halved", "diverged"]
 """Trained to the end, ended by successive halving, ended by a loss that is not finite."""

@@ -34,9 +34,9 @@ from agnews_dist.distributed.world import print_line
 from agnews_dist.errors import ConfigError, UserError
 from agnews_dist.experiments.members import Member, Wave
 from agnews_dist.experiments.standings import MemberResult
+from agnews_dist.experiments.stored_sweeps import MEMBERS, RESULTS
 from agnews_dist.report.result_files import write_json
 from agnews_dist.run.status import PLAN
-from agnews_dist.run.stored_sweeps import MEMBERS, RESULTS
 from agnews_dist.storage import atomic
 from agnews_dist.storage.locks import Lock, LockWait, lock_shared, locked_or_bypassed, try_lock
 

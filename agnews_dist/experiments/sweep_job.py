@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from agnews_dist.config.fields import replace_values, values_of
 from agnews_dist.config.schema import Config
+from agnews_dist.data.hub_files import Request
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.slurm import find_array_task, identify_job
@@ -23,7 +25,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, ConfigError, Stopped, UserError, count_noun
 from agnews_dist.events import Warned
 from agnews_dist.experiments.halving import HalvingRunner
-from agnews_dist.experiments.members import Member, build_members, group_by_features
+from agnews_dist.experiments.members import Member, build_members, group_by_features, list_ignored
 from agnews_dist.experiments.search import OptunaSearch, SearchKind, Settings
 from agnews_dist.experiments.selection import finish_sweep
 from agnews_dist.experiments.space import SEED, Dimension, Space, make_space
@@ -58,6 +60,11 @@ class SweepJob:
     """`ensemble`, `distilled` or both: scored besides the members of the selected setting."""
     halving: int | None = None
     """Factor of successive halving: the best 1/factor of the settings survive a rung; None: all are trained to the end."""
+
+    def values_of(self, key: str) -> set[Any]:
+        """Return the values that members may have for a setting."""
+        listed = [value for dimension in self.dimensions if dimension.key == key for value in dimension.values]
+        return {*(listed or [dict(values_of(self.config))[key]])}
 
     def list_settings(self, space: Space) -> list[Settings]:
         """Return the combinations of settings in their order, as far as they do not depend on results."""
@@ -102,10 +109,10 @@ def check_job(job: SweepJob, num_tasks: int = 1) -> tuple[Space, list[Member]]:
         raise ConfigError("--halving: one combination of settings has no rival. Vary another setting than run.seed.")
     if job.wanted and len(space.seeds) < 2:
         raise ConfigError("--ensemble: one seed has no mean with others. List several, for example --run.seed 0..4.")
-    if job.wanted and job.config.model.init == "random":
+    if job.wanted and "random" in job.values_of("model.init"):
         raise ConfigError("--ensemble with model.init random: seeds have other frozen parts. Set model.init pretrained.")
     members = build_members(job.config, settings, space.seeds)
-    if any(member.config.optim.solver == "lbfgs" for member in members) or job.config.optim.solver == "lbfgs":
+    if "lbfgs" in job.values_of("optim.solver"):
         for option, is_given in (("--halving", job.halving is not None), ("--distil", "distilled" in job.wanted)):
             if is_given:
                 raise ConfigError(f"{option} with optim.solver lbfgs: it is for steps of AdamW. Leave one of them out.")
@@ -141,8 +148,9 @@ def run_sweep(
         num_members = len(members) or (job.num_samples or 0) * len(space.seeds)
         status = stack.enter_context(SweepStatus(directory)) if world.is_main else None
         preemption.before_exit = _make_last_words(directory, num_members, status)
-        for group in group_by_features(members or build_members(config, [{}], space.seeds)):
-            fetch_inputs(partial(list_requests, group[0].config), world, sinks)
+        if ignored := list_ignored(config):
+            sinks(Warned(message=f"{', '.join(ignored)}: without effect in a sweep."))
+        fetch_inputs(partial(list_hub_requests, job, space, members), world, sinks)
         monitors = Monitors(sinks, timer, preemption)
         sizes = (num_members, len(space.seeds))
         kind = SweepRunner if job.halving is None else HalvingRunner
@@ -151,9 +159,6 @@ def run_sweep(
             runner.factor = job.halving
         runner.status, runner.returns_to_groups = status, job.search == "optuna"
         stack.callback(runner.close)
-        if config.report.trackers:
-            message = "report.trackers: the members of a sweep are not tracked. Their table is sweep.csv."
-            sinks(Warned(message=message))
         runner.facts = _describe(job, space, members, directory, engine)
         try:
             if job.search == "optuna":
@@ -171,13 +176,27 @@ def run_sweep(
 def _train_proposals(job: SweepJob, space: Space, runner: SweepRunner) -> None:
     """Train the combinations that Optuna proposes. Collective."""
     assert job.num_samples is not None
-    search = OptunaSearch(space, num_samples=job.num_samples, per_round=job.per_round, seed=job.sample_seed)
+    check = partial(replace_values, job.config)
+    search = OptunaSearch(space, num_samples=job.num_samples, per_round=job.per_round, seed=job.sample_seed, check=check)
     num_settings = 0
     for settings in search.rounds():
         runner.train(build_members(job.config, settings, space.seeds, first=num_settings))
         num_settings += len(settings)
         scores = {standing.setting: standing.mean(runner.metric) for standing in runner.standings()}
         search.tell([scores[setting] for setting in range(num_settings)])
+    if search.refused:
+        message = f"optuna: {count_noun(len(search.refused), 'proposal')} left out for contradicting settings"
+        runner.monitors.emit(Warned(message=f"{message}. The first: {search.refused[0]}"))
+
+
+def list_hub_requests(job: SweepJob, space: Space, members: Sequence[Member]) -> list[Request]:
+    """Return the requests for all that members read from the hub; with Optuna for all models that it may propose."""
+    listed = tuple(each for each in space.dimensions if each.key in ("model.name", "model.revision", "model.init"))
+    proposed = [replace_values(job.config, values) for values in Space(listed, space.seeds).grid()]
+    configs = [group[0].config for group in group_by_features(members)] or proposed
+    # Of the same files with and without weights, the last one counts.
+    configs.sort(key=lambda config: config.model.init == "pretrained")
+    return list({request.repository: request for config in configs for request in list_requests(config)}.values())
 
 
 def _open_directory(job: SweepJob, space: Space, world: World, *, num_workers: int) -> SweepDirectory:

@@ -18,7 +18,7 @@ from agnews_dist.config.yaml_file import dump
 from agnews_dist.engine.engine import Engine
 from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.evaluation.intervals import student_interval, wilson_interval
-from agnews_dist.events import Emit, Scores, Warned, begin_phase
+from agnews_dist.events import SCORES, Emit, Scores, Warned, begin_phase
 from agnews_dist.experiments.ensemble import calibration_error
 from agnews_dist.experiments.space import SEED
 from agnews_dist.experiments.standings import MemberResult
@@ -29,7 +29,6 @@ from agnews_dist.run.setup import TrainingInputs
 from agnews_dist.storage import atomic
 from agnews_dist.training.timing import StageTimer
 
-SCORES = ("accuracy", "macro_f1", "loss")
 NOT_COPIED = ("run.dir", "run.name", "run.overwrite")
 """Settings that a command line for copying leaves out."""
 SplitsOf = Mapping[str, SplitScores]

@@ -13,7 +13,7 @@ from agnews_dist.engine.device import free_device_bytes
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.memory import Estimate, estimate_members, format_estimate
 from agnews_dist.errors import count_noun
-from agnews_dist.events import Progress, RunStarted, SweepRow, SweepUpdated
+from agnews_dist.events import Metric, Progress, RunStarted, SweepRow, SweepUpdated
 from agnews_dist.experiments.feature_group import FeatureGroup, open_feature_group
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, train_in_lock_step
 from agnews_dist.experiments.members import Key, Member, Wave, cut_waves, group_by_features
@@ -25,7 +25,6 @@ from agnews_dist.run.memory_setup import describe_steps
 from agnews_dist.run.setup import TrainingInputs
 from agnews_dist.storage.capacity import free_host_bytes, return_freed_memory
 from agnews_dist.storage.locks import Lock
-from agnews_dist.training.best_weights import Metric
 from agnews_dist.training.class_weights import check_class_weights
 from agnews_dist.training.loop import Monitors
 

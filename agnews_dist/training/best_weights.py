@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -10,9 +10,7 @@ from agnews_dist.data.batching.shares import Share, Tally
 from agnews_dist.distributed import collectives
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.evaluation.evaluator import SplitScores
-from agnews_dist.events import Scores
-
-Metric = Literal["accuracy", "macro_f1", "loss"]
+from agnews_dist.events import Metric, Scores
 
 
 class BestWeights:

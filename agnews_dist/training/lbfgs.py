@@ -104,6 +104,10 @@ class Objective:
 class HeadSolver(Trainer):
     """A training whose steps are the iterations of L-BFGS. A solution takes seconds, so a killed one begins again."""
 
+    def use_soft_targets(self, targets_NC: Tensor) -> None:
+        """Refuse: the solution is for labels."""
+        raise NotImplementedError("L-BFGS fits labels, not probabilities")
+
     def load_state(self, state: Mapping[str, Any], tensors: Groups, best_tensors: Groups) -> None:
         super().load_state(state, tensors, best_tensors)
         self.num_steps = self.step

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from agnews_dist.training.best_weights import Metric
+from agnews_dist.events import Metric
 from agnews_dist.training.optim import Average, Schedule
 
 

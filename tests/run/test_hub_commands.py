@@ -83,6 +83,13 @@ def test_the_hub_is_asked_once_per_node_and_not_needed_once_all_is_cached(hub: H
     assert len(weights) == 1
 
 
+def test_all_models_of_a_sweep_are_fetched(hub: HubServer, tmp_path: Path) -> None:
+    hub.repositories["other"] = {"main": read_files(small_run.write_inputs() / "model")}
+    more = ("--model.name", "gpt2,other", "--report.write", "false")
+    run(1, "sweep", tmp_path, "models", *more, home=tmp_path / "home", HF_ENDPOINT=hub.address)
+    assert (tmp_path / "runs/models/members/00001.json").exists()
+
+
 def test_a_download_that_takes_longer_than_a_collective_may_is_waited_for(hub: HubServer, tmp_path: Path) -> None:
     hub.faults["model.safetensors"] = "send_late"
     timeout = ("--engine.timeout_seconds", "6")

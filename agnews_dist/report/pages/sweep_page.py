@@ -5,6 +5,7 @@ from typing import Any
 
 from agnews_dist.errors import count_noun
 from agnews_dist.evaluation.intervals import Interval
+from agnews_dist.events import SCORES
 from agnews_dist.report.formatting import format_duration
 from agnews_dist.report.pages import figures
 from agnews_dist.report.pages.parts import (
@@ -26,7 +27,6 @@ MAX_AXES = 6
 """Settings in the parallel coordinates: the names of more would overlap."""
 MAX_STRIPS = 8
 """Settings whose seeds are drawn."""
-SCORE_NAMES = {"accuracy": "accuracy", "macro_f1": "macro F1", "loss": "loss"}
 INTERVALS = (
     "The 95 % interval is that of the mean over the seeds (Student's t). Where all seeds have the same score, that of an "
     "accuracy is Wilson's, over the texts."
@@ -102,10 +102,10 @@ def _headlines(report: Mapping[str, Any], rows: Sequence[Row]) -> tuple[Headline
 
 def _selected_section(report: Mapping[str, Any], best: Row) -> Section:
     """Show the selected setting with its scores on every split, and the command of its best member."""
-    selected, metric = report["selected"], SCORE_NAMES[report["metric"]]
+    selected, metric = report["selected"], SCORES[report["metric"]]
     cells: list[Sequence[str]] = []
     for split in ("validation", "test"):
-        for key, title in SCORE_NAMES.items():
+        for key, title in SCORES.items():
             if split in selected:
                 of = selected[split][key]
                 deviation, values = _score(of["deviation"]), "  ".join(map(_score, of["values"][:10]))
@@ -127,7 +127,7 @@ def _selected_section(report: Mapping[str, Any], best: Row) -> Section:
 def _settings_section(rows: Sequence[Row], metric: str) -> Section:
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
     has_reasons = any(row.reason for row in rows)
-    header = ("rank", *keys, f"validation {SCORE_NAMES[metric]}", "deviation", "95 %", "seeds", "state", "steps")
+    header = ("rank", *keys, f"validation {SCORES[metric]}", "deviation", "95 %", "seeds", "state", "steps")
     header += ("ended",) * has_reasons
     cells: list[Sequence[str | Cell]] = []
     for row in rows[:MAX_ROWS]:
@@ -161,9 +161,9 @@ def _parallel_section(rows: Sequence[Row], axes: Sequence[Axis], metric: str) ->
     figure = figures.draw_figure(
         "parallel",
         "Parallel coordinates",
-        f"A line for each combination of settings, through its values to its mean validation {SCORE_NAMES[metric]}. The best "
+        f"A line for each combination of settings, through its values to its mean validation {SCORES[metric]}. The best "
         "one is thick. Colours: fifths by rank, the best is blue and the worst red.",
-        lambda plot: draw_parallel(plot, shown, drawn, SCORE_NAMES[metric]),
+        lambda plot: draw_parallel(plot, shown, drawn, SCORES[metric]),
         height=3.6,
     )
     return Section("parallel", "All settings at once", "", (), (figure,), tuple(notes))
@@ -178,9 +178,9 @@ def _effects_section(rows: Sequence[Row], axes: Sequence[Axis], metric: str) -> 
         effects = compute_effects(axis, rows)
 
         def draw(plot: Any, axis: Axis = axis) -> None:
-            draw_effects(plot, axis, compute_effects(axis, rows), drawn, SCORE_NAMES[metric])
+            draw_effects(plot, axis, compute_effects(axis, rows), drawn, SCORES[metric])
 
-        title = f"Validation {SCORE_NAMES[metric]} by {axis.key}."
+        title = f"Validation {SCORES[metric]} by {axis.key}."
         found.append(figures.draw_figure(f"effect-{number}", axis.key, title, draw))
         for effect in effects:
             best = (min if metric == "loss" else max)(effect.means, default=float("nan"))
@@ -206,8 +206,8 @@ def _seeds_section(rows: Sequence[Row], metric: str) -> Section | None:
     figure = figures.draw_figure(
         "seeds",
         "Seeds",
-        f"Validation {SCORE_NAMES[metric]} of every seed of {what}. A bar: the mean; a line: its 95 % interval.",
-        lambda plot: draw_seeds(plot, best, SCORE_NAMES[metric]),
+        f"Validation {SCORES[metric]} of every seed of {what}. A bar: the mean; a line: its 95 % interval.",
+        lambda plot: draw_seeds(plot, best, SCORES[metric]),
         height=0.9 + 0.3 * len(best),
     )
     lead = "Settings whose intervals overlap widely may be equally good. More seeds narrow them."

@@ -189,6 +189,14 @@ def test_held_out_rows_are_stratified_seeded_and_disjoint(tmp_path):
     assert rows_of(load(path, fraction=0.1, seed=1), "validation") != validation
 
 
+def test_limit_of_train_leaves_the_held_out_rows_as_they_are(tmp_path):
+    path = write_rows(tmp_path / "train.csv", generate(40, 0, "train"))
+    wanted = load(path).splits["validation"]
+    limited = load(path, limits={"train": 12}).splits
+    assert len(limited["train"]) == 12
+    assert list(limited["validation"].texts) == list(wanted.texts)
+
+
 def test_held_out_rows_have_unique_texts(tmp_path):
     rows = [(f"twin {i // 2}", 0) for i in range(40)] + [(f"single {i}", 1) for i in range(8)]
     corpus = load(write_rows(tmp_path / "rows.csv", rows), fraction=0.1)

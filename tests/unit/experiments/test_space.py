@@ -37,6 +37,7 @@ def dimensions_of(*argv: str) -> dict[str, tuple[object, ...] | Interval]:
         (["--data.text_column", "title,description"], {}),
         (["--data.text_separator", ", "], {}),
         (["--run.dir", "runs,old"], {}),
+        (["--data.source", '["a,b.csv"]'], {"data.source": ("a,b.csv",)}),
         (["--data.source", "../rows"], {}),
     ],
 )
@@ -68,8 +69,30 @@ def test_config_has_the_first_value_of_each_list() -> None:
         (["--optim.lr", "1e-3,"], "a value is empty"),
         (["--optim.lr", "1e-3,fast"], "it takes a number"),
         (["--optim.lr", "1e-4..1e-2,1"], "a range of real numbers is alone"),
-        (["--engine.timeout_seconds", "1,2"], "it is the same for all members of a sweep. Give it one value."),
+        (["--engine.timeout_seconds", "1,2"], "it is the same for all members of a sweep. Give it one value, or"),
         (["--optim.best_metric", "loss,accuracy"], "it is the same for all members of a sweep"),
+        # One engine trains all members, each on one rank.
+        (["--engine.precision", "fp32,bf16"], "Give it one value, or run one sweep for each."),
+        (["--engine.allow_tf32", "true,false"], "it is the same for all members of a sweep"),
+        (["--engine.gradient_compression", "none,bf16"], "it is the same for all members of a sweep"),
+        (["--checkpoint.keep", "1..2"], "it is the same for all members of a sweep"),
+        *(
+            ([f"--data.{name}", values], "scores of different rows cannot be compared. Give it one value")
+            for name, values in {
+                "source": "a.csv,b.csv",
+                "revision": "v1,v2",
+                "splits.validation": "validation,test",
+                "splits.train": "train,all",
+                "text_column": '[["title"], ["title", "text"]]',
+                "text_separator": '[" ", "-"]',
+                "label_column": "fine,coarse",
+                "class_names": '[["a", "b"], ["b", "a"]]',
+                "validation_fraction": "0.05..0.1",
+                "limit_validation": "100,200",
+                "limit_test": "100,null",
+                "seed": "0..2",
+            }.items()
+        ),
         (["--run.seed", "0..100000"], "more than 100,000 values"),
         (["--optim.lrr", "1,2"], "Did you mean 'optim.lr'?"),
     ],

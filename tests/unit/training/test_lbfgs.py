@@ -229,3 +229,8 @@ def test_standard_folds_into_the_head():
     scaled_CD, nothing = fold_standard(weight_CD, None, standard)
     assert nothing is None
     assert torch.equal(scaled_CD, folded_CD)
+
+
+def test_soft_targets_are_refused():
+    with pytest.raises(NotImplementedError, match="L-BFGS fits labels"):
+        HeadSolver.use_soft_targets(object.__new__(HeadSolver), torch.ones(1, 2))

@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from agnews_dist.events import SCORES
+from agnews_dist.experiments.standings import MemberResult, rank_settings
 from agnews_dist.report.pages.stored_run import Fields, read_json
 from agnews_dist.run.status import FILE, PLAN, Status, has_process, is_sweep, lock_name, read_status
 from agnews_dist.run.stored_runs import RunFacts, default_values, list_names, seconds_since, select_changed, sum_bytes
@@ -16,7 +18,6 @@ from agnews_dist.storage.locks import is_locked
 
 RESULTS = "sweep.json"
 MEMBERS = "members"
-SCORES = ("accuracy", "macro_f1", "loss")
 
 
 def find_sweeps(directory: Path) -> list[Path]:
@@ -89,18 +90,17 @@ def _read_scores(report: Fields) -> dict[str, dict[str, float | int]]:
     }
 
 
-def _find_best(plan: Fields, members: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | int]]:
-    """Return the mean scores of the best setting so far, among those whose members all have scores."""
+def _find_best(plan: Fields, members: Sequence[Fields]) -> dict[str, dict[str, float | int]]:
+    """Return the mean scores of the best setting so far, among those whose members have all finished."""
     metric = plan.get("settings", {}).get("optim.best_metric", "accuracy")
-    settings: dict[int, list[Mapping[str, Any]]] = {}
-    for member in members:
-        settings.setdefault(member["setting"], []).append(member)
-    scored = [of for of in settings.values() if all(each[name] is not None for each in of for name in SCORES)]
-    if not scored:
+    # A number that is not finite is null in JSON.
+    nan: Any = math.nan
+    results = [MemberResult(**{key: nan if value is None else value for key, value in each.items()}) for each in members]
+    standings = rank_settings(results, len(plan.get("seeds", [])), metric)
+    best = next((standing for standing in standings if standing.state == "finished"), None)
+    if best is None:
         return {}
-    sign = -1 if metric == "loss" else 1
-    best = max(scored, key=lambda of: sign * fmean(each[metric] for each in of))
-    return {"validation": {name: fmean(each[name] for each in best) for name in SCORES}}
+    return {"validation": {name: fmean(getattr(result, name) for result in best.results) for name in SCORES}}
 
 
 def _list_changed(plan: Fields) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from agnews_dist.experiments.stored_sweeps import find_sweeps, list_sweep_facts
 from agnews_dist.run.status import StatusFile
 from agnews_dist.run.stored_runs import find_runs
-from agnews_dist.run.stored_sweeps import find_sweeps, list_sweep_facts
 
+EMPTY: Mapping[int, str] = {}
 NOW = datetime(2026, 1, 2, tzinfo=timezone.utc)
 PLAN = {
     "settings": {"optim.epochs": 2, "optim.best_metric": "loss", "data.seed": 0},
@@ -22,13 +23,16 @@ PLAN = {
 }
 
 
-def make_sweep(path: Path, losses: Mapping[int, float | None] | None = None, **plan: Any) -> Path:
-    """Make the directory of a sweep. `losses`: of the members that have ended."""
+def make_sweep(
+    path: Path, losses: Mapping[int, float | None] | None = None, states: Mapping[int, str] = EMPTY, **plan: Any
+) -> Path:
+    """Make the directory of a sweep. `losses`: of the members that have ended; `states`: of those that halving ended."""
     (path / "members").mkdir(parents=True)
     (path / "plan.json").write_text(json.dumps(PLAN | plan))
     for member, loss in (losses or {}).items():
         score = {"accuracy": None if loss is None else 1 - loss, "macro_f1": None if loss is None else 0.5, "loss": loss}
-        fields = {"setting": member // 2, "num_steps": 10, "seconds": 1.5, **score}
+        fields = {"member": member, "setting": member // 2, "values": {}, "seed": member % 2, "num_steps": 10, "seconds": 1.5}
+        fields |= {"state": states.get(member, "finished" if loss is not None else "diverged"), **score}
         (path / "members" / f"{member:05}.json").write_text(json.dumps(fields))
     return path
 
@@ -49,6 +53,13 @@ def test_list_sweep_facts_of_an_unfinished_sweep_has_the_best_setting_so_far(tmp
     assert facts.scores["validation"] == pytest.approx({"accuracy": 0.6, "macro_f1": 0.5, "loss": 0.4})
     assert facts.changed == {"optim.lr": "{0.001, 0.01}", "run.seed": "{0, 1}", "optim.epochs": 2, "optim.best_metric": "loss"}
     assert facts.age_seconds == 86400
+
+
+def test_list_sweep_facts_takes_the_best_setting_whose_members_have_all_finished(tmp_path: Path) -> None:
+    # Setting 1 has one seed of two so far, halving ended setting 2.
+    sweep = make_sweep(tmp_path / "lr", {0: 0.5, 1: 0.3, 2: 0.1, 4: 0.1, 5: 0.1}, {4: "halved", 5: "halved"})
+    assert list_sweep_facts(sweep, NOW).scores["validation"]["loss"] == pytest.approx(0.4)
+    assert list_sweep_facts(make_sweep(tmp_path / "begun", {0: 0.5}), NOW).scores == {}
 
 
 def test_list_sweep_facts_of_a_finished_sweep_has_the_means_of_the_selected_setting(tmp_path: Path) -> None:
