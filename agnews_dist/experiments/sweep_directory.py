@@ -260,7 +260,7 @@ class SweepDirectory:
         return len(self.find_ended(wave.members)) == len(wave.members)
 
     def claim(self, wave: Wave | None) -> Lock | None:
-        """Lock a wave that has not ended, or (None) the work after the last member; None: another process has it, or it ended."""
+        """Lock a wave, or (None) the work after the last member; None: another process has it, or the wave has ended."""
         lock = try_lock(self._lock_of(wave))
         if lock is None:
             return None
