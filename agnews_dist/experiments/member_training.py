@@ -101,8 +101,7 @@ class MemberTraining:
         try:
             is_left = next(self._run, None) is not None and not self.trainer.is_done
             if not is_left:
-                # It knows this object: in the cycle, the weights of all members so far would keep their memory.
-                self._run.close()
+                self.close()
             return is_left
         except NonFiniteError as error:
             # The end of this member alone.
@@ -110,6 +109,10 @@ class MemberTraining:
             return False
         finally:
             self._seconds += time.perf_counter() - begin
+
+    def close(self) -> None:
+        """End the training before its end too. It would keep the weights in memory: it is in a cycle with this object."""
+        self._run.close()
 
     def result(self, state: State) -> MemberResult:
         """Return the result so far; `diverged` replaces `state` if no evaluation has a finite loss."""
@@ -131,7 +134,7 @@ class MemberTraining:
             loss=scores.loss if scores else math.nan,
             best_step=best.step,
             best_epoch=best.epoch,
-            num_steps=self.trainer.step,
+            num_steps=self.step,
             seconds=round(self._seconds, 3),
         )
 

@@ -33,7 +33,7 @@ from agnews_dist.experiments.sweep_results import (
     write_run,
     write_table,
 )
-from agnews_dist.experiments.sweep_runner import POLL_SECONDS, SweepRunner
+from agnews_dist.experiments.sweep_runner import SweepRunner
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.report.result_files import versions, write_json
 from agnews_dist.run.results import peak_memory_bytes
@@ -75,10 +75,10 @@ def _wait_for_selection(runner: SweepRunner, wanted: frozenset[str]) -> Lock | N
     """Return the lock of the selection; None: another process has finished it."""
     runner.monitors.emit(begin_phase("select the best settings"))
     while not runner.directory.is_finished(wanted):
-        lock = runner.directory.claim_selection()
+        lock = runner.directory.claim(None)
         if lock is not None:
             return lock
-        time.sleep(POLL_SECONDS)
+        runner.directory.wait_for([None])
     return None
 
 

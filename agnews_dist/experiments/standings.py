@@ -1,11 +1,12 @@
 """The best settings of a sweep by the validation scores of their members, and survivors of successive halving.
 
-Needs no torch. Test scores play no part here.
+Test scores play no part here.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any, Literal
 
@@ -53,17 +54,13 @@ class Standing:
     num_members: int
 
     @property
-    def is_complete(self) -> bool:
-        return len(self.results) == self.num_members
-
-    @property
     def state(self) -> str:
         """`finished`, `halved`, `diverged` if any member is that; else how many members have ended."""
         states = {result.state for result in self.results}
         for state in ("diverged", "halved"):
             if state in states:
                 return state
-        return "finished" if self.is_complete else f"{len(self.results)} of {self.num_members}"
+        return "finished" if len(self.results) == self.num_members else f"{len(self.results)} of {self.num_members}"
 
     def mean(self, metric: Metric) -> float:
         """Return the mean score of the members that have ended; a member that diverged makes it minus infinity."""
@@ -88,16 +85,12 @@ def rank_settings(results: Sequence[MemberResult], num_seeds: int, metric: Metri
     for result in sorted(results, key=lambda each: each.member):
         by_setting.setdefault(result.setting, []).append(result)
     standings = [Standing(setting, of[0].values, tuple(of), num_seeds) for setting, of in by_setting.items()]
-    return sorted(standings, key=_order(metric))
+    return sorted(standings, key=partial(_order, metric))
 
 
-def _order(metric: Metric) -> Callable[[Standing], tuple[Any, ...]]:
-    def key(standing: Standing) -> tuple[Any, ...]:
-        loss = standing.mean_loss
-        stage = {"halved": 1, "diverged": 2}.get(standing.state, 0)
-        return stage, -standing.mean(metric), loss if math.isfinite(loss) else math.inf, standing.setting
-
-    return key
+def _order(metric: Metric, standing: Standing) -> tuple[Any, ...]:
+    loss, stage = standing.mean_loss, {"halved": 1, "diverged": 2}.get(standing.state, 0)
+    return stage, -standing.mean(metric), loss if math.isfinite(loss) else math.inf, standing.setting
 
 
 def choose_survivors(results: Sequence[MemberResult], num_seeds: int, metric: Metric, *, factor: int) -> set[int]:

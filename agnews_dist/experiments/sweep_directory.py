@@ -10,8 +10,10 @@
     sweep.json, sweep.csv   all results, when all members have ended
     sweep.html, sweep.md    the report
     status.json             state of the sweep's job; status-1.json and so on of the other tasks of a job array
+    .status.json.pace       members that had ended at its newest start, and how many train at once
     best/                   the best member of the selected setting, as a run leaves it
 
+A sweep that another one is to replace waits as .NAME.replaced until that one begins.
 A file is written under a hidden name and renamed. Members can be trained again, so nothing waits for the disk.
 """
 
@@ -20,9 +22,12 @@ import json
 import math
 import os
 import shutil
+import time
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +43,8 @@ from agnews_dist.experiments.stored_sweeps import MEMBERS, RESULTS
 from agnews_dist.report.result_files import write_json
 from agnews_dist.run.status import PLAN
 from agnews_dist.storage import atomic
-from agnews_dist.storage.locks import Lock, LockWait, lock_shared, locked_or_bypassed, try_lock
+from agnews_dist.storage.holders import StuckHolder
+from agnews_dist.storage.locks import POLL_SECONDS, Lock, LockWait, lock_shared, locked_or_bypassed, try_lock
 
 INPUTS = ("tokens", "tokenizer", "frozen_weights", "precision")
 """Inputs of a member besides its settings. They must not change between two starts of a sweep."""
@@ -51,33 +57,43 @@ class SweepDirectory:
         """Touch nothing on disk yet."""
         self.path = path
         self._members = path / MEMBERS
-        self._results: dict[str, dict[int, MemberResult]] = {}
+        self._results: dict[str, dict[int, MemberResult]] = defaultdict(dict)
         """Suffix of a file -> member -> its result. Results never change, so a file is read once."""
         self._removed: set[int] = set()
         """Members whose tensors are removed."""
-        self._is_new = False
         self._in_use: int | None = None
         """Handle of the lock that says that this process works here."""
+        self._lock_path = path.with_name(f".{path.name}.sweep")
+        self._replaced = path.with_name(f".{path.name}.replaced")
+        self._wait: tuple[Path, LockWait] | None = None
 
     def close(self) -> None:
-        """Let other processes replace the sweep; remove it if this process made it and ends before any work."""
+        """Let other processes replace the sweep; if it has not begun, remove it and restore the one that it was to replace."""
         if self._in_use is None:
             return
         os.close(self._in_use)
         self._in_use = None
-        # A sweep that was stopped has a status, and is continued.
-        if self._is_new and not any(self._members.glob("*.json")) and not any(self.path.glob("status*.json")):
-            with suppress(OSError):
-                lock = try_lock(self._lock_path)
-                # None: another process works in it.
-                if lock is not None:
-                    shutil.rmtree(self.path)
-                    self._lock_path.unlink()
-                    lock.close()
+        with suppress(OSError), self._lock_opening():
+            self._remove_unused()
 
-    @property
-    def _lock_path(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.sweep")
+    def commit(self) -> None:
+        """Remove the sweep that this one replaces: it has begun."""
+        atomic.discard([self._replaced])
+
+    def _lock_opening(self) -> AbstractContextManager[None]:
+        return locked_or_bypassed(self.path.with_name(f".{self.path.name}.opening"), f"sweep {self.path}", print_line)
+
+    def _remove_unused(self) -> None:
+        """Remove a sweep that no process works in and that has nothing but its plan; restore the one before it."""
+        found = {each.name for each in self.path.glob("[!.]*")}
+        # One that was stopped has a status, and is continued.
+        if not found <= {PLAN, MEMBERS} or any(self._members.glob("*.json")) or _is_held(self._lock_path):
+            return
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        if self._replaced.exists():
+            self._replaced.rename(self.path)
+        self._lock_path.unlink()
 
     def is_finished(self, wanted: Collection[str] = ()) -> bool:
         """Return whether all results are there, with rows `wanted` in the comparison of an ensemble."""
@@ -95,30 +111,33 @@ class SweepDirectory:
         Raises:
             UserError: the directory is not a sweep's, cannot be written, is in use, or holds a sweep with another plan.
         """
-        plan, lock_path = atomic.to_json_value(plan), self._lock_path
+        plan = atomic.to_json_value(plan)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            wait = LockWait(lock_path, f"sweep {self.path}", print_line)
-            with locked_or_bypassed(self.path.with_name(f".{self.path.name}.opening"), f"sweep {self.path}", print_line):
-                self._create(plan, overwrite=overwrite, lock_path=lock_path)
-                self._check_workers(num_workers, lock_path)
-                self._in_use = lock_shared(lock_path, wait)
+            with self._lock_opening():
+                if self._replaced.exists():  # an earlier start was killed before its sweep began
+                    self._remove_unused()
+                self._create(plan, overwrite=overwrite)
+                self._check_workers(num_workers)
+                self._in_use = lock_shared(self._lock_path, LockWait(self._lock_path, f"sweep {self.path}", print_line))
         except OSError as error:
             raise UserError(
                 f"run.dir {self.path.parent}: {self.path} cannot be written ({error.strerror or error}). Set --run.dir to a "
                 "writable directory."
             ) from error
 
-    def _create(self, plan: Mapping[str, Any], *, overwrite: bool, lock_path: Path) -> None:
+    def _create(self, plan: Mapping[str, Any], *, overwrite: bool) -> None:
         found = self._read_plan()
         if overwrite and found is not None and (found != plan or self.is_finished()):
-            lock = try_lock(lock_path)
-            if lock is None:
+            if _is_held(self._lock_path):
                 raise UserError(f"{self.path}: another process works in it. Wait for its end, or choose another --run.name.")
-            lock.close()
-            shutil.rmtree(self.path)
+            if self._replaced.exists() and not any(self._members.glob("*.json")):
+                # It was stopped before it began: the sweep with results is the one before it.
+                shutil.rmtree(self.path)
+            else:
+                shutil.rmtree(self._replaced, ignore_errors=True)
+                self.path.rename(self._replaced)
             found = None
-        self._is_new = found is None
         if found is None:
             if self.path.is_dir() and any(self.path.iterdir()):
                 raise UserError(f"{self.path}: it exists and is not a sweep's directory. Choose another --run.name.")
@@ -131,11 +150,10 @@ class SweepDirectory:
             )
         self._members.mkdir(exist_ok=True)
 
-    def _check_workers(self, num_workers: int, lock_path: Path) -> None:
+    def _check_workers(self, num_workers: int) -> None:
         """Check that all processes in the directory have cut the same waves, whose locks keep them apart."""
-        path, lock = self._members / "workers.txt", try_lock(lock_path)
-        if lock is not None:
-            lock.close()
+        path = self._members / "workers.txt"
+        if not _is_held(self._lock_path):
             path.write_text(f"{num_workers}\n")
         elif (found := path.read_text().strip()) != str(num_workers):
             raise UserError(
@@ -178,7 +196,7 @@ class SweepDirectory:
 
     def read_results(self, rung: int | None = None) -> list[MemberResult]:
         """Read the results of all members that have ended, or that have reached a rung, in the order of their numbers."""
-        known = self._results_of(suffix := ".json" if rung is None else f".rung{rung}")
+        known = self._results[suffix := ".json" if rung is None else f".rung{rung}"]
         with os.scandir(self._members) as entries:
             stems = [entry.name.removesuffix(suffix) for entry in entries if entry.name.endswith(suffix)]
         for member in (int(stem) for stem in stems if stem.isdigit()):
@@ -187,9 +205,6 @@ class SweepDirectory:
                 with suppress(FileNotFoundError):
                     self._read_result(self._members / f"{member:05}{suffix}", known)
         return [known[member] for member in sorted(known)]
-
-    def _results_of(self, suffix: str) -> dict[int, MemberResult]:
-        return self._results.setdefault(suffix, {})
 
     def _read_result(self, path: Path, known: dict[int, MemberResult]) -> None:
         """Read a file, or remove it if it is damaged: the member is trained again."""
@@ -211,26 +226,18 @@ class SweepDirectory:
         """
         try:
             if tensors is not None:
-                self.write_tensors(result.member, tensors)
+                with atomic.new_file(self._members / f"{result.member:05}.safetensors", is_durable=False) as temporary:
+                    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
             suffix = ".json" if rung is None else f".rung{rung}"
             path = self._members / f"{result.member:05}{suffix}"
             with atomic.new_file(path, is_durable=False) as temporary:
                 temporary.write_text(json.dumps(atomic.to_json_value(asdict(result)), allow_nan=False), encoding="utf-8")
-            self._read_result(path, self._results_of(suffix))
+            self._read_result(path, self._results[suffix])
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
                 f"{self.path}: member {result.member} cannot be written ({reason}). Free some space, and run it again."
             ) from error
-
-    def write_tensors(self, member: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write the tensors of a member.
-
-        Raises:
-            OSError, SafetensorError: they cannot be written.
-        """
-        with atomic.new_file(self._members / f"{member:05}.safetensors", is_durable=False) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
     def read_tensors(self, member: int) -> dict[str, Tensor] | None:
         """Read the tensors of a member; None: they were not kept, or are damaged."""
@@ -241,7 +248,7 @@ class SweepDirectory:
 
     def find_ended(self, members: Collection[Member]) -> set[int]:
         """Return the numbers of those members that have a result; only files that were not there before are looked for."""
-        known = self._results_of(".json")
+        known = self._results[".json"]
         for member in members:
             if member.index not in known:
                 with suppress(FileNotFoundError):
@@ -252,13 +259,35 @@ class SweepDirectory:
         """Return whether every member of a wave has a result."""
         return len(self.find_ended(wave.members)) == len(wave.members)
 
-    def claim(self, wave: Wave) -> Lock | None:
-        """Lock a wave without waiting; None: another process trains it."""
-        return try_lock(self._members / f"wave-{wave.number:05}.lock")
+    def claim(self, wave: Wave | None) -> Lock | None:
+        """Lock a wave, or (None) the work after the last member; None: another process has it, or the wave has ended."""
+        lock = try_lock(self._lock_of(wave))
+        if lock is None:
+            return None
+        if wave is not None and self.has_ended(wave):
+            lock.close()
+            return None
+        lock.sign()
+        self._wait = None
+        return lock
 
-    def claim_selection(self) -> Lock | None:
-        """Lock the work after the last member; None: another process does it."""
-        return try_lock(self.path / "selection.lock")
+    def _lock_of(self, wave: Wave | None) -> Path:
+        return self.path / "selection.lock" if wave is None else self._members / f"wave-{wave.number:05}.lock"
+
+    def wait_for(self, waves: Iterable[Wave | None]) -> None:
+        """Wait a moment for the process that has one of these locks of `claim`. Say which one, if it has lasted seconds.
+
+        Raises:
+            UserError: that process is suspended, or shows no sign of life.
+        """
+        for path in islice(filter(_is_held, map(self._lock_of, waves)), 1):
+            if self._wait is None or self._wait[0] != path:
+                self._wait = path, LockWait(path, f"sweep {self.path}", print_line)
+            try:
+                self._wait[1].look()
+            except StuckHolder as stuck:
+                raise UserError(f"{self.path}: {stuck.strerror}. Let it continue or end it, and start this again.") from stuck
+        time.sleep(POLL_SECONDS)
 
     def keep_tensors(self, kept: Collection[int], ended: Iterable[int]) -> None:
         """Remove the tensors of members that have `ended`, but for those of `kept`."""
@@ -266,6 +295,13 @@ class SweepDirectory:
             with suppress(OSError):
                 (self._members / f"{member:05}.safetensors").unlink(missing_ok=True)
                 self._removed.add(member)
+
+
+def _is_held(path: Path) -> bool:
+    """Return whether another process has a lock on a file."""
+    if (lock := try_lock(path)) is not None:
+        lock.close()
+    return lock is None
 
 
 def _list_differences(found: Mapping[str, Any], plan: Mapping[str, Any]) -> set[str]:

@@ -153,10 +153,8 @@ def run_sweep(
         fetch_inputs(partial(list_hub_requests, job, space, members), world, sinks)
         monitors = Monitors(sinks, timer, preemption)
         sizes = (num_members, len(space.seeds))
-        kind = SweepRunner if job.halving is None else HalvingRunner
+        kind = SweepRunner if job.halving is None else partial(HalvingRunner, factor=job.halving)
         runner = kind(config, *sizes, engine, directory, monitors, worker=worker)
-        if isinstance(runner, HalvingRunner) and job.halving is not None:
-            runner.factor = job.halving
         runner.status, runner.returns_to_groups = status, job.search == "optuna"
         stack.callback(runner.close)
         runner.facts = _describe(job, space, members, directory, engine)
@@ -206,11 +204,10 @@ def _open_directory(job: SweepJob, space: Space, world: World, *, num_workers: i
     def open_on_main() -> SweepDirectory:
         runs, plan = Path(run.dir), job.describe(space)
         names = new_names(f"sweep-{Path(job.config.model.name).name}", datetime.now())
-        name = (
-            run.name or _find_unfinished(runs, plan, num_workers) or next(name for name in names if not (runs / name).exists())
-        )
-        directory = SweepDirectory(runs / name)
-        directory.open(plan, overwrite=run.overwrite, num_workers=num_workers)
+        directory = None if run.name else _open_unfinished(runs, plan, num_workers)
+        if directory is None:
+            directory = SweepDirectory(runs / (run.name or next(name for name in names if not (runs / name).exists())))
+            directory.open(plan, overwrite=run.overwrite, num_workers=num_workers)
         if directory.is_finished(job.wanted):
             SweepStatus(directory).end("finished", "all members have ended")
             raise AlreadyFinished(
@@ -226,12 +223,13 @@ def _open_directory(job: SweepJob, space: Space, world: World, *, num_workers: i
     return directory or SweepDirectory(path)
 
 
-def _find_unfinished(runs: Path, plan: Mapping[str, Any], num_workers: int) -> str | None:
-    """Return the name of the sweep that an earlier start of this job began without a `run.name`."""
+def _open_unfinished(runs: Path, plan: Mapping[str, Any], num_workers: int) -> SweepDirectory | None:
+    """Open the sweep that an earlier start of this job began without a `run.name`."""
     for name in runs_of_job(runs, identify_job(os.environ), sweeps=True):
+        directory = SweepDirectory(runs / name)
         with suppress(UserError):  # another sweep of the job
-            SweepDirectory(runs / name).open(plan, overwrite=False, num_workers=num_workers)
-            return name
+            directory.open(plan, overwrite=False, num_workers=num_workers)
+            return directory
     return None
 
 

@@ -13,7 +13,7 @@ from agnews_dist.engine.device import free_device_bytes
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.memory import Estimate, estimate_members, format_estimate
 from agnews_dist.errors import count_noun
-from agnews_dist.events import Metric, Progress, RunStarted, SweepRow, SweepUpdated
+from agnews_dist.events import Metric, Progress, RunStarted, SweepRow, SweepUpdated, Warned
 from agnews_dist.experiments.feature_group import FeatureGroup, open_feature_group
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, train_in_lock_step
 from agnews_dist.experiments.members import Key, Member, Wave, cut_waves, group_by_features
@@ -24,7 +24,6 @@ from agnews_dist.experiments.sweep_status import SweepStatus
 from agnews_dist.run.memory_setup import describe_steps
 from agnews_dist.run.setup import TrainingInputs
 from agnews_dist.storage.capacity import free_host_bytes, return_freed_memory
-from agnews_dist.storage.locks import Lock
 from agnews_dist.training.class_weights import check_class_weights
 from agnews_dist.training.loop import Monitors
 
@@ -32,7 +31,6 @@ MAX_WAVE = 8
 """Members that train in lock step. A kill loses the members of the waves in progress."""
 MEMORY_SHARE = 0.6
 """Largest share of the free memory for members in training."""
-POLL_SECONDS = 0.2
 NUM_KEPT = 3
 """Settings whose members' weights are kept on disk."""
 SHOW_SECONDS = 0.5
@@ -71,7 +69,9 @@ class SweepRunner:
         self.stated_bytes = 0
         """Expected peak memory of a rank."""
         self._limits: dict[Key, int] = {}
-        """Members of a group that train at once on this rank."""
+        """Members of a group that fit in the memory of this rank at once."""
+        self._pace = MAX_WAVE
+        """Most members that train at once: few, if an earlier start was stopped before one had ended."""
         self._waiting_bytes = 0
         """Memory of members that wait meanwhile."""
         self._worker = worker
@@ -112,44 +112,36 @@ class SweepRunner:
 
     def _train_waves(self, group: FeatureGroup, waves: Sequence[Wave]) -> None:
         """Train the waves of a group that no other process trains, until all have ended."""
-        left = self._rotate(waves)
+        position, num_workers = self._worker
+        begin = position * len(waves) // num_workers
+        # From this worker's own first one on, so that workers rarely ask for the same.
+        left = [*waves[begin:], *waves[:begin]]
         while left:
             has_worked, passed, left = False, left, []
             for wave in passed:
                 if self.directory.has_ended(wave):
                     continue
-                if (claimed := self._claim(wave)) is None:
+                if (lock := self.directory.claim(wave)) is None:
                     left.append(wave)
                     continue
                 try:
                     self._train_wave(group, wave)
                 finally:
-                    claimed[1].close()
+                    lock.close()
                 has_worked = True
                 self.show()
             if left and not has_worked:
-                time.sleep(POLL_SECONDS)
+                self.directory.wait_for(left)
                 self.show()
         self.prune(now=True)
         self.show(now=True)
-
-    def _claim(self, wave: Wave) -> tuple[Wave, Lock] | None:
-        """Lock a wave; None if another process trains it, or it has ended."""
-        lock = self.directory.claim(wave)
-        if lock is None:
-            return None
-        if self.directory.has_ended(wave):
-            lock.close()
-            return None
-        lock.sign()
-        return wave, lock
 
     def _train_wave(self, group: FeatureGroup, wave: Wave) -> None:
         """Train the members of a wave that have no result, as many at once as fit in memory."""
         ended = self.directory.find_ended(wave.members)
         left = [member for member in wave.members if member.index not in ended]
         loader = build_shared_loader(group, wave.members[0].config)
-        limit = self._limits[wave.members[0].feature_key]
+        limit = min(self._pace, self._limits[wave.members[0].feature_key])
         for begin in range(0, len(left), limit):
             self._train_together(
                 [MemberTraining(member, group, loader, self.monitors) for member in left[begin : begin + limit]]
@@ -200,12 +192,6 @@ class SweepRunner:
         """Return whether the ranks have room for another group as large as the largest so far. Collective."""
         return all(collectives.all_gather(MEMORY_SHARE * self._free_bytes() > self.stated_bytes))
 
-    def _rotate(self, waves: Sequence[Wave]) -> list[Wave]:
-        """Return the waves from this worker's own first one on, so that workers rarely ask for the same."""
-        position, num_workers = self._worker
-        begin = position * len(waves) // num_workers
-        return [*waves[begin:], *waves[:begin]]
-
     def standings(self) -> list[Standing]:
         """Rank the settings by what has ended so far."""
         return rank_settings(self.directory.read_results(), self.num_seeds, self.metric)
@@ -248,8 +234,8 @@ class SweepRunner:
 
     def show_steps(self, trainings: Sequence[MemberTraining]) -> None:
         """Show the steps of the members that train on rank 0 now."""
-        done, total = (sum(getattr(training.trainer, name) for training in trainings) for name in ("step", "num_steps"))
         if trainings:
+            done, total = sum(each.step for each in trainings), sum(each.trainer.num_steps for each in trainings)
             first, more = trainings[0].member.index, len(trainings) - 1
             task = f"train member {first}" + (f" and {more} more" if more else "")
             self.monitors.emit(Progress(task=task, done=done, total=total, unit="steps"))
@@ -268,22 +254,24 @@ class SweepRunner:
             for other in sharing:
                 check_class_weights(other.config.optim.class_weights, inputs.class_names)
 
-        self._groups[key] = open_feature_group(
+        group = self._groups[key] = open_feature_group(
             # Every member sets its own rate.
             replace_values(member.config, {"model.dropout": None}),
             self.engine,
             self.monitors,
             self._stack,
-            num_trainings=len(sharing),
+            # Optuna's later rounds read them too; how many members have this group is not known.
+            num_trainings=self.num_members if self.returns_to_groups else len(sharing),
             check=check,
             announce=partial(self._state_memory, sharing=sharing),
         )
-        group = self._groups[key]
         precision = {"precision": self.engine.precision, **group.inputs.fingerprints}
-        outcome = None
-        if self.engine.world.is_main:
-            outcome = collectives.catch(lambda: self.directory.check_inputs(key, precision))
+        is_main = self.engine.world.is_main
+        outcome = collectives.catch(partial(self.directory.check_inputs, key, precision)) if is_main else None
         collectives.raise_if_any_failed(outcome)
-        if self.status is not None:
-            self.status.begin()
-        return self._groups[key]
+        pace = collectives.all_gather(self.status.begin(MAX_WAVE) if self.status is not None else self._pace)[0]
+        if pace < self._pace and not self.keeps_groups and len(self.directory.read_results()) < self.num_members:
+            message = f"an earlier start was stopped before a member had ended: now {count_noun(pace, 'member')} at a time."
+            self.monitors.emit(Warned(message=message))
+        self._pace = pace
+        return group

@@ -28,12 +28,25 @@ class SweepStatus:
         )
         self._has_begun = False
 
-    def begin(self) -> None:
-        """Record that the sweep runs: model and features are there."""
+    def begin(self, most_at_once: int) -> int:
+        """Record that the sweep runs: model and features are there. Return how many members may train at once, up to a most."""
         if not self._has_begun:
             self._has_begun = True
             self._file.attempt += 1
             self.end("running", "it began")
+            self._directory.commit()
+            self._pace = self._choose_pace(most_at_once)
+        return self._pace
+
+    def _choose_pace(self, most: int) -> int:
+        """Return a quarter of the last start's pace if that one left no new result: a stop loses the members in training."""
+        path, num_ended = self._lock_path.with_suffix(".pace"), len(self._directory.read_results())
+        with suppress(OSError, ValueError):
+            before, pace = map(int, path.read_text().split())
+            most = max(1, pace // 4) if num_ended == before else pace
+        with suppress(OSError):
+            path.write_text(f"{num_ended} {most}\n")
+        return most
 
     def end(self, state: State, reason: str) -> None:
         """Record a state. Errors are ignored: the members' results count."""

@@ -117,6 +117,7 @@ class Attempt:
         if (name := run.name) is None and (is_later or resume == "auto"):
             name = self._find_unfinished_run(runs, job, is_later=is_later)
         self._directory = directory = self._take_directory(runs, name)
+        directory.refuse_sweep()
         if is_later:
             resume, directory.overwrite = settings_after_restart(directory.directory, job, resume, overwrite=run.overwrite)
         point = find_resume_point(

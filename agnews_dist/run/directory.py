@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 from agnews_dist.errors import UserError
+from agnews_dist.run.status import is_sweep
 from agnews_dist.storage import atomic
 from agnews_dist.storage.holders import StuckHolder
 from agnews_dist.storage.locks import (
@@ -95,6 +96,11 @@ class RunDirectory:
         except OSError as error:
             raise self._unwritable(error) from error
 
+    def refuse_sweep(self) -> None:
+        """Raise UserError if the name is that of a sweep, whose processes have other locks."""
+        if is_sweep(self.directory):
+            raise UserError(f"{self.directory}: it is a sweep, and not a run. Choose another --run.name.")
+
     def reserve(self) -> bool:
         """Lock a new name and create its staging directory, both without waiting; return False if the name is taken.
 
@@ -163,6 +169,8 @@ class RunDirectory:
         if self.path == self.directory:
             atomic.write_text(self.directory / CONFIG_FILE, [self._config_yaml])
         else:
+            # One may have begun since `create`.
+            self.refuse_sweep()
             shutil.rmtree(self._replaced, ignore_errors=True)
             atomic.replace(self.staging, self.directory, aside=self._replaced)
             self.path = self.directory

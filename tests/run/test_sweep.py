@@ -163,6 +163,7 @@ def test_optuna_computes_the_features_of_each_cut_once(swept: Path) -> None:
     # Blocks whose inputs of out_head change cannot be standardised: Optuna proposes others.
     assert re.search(r"warning: optuna: \d+ proposals? left out for contradicting settings", done.stdout + done.stderr)
     assert "warning: checkpoint.resume: without effect in a sweep." in done.stdout + done.stderr
+    assert done.stdout.count("frozen part: ") == 2, "they are kept although a first round has one member"
 
 
 def test_halving_drops_settings_and_leaves_the_survivors_as_they_are(swept: Path) -> None:
@@ -194,11 +195,14 @@ def test_killed_sweep_continues_without_its_finished_members(swept: Path, tmp_pa
     words = arguments(tmp_path, *VARIED, "--run.name", "killed", "--batch.bucket_window", "8")
     command = [sys.executable, "-m", "agnews_dist", "sweep", *words]
     members = tmp_path / "runs/killed/members"
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment(), cwd=REPOSITORY, stdout=log, stderr=log)
-        assert wait_until(lambda: list(members.glob("*.json")), TIMEOUT)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    # The first start is killed before a member has ended.
+    for awaited in ("status.json", "members/*.json"):
+        with (tmp_path / "log").open("w") as log:
+            process = subprocess.Popen(command, env=environment(), cwd=REPOSITORY, stdout=log, stderr=log)
+            assert wait_until(lambda: list(members.parent.glob(awaited)), TIMEOUT)  # noqa: B023
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert "an earlier start was stopped before a member had ended: now 2 members at a time" in (tmp_path / "log").read_text()
     ended = {path: path.stat().st_mtime_ns for path in members.glob("*.json")}
     assert 0 < len(ended) < 6
     assert list_sweep_facts(members.parent).state == "killed"
@@ -247,6 +251,13 @@ def test_finished_sweep_and_other_settings_are_refused(swept: Path) -> None:
     python("-m", "agnews_dist", "train", *arguments(swept, "--run.name", "plain", "--optim.max_steps", "2"))
     done = python("-m", "agnews_dist", "sweep", *arguments(swept, *VARIED, "--run.name", "plain"), check=False)
     assert "it exists and is not a sweep's directory" in done.stderr
+    before = read(swept / "runs/lr")
+    typo = ("--data.source", str(swept / "typo"), "--run.overwrite", "true", "--run.name", "lr")
+    for command in ("sweep", "train"):
+        varied = VARIED if command == "sweep" else ()
+        done = python("-m", "agnews_dist", command, *arguments(swept, *varied, *typo), check=False)
+        assert ("typo" if command == "sweep" else "runs/lr: it is a sweep, and not a run") in done.stderr
+        assert read(swept / "runs/lr") == before
     assert load_file(swept / "runs/plain/model/model.safetensors")
 
 

@@ -59,19 +59,31 @@ class Counted(MemberTraining):
         gc.disable()
         super().__init__(*arguments)
         self.all.append(weakref.ref(self))
+        self.count()
+
+    def count(self):
         print("alive:", sum(each() is not None for each in self.all))
 
-import agnews_dist.experiments.sweep_runner
-agnews_dist.experiments.sweep_runner.MemberTraining = Counted
+    def tensors(self):
+        self.count()
+        return super().tensors()
+
+from agnews_dist.experiments import halving, sweep_runner
+halving.MemberTraining = sweep_runner.MemberTraining = Counted
 sys.exit(main(["sweep", *sys.argv[1:]]))
 """
 
 
-def test_ended_members_are_freed_without_a_collection(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    # In waves of two members: of three that survive, at most two end at once.
+    [((), "(1222){3}"), (("--halving", "2", "--optim.epochs", "2"), "1234563[23][12]")],
+)
+def test_ended_members_are_freed_without_a_collection(tmp_path: Path, words: tuple[str, ...], expected: str) -> None:
     """A collection of cycles comes seldom: it counts objects, and not the gigabytes that they hold."""
     settings = small_run.settings() | {
         **{"optim.lr": "1e-5,2e-5", "batch.global_batch_size": "16,8,4", "data.limit_train": 64},
         **{"run.dir": tmp_path, "run.name": "s", "data.cache_dir": tmp_path / "cache", "report.write": "false"},
     }
-    done = python("-c", COUNTING, *(f"--{key}={value}" for key, value in settings.items()))
-    assert re.findall(r"alive: (\d+)", done.stdout) == ["1", "2"] * 3
+    done = python("-c", COUNTING, *(f"--{key}={value}" for key, value in settings.items()), *words)
+    assert re.fullmatch(expected, "".join(re.findall(r"alive: (\d+)", done.stdout)))

@@ -1,20 +1,23 @@
 """The directory of a sweep: plans, results, claims."""
 
+import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.processes import environment
+from support.processes import TIMEOUT, environment, wait_until
 
 from agnews_dist.config.schema import Config
 from agnews_dist.errors import ConfigError, UserError
 from agnews_dist.experiments.members import Wave, build_members
 from agnews_dist.experiments.standings import MemberResult
 from agnews_dist.experiments.sweep_directory import SweepDirectory
+from agnews_dist.storage import locks
 
 PLAN = {"format": 1, "settings": {"optim.epochs": 3, "data.limit_train": None}, "seeds": (0, 1)}
 
@@ -76,6 +79,42 @@ def test_new_directory_without_work_is_removed(directory: SweepDirectory) -> Non
         shutil.rmtree(directory.path)
 
 
+OPEN_AND_DIE = """
+import json, os, signal, sys
+from pathlib import Path
+from agnews_dist.experiments.sweep_directory import SweepDirectory
+SweepDirectory(Path(sys.argv[1])).open(json.loads(sys.argv[2]), overwrite=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_replaced_sweep_returns_unless_the_new_one_begins(directory: SweepDirectory) -> None:
+    path, other = directory.path, PLAN | {"seeds": (0,)}
+    directory.write_result(result(0))
+    directory.close()
+    new = SweepDirectory(path)
+    new.open(other, overwrite=True)
+    assert new.read_results() == []
+    new.close()
+    assert (path / "members/00000.json").is_file(), "the new one was refused"
+    command = [sys.executable, "-c", OPEN_AND_DIE, str(path), json.dumps(other)]
+    assert subprocess.run(command, env=environment(), check=False).returncode == -signal.SIGKILL
+    assert SweepDirectory(path).read_results() == []
+    directory.open(PLAN, overwrite=False)
+    directory.close()
+    new.open(other, overwrite=True)
+    (path / "status.json").write_text("{}")
+    new.close()
+    assert SweepDirectory(path).read_results() == [], "one that was stopped before its beginning is continued"
+    new.open(PLAN | {"seeds": (1,)}, overwrite=True)
+    new.close()
+    assert len(SweepDirectory(path).read_results()) == 1
+    new.open(other, overwrite=True)
+    new.commit()
+    new.close()
+    assert [each.name for each in path.parent.iterdir() if each.is_dir()] == []
+
+
 def test_directory_in_which_another_process_works_stays(directory: SweepDirectory) -> None:
     SweepDirectory(directory.path).open(PLAN, overwrite=False)
     directory.close()
@@ -133,9 +172,11 @@ def test_tensors_of_members_that_are_not_best_are_removed(directory: SweepDirect
 CLAIM = """
 import sys
 from pathlib import Path
-from agnews_dist.experiments.members import Wave
+from agnews_dist.config.schema import Config
+from agnews_dist.experiments.members import Wave, build_members
 from agnews_dist.experiments.sweep_directory import SweepDirectory
-print(SweepDirectory(Path(sys.argv[1])).claim(Wave(3, ())) is not None)
+wave = Wave(3, tuple(build_members(Config(), [{"optim.lr": 1.0}], (0,))))
+print(SweepDirectory(Path(sys.argv[1])).claim(wave) is not None)
 """
 
 
@@ -153,6 +194,37 @@ def test_wave_has_one_owner_until_that_one_ends(directory: SweepDirectory) -> No
     assert not directory.has_ended(wave)
     directory.write_result(result(0))
     assert directory.has_ended(wave)
+    assert directory.claim(wave) is None
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from agnews_dist.experiments.sweep_directory import SweepDirectory
+lock = SweepDirectory(Path(sys.argv[1])).claim(None)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_process_that_is_waited_for_is_named_and_a_suspended_one_is_an_error(
+    directory: SweepDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(locks, "SPEAK_SECONDS", 0.0)
+    directory.wait_for([None])
+    command = [sys.executable, "-c", HOLD, str(directory.path)]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            assert directory.claim(None) is None
+            directory.wait_for([None])
+            assert f"sweep {directory.path}: process {holder.pid} on " in capsys.readouterr().err
+            holder.send_signal(signal.SIGSTOP)
+            with pytest.raises(UserError, match=rf"process {holder.pid} on .* is suspended\. Let it continue or end it"):
+                wait_until(lambda: directory.wait_for([None]), TIMEOUT)
+        finally:
+            holder.kill()
 
 
 def test_sweep_is_finished_when_all_that_is_wanted_is_there(directory: SweepDirectory) -> None:

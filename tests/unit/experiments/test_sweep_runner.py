@@ -20,9 +20,19 @@ from agnews_dist.experiments.sweep_runner import MAX_WAVE, SweepRunner
 GIGABYTE = 10**9
 
 
-def build(kind: type[SweepRunner], num_workers: int = 1) -> SweepRunner:
+def build(num_workers: int = 1) -> SweepRunner:
     unused: Any = None
-    return kind(Config(), 20, 1, unused, unused, unused, worker=(0, num_workers))
+    return SweepRunner(Config(), 20, 1, unused, unused, unused, worker=(0, num_workers))
+
+
+def build_halving(task: int, num_tasks: int, rank: int, num_ranks: int) -> HalvingRunner:
+    """Return the runner of a rank of a task of a job array, before it trains MEMBERS."""
+    unused: Any = None
+    engine: Any = SimpleNamespace(world=World(rank=rank, num_ranks=num_ranks))
+    worker = task * num_ranks + rank, num_tasks * num_ranks
+    runner = HalvingRunner(Config(), 20, 1, engine, unused, unused, worker=worker, factor=2)
+    runner._own = runner._choose_own(cut_waves(MEMBERS, limit=MAX_WAVE, num_workers=worker[1]))
+    return runner
 
 
 MEMBERS = build_members(Config(), [{"optim.lr": 0.001 * number} for number in range(1, 21)], (0,))
@@ -33,14 +43,27 @@ MEMBERS = build_members(Config(), [{"optim.lr": 0.001 * number} for number in ra
     [(99 * GIGABYTE, 1, MAX_WAVE), (99 * GIGABYTE, 5, 4), (int(2.9 * GIGABYTE), 1, 2), (0, 1, 1), (-GIGABYTE, 1, 1)],
 )
 def test_waves_are_cut_to_what_fits(free: int, num_workers: int, expected: int) -> None:
-    assert build(SweepRunner, num_workers)._choose_limit(MEMBERS, free, GIGABYTE) == expected
+    assert build(num_workers)._choose_limit(MEMBERS, free, GIGABYTE) == expected
 
 
 def test_halving_refuses_members_that_do_not_fit() -> None:
-    assert build(HalvingRunner)._choose_limit(MEMBERS, 20 * GIGABYTE, GIGABYTE) == 20
-    assert build(HalvingRunner, 4)._choose_limit(MEMBERS, 5 * GIGABYTE, GIGABYTE) == 5
-    with pytest.raises(UserError, match=r"20 members wait in memory, 20\.0 GB, and 19\.0 GB are left"):
-        build(HalvingRunner)._choose_limit(MEMBERS, 19 * GIGABYTE, GIGABYTE)
+    assert build_halving(0, 1, 0, 1)._choose_limit(MEMBERS, 20 * GIGABYTE, GIGABYTE) == 20
+    assert build_halving(0, 1, 3, 4)._choose_limit(MEMBERS, 5 * GIGABYTE, GIGABYTE) == 5
+    # The other tasks of an array may wait in the queue for long.
+    for num_tasks in (1, 10):
+        with pytest.raises(UserError, match=r"20 members wait in memory, 20\.0 GB, and 19\.0 GB are left"):
+            build_halving(0, num_tasks, 0, 1)._choose_limit(MEMBERS, 19 * GIGABYTE, GIGABYTE)
+
+
+@pytest.mark.parametrize(("num_tasks", "num_ranks"), [(1, 1), (1, 3), (4, 1), (3, 2), (10, 4)])
+def test_ranks_of_each_task_can_hold_all_waves_and_none_twice(num_tasks: int, num_ranks: int) -> None:
+    waves = cut_waves(MEMBERS, limit=MAX_WAVE, num_workers=num_tasks * num_ranks)
+    firsts = set[int]()
+    for task in range(num_tasks):
+        held = [build_halving(task, num_tasks, rank, num_ranks)._own for rank in range(num_ranks)]
+        assert sorted(wave.number for own in held for wave in own) == [wave.number for wave in waves]
+        firsts |= {own[0].number for own in held if own}
+    assert len(firsts) == min(len(waves), num_tasks * num_ranks), "tasks begin at other waves"
 
 
 class WithoutTraining(SweepRunner):

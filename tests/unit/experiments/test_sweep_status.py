@@ -29,8 +29,7 @@ def read(directory: SweepDirectory) -> tuple[Any, ...]:
 def test_sweep_status_counts_attempts_and_steps_of_ended_members(directory: SweepDirectory) -> None:
     with suppress(Stopped), SweepStatus(directory) as status:
         assert not (directory.path / "status.json").exists()
-        status.begin()
-        status.begin()
+        assert (status.begin(8), status.begin(8)) == (8, 8)
         assert read(directory) == ("running", 1, 0, "it began")
         assert is_locked(directory.path / ".status.json.lock")
         for member in range(2):
@@ -40,8 +39,16 @@ def test_sweep_status_counts_attempts_and_steps_of_ended_members(directory: Swee
     assert read(directory) == ("preempted", 1, 60, "SIGUSR1")
     assert not is_locked(directory.path / ".status.json.lock")
     with SweepStatus(directory) as status:
-        status.begin()
+        status.begin(8)
     assert read(directory) == ("finished", 2, 60, "all members have ended")
+
+
+def test_start_after_one_without_a_new_member_trains_fewer_at_once(directory: SweepDirectory) -> None:
+    assert [SweepStatus(directory).begin(8) for _ in range(2)] == [8, 2]
+    directory.write_result(MemberResult(member=0, setting=0, values={}, seed=0, state="finished"))
+    assert [SweepStatus(directory).begin(8) for _ in range(3)] == [2, 1, 1]
+    (directory.path / ".status.json.pace").write_text("1")
+    assert SweepStatus(directory).begin(8) == 8
 
 
 def test_sweep_that_fails_before_its_beginning_has_no_new_status(directory: SweepDirectory) -> None:
@@ -49,7 +56,7 @@ def test_sweep_that_fails_before_its_beginning_has_no_new_status(directory: Swee
         raise UserError("data.source")
     assert not (directory.path / "status.json").exists()
     with suppress(UserError), SweepStatus(directory) as status:
-        status.begin()
+        status.begin(8)
         raise UserError("a file\ncannot be read")
     assert read(directory) == ("failed", 1, 0, "a file")
 

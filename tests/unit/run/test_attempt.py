@@ -111,6 +111,19 @@ def claimed(tmp_path):
         yield attempt
 
 
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_run_in_the_directory_of_a_sweep_is_refused(tmp_path, overwrite, resume):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "plan.json").write_text("{}")
+    StatusFile(lambda: tmp_path / "small", attempt=2, step=30, job=None).write("preempted", "SIGTERM")
+    run = RunConfig(dir=str(tmp_path), name="small", overwrite=overwrite)
+    attempt = make_attempt(make_config(tmp_path, run=run, checkpoint=CheckpointConfig(resume=resume)))
+    error = end_with(attempt, FakeSink(), None)
+    assert "small: it is a sweep, and not a run. Choose another --run.name." in str(error)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["plan.json", "small", "status.json"]
+
+
 @pytest.mark.parametrize("first", ["begin", "end"])
 def test_attempt_that_is_ended_while_it_begins_records_the_end(claimed, tmp_path, monkeypatch, first):
     # The preemption thread ends the process: whatever the main thread is writing, it must not overwrite the final status.

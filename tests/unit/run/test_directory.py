@@ -121,6 +121,16 @@ def test_overwrite_deletes_only_directories_of_runs(tmp_path):
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
 
 
+def test_run_does_not_replace_a_sweep_that_began_after_it(tmp_path):
+    with closing(RunDirectory(tmp_path, "a", overwrite=True, config_yaml="")) as run:
+        run.create()
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "plan.json").write_text("{}")
+        with pytest.raises(UserError, match=r"/a: it is a sweep, and not a run\. Choose another --run\.name"):
+            run.commit()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "plan.json"]
+
+
 def test_create_reports_an_unwritable_directory(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written.*Set --run.dir to a writable directory"):
