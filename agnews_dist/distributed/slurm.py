@@ -41,6 +41,12 @@ def identify_job(environ: Mapping[str, str]) -> str | None:
     return f"torchrun on {socket.gethostname()}, process {agent} of {psutil.Process(agent).create_time():.0f}"
 
 
+def identify_array(environ: Mapping[str, str]) -> str | None:
+    """Return a name that all tasks of a job array share; outside of one, that of the job."""
+    array = environ.get("SLURM_ARRAY_JOB_ID")
+    return f"slurm {array}" if array else identify_job(environ)
+
+
 def is_restarted(environ: Mapping[str, str]) -> bool:
     """Return whether Slurm or torchrun has started this job before, with the same arguments."""
     counts = (slurm_count(environ, name) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))

@@ -19,7 +19,7 @@ from agnews_dist.config.schema import Config
 from agnews_dist.data.hub_files import Request
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
-from agnews_dist.distributed.slurm import find_array_task, identify_job
+from agnews_dist.distributed.slurm import find_array_task, identify_array
 from agnews_dist.distributed.world import World, print_line
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import AlreadyFinished, ConfigError, Stopped, UserError, count_noun
@@ -31,7 +31,7 @@ from agnews_dist.experiments.selection import finish_sweep
 from agnews_dist.experiments.space import SEED, Dimension, Space, make_space
 from agnews_dist.experiments.sweep_directory import SweepDirectory
 from agnews_dist.experiments.sweep_runner import SweepRunner
-from agnews_dist.experiments.sweep_status import SweepStatus
+from agnews_dist.experiments.sweep_status import SweepStatus, is_own_sweep
 from agnews_dist.report.console import Console, Sinks
 from agnews_dist.run.directory import new_names
 from agnews_dist.run.engine_setup import start_training_engine
@@ -207,7 +207,8 @@ def _open_directory(job: SweepJob, space: Space, world: World, *, num_workers: i
         directory = None if run.name else _open_unfinished(runs, plan, num_workers)
         if directory is None:
             directory = SweepDirectory(runs / (run.name or next(name for name in names if not (runs / name).exists())))
-            directory.open(plan, overwrite=run.overwrite, num_workers=num_workers)
+            overwrite = run.overwrite and not is_own_sweep(directory.path)
+            directory.open(plan, overwrite=overwrite, num_workers=num_workers)
         if directory.is_finished(job.wanted):
             SweepStatus(directory).end("finished", "all members have ended")
             raise AlreadyFinished(
@@ -225,7 +226,7 @@ def _open_directory(job: SweepJob, space: Space, world: World, *, num_workers: i
 
 def _open_unfinished(runs: Path, plan: Mapping[str, Any], num_workers: int) -> SweepDirectory | None:
     """Open the sweep that an earlier start of this job began without a `run.name`."""
-    for name in runs_of_job(runs, identify_job(os.environ), sweeps=True):
+    for name in runs_of_job(runs, identify_array(os.environ), sweeps=True):
         directory = SweepDirectory(runs / name)
         with suppress(UserError):  # another sweep of the job
             directory.open(plan, overwrite=False, num_workers=num_workers)

@@ -6,13 +6,21 @@ again by itself. The steps are those of all members that have ended, whichever t
 
 import os
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 
-from agnews_dist.distributed.slurm import identify_job
+from agnews_dist.distributed.slurm import find_array_task, identify_array, is_restarted
 from agnews_dist.errors import Stopped
 from agnews_dist.experiments.sweep_directory import SweepDirectory
 from agnews_dist.run.status import State, StatusFile, lock_name, read_status, status_file
 from agnews_dist.storage.locks import try_lock
+
+
+def is_own_sweep(path: Path) -> bool:
+    """Return whether an earlier start of this job, or another task of its array, has begun the sweep in `path`."""
+    job, is_later = identify_array(os.environ), is_restarted(os.environ) or find_array_task(os.environ)[1] > 1
+    found = [read_status(path, file.name) for file in path.glob("status*.json")] if is_later and job else []
+    return any(status is not None and status.job == job for status in found)
 
 
 class SweepStatus:
@@ -24,7 +32,7 @@ class SweepStatus:
         former = read_status(path, file)
         self._directory, self._lock_path = directory, path / lock_name(file)
         self._file = StatusFile(
-            lambda: path, attempt=former.attempt if former else 0, step=0, job=identify_job(os.environ), file=file
+            lambda: path, attempt=former.attempt if former else 0, step=0, job=identify_array(os.environ), file=file
         )
         self._has_begun = False
 

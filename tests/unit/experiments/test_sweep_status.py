@@ -10,7 +10,7 @@ import pytest
 from agnews_dist.errors import Stopped, UserError
 from agnews_dist.experiments.standings import MemberResult
 from agnews_dist.experiments.sweep_directory import SweepDirectory
-from agnews_dist.experiments.sweep_status import SweepStatus
+from agnews_dist.experiments.sweep_status import SweepStatus, is_own_sweep
 from agnews_dist.storage.locks import is_locked
 
 
@@ -66,3 +66,34 @@ def test_sweep_that_is_stopped_before_its_beginning_says_so(directory: SweepDire
     assert not (directory.path / "status.json").exists()
     SweepStatus(directory).end_early("preempted", "SIGTERM")
     assert read(directory)[0] == "preempted"
+
+
+@pytest.mark.parametrize(
+    ("later", "is_own"),
+    [
+        ({"SLURM_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}, True),  # a task that waited in the queue
+        ({"SLURM_JOB_ID": "11", "SLURM_RESTART_COUNT": "1"}, True),
+        ({"SLURM_JOB_ID": "21", "SLURM_ARRAY_JOB_ID": "20"}, False),
+    ],
+)
+def test_later_tasks_of_a_job_array_keep_its_sweep(
+    directory: SweepDirectory, monkeypatch: pytest.MonkeyPatch, later: dict[str, str], *, is_own: bool
+) -> None:
+    first = {"SLURM_JOB_ID": "11", "SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "4"}
+    for name, value in first.items():
+        monkeypatch.setenv(name, value)
+    assert not is_own_sweep(directory.path)
+    with SweepStatus(directory) as status:
+        status.begin(8)
+    for name, value in later.items():
+        monkeypatch.setenv(name, value)
+    assert is_own_sweep(directory.path) == is_own
+
+
+def test_sweep_started_again_by_hand_is_not_kept(directory: SweepDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "11")
+    with SweepStatus(directory) as status:
+        status.begin(8)
+    assert not is_own_sweep(directory.path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert is_own_sweep(directory.path)
