@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agnews_dist.config.schema import Config
+from agnews_dist.data.exclusion import read_exclusion
 from agnews_dist.data.rows import Corpus
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
@@ -31,6 +32,7 @@ from agnews_dist.evaluation.paired import mcnemar_exact
 from agnews_dist.events import RunDone, RunStarted, Warned, begin_phase
 from agnews_dist.experiments.cleaning import answer_out_of_fold, score_splits, train_member
 from agnews_dist.experiments.feature_group import FeatureGroup, open_feature_group
+from agnews_dist.experiments.sweep_results import SCORES
 from agnews_dist.report.console import Console, Sinks
 from agnews_dist.report.pages.analysis import MAX_TEXTS, format_label_issues
 from agnews_dist.report.result_files import versions, write_json
@@ -150,6 +152,9 @@ class _Cleaning:
         self._job, self._group, self._corpus, self._monitors = job, group, corpus, monitors
         self._emit = monitors.emit
         self._labels_N = np.asarray(corpus.splits["train"].labels, np.int64)
+        exclude = job.config.data.exclude
+        # Read now: it may be a file of this output, which is replaced.
+        self._left_out = [] if exclude is None else read_exclusion(Path(exclude)).names()
         self._scored = [name for name in ("validation", "test") if name in group.tables and self._is_labelled(name)]
 
     def _is_labelled(self, name: str) -> bool:
@@ -180,12 +185,12 @@ class _Cleaning:
                 )
         self._emit(begin_phase("train without the excluded rows"))
         kept_N = np.setdiff1d(np.arange(len(self._labels_N)), [issue.row for issue in excluded])
-        after = self._train(kept_N)
+        after = self._train(kept_N) if excluded else before
         training_seconds = time.perf_counter() - begin
         self._emit(begin_phase("find near duplicates"))
         duplicates, note = self._find_duplicates()
         write_text(output / ISSUES, [format_label_issues(self._corpus, issues)])
-        write_text(output / EXCLUDE, [format_label_issues(self._corpus, {"train": excluded})])
+        write_text(output / EXCLUDE, [format_label_issues(self._corpus, {"train": excluded}), _format_names(self._left_out)])
         write_text(output / DUPLICATES, [duplicates])
         comparison = {name: _compare(before[name], after[name]) for name in self._scored}
         report: dict[str, Any] = {
@@ -197,6 +202,7 @@ class _Cleaning:
             "issues": {name: len(issues[name]) if name in issues else None for name in ("train", *self._scored)},
             "estimated_errors": num_wrong,
             "excluded": len(excluded),
+            "excluded_before": len(self._left_out),
             "comparison": comparison,
             "seconds": {"folds": round(fold_seconds, 3), "trainings": round(training_seconds, 3)},
         }
@@ -251,7 +257,8 @@ class _Cleaning:
         texts = [*train.texts[:], *(text for name in others for text in splits[name].texts[:])]
         seconds = PART_SHARE * self._job.config.report.max_seconds
         queries = list(range(len(train), len(texts)))
-        found = find_near_duplicates(texts, queries, deadline=time.monotonic() + seconds)
+        # Relatives in the other splits must not take the places of the training rows.
+        found = find_near_duplicates(texts, queries, candidates=range(len(train)), deadline=time.monotonic() + seconds)
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(("split", "row", "origin", "train_row", "train_origin", "similarity", "text", "train_text"))
@@ -260,9 +267,8 @@ class _Cleaning:
             split = splits[name]
             for row in range(len(split)):
                 for near in found.get(begin + row, []):
-                    if near.row < len(train):
-                        where = (name, row, split.origin.name(row), near.row, train.origin.name(near.row))
-                        writer.writerow((*where, f"{near.similarity:.3f}", texts[begin + row], texts[near.row]))
+                    where = (name, row, split.origin.name(row), near.row, train.origin.name(near.row))
+                    writer.writerow((*where, f"{near.similarity:.3f}", texts[begin + row], texts[near.row]))
             begin += len(split)
         missing = len(queries) - len(found)
         fix = "Raise report.max_seconds to compare them too."
@@ -274,6 +280,8 @@ class _Cleaning:
             "issues": f"labels that another class beats: {issues}",
             "excluded": f"{report['excluded']:,} of {report['rows']:,} training rows",
         }
+        if self._left_out:
+            facts["excluded"] += f", and the {len(self._left_out):,} of data.exclude"
         for name, each in report["comparison"].items():
             change = f"accuracy {each['before']['accuracy']:.4f} with all rows, {each['after']['accuracy']:.4f} without them"
             facts[name] = f"{change}; p = {each['p_value']:.3g}"
@@ -284,15 +292,21 @@ class _Cleaning:
         return facts
 
 
+def _format_names(names: Sequence[str]) -> str:
+    """Format rows that are left out already as lines of a table of label issues, which has their names alone."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(("", "", "", name, "", "", "", "") for name in names)
+    return out.getvalue()
+
+
 def _compare(before: SplitScores, after: SplitScores) -> dict[str, Any]:
     """Compare two trainings on the same rows."""
     assert before.scores is not None
     assert after.scores is not None
     test = mcnemar_exact(before.labels_N, before.predictions_N, after.predictions_N)
-    names = ("accuracy", "macro_f1", "loss")
     return {
-        "before": {name: getattr(before.scores, name) for name in names},
-        "after": {name: getattr(after.scores, name) for name in names},
+        "before": {name: getattr(before.scores, name) for name in SCORES},
+        "after": {name: getattr(after.scores, name) for name in SCORES},
         "only_before_right": test.num_first_only,
         "only_after_right": test.num_second_only,
         "p_value": test.p_value,

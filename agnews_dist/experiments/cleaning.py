@@ -21,7 +21,7 @@ from agnews_dist.experiments.member_training import MemberTraining, build_shared
 from agnews_dist.experiments.members import Member
 from agnews_dist.training.loop import Monitors
 
-FOLD_SETTINGS = {"optim.epochs": 1, "optim.max_steps": None, "optim.patience": None}
+FOLD_SETTINGS = {"optim.epochs": 1, "optim.max_steps": None, "optim.patience": None, "model.freeze_schedule": None}
 """One epoch: of 2 % planted errors in AG News, more epochs found no more, at several times the cost."""
 LAST_STEP_ONLY = 10**9
 """Steps between evaluations so that only the end is evaluated: the scores of a fold choose nothing."""
