@@ -141,6 +141,7 @@ def _describe(job: CleanJob, group: FeatureGroup) -> dict[str, str]:
         "clean": str(job.output),
         "model": job.config.model.name,
         "data": f"{job.config.data.source}: {splits}",
+        "features": group.kept,
         "folds": f"{job.num_folds}: each is judged by a member that is trained on the others",
     }
 

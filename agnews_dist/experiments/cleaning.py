@@ -45,7 +45,7 @@ def answer_out_of_fold(
         part = group.select({"train": ("train", others_N), "validation": ("train", rows_N)})
         training = train_member(part, config, monitors)
         # All probabilities, whatever the number of classes.
-        classifier, source = combine([training.classifier]), part.features.source("validation")
+        classifier, source = combine([training.classifier]), part.features("validation")
         found.append((rows_N, compute_targets(classifier, part.tables["validation"], part.engine, source).numpy()))
     monitors.emit(Progress(task="train folds", done=num_folds, total=num_folds, unit="folds"))
     return found
@@ -69,6 +69,6 @@ def train_member(group: FeatureGroup, config: Config, monitors: Monitors) -> Mem
 def score_splits(training: MemberTraining, group: FeatureGroup, splits: Sequence[str]) -> dict[str, SplitScores]:
     """Score splits with a member's best weights. For one rank alone."""
     return {
-        name: evaluate_split(training.classifier, group.tables[name], group.engine, features=group.features.source(name))
+        name: evaluate_split(training.classifier, group.tables[name], group.engine, features=group.features(name))
         for name in splits
     }

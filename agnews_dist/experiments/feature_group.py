@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from agnews_dist.engine.device import check_compiler
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.memory import Setup, Shape
 from agnews_dist.errors import UserError
-from agnews_dist.features.placement import RequestedPlace
+from agnews_dist.features.placement import Choice, RequestedPlace
 from agnews_dist.model.prefix import Features, FeatureSource
 from agnews_dist.preflight.memory_check import check_fits
 from agnews_dist.run import setup
@@ -32,21 +31,16 @@ from agnews_dist.storage.capacity import resident_bytes
 from agnews_dist.training.loop import Monitors
 
 
-class SplitSources(Protocol):
-    """Features of several splits."""
-
-    def source(self, split: str) -> FeatureSource:
-        """Return the source of a split's features."""
-        ...
-
-
 @dataclass(frozen=True)
 class FeatureGroup:
     """Everything that trainings with the same features share, on one rank. The untrained suffix stays untrained."""
 
     inputs: TrainingInputs
     tables: Mapping[str, TokenTable]
-    features: SplitSources
+    features: Callable[[str], FeatureSource]
+    """Returns the source of a split's features."""
+    kept: str
+    """Place of the features, and why."""
     engine: Engine
     """The engine of this rank alone."""
 
@@ -71,16 +65,8 @@ class FeatureGroup:
             name: TokenTable(select_rows(splits[of], rows_N, name), pad_id=pad_id, device=device)
             for name, (of, rows_N) in rows.items()
         }
-        sources = {name: _SelectedFeatures(self.features.source(of), rows_N, device) for name, (of, rows_N) in rows.items()}
-        return replace(self, tables=tables, features=_Sources(sources))
-
-
-@dataclass(frozen=True)
-class _Sources:
-    sources: Mapping[str, FeatureSource]
-
-    def source(self, split: str) -> FeatureSource:
-        return self.sources[split]
+        sources = {name: _SelectedFeatures(self.features(of), rows_N, device) for name, (of, rows_N) in rows.items()}
+        return replace(self, tables=tables, features=sources.__getitem__)
 
 
 class _SelectedFeatures:
@@ -115,7 +101,7 @@ def open_feature_group(
 ) -> FeatureGroup:
     """Load model and tokens, and compute or open the features. Collective. `stack` releases them.
 
-    `num_trainings`: trainings that will read the features. `check`: called with the inputs. `announce`: called before the
+    `num_trainings`: trainings that will read the features; 0: splits are scored, and those of train are not needed. `check`: called with the inputs. `announce`: called before the
     features are computed, when their size is known.
 
     Raises:
@@ -141,17 +127,34 @@ def open_feature_group(
     place = _choose_place(config, engine)
     features = setup.open_features(config, inputs, tables, engine, requested=place, num_trainings=num_trainings)
     stack.callback(features.close)
+    _check_room(features.choice, num_trainings)
     # On a CPU also the pages of a file count that the rank has read.
     cache_bytes = features.num_bytes if features.choice.place == "device" or sizes.device == "cpu" else 0
     own = {"num_classes": len(inputs.class_names), "cache_bytes": cache_bytes, "runtime_bytes": resident_bytes()}
     sizes = replace(sizes, **own)
-    group = FeatureGroup(inputs, tables, features, alone, shape, sizes)
+    choice = features.choice
+    group = FeatureGroup(inputs, tables, features.source, f"{choice.place}: {choice.reason}", alone, shape, sizes)
     collectives.raise_if_any_failed(collectives.catch(partial(announce, group)))
     with monitors.timer.stage("prefix"):
         features.build(emit)
+    # A place may have failed meanwhile.
+    _check_room(features.choice, num_trainings)
     if features.owner_N is not None:
         raise UserError("engine.feature_cache: no place has room that all ranks can read. Free some memory or disk space.")
     return group
+
+
+def _check_room(choice: Choice, num_trainings: int) -> None:
+    """Check that features that several trainings share are kept.
+
+    Raises:
+        UserError: no place has room for them. Every rank has the same choice.
+    """
+    if choice.has_no_room and num_trainings > 1:
+        raise UserError(
+            f"engine.feature_cache: features of {num_trainings:,} trainings would be {choice.reason}. Free some memory or "
+            "space, set another data.cache_dir, or accept the time by --engine.feature_cache off."
+        )
 
 
 def _choose_place(config: Config, engine: Engine) -> RequestedPlace:

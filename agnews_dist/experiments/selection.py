@@ -195,7 +195,7 @@ class _Finish:
         scores = [dict[str, SplitScores]() for _ in classifiers]
         for name in _scored_splits(group):
             self._emit(begin_phase(f"score {name}"))
-            source = group.features.source(name)
+            source = group.features(name)
             found = evaluate_together(classifiers, group.tables[name], group.engine, features=source, emit=self._emit)
             num_rows = len(group.tables[name])
             self._emit(Progress(task=f"score {name}", done=num_rows, total=num_rows, unit="rows"))
@@ -209,7 +209,7 @@ class _Finish:
         together = ensemble.combine([self._classifiers[member.index][0] for member in self.members])
         others = dict[str, SplitsOf]()
         others["ensemble"] = {
-            name: evaluate_split(together, group.tables[name], group.engine, features=group.features.source(name))
+            name: evaluate_split(together, group.tables[name], group.engine, features=group.features(name))
             for name in _scored_splits(group)
         }
         seconds = {"ensemble": time.perf_counter() - begin}
@@ -234,7 +234,7 @@ class _Finish:
         seed = max(member.seed for member in self.members) + 1
         config = replace_values(self.members[0].config, {SEED: seed})
         member = Member(len(runner.members), self._selected.setting, self._selected.values, config)
-        targets_NC = ensemble.compute_targets(together, group.tables["train"], group.engine, group.features.source("train"))
+        targets_NC = ensemble.compute_targets(together, group.tables["train"], group.engine, group.features("train"))
         training = MemberTraining(member, group, build_shared_loader(group, config), runner.monitors)
         training.trainer.use_soft_targets(targets_NC)
         train_in_lock_step([training], after_step=lambda: runner.show_steps([training]))

@@ -252,7 +252,7 @@ def _describe(
     }
     facts |= {each.key: ", ".join(map(str, each.describe()[:8])) for each in space.dimensions}
     if groups:
-        facts["features"] = f"computed {count_noun(len(groups), 'time')}: for members with the same model, texts and cut"
+        facts["groups"] = f"{len(groups):,}, each of members with the same model, texts and cut: they share features"
     if job.halving is not None:
         facts["halving"] = (
             f"the best 1/{job.halving} of the combinations survive a rung, by validation {job.config.optim.best_metric}"

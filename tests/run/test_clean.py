@@ -94,7 +94,8 @@ def test_second_round_keeps_the_rows_of_the_first(rows: tuple[Path, set[int]], c
     report = json.loads((output / "clean.json").read_text())
     assert names[report["excluded"] :] == sorted((row["origin"] for row in read(first)), key=lambda name: int(name.split()[-1]))
     assert (report["excluded_before"], len({*names})) == (len(rows[1]), len(rows[1]) + report["excluded"])
-    words = ("--run.dir", str(cleaned / "runs"), "--run.name", "again", "--data.exclude", str(output / "exclude.csv"), *schedule)
+    words = ("--run.dir", str(cleaned / "runs"), "--run.name", "again", *schedule)
+    words += ("--data.exclude", str(output / "exclude.csv"))
     python("-m", "agnews_dist", "train", *arguments(rows[0], cleaned, *words))
     splits = json.loads((cleaned / "runs/again/result.json").read_text())["splits"]
     compared = report["comparison"]["test"]["after"]
