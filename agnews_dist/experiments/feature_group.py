@@ -101,8 +101,8 @@ def open_feature_group(
 ) -> FeatureGroup:
     """Load model and tokens, and compute or open the features. Collective. `stack` releases them.
 
-    `num_trainings`: trainings that will read the features; 0: splits are scored, and those of train are not needed. `check`: called with the inputs. `announce`: called before the
-    features are computed, when their size is known.
+    `num_trainings`: trainings that will read the features; 0: only scores do. `check`: called with the inputs. `announce`:
+    called before the features are computed, when their size is known.
 
     Raises:
         UserError: any fault of the files, or features that not every rank can read.
@@ -152,8 +152,8 @@ def _check_room(choice: Choice, num_trainings: int) -> None:
     """
     if choice.has_no_room and num_trainings > 1:
         raise UserError(
-            f"engine.feature_cache: features of {num_trainings:,} trainings would be {choice.reason}. Free some memory or "
-            "space, set another data.cache_dir, or accept the time by --engine.feature_cache off."
+            f"engine.feature_cache: features of {num_trainings:,} trainings would be {choice.reason}. Free some space, "
+            "set another data.cache_dir, or accept the time by --engine.feature_cache off."
         )
 
 

@@ -64,9 +64,9 @@ def choose(
     The order of auto: disk if all features are there (`cached_share`); with a GPU its memory, host memory, disk; without one
     disk, host memory; off. A CPU computes features more slowly than a disk takes them, and files survive a kill.
     Auto computes features at every use if there is one epoch and less than half of them are on disk. So does every place
-    without any epoch, if not all are there. Another requested place comes before this order. Places where storing the features has `failed` are left out. `num_bytes` counts the features of all
-    ranks, `missing_bytes` those that are not on disk. `cached_share` is the share of tokens that earlier runs left there.
-    Places that are `excluded` are not mentioned.
+    without any epoch. Another requested place comes before this order. Places where storing the features has `failed` are left
+    out. `num_bytes` counts the features of all ranks, `missing_bytes` those that are not on disk. `cached_share` is the share
+    of tokens that earlier runs left there. Places that are `excluded` are not mentioned.
     """
     if requested in ("auto", "disk") and cached_share == 1 and "disk" not in failed:
         # The free space does not matter: the files exist.

@@ -100,10 +100,7 @@ def test_selected_rows_train_as_a_data_set_of_their_own(group: FeatureGroup, con
         batch = part.tables["train"].batch(np.array([new]))
         assert batch.tokens_BT[0].tolist() == expected.tolist()
         assert batch.ids_B.tolist() == [new]
-        own, whole = (
-            part.features("train")(batch),
-            group.features("train")(group.tables["train"].batch(rows_N[[new]])),
-        )
+        own, whole = (part.features("train")(batch), group.features("train")(group.tables["train"].batch(rows_N[[new]])))
         assert own.hidden_BTD.equal(whole.hidden_BTD)
     scores = score_splits(train_member(part, config, MONITORS), part, ["validation"])["validation"]
     assert scores.scores is not None
