@@ -15,7 +15,7 @@ from agnews_dist.data.rows import Ints
 from agnews_dist.errors import UserError
 from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
 from agnews_dist.events import Progress
-from agnews_dist.experiments.ensemble import combine, compute_targets
+from agnews_dist.experiments.ensemble import MeanProbabilities
 from agnews_dist.experiments.feature_group import FeatureGroup
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, train_in_lock_step
 from agnews_dist.experiments.members import Member
@@ -45,8 +45,9 @@ def answer_out_of_fold(
         part = group.select({"train": ("train", others_N), "validation": ("train", rows_N)})
         training = train_member(part, config, monitors)
         # All probabilities, whatever the number of classes.
-        classifier, source = combine([training.classifier]), part.features("validation")
-        found.append((rows_N, compute_targets(classifier, part.tables["validation"], part.engine, source).numpy()))
+        answers = MeanProbabilities(len(rows_N), len(group.inputs.class_names))
+        answers.add([training.classifier], part.tables["validation"], part.engine, part.features("validation"))
+        found.append((rows_N, np.exp(answers.log_NC)))
     monitors.emit(Progress(task="train folds", done=num_folds, total=num_folds, unit="folds"))
     return found
 

@@ -21,7 +21,7 @@ from agnews_dist.engine.device import check_compiler
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.memory import Setup, Shape
 from agnews_dist.errors import UserError
-from agnews_dist.features.placement import Choice, RequestedPlace
+from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.model.prefix import Features, FeatureSource
 from agnews_dist.preflight.memory_check import check_fits
 from agnews_dist.run import setup
@@ -127,34 +127,23 @@ def open_feature_group(
     place = _choose_place(config, engine)
     features = setup.open_features(config, inputs, tables, engine, requested=place, num_trainings=num_trainings)
     stack.callback(features.close)
-    _check_room(features.choice, num_trainings)
     # On a CPU also the pages of a file count that the rank has read.
     cache_bytes = features.num_bytes if features.choice.place == "device" or sizes.device == "cpu" else 0
     own = {"num_classes": len(inputs.class_names), "cache_bytes": cache_bytes, "runtime_bytes": resident_bytes()}
     sizes = replace(sizes, **own)
-    choice = features.choice
-    group = FeatureGroup(inputs, tables, features.source, f"{choice.place}: {choice.reason}", alone, shape, sizes)
+    kept = f"{features.choice.place}: {features.choice.reason}"
+    group = FeatureGroup(inputs, tables, features.source, kept, alone, shape, sizes)
     collectives.raise_if_any_failed(collectives.catch(partial(announce, group)))
     with monitors.timer.stage("prefix"):
         features.build(emit)
-    # A place may have failed meanwhile.
-    _check_room(features.choice, num_trainings)
+    if features.choice.has_no_room and num_trainings > 1:
+        raise UserError(
+            f"engine.feature_cache: features of {num_trainings:,} trainings would be {features.choice.reason}. Free some "
+            "space, set another data.cache_dir, or accept the time by --engine.feature_cache off."
+        )
     if features.owner_N is not None:
         raise UserError("engine.feature_cache: no place has room that all ranks can read. Free some memory or disk space.")
     return group
-
-
-def _check_room(choice: Choice, num_trainings: int) -> None:
-    """Check that features that several trainings share are kept.
-
-    Raises:
-        UserError: no place has room for them. Every rank has the same choice.
-    """
-    if choice.has_no_room and num_trainings > 1:
-        raise UserError(
-            f"engine.feature_cache: features of {num_trainings:,} trainings would be {choice.reason}. Free some space, "
-            "set another data.cache_dir, or accept the time by --engine.feature_cache off."
-        )
 
 
 def _choose_place(config: Config, engine: Engine) -> RequestedPlace:

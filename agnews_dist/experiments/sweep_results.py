@@ -27,7 +27,6 @@ from agnews_dist.run.reporting import check_packages
 from agnews_dist.run.results import export_trained, peak_memory_bytes, select_scored
 from agnews_dist.run.setup import TrainingInputs
 from agnews_dist.storage import atomic
-from agnews_dist.training.timing import StageTimer
 
 SCORES = ("accuracy", "macro_f1", "loss")
 NOT_COPIED = ("run.dir", "run.name", "run.overwrite")
@@ -43,32 +42,37 @@ def write_run(
     engine: Engine,
     weights: Mapping[str, Tensor],
     scores: SplitsOf,
-    *,
-    num_steps: int,
-    timer: StageTimer,
+    member: MemberResult,
+    note: str = "",
 ) -> None:
     """Write the files of a run for one member: settings, predictions, result.json, model.
+
+    Its seconds of training include the evaluations meanwhile; those of evaluation are of `scores`. `note`: a fact about the
+    training that the settings do not say.
 
     Raises:
         UserError: a file cannot be written, or the model cannot be exported.
     """
     directory.mkdir(exist_ok=True)
-    atomic.write_text(directory / "config.yaml", [dump(config)])
+    atomic.write_text(directory / "config.yaml", [f"# {note}\n" * bool(note), dump(config)])
     for name, split in scores.items():
         write_predictions(directory, name, split)
+    seconds = round(sum(split.seconds for split in scores.values()), 3)
+    total = round(member.seconds + seconds, 3)
     result = Result(
         splits=select_scored(scores),
-        num_steps=num_steps,
+        num_steps=member.num_steps,
         num_ranks=1,
         global_batch_size=config.batch.global_batch_size if config.batch.global_token_budget is None else None,
         global_token_budget=config.batch.global_token_budget,
-        seconds=Seconds(**timer.totals()),
+        seconds=Seconds(total=total, setup=0.0, tokenize=0.0, prefix=0.0, train=member.seconds, eval=seconds),
         peak_memory_bytes=peak_memory_bytes(engine.device),
         versions=versions(),
         fingerprints=inputs.fingerprints,
+        note=note or None,
     )
     write_json(directory / "result.json", result.to_dict())
-    export_trained(config, inputs, weights, scores, directory)
+    export_trained(config, inputs, weights, scores, directory, note)
 
 
 def summarise_seeds(scores: Sequence[Scores]) -> dict[str, Any]:

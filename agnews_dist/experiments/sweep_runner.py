@@ -256,8 +256,15 @@ class SweepRunner:
             self.monitors.emit(Progress(task=task, done=done, total=total, unit="steps"))
         self.show()
 
-    def open_group(self, member: Member) -> FeatureGroup:
-        """Load model and tokens, and compute or open the features, that `member` shares with others. Collective."""
+    def limit(self, member: Member) -> int:
+        """Return how many members of an open group may be in memory at once."""
+        return min(self._limits[member.feature_key], MAX_WAVE)
+
+    def open_group(self, member: Member, *, is_scored_only: bool = False) -> FeatureGroup:
+        """Load model and tokens, and compute or open the features, that `member` shares with others. Collective.
+
+        `is_scored_only`: features of train are not computed for it.
+        """
         key = member.feature_key
         if key in self._groups:
             return self._groups[key]
@@ -275,7 +282,7 @@ class SweepRunner:
             self.engine,
             self.monitors,
             self._stack,
-            num_trainings=len(sharing),
+            num_trainings=0 if is_scored_only else len(sharing),
             check=check,
             announce=partial(self._state_memory, sharing=sharing),
         )
