@@ -20,7 +20,7 @@ from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.world import World, print_line
 from agnews_dist.errors import DataError, count_noun
-from agnews_dist.evaluation.evaluator import SplitScores
+from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
 from agnews_dist.evaluation.label_errors import (
     assign_folds,
     count_label_issues,
@@ -30,7 +30,7 @@ from agnews_dist.evaluation.label_errors import (
 )
 from agnews_dist.evaluation.paired import mcnemar_exact
 from agnews_dist.events import RunDone, RunStarted, Warned, begin_phase
-from agnews_dist.experiments.cleaning import answer_out_of_fold, score_splits, train_member
+from agnews_dist.experiments.cleaning import answer_out_of_fold, train_member
 from agnews_dist.experiments.feature_group import FeatureGroup, open_feature_group
 from agnews_dist.experiments.sweep_results import SCORES
 from agnews_dist.report.console import Console, Sinks
@@ -86,8 +86,8 @@ def run_clean(
         preemption.before_exit = _print_last_words
         fetch_inputs(partial(list_requests, config), world, sinks)
         monitors = Monitors(sinks, timer, preemption)
+        corpus, fold_N = _assign_folds(job)
         group = open_feature_group(config, engine, monitors, stack, num_trainings=job.num_folds + 2)
-        corpus, fold_N = _assign_folds(job, world)
         sinks(RunStarted(facts=_describe(job, group), parameters={}))
         begin = time.perf_counter()
         with collectives.without_others():
@@ -113,7 +113,7 @@ def _print_last_words(state: str, reason: str) -> None:
         print_line(f"clean: stopped ({reason}). It has written nothing; the same command begins again.")
 
 
-def _assign_folds(job: CleanJob, world: World) -> tuple[Corpus | None, NDArray[np.int64]]:
+def _assign_folds(job: CleanJob) -> tuple[Corpus | None, NDArray[np.int64]]:
     """Read the texts on rank 0, and return them there with the folds of the training rows. Collective."""
 
     def assign() -> tuple[Corpus, NDArray[np.int64]]:
@@ -126,9 +126,7 @@ def _assign_folds(job: CleanJob, world: World) -> tuple[Corpus | None, NDArray[n
             raise DataError(f"--folds {job.num_folds}: every class has fewer texts than folds. Set fewer folds, or add rows.")
         return corpus, fold_N
 
-    outcome = collectives.catch(assign) if world.is_main else None
-    collectives.wait_for_main("reads the texts")
-    found = collectives.raise_if_any_failed(outcome)
+    found = collectives.raise_if_any_failed(collectives.catch_on_main(assign, "reads the texts"))
     corpus, fold_N = found if found is not None else (None, None)
     fold_N = collectives.all_gather(fold_N)[0]
     assert fold_N is not None
@@ -239,7 +237,11 @@ class _Cleaning:
         splits = {name: (name, np.arange(len(group.tables[name]))) for name in group.tables}
         part = group.select({**splits, "train": ("train", rows_N)})
         training = train_member(part, self._job.config, self._monitors)
-        return score_splits(training, part, [name for name in ("validation", "test") if name in group.tables])
+        return {
+            name: evaluate_split(training.classifier, part.tables[name], part.engine, features=part.features(name))
+            for name in ("validation", "test")
+            if name in group.tables
+        }
 
     def _explain_unsearched(self, scored: Mapping[str, SplitScores]) -> list[str]:
         """Return why the labels of some splits are not searched."""
@@ -279,10 +281,9 @@ class _Cleaning:
         issues = ", ".join(f"{number:,} {name}" for name, number in report["issues"].items() if number is not None)
         facts = {
             "issues": f"labels that another class beats: {issues}",
-            "excluded": f"{report['excluded']:,} of {report['rows']:,} training rows",
+            "excluded": f"{report['excluded']:,} of {report['rows']:,} training rows"
+            + f", and the {len(self._left_out):,} of data.exclude" * bool(self._left_out),
         }
-        if self._left_out:
-            facts["excluded"] += f", and the {len(self._left_out):,} of data.exclude"
         for name, each in report["comparison"].items():
             change = f"accuracy {each['before']['accuracy']:.4f} with all rows, {each['after']['accuracy']:.4f} without them"
             facts[name] = f"{change}; p = {each['p_value']:.3g}"

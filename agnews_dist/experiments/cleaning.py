@@ -4,8 +4,6 @@ The training rows are divided into folds. For each fold, a member trains on the 
 probabilities: so no row is judged by a model that has seen its label. The frozen part is computed once for all of them.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,7 +11,6 @@ from agnews_dist.config.fields import replace_values
 from agnews_dist.config.schema import Config
 from agnews_dist.data.rows import Ints
 from agnews_dist.errors import UserError
-from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
 from agnews_dist.events import Progress
 from agnews_dist.experiments.ensemble import MeanProbabilities
 from agnews_dist.experiments.feature_group import FeatureGroup
@@ -65,11 +62,3 @@ def train_member(group: FeatureGroup, config: Config, monitors: Monitors) -> Mem
         raise UserError(f"clean: a training diverged ({result.reason}). Lower optim.lr or optim.max_grad_norm.")
     training.trainer.restore_best()
     return training
-
-
-def score_splits(training: MemberTraining, group: FeatureGroup, splits: Sequence[str]) -> dict[str, SplitScores]:
-    """Score splits with a member's best weights. For one rank alone."""
-    return {
-        name: evaluate_split(training.classifier, group.tables[name], group.engine, features=group.features(name))
-        for name in splits
-    }

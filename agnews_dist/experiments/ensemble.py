@@ -42,7 +42,6 @@ class MeanProbabilities:
                 f"{gigabytes(free)} are free. Set data.limit_train, or use a machine with more memory."
             )
         self.seconds = 0.0
-        """Time for the classifiers so far."""
         self._num_classifiers = 0
         self._sums_NC = np.full((num_rows, num_classes), -np.inf, np.float32)
         """Logarithms of the sums of the probabilities."""
@@ -59,8 +58,7 @@ class MeanProbabilities:
         begin = time.perf_counter()
 
         def keep(ids_B: NDArray[np.int64], logits_MBC: NDArray[np.float32]) -> None:
-            logs = [self._sums_NC[ids_B], *map(log_softmax_NC, logits_MBC)]
-            self._sums_NC[ids_B] = np.logaddexp.reduce(logs)
+            self._sums_NC[ids_B] = np.logaddexp.reduce([self._sums_NC[ids_B], *map(log_softmax_NC, logits_MBC)])
 
         map_logits_together(keep, classifiers, table, engine, features=features)
         self._num_classifiers += len(classifiers)

@@ -8,10 +8,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from agnews_dist.config.schema import Config
-from agnews_dist.data.batching.batch import Batch
 from agnews_dist.data.batching.loader import TokenTable
 from agnews_dist.data.rows import Ints
 from agnews_dist.data.token_cache import TokenSplit
@@ -22,7 +20,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.memory import Setup, Shape
 from agnews_dist.errors import UserError
 from agnews_dist.features.placement import RequestedPlace
-from agnews_dist.model.prefix import Features, FeatureSource
+from agnews_dist.model.prefix import FeatureSource
 from agnews_dist.preflight.memory_check import check_fits
 from agnews_dist.run import setup
 from agnews_dist.run.memory_setup import build_memory_setup, describe_steps
@@ -65,20 +63,15 @@ class FeatureGroup:
             name: TokenTable(select_rows(splits[of], rows_N, name), pad_id=pad_id, device=device)
             for name, (of, rows_N) in rows.items()
         }
-        sources = {name: _SelectedFeatures(self.features(of), rows_N, device) for name, (of, rows_N) in rows.items()}
+        sources = {name: _select_features(self.features(of), rows_N, device) for name, (of, rows_N) in rows.items()}
         return replace(self, tables=tables, features=sources.__getitem__)
 
 
-class _SelectedFeatures:
-    """Features of some rows of a split, by their new numbers."""
-
-    def __init__(self, source: FeatureSource, rows_N: Ints, device: torch.device) -> None:
-        self._source = source
-        # The last entry is for filler rows, whose id is -1.
-        self._rows_N: Tensor = torch.from_numpy(np.append(rows_N, -1)).to(device)
-
-    def __call__(self, batch: Batch) -> Features:
-        return self._source(replace(batch, ids_B=self._rows_N[batch.ids_B]))
+def _select_features(source: FeatureSource, rows_N: Ints, device: torch.device) -> FeatureSource:
+    """Return the source of some rows' features, by their new numbers."""
+    # The last entry is for filler rows, whose id is -1.
+    old_N = torch.from_numpy(np.append(rows_N, -1)).to(device)
+    return lambda batch: source(replace(batch, ids_B=old_N[batch.ids_B]))
 
 
 def select_rows(split: TokenSplit, rows_N: Ints, name: str) -> TokenSplit:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +23,7 @@ from agnews_dist.experiments.feature_group import FeatureGroup
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, load_member, train_in_lock_step
 from agnews_dist.experiments.members import Member, group_by_features
 from agnews_dist.experiments.space import SEED, format_values
-from agnews_dist.experiments.standings import MemberResult, Standing
+from agnews_dist.experiments.standings import Standing
 from agnews_dist.experiments.sweep_results import (
     SCORES,
     SplitsOf,
@@ -38,8 +38,6 @@ from agnews_dist.experiments.sweep_results import (
 from agnews_dist.experiments.sweep_runner import POLL_SECONDS, SweepRunner
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.report.result_files import versions, write_json
-from agnews_dist.run.fingerprints import config_fingerprint
-from agnews_dist.run.model_setup import count_trained
 from agnews_dist.run.results import peak_memory_bytes
 from agnews_dist.run.stored_sweeps import RESULTS
 from agnews_dist.storage.capacity import gigabytes
@@ -105,7 +103,7 @@ def _check_results(runner: SweepRunner) -> None:
             raise UserError(f"{path}: member {result.member} has other settings than its result. Set another --run.name.")
     if standings[0].state != "finished":
         # Those that halving has ended never got to the end.
-        reason = next(result.reason for each in standings for result in each.results if result.state == "diverged")
+        reason = next((of.reason for each in standings for of in each.results if of.state == "diverged"), "")
         raise UserError(f"{path}: every setting that was not dropped diverged ({reason}). Lower optim.lr or max_grad_norm.")
 
 
@@ -139,8 +137,7 @@ class _Finish:
         """Members of the selected setting."""
         self._best = max(range(len(results)), key=lambda i: (results[i].score(metric), -results[i].loss, -i))
         self._trains_again = False
-        self._tensors: dict[str, Tensor] = {}
-        """Tensors of the best member."""
+        self._best_tensors: dict[str, Tensor] = {}
         self._scores: dict[int, dict[str, SplitScores]] = {}
         self._means: dict[str, ensemble.MeanProbabilities] = {}
         """Split -> probabilities of the ensemble."""
@@ -178,7 +175,7 @@ class _Finish:
         if tensors is None:
             tensors = self._train(member, group).tensors()
         if member is self.best:
-            self._tensors = tensors
+            self._best_tensors = tensors
         return load_member(group, member, tensors)[0]
 
     def _train(self, member: Member, group: FeatureGroup, targets_NC: Tensor | None = None) -> MemberTraining:
@@ -195,7 +192,7 @@ class _Finish:
         runner, directory, best = self._runner, self._runner.directory, self._best
         singles = [self._scores[member.index] for member in self.members]
         self._emit(begin_phase("export the model"))
-        self._write_run(BEST, group, self.best, self._tensors, singles[best], self._selected.results[best])
+        write_run(directory.path / BEST, group, self.best, self._best_tensors, singles[best], self._selected.results[best])
         scored = {name: [of[name].scores for of in singles] for name in singles[best]}
         summaries = {
             name: summarise_seeds([each for each in of if each is not None]) for name, of in scored.items() if of[0] is not None
@@ -277,25 +274,9 @@ class _Finish:
             "In place of the labels it learnt the mean probabilities of trainings with these settings and the seeds "
             f"{', '.join(map(str, seeds))}. Then out_head was divided by the temperature {temperature:.6g}."
         )
-        self._write_run(DISTILLED, group, member, tensors, scores, training.result("finished"), note)
+        path = self._runner.directory.path / DISTILLED
+        write_run(path, group, member, tensors, scores, training.result("finished"), note)
         return scores, temperature
-
-    def _write_run(
-        self,
-        name: str,
-        group: FeatureGroup,
-        member: Member,
-        tensors: Mapping[str, Tensor],
-        scores: SplitsOf,
-        result: MemberResult,
-        note: str = "",
-    ) -> None:
-        classifier, weights = load_member(group, member, tensors)
-        fingerprints = {**group.inputs.fingerprints, "config": config_fingerprint(member.config)}
-        parameters = count_trained(member.config, classifier)
-        inputs = replace(group.inputs, classifier=classifier, fingerprints=fingerprints, parameters=parameters)
-        path = self._runner.directory.path / name
-        write_run(path, member.config, inputs, self._runner.engine, weights, scores, result, note)
 
 
 def _scored_splits(group: FeatureGroup) -> list[str]:

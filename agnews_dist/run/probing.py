@@ -97,7 +97,12 @@ def run_probe(config: Config, world: World, *, output: Path | None, console: Con
         tables = place_inputs(config, inputs, engine)
         begin = time.perf_counter()
         rows = _choose_rows(config, inputs, tables, engine, emit)
-        pool = partial(_pool_splits, inputs, tables, rows, engine, emit)
+
+        def pool() -> dict[str, PooledRows]:
+            return {
+                name: pool_layers(inputs.classifier, tables[name], ids_N, engine, emit=emit) for name, ids_N in rows.items()
+            }
+
         parts = collectives.raise_if_any_failed(collectives.catch(pool))
         seconds = {"frozen_model": time.perf_counter() - begin}
         labels = {name: tables[name].labels_N[ids_N] for name, ids_N in rows.items()}
@@ -193,13 +198,6 @@ def _choose_rows(
     }
     emit(RunStarted(facts=facts, parameters=inputs.parameters))
     return rows
-
-
-def _pool_splits(
-    inputs: TrainingInputs, tables: Mapping[str, TokenTable], rows: Mapping[str, Ints], engine: Engine, emit: Emit
-) -> dict[str, PooledRows]:
-    """Run the frozen model over this rank's share of the rows of each split."""
-    return {name: pool_layers(inputs.classifier, tables[name], ids_N, engine, emit=emit) for name, ids_N in rows.items()}
 
 
 def _choose_fitted(config: Config, part: PooledRows, labels_N: Ints, world: World, emit: Emit) -> Ints:

@@ -15,9 +15,10 @@ from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import UserError
+from agnews_dist.evaluation.evaluator import evaluate_split
 from agnews_dist.evaluation.label_errors import assign_folds, count_label_issues
 from agnews_dist.events import ignore_event
-from agnews_dist.experiments.cleaning import answer_out_of_fold, score_splits, train_member
+from agnews_dist.experiments.cleaning import answer_out_of_fold, train_member
 from agnews_dist.experiments.feature_group import FeatureGroup, open_feature_group
 from agnews_dist.storage import capacity
 from agnews_dist.training.loop import Monitors
@@ -102,9 +103,10 @@ def test_selected_rows_train_as_a_data_set_of_their_own(group: FeatureGroup, con
         assert batch.ids_B.tolist() == [new]
         own, whole = (part.features("train")(batch), group.features("train")(group.tables["train"].batch(rows_N[[new]])))
         assert own.hidden_BTD.equal(whole.hidden_BTD)
-    scores = score_splits(train_member(part, config, MONITORS), part, ["validation"])["validation"]
-    assert scores.scores is not None
-    assert scores.scores.num_examples == 150
+    classifier = train_member(part, config, MONITORS).classifier
+    scores = evaluate_split(classifier, part.tables["validation"], part.engine, features=part.features("validation")).scores
+    assert scores is not None
+    assert scores.num_examples == 150
 
 
 def test_folds_keep_equal_texts_together_and_leave_rare_classes_out() -> None:
