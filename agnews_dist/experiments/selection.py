@@ -70,8 +70,7 @@ def finish_sweep(runner: SweepRunner, wanted: frozenset[str]) -> RunDone | None:
         # With drawn weights every seed has a frozen part of its own. That of the best member is the last, to export it.
         for part in sorted(group_by_features(finish.members), key=lambda part: finish.best in part):
             trains = collectives.all_gather(world.is_main and finish.needs_training(part))[0]
-            group = runner.open_group(part[0], is_scored_only=not trains)
-            _run_on_main(world, partial(finish.score, group, part))
+            _run_on_main(world, partial(finish.score, runner.open_group(part[0], is_scored_only=not trains), part))
         return _run_on_main(world, partial(finish.write, runner.open_group(finish.best)))
     finally:
         if lock is not None:
