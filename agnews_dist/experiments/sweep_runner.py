@@ -185,7 +185,7 @@ class SweepRunner:
         self.stated_bytes = max(self.stated_bytes, found.device_bytes + self._waiting_bytes)
         self._waiting_bytes += self.keeps_groups * limit * member_bytes
         text = f"{format_estimate(found)}; {count_noun(limit, 'member')} at a time"
-        self.monitors.emit(RunStarted(facts=self.facts | {"features": group.kept, "memory": text}, parameters={}))
+        self.monitors.emit(RunStarted(facts=self.facts | {"memory": text, "features": group.kept}, parameters={}))
         self.facts = {}
 
     def _choose_limit(self, sharing: Sequence[Member], free: int, member_bytes: int) -> int:
