@@ -1,7 +1,8 @@
 """`agnews-dist probe`: how good the features of every layer of the frozen model are, and how many blocks to train.
 
 One pass over the texts, and a logistic regression per layer and pooling. The test split is not scored. Every setting of the
-training is accepted; `model.trainable_blocks` and those of the optimizer have no effect.
+training is accepted. Those that say what is trained and how have no effect; `model.pooling` decides whose layers the
+conclusion is about.
 """
 
 import time

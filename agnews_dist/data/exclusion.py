@@ -32,6 +32,10 @@ class Exclusion:
     rows: Mapping[str, Ints]
     """File of the data -> row numbers, ascending."""
 
+    def names(self) -> list[str]:
+        """Return the names of all rows, as a file has them."""
+        return [f"{file} row {row}" for file, rows in self.rows.items() for row in rows.tolist()]
+
     def find(self, origin: Origin) -> NDArray[np.bool_]:
         """Return which rows are named, shape (N,)."""
         is_named_N = np.zeros(len(origin.row_N), bool)

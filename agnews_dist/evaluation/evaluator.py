@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from agnews_dist.data.batching.loader import TokenTable, evaluation_batches
 from agnews_dist.distributed import collectives
@@ -30,7 +30,7 @@ from agnews_dist.evaluation.metrics import (
 from agnews_dist.events import Emit, EvalDone, Predicted, Progress, Scores, ignore_event
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource, uncached_features
-from agnews_dist.model.suffix import SuffixList
+from agnews_dist.model.suffix import Suffix
 
 NUM_TOP_CLASSES = 5
 """Classes whose probabilities are kept per text if there are more than MAX_DENSE_CLASSES."""
@@ -248,6 +248,28 @@ def evaluate_split(
     return _score_rows(RowResults.concatenate(parts), labels_N, num_classes, seconds=time.perf_counter() - start)
 
 
+def map_logits_together(
+    reduce: Callable[[NDArray[np.int64], NDArray[np.float32]], T],
+    classifiers: Sequence[Classifier],
+    table: TokenTable,
+    engine: Engine,
+    *,
+    features: FeatureSource | None = None,
+    emit: Emit = ignore_event,
+) -> list[T]:
+    """Return `reduce(ids_B, logits_MBC)` of every micro-batch: of M classifiers that share their frozen part.
+
+    Its output is read or computed once. For one rank alone; see `map_rank_logits`.
+    """
+
+    def reduce_together(ids_B: NDArray[np.int64], logits_BX: NDArray[np.float32]) -> T:
+        return reduce(ids_B, logits_BX.reshape(len(ids_B), len(classifiers), num_classes).swapaxes(0, 1))
+
+    num_classes = classifiers[0].suffix.out_head.out_features
+    together = replace(classifiers[0], suffix=cast(Any, _Together([classifier.suffix for classifier in classifiers])))
+    return map_rank_logits(reduce_together, together, table, engine, features=features, emit=emit)
+
+
 def evaluate_together(
     classifiers: Sequence[Classifier],
     table: TokenTable,
@@ -261,28 +283,35 @@ def evaluate_together(
     The scores are those of `evaluate_split`. For one rank alone.
     """
     start, labels_N = time.perf_counter(), table.labels_N
-    first = classifiers[0]
-    num_classes = first.suffix.out_head.out_features
 
-    def reduce(ids_B: NDArray[np.int64], logits_BX: NDArray[np.float32]) -> list[RowResults]:
-        if not len(ids_B):
-            return [reduce_logits(ids_B, np.empty((0, num_classes), np.float32), labels_N[ids_B]) for _ in classifiers]
-        return [reduce_logits(ids_B, logits_BC, labels_N[ids_B]) for logits_BC in np.split(logits_BX, len(classifiers), axis=1)]
+    def reduce(ids_B: NDArray[np.int64], logits_MBC: NDArray[np.float32]) -> list[RowResults]:
+        return [reduce_logits(ids_B, logits_BC, labels_N[ids_B]) for logits_BC in logits_MBC]
 
-    together = replace(first, suffix=cast(Any, _Together([classifier.suffix for classifier in classifiers])))
-    parts = map_rank_logits(reduce, together, table, engine, features=features, emit=emit)
+    parts = map_logits_together(reduce, classifiers, table, engine, features=features, emit=emit)
+    num_classes = classifiers[0].suffix.out_head.out_features
     seconds = (time.perf_counter() - start) / len(classifiers)
     return [
         _score_rows(RowResults.concatenate(list(of)), labels_N, num_classes, seconds=seconds) for of in zip(*parts, strict=True)
     ]
 
 
-class _Together(SuffixList):
-    """Several suffixes, whose logits come next to each other."""
+def score_logits(logits_NC: NDArray[np.float32], labels_N: NDArray[np.int64], *, seconds: float) -> SplitScores:
+    """Score the logits of all rows of a split, in file order."""
+    rows = reduce_logits(np.arange(len(labels_N)), logits_NC, labels_N)
+    return _score_rows(rows, labels_N, logits_NC.shape[1], seconds=seconds)
+
+
+class _Together(nn.Module):
+    """Several suffixes in the place of one: they read the same features, and their logits come next to each other."""
+
+    def __init__(self, suffixes: Sequence[Suffix]) -> None:
+        super().__init__()
+        self.suffixes = nn.ModuleList(suffixes)
+        self.out_head = suffixes[0].out_head
 
     def forward(self, *features: Tensor) -> Tensor:
         """Compute logits_BX: all classes of the first suffix, then those of the second."""
-        return torch.cat([logits_BC.float() for logits_BC in self.each(*features)], dim=1)
+        return torch.cat([suffix(*features).float() for suffix in self.suffixes], dim=1)
 
 
 def _score_rows(rows: RowResults, labels_N: NDArray[np.int64], num_classes: int, *, seconds: float) -> SplitScores:

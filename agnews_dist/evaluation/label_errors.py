@@ -218,12 +218,14 @@ def find_near_duplicates(
     texts: Sequence[str],
     rows: Sequence[int],
     *,
+    candidates: Sequence[int] | None = None,
     min_similarity: float = 0.8,
     limit_per_row: int = 3,
     deadline: float = math.inf,
 ) -> Mapping[int, list[NearDuplicate]]:
     """Find for each of `rows` the most similar other texts, at most `limit_per_row` with at least `min_similarity`.
 
+    `candidates`: rows that may be found; None: all.
     Rows that are not reached before `deadline` (`time.monotonic()`) are absent from the result. Texts are compared by the words
     of their first 2,000 characters; texts without spaces by two or three characters.
     """
@@ -243,15 +245,16 @@ def find_near_duplicates(
         words_NW = vectorizer.fit_transform(text[:COMPARED_CHARACTERS] for text in texts)
     except ValueError:  # no text has a word: none is similar to another
         return {row: [] for row in rows}
-    words_WN = words_NW.T.tocsr()
+    found_M = np.arange(len(texts)) if candidates is None else np.asarray(candidates)
+    words_WM = words_NW[found_M].T.tocsr()
     for start in range(0, len(rows), QUERY_ROWS):
         if time.monotonic() > deadline:
             break
         queries = list(rows[start : start + QUERY_ROWS])
         found |= {row: [] for row in queries}
-        similarity_QN = (words_NW[queries] @ words_WN).tocoo()
-        close = similarity_QN.data >= min_similarity
-        values, places, others = similarity_QN.data[close], similarity_QN.row[close], similarity_QN.col[close]
+        similarity_QM = (words_NW[queries] @ words_WM).tocoo()
+        close = similarity_QM.data >= min_similarity
+        values, places, others = similarity_QM.data[close], similarity_QM.row[close], found_M[similarity_QM.col[close]]
         for index in np.lexsort((others, -values)).tolist():
             query, other = queries[places[index]], int(others[index])
             if other != query and len(found[query]) < limit_per_row:

@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agnews_dist.config.schema import Config
+from agnews_dist.data.exclusion import read_exclusion
 from agnews_dist.data.rows import Corpus
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.world import World, print_line
 from agnews_dist.errors import DataError, count_noun
-from agnews_dist.evaluation.evaluator import SplitScores
+from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
 from agnews_dist.evaluation.label_errors import (
     assign_folds,
     count_label_issues,
@@ -29,8 +30,9 @@ from agnews_dist.evaluation.label_errors import (
 )
 from agnews_dist.evaluation.paired import mcnemar_exact
 from agnews_dist.events import RunDone, RunStarted, Warned, begin_phase
-from agnews_dist.experiments.cleaning import answer_out_of_fold, score_splits, train_member
+from agnews_dist.experiments.cleaning import answer_out_of_fold, train_member
 from agnews_dist.experiments.feature_group import FeatureGroup, open_feature_group
+from agnews_dist.experiments.sweep_results import SCORES
 from agnews_dist.report.console import Console, Sinks
 from agnews_dist.report.pages.analysis import MAX_TEXTS, format_label_issues
 from agnews_dist.report.result_files import versions, write_json
@@ -84,8 +86,8 @@ def run_clean(
         preemption.before_exit = _print_last_words
         fetch_inputs(partial(list_requests, config), world, sinks)
         monitors = Monitors(sinks, timer, preemption)
+        corpus, fold_N = _assign_folds(job)
         group = open_feature_group(config, engine, monitors, stack, num_trainings=job.num_folds + 2)
-        corpus, fold_N = _assign_folds(job, world)
         sinks(RunStarted(facts=_describe(job, group), parameters={}))
         begin = time.perf_counter()
         with collectives.without_others():
@@ -111,7 +113,7 @@ def _print_last_words(state: str, reason: str) -> None:
         print_line(f"clean: stopped ({reason}). It has written nothing; the same command begins again.")
 
 
-def _assign_folds(job: CleanJob, world: World) -> tuple[Corpus | None, NDArray[np.int64]]:
+def _assign_folds(job: CleanJob) -> tuple[Corpus | None, NDArray[np.int64]]:
     """Read the texts on rank 0, and return them there with the folds of the training rows. Collective."""
 
     def assign() -> tuple[Corpus, NDArray[np.int64]]:
@@ -124,9 +126,7 @@ def _assign_folds(job: CleanJob, world: World) -> tuple[Corpus | None, NDArray[n
             raise DataError(f"--folds {job.num_folds}: every class has fewer texts than folds. Set fewer folds, or add rows.")
         return corpus, fold_N
 
-    outcome = collectives.catch(assign) if world.is_main else None
-    collectives.wait_for_main("reads the texts")
-    found = collectives.raise_if_any_failed(outcome)
+    found = collectives.raise_if_any_failed(collectives.catch_on_main(assign, "reads the texts"))
     corpus, fold_N = found if found is not None else (None, None)
     fold_N = collectives.all_gather(fold_N)[0]
     assert fold_N is not None
@@ -139,6 +139,7 @@ def _describe(job: CleanJob, group: FeatureGroup) -> dict[str, str]:
         "clean": str(job.output),
         "model": job.config.model.name,
         "data": f"{job.config.data.source}: {splits}",
+        "features": group.kept,
         "folds": f"{job.num_folds}: each is judged by a member that is trained on the others",
     }
 
@@ -150,6 +151,9 @@ class _Cleaning:
         self._job, self._group, self._corpus, self._monitors = job, group, corpus, monitors
         self._emit = monitors.emit
         self._labels_N = np.asarray(corpus.splits["train"].labels, np.int64)
+        exclude = job.config.data.exclude
+        # Read now: it may be a file of this output, which is replaced.
+        self._left_out = [] if exclude is None else read_exclusion(Path(exclude)).names()
         self._scored = [name for name in ("validation", "test") if name in group.tables and self._is_labelled(name)]
 
     def _is_labelled(self, name: str) -> bool:
@@ -180,12 +184,12 @@ class _Cleaning:
                 )
         self._emit(begin_phase("train without the excluded rows"))
         kept_N = np.setdiff1d(np.arange(len(self._labels_N)), [issue.row for issue in excluded])
-        after = self._train(kept_N)
+        after = self._train(kept_N) if excluded else before
         training_seconds = time.perf_counter() - begin
         self._emit(begin_phase("find near duplicates"))
         duplicates, note = self._find_duplicates()
         write_text(output / ISSUES, [format_label_issues(self._corpus, issues)])
-        write_text(output / EXCLUDE, [format_label_issues(self._corpus, {"train": excluded})])
+        write_text(output / EXCLUDE, [format_label_issues(self._corpus, {"train": excluded}), _format_names(self._left_out)])
         write_text(output / DUPLICATES, [duplicates])
         comparison = {name: _compare(before[name], after[name]) for name in self._scored}
         report: dict[str, Any] = {
@@ -197,6 +201,7 @@ class _Cleaning:
             "issues": {name: len(issues[name]) if name in issues else None for name in ("train", *self._scored)},
             "estimated_errors": num_wrong,
             "excluded": len(excluded),
+            "excluded_before": len(self._left_out),
             "comparison": comparison,
             "seconds": {"folds": round(fold_seconds, 3), "trainings": round(training_seconds, 3)},
         }
@@ -232,7 +237,11 @@ class _Cleaning:
         splits = {name: (name, np.arange(len(group.tables[name]))) for name in group.tables}
         part = group.select({**splits, "train": ("train", rows_N)})
         training = train_member(part, self._job.config, self._monitors)
-        return score_splits(training, part, [name for name in ("validation", "test") if name in group.tables])
+        return {
+            name: evaluate_split(training.classifier, part.tables[name], part.engine, features=part.features(name))
+            for name in ("validation", "test")
+            if name in group.tables
+        }
 
     def _explain_unsearched(self, scored: Mapping[str, SplitScores]) -> list[str]:
         """Return why the labels of some splits are not searched."""
@@ -251,7 +260,8 @@ class _Cleaning:
         texts = [*train.texts[:], *(text for name in others for text in splits[name].texts[:])]
         seconds = PART_SHARE * self._job.config.report.max_seconds
         queries = list(range(len(train), len(texts)))
-        found = find_near_duplicates(texts, queries, deadline=time.monotonic() + seconds)
+        # Relatives in the other splits must not take the places of the training rows.
+        found = find_near_duplicates(texts, queries, candidates=range(len(train)), deadline=time.monotonic() + seconds)
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(("split", "row", "origin", "train_row", "train_origin", "similarity", "text", "train_text"))
@@ -260,9 +270,8 @@ class _Cleaning:
             split = splits[name]
             for row in range(len(split)):
                 for near in found.get(begin + row, []):
-                    if near.row < len(train):
-                        where = (name, row, split.origin.name(row), near.row, train.origin.name(near.row))
-                        writer.writerow((*where, f"{near.similarity:.3f}", texts[begin + row], texts[near.row]))
+                    where = (name, row, split.origin.name(row), near.row, train.origin.name(near.row))
+                    writer.writerow((*where, f"{near.similarity:.3f}", texts[begin + row], texts[near.row]))
             begin += len(split)
         missing = len(queries) - len(found)
         fix = "Raise report.max_seconds to compare them too."
@@ -272,7 +281,8 @@ class _Cleaning:
         issues = ", ".join(f"{number:,} {name}" for name, number in report["issues"].items() if number is not None)
         facts = {
             "issues": f"labels that another class beats: {issues}",
-            "excluded": f"{report['excluded']:,} of {report['rows']:,} training rows",
+            "excluded": f"{report['excluded']:,} of {report['rows']:,} training rows"
+            + f", and the {len(self._left_out):,} of data.exclude" * bool(self._left_out),
         }
         for name, each in report["comparison"].items():
             change = f"accuracy {each['before']['accuracy']:.4f} with all rows, {each['after']['accuracy']:.4f} without them"
@@ -284,15 +294,21 @@ class _Cleaning:
         return facts
 
 
+def _format_names(names: Sequence[str]) -> str:
+    """Format rows that are left out already as lines of a table of label issues, which has their names alone."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(("", "", "", name, "", "", "", "") for name in names)
+    return out.getvalue()
+
+
 def _compare(before: SplitScores, after: SplitScores) -> dict[str, Any]:
     """Compare two trainings on the same rows."""
     assert before.scores is not None
     assert after.scores is not None
     test = mcnemar_exact(before.labels_N, before.predictions_N, after.predictions_N)
-    names = ("accuracy", "macro_f1", "loss")
     return {
-        "before": {name: getattr(before.scores, name) for name in names},
-        "after": {name: getattr(after.scores, name) for name in names},
+        "before": {name: getattr(before.scores, name) for name in SCORES},
+        "after": {name: getattr(after.scores, name) for name in SCORES},
         "only_before_right": test.num_first_only,
         "only_after_right": test.num_second_only,
         "p_value": test.p_value,

@@ -4,8 +4,6 @@ The training rows are divided into folds. For each fold, a member trains on the 
 probabilities: so no row is judged by a model that has seen its label. The frozen part is computed once for all of them.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,15 +11,14 @@ from agnews_dist.config.fields import replace_values
 from agnews_dist.config.schema import Config
 from agnews_dist.data.rows import Ints
 from agnews_dist.errors import UserError
-from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split
 from agnews_dist.events import Progress
-from agnews_dist.experiments.ensemble import combine, compute_targets
+from agnews_dist.experiments.ensemble import MeanProbabilities
 from agnews_dist.experiments.feature_group import FeatureGroup
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, train_in_lock_step
 from agnews_dist.experiments.members import Member
 from agnews_dist.training.loop import Monitors
 
-FOLD_SETTINGS = {"optim.epochs": 1, "optim.max_steps": None, "optim.patience": None}
+FOLD_SETTINGS = {"optim.epochs": 1, "optim.max_steps": None, "optim.patience": None, "model.freeze_schedule": None}
 """One epoch: of 2 % planted errors in AG News, more epochs found no more, at several times the cost."""
 LAST_STEP_ONLY = 10**9
 """Steps between evaluations so that only the end is evaluated: the scores of a fold choose nothing."""
@@ -45,8 +42,9 @@ def answer_out_of_fold(
         part = group.select({"train": ("train", others_N), "validation": ("train", rows_N)})
         training = train_member(part, config, monitors)
         # All probabilities, whatever the number of classes.
-        classifier, source = combine([training.classifier]), part.features.source("validation")
-        found.append((rows_N, compute_targets(classifier, part.tables["validation"], part.engine, source).numpy()))
+        answers = MeanProbabilities(len(rows_N), len(group.inputs.class_names))
+        answers.add([training.classifier], part.tables["validation"], part.engine, part.features("validation"))
+        found.append((rows_N, np.exp(answers.log_NC)))
     monitors.emit(Progress(task="train folds", done=num_folds, total=num_folds, unit="folds"))
     return found
 
@@ -64,11 +62,3 @@ def train_member(group: FeatureGroup, config: Config, monitors: Monitors) -> Mem
         raise UserError(f"clean: a training diverged ({result.reason}). Lower optim.lr or optim.max_grad_norm.")
     training.trainer.restore_best()
     return training
-
-
-def score_splits(training: MemberTraining, group: FeatureGroup, splits: Sequence[str]) -> dict[str, SplitScores]:
-    """Score splits with a member's best weights. For one rank alone."""
-    return {
-        name: evaluate_split(training.classifier, group.tables[name], group.engine, features=group.features.source(name))
-        for name in splits
-    }

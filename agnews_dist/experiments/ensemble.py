@@ -5,12 +5,11 @@ training rows in place of the labels (Hinton, Vinyals, Dean 2015, at temperature
 then divides its logits: `out_head` divided by it has these logits exactly.
 """
 
+import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,50 +17,52 @@ from agnews_dist.data.batching.loader import TokenTable
 from agnews_dist.engine.engine import Engine
 from agnews_dist.errors import UserError
 from agnews_dist.evaluation.calibration import calibration_curve, expected_calibration_error, fit_temperature
-from agnews_dist.evaluation.evaluator import SplitScores, map_rank_logits
+from agnews_dist.evaluation.evaluator import SplitScores, log_softmax_NC, map_logits_together
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.prefix import FeatureSource
-from agnews_dist.model.suffix import SuffixList
 from agnews_dist.storage.capacity import free_host_bytes, gigabytes
 
-TARGET_SHARE = 0.25
-"""Largest share of the free memory for the probabilities of all training rows."""
+MEMORY_SHARE = 0.25
+"""Largest share of the free memory for the probabilities of a split's rows."""
 
 
-class Ensemble(SuffixList):
-    """Several suffixes as one, whose logits are the logarithms of the mean probabilities."""
+class MeanProbabilities:
+    """The mean probabilities of a split's rows, over classifiers that come part by part. For one rank alone."""
 
-    def forward(self, *features: Tensor) -> Tensor:
-        """Compute log-probabilities in the place of logits_BC, in float64."""
-        logs = [logits_BC.double().log_softmax(dim=1) for logits_BC in self.each(*features)]
-        return torch.stack(logs).logsumexp(dim=0) - np.log(len(logs))
+    def __init__(self, num_rows: int, num_classes: int) -> None:
+        """Prepare.
 
+        Raises:
+            UserError: the probabilities do not fit in memory.
+        """
+        num_bytes, free = 4 * num_rows * num_classes, free_host_bytes()
+        if num_bytes > MEMORY_SHARE * free:
+            raise UserError(
+                f"probabilities of {num_rows:,} rows and {num_classes:,} classes: they take {gigabytes(num_bytes)}, and "
+                f"{gigabytes(free)} are free. Set data.limit_train, or use a machine with more memory."
+            )
+        self.seconds = 0.0
+        self._num_classifiers = 0
+        self._sums_NC = np.full((num_rows, num_classes), -np.inf, np.float32)
+        """Logarithms of the sums of the probabilities."""
 
-def combine(classifiers: Sequence[Classifier]) -> Classifier:
-    """Combine classifiers that share their frozen part."""
-    return replace(classifiers[0], suffix=cast(Any, Ensemble([each.suffix for each in classifiers])))
+    @property
+    def log_NC(self) -> NDArray[np.float32]:
+        """Logarithms of the mean probabilities, in file order."""
+        return self._sums_NC - np.float32(math.log(self._num_classifiers))
 
+    def add(
+        self, classifiers: Sequence[Classifier], table: TokenTable, engine: Engine, features: FeatureSource | None = None
+    ) -> None:
+        """Add classifiers that share their frozen part."""
+        begin = time.perf_counter()
 
-def compute_targets(ensemble: Classifier, table: TokenTable, engine: Engine, features: FeatureSource) -> Tensor:
-    """Compute the probabilities of a split's rows, targets_NC in float32 on the CPU. For one rank alone.
+        def keep(ids_B: NDArray[np.int64], logits_MBC: NDArray[np.float32]) -> None:
+            self._sums_NC[ids_B] = np.logaddexp.reduce([self._sums_NC[ids_B], *map(log_softmax_NC, logits_MBC)])
 
-    Raises:
-        UserError: they do not fit in memory.
-    """
-    num_classes = ensemble.suffix.out_head.out_features
-    num_bytes, free = 4 * len(table) * num_classes, free_host_bytes()
-    if num_bytes > TARGET_SHARE * free:
-        raise UserError(
-            f"--distil: the targets of {len(table):,} rows and {num_classes:,} classes take {gigabytes(num_bytes)}, and "
-            f"{gigabytes(free)} are free. Leave out --distil, or use a machine with more memory."
-        )
-    targets_NC = np.empty((len(table), num_classes), np.float32)
-
-    def keep(ids_B: NDArray[np.int64], log_BC: NDArray[np.float32]) -> None:
-        targets_NC[ids_B] = np.exp(log_BC)
-
-    map_rank_logits(keep, ensemble, table, engine, features=features)
-    return torch.from_numpy(targets_NC)
+        map_logits_together(keep, classifiers, table, engine, features=features)
+        self._num_classifiers += len(classifiers)
+        self.seconds += time.perf_counter() - begin
 
 
 def fold_temperature(weights: Mapping[str, Tensor], temperature: float) -> dict[str, Tensor]:

@@ -5,14 +5,11 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from agnews_dist.config.schema import Config
-from agnews_dist.data.batching.batch import Batch
 from agnews_dist.data.batching.loader import TokenTable
 from agnews_dist.data.rows import Ints
 from agnews_dist.data.token_cache import TokenSplit
@@ -23,7 +20,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.memory import Setup, Shape
 from agnews_dist.errors import UserError
 from agnews_dist.features.placement import RequestedPlace
-from agnews_dist.model.prefix import Features, FeatureSource
+from agnews_dist.model.prefix import FeatureSource
 from agnews_dist.preflight.memory_check import check_fits
 from agnews_dist.run import setup
 from agnews_dist.run.memory_setup import build_memory_setup, describe_steps
@@ -32,21 +29,16 @@ from agnews_dist.storage.capacity import resident_bytes
 from agnews_dist.training.loop import Monitors
 
 
-class SplitSources(Protocol):
-    """Features of several splits."""
-
-    def source(self, split: str) -> FeatureSource:
-        """Return the source of a split's features."""
-        ...
-
-
 @dataclass(frozen=True)
 class FeatureGroup:
     """Everything that trainings with the same features share, on one rank. The untrained suffix stays untrained."""
 
     inputs: TrainingInputs
     tables: Mapping[str, TokenTable]
-    features: SplitSources
+    features: Callable[[str], FeatureSource]
+    """Returns the source of a split's features."""
+    kept: str
+    """Place of the features, and why."""
     engine: Engine
     """The engine of this rank alone."""
 
@@ -71,28 +63,15 @@ class FeatureGroup:
             name: TokenTable(select_rows(splits[of], rows_N, name), pad_id=pad_id, device=device)
             for name, (of, rows_N) in rows.items()
         }
-        sources = {name: _SelectedFeatures(self.features.source(of), rows_N, device) for name, (of, rows_N) in rows.items()}
-        return replace(self, tables=tables, features=_Sources(sources))
+        sources = {name: _select_features(self.features(of), rows_N, device) for name, (of, rows_N) in rows.items()}
+        return replace(self, tables=tables, features=sources.__getitem__)
 
 
-@dataclass(frozen=True)
-class _Sources:
-    sources: Mapping[str, FeatureSource]
-
-    def source(self, split: str) -> FeatureSource:
-        return self.sources[split]
-
-
-class _SelectedFeatures:
-    """Features of some rows of a split, by their new numbers."""
-
-    def __init__(self, source: FeatureSource, rows_N: Ints, device: torch.device) -> None:
-        self._source = source
-        # The last entry is for filler rows, whose id is -1.
-        self._rows_N: Tensor = torch.from_numpy(np.append(rows_N, -1)).to(device)
-
-    def __call__(self, batch: Batch) -> Features:
-        return self._source(replace(batch, ids_B=self._rows_N[batch.ids_B]))
+def _select_features(source: FeatureSource, rows_N: Ints, device: torch.device) -> FeatureSource:
+    """Return the source of some rows' features, by their new numbers."""
+    # The last entry is for filler rows, whose id is -1.
+    old_N = torch.from_numpy(np.append(rows_N, -1)).to(device)
+    return lambda batch: source(replace(batch, ids_B=old_N[batch.ids_B]))
 
 
 def select_rows(split: TokenSplit, rows_N: Ints, name: str) -> TokenSplit:
@@ -115,8 +94,8 @@ def open_feature_group(
 ) -> FeatureGroup:
     """Load model and tokens, and compute or open the features. Collective. `stack` releases them.
 
-    `num_trainings`: trainings that will read the features. `check`: called with the inputs. `announce`: called before the
-    features are computed, when their size is known.
+    `num_trainings`: trainings that will read the features; 0: only scores do. `check`: called with the inputs. `announce`:
+    called before the features are computed, when their size is known.
 
     Raises:
         UserError: any fault of the files, or features that not every rank can read.
@@ -145,10 +124,16 @@ def open_feature_group(
     cache_bytes = features.num_bytes if features.choice.place == "device" or sizes.device == "cpu" else 0
     own = {"num_classes": len(inputs.class_names), "cache_bytes": cache_bytes, "runtime_bytes": resident_bytes()}
     sizes = replace(sizes, **own)
-    group = FeatureGroup(inputs, tables, features, alone, shape, sizes)
+    kept = f"{features.choice.place}: {features.choice.reason}"
+    group = FeatureGroup(inputs, tables, features.source, kept, alone, shape, sizes)
     collectives.raise_if_any_failed(collectives.catch(partial(announce, group)))
     with monitors.timer.stage("prefix"):
         features.build(emit)
+    if features.choice.has_no_room and num_trainings > 1:
+        raise UserError(
+            f"engine.feature_cache: features of {num_trainings:,} trainings would be {features.choice.reason}. Free some "
+            "space, set another data.cache_dir, or accept the time by --engine.feature_cache off."
+        )
     if features.owner_N is not None:
         raise UserError("engine.feature_cache: no place has room that all ranks can read. Free some memory or disk space.")
     return group

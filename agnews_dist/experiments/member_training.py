@@ -156,7 +156,7 @@ class MemberTraining:
             self.classifier,
             group.tables["validation"],
             group.engine,
-            features=group.features.source("validation"),
+            features=group.features("validation"),
             is_stopping=lambda: self._monitors.preemption.is_stopping,
         )
 
@@ -193,7 +193,7 @@ def build_shared_loader(group: FeatureGroup, config: Config) -> SharedLoader:
     """Build the loader that the members of a wave share."""
     table, world = group.tables["train"], group.engine.world
     loader = setup.build_loader(config, group.inputs.classifier, table, world, loader_type=SharedLoader)
-    loader.source = group.features.source("train")
+    loader.source = group.features("train")
     return loader
 
 

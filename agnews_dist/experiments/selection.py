@@ -2,19 +2,21 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from agnews_dist.config.fields import replace_values
 from agnews_dist.distributed import collectives
 from agnews_dist.distributed.world import World
 from agnews_dist.errors import UserError, count_noun
-from agnews_dist.evaluation.evaluator import SplitScores, evaluate_split, evaluate_together
+from agnews_dist.evaluation.evaluator import SplitScores, evaluate_together, score_logits
 from agnews_dist.events import SCORES, Progress, RunDone, begin_phase
 from agnews_dist.experiments import ensemble
 from agnews_dist.experiments.feature_group import FeatureGroup
@@ -43,6 +45,8 @@ from agnews_dist.storage.locks import Lock
 T = TypeVar("T")
 BEST, DISTILLED = "best", "distilled"
 """Directories of the best member of the selected setting, and of the distilled one."""
+NUM_SCORED = 3
+"""Members that are scored in the memory of one in training, which has moments and best weights besides its weights."""
 
 
 def finish_sweep(runner: SweepRunner, wanted: frozenset[str]) -> RunDone | None:
@@ -62,9 +66,10 @@ def finish_sweep(runner: SweepRunner, wanted: frozenset[str]) -> RunDone | None:
             return RunDone(paths=_list_paths(directory.path)) if world.is_main else None
         _check_results(runner)
         finish = _Finish(runner, wanted)
-        # With drawn weights every seed has a frozen part of its own.
-        for part in group_by_features(finish.members):
-            _run_on_main(world, partial(finish.score, runner.open_group(part[0]), part))
+        # With drawn weights every seed has a frozen part of its own. That of the best member is the last, to export it.
+        for part in sorted(group_by_features(finish.members), key=lambda part: finish.best in part):
+            trains = collectives.all_gather(world.is_main and finish.needs_training(part))[0]
+            _run_on_main(world, partial(finish.score, runner.open_group(part[0], is_scored_only=not trains), part))
         return _run_on_main(world, partial(finish.write, runner.open_group(finish.best)))
     finally:
         if lock is not None:
@@ -88,15 +93,16 @@ def _check_results(runner: SweepRunner) -> None:
     Raises:
         UserError: every setting diverged, or a result is another member's.
     """
-    path, selected = runner.directory.path, runner.standings()[0]
+    path, standings = runner.directory.path, runner.standings()
     for result in runner.directory.read_results():
         member = runner.members[result.member]
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in member.values.items()}
         if (dict(result.values), result.seed) != (values, member.seed):
             raise UserError(f"{path}: member {result.member} has other settings than its result. Set another --run.name.")
-    if selected.state == "diverged":
-        reason = selected.results[0].reason
-        raise UserError(f"{path}: every setting diverged ({reason}). Lower optim.lr or max_grad_norm.")
+    if standings[0].state != "finished":
+        # Those that halving has ended never got to the end.
+        reason = next((of.reason for each in standings for of in each.results if of.state == "diverged"), "")
+        raise UserError(f"{path}: every setting that was not dropped diverged ({reason}). Lower optim.lr or max_grad_norm.")
 
 
 def _list_paths(path: Path) -> dict[str, str]:
@@ -128,37 +134,63 @@ class _Finish:
         self.members = [runner.members[result.member] for result in results]
         """Members of the selected setting."""
         self._best = max(range(len(results)), key=lambda i: (results[i].score(metric), -results[i].loss, -i))
-        self._classifiers: dict[int, tuple[Classifier, dict[str, Tensor]]] = {}
+        self._trains_again = False
+        self._best_tensors: dict[str, Tensor] = {}
         self._scores: dict[int, dict[str, SplitScores]] = {}
+        self._means: dict[str, ensemble.MeanProbabilities] = {}
+        """Split -> probabilities of the ensemble."""
 
     @property
     def best(self) -> Member:
         """The member with the best validation score."""
         return self.members[self._best]
 
-    def score(self, group: FeatureGroup, members: Sequence[Member]) -> None:
-        """Score all splits with members that share their features, which are read or computed once."""
-        loaded = [load_member(group, member, self._read_or_train(group, member)) for member in members]
-        scores = self._score_together(group, [classifier for classifier, _ in loaded])
-        for member, each, of_member in zip(members, loaded, scores, strict=True):
-            self._classifiers[member.index], self._scores[member.index] = each, of_member
+    def needs_training(self, members: Sequence[Member]) -> bool:
+        """Return whether the features of train are needed: for a distilled member, or for weights that were not kept."""
+        read = self._runner.directory.read_tensors
+        self._trains_again = any(read(member.index) is None for member in members)
+        return self._trains_again or "distilled" in self._wanted
 
-    def _read_or_train(self, group: FeatureGroup, member: Member) -> dict[str, Tensor]:
+    def score(self, group: FeatureGroup, members: Sequence[Member]) -> None:
+        """Score all splits with members that share their features, as many at once as the memory for training holds."""
+        limit = self._runner.limit(members[0]) * (1 if self._trains_again else NUM_SCORED)
+        for begin in range(0, len(members), limit):
+            self._score_part(group, members[begin : begin + limit])
+
+    def _score_part(self, group: FeatureGroup, members: Sequence[Member]) -> None:
+        classifiers = [self._load(group, member) for member in members]
+        for member, scores in zip(members, self._score_together(group, classifiers), strict=True):
+            self._scores[member.index] = scores
+        for name in [*_scored_splits(group), *["train"] * ("distilled" in self._wanted)] if self._wanted else ():
+            table = group.tables[name]
+            if name not in self._means:
+                self._means[name] = ensemble.MeanProbabilities(len(table), len(group.inputs.class_names))
+            self._means[name].add(classifiers, table, group.engine, group.features(name))
+
+    def _load(self, group: FeatureGroup, member: Member) -> Classifier:
         """Read a member's weights. Those that were not kept are made again by the same training."""
         tensors = self._runner.directory.read_tensors(member.index)
-        if tensors is not None:
-            return tensors
+        if tensors is None:
+            tensors = self._train(member, group).tensors()
+        if member is self.best:
+            self._best_tensors = tensors
+        return load_member(group, member, tensors)[0]
+
+    def _train(self, member: Member, group: FeatureGroup, targets_NC: Tensor | None = None) -> MemberTraining:
         training = MemberTraining(member, group, build_shared_loader(group, member.config), self._runner.monitors)
+        if targets_NC is not None:
+            training.trainer.use_soft_targets(targets_NC)
         train_in_lock_step([training], after_step=lambda: self._runner.show_steps([training]))
-        return training.tensors()
+        if (result := training.result("finished")).state == "diverged":
+            raise UserError(f"member with seed {member.seed}: another training diverged ({result.reason}). Lower optim.lr.")
+        return training
 
     def write(self, group: FeatureGroup) -> RunDone:
         """Export the best member, whose group it is, write all files, and return the last event."""
         runner, directory, best = self._runner, self._runner.directory, self._best
         singles = [self._scores[member.index] for member in self.members]
-        num_steps = self._selected.results[best].num_steps
         self._emit(begin_phase("export the model"))
-        self._write_run(BEST, group, self.best, *self._classifiers[self.best.index], singles[best], num_steps=num_steps)
+        write_run(directory.path / BEST, group, self.best, self._best_tensors, singles[best], self._selected.results[best])
         scored = {name: [of[name].scores for of in singles] for name in singles[best]}
         summaries = {
             name: summarise_seeds([each for each in of if each is not None]) for name, of in scored.items() if of[0] is not None
@@ -194,7 +226,7 @@ class _Finish:
         scores = [dict[str, SplitScores]() for _ in classifiers]
         for name in _scored_splits(group):
             self._emit(begin_phase(f"score {name}"))
-            source = group.features.source(name)
+            source = group.features(name)
             found = evaluate_together(classifiers, group.tables[name], group.engine, features=source, emit=self._emit)
             num_rows = len(group.tables[name])
             self._emit(Progress(task=f"score {name}", done=num_rows, total=num_rows, unit="rows"))
@@ -204,18 +236,18 @@ class _Finish:
 
     def _combine(self, group: FeatureGroup, singles: Sequence[SplitsOf]) -> list[dict[str, Any]]:
         """Score the ensemble, and distil it; return the rows of the comparison."""
-        begin = time.perf_counter()
-        together = ensemble.combine([self._classifiers[member.index][0] for member in self.members])
-        others = dict[str, SplitsOf]()
-        others["ensemble"] = {
-            name: evaluate_split(together, group.tables[name], group.engine, features=group.features.source(name))
-            for name in _scored_splits(group)
+        means = {name: self._means[name] for name in _scored_splits(group)}
+        seconds, temperature = {"ensemble": sum(each.seconds for each in means.values())}, None
+        others: dict[str, SplitsOf] = {
+            "ensemble": {
+                name: score_logits(each.log_NC, group.tables[name].labels_N, seconds=each.seconds)
+                for name, each in means.items()
+            }
         }
-        seconds = {"ensemble": time.perf_counter() - begin}
-        temperature = None
         if "distilled" in self._wanted:
-            others["distilled"], temperature = self._distil(group, together)
-            seconds["distilled"] = time.perf_counter() - begin - seconds["ensemble"]
+            begin = time.perf_counter() - self._means["train"].seconds
+            others["distilled"], temperature = self._distil(group)
+            seconds["distilled"] = time.perf_counter() - begin
         rows = compare_ensemble(singles, self._best, others)
         trained = [result.seconds for result in self._selected.results]
         for row in rows:
@@ -226,40 +258,23 @@ class _Finish:
                 row |= {"seconds": round(row["seconds"] + seconds["distilled"], 3), "temperature": temperature}
         return rows
 
-    def _distil(self, group: FeatureGroup, together: Classifier) -> tuple[SplitsOf, float]:
+    def _distil(self, group: FeatureGroup) -> tuple[SplitsOf, float]:
         """Train one more member on the ensemble's probabilities; write it as a run; return its scores and temperature."""
-        runner = self._runner
         self._emit(begin_phase("distil the ensemble"))
-        seed = max(member.seed for member in self.members) + 1
-        config = replace_values(self.members[0].config, {SEED: seed})
-        member = Member(len(runner.members), self._selected.setting, self._selected.values, config)
-        targets_NC = ensemble.compute_targets(together, group.tables["train"], group.engine, group.features.source("train"))
-        training = MemberTraining(member, group, build_shared_loader(group, config), runner.monitors)
-        training.trainer.use_soft_targets(targets_NC)
-        train_in_lock_step([training], after_step=lambda: runner.show_steps([training]))
-        if training.result("finished").state == "diverged":
-            raise UserError(f"--distil: the distilled member diverged ({training.result('finished').reason}). Leave it out.")
+        seeds = [member.seed for member in self.members]
+        config = replace_values(self.members[0].config, {SEED: max(seeds) + 1})
+        member = Member(len(self._runner.members), self._selected.setting, self._selected.values, config)
+        training = self._train(member, group, torch.from_numpy(np.exp(self._means.pop("train").log_NC)))
         temperature = ensemble.choose_temperature(training.trainer.best.scores)
         tensors = ensemble.fold_temperature(training.tensors(), temperature)
-        classifier, weights = load_member(group, member, tensors)
-        [scores] = self._score_together(group, [classifier])
-        self._write_run(DISTILLED, group, member, classifier, weights, scores, num_steps=training.step)
+        [scores] = self._score_together(group, [load_member(group, member, tensors)[0]])
+        note = (
+            "In place of the labels it learnt the mean probabilities of trainings with these settings and the seeds "
+            f"{', '.join(map(str, seeds))}. Then out_head was divided by the temperature {temperature:.6g}."
+        )
+        path = self._runner.directory.path / DISTILLED
+        write_run(path, group, member, tensors, scores, training.result("finished"), note)
         return scores, temperature
-
-    def _write_run(
-        self,
-        name: str,
-        group: FeatureGroup,
-        member: Member,
-        classifier: Classifier,
-        weights: Mapping[str, Tensor],
-        scores: SplitsOf,
-        *,
-        num_steps: int,
-    ) -> None:
-        runner, path = self._runner, self._runner.directory.path / name
-        inputs, timer = replace(group.inputs, classifier=classifier), runner.monitors.timer
-        write_run(path, member.config, inputs, runner.engine, weights, scores, num_steps=num_steps, timer=timer)
 
 
 def _scored_splits(group: FeatureGroup) -> list[str]:

@@ -269,8 +269,8 @@ def _describe(
         "members": f"{num_settings * num_seeds:,}: {combinations} x {count_noun(num_seeds, 'seed')}",
     }
     facts |= {each.key: ", ".join(map(str, each.describe()[:8])) for each in space.dimensions}
-    if groups:
-        facts["features"] = f"computed {count_noun(len(groups), 'time')}: for members with the same model, texts and cut"
+    if len(groups) > 1:
+        facts["groups"] = f"{len(groups):,}, each of members with the same model, texts and cut: they share features"
     if job.halving is not None:
         facts["halving"] = (
             f"the best 1/{job.halving} of the combinations survive a rung, by validation {job.config.optim.best_metric}"

@@ -5,6 +5,7 @@ import io
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,19 +16,21 @@ from torch import Tensor
 from agnews_dist.config.fields import all_settings, format_value, values_of
 from agnews_dist.config.schema import Config
 from agnews_dist.config.yaml_file import dump
-from agnews_dist.engine.engine import Engine
 from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.evaluation.intervals import student_interval, wilson_interval
 from agnews_dist.events import SCORES, Emit, Scores, Warned, begin_phase
 from agnews_dist.experiments.ensemble import calibration_error
+from agnews_dist.experiments.feature_group import FeatureGroup
+from agnews_dist.experiments.member_training import load_member
+from agnews_dist.experiments.members import Member
 from agnews_dist.experiments.space import SEED
 from agnews_dist.experiments.standings import MemberResult
 from agnews_dist.report.result_files import Result, Seconds, versions, write_json, write_predictions
+from agnews_dist.run.fingerprints import config_fingerprint
+from agnews_dist.run.model_setup import count_trained
 from agnews_dist.run.reporting import check_packages
 from agnews_dist.run.results import export_trained, peak_memory_bytes, select_scored
-from agnews_dist.run.setup import TrainingInputs
 from agnews_dist.storage import atomic
-from agnews_dist.training.timing import StageTimer
 
 NOT_COPIED = ("run.dir", "run.name", "run.overwrite")
 """Settings that a command line for copying leaves out."""
@@ -37,37 +40,45 @@ SplitsOf = Mapping[str, SplitScores]
 
 def write_run(
     directory: Path,
-    config: Config,
-    inputs: TrainingInputs,
-    engine: Engine,
-    weights: Mapping[str, Tensor],
+    group: FeatureGroup,
+    member: Member,
+    tensors: Mapping[str, Tensor],
     scores: SplitsOf,
-    *,
-    num_steps: int,
-    timer: StageTimer,
+    outcome: MemberResult,
+    note: str = "",
 ) -> None:
-    """Write the files of a run for one member: settings, predictions, result.json, model.
+    """Write the files of a run for one member: settings, predictions, result.json, model. `tensors`: its weights.
+
+    Its seconds of training include the evaluations meanwhile; those of evaluation are of `scores`. `note`: a fact about the
+    training that the settings do not say.
 
     Raises:
         UserError: a file cannot be written, or the model cannot be exported.
     """
+    config, (classifier, weights) = member.config, load_member(group, member, tensors)
+    fingerprints = {**group.inputs.fingerprints, "config": config_fingerprint(config)}
+    parameters = count_trained(config, classifier)
+    inputs = replace(group.inputs, classifier=classifier, fingerprints=fingerprints, parameters=parameters)
     directory.mkdir(exist_ok=True)
-    atomic.write_text(directory / "config.yaml", [dump(config)])
+    atomic.write_text(directory / "config.yaml", [f"# {note}\n" * bool(note), dump(config)])
     for name, split in scores.items():
         write_predictions(directory, name, split)
+    seconds = round(sum(split.seconds for split in scores.values()), 3)
+    total = round(outcome.seconds + seconds, 3)
     result = Result(
         splits=select_scored(scores),
-        num_steps=num_steps,
+        num_steps=outcome.num_steps,
         num_ranks=1,
         global_batch_size=config.batch.global_batch_size if config.batch.global_token_budget is None else None,
         global_token_budget=config.batch.global_token_budget,
-        seconds=Seconds(**timer.totals()),
-        peak_memory_bytes=peak_memory_bytes(engine.device),
+        seconds=Seconds(total=total, setup=0.0, tokenize=0.0, prefix=0.0, train=outcome.seconds, eval=seconds),
+        peak_memory_bytes=peak_memory_bytes(group.engine.device),
         versions=versions(),
-        fingerprints=inputs.fingerprints,
+        fingerprints=fingerprints,
+        note=note or None,
     )
     write_json(directory / "result.json", result.to_dict())
-    export_trained(config, inputs, weights, scores, directory)
+    export_trained(config, inputs, weights, scores, directory, note)
 
 
 def summarise_seeds(scores: Sequence[Scores]) -> dict[str, Any]:

@@ -176,7 +176,7 @@ class SweepRunner:
         self.stated_bytes = max(self.stated_bytes, found.device_bytes + self._waiting_bytes)
         self._waiting_bytes += self.keeps_groups * limit * member_bytes
         text = f"{format_estimate(found)}; {count_noun(limit, 'member')} at a time"
-        self.monitors.emit(RunStarted(facts=self.facts | {"memory": text}, parameters={}))
+        self.monitors.emit(RunStarted(facts=self.facts | {"memory": text, "features": group.kept}, parameters={}))
         self.facts = {}
 
     def _choose_limit(self, sharing: Sequence[Member], free: int, member_bytes: int) -> int:
@@ -241,8 +241,15 @@ class SweepRunner:
             self.monitors.emit(Progress(task=task, done=done, total=total, unit="steps"))
         self.show()
 
-    def open_group(self, member: Member) -> FeatureGroup:
-        """Load model and tokens, and compute or open the features, that `member` shares with others. Collective."""
+    def limit(self, member: Member) -> int:
+        """Return how many members of an open group may be in memory at once."""
+        return min(self._limits[member.feature_key], MAX_WAVE)
+
+    def open_group(self, member: Member, *, is_scored_only: bool = False) -> FeatureGroup:
+        """Load model and tokens, and compute or open the features, that `member` shares with others. Collective.
+
+        `is_scored_only`: features of train are not computed for it.
+        """
         key = member.feature_key
         if key in self._groups:
             return self._groups[key]
@@ -261,7 +268,7 @@ class SweepRunner:
             self.monitors,
             self._stack,
             # Optuna's later rounds read them too; how many members have this group is not known.
-            num_trainings=self.num_members if self.returns_to_groups else len(sharing),
+            num_trainings=0 if is_scored_only else self.num_members if self.returns_to_groups else len(sharing),
             check=check,
             announce=partial(self._state_memory, sharing=sharing),
         )

@@ -44,6 +44,8 @@ class Choice:
     reason: str
     refusal: str | None = None
     """Message if another place was requested."""
+    has_no_room: bool = False
+    """Features are computed at every use because they fit nowhere."""
 
 
 def choose(
@@ -61,14 +63,16 @@ def choose(
 
     The order of auto: disk if all features are there (`cached_share`); with a GPU its memory, host memory, disk; without one
     disk, host memory; off. A CPU computes features more slowly than a disk takes them, and files survive a kill.
-    Auto computes features at every use if there is one epoch and less than half of them are on disk. Another requested place
-    comes before this order. Places where storing the features has `failed` are left out. `num_bytes` counts the features of all
-    ranks, `missing_bytes` those that are not on disk. `cached_share` is the share of tokens that earlier runs left there.
-    Places that are `excluded` are not mentioned.
+    Auto computes features at every use if there is one epoch and less than half of them are on disk. So does every place
+    without any epoch. Another requested place comes before this order. Places where storing the features has `failed` are left
+    out. `num_bytes` counts the features of all ranks, `missing_bytes` those that are not on disk. `cached_share` is the share
+    of tokens that earlier runs left there. Places that are `excluded` are not mentioned.
     """
     if requested in ("auto", "disk") and cached_share == 1 and "disk" not in failed:
         # The free space does not matter: the files exist.
         return Choice("disk", f"{gigabytes(num_bytes)}, cached by an earlier run")
+    if not num_epochs:
+        return Choice("off", "computed at their use: nothing is trained on them")
     if requested == "auto" and num_epochs == 1 and cached_share < WORTH_EXTENDING:
         return Choice("off", "computed at every use, which is once in one epoch")
     automatic: list[Place] = ["device", "host", "disk"] if resources.has_gpu else ["disk", "host"]
@@ -86,7 +90,8 @@ def choose(
         misfits.append(misfit)
     reasons = "; ".join(misfits)
     refusal = None if requested == "auto" else f"{reasons}. Features are computed at every use"
-    return Choice("off", f"computed at every use: {gigabytes(num_bytes)} fit nowhere ({reasons})", refusal)
+    reason = f"computed at every use: {gigabytes(num_bytes)} fit nowhere ({reasons})"
+    return Choice("off", reason, refusal, has_no_room=True)
 
 
 def _explain_misfit(place: Place, num_bytes: int, resources: Resources) -> str | None:

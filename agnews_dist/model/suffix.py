@@ -1,6 +1,6 @@
 """The trainable part: hidden states at the freeze boundary in, class logits of a text out."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -144,19 +144,6 @@ class Suffix(nn.Module):
         # Not reentrant: that variant gives the weights no gradient if no input needs one, and features need none.
         output: Tensor = checkpoint(part, *arguments, use_reentrant=False)
         return output
-
-
-class SuffixList(nn.Module):
-    """Several suffixes in the place of one: they read the same features."""
-
-    def __init__(self, suffixes: Sequence[Suffix]) -> None:
-        super().__init__()
-        self.suffixes = nn.ModuleList(suffixes)
-        self.out_head = suffixes[0].out_head
-
-    def each(self, *features: Tensor) -> list[Tensor]:
-        """Compute logits_BC of every suffix."""
-        return [suffix(*features) for suffix in self.suffixes]
 
 
 class LastBlock(nn.Module):

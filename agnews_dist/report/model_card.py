@@ -45,6 +45,8 @@ class ModelCard:
     versions: Mapping[str, str]
     fingerprints: Mapping[str, str]
     """Input of the run -> its hash."""
+    note: str = ""
+    """Fact about the training that its settings do not say."""
 
     def to_markdown(self) -> str:
         front = _build_metadata(self).to_yaml()
@@ -82,6 +84,8 @@ Run this in this directory, or replace `.` by its path or hub id:
 text longer than the model's positions.
 
 ## Training
+
+{self.note}
 
 {_format_table(("setting", "value"), settings)}
 

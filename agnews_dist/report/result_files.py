@@ -68,6 +68,8 @@ class Result:
     versions: Mapping[str, str]
     fingerprints: Mapping[str, str]
     """Input of the run (config, tokens, frozen weights ...) -> its hash."""
+    note: str | None = None
+    """Fact about the training that its settings do not say."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object of result.json, keys in the order of the fields."""

@@ -47,17 +47,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hash_json(content)
 
 
+def config_fingerprint(config: Config) -> str:
+    """Return the sha256 of the settings. Paths and hub ids are left out: other hashes cover what they hold."""
+    hashed = ("data.source", "data.exclude", "model.name")
+    return hash_json({key: value for key, value in weight_settings(config).items() if key not in hashed})
+
+
 def run_fingerprints(
     config: Config, classifier: Classifier, tokenizer: PreTrainedTokenizerFast, *, tokens: str
 ) -> dict[str, str]:
-    """Return sha256 of settings, tokenizer, tokens and frozen weights; `tokens`: the token cache's own fingerprint.
-
-    Paths and hub ids are left out of the settings: the other hashes cover what they hold.
-    """
-    hashed = ("data.source", "data.exclude", "model.name")
-    named = {key: value for key, value in weight_settings(config).items() if key not in hashed}
+    """Return sha256 of settings, tokenizer, tokens and frozen weights; `tokens`: the token cache's own fingerprint."""
     return {
-        "config": hash_json(named),
+        "config": config_fingerprint(config),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "tokens": tokens,
         "frozen_weights": weights_fingerprint(classifier.frozen_state),

@@ -55,6 +55,8 @@ FORMAT = 1
 """Number of the format of probe.json."""
 MAX_ROWS = 20_000
 """Most rows of a split that are taken. More change the scores of a probe little."""
+ALL_FROZEN = {"trainable_blocks": 0, "train_embeddings": False, "freeze_schedule": None, "pooling": "last"}
+"""Settings of the model that a probe replaces. A head that reads means takes a part of the norm into the frozen part."""
 FIT_COPIES = 8
 """Copies of one view in memory while it is gathered and fitted."""
 
@@ -65,7 +67,7 @@ class Probed:
 
     scores: list[LayerScore]
     conclusions: list[Conclusion]
-    """For the pooling that a training reads, and for the others."""
+    """For `model.pooling`, and for the others."""
     num_rows: int
     """Rows that were scored."""
 
@@ -79,8 +81,8 @@ def run_probe(config: Config, world: World, *, output: Path | None, console: Con
         UserError: anything that the user can fix.
     """
     timer = StageTimer(start)
-    # All blocks are in the frozen part.
-    config = config.model_copy(update={"model": config.model.model_copy(update={"trainable_blocks": 0})})
+    poolings = sorted(POOLINGS, key=lambda pooling: pooling != config.model.pooling)
+    config = config.model_copy(update={"model": config.model.model_copy(update=ALL_FROZEN)})
     with Sinks() as emit:
         if console is not None:
             emit.add(console)
@@ -95,7 +97,12 @@ def run_probe(config: Config, world: World, *, output: Path | None, console: Con
         tables = place_inputs(config, inputs, engine)
         begin = time.perf_counter()
         rows = _choose_rows(config, inputs, tables, engine, emit)
-        pool = partial(_pool_splits, inputs, tables, rows, engine, emit)
+
+        def pool() -> dict[str, PooledRows]:
+            return {
+                name: pool_layers(inputs.classifier, tables[name], ids_N, engine, emit=emit) for name, ids_N in rows.items()
+            }
+
         parts = collectives.raise_if_any_failed(collectives.catch(pool))
         seconds = {"frozen_model": time.perf_counter() - begin}
         labels = {name: tables[name].labels_N[ids_N] for name, ids_N in rows.items()}
@@ -111,7 +118,7 @@ def run_probe(config: Config, world: World, *, output: Path | None, console: Con
             emit(begin_phase("write the probe"))
             scores = compare_views(views, fits, labels["validation"], len(inputs.class_names))
             num_blocks, num_rows = views[-1].layer, len(labels["validation"])
-            conclusions = [choose_cut(scores, each, num_blocks=num_blocks, num_rows=num_rows) for each in POOLINGS]
+            conclusions = [choose_cut(scores, each, num_blocks=num_blocks, num_rows=num_rows) for each in poolings]
             counts = {"train": len(tables["train"]), "validation": len(tables["validation"])}
             done = Probed(scores, conclusions, num_rows)
             facts = {"rows": counts, "fitted": len(fitted_R), "scored": num_rows, "ranks": world.num_ranks}
@@ -193,13 +200,6 @@ def _choose_rows(
     return rows
 
 
-def _pool_splits(
-    inputs: TrainingInputs, tables: Mapping[str, TokenTable], rows: Mapping[str, Ints], engine: Engine, emit: Emit
-) -> dict[str, PooledRows]:
-    """Run the frozen model over this rank's share of the rows of each split."""
-    return {name: pool_layers(inputs.classifier, tables[name], ids_N, engine, emit=emit) for name, ids_N in rows.items()}
-
-
 def _choose_fitted(config: Config, part: PooledRows, labels_N: Ints, world: World, emit: Emit) -> Ints:
     """Choose the training rows that all probes are fitted on, by the time that rank 0 measures. Collective.
 
@@ -252,7 +252,7 @@ def _write(directory: Path, config: Config, inputs: TrainingInputs, done: Probed
     """Write the files of a probe; return their paths by kind."""
     values, scores = setting_values(config), done.scores
     own = {key: value for key, value in values.items() if key.startswith(("data.", "model.")) or key == "engine.precision"}
-    own.pop("model.trainable_blocks")
+    own = {key: value for key, value in own.items() if key.removeprefix("model.") not in ALL_FROZEN}
     found = {**versions(), "scikit-learn": metadata.version("scikit-learn")}
     shown = {
         "model": config.model.name,

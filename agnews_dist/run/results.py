@@ -123,8 +123,9 @@ def export_trained(
     weights: Mapping[str, Tensor],
     split_scores: Mapping[str, SplitScores],
     directory: Path,
+    note: str = "",
 ) -> None:
-    """Export trained weights as a directory that Hugging Face loads, with its model card."""
+    """Export trained weights as a directory that Hugging Face loads, with its model card and a `note` in it."""
     card = ModelCard(
         name=directory.name,
         base_model=config.model.name,
@@ -136,6 +137,7 @@ def export_trained(
         settings=weight_settings(config),
         versions=versions(),
         fingerprints=inputs.fingerprints,
+        note=note,
     ).to_markdown()
     export_model(
         directory / "model",

@@ -16,7 +16,7 @@ from agnews_dist.errors import UserError
 from agnews_dist.events import Emit, OverfitChecked, Profiled, Progress, ignore_event
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.storage.capacity import is_out_of_memory
-from agnews_dist.training.losses import PLAIN, StepSettings, forward_losses, summed_loss
+from agnews_dist.training.losses import PLAIN, StepSettings, example_losses, forward_losses
 from agnews_dist.training.optim import build_optimizer
 
 OVERFIT_EXAMPLES = 8
@@ -49,7 +49,7 @@ def overfit_one_batch(classifier: Classifier, table: TokenTable, engine: Engine,
     accuracy = 0.0
     for _ in range(OVERFIT_STEPS):
         logits_BC = suffix(*features)
-        loss = summed_loss(logits_BC, batch) / num_examples
+        loss = example_losses(logits_BC, batch).sum() / num_examples
         losses.append(loss.item())
         accuracy = (logits_BC.argmax(dim=1) == batch.labels_B).double().mean().item()
         if accuracy == 1.0 and losses[-1] < 0.1:

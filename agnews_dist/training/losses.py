@@ -81,8 +81,3 @@ def forward_losses(
     logits_BC = model(*(torch.cat([part, part]) for part in features), *keys)
     first_BC, second_BC = logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32)).chunk(2)
     return r_drop_losses(first_BC, second_BC, batch, settings)
-
-
-def summed_loss(logits_BC: Tensor, batch: Batch) -> Tensor:
-    """Return the sum of the plain cross-entropies of a micro-batch."""
-    return example_losses(logits_BC, batch).sum()

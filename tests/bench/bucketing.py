@@ -45,7 +45,7 @@ from agnews_dist.events import ignore_event
 from agnews_dist.model.gpt2 import Classifier
 from agnews_dist.model.suffix import Suffix
 from agnews_dist.run.setup import TrainingInputs, load_training_inputs
-from agnews_dist.training.losses import summed_loss
+from agnews_dist.training.losses import example_losses
 from agnews_dist.training.optim import build_optimizer, learning_rate, set_lr
 from agnews_dist.training.timing import StageTimer
 
@@ -165,7 +165,7 @@ def train(suffix: Suffix, train_split: Frozen, validation: Frozen, *, order: str
         for ids_B in global_batches(order, train_split.lengths_N, train_split.labels_N, seed=seed, epoch=epoch):
             set_lr(optimizer, learning_rate(step, num_steps=num_steps, peak=LR, warmup_ratio=0.0, schedule="linear"))
             optimizer.zero_grad(set_to_none=True)
-            loss = summed_loss(model(*train_split.inputs(ids_B)), train_split.batch(ids_B))
+            loss = example_losses(model(*train_split.inputs(ids_B)), train_split.batch(ids_B)).sum()
             (loss / len(ids_B)).backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
@@ -192,8 +192,8 @@ def check(sources: TrainingInputs, *, order: str, seed: int, num_steps: int) -> 
     for ids_B in global_batches(order, frozen.lengths_N, frozen.labels_N, seed=seed, epoch=0)[:num_steps]:
         batch = frozen.batch(ids_B)
         losses = [
-            summed_loss(plain.logits(*token_batch(tokens, ids_B)), batch) / len(ids_B),
-            summed_loss(quick(*frozen.inputs(ids_B)), batch) / len(ids_B),
+            example_losses(plain.logits(*token_batch(tokens, ids_B)), batch).sum() / len(ids_B),
+            example_losses(quick(*frozen.inputs(ids_B)), batch).sum() / len(ids_B),
         ]
         gradients = []
         for loss, optimizer, module in zip(losses, optimizers, (plain.suffix, quick), strict=True):

@@ -18,7 +18,7 @@ from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.strategy import Strategy
 from agnews_dist.model.dropout import step_key
 from agnews_dist.model.prefix import Features, uncached_features
-from agnews_dist.training.losses import StepSettings, summed_loss
+from agnews_dist.training.losses import StepSettings, example_losses
 from agnews_dist.training.step import NonFiniteError, accumulate_gradients, train_step
 
 R_DROP, DROPOUT, SEED, STEP = 0.7, 0.2, 5, 41
@@ -35,7 +35,7 @@ LOSSES = {
 def mean_of_means(engine: Engine, embed, strategy: Strategy, batches: StepBatches) -> None:
     """Average the means of the ranks, as DDP does by default. The negative control."""
     (batch,) = batches.micro_batches
-    loss = summed_loss(strategy(*embed(batch)), batch)
+    loss = example_losses(strategy(*embed(batch)), batch).sum()
     (loss / batch.weights_B.sum()).backward()
 
 

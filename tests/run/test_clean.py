@@ -25,6 +25,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[int]]:
     for row in wrong:
         found["train"][row]["label"] = (found["train"][row]["label"] + generator.randrange(1, 4)) % 4
     found["validation"][5] = {"text": found["train"][17]["text"] + " !", "label": 0}
+    # Nearer to each other than to the training row.
+    for row in range(6, 10):
+        found["validation"][row] = {"text": found["train"][23]["text"] + " quokka", "label": 0}
     for split, each in found.items():
         (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
     return directory, wrong
@@ -76,9 +79,27 @@ def test_training_without_the_excluded_rows_has_the_scores_that_were_compared(
 
 
 def test_near_duplicates_across_splits_are_listed(cleaned: Path) -> None:
-    [row] = [row for row in read(cleaned / "one/near_duplicates.csv") if row["split"] == "validation" and row["row"] == "5"]
-    assert row["train_row"] == "17"
-    assert float(row["similarity"]) > 0.95
+    rows = [row for row in read(cleaned / "one/near_duplicates.csv") if row["split"] == "validation"]
+    found = {int(row["row"]): row for row in rows if row["train_row"] in ("17", "23")}
+    assert {number: found[number]["train_row"] for number in range(5, 10)} == {5: "17"} | dict.fromkeys(range(6, 10), "23")
+    assert float(found[5]["similarity"]) > 0.95
+
+
+def test_second_round_keeps_the_rows_of_the_first(rows: tuple[Path, set[int]], cleaned: Path) -> None:
+    first, output = cleaned / "one/exclude.csv", cleaned / "again"
+    schedule = ("--model.trainable_blocks", "2", "--model.freeze_schedule", "2,1")
+    more = ("--data.exclude", str(first), "--output", str(output), "--share", "0.01", *schedule)
+    python("-m", "agnews_dist", "clean", *arguments(rows[0], cleaned, *more))
+    names = [row["origin"] for row in read(output / "exclude.csv")]
+    report = json.loads((output / "clean.json").read_text())
+    assert names[report["excluded"] :] == sorted((row["origin"] for row in read(first)), key=lambda name: int(name.split()[-1]))
+    assert (report["excluded_before"], len({*names})) == (len(rows[1]), len(rows[1]) + report["excluded"])
+    words = ("--run.dir", str(cleaned / "runs"), "--run.name", "again", *schedule)
+    words += ("--data.exclude", str(output / "exclude.csv"))
+    python("-m", "agnews_dist", "train", *arguments(rows[0], cleaned, *words))
+    splits = json.loads((cleaned / "runs/again/result.json").read_text())["splits"]
+    compared = report["comparison"]["test"]["after"]
+    assert compared == {key: splits["test"][key] for key in compared}
 
 
 def test_two_ranks_find_the_same(rows: tuple[Path, set[int]], cleaned: Path) -> None:

@@ -98,6 +98,20 @@ def test_results_say_what_was_measured(probed: tuple[Path, str]) -> None:
     assert "per rank for features and fits" in output
 
 
+def test_full_fine_tuning_of_means_has_the_same_table_and_the_conclusion_of_the_mean(
+    probed: tuple[Path, str], tmp_path: Path
+) -> None:
+    settings = {"model.trainable_blocks": "all", "model.train_embeddings": "true", "model.pooling": "mean"}
+    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    output = probe(tmp_path, *words, "--output", str(tmp_path / "mean")).stdout
+    assert (tmp_path / "mean" / "probe.csv").read_bytes() == (probed[0] / "probe.csv").read_bytes()
+    found = json.loads((tmp_path / "mean" / "probe.json").read_text())
+    assert found["conclusion"].startswith("Features of the mean of all tokens")
+    assert found["conclusion"] in output
+    assert "The last token is best at layer" in output
+    assert not {"model.trainable_blocks", "model.train_embeddings"} & found["settings"].keys()
+
+
 def test_page_shows_the_figure_and_the_table(probed: tuple[Path, str]) -> None:
     directory, rows = probed[0], read_csv(probed[0])
     expected = [row for pooling in ("last", "mean") for row in rows if row["pooling"] == pooling]

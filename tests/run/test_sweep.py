@@ -62,8 +62,13 @@ def test_member_equals_a_training_with_its_settings(swept: Path) -> None:
     assert (alone / "model/model.safetensors").read_bytes() == (exported / "model/model.safetensors").read_bytes()
     for name in ("predictions-validation.jsonl", "predictions-test.jsonl"):
         assert (alone / name).read_bytes() == (exported / name).read_bytes()
-    splits = json.loads((alone / "result.json").read_text())["splits"]
-    assert splits == json.loads((exported / "result.json").read_text())["splits"]
+    of_run, of_member = (json.loads((path / "result.json").read_text()) for path in (alone, exported))
+    splits = of_run["splits"]
+    assert splits == of_member["splits"]
+    assert of_run["fingerprints"] == of_member["fingerprints"]
+    seconds, own = of_member["seconds"], report["members"][best]["seconds"]
+    assert (seconds["train"], seconds["total"]) == (own, pytest.approx(own + seconds["eval"]))
+    assert 0 < seconds["eval"] < report["members"][best]["seconds"]
     assert [float(row[key]) for key in ("accuracy", "macro_f1", "loss")] == [
         splits["validation"][key] for key in ("accuracy", "macro_f1", "loss")
     ]
@@ -92,6 +97,23 @@ def test_member_with_a_recipe_equals_a_training(swept: Path, tmp_path: Path, rec
     python("-m", "agnews_dist", "train", *shlex.split(command), "--run.dir", str(tmp_path), "--run.name", "alone")
     for name in ("model/model.safetensors", "predictions-validation.jsonl", "predictions-test.jsonl"):
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "swept/best" / name).read_bytes()
+
+
+def test_selection_computes_what_it_scores_alone(swept: Path, tmp_path: Path) -> None:
+    """The last member is another group's, whose features are in memory when the first one is selected."""
+    more = ("--engine.feature_cache", "host", "--optim.max_steps", "3")
+    words = arguments(tmp_path, *more, "--model.trainable_blocks", "1,2", "--run.name", "host")
+    python("-m", "agnews_dist", "sweep", *words)
+    best = tmp_path / "runs/host/best"
+    before = (best / "predictions-test.jsonl").read_bytes()
+    (tmp_path / "runs/host/sweep.json").unlink()
+    done = python("-m", "agnews_dist", "sweep", *words)
+    assert done.stdout.count("features  ") == done.stdout.count("off: computed at their use") == 1
+    assert (best / "predictions-test.jsonl").read_bytes() == before
+    selected = json.loads((tmp_path / "runs/host/sweep.json").read_text())["selected"]["values"]["model.trainable_blocks"]
+    alone = arguments(tmp_path, *more, "--model.trainable_blocks", str(selected), "--run.name", "alone")
+    python("-m", "agnews_dist", "train", *alone)
+    assert before == (tmp_path / "runs/alone/predictions-test.jsonl").read_bytes()
 
 
 def test_selection_is_made_on_validation_and_test_is_scored_for_it_alone(swept: Path) -> None:
@@ -270,6 +292,12 @@ def test_finished_sweep_is_distilled_without_training_its_members_again(swept: P
     for member in (path / "members").glob("*.safetensors"):
         member.unlink()
     done = python("-m", "agnews_dist", "sweep", *arguments(tmp_path, *VARIED, "--run.name", "lr", "--distil"))
+    # What the settings alone do not say, and the report's command would not repeat.
+    note = "In place of the labels it learnt the mean probabilities of trainings with these settings and the seeds 0, 1."
+    python("-m", "agnews_dist", "report", str(path / "distilled"))
+    for file in ("config.yaml", "result.json", "model/README.md", "report.md"):
+        assert note in (path / "distilled" / file).read_text()
+    assert "agnews_dist.train" not in (path / "distilled/report.md").read_text()
     assert (path / "best/predictions-test.jsonl").read_bytes() == best_before
     assert {member: member.read_bytes() for member in (path / "members").glob("*.json")} == before
     rows = {row["name"]: row for row in read(path)[0]["ensemble"]}

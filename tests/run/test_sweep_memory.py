@@ -87,3 +87,35 @@ def test_ended_members_are_freed_without_a_collection(tmp_path: Path, words: tup
     }
     done = python("-c", COUNTING, *(f"--{key}={value}" for key, value in settings.items()), *words)
     assert re.fullmatch(expected, "".join(re.findall(r"alive: (\d+)", done.stdout)))
+
+
+SCORING = """
+import gc, sys, weakref
+from agnews_dist.__main__ import main
+from agnews_dist.experiments import selection
+
+alive, load = [], selection.load_member
+
+def count(*arguments):
+    gc.disable()
+    classifier, weights = load(*arguments)
+    alive.append(weakref.ref(classifier.suffix))
+    print("loaded:", sum(each() is not None for each in alive))
+    return classifier, weights
+
+selection.load_member = count
+sys.exit(main(["sweep", *sys.argv[1:]]))
+"""
+
+
+def test_seeds_are_scored_part_by_part(tmp_path: Path) -> None:
+    settings = small_run.settings() | {
+        **{"run.seed": "0..4", "data.limit_train": 64, "data.limit_validation": 40, "data.limit_test": 40},
+        **{"run.dir": tmp_path, "run.name": "s", "data.cache_dir": tmp_path / "cache", "report.write": "false"},
+    }
+    done = python("-c", SCORING, *(f"--{key}={value}" for key, value in settings.items()), "--ensemble")
+    # One seed at a time is trained, so three of the five are scored at once.
+    assert re.findall(r"loaded: (\d+)", done.stdout) == ["1", "2", "3", "1", "2"]
+    singles, ensemble = (json.loads((tmp_path / "s/sweep.json").read_text())[name] for name in ("selected", "ensemble"))
+    assert len(singles["test"]["accuracy"]["values"]) == 5
+    assert [row["name"] for row in ensemble] == ["best single", "mean single", "ensemble"]

@@ -234,12 +234,13 @@ def settings_section(run: StoredRun, analysis: Fields) -> Section:
         ),
         make_table(("input", "sha256"), result.get("fingerprints", {}).items(), title="Fingerprints"),
     ]
+    note, command = (run.result or {}).get("note"), repeat_command(run, num_ranks, started.get("ranks", ""))
     return Section(
         "settings",
         "Settings and machine",
-        "The command trains the same again, under another name. With several nodes, each of them takes it.",
+        note or "The command trains the same again, under another name. With several nodes, each of them takes it.",
         tuple(table for table in tables if table.rows),
-        command=repeat_command(run, num_ranks, started.get("ranks", "")),
+        command="" if note else command,
     )
 
 

@@ -122,6 +122,15 @@ def test_near_duplicates_equal_a_dense_product() -> None:
     assert [other.row for other in found[0]] == [330, 331]
 
 
+def test_near_duplicates_among_candidates_are_not_displaced_by_others() -> None:
+    texts = [f"oil prices rose in march by {number} per cent" for number in ("two", "three")] + ["oil prices rose in march"] * 5
+    assert 0 not in [other.row for other in find_near_duplicates(texts, [6], min_similarity=0.1)[6]]
+    found = find_near_duplicates(texts, [6], candidates=[1, 0], min_similarity=0.1)[6]
+    assert [other.row for other in found] == [0, 1]
+    everywhere = find_near_duplicates(texts, [6], min_similarity=0.1, limit_per_row=9)[6]
+    assert found == [other for other in everywhere if other.row < 2]
+
+
 def test_near_duplicates_of_texts_without_words() -> None:
     texts = ["油价周一上涨了百分之三", "油价周一上涨了百分之四", "球队在最后一分钟进球", "?!"]
     assert [other.row for other in find_near_duplicates(texts, [0], min_similarity=0.6)[0]] == [1]

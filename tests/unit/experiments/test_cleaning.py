@@ -9,14 +9,18 @@ import pytest
 from support import small_run
 
 from agnews_dist.api.named_settings import NamedSettings
+from agnews_dist.config.fields import replace_values
 from agnews_dist.config.schema import Config
 from agnews_dist.distributed.preemption import PreemptionHandler
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
+from agnews_dist.errors import UserError
+from agnews_dist.evaluation.evaluator import evaluate_split
 from agnews_dist.evaluation.label_errors import assign_folds, count_label_issues
 from agnews_dist.events import ignore_event
-from agnews_dist.experiments.cleaning import answer_out_of_fold, score_splits, train_member
+from agnews_dist.experiments.cleaning import answer_out_of_fold, train_member
 from agnews_dist.experiments.feature_group import FeatureGroup, open_feature_group
+from agnews_dist.storage import capacity
 from agnews_dist.training.loop import Monitors
 from agnews_dist.training.timing import StageTimer
 
@@ -37,6 +41,20 @@ def group(config: Config):
     engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
     with ExitStack() as stack:
         yield open_feature_group(config, engine, MONITORS, stack, num_trainings=5)
+
+
+def test_trainings_do_not_share_features_that_fit_nowhere(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(World(), device="cpu", precision="fp32", allow_tf32=False, timeout_seconds=60)
+    config = replace_values(config, {"engine.feature_cache_gigabytes": 0.0})
+    monkeypatch.setattr(capacity, "free_host_bytes", lambda: 1000)
+    with ExitStack() as stack:
+        sizes = r"features of 2 trainings would be computed at every use: \d+ MB fit nowhere \(.* host memory \(1 kB\)\)"
+        with pytest.raises(UserError, match=sizes):
+            open_feature_group(config, engine, MONITORS, stack, num_trainings=2)
+        # One training computes them as `train` does, and `off` accepts the time.
+        assert open_feature_group(config, engine, MONITORS, stack, num_trainings=1).kept.startswith("off: computed at every")
+        accepted = replace_values(config, {"engine.feature_cache": "off"})
+        assert open_feature_group(accepted, engine, MONITORS, stack, num_trainings=2).kept.startswith("off: as requested")
 
 
 def with_labels(group: FeatureGroup, labels_N: np.ndarray) -> FeatureGroup:
@@ -83,14 +101,12 @@ def test_selected_rows_train_as_a_data_set_of_their_own(group: FeatureGroup, con
         batch = part.tables["train"].batch(np.array([new]))
         assert batch.tokens_BT[0].tolist() == expected.tolist()
         assert batch.ids_B.tolist() == [new]
-        own, whole = (
-            part.features.source("train")(batch),
-            group.features.source("train")(group.tables["train"].batch(rows_N[[new]])),
-        )
+        own, whole = (part.features("train")(batch), group.features("train")(group.tables["train"].batch(rows_N[[new]])))
         assert own.hidden_BTD.equal(whole.hidden_BTD)
-    scores = score_splits(train_member(part, config, MONITORS), part, ["validation"])["validation"]
-    assert scores.scores is not None
-    assert scores.scores.num_examples == 150
+    classifier = train_member(part, config, MONITORS).classifier
+    scores = evaluate_split(classifier, part.tables["validation"], part.engine, features=part.features("validation")).scores
+    assert scores is not None
+    assert scores.num_examples == 150
 
 
 def test_folds_keep_equal_texts_together_and_leave_rare_classes_out() -> None:

@@ -12,10 +12,9 @@ from agnews_dist.data.batching.batch import Batch
 from agnews_dist.data.batching.loader import TokenTable
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
-from agnews_dist.evaluation.evaluator import compute_rank_logits, evaluate_split, evaluate_together
+from agnews_dist.evaluation.evaluator import compute_rank_logits, evaluate_split, evaluate_together, score_logits
 from agnews_dist.experiments import ensemble
 from agnews_dist.model.gpt2 import Classifier, copy_untrained
-from agnews_dist.model.prefix import uncached_features
 from agnews_dist.training.losses import StepSettings, example_losses
 
 LENGTHS = [int(length) for length in np.random.default_rng(5).integers(1, 30, 40)]
@@ -62,8 +61,10 @@ def test_copies_have_heads_of_their_seeds_and_one_frozen_part() -> None:
 
 
 def test_ensemble_has_the_mean_probabilities(engine: Engine) -> None:
-    classifiers = make_classifiers()
-    found = evaluate_split(ensemble.combine(classifiers), make_table(), engine)
+    classifiers, table = make_classifiers(), make_table()
+    means = ensemble.MeanProbabilities(len(table), classifiers[0].suffix.out_head.out_features)
+    means.add(classifiers, table, engine)
+    found = score_logits(means.log_NC, table.labels_N, seconds=0.0)
     expected = np.mean([probabilities_of(each, engine) for each in classifiers], axis=0)
     np.testing.assert_allclose(found.probabilities_NK, expected, atol=1e-6)
     assert (found.predictions_N == expected.argmax(axis=1)).all()
@@ -78,12 +79,16 @@ def test_scores_together_are_those_of_each_alone(engine: Engine) -> None:
         assert np.array_equal(found.probabilities_NK, alone.probabilities_NK)
 
 
-def test_targets_are_the_probabilities_in_file_order(engine: Engine) -> None:
-    classifiers = make_classifiers()
-    combined, table = ensemble.combine(classifiers), make_table()
-    targets_NC = ensemble.compute_targets(combined, table, engine, uncached_features(classifiers[0].prefix))
+@pytest.mark.parametrize("parts", [(1, 1, 1), (2, 1), (1, 2)])
+def test_mean_probabilities_do_not_depend_on_the_parts(engine: Engine, parts: tuple[int, ...]) -> None:
+    classifiers, begin = make_classifiers(), 0
+    means = ensemble.MeanProbabilities(len(LENGTHS), classifiers[0].suffix.out_head.out_features)
+    for number in parts:
+        means.add(classifiers[begin : begin + number], make_table(), engine)
+        begin += number
     expected = np.mean([probabilities_of(each, engine) for each in classifiers], axis=0)
-    np.testing.assert_allclose(targets_NC.numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(np.exp(means.log_NC), expected, atol=1e-6)
+    assert means.log_NC.dtype == np.float32
 
 
 def test_soft_targets_replace_the_labels() -> None:

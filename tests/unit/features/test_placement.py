@@ -65,6 +65,11 @@ NO_LIMIT = "6.0 GB exceed engine.feature_cache_gigabytes (1.0 GB)"
         ({"num_epochs": 1}, "off", "computed at every use, which is once in one epoch"),
         ({"num_epochs": 1, "requested": "disk"}, "disk", "6.0 GB, as requested"),
         ({"num_epochs": 2}, "disk", "6.0 GB, fits"),
+        # Without any epoch only complete files are of use.
+        ({"num_epochs": 0, "requested": "host"}, "off", "computed at their use: nothing is trained on them"),
+        ({"num_epochs": 0, "requested": "host", **ON_DISK}, "off", "computed at their use: nothing is trained on them"),
+        ({"num_epochs": 0, **NEARLY_ON_DISK}, "off", "computed at their use: nothing is trained on them"),
+        ({"num_epochs": 0, **ON_DISK}, "disk", "6.0 GB, cached by an earlier run"),
         # A requested place comes before a GPU and before complete files.
         ({"requested": "device"}, "device", "6.0 GB, as requested"),
         ({"requested": "host", **ON_DISK, "resources": WITH_GPU}, "host", "6.0 GB, as requested"),

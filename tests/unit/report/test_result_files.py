@@ -52,7 +52,7 @@ def test_result_has_the_documented_keys(tmp_path: Path) -> None:
         "splits", "num_steps", "num_ranks", "global_batch_size", "global_token_budget", "padding_efficiency",
         "critical_path_efficiency", "rank_balance", "seconds", "tokens_per_second", "peak_memory_bytes",
         "feature_cache", "feature_cache_bytes", "versions",
-        "fingerprints",
+        "fingerprints", "note",
     ]  # fmt: skip
     assert found["splits"] == {
         "test": {
