@@ -14,7 +14,7 @@ from typing import Literal
 from agnews_dist.commands.arguments import Command, Loaded, Option
 from agnews_dist.commands.command import PASSED_ON, PASSED_ON_OF_SWEEPS
 from agnews_dist.config.schema import Count, PathText
-from agnews_dist.distributed.slurm import identify_job
+from agnews_dist.distributed.slurm import identify_array, identify_job
 from agnews_dist.distributed.world import World
 from agnews_dist.run.restart_policy import decide_at_begin, decide_at_end, read_starts, start_from_status, write_starts
 from agnews_dist.run.status import read_status, runs_of_job, status_file
@@ -35,7 +35,7 @@ COMMAND = Command(
         Option("--limit", "Starts in a row that may save nothing new.", Count, 3),
         Option("--was_stopped", "With --at end: the job was asked to stop.", bool, False),
     ),
-    ("run.dir", "run.name"),
+    ("run.dir", "run.name", "run.overwrite"),
     takes_lists=True,
 )
 
@@ -47,9 +47,11 @@ def run(_: World, loaded: Loaded) -> None:
         UserError: the file of starts cannot be written.
     """
     config, options = loaded.config, loaded.options
-    runs = Path(config.run.dir)
-    name = config.run.name or next(iter(runs_of_job(runs, identify_job(os.environ))), None)
+    runs, job = Path(config.run.dir), identify_job(os.environ)
+    name = config.run.name or next(iter(runs_of_job(runs, job)), None)
     status = read_status(runs / name, status_file(runs / name, os.environ)) if name is not None else None
+    if config.run.overwrite and job is not None and status is not None and status.job not in (job, identify_array(os.environ)):
+        status = None  # of a run or sweep that this job is to replace
     file = Path(options["starts"])
     if options["at"] == "begin":
         starts = [*read_starts(file), start_from_status(status)]

@@ -99,8 +99,10 @@ def run_clean(
         finished = None
         if corpus is not None:
             with collectives.without_others():
-                cleaning = _Cleaning(job, group, corpus, monitors)
-                finished = collectives.catch(partial(cleaning.finish, parts, fold_seconds=time.perf_counter() - begin))
+                seconds = time.perf_counter() - begin
+                finished = collectives.catch(
+                    lambda: _Cleaning(job, group, corpus, monitors).finish(parts, fold_seconds=seconds)
+                )
         collectives.wait_for_main("trains without the label errors")
         done = collectives.raise_if_any_failed(finished)
         if done is not None:

@@ -19,6 +19,7 @@ from agnews_dist.engine.device import check_compiler
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.memory import Setup, Shape
 from agnews_dist.errors import UserError
+from agnews_dist.features.manager import FeatureCache
 from agnews_dist.features.placement import RequestedPlace
 from agnews_dist.model.prefix import FeatureSource
 from agnews_dist.preflight.memory_check import check_fits
@@ -118,14 +119,13 @@ def open_feature_group(
     collectives.check_equal(inputs.fingerprints)
     tables = setup.place_inputs(config, inputs, engine)
     place = _choose_place(config, engine)
-    features = setup.open_features(config, inputs, tables, engine, requested=place, num_trainings=num_trainings)
+    features = setup.open_features(config, inputs, tables, engine, requested=place, num_trainings=num_trainings, shards=False)
     stack.callback(features.close)
     # On a CPU also the pages of a file count that the rank has read.
     cache_bytes = features.num_bytes if features.choice.place == "device" or sizes.device == "cpu" else 0
     own = {"num_classes": len(inputs.class_names), "cache_bytes": cache_bytes, "runtime_bytes": resident_bytes()}
     sizes = replace(sizes, **own)
-    kept = f"{features.choice.place}: {features.choice.reason}"
-    group = FeatureGroup(inputs, tables, features.source, kept, alone, shape, sizes)
+    group = FeatureGroup(inputs, tables, features.source, _describe_place(features), alone, shape, sizes)
     collectives.raise_if_any_failed(collectives.catch(partial(announce, group)))
     with monitors.timer.stage("prefix"):
         features.build(emit)
@@ -134,9 +134,11 @@ def open_feature_group(
             f"engine.feature_cache: features of {num_trainings:,} trainings would be {features.choice.reason}. Free some "
             "space, set another data.cache_dir, or accept the time by --engine.feature_cache off."
         )
-    if features.owner_N is not None:
-        raise UserError("engine.feature_cache: no place has room that all ranks can read. Free some memory or disk space.")
-    return group
+    return replace(group, kept=_describe_place(features))
+
+
+def _describe_place(features: FeatureCache) -> str:
+    return f"{features.choice.place}: {features.choice.reason}"
 
 
 def _choose_place(config: Config, engine: Engine) -> RequestedPlace:

@@ -37,6 +37,8 @@ class HalvingRunner(SweepRunner):
 
     def _train_groups(self, waves_of: Sequence[tuple[Member, Sequence[Wave]]]) -> None:
         waves = [wave for _, of_group in waves_of for wave in of_group]
+        if collectives.all_gather(all(map(self.directory.has_ended, waves)))[0]:
+            return
         self._own = self._choose_own(waves)
         groups = {member.feature_key: self.open_group(member) for member, _ in waves_of}
         with collectives.without_others():

@@ -10,7 +10,7 @@
     sweep.json, sweep.csv   all results, when all members have ended
     sweep.html, sweep.md    the report
     status.json             state of the sweep's job; status-1.json and so on of the other tasks of a job array
-    .status.json.pace       members that had ended at its newest start, and how many train at once
+    .status.json.pace       members that had ended at its newest start, and how many trained at once then
     best/                   the best member of the selected setting, as a run leaves it
 
 A sweep that another one is to replace waits as .NAME.replaced until that one begins.
@@ -74,7 +74,7 @@ class SweepDirectory:
         os.close(self._in_use)
         self._in_use = None
         with suppress(OSError), self._lock_opening():
-            self._remove_unused()
+            self._remove_unused(has_failed=True)
 
     def commit(self) -> None:
         """Remove the sweep that this one replaces: it has begun."""
@@ -83,10 +83,12 @@ class SweepDirectory:
     def _lock_opening(self) -> AbstractContextManager[None]:
         return locked_or_bypassed(self.path.with_name(f".{self.path.name}.opening"), f"sweep {self.path}", print_line)
 
-    def _remove_unused(self) -> None:
+    def _remove_unused(self, *, has_failed: bool = False) -> None:
         """Remove a sweep that no process works in and that has nothing but its plan; restore the one before it."""
         found = {each.name for each in self.path.glob("[!.]*")}
-        # One that was stopped has a status, and is continued.
+        if has_failed and self._replaced.exists():
+            # An earlier start was stopped before its beginning. Without a failure since then it is continued.
+            found -= {each.name for each in self.path.glob("status*.json")}
         if not found <= {PLAN, MEMBERS} or any(self._members.glob("*.json")) or _is_held(self._lock_path):
             return
         if self.path.exists():
@@ -132,11 +134,13 @@ class SweepDirectory:
             if _is_held(self._lock_path):
                 raise UserError(f"{self.path}: another process works in it. Wait for its end, or choose another --run.name.")
             if self._replaced.exists() and not any(self._members.glob("*.json")):
-                # It was stopped before it began: the sweep with results is the one before it.
+                # It was stopped before it began: what is to be replaced or continued is the sweep before it.
                 shutil.rmtree(self.path)
-            else:
-                shutil.rmtree(self._replaced, ignore_errors=True)
-                self.path.rename(self._replaced)
+                self._replaced.rename(self.path)
+                self._create(plan, overwrite=overwrite)
+                return
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            self.path.rename(self._replaced)
             found = None
         if found is None:
             if self.path.is_dir() and any(self.path.iterdir()):
@@ -233,6 +237,7 @@ class SweepDirectory:
             with atomic.new_file(path, is_durable=False) as temporary:
                 temporary.write_text(json.dumps(atomic.to_json_value(asdict(result)), allow_nan=False), encoding="utf-8")
             self._read_result(path, self._results[suffix])
+            self._wait = None
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(

@@ -30,7 +30,7 @@ from agnews_dist.experiments.search import OptunaSearch, SearchKind, Settings
 from agnews_dist.experiments.selection import finish_sweep
 from agnews_dist.experiments.space import SEED, Dimension, Space, make_space
 from agnews_dist.experiments.sweep_directory import SweepDirectory
-from agnews_dist.experiments.sweep_runner import SweepRunner
+from agnews_dist.experiments.sweep_runner import MAX_WAVE, SweepRunner
 from agnews_dist.experiments.sweep_status import SweepStatus, is_own_sweep
 from agnews_dist.report.console import Console, Sinks
 from agnews_dist.run.directory import new_names
@@ -146,7 +146,7 @@ def run_sweep(
         # After the status is written.
         stack.callback(directory.close)
         num_members = len(members) or (job.num_samples or 0) * len(space.seeds)
-        status = stack.enter_context(SweepStatus(directory)) if world.is_main else None
+        status = stack.enter_context(SweepStatus(directory, MAX_WAVE)) if world.is_main else None
         preemption.before_exit = _make_last_words(directory, num_members, status)
         if ignored := list_ignored(config):
             sinks(Warned(message=f"{', '.join(ignored)}: without effect in a sweep."))
@@ -157,6 +157,10 @@ def run_sweep(
         runner = kind(config, *sizes, engine, directory, monitors, worker=worker)
         runner.status, runner.returns_to_groups = status, job.search == "optuna"
         stack.callback(runner.close)
+        runner.pace = collectives.all_gather(status.pace if status is not None else MAX_WAVE)[0]
+        if runner.pace < MAX_WAVE and job.halving is None:
+            pace = count_noun(runner.pace, "member")
+            sinks(Warned(message=f"an earlier start was stopped before a member had ended: now {pace} at a time."))
         runner.facts = _describe(job, space, members, directory, engine)
         try:
             if job.search == "optuna":
@@ -190,8 +194,8 @@ def _train_proposals(job: SweepJob, space: Space, runner: SweepRunner) -> None:
 def list_hub_requests(job: SweepJob, space: Space, members: Sequence[Member]) -> list[Request]:
     """Return the requests for all that members read from the hub; with Optuna for all models that it may propose."""
     listed = tuple(each for each in space.dimensions if each.key in ("model.name", "model.revision", "model.init"))
-    proposed = [replace_values(job.config, values) for values in Space(listed, space.seeds).grid()]
-    configs = [group[0].config for group in group_by_features(members)] or proposed
+    configs = [group[0].config for group in group_by_features(members)]
+    configs = configs or [replace_values(job.config, values) for values in Space(listed, space.seeds).grid()]
     # Of the same files with and without weights, the last one counts.
     configs.sort(key=lambda config: config.model.init == "pretrained")
     return list({request.repository: request for config in configs for request in list_requests(config)}.values())
@@ -210,7 +214,8 @@ def _open_directory(job: SweepJob, space: Space, world: World, *, num_workers: i
             overwrite = run.overwrite and not is_own_sweep(directory.path)
             directory.open(plan, overwrite=overwrite, num_workers=num_workers)
         if directory.is_finished(job.wanted):
-            SweepStatus(directory).end("finished", "all members have ended")
+            SweepStatus(directory, MAX_WAVE).end("finished", "all members have ended")
+            directory.close()
             raise AlreadyFinished(
                 f"{directory.path} is finished: nothing is left to do. Read its sweep.json, or pass --run.overwrite."
             )

@@ -13,7 +13,7 @@ from agnews_dist.engine.device import free_device_bytes
 from agnews_dist.engine.engine import Engine
 from agnews_dist.engine.memory import Estimate, estimate_members, format_estimate
 from agnews_dist.errors import count_noun
-from agnews_dist.events import Metric, Progress, RunStarted, SweepRow, SweepUpdated, Warned
+from agnews_dist.events import Metric, Progress, RunStarted, SweepRow, SweepUpdated
 from agnews_dist.experiments.feature_group import FeatureGroup, open_feature_group
 from agnews_dist.experiments.member_training import MemberTraining, build_shared_loader, train_in_lock_step
 from agnews_dist.experiments.members import Key, Member, Wave, cut_waves, group_by_features
@@ -70,7 +70,7 @@ class SweepRunner:
         """Expected peak memory of a rank."""
         self._limits: dict[Key, int] = {}
         """Members of a group that fit in the memory of this rank at once."""
-        self._pace = MAX_WAVE
+        self.pace = MAX_WAVE
         """Most members that train at once: few, if an earlier start was stopped before one had ended."""
         self._waiting_bytes = 0
         """Memory of members that wait meanwhile."""
@@ -141,7 +141,7 @@ class SweepRunner:
         ended = self.directory.find_ended(wave.members)
         left = [member for member in wave.members if member.index not in ended]
         loader = build_shared_loader(group, wave.members[0].config)
-        limit = min(self._pace, self._limits[wave.members[0].feature_key])
+        limit = self._limits[wave.members[0].feature_key]
         for begin in range(0, len(left), limit):
             self._train_together(
                 [MemberTraining(member, group, loader, self.monitors) for member in left[begin : begin + limit]]
@@ -182,7 +182,7 @@ class SweepRunner:
     def _choose_limit(self, sharing: Sequence[Member], free: int, member_bytes: int) -> int:
         """Return the members of the largest wave, or as many as fit."""
         waves = cut_waves(sharing, limit=MAX_WAVE, num_workers=self._worker[1])
-        return max(1, min(free // member_bytes, max(len(wave.members) for wave in waves)))
+        return max(1, min(free // member_bytes, self.pace, max(len(wave.members) for wave in waves)))
 
     def _free_bytes(self) -> int:
         world = self.engine.world
@@ -276,9 +276,6 @@ class SweepRunner:
         is_main = self.engine.world.is_main
         outcome = collectives.catch(partial(self.directory.check_inputs, key, precision)) if is_main else None
         collectives.raise_if_any_failed(outcome)
-        pace = collectives.all_gather(self.status.begin(MAX_WAVE) if self.status is not None else self._pace)[0]
-        if pace < self._pace and not self.keeps_groups and len(self.directory.read_results()) < self.num_members:
-            message = f"an earlier start was stopped before a member had ended: now {count_noun(pace, 'member')} at a time."
-            self.monitors.emit(Warned(message=message))
-        self._pace = pace
+        if self.status is not None:
+            self.status.begin()
         return group

@@ -26,35 +26,32 @@ def is_own_sweep(path: Path) -> bool:
 class SweepStatus:
     """Writer of the status, on rank 0: a context around the work, which the first `begin` starts."""
 
-    def __init__(self, directory: SweepDirectory) -> None:
-        """Read the former status. `directory` exists."""
+    def __init__(self, directory: SweepDirectory, most_at_once: int) -> None:
+        """Read the former status. `directory` exists. `most_at_once`: members that train together at most."""
         path, file = directory.path, status_file(directory.path, os.environ)
         former = read_status(path, file)
+        self._most_at_once = most_at_once
         self._directory, self._lock_path = directory, path / lock_name(file)
         self._file = StatusFile(
             lambda: path, attempt=former.attempt if former else 0, step=0, job=identify_array(os.environ), file=file
         )
-        self._has_begun = False
+        self._pace_path = self._lock_path.with_suffix(".pace")
+        self._has_begun, self._num_ended = False, len(directory.read_results())
+        self.pace = most_at_once
+        """Members that may train at once: a quarter of the last start's if that one left no result, else twice as many."""
+        with suppress(OSError, ValueError):
+            num_ended, pace = map(int, self._pace_path.read_text().split())
+            self.pace = max(1, pace // 4) if num_ended == self._num_ended else min(most_at_once, 2 * pace)
 
-    def begin(self, most_at_once: int) -> int:
-        """Record that the sweep runs: model and features are there. Return how many members may train at once, up to a most."""
+    def begin(self) -> None:
+        """Record that the sweep runs: model and features are there."""
         if not self._has_begun:
             self._has_begun = True
             self._file.attempt += 1
             self.end("running", "it began")
             self._directory.commit()
-            self._pace = self._choose_pace(most_at_once)
-        return self._pace
-
-    def _choose_pace(self, most: int) -> int:
-        """Return a quarter of the last start's pace if that one left no new result: a stop loses the members in training."""
-        path, num_ended = self._lock_path.with_suffix(".pace"), len(self._directory.read_results())
-        with suppress(OSError, ValueError):
-            before, pace = map(int, path.read_text().split())
-            most = max(1, pace // 4) if num_ended == before else pace
-        with suppress(OSError):
-            path.write_text(f"{num_ended} {most}\n")
-        return most
+            with suppress(OSError):
+                self._pace_path.write_text(f"{self._num_ended} {self.pace}\n")
 
     def end(self, state: State, reason: str) -> None:
         """Record a state. Errors are ignored: the members' results count."""
@@ -70,6 +67,8 @@ class SweepStatus:
         self._lock = None
         with suppress(OSError):  # it only shows others that the process lives
             self._lock = try_lock(self._lock_path)
+        if self._lock is None:  # another job works on the sweep: it was not stopped
+            self.pace = self._most_at_once
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -311,8 +311,12 @@ def open_features(
     *,
     requested: RequestedPlace,
     num_trainings: int = 1,
+    shards: bool = True,
 ) -> FeatureCache:
-    """Decide where the frozen part's output is kept, without computing it yet. Collective."""
+    """Decide where the frozen part's output is kept, without computing it yet. Collective.
+
+    `shards`: several ranks may hold a part each, on their devices.
+    """
     num_tokens = sum(int(table.lengths_N.sum()) for table in tables.values())
     wanted = config.engine.compile if config.engine.compile == "always" or find_compiler_fault() is None else "never"
     inputs.classifier.prefix.choose_compiling(num_tokens=num_tokens, wanted=wanted)
@@ -324,6 +328,7 @@ def open_features(
         reserved_bytes=reserve_run_bytes(config, inputs.parameters, inputs.store.splits, len(inputs.class_names)),
         frozen_weights=inputs.fingerprints["frozen_weights"],
         model_name=config.model.name,
+        excluded=frozenset() if shards or engine.world.num_ranks == 1 else frozenset({"device"}),
     )
     return FeatureCache(inputs.classifier, tables, engine, settings)
 

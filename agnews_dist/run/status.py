@@ -38,7 +38,7 @@ class Status:
     reason: str
     """The cause of the state, for people."""
     job: str | None
-    """Name that all starts of one job share (see `identify_job`)."""
+    """Name that all starts of one job share (see `identify_job`; of a sweep `identify_array`)."""
     host: str
     pid: int
     time: str

@@ -4,6 +4,7 @@ import pytest
 
 from agnews_dist.__main__ import main
 from agnews_dist.run.restart_policy import read_starts
+from agnews_dist.run.status import StatusFile
 
 
 @pytest.mark.parametrize("limit", [1, 3])
@@ -22,3 +23,15 @@ def test_restarts_refuses_settings_that_train_refuses(tmp_path, capsys, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main(["restarts", "--optim.lr", "-1"]) == 2
     assert "optim.lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("job", "word"), [("6", "finished"), ("7", "give_up")])
+def test_restarts_does_not_take_a_replaced_run_for_the_new_one(tmp_path, capsys, monkeypatch, job, word):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/a").mkdir(parents=True)
+    StatusFile(lambda: tmp_path / "runs/a", attempt=1, step=9, job="slurm 6").try_to_write("finished", "done")
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    words = ("restarts", "--run.name", "a", "--run.overwrite", "true", "--starts", "starts.jsonl")
+    assert main([*words, "--at", "begin"]) == 0
+    assert main([*words, "--at", "end"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[0] == word

@@ -102,17 +102,28 @@ def test_replaced_sweep_returns_unless_the_new_one_begins(directory: SweepDirect
     assert SweepDirectory(path).read_results() == []
     directory.open(PLAN, overwrite=False)
     directory.close()
-    new.open(other, overwrite=True)
-    (path / "status.json").write_text("{}")
-    new.close()
-    assert SweepDirectory(path).read_results() == [], "one that was stopped before its beginning is continued"
-    new.open(PLAN | {"seeds": (1,)}, overwrite=True)
-    new.close()
     assert len(SweepDirectory(path).read_results()) == 1
     new.open(other, overwrite=True)
     new.commit()
     new.close()
     assert [each.name for each in path.parent.iterdir() if each.is_dir()] == []
+
+
+def test_sweep_stopped_before_its_beginning_continues_until_it_fails(directory: SweepDirectory) -> None:
+    path, other = directory.path, PLAN | {"seeds": (0,)}
+    directory.write_result(result(0))
+    directory.close()
+    command = [sys.executable, "-c", OPEN_AND_DIE, str(path), json.dumps(other)]
+    new = SweepDirectory(path)
+    for plan, is_continued in ((other, True), (PLAN, False), (PLAN | {"seeds": (1,)}, False)):
+        assert subprocess.run(command, env=environment(), check=False).returncode == -signal.SIGKILL
+        (path / "status.json").write_text("{}")
+        assert SweepDirectory(path).read_results() == []
+        new.open(plan, overwrite=True)
+        assert (path / "status.json").exists() == is_continued
+        new.close()
+        assert len(SweepDirectory(path).read_results()) == 1, "it failed, so the one before it returns"
+    assert [each.name for each in path.parent.iterdir() if each.is_dir()] == ["a"]
 
 
 def test_directory_in_which_another_process_works_stays(directory: SweepDirectory) -> None:

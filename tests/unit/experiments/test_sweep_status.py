@@ -27,9 +27,10 @@ def read(directory: SweepDirectory) -> tuple[Any, ...]:
 
 
 def test_sweep_status_counts_attempts_and_steps_of_ended_members(directory: SweepDirectory) -> None:
-    with suppress(Stopped), SweepStatus(directory) as status:
+    with suppress(Stopped), SweepStatus(directory, 8) as status:
         assert not (directory.path / "status.json").exists()
-        assert (status.begin(8), status.begin(8)) == (8, 8)
+        status.begin()
+        status.begin()
         assert read(directory) == ("running", 1, 0, "it began")
         assert is_locked(directory.path / ".status.json.lock")
         for member in range(2):
@@ -38,33 +39,46 @@ def test_sweep_status_counts_attempts_and_steps_of_ended_members(directory: Swee
         raise Stopped("SIGUSR1")
     assert read(directory) == ("preempted", 1, 60, "SIGUSR1")
     assert not is_locked(directory.path / ".status.json.lock")
-    with SweepStatus(directory) as status:
-        status.begin(8)
+    with SweepStatus(directory, 8) as status:
+        status.begin()
     assert read(directory) == ("finished", 2, 60, "all members have ended")
 
 
+def begin(directory: SweepDirectory) -> int:
+    with SweepStatus(directory, 8) as status:
+        status.begin()
+    return status.pace
+
+
 def test_start_after_one_without_a_new_member_trains_fewer_at_once(directory: SweepDirectory) -> None:
-    assert [SweepStatus(directory).begin(8) for _ in range(2)] == [8, 2]
-    directory.write_result(MemberResult(member=0, setting=0, values={}, seed=0, state="finished"))
-    assert [SweepStatus(directory).begin(8) for _ in range(3)] == [2, 1, 1]
-    (directory.path / ".status.json.pace").write_text("1")
-    assert SweepStatus(directory).begin(8) == 8
+    assert [begin(directory) for _ in range(4)] == [8, 2, 1, 1]
+    for member, pace in enumerate((2, 4, 8, 8)):
+        directory.write_result(MemberResult(member=member, setting=0, values={}, seed=0, state="finished"))
+        assert begin(directory) == pace
+    (directory.path / ".status.json.pace").write_text("4")
+    assert begin(directory) == 8
+
+
+def test_job_that_joins_another_is_not_slowed(directory: SweepDirectory) -> None:
+    with SweepStatus(directory, 8) as status:
+        status.begin()
+        assert begin(directory) == 8
 
 
 def test_sweep_that_fails_before_its_beginning_has_no_new_status(directory: SweepDirectory) -> None:
-    with suppress(UserError), SweepStatus(directory):
+    with suppress(UserError), SweepStatus(directory, 8):
         raise UserError("data.source")
     assert not (directory.path / "status.json").exists()
-    with suppress(UserError), SweepStatus(directory) as status:
-        status.begin(8)
+    with suppress(UserError), SweepStatus(directory, 8) as status:
+        status.begin()
         raise UserError("a file\ncannot be read")
     assert read(directory) == ("failed", 1, 0, "a file")
 
 
 def test_sweep_that_is_stopped_before_its_beginning_says_so(directory: SweepDirectory) -> None:
-    SweepStatus(directory).end_early("failed", "unknown")
+    SweepStatus(directory, 8).end_early("failed", "unknown")
     assert not (directory.path / "status.json").exists()
-    SweepStatus(directory).end_early("preempted", "SIGTERM")
+    SweepStatus(directory, 8).end_early("preempted", "SIGTERM")
     assert read(directory)[0] == "preempted"
 
 
@@ -83,8 +97,8 @@ def test_later_tasks_of_a_job_array_keep_its_sweep(
     for name, value in first.items():
         monkeypatch.setenv(name, value)
     assert not is_own_sweep(directory.path)
-    with SweepStatus(directory) as status:
-        status.begin(8)
+    with SweepStatus(directory, 8) as status:
+        status.begin()
     for name, value in later.items():
         monkeypatch.setenv(name, value)
     assert is_own_sweep(directory.path) == is_own
@@ -92,8 +106,8 @@ def test_later_tasks_of_a_job_array_keep_its_sweep(
 
 def test_sweep_started_again_by_hand_is_not_kept(directory: SweepDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "11")
-    with SweepStatus(directory) as status:
-        status.begin(8)
+    with SweepStatus(directory, 8) as status:
+        status.begin()
     assert not is_own_sweep(directory.path)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert is_own_sweep(directory.path)
