@@ -37,6 +37,7 @@ from agnews_dist.run.directory import new_names
 from agnews_dist.run.engine_setup import start_training_engine
 from agnews_dist.run.fingerprints import weight_settings
 from agnews_dist.run.hub_inputs import fetch_inputs, list_requests
+from agnews_dist.run.model_setup import read_model_files
 from agnews_dist.run.status import runs_of_job
 from agnews_dist.training.loop import Monitors
 from agnews_dist.training.timing import StageTimer
@@ -151,6 +152,7 @@ def run_sweep(
         if ignored := list_ignored(config):
             sinks(Warned(message=f"{', '.join(ignored)}: without effect in a sweep."))
         fetch_inputs(partial(list_hub_requests, job, space, members), world, sinks)
+        collectives.raise_if_any_failed(collectives.catch_on_main(partial(_check_models, members), "reads all models' files"))
         monitors = Monitors(sinks, timer, preemption)
         sizes = (num_members, len(space.seeds))
         kind = SweepRunner if job.halving is None else partial(HalvingRunner, factor=job.halving)
@@ -199,6 +201,13 @@ def list_hub_requests(job: SweepJob, space: Space, members: Sequence[Member]) ->
     # Of the same files with and without weights, the last one counts.
     configs.sort(key=lambda config: config.model.init == "pretrained")
     return list({request.repository: request for config in configs for request in list_requests(config)}.values())
+
+
+def _check_models(members: Sequence[Member]) -> None:
+    """Check what the models' small files show: a fault of the last group is known before the first one trains."""
+    groups = group_by_features(members)
+    for config in (group[0].config for group in groups if len(groups) > 1):
+        read_model_files(config.model, config.data)
 
 
 def _open_directory(job: SweepJob, space: Space, world: World, *, num_workers: int) -> SweepDirectory:

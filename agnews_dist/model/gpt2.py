@@ -109,6 +109,26 @@ def has_head_bias(num_classes: int, width: int) -> bool:
     return 2 * num_classes <= width
 
 
+def count_trainable_blocks(wanted: int | Literal["all"], num_blocks: int, *, train_embeddings: bool) -> int:
+    """Return how many blocks are trained of a model of `num_blocks`.
+
+    Raises:
+        ModelError: `wanted` is negative or exceeds the model's blocks; embeddings without all blocks.
+    """
+    num_trainable = num_blocks if wanted == "all" else wanted
+    if not 0 <= num_trainable <= num_blocks:
+        raise ModelError(
+            f"model.trainable_blocks {num_trainable}: the model has {num_blocks} blocks. "
+            f"Set --model.trainable_blocks between 0 and {num_blocks}, or to all."
+        )
+    if train_embeddings and num_trainable < num_blocks:
+        raise ModelError(
+            f"model.train_embeddings true with model.trainable_blocks {num_trainable}: the model has {num_blocks} blocks. "
+            "Set --model.trainable_blocks all."
+        )
+    return num_trainable
+
+
 def split_model(
     backbone: Backbone,
     *,
@@ -128,21 +148,11 @@ def split_model(
     the config, which is not changed.
 
     Raises:
-        ModelError: `trainable_blocks` is negative or exceeds the model's blocks; embeddings without all blocks.
+        ModelError: see `count_trainable_blocks`.
     """
     model, config = backbone.model, backbone.model.config
     num_blocks = len(model.h)
-    num_trainable = num_blocks if trainable_blocks == "all" else trainable_blocks
-    if not 0 <= num_trainable <= num_blocks:
-        raise ModelError(
-            f"model.trainable_blocks {num_trainable}: the model has {num_blocks} blocks. "
-            f"Set --model.trainable_blocks between 0 and {num_blocks}, or to all."
-        )
-    if train_embeddings and num_trainable < num_blocks:
-        raise ModelError(
-            f"model.train_embeddings true with model.trainable_blocks {num_trainable}: the model has {num_blocks} blocks. "
-            "Set --model.trainable_blocks all."
-        )
+    num_trainable = count_trainable_blocks(trainable_blocks, num_blocks, train_embeddings=train_embeddings)
     # The blocks run without a mask, and only this kernel is causal then.
     model.set_attn_implementation("sdpa")
     has_bias = has_head_bias(num_classes, config.n_embd)

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from agnews_dist.config.schema import Config, DataConfig, ModelConfig
-from agnews_dist.model.gpt2 import Classifier, check_max_length, count_parameters, load_model_config, split_model
+from agnews_dist.model.gpt2 import (
+    Classifier,
+    check_max_length,
+    count_parameters,
+    count_trainable_blocks,
+    load_model_config,
+    split_model,
+)
 from agnews_dist.model.pretrained import load_tokenizer
 from agnews_dist.model.saved_model import Backbone, check_config
 
@@ -23,12 +30,13 @@ def read_model_files(model: ModelConfig, data: DataConfig) -> ModelFiles:
     """Read tokenizer and config of `model.name`, without its weights.
 
     Raises:
-        ModelError: they cannot be read, are not GPT-2's, or `data.max_length` is too large for the model.
+        ModelError: they cannot be read, are not GPT-2's, or `data.max_length` or `model.trainable_blocks` is too large for it.
     """
     check_config(model.name, model.revision, is_classifier=False)
     tokenizer = load_tokenizer(model.name, revision=model.revision, pad_token=data.pad_token)
     gpt2 = load_model_config(model.name, revision=model.revision, init=model.init, tokenizer=tokenizer)
     check_max_length(data.max_length, gpt2.n_positions)
+    count_trainable_blocks(model.trainable_blocks, gpt2.n_layer, train_embeddings=model.train_embeddings)
     return ModelFiles(tokenizer, gpt2)
 
 

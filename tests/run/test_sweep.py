@@ -265,6 +265,9 @@ def test_finished_sweep_and_other_settings_are_refused(swept: Path) -> None:
     done = python("-m", "agnews_dist", "sweep", *arguments(swept, *VARIED, *more), check=False)
     assert done.returncode == 2
     assert "another sweep (in halving, optim.weight_decay, varied settings)" in done.stderr
+    done = python("-m", "agnews_dist", "sweep", *arguments(swept, "--model.trainable_blocks", "1,99"), check=False)
+    assert "model.trainable_blocks 99: the model has" in done.stderr
+    assert "train member" not in done.stdout, "known before the first group trains"
     before = read(swept / "runs/lr")
     typo = ("--data.source", str(swept / "typo"), "--run.overwrite", "true", "--run.name", "lr")
     for command in ("sweep", "train"):
