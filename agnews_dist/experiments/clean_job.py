@@ -29,10 +29,10 @@ from agnews_dist.evaluation.label_errors import (
     rank_label_issues,
 )
 from agnews_dist.evaluation.paired import mcnemar_exact
-from agnews_dist.events import RunDone, RunStarted, Warned, begin_phase
+from agnews_dist.events import SCORES, RunDone, RunStarted, Warned, begin_phase
 from agnews_dist.experiments.cleaning import answer_out_of_fold, train_member
 from agnews_dist.experiments.feature_group import FeatureGroup, open_feature_group
-from agnews_dist.experiments.sweep_results import SCORES
+from agnews_dist.experiments.members import list_ignored
 from agnews_dist.report.console import Console, Sinks
 from agnews_dist.report.pages.analysis import MAX_TEXTS, format_label_issues
 from agnews_dist.report.result_files import versions, write_json
@@ -84,6 +84,9 @@ def run_clean(
 
         collectives.raise_if_any_failed(collectives.catch(prepare))
         preemption.before_exit = _print_last_words
+        # Its limit of time is that of a report.
+        if ignored := [name for name in list_ignored(config) if name != "report.max_seconds"]:
+            sinks(Warned(message=f"{', '.join(ignored)}: without effect in a cleaning."))
         fetch_inputs(partial(list_requests, config), world, sinks)
         monitors = Monitors(sinks, timer, preemption)
         corpus, fold_N = _assign_folds(job)

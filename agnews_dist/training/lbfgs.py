@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from agnews_dist.data.rows import Ints
 from agnews_dist.distributed import collectives
-from agnews_dist.errors import Stopped
+from agnews_dist.errors import ConfigError, Stopped
 from agnews_dist.evaluation.evaluator import SplitScores
 from agnews_dist.events import StepDone, begin_phase
 from agnews_dist.training.checkpoint import Groups
@@ -104,9 +104,13 @@ class Objective:
 class HeadSolver(Trainer):
     """A training whose steps are the iterations of L-BFGS. A solution takes seconds, so a killed one begins again."""
 
-    def use_soft_targets(self, targets_NC: Tensor) -> None:
-        """Refuse: the solution is for labels."""
-        raise NotImplementedError("L-BFGS fits labels, not probabilities")
+    def use_soft_targets(self, targets_NC: Tensor) -> None:  # noqa: ARG002
+        """Refuse: the solution is for labels.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("optim.solver lbfgs: it fits labels, and not probabilities. Set optim.solver adamw.")
 
     def load_state(self, state: Mapping[str, Any], tensors: Groups, best_tensors: Groups) -> None:
         super().load_state(state, tensors, best_tensors)

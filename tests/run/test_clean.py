@@ -89,7 +89,8 @@ def test_second_round_keeps_the_rows_of_the_first(rows: tuple[Path, set[int]], c
     first, output = cleaned / "one/exclude.csv", cleaned / "again"
     schedule = ("--model.trainable_blocks", "2", "--model.freeze_schedule", "2,1")
     more = ("--data.exclude", str(first), "--output", str(output), "--share", "0.01", *schedule)
-    python("-m", "agnews_dist", "clean", *arguments(rows[0], cleaned, *more))
+    done = python("-m", "agnews_dist", "clean", *arguments(rows[0], cleaned, *more, "--checkpoint.keep", "5"))
+    assert "warning: checkpoint.keep: without effect in a cleaning." in done.stdout + done.stderr
     names = [row["origin"] for row in read(output / "exclude.csv")]
     report = json.loads((output / "clean.json").read_text())
     assert names[report["excluded"] :] == sorted((row["origin"] for row in read(first)), key=lambda name: int(name.split()[-1]))

@@ -15,7 +15,7 @@ from agnews_dist.data.batching.loader import TokenTable, TrainLoader
 from agnews_dist.data.batching.settings import PlanSettings
 from agnews_dist.distributed.world import World
 from agnews_dist.engine.engine import Engine
-from agnews_dist.errors import Stopped
+from agnews_dist.errors import ConfigError, Stopped
 from agnews_dist.evaluation.evaluator import evaluate_split
 from agnews_dist.events import Event, StepDone
 from agnews_dist.model.export import fold_standard
@@ -232,5 +232,5 @@ def test_standard_folds_into_the_head():
 
 
 def test_soft_targets_are_refused():
-    with pytest.raises(NotImplementedError, match="L-BFGS fits labels"):
+    with pytest.raises(ConfigError, match="it fits labels, and not probabilities"):
         HeadSolver.use_soft_targets(object.__new__(HeadSolver), torch.ones(1, 2))
