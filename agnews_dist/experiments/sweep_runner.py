@@ -22,8 +22,9 @@ from agnews_dist.experiments.standings import Standing, rank_settings
 from agnews_dist.experiments.sweep_directory import SweepDirectory
 from agnews_dist.experiments.sweep_status import SweepStatus
 from agnews_dist.run.memory_setup import describe_steps
+from agnews_dist.run.results import peak_memory_bytes
 from agnews_dist.run.setup import TrainingInputs
-from agnews_dist.storage.capacity import free_host_bytes, return_freed_memory
+from agnews_dist.storage.capacity import free_host_bytes, gigabytes, return_freed_memory
 from agnews_dist.training.class_weights import check_class_weights
 from agnews_dist.training.loop import Monitors
 
@@ -173,9 +174,12 @@ class SweepRunner:
         free = MEMORY_SHARE * self._free_bytes() - group.memory.cache_bytes - one.device["activations"] - self._waiting_bytes
         limit = self._limits[sharing[0].feature_key] = self._choose_limit(sharing, int(free), member_bytes)
         found = estimate(limit)
-        self.stated_bytes = max(self.stated_bytes, found.device_bytes + self._waiting_bytes)
+        # Reading the model may have taken more than the training will.
+        loaded = peak_memory_bytes(self.engine.device) if self.facts else 0
+        self.stated_bytes = max(self.stated_bytes, found.device_bytes + self._waiting_bytes, loaded)
         self._waiting_bytes += self.keeps_groups * limit * member_bytes
         text = f"{format_estimate(found)}; {count_noun(limit, 'member')} at a time"
+        text += f"; {gigabytes(loaded)} to load the model" * (loaded > found.device_bytes)
         self.monitors.emit(RunStarted(facts=self.facts | {"memory": text, "features": group.kept}, parameters={}))
         self.facts = {}
 

@@ -47,6 +47,34 @@ def test_peak_memory_is_that_which_was_stated(
     assert memory["expected_bytes"] == pytest.approx(memory["peak_bytes"], rel=0.15)
 
 
+def test_memory_to_load_the_model_is_stated_where_it_is_more_than_training_takes(tmp_path: Path, model: Path) -> None:
+    settings = small_run.settings() | {
+        **{"model.name": model, "model.init": "random", "model.trainable_blocks": 0, "data.limit_train": 64},
+        **{"run.dir": tmp_path, "run.name": "s", "data.cache_dir": tmp_path / "cache", "report.write": "false"},
+    }
+    done = python("-c", LOADING, *(f"--{key}={value}" for key, value in settings.items()), "--optim.lr", "1e-3,2e-3")
+    memory = json.loads((tmp_path / "s" / "sweep.json").read_text())["memory"]
+    assert re.search(r"at a time; \S+ [MG]B to load the model\n", done.stdout)
+    assert memory["expected_bytes"] == pytest.approx(memory["peak_bytes"], rel=0.15)
+
+
+LOADING = """
+import sys
+import torch
+from agnews_dist.__main__ import main
+from agnews_dist.experiments import feature_group
+
+load = feature_group.setup.load_training_inputs
+
+def load_with_copies(*arguments, **options):
+    torch.ones(10**8)  # 400 MB for a moment
+    return load(*arguments, **options)
+
+feature_group.setup.load_training_inputs = load_with_copies
+sys.exit(main(["sweep", *sys.argv[1:]]))
+"""
+
+
 COUNTING = """
 import gc, sys, weakref
 from agnews_dist.__main__ import main
