@@ -1,8 +1,6 @@
 """The files that a finished run leaves: predictions, result.json, exported model."""
 
 import math
-import resource
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,17 +20,14 @@ from agnews_dist.report.result_files import Result, Seconds, versions, write_jso
 from agnews_dist.run.attempt import Attempt
 from agnews_dist.run.fingerprints import weight_settings
 from agnews_dist.run.setup import TrainingInputs
-from agnews_dist.storage.capacity import gigabytes
+from agnews_dist.storage.capacity import gigabytes, peak_resident_bytes
 from agnews_dist.training.loop import Trainer
 from agnews_dist.training.timing import StageTimer
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory this process ever held: torch's allocations on a GPU, resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
 def write_results(

@@ -1,6 +1,8 @@
 """Free memory of a node: the system's, or what control groups (Slurm, containers) leave of it."""
 
 import ctypes
+import re
+import resource
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ _CGROUPS = (
 )
 """(root, file of the limit, file of the usage) of versions 2 and 1."""
 _OWN_CGROUP = Path("/proc/self/cgroup")
+_OWN_STATUS = Path("/proc/self/status")
 _NO_MEMORY = ("allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
 """Words of torch's errors without memory: CPU allocator, C++ standard library, CUDA, cuBLAS."""
 
@@ -33,6 +36,15 @@ def free_host_bytes() -> int:
 def resident_bytes() -> int:
     """Return the memory of this process."""
     return psutil.Process().memory_info().rss
+
+
+def peak_resident_bytes() -> int:
+    """Return the most memory that this process ever held."""
+    # ru_maxrss of Linux begins with what the parent held when it started this process: a notebook, a launcher.
+    if _OWN_STATUS.is_file() and (found := re.search(r"VmHWM:\s+(\d+)", _OWN_STATUS.read_text())):
+        return int(found[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def return_freed_memory() -> None:

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -113,6 +115,17 @@ def test_free_shared_bytes_is_limited_by_file_system_and_host(tree, tmp_path, mo
     assert capacity.free_shared_bytes() == 9000
     monkeypatch.setattr(capacity, "SHARED_MEMORY", tmp_path / "absent")
     assert capacity.free_shared_bytes() == 0
+
+
+@pytest.mark.parametrize("taken", [0, 300])
+def test_peak_is_that_of_the_process_and_not_of_its_parent(taken):
+    """In MB. The parent holds 500 when it starts the process."""
+    child = "from agnews_dist.storage.capacity import peak_resident_bytes as peak; bytearray({} * 10**6); print(peak())"
+    parent = (
+        "import subprocess, sys; kept = bytearray(5 * 10**8); sys.exit(subprocess.call([sys.executable, '-c', sys.argv[1]]))"
+    )
+    done = subprocess.run([sys.executable, "-c", parent, child.format(taken)], capture_output=True, text=True, check=True)
+    assert taken < int(done.stdout) / 1e6 < taken + 100
 
 
 def allocate_with_torch():
