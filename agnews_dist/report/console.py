@@ -80,6 +80,9 @@ class Console:
         self._is_closed.set()
         with self._lock:
             self.display.close()
+        if self._thread is not None:
+            # With a limit, as a signal handler may close the console while the frame below it holds the lock.
+            self._thread.join(1.0)
 
     def _tick_until_closed(self) -> None:
         while not self._is_closed.wait(TICK_SECONDS):

@@ -5,6 +5,7 @@ import io
 import math
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -454,6 +455,20 @@ def test_console_shows_a_phase_that_takes_long_without_an_event(terminal: bool, 
         assert wait_until(lambda: out.getvalue() != first)
         shown = ANSI.sub("", out.getvalue()[len(first) :])
     assert re.search(r"load PyTorch [^\w]+ 4\.0 s" if terminal else r"load PyTorch: 4\.0 s so far\n$", shown)
+
+
+def test_closed_console_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    tick_until_closed = console.Console._tick_until_closed
+
+    def end_slowly(self: console.Console) -> None:
+        tick_until_closed(self)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(console.Console, "_tick_until_closed", end_slowly)
+    before = threading.active_count()
+    with closing(create_console(rich.console.Console(file=io.StringIO()))) as sink:
+        sink(Loading(program="agnews_dist 1", what="PyTorch"))
+    assert threading.active_count() <= before
 
 
 def test_quiet_console_shows_warnings_and_results(terminal: bool) -> None:
