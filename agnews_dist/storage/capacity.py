@@ -1,4 +1,4 @@
-"""Free memory of a node: the system's, or what control groups (Slurm, containers) leave of it."""
+"""Memory of this process, and free memory of its node: the system's, or what control groups (Slurm, containers) leave of it."""
 
 import ctypes
 import re

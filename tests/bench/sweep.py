@@ -10,6 +10,7 @@ imports once. Each line of DIR/log.jsonl is written when its process has ended. 
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -137,7 +138,12 @@ class Benchmark:
         subprocess.run(
             [sys.executable, str(BENCH / "fast_path/job.py"), str(self._job), *quick], env=self._environment, check=True
         )
-        save_weights(self._job / "model")
+        # In a process of its own: the peak of a process on Linux begins with what the one that starts it has held.
+        saving = multiprocessing.get_context("spawn").Process(target=save_weights, args=(self._job / "model",))
+        saving.start()
+        saving.join()
+        if saving.exitcode:
+            raise SystemExit("the model could not be written")
         for number in range(self._options.rounds):
             caches = [self._options.output / f"cache-{number}-{kind}" for kind in ("run", "sweep", "halving", "optuna")]
             sweep = ("sweep", "--optim.lr", RATES, "--run.seed", SEEDS)
