@@ -64,6 +64,7 @@ class SweepDirectory:
         self._in_use: int | None = None
         """Handle of the lock that says that this process works here."""
         self._lock_path = path.with_name(f".{path.name}.sweep")
+        self._opening_path = path.with_name(f".{path.name}.opening")
         self._replaced = path.with_name(f".{path.name}.replaced")
         self._wait: tuple[Path, LockWait] | None = None
 
@@ -75,13 +76,16 @@ class SweepDirectory:
         self._in_use = None
         with suppress(OSError), self._lock_opening():
             self._remove_unused(has_failed=True)
+            if not self.path.exists():
+                # A waiting process notices that the file is gone, and creates a new one.
+                self._opening_path.unlink()
 
     def commit(self) -> None:
         """Remove the sweep that this one replaces: it has begun."""
         atomic.discard([self._replaced])
 
     def _lock_opening(self) -> AbstractContextManager[None]:
-        return locked_or_bypassed(self.path.with_name(f".{self.path.name}.opening"), f"sweep {self.path}", print_line)
+        return locked_or_bypassed(self._opening_path, f"sweep {self.path}", print_line)
 
     def _remove_unused(self, *, has_failed: bool = False) -> None:
         """Remove a sweep that no process works in and that has nothing but its plan; restore the one before it."""
